@@ -1,0 +1,40 @@
+# Two commands do everything: `make demo` and `make test`.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+DEMO_ARGS ?=
+
+.PHONY: help setup demo test test-slow lint lock clean
+
+help:  ## say what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(VENV)/.ready  ## make .venv with everything that demo and test need (a few minutes, some GB)
+
+$(VENV)/.ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: Python 3.11 or newer is needed; try make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	touch $@
+
+demo: setup  ## distil the bundled tiny Stable Diffusion 3 to 4 steps and look at the result (minutes, CPU)
+	$(BIN)/python -m cdm_lightning.train experiment=tiny_sd3_cdm resume=never $(DEMO_ARGS)
+
+test: setup  ## run all tests that a 2-core CPU can (under 15 minutes)
+	$(BIN)/python -m pytest
+
+test-slow: setup  ## run the tests that take minutes each
+	$(BIN)/python -m pytest -m slow
+
+lint: setup  ## check the style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+lock: setup  ## resolve the dependencies anew into requirements.lock
+	$(BIN)/uv pip compile --quiet pyproject.toml --extra dev --extra log --universal --python-version 3.11 --upgrade -o requirements.lock
+
+clean:  ## delete outputs and caches, not the environment
+	rm -rf outputs runs .pytest_cache .ruff_cache dist

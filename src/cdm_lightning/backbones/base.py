@@ -1,0 +1,120 @@
+"""What a model family has to know, and the fields that its networks become once text and precision are bound.
+
+Shapes: latents (B, C, H, W); sigma (B,) in [0, 1], 1 = noise, float32 always; images (B, 3, H, W) in [0, 1].
+A new family is one file with a `Backbone`: everything outside speaks these shapes and sigma only.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cdm_lightning.core.flow import VelocityField
+
+Conditioning = dict[str, Tensor]  # what a network is told besides x and sigma: batch first, keys its backbone's own
+
+
+def select_rows(cond: Conditioning, rows: Tensor) -> Conditioning:
+    """The conditioning of the samples `rows` (M,)."""
+    return {name: value.index_select(0, rows.to(value.device)) for name, value in cond.items()}
+
+
+def concat(conds: Sequence[Conditioning]) -> Conditioning:
+    """The conditioning of the batches one after the other; KeyError if their keys differ."""
+    return {name: torch.cat([cond[name] for cond in conds]) for name in conds[0]}
+
+
+class Backbone(ABC):
+    """A family of pretrained flow models: its networks, text encoding, noise shift, latents and pipeline format."""
+
+    block_types: tuple[type[nn.Module], ...] = ()  # the repeated blocks: units of checkpointing and of sharding
+
+    @property
+    @abstractmethod
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of a latent."""
+
+    @property
+    @abstractmethod
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) of an image, in pixels."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Family and a hash of the network's configuration: checkpoints of another fingerprint do not fit."""
+
+    @abstractmethod
+    def build_network(self) -> nn.Module:
+        """A new trainable copy of the pretrained network in float32, the same at every call and in every process."""
+
+    def build_teacher(self) -> nn.Module:
+        """The network to distil from; the pretrained one unless the family has a better."""
+        return self.build_network()
+
+    @abstractmethod
+    def setup(self, device: torch.device) -> None:
+        """Load the frozen parts (text encoders, image codec) and move them to the device; may be called again."""
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """The conditioning of B prompts; "" is the unconditional one."""
+
+    @abstractmethod
+    def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """The network's velocity, noise - x0, (B, C, H, W) in float32."""
+
+    @abstractmethod
+    def shift_sigmas(self, sigmas: Tensor) -> Tensor:
+        """Sigmas of any shape, moved towards noise as the family does; keeps 0 and 1."""
+
+    @abstractmethod
+    def decode_latents(self, x0: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] of clean latents (B, C, H, W)."""
+
+    @abstractmethod
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Clean latents (B, C, H, W) of images (B, 3, H, W) in [0, 1]."""
+
+    @abstractmethod
+    def enable_gradient_checkpointing(self, network: nn.Module) -> None:
+        """Let the network's blocks recompute activations in the backward pass."""
+
+    @abstractmethod
+    def save_pipeline(self, network: nn.Module, folder: Path, nfe: int, model_card: str) -> None:
+        """Write a folder that samples with `nfe` calls of `network` by default, in the family's own format."""
+
+
+@dataclass(frozen=True, eq=False)
+class BoundField(VelocityField):
+    """A network with the conditioning of its batch, computing in `compute_dtype` (autocast where not float32)."""
+
+    backbone: Backbone
+    network: nn.Module
+    cond: Conditioning
+    compute_dtype: torch.dtype = torch.float32
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """The velocity (B, C, H, W), float32; x and sigma reach the network in float32 whatever it computes in."""
+        with torch.autocast(x.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
+            return self.backbone.velocity(self.network, x, sigma, self.cond).float()
+
+    def select(self, rows: Tensor) -> VelocityField:
+        """The field of the samples `rows` (M,)."""
+        return BoundField(self.backbone, self.network, select_rows(self.cond, rows), self.compute_dtype)
+
+    def join(self, others: Sequence[VelocityField]) -> VelocityField | None:
+        """One field for all batches, if they call the same network alike, with conditioning of the same shapes."""
+        if not all(isinstance(other, BoundField) and self._is_like(other) for other in others):
+            return None
+        return BoundField(
+            self.backbone, self.network, concat([self.cond, *(other.cond for other in others)]), self.compute_dtype
+        )
+
+    def _is_like(self, other: "BoundField") -> bool:
+        shapes, other_shapes = ({k: v.shape[1:] for k, v in field.cond.items()} for field in (self, other))
+        same_call = self.network is other.network and self.compute_dtype == other.compute_dtype
+        return same_call and shapes == other_shapes

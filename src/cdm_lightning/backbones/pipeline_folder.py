@@ -1,0 +1,108 @@
+"""Finding a diffusers pipeline, on disk or on the Hugging Face hub, and saying in one line what is wrong with it."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_log
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from transformers.utils import logging as transformers_log
+
+from cdm_lightning.errors import UserError
+
+INDEX = "model_index.json"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def locate_pipeline(
+    pretrained: str, revision: str | None, family: type[DiffusionPipeline], parts: Sequence[str]
+) -> Path:
+    """Local folder of `pretrained`, a folder or hub id; UserError unless it is a `family` pipeline with all `parts`."""
+    folder = Path(pretrained).expanduser()
+    if folder.is_dir():
+        check_index(folder, pretrained, family, parts)
+        return folder
+    if folder.exists():
+        raise UserError(f"{pretrained} is a file, not a pipeline folder; pass the folder that holds {INDEX}")
+    if not HUB_ID.fullmatch(pretrained):
+        raise UserError(f"the folder {pretrained} does not exist; pass a pipeline folder or a hub id (owner/name)")
+    return download_pipeline(pretrained, revision, family, parts)
+
+
+def download_pipeline(hub_id: str, revision: str | None, family: type[DiffusionPipeline], parts: Sequence[str]) -> Path:
+    """Folder of the hub's cache; the index comes first, so another family is refused before gigabytes are fetched."""
+    try:
+        check_index(Path(snapshot_download(hub_id, revision=revision, allow_patterns=[INDEX])), hub_id, family, parts)
+        return Path(family.download(hub_id, revision=revision))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{hub_id} is no local folder and cannot be fetched from the Hugging Face hub ({first_line(error)}); where"
+            " there is no network, copy the pipeline here otherwise and pass its folder: backbone.pretrained=FOLDER"
+        ) from error
+
+
+def check_index(folder: Path, name: str, family: type[DiffusionPipeline], parts: Sequence[str]) -> None:
+    """UserError unless the index in `folder`, called `name`, is that of a `family` pipeline with all `parts`."""
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{name} is no diffusers pipeline: it has no {INDEX}; pass the pipeline's top folder") from None
+    except ValueError as error:
+        raise UserError(f"{name}/{INDEX} cannot be read ({first_line(error)}); copy the pipeline again") from error
+    found = index.get("_class_name") if isinstance(index, dict) else None
+    if found != family.__name__:
+        raise UserError(f"{name} holds a {found}, not a {family.__name__}; choose the backbone of its family")
+    absent = [part for part in parts if not (index.get(part) or [None])[0]]
+    if absent:
+        raise UserError(f"{name} lacks {', '.join(absent)}; pass a complete {family.__name__}")
+
+
+def copy_parts(source: Path, target: Path, without: Sequence[str]) -> None:
+    """Copy the index and the parts that it names, but for those `without` and the half-precision twins of files."""
+    index = json.loads((source / INDEX).read_text(encoding="utf-8"))
+    parts = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] and name not in without]
+    shutil.copyfile(source / INDEX, target / INDEX)
+    for part in parts:
+        # copyfile: a read-only source, such as an installed package, must not make a read-only copy
+        twins = shutil.ignore_patterns("*.fp16.*", "*.fp16-*", "*.bf16.*")
+        shutil.copytree(source / part, target / part, ignore=twins, copy_function=shutil.copyfile)
+
+
+@contextmanager
+def loading(what: Path) -> Iterator[None]:
+    """Turn the libraries' errors about missing or broken files of `what` into one UserError.
+
+    Weights land on the CPU whatever the default device, without the libraries' progress bars (downloads keep theirs).
+    """
+    try:
+        with torch.device("cpu"), without_bars(diffusers_log), without_bars(transformers_log):
+            yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"cannot load {what} ({first_line(error)}); its files are incomplete: copy them again"
+        ) from error
+
+
+@contextmanager
+def without_bars(log: ModuleType) -> Iterator[None]:
+    """Switch a library's progress bars off inside the block."""
+    shown = log.is_progress_bar_enabled()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            log.enable_progress_bar()
+
+
+def first_line(error: BaseException) -> str:
+    """First line of an error's text, without its final full stop."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")

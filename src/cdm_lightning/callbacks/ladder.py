@@ -1,0 +1,56 @@
+"""The end of a run: teacher and student side by side, in figures and a picture; the student as a pipeline folder."""
+
+from pathlib import Path
+
+import lightning as L
+
+from cdm_lightning.ladder import LadderEvaluation
+from cdm_lightning.report import save_report, table
+
+
+class LadderReport(L.Callback):
+    """Evaluates the ladder after the last iteration, prints the table and says where everything lies.
+
+    The run's folder gets metrics.json, table.md, samples.png and, as `export_folder`, the student's pipeline folder for
+    `export_nfe` steps. Raises `UserError` before training if the export could not be written.
+    """
+
+    def __init__(self, evaluation: LadderEvaluation, export_folder: str = "student", export_nfe: int = 4) -> None:
+        self.evaluation, self.export_folder, self.export_nfe = evaluation, export_folder, export_nfe
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse a folder that the export would refuse hours later."""
+        from cdm_lightning.export import check_output
+
+        check_output(Path(trainer.default_root_dir) / self.export_folder)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Evaluate, export and report; all checkpoints are written by now."""
+        if not trainer.is_global_zero:
+            return
+        from cdm_lightning.export import export_pipeline
+
+        pl_module.to(trainer.strategy.root_device)  # Lightning has moved it to the host
+        folder, backbone, network = Path(trainer.default_root_dir), pl_module.backbone, pl_module.evaluated_network
+        networks = {"student": network, "teacher": pl_module.networks.teacher}
+        result = self.evaluation.run(backbone, networks, pl_module.compute_dtype)
+        paths = save_report(result, folder)
+        weights = "student_ema" if pl_module.ema_updates else "student"
+        exported = export_pipeline(
+            backbone,
+            network,
+            folder / self.export_folder,
+            nfe=self.export_nfe,
+            weights=weights,
+            iteration=pl_module.iteration,
+            run=folder,
+        )
+        print(f"\n{table(result.rows)}\n", flush=True)
+        print(f"table    {_shown(paths['table.md'])} (figures: {_shown(paths['metrics.json'])})")
+        print(f"picture  {_shown(paths['samples.png'])}")
+        print(f"student  {_shown(exported)}", flush=True)
+
+
+def _shown(path: Path) -> str:
+    """The path as seen from the working folder if it is below it."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

@@ -1,0 +1,63 @@
+"""What a run is doing, for whoever waits for it: phase, losses, samples a second, time left."""
+
+import sys
+import time
+from collections.abc import Mapping
+
+import lightning as L
+
+from cdm_lightning.console import Progress
+
+
+class TrainingProgress(L.Callback):
+    """A bar over all iterations on a terminal, a line now and then in a log; a line of figures for each validation."""
+
+    def __init__(self) -> None:
+        self._progress: Progress | None = None
+        self._began, self._samples = 0.0, 0
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Say that something happens: pretrained weights can take minutes to load."""
+        if trainer.is_global_zero:
+            print("loading the networks", file=sys.stderr, flush=True)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start to count."""
+        self._progress = Progress("training", trainer.max_steps, trainer.global_step, silent=not trainer.is_global_zero)
+        self._began, self._samples = time.perf_counter(), 0
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: tuple, *_: object
+    ) -> None:
+        """One iteration more."""
+        self._samples += len(batch.prompts) * trainer.world_size
+        self._progress.advance(1, lambda: self._figures(trainer))
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Name the phase and stop the clock."""
+        if self._progress is not None:
+            self._progress.describe("validating")
+            self._began -= time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Show the figures of this validation and let the clock go on."""
+        if self._progress is not None:
+            shown = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+            figures = ", ".join(f"{name.removeprefix('val/')} {float(value):.4g}" for name, value in shown.items())
+            self._progress.print(f"iteration {pl_module.iteration}: {figures or 'images generated'}")
+            self._progress.describe("training")
+            self._began += time.perf_counter()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave the bar as it is."""
+        self._progress.close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave the bar as it is, so that the error stands below it."""
+        if self._progress is not None:
+            self._progress.close()
+
+    def _figures(self, trainer: L.Trainer) -> Mapping[str, str]:
+        losses = {name: value for name, value in trainer.callback_metrics.items() if name.endswith("/loss")}
+        shown = {name.removesuffix("/loss") + " loss": f"{float(value):.4f}" for name, value in losses.items()}
+        return {**shown, "samples/s": f"{self._samples / (time.perf_counter() - self._began):.1f}"}

@@ -1,0 +1,56 @@
+"""Pictures of the validation images as training goes on: the same prompts and noise at each time."""
+
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from cdm_lightning.report import picture, replacing
+
+
+class SampleGrid(L.Callback):
+    """Writes `folder/iteration_0000500.png` in the run's folder: a row for each sampler, a column for each prompt.
+
+    The first `num_prompts` validation prompts of the first process are shown. Loggers that take images get them too.
+    """
+
+    def __init__(self, num_prompts: int = 8, folder: str = "samples") -> None:
+        if num_prompts < 1:
+            raise ValueError(f"num_prompts must be at least 1, got {num_prompts}")
+        self.num_prompts, self.folder = num_prompts, folder
+        self._prompts: list[str] = []
+        self._images: dict[str, list[Tensor]] = {}
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin anew."""
+        self._prompts, self._images = [], {}
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: dict, *_: object
+    ) -> None:
+        """Keep images until there are enough."""
+        wanted = self.num_prompts - len(self._prompts)
+        if wanted <= 0 or not trainer.is_global_zero:
+            return
+        self._prompts += outputs["prompts"][:wanted]
+        for sampler, images in outputs["images"].items():
+            self._images.setdefault(sampler, []).append(images[:wanted].float().cpu())
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the picture."""
+        if trainer.sanity_checking or not self._images:
+            return
+        made = picture({name: torch.cat(images) for name, images in self._images.items()}, self._prompts)
+        path = Path(trainer.default_root_dir) / self.folder / f"iteration_{pl_module.iteration:07d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            made.save(temporary)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                pixels = np.asarray(made)
+                logger.experiment.add_image("val/samples", pixels, pl_module.iteration, dataformats="HWC")
+            elif hasattr(logger, "log_image"):  # Weights & Biases and loggers made like it
+                logger.log_image("val/samples", [made], step=pl_module.iteration)

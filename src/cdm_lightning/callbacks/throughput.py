@@ -1,0 +1,64 @@
+"""How fast a run is, where its time goes and how much memory it takes."""
+
+import resource
+import sys
+import time
+
+import lightning as L
+import torch
+
+
+class ThroughputMonitor(L.Callback):
+    """Logs `throughput/*` every `log_every_n_steps` iterations, as means over those iterations.
+
+    samples_per_second: prompts trained on by all processes, validation left out; rollout_seconds, fake_score_seconds,
+    student_seconds: of an iteration (a student step is shared out over all of them); peak_memory_gib: of the device, or
+    of the process on a CPU. Makes the module wait for the device around each phase, so that the split is true.
+    """
+
+    def __init__(self) -> None:
+        self._began = 0.0
+        self._samples = self._iterations = 0
+        self._phases: dict[str, float] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clocks."""
+        pl_module.time_phases = True
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+        self._start_window(pl_module)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop the clock by setting it to the time gone."""
+        self._began -= time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Let the clock go on."""
+        self._began += time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: tuple, *_: object
+    ) -> None:
+        """Count the batch; log and start anew where it is time."""
+        self._samples += len(batch.prompts) * trainer.world_size
+        self._iterations += 1
+        if pl_module.iteration % trainer.log_every_n_steps:
+            return
+        seconds = time.perf_counter() - self._began
+        figures = {"samples_per_second": self._samples / seconds, "peak_memory_gib": peak_memory_gib(pl_module.device)}
+        for phase, total in pl_module.phase_seconds.items():
+            figures[f"{phase}_seconds"] = (total - self._phases.get(phase, 0.0)) / self._iterations
+        pl_module.log_dict({f"throughput/{name}": value for name, value in figures.items()})
+        self._start_window(pl_module)
+
+    def _start_window(self, pl_module: L.LightningModule) -> None:
+        self._began, self._samples, self._iterations = time.perf_counter(), 0, 0
+        self._phases = dict(pl_module.phase_seconds)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory so far, in GiB: allocated on a CUDA device, else resident of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes on macOS and in KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

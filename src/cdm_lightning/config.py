@@ -1,0 +1,143 @@
+"""Where configurations lie, how they become objects, and how their mistakes become one line.
+
+Nothing below the entry points sees a configuration object: every leaf of `conf/` is an argument of some constructor.
+"""
+
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra.errors import HydraException, InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cdm_lightning.errors import UserError
+
+PACKAGE = Path(__file__).parent
+LONGEST_NAME = 120  # of a sweep job's folder, well below what file systems take
+SECRET_KEY = re.compile(r"token|secret|password|api_?key|credential", re.IGNORECASE)
+WRONG_ARGUMENTS = re.compile(r"unexpected keyword argument|required (positional|keyword-only) argument|multiple values for")
+
+
+def conf_dir() -> Path:
+    """The folder of configurations: inside the package when installed from a wheel, else that of the checkout."""
+    packaged = PACKAGE / "conf"
+    return packaged if packaged.is_dir() else PACKAGE.parents[1] / "conf"
+
+
+def asset_path(name: str) -> str:
+    """Path of a bundled file or folder, for example "prompts/general.txt"; it need not exist."""
+    return str(PACKAGE / "assets" / name)
+
+
+def job_folder(override_dirname: str) -> str:
+    """Folder name of one job of a sweep, made of its overrides: one level deep, alike for the same command."""
+    name = re.sub(r"[^\w.,=+-]+", ".", override_dirname) or "defaults"
+    if len(name) <= LONGEST_NAME:
+        return name
+    digest = hashlib.blake2b(override_dirname.encode(), digest_size=6).hexdigest()
+    return f"{name[:LONGEST_NAME]}-{digest}"
+
+
+def register_resolvers() -> None:
+    """Make `${asset:...}` and `${job_folder:...}` known to OmegaConf."""
+    OmegaConf.register_new_resolver("asset", asset_path, replace=True)
+    OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
+
+
+def compose(overrides: Sequence[str] = (), config_name: str = "train") -> DictConfig:
+    """The configuration that a command line with these overrides gives, outside of a command line; UserError if it is wrong.
+
+    Name an `output_dir=...` among them: a command line takes it from Hydra.
+    """
+    register_resolvers()
+    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        try:
+            return hydra.compose(config_name, overrides=list(overrides))
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(one_line(error)) from error
+
+
+def build(config: DictConfig, key: str) -> Any:
+    """The object that the node `key` describes (a list of them for a node without `_target_`, in its order).
+
+    Raises `UserError` where a constructor does not take a key, lacks one or refuses a value.
+    """
+    node = config[key]
+    if node is None:
+        return []
+    if "_target_" not in node:
+        return [_instantiate(child, f"{key}.{name}") for name, child in node.items() if child is not None]
+    return _instantiate(node, key)
+
+
+def _instantiate(node: DictConfig, key: str) -> Any:
+    try:
+        return hydra.utils.instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, UserError):
+            raise cause from error
+        is_users = cause is None or isinstance(cause, (ValueError, ImportError))
+        if not is_users and not (isinstance(cause, TypeError) and WRONG_ARGUMENTS.search(str(cause))):
+            raise
+        where = re.search(r"full_key: (\S+)", str(error))
+        raise UserError(f"{where[1] if where else key}: {one_line(cause or error)}") from error
+    except OmegaConfBaseException as error:
+        raise UserError(f"{key}: {one_line(error)}") from error
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """The configuration as plain containers, interpolations resolved, texts under keys like `token` or `api_key` masked."""
+    return _masked(OmegaConf.to_container(config, resolve=True))
+
+
+def _masked(node: Any, key: str = "") -> Any:
+    if isinstance(node, dict):
+        return {name: _masked(child, str(name)) for name, child in node.items()}
+    if isinstance(node, list):
+        return [_masked(child, key) for child in node]
+    return "***" if isinstance(node, str) and SECRET_KEY.search(key) else node
+
+
+def masked_command(arguments: Sequence[str]) -> list[str]:
+    """Command-line arguments with the values of keys like `token` or `api_key` masked."""
+    pairs = [argument.partition("=") for argument in arguments]
+    return [f"{key}=***" if separator and SECRET_KEY.search(key) else key + separator + value for key, separator, value in pairs]
+
+
+def run_cli(task: Callable[[DictConfig], object], config_name: str) -> None:
+    """Run `task` on the configuration of the command line; a mistake of the user is one line on stderr and exit status 2."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra prints its own several lines and exits with 1
+    register_resolvers()
+
+    @wraps(task)
+    def job(config: DictConfig) -> None:
+        try:
+            task(config)
+        except UserError as error:
+            fail(error)  # from inside the job: Hydra would first print a line of its own
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(job)()
+    except (HydraException, OmegaConfBaseException, FileExistsError, NotADirectoryError, PermissionError) as error:
+        fail(error)
+
+
+def fail(error: BaseException) -> NoReturn:
+    """Say what is wrong in one line on stderr and exit with status 2."""
+    print(f"error: {one_line(error)}", file=sys.stderr)
+    sys.exit(2)
+
+
+def one_line(error: BaseException) -> str:
+    """The text of an error in one line; Hydra's list of search paths, which is the same for all, is left out."""
+    text = str(error).partition("Config search path:")[0]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return re.sub(r"([.:,]); ", r"\1 ", "; ".join(lines))

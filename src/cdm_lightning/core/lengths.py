@@ -1,0 +1,111 @@
+"""Distributions of K, the number of steps of a rollout (CDM, arXiv:2605.06376: the length of the dynamic schedule).
+
+A new one is a class with `sample`. All raise ValueError for arguments that give no distribution over K >= 1.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+class LengthDistribution(Protocol):
+    """Anything that draws a number of steps."""
+
+    def sample(self, rng: torch.Generator) -> int:
+        """One K >= 1."""
+
+
+@dataclass(frozen=True)
+class UniformLength:
+    """K uniform on low..high, both included; 1..28 is the paper's."""
+
+    low: int = 1
+    high: int = 28
+
+    def __post_init__(self) -> None:
+        _check_range(self.low, self.high)
+
+    def sample(self, rng: torch.Generator) -> int:
+        """One K of low..high."""
+        return int(torch.randint(self.low, self.high + 1, (), generator=rng))
+
+
+@dataclass(frozen=True)
+class FixedLength:
+    """K always the same."""
+
+    length: int = 4
+
+    def __post_init__(self) -> None:
+        _check_range(self.length, self.length)
+
+    def sample(self, rng: torch.Generator) -> int:
+        """The length."""
+        return self.length
+
+
+@dataclass(frozen=True)
+class GeometricLength:
+    """P(K) proportional to ratio^K on 1..high: short rollouts often, long ones seldom."""
+
+    ratio: float = 0.85
+    high: int = 28
+
+    def __post_init__(self) -> None:
+        _check_range(1, self.high)
+        if not 0 < self.ratio < math.inf:
+            raise ValueError(f"ratio of a geometric length must be positive, got {self.ratio}")
+
+    def sample(self, rng: torch.Generator) -> int:
+        """One K of 1..high."""
+        return 1 + _draw([self.ratio**k for k in range(self.high)], rng)
+
+
+@dataclass(frozen=True)
+class LogUniformLength:
+    """P(K) proportional to log((K + 1) / K) on low..high: each doubling of K about equally likely."""
+
+    low: int = 1
+    high: int = 28
+
+    def __post_init__(self) -> None:
+        _check_range(self.low, self.high)
+
+    def sample(self, rng: torch.Generator) -> int:
+        """One K of low..high."""
+        return self.low + _draw([math.log1p(1 / k) for k in range(self.low, self.high + 1)], rng)
+
+
+@dataclass(frozen=True)
+class CategoricalLength:
+    """K one of `lengths`, with probabilities proportional to `weights` (equal ones if none are given)."""
+
+    lengths: Sequence[int] = (1, 2, 4, 8, 16)
+    weights: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.lengths or min(self.lengths) < 1:
+            raise ValueError(f"lengths must be whole numbers of at least 1, got {list(self.lengths)}")
+        weights = self._weights
+        if len(weights) != len(self.lengths) or min(weights) < 0 or sum(weights) <= 0:
+            raise ValueError(f"{len(self.lengths)} lengths need as many weights >= 0, not all 0, got {list(weights)}")
+
+    def sample(self, rng: torch.Generator) -> int:
+        """One of the lengths."""
+        return int(self.lengths[_draw(self._weights, rng)])
+
+    @property
+    def _weights(self) -> Sequence[float]:
+        return [1.0] * len(self.lengths) if self.weights is None else self.weights
+
+
+def _check_range(low: int, high: int) -> None:
+    if not 1 <= low <= high:
+        raise ValueError(f"a rollout has at least 1 step: lengths from {low} to {high} are no range")
+
+
+def _draw(weights: Sequence[float], rng: torch.Generator) -> int:
+    return int(torch.multinomial(torch.tensor(weights, dtype=torch.float64), 1, generator=rng))

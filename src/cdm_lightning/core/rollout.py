@@ -1,0 +1,100 @@
+"""Backward simulation: the student's own deterministic path from noise, and the one point of it that is trained on.
+
+Shapes: B samples of shape * = (C, H, W), K steps, sigmas (B, K + 1) falling from 1 to 0. Nothing here keeps gradients.
+"""
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from cdm_lightning.core.flow import VelocityField, denoise, move, per_sample
+
+
+@dataclass(frozen=True)
+class TrajectoryPoint:
+    """One state of each sample's rollout."""
+
+    x: Tensor  # (B, *)
+    v: Tensor  # (B, *), the student's velocity at (x, sigma)
+    sigma: Tensor  # (B,)
+    x0_next: Tensor | None = None  # (B, *), the clean prediction one step later; from full rollouts only
+    x0_final: Tensor | None = None  # (B, *), the end of the rollout; from full rollouts only
+
+    @property
+    def x0(self) -> Tensor:
+        """The student's clean prediction at this point, (B, *)."""
+        return denoise(self.x, self.v, self.sigma)
+
+    def move_to(self, sigma: Tensor) -> Tensor:
+        """The off-trajectory state at sigma (B,) in the direction of v, (B, *)."""
+        return move(self.x, self.v, self.sigma, sigma)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """All states of a rollout of K steps."""
+
+    x: Tensor  # (K, B, *)
+    v: Tensor  # (K, B, *)
+    sigmas: Tensor  # (B, K + 1)
+    final: Tensor  # (B, *), the state at sigma 0
+
+    def __len__(self) -> int:
+        """K."""
+        return len(self.x)
+
+    def at(self, anchor: Tensor) -> TrajectoryPoint:
+        """The point with index anchor (B,) of [0, K) for each sample; after the last comes the final state."""
+        samples = torch.arange(len(anchor), device=anchor.device)
+        point = TrajectoryPoint(self.x[anchor, samples], self.v[anchor, samples], self.sigmas[samples, anchor])
+        following = (anchor + 1).clamp(max=len(self) - 1)
+        ahead = TrajectoryPoint(self.x[following, samples], self.v[following, samples], self.sigmas[samples, following])
+        is_last = per_sample(anchor == len(self) - 1, self.final)
+        return replace(point, x0_next=torch.where(is_last, self.final, ahead.x0), x0_final=self.final)
+
+
+@torch.no_grad()
+def simulate(student: VelocityField, noise: Tensor, sigmas: Tensor) -> Trajectory:
+    """All K steps for all samples: noise (B, *), sigmas (B, K + 1)."""
+    x, xs, vs = noise, [], []
+    for sigma, next_sigma in pairwise(sigmas.T):
+        v = student(x, sigma)
+        xs.append(x)
+        vs.append(v)
+        x = move(x, v, sigma, next_sigma)
+    return Trajectory(torch.stack(xs), torch.stack(vs), sigmas, x)
+
+
+@torch.no_grad()
+def simulate_to_anchor(student: VelocityField, noise: Tensor, sigmas: Tensor, anchor: Tensor) -> TrajectoryPoint:
+    """What `simulate(...).at(anchor)` gives, to float rounding, without the steps after each sample's anchor.
+
+    Step n runs for the samples with anchor >= n only. Sorted by falling anchor these are a prefix of the batch, so a
+    step drops rows from its end; those dropped are finished. The only wait for the device is that for the anchors.
+    """
+    order = anchor.argsort(descending=True)
+    last = anchor.cpu()
+    active = [int((last >= n).sum()) for n in range(int(last.max()) + 2)]  # samples that run step n; 0 at the end
+    field, x, sorted_sigmas = student.select(order), noise[order], sigmas[order]
+    done_x, done_v = [], []
+    for n, (rows, staying) in enumerate(pairwise(active)):
+        v = field(x, sorted_sigmas[:rows, n])
+        done_x.append(x[staying:])
+        done_v.append(v[staying:])
+        x = move(x[:staying], v[:staying], sorted_sigmas[:staying, n], sorted_sigmas[:staying, n + 1])
+        if 0 < staying < rows:
+            field = field.select(torch.arange(staying, device=order.device))
+    back = order.argsort()  # those with the highest anchors finish last and stand first in the order
+    x, v = (torch.cat(done[::-1])[back] for done in (done_x, done_v))
+    return TrajectoryPoint(x, v, sigmas.gather(1, anchor[:, None]).squeeze(1))
+
+
+@torch.no_grad()
+def sample(field: VelocityField, noise: Tensor, sigmas: Tensor) -> Tensor:
+    """Deterministic Euler sampling from noise (B, *) along sigmas (n + 1,) that end in 0: x0 (B, *)."""
+    x = noise
+    for sigma, next_sigma in pairwise(sigmas):
+        x = move(x, field(x, sigma.expand(len(x))), sigma, next_sigma)
+    return x

@@ -1,0 +1,109 @@
+"""Sigma schedules of rollouts and of sampling: plain tensors, K steps = K + 1 sigmas from 1 down to 0.
+
+A model family shifts sigmas towards noise (SD3: 3 s / (1 + 2 s)). `space` says where the numbers given here live:
+"before_shift" (as the paper gives them; the shift is then applied) or "after_shift" (as the network sees them).
+What comes out is always as the network sees it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from cdm_lightning.core.lengths import LengthDistribution
+from cdm_lightning.core.rng import StepRandom
+
+Shift = Callable[[Tensor], Tensor]
+Space = Literal["before_shift", "after_shift"]
+
+
+class SigmaSchedule(Protocol):
+    """Anything that draws the sigmas of one rollout."""
+
+    def sample(self, rng: StepRandom, shift: Shift) -> Tensor:
+        """(B, K + 1) float32, strictly decreasing from 1 to 0, with the same K on every process."""
+
+
+@dataclass(frozen=True)
+class RandomSchedule:
+    """CDM's dynamic continuous schedule: K of `length`, then for each sample K - 1 sorted U(sigma_min, sigma_max).
+
+    `stratified` puts one draw into each of K - 1 equal bins instead (as LightX2V does). The defaults are those
+    published for SD3-Medium; the authors draw sigmas once a process, here each sample has its own in any process.
+    """
+
+    length: LengthDistribution
+    sigma_min: float = 0.25
+    sigma_max: float = 0.95
+    stratified: bool = False
+    space: Space = "before_shift"
+
+    def __post_init__(self) -> None:
+        check_space(self.space)
+        if not 0 < self.sigma_min < self.sigma_max <= 1:
+            raise ValueError(f"need 0 < sigma_min < sigma_max <= 1, got {self.sigma_min} and {self.sigma_max}")
+
+    def sample(self, rng: StepRandom, shift: Shift) -> Tensor:
+        """(B, K + 1) float32 as the network sees them, strictly decreasing from 1 to 0."""
+        inner = self.length.sample(rng.shared("schedule.length")) - 1
+        u = rng.uniform("schedule.sigmas", inner)
+        if self.stratified:
+            u = (torch.arange(inner, device=u.device) + u) / max(inner, 1)
+        sigmas = self.sigma_min + (self.sigma_max - self.sigma_min) * u
+        return _with_ends(sigmas.sort(dim=1, descending=True).values, shift, self.space)
+
+
+@dataclass(frozen=True)
+class FixedSchedule:
+    """The same steps always, as DMD has them; the default is the 4-step inference schedule of CDM."""
+
+    sigmas: Sequence[float] = (1.0, 0.75, 0.5, 0.25)
+    space: Space = "before_shift"
+
+    def __post_init__(self) -> None:
+        check_space(self.space)
+        falling = all(a > b for a, b in zip(self.sigmas, [*self.sigmas[1:], 0.0]))
+        if not self.sigmas or self.sigmas[0] != 1 or not falling:
+            raise ValueError(f"sigmas must fall strictly from 1 and stay above 0, got {list(self.sigmas)}")
+
+    def sample(self, rng: StepRandom, shift: Shift) -> Tensor:
+        """(B, K + 1) float32 as the network sees them: the same row B times."""
+        inner = torch.tensor(self.sigmas[1:], dtype=torch.float32, device=rng.device)
+        return _with_ends(inner.repeat(len(rng), 1), shift, self.space)
+
+
+def uniform_sigmas(nfe: int) -> Tensor:
+    """The unshifted sigmas 1, 1 - 1/nfe, ..., 1/nfe of inference with `nfe` network calls: (nfe,) float32."""
+    if nfe < 1:
+        raise ValueError(f"nfe must be at least 1, got {nfe}")
+    return (torch.arange(nfe, 0, -1, dtype=torch.float64) / nfe).float()
+
+
+def inference_sigmas(nfe: int, shift: Shift) -> Tensor:
+    """The sigmas of inference as the network sees them, with the final 0: (nfe + 1,) float32."""
+    return torch.cat([shift(uniform_sigmas(nfe)), torch.zeros(1)])
+
+
+def check_space(space: str) -> None:
+    """Refuse an unknown space with a ValueError."""
+    if space not in get_args(Space):
+        raise ValueError(f"space must be one of {', '.join(get_args(Space))}, got {space!r}")
+
+
+def _with_ends(inner: Tensor, shift: Shift, space: Space) -> Tensor:
+    """(B, K - 1) falling inner sigmas -> (B, K + 1) with 1 and 0 around them, as the network sees them."""
+    seen = shift(inner) if space == "before_shift" and inner.numel() else inner  # one step has none inside
+    one, zero = inner.new_ones(len(inner), 1), inner.new_zeros(len(inner), 1)
+    return torch.cat([_strictly_decreasing(torch.cat([one, seen], dim=1)), zero], dim=1)
+
+
+def _strictly_decreasing(sigmas: Tensor) -> Tensor:
+    """Positive float32 (B, n) in falling order, with equal neighbours set apart by one unit in the last place.
+
+    Two draws of 28 coincide in float32 about once in 50,000 samples. Positive floats compare like their bits.
+    """
+    bits = sigmas.contiguous().view(torch.int32).long()
+    place = torch.arange(bits.shape[1], device=bits.device)
+    return ((bits + place).cummin(dim=1).values - place).int().view(torch.float32)

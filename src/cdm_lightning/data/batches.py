@@ -1,0 +1,85 @@
+"""Which prompts make up batch n: a function of (seed, n), so that a run can go on anywhere without a saved position."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from cdm_lightning.core.rng import stream
+
+
+class PromptBatch(NamedTuple):
+    """Prompts with the number that keys their random draws.
+
+    `indices` (B,) int64 on the CPU: in training the slot of each sample within the global batch (over all ranks), in
+    validation the number of the prompt in its file.
+    """
+
+    prompts: list[str]
+    indices: Tensor
+
+
+class Draw(NamedTuple):
+    """One sample asked of the loader: the prompt's number in its file and the number that keys its random draws."""
+
+    prompt: int
+    key: int
+
+
+class DrawnPrompts(Dataset):
+    """View of a prompt data set that is addressed by `Draw`, so that each prompt travels with its key."""
+
+    def __init__(self, prompts: Dataset) -> None:
+        self.prompts = prompts
+
+    def __getitem__(self, draw: Draw) -> tuple[str, int]:
+        return self.prompts[draw.prompt], draw.key
+
+
+class EndlessBatches(Sampler):
+    """Batches `start`, `start + 1`, ... without end, each a list of `batch_size` draws of this rank.
+
+    The prompts are dealt out in epochs, each in its own random order; a batch may span two epochs. Together the ranks take
+    `world_size * batch_size` consecutive prompts a batch, so the global batch is the same for each split of it over ranks.
+    """
+
+    def __init__(
+        self, size: int, batch_size: int, seed: int, start: int = 0, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.size, self.batch_size, self.seed, self.start = size, batch_size, seed, start
+        self.rank, self.world_size = rank, world_size
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        batch = self.start
+        while True:
+            yield self.batch(batch)
+            batch += 1
+
+    def batch(self, number: int) -> list[Draw]:
+        """Draws of batch `number`, counted from 0; the key of each is its slot in the global batch."""
+        first = number * self.batch_size * self.world_size
+        slots = range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+        return [Draw(self.prompt_at(first + slot), slot) for slot in slots]
+
+    def prompt_at(self, position: int) -> int:
+        """Prompt at `position` of the endless stream of all ranks."""
+        epoch, place = divmod(position, self.size)
+        if epoch != self._epoch:
+            generator = stream(self.seed, "prompt_order", epoch)
+            self._epoch, self._order = epoch, torch.randperm(self.size, generator=generator)
+        return int(self._order[place])
+
+
+def evaluation_batches(size: int, batch_size: int) -> list[list[Draw]]:
+    """The first `size` prompts in their order, in batches of at most `batch_size`, each keyed by its own number."""
+    draws = [Draw(number, number) for number in range(size)]
+    return [draws[first : first + batch_size] for first in range(0, size, batch_size)]
+
+
+def collate(samples: list[tuple[str, int]]) -> PromptBatch:
+    """Samples of the loader as one `PromptBatch`."""
+    prompts, keys = zip(*samples, strict=True)
+    return PromptBatch(list(prompts), torch.tensor(keys, dtype=torch.int64))

@@ -1,0 +1,63 @@
+"""The prompts of a run: an endless stream for training and a fixed list for validation."""
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+
+from cdm_lightning.data.batches import DrawnPrompts, EndlessBatches, PromptBatch, collate, evaluation_batches
+from cdm_lightning.data.prompts import PromptFile, PromptList
+from cdm_lightning.errors import UserError
+
+Prompts = PromptFile | PromptList
+
+
+class PromptDataModule(L.LightningDataModule):
+    """Loaders of `PromptBatch` from two sets of prompts; it has no state, a resumed run continues at batch `global_step`.
+
+    `batch_size` is per process. The first `val_prompts` prompts of `val` are used, all of them if None. `seed` fixes the order of
+    the training prompts. Raises `UserError` for sizes that are not positive.
+    """
+
+    def __init__(
+        self,
+        train: Prompts,
+        val: Prompts,
+        batch_size: int,
+        val_batch_size: int | None = None,
+        val_prompts: int | None = None,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.train, self.val, self.seed, self.num_workers = train, val, seed, num_workers
+        self.batch_size = batch_size
+        self.val_batch_size = batch_size if val_batch_size is None else val_batch_size
+        self.val_prompts = len(val) if val_prompts is None else min(val_prompts, len(val))
+        if min(self.batch_size, self.val_batch_size, self.val_prompts) < 1:
+            raise UserError("data: batch_size, val_batch_size and val_prompts must be at least 1")
+
+    def train_dataloader(self) -> DataLoader:
+        """Loader that never ends; its first batch is the one that follows the iterations already done."""
+        trainer = self.trainer
+        batches = EndlessBatches(
+            len(self.train), self.batch_size, self.seed, trainer.global_step, trainer.global_rank, trainer.world_size
+        )
+        return self._loader(self.train, batches, self.num_workers)
+
+    def val_dataloader(self) -> DataLoader:
+        """Loader of the validation prompts in the order of their file."""
+        return self._loader(self.val, evaluation_batches(self.val_prompts, self.val_batch_size), 0)
+
+    def transfer_batch_to_device(self, batch: PromptBatch, device: torch.device, dataloader_idx: int) -> PromptBatch:
+        """Leave the batch on the host: prompts are text, and the random draws want their keys there."""
+        return batch
+
+    @staticmethod
+    def _loader(prompts: Prompts, batches: EndlessBatches | list, num_workers: int) -> DataLoader:
+        return DataLoader(
+            DrawnPrompts(prompts),
+            batch_sampler=batches,
+            num_workers=num_workers,
+            collate_fn=collate,
+            persistent_workers=num_workers > 0,
+        )

@@ -1,0 +1,237 @@
+"""Procedural text-to-image set: captioned shapes with colour, size and place, and pairs of shapes in a relation.
+
+"a large red circle on the left", "a small blue square above a large green ring". A caption may leave size or place out;
+a rendering then has any. Everything is a function of (seed, index): nothing is stored, nothing is downloaded.
+"""
+
+import hashlib
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+IMAGE_SIZE = 32
+COLOURS = {
+    "red": (0.86, 0.10, 0.10),
+    "green": (0.10, 0.66, 0.18),
+    "blue": (0.12, 0.24, 0.90),
+    "yellow": (0.96, 0.84, 0.08),
+    "purple": (0.56, 0.12, 0.70),
+    "white": (0.97, 0.97, 0.97),
+}
+SHAPES = ("circle", "square", "triangle", "ring", "cross")
+SIZES = ("small", "large")
+PLACES = {  # centre as a fraction of the side, from the upper left corner: (x, y)
+    "on the left": (0.25, 0.5),
+    "on the right": (0.75, 0.5),
+    "at the top": (0.5, 0.25),
+    "at the bottom": (0.5, 0.75),
+    "in the middle": (0.5, 0.5),
+}
+RELATIONS = ("above", "below", "left of", "right of")
+RADIUS = {"small": 0.135, "large": 0.225}  # fraction of the side; alone and in a pair alike
+PAIR_OFFSET = 0.25  # distance of each of a pair from the centre
+HELD_OUT = 10  # one combination of captioned attributes in this many is never trained on
+Split = Literal["train", "heldout", "all"]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One shape as captioned; `size` None means that the caption does not say."""
+
+    colour: str
+    shape: str
+    size: str | None = None
+
+    def words(self) -> str:
+        """The noun phrase: "a large red circle"."""
+        return " ".join(["a", *([self.size] if self.size else []), self.colour, self.shape])
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a caption says: one item at a place (or anywhere), or two items in a relation."""
+
+    first: Item
+    place: str | None = None
+    relation: str | None = None
+    second: Item | None = None
+
+    @property
+    def caption(self) -> str:
+        """The prompt, in lower case without punctuation."""
+        if self.relation:
+            return f"{self.first.words()} {self.relation} {self.second.words()}"
+        return f"{self.first.words()} {self.place}" if self.place else self.first.words()
+
+    @property
+    def held_out(self) -> bool:
+        """Whether this combination of attributes is kept out of training (decided by a hash of the caption)."""
+        return int.from_bytes(hashlib.blake2b(self.caption.encode(), digest_size=4).digest(), "little") % HELD_OUT == 0
+
+
+def all_words() -> list[str]:
+    """Every word that captions can hold, in a fixed order."""
+    phrases = [*COLOURS, *SHAPES, *SIZES, *PLACES, *RELATIONS, "a"]
+    return sorted({word for phrase in phrases for word in phrase.split()})
+
+
+def draw_scenes(count: int, seed: int, split: Split = "train", pairs: float = 0.25, leave_out: float = 0.3) -> list[Scene]:
+    """`count` scenes; a share `pairs` of them has two items; size and place are each left out with chance `leave_out`."""
+    rng = random.Random(seed)
+    scenes: list[Scene] = []
+    while len(scenes) < count:
+        scene = _draw_pair(rng, leave_out) if rng.random() < pairs else _draw_single(rng, leave_out)
+        if split == "all" or scene.held_out == (split == "heldout"):
+            scenes.append(scene)
+    return scenes
+
+
+def _draw_item(rng: random.Random, leave_out: float) -> Item:
+    size = None if rng.random() < leave_out else rng.choice(SIZES)
+    return Item(rng.choice(list(COLOURS)), rng.choice(SHAPES), size)
+
+
+def _draw_single(rng: random.Random, leave_out: float) -> Scene:
+    return Scene(_draw_item(rng, leave_out), place=None if rng.random() < leave_out else rng.choice(list(PLACES)))
+
+
+def _draw_pair(rng: random.Random, leave_out: float) -> Scene:
+    first, second = _draw_item(rng, leave_out), _draw_item(rng, leave_out)
+    while second.colour == first.colour:
+        second = replace(second, colour=rng.choice(list(COLOURS)))
+    return Scene(first, relation=rng.choice(RELATIONS), second=second)
+
+
+def parse_caption(caption: str) -> Scene:
+    """The scene that a caption of this language describes; ValueError for any other text."""
+    for relation in RELATIONS:
+        if f" {relation} a " in caption:
+            first, second = caption.split(f" {relation} ", 1)
+            return Scene(_parse_item(first), relation=relation, second=_parse_item(second))
+    for place in PLACES:
+        if caption.endswith(place):
+            return Scene(_parse_item(caption.removesuffix(place).strip()), place=place)
+    return Scene(_parse_item(caption))
+
+
+def _parse_item(phrase: str) -> Item:
+    words = phrase.split()
+    size = words[1] if len(words) == 4 and words[1] in SIZES else None
+    if words[:1] != ["a"] or len(words) != (4 if size else 3) or words[-2] not in COLOURS or words[-1] not in SHAPES:
+        raise ValueError(f"not a caption of the shapes set: {phrase!r}")
+    return Item(words[-2], words[-1], size)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is on a rendering: for each of N images two slots (upper or left first), the second empty for single items.
+
+    colour, shape, size: (N, 2) indices, -1 for an empty slot; place: (N,) index into PLACES, -1 for pairs;
+    arrangement: (N,) 0 single, 1 one above the other, 2 side by side; centre: (N, 2, 2) as fractions of the side.
+    """
+
+    colour: Tensor
+    shape: Tensor
+    size: Tensor
+    place: Tensor
+    arrangement: Tensor
+    centre: Tensor
+
+
+def lay_out(scenes: Sequence[Scene], seed: int) -> Layout:
+    """Fill in what the captions leave open and put each item in its slot; a function of (seed, position in the list)."""
+    rng = random.Random(seed)
+    rows = [_lay_out_one(scene, rng) for scene in scenes]
+    columns = list(zip(*rows, strict=True))
+    return Layout(*(torch.tensor(column) for column in columns[:5]), torch.tensor(columns[5]))
+
+
+def _lay_out_one(scene: Scene, rng: random.Random) -> tuple:
+    def attributes(item: Item) -> tuple[int, int, int]:
+        size = item.size or rng.choice(SIZES)
+        return list(COLOURS).index(item.colour), SHAPES.index(item.shape), SIZES.index(size)
+
+    if scene.relation is None:
+        place = scene.place or rng.choice(list(PLACES))
+        a, centre = attributes(scene.first), PLACES[place]
+        return (a[0], -1), (a[1], -1), (a[2], -1), list(PLACES).index(place), 0, (centre, (0.5, 0.5))
+    upright = scene.relation in ("above", "below")
+    items = [scene.first, scene.second]
+    if scene.relation in ("below", "right of"):
+        items.reverse()
+    a, b = (attributes(item) for item in items)
+    low, high = 0.5 - PAIR_OFFSET, 0.5 + PAIR_OFFSET
+    centres = ((0.5, low), (0.5, high)) if upright else ((low, 0.5), (high, 0.5))
+    return (a[0], b[0]), (a[1], b[1]), (a[2], b[2]), -1, 1 if upright else 2, centres
+
+
+def render(scenes: Sequence[Scene], seed: int) -> Tensor:
+    """Antialiased renderings (N, 3, 32, 32) in [0, 1], with jitter of place, size, tilt, tint and a varied background."""
+    return render_layout(lay_out(scenes, seed), seed)
+
+
+def render_layout(layout: Layout, seed: int) -> Tensor:
+    """Draw a layout: (N, 3, 32, 32) in [0, 1]."""
+    rng = torch.Generator().manual_seed(seed)
+    images = _background(len(layout.place), rng)
+    palette = torch.tensor(list(COLOURS.values()))
+    radii = torch.tensor([RADIUS[size] for size in SIZES])
+    for slot in (0, 1):
+        colour, shape, size = layout.colour[:, slot], layout.shape[:, slot], layout.size[:, slot]
+        n = len(colour)
+        centre = layout.centre[:, slot] + (torch.rand(n, 2, generator=rng) - 0.5) * 0.08
+        radius = radii[size.clamp(min=0)] * (1 + (torch.rand(n, generator=rng) - 0.5) * 0.16)
+        tilt = (torch.rand(n, generator=rng) - 0.5) * 0.35
+        tint = (palette[colour.clamp(min=0)] + 0.05 * torch.randn(n, 3, generator=rng)).clamp(0, 1)
+        cover = _coverage(shape, centre, radius, tilt) * (shape >= 0)[:, None, None]
+        light = 1 - 0.16 * (_grid()[1] - centre[:, 1, None, None]) / radius[:, None, None]  # lit from above
+        ink = (tint[:, :, None, None] * light.clamp(0.8, 1.2)[:, None]).clamp(0, 1)
+        images = images + cover[:, None] * (ink - images)
+    return images.clamp(0, 1)
+
+
+def _grid() -> tuple[Tensor, Tensor]:
+    line = (torch.arange(IMAGE_SIZE) + 0.5) / IMAGE_SIZE
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    return x, y
+
+
+def _background(count: int, rng: torch.Generator) -> Tensor:
+    """Dim gradients and waves between two greyish tints (N, 3, 32, 32)."""
+    x, y = _grid()
+    angle, phase, kind = (torch.rand(count, 1, 1, generator=rng) for _ in range(3))
+    along = x * torch.cos(2 * math.pi * angle) + y * torch.sin(2 * math.pi * angle)
+    wave = 0.5 + 0.5 * torch.sin(2 * math.pi * (1.5 * along + phase))
+    ramp = (along + 1.0) / 2.4
+    weight = torch.where(kind < 0.5, ramp, wave)[:, None]
+    base = 0.18 + 0.27 * torch.rand(count, 1, generator=rng)
+    tints = [(base + 0.12 * (torch.rand(count, 3, generator=rng) - 0.5))[:, :, None, None] for _ in range(2)]
+    tints[1] = (tints[1] + 0.16 * (torch.rand(count, 1, 1, 1, generator=rng) - 0.5)).clamp(0.08, 0.6)
+    return tints[0] + weight * (tints[1] - tints[0])
+
+
+def _coverage(shape: Tensor, centre: Tensor, radius: Tensor, tilt: Tensor) -> Tensor:
+    """How much of each pixel an item covers (N, 32, 32), from its signed distance over one pixel's width."""
+    x, y = _grid()
+    x, y = x - centre[:, 0, None, None], y - centre[:, 1, None, None]
+    cos, sin, r = torch.cos(tilt)[:, None, None], torch.sin(tilt)[:, None, None], radius[:, None, None]
+    u, v = (cos * x + sin * y) / r, (cos * y - sin * x) / r
+    distance = torch.hypot(u, v)
+    arm = 0.34
+    cross = torch.minimum(torch.maximum(u.abs() - 1, v.abs() - arm), torch.maximum(u.abs() - arm, v.abs() - 1))
+    triangle = torch.maximum(0.879 * u.abs() - 0.477 * v - 0.5, v - 0.7)  # points up; the image's y grows downwards
+    signed = {
+        "circle": distance - 1,
+        "square": torch.maximum(u.abs(), v.abs()) - 0.86,
+        "triangle": triangle,
+        "ring": (distance - 0.74).abs() - 0.26,
+        "cross": cross,
+    }
+    index = shape.clamp(min=0)[None, :, None, None].expand(1, -1, *x.shape[1:])
+    chosen = torch.stack([signed[name] for name in SHAPES]).gather(0, index)[0]
+    return (0.5 - chosen * r * IMAGE_SIZE).clamp(0, 1)

@@ -1,0 +1,108 @@
+"""Making images to look at and to measure: from prompts, with noise that depends on (seed, prompt index) only.
+
+Shapes: images (N, 3, H, W) in [0, 1]. Every sampler, the teacher's and the student's, takes deterministic Euler steps
+of the same spacing, `core.schedules.inference_sigmas(nfe, backbone.shift_sigmas)`: 1, 1 - 1/nfe, ..., 1/nfe before the
+family's shift, then 0.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from cdm_lightning.backbones.base import Backbone, BoundField, select_rows
+from cdm_lightning.core.flow import GuidedField, VelocityField
+from cdm_lightning.core.rng import evaluation_noise
+from cdm_lightning.core.rollout import sample
+from cdm_lightning.core.schedules import inference_sigmas
+from cdm_lightning.errors import UserError
+
+
+@dataclass(frozen=True)
+class SamplerSpec:
+    """One way to make images: which network, how many steps, how much guidance (1: none); UserError if out of range."""
+
+    name: str
+    network: Literal["student", "teacher"] = "student"
+    nfe: int = 4
+    guidance_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.network not in ("student", "teacher"):
+            raise UserError(f"sampler {self.name!r}: network must be student or teacher, got {self.network!r}")
+        if self.nfe < 1:
+            raise UserError(f"sampler {self.name!r}: nfe must be at least 1, got {self.nfe}")
+
+    @property
+    def network_calls(self) -> int:
+        """Calls of the network for one image: two a step where guidance needs the unconditional velocity."""
+        return self.nfe * (1 if self.guidance_scale == 1 else 2)
+
+
+def generate(
+    backbone: Backbone,
+    network: nn.Module,
+    spec: SamplerSpec,
+    prompts: Sequence[str],
+    indices: Sequence[int],
+    seed: int,
+    batch_size: int,
+    compute_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Images (N, 3, H, W) in [0, 1] on the CPU, one for each prompt.
+
+    `indices` (N) are the prompts' numbers: with `seed` they alone decide the noise, so neither the batch size nor the
+    number of processes changes an image by more than float rounding. `backbone.setup` must have been called before.
+    """
+    batches = []
+    with _evaluating(network):
+        for start in range(0, len(prompts), batch_size):
+            part = slice(start, start + batch_size)
+            field = _bind(backbone, network, spec, prompts[part], compute_dtype)
+            batches.append(_sample_images(backbone, field, spec, indices[part], seed, device_of(network)))
+    return torch.cat(batches)
+
+
+@torch.no_grad()
+def _bind(
+    backbone: Backbone, network: nn.Module, spec: SamplerSpec, prompts: Sequence[str], compute_dtype: torch.dtype
+) -> VelocityField:
+    field = BoundField(backbone, network, backbone.encode_prompts(prompts), compute_dtype)
+    if spec.guidance_scale == 1:
+        return field
+    no_text = select_rows(backbone.encode_prompts([""]), torch.zeros(len(prompts), dtype=torch.int64))
+    return GuidedField(field, BoundField(backbone, network, no_text, compute_dtype), spec.guidance_scale)
+
+
+@torch.no_grad()
+def _sample_images(
+    backbone: Backbone,
+    field: VelocityField,
+    spec: SamplerSpec,
+    indices: Sequence[int],
+    seed: int,
+    device: torch.device,
+) -> Tensor:
+    noise = evaluation_noise(seed, indices, backbone.latent_shape, device)
+    sigmas = inference_sigmas(spec.nfe, backbone.shift_sigmas).to(device)
+    return backbone.decode_latents(sample(field, noise, sigmas)).float().cpu()
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Where the network's first parameter or buffer is; the CPU if it has none."""
+    return next(itertools.chain(network.parameters(), network.buffers()), torch.empty(0)).device
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block, the former mode after it."""
+    training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(training)

@@ -1,0 +1,204 @@
+"""`python -m cdm_lightning.export RUN --output FOLDER`: a checkpoint's student as a pipeline folder.
+
+The model family's own library loads the folder: for SD3, `StableDiffusion3Pipeline.from_pretrained(FOLDER)`, whose
+plain call with the exported number of steps runs the student's own sigmas.
+"""
+
+import argparse
+import copy
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cdm_lightning.errors import UserError
+
+if TYPE_CHECKING:  # torch and the rest take seconds to import: --help and mistakes should not wait for them
+    from torch import nn
+
+    from cdm_lightning.backbones.base import Backbone
+
+MARKER = "cdm_lightning_export.json"  # stands in every folder that `export_pipeline` wrote
+CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.json", "checkpoints"
+WEIGHTS = ("student_ema", "student")
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def export_pipeline(
+    backbone: "Backbone",
+    network: "nn.Module",
+    output: str | Path,
+    nfe: int = 4,
+    weights: str = "student_ema",
+    iteration: int = 0,
+    dtype: str = "float32",
+    run: str | Path | None = None,
+) -> Path:
+    """Write `network` as a pipeline folder for `nfe` steps, all of it or nothing, and return the folder.
+
+    `weights` and `iteration` say which network it is; the recipe and metrics of the model card are read from the folder
+    `run`. Raises UserError for an `output` that is a file or a folder that no export wrote.
+    """
+    import torch
+
+    output = Path(output)
+    check_output(output)
+    if nfe < 1 or dtype not in DTYPES:
+        raise UserError(f"nfe must be at least 1 and dtype one of {', '.join(DTYPES)}, got {nfe} and {dtype}")
+    if dtype != "float32":
+        network = copy.deepcopy(network).to(getattr(torch, dtype))
+    record = {"nfe": nfe, "weights": weights, "iteration": iteration, "dtype": dtype}
+    card = model_card(output.name, record, None if run is None else Path(run))
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        backbone.save_pipeline(network, temporary, nfe, card)
+        marker = {"written_by": "cdm_lightning.export", "fingerprint": backbone.fingerprint, **record}
+        (temporary / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
+        put_in_place(temporary, output)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return output
+
+
+def export_checkpoint(
+    source: str | Path,
+    output: str | Path,
+    nfe: int = 4,
+    weights: str = "auto",
+    dtype: str = "float32",
+    pretrained: str | None = None,
+) -> Path:
+    """Export the student of a checkpoint file, or of the newest checkpoint of a run folder.
+
+    `weights="auto"` is the average if there is one. `pretrained` replaces the pretrained pipeline of the run's
+    configuration, which may have moved since.
+    """
+    check_output(Path(output))
+    run, checkpoint = find_run(Path(source))
+    from cdm_lightning.checkpoint import newest_checkpoint, read_checkpoint
+    from cdm_lightning.config import build
+
+    config = read_config(run)
+    if pretrained is not None:
+        config["backbone"]["pretrained"] = pretrained
+    backbone = build(config, "backbone")
+    path = checkpoint or newest_checkpoint(run / CHECKPOINTS)
+    if path is None:
+        raise UserError(f"{run} holds no checkpoint yet; let the run train longer or pass a checkpoint file")
+    content = read_checkpoint(path, backbone.fingerprint)
+    weights = choose_weights(weights, content["cdm"]["ema_updates"], path)
+    network = load_network(backbone, content, weights)
+    return export_pipeline(backbone, network, output, nfe, weights, content["cdm"]["iteration"], dtype, run)
+
+
+def find_run(source: Path) -> tuple[Path, Path | None]:
+    """(run folder, checkpoint or None for the newest); UserError if `source` belongs to no run."""
+    if not source.exists():
+        raise UserError(f"{source} does not exist; pass a run folder or one of its checkpoints")
+    run, checkpoint = (source, None) if source.is_dir() else (source.absolute().parent.parent, source)
+    if not (run / CONFIG).is_file():
+        raise UserError(
+            f"{run} is no run folder: it has no {CONFIG}; pass outputs/RUN or a file in outputs/RUN/{CHECKPOINTS}"
+        )
+    return run, checkpoint
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """The resolved configuration of a run; UserError if it cannot be read or names no backbone."""
+    import yaml
+
+    try:
+        config = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{run / CONFIG} cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(config, dict) or "backbone" not in config:
+        raise UserError(f"{run / CONFIG} names no backbone; it is not the configuration of a run")
+    return config
+
+
+def choose_weights(weights: str, ema_updates: int, checkpoint: Path) -> str:
+    """ "auto" made definite; UserError for the average of a checkpoint that has none."""
+    if weights == "auto":
+        return "student_ema" if ema_updates else "student"
+    if weights == "student_ema" and not ema_updates:
+        raise UserError(
+            f"{checkpoint} holds no running average of the student (no StudentEMA callback); use --weights student"
+        )
+    return weights
+
+
+def load_network(backbone: "Backbone", content: dict, weights: str) -> "nn.Module":
+    """A network of the backbone with the weights of that name from a checkpoint's content."""
+    from cdm_lightning.checkpoint import network_weights
+
+    network = backbone.build_network()
+    network.load_state_dict(network_weights(content, weights))
+    return network.eval()
+
+
+def model_card(name: str, record: dict[str, Any], run: Path | None) -> str:
+    """The text of the card, with whatever configuration and metrics the run folder holds."""
+    from cdm_lightning.model_card import ModelCard
+
+    config = read_config(run) if run is not None and (run / CONFIG).is_file() else {}
+    metrics = None
+    if run is not None and (run / METRICS).is_file():
+        try:
+            metrics = json.loads((run / METRICS).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{run / METRICS} cannot be read ({error}); mend it or remove it") from error
+    return ModelCard(name=name, config=config, metrics=metrics, **record).text()
+
+
+def check_output(output: Path) -> None:
+    """UserError unless an export may be written to `output`: nothing there, an empty folder or an earlier export."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output} is a file; pass the name of a folder to write")
+    if output.is_dir() and any(output.iterdir()) and not (output / MARKER).is_file():
+        raise UserError(f"{output} is not empty and was not written by an export (no {MARKER}); pass another folder")
+
+
+def put_in_place(temporary: Path, output: Path) -> None:
+    """Rename the finished folder to its name; an earlier export is removed when the new one is complete."""
+    old = temporary.with_suffix(".old")
+    if output.exists():
+        output.rename(old)
+    temporary.rename(output)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's arguments."""
+    made = argparse.ArgumentParser(prog="python -m cdm_lightning.export", description="Student to pipeline folder.")
+    made.add_argument("source", metavar="RUN", help="run folder (its newest checkpoint) or checkpoint file")
+    made.add_argument(
+        "--output", required=True, metavar="FOLDER", help="folder to write; an earlier export is replaced"
+    )
+    made.add_argument("--nfe", type=int, default=4, metavar="N", help="steps to export for (default: %(default)s)")
+    made.add_argument(
+        "--weights", choices=("auto", *WEIGHTS), default="auto", help="default: the average if there is one"
+    )
+    made.add_argument("--dtype", choices=DTYPES, default="float32", help="of the network's file (default: %(default)s)")
+    made.add_argument("--pretrained", metavar="FOLDER", help="the pretrained pipeline, if it has moved since the run")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; a mistake of the user is one line on stderr and exit status 2."""
+    try:
+        folder = export_checkpoint(**vars(parser().parse_args(arguments)))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"exported pipeline: {folder}")
+
+
+if __name__ == "__main__":
+    main()

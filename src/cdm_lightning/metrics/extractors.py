@@ -1,0 +1,52 @@
+"""Features for Fréchet distance and diversity: any `nn.Module` from images (B, 3, H, W) in [0, 1] to (B, D) will do."""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cdm_lightning.errors import UserError
+from cdm_lightning.metrics.open_clip_model import OpenClipModel
+
+
+class OpenClipFeatures(nn.Module):
+    """The unnormalised image embedding of a CLIP model; arguments and errors as of `OpenClipModel`."""
+
+    def __init__(self, model: str, pretrained: str | None = None) -> None:
+        super().__init__()
+        self.model = OpenClipModel(model, pretrained)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embeddings (B, D) of images (B, 3, H, W) in [0, 1]."""
+        return self.model.encode_images(images)
+
+
+class InceptionFeatures(nn.Module):
+    """The 2048 features of the stock FID; `weights` is the file weights-inception-2015-12-05-6726825d.pth.
+
+    Raises `UserError` where the file is missing or unfit, or the package torch-fidelity is not installed.
+    """
+
+    def __init__(self, weights: str | Path) -> None:
+        super().__init__()
+        if not Path(weights).is_file():
+            raise UserError(
+                f"Inception weights {weights} are missing; torch-fidelity's releases have them"
+                " (weights-inception-2015-12-05-6726825d.pth)"
+            )
+        if importlib.util.find_spec("torch_fidelity") is None:
+            raise UserError("the stock Inception needs the package torch-fidelity: pip install torch-fidelity")
+        from torchmetrics.image.fid import NoTrainInceptionV3
+
+        try:
+            torch.load(weights, weights_only=True)  # torch-fidelity would run code that an unsafe file holds
+            self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(weights))
+        except Exception as error:  # torch.load and load_state_dict raise a dozen kinds
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(f"{weights} are no Inception weights ({reason}); download them again") from error
+        self.requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features (B, 2048) of images (B, 3, H, W) in [0, 1], which are rounded to 8 bits as in a saved file."""
+        return self.network((images * 255).round().to(torch.uint8))

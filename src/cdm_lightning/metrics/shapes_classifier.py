@@ -1,0 +1,72 @@
+"""Adherence on the shapes set: a small classifier, trained apart from every generator, says what is on an image."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from cdm_lightning.data.shapes import COLOURS, PLACES, SHAPES, SIZES, Scene, parse_caption
+from cdm_lightning.errors import UserError
+
+ARRANGEMENTS = ("single", "one above the other", "side by side")
+HEADS = {
+    "arrangement": len(ARRANGEMENTS),
+    "place": len(PLACES),
+    **{f"{what}_{slot}": n for slot in (0, 1) for what, n in (("colour", len(COLOURS)), ("shape", len(SHAPES)), ("size", len(SIZES)))},
+}
+
+
+class ShapesClassifier(nn.Module):
+    """Reads arrangement, place and, for two slots (upper or left first), colour, shape and size off (N, 3, 32, 32) images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths, strides = (3, 32, 32, 64, 64), (1, 2, 2, 2)
+        layers: list[nn.Module] = []
+        for inside, outside, stride in zip(widths[:-1], widths[1:], strides, strict=True):
+            layers += [nn.Conv2d(inside, outside, 3, stride, 1), nn.GroupNorm(8, outside), nn.SiLU()]
+        self.features = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 16, 128), nn.SiLU())
+        self.heads = nn.ModuleDict({name: nn.Linear(128, classes) for name, classes in HEADS.items()})
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Logits (N, classes) of each head for images (N, 3, 32, 32) in [0, 1]."""
+        features = self.features(images * 2 - 1)
+        return {name: head(features) for name, head in self.heads.items()}
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ShapesClassifier":
+        """A trained classifier from a safetensors file; UserError where the file is missing or not one."""
+        model = cls()
+        try:
+            model.load_state_dict(load_file(path))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"cannot load the shapes classifier from {path} ({reason}); give a file that this project wrote") from None
+        return model.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def adherence(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Whether each image (N, 3, 32, 32) shows all that its caption says: (N,) bool; ValueError for a foreign caption."""
+        device = next(self.parameters()).device
+        chunks = [self(chunk.to(device)) for chunk in images.split(512)]
+        seen = {name: torch.cat([chunk[name].argmax(1) for chunk in chunks]).tolist() for name in HEADS}
+        wanted = [expected(parse_caption(prompt)) for prompt in prompts]
+        return torch.tensor([all(seen[name][i] == value for name, value in want.items()) for i, want in enumerate(wanted)])
+
+
+def expected(scene: Scene) -> dict[str, int]:
+    """The classes that a caption asks for, by head; what the caption leaves open is not among them."""
+    if scene.relation is None:
+        place = {} if scene.place is None else {"place": list(PLACES).index(scene.place)}
+        return {"arrangement": 0, **place, **_item(scene, 0)}
+    upright, turned = scene.relation in ("above", "below"), scene.relation in ("below", "right of")
+    return {"arrangement": 1 if upright else 2, **_item(scene, 0, turned), **_item(scene, 1, turned)}
+
+
+def _item(scene: Scene, slot: int, turned: bool = False) -> dict[str, int]:
+    item = (scene.first, scene.second)[slot ^ turned]
+    size = {} if item.size is None else {f"size_{slot}": SIZES.index(item.size)}
+    return {f"colour_{slot}": list(COLOURS).index(item.colour), f"shape_{slot}": SHAPES.index(item.shape), **size}

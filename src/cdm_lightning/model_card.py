@@ -1,0 +1,114 @@
+"""The README of an exported student: what it is, how it was made, what was measured."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+RECIPE_KEYS = ("objective", "schedule", "optim", "module", "data", "trainer", "callbacks", "seed")
+OWN_SECTIONS = ("backbone", "objective", "schedule", "student_optim", "fake_score_optim", "samplers")
+PAPER = "Continuous-Time Distribution Matching (arXiv:2605.06376)"
+
+TEMPLATE = """---
+library_name: diffusers
+pipeline_tag: text-to-image
+tags:
+- distillation
+- few-step
+{base_model}---
+
+# {name}
+
+A student that makes an image in {calls}, without guidance. It was distilled from `{base}` by
+{paper} with `cdm_lightning`. The licence is that of the pipeline it was distilled from.
+
+| | |
+| --- | --- |
+| weights | {weights} |
+| iterations of training | {iteration} |
+| precision of the network's file | {dtype} |
+| network calls for an image | {nfe} |
+
+## Metrics
+
+{metrics}
+
+## Recipe
+
+```yaml
+{recipe}```
+"""
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What is known about an export; `config` is the run's configuration and `metrics` its metrics.json, if any."""
+
+    name: str
+    nfe: int
+    weights: str
+    iteration: int
+    dtype: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Any = None
+
+    def text(self) -> str:
+        """The card as Markdown with the header that model hubs read."""
+        base = str(self.config.get("backbone", {}).get("pretrained", "its pretrained network"))
+        is_hub_id = base.count("/") == 1 and not Path(base).exists()
+        average = "running average of the student" if self.weights == "student_ema" else "the student as last trained"
+        return TEMPLATE.format(
+            base_model=f"base_model: {base}\n" if is_hub_id else "",
+            name=f"{self.name}, {self.nfe} step{'' if self.nfe == 1 else 's'}",
+            calls="one network call" if self.nfe == 1 else f"{self.nfe} network calls",
+            base=base if is_hub_id else Path(base).name,
+            paper=PAPER,
+            weights=f"{average} (`{self.weights}`)",
+            iteration=self.iteration,
+            dtype=self.dtype,
+            nfe=self.nfe,
+            metrics=metrics_table(self.metrics),
+            recipe=yaml.safe_dump(recipe(self.config), sort_keys=False),
+        )
+
+
+def recipe(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of a configuration that decide a run's weights: objects by their class's names, no local folders."""
+    chosen = {key: config[key] for key in RECIPE_KEYS if key in config}
+    if isinstance(chosen.get("module"), Mapping):
+        chosen["module"] = {key: value for key, value in chosen["module"].items() if key not in OWN_SECTIONS}
+    return _readable(chosen)
+
+
+def _readable(node: Any) -> Any:
+    """`_target_: a.b.C` as `class: C`; the folder of an absolute path is nobody's business but the run's."""
+    if isinstance(node, Mapping):
+        named = (("class", str(v).rpartition(".")[2]) if k == "_target_" else (k, v) for k, v in node.items())
+        return {str(key): _readable(value) for key, value in named if key != "_partial_"}
+    if isinstance(node, list | tuple):
+        return [_readable(child) for child in node]
+    if isinstance(node, str) and Path(node).is_absolute():
+        return Path(node).name
+    return node
+
+
+def metrics_table(metrics: Any) -> str:
+    """A Markdown table of a list of rows, of named rows or of single figures; a sentence if there is nothing."""
+    if isinstance(metrics, Mapping) and isinstance(metrics.get("rows"), list):
+        metrics = metrics["rows"]
+    if isinstance(metrics, Mapping) and metrics:
+        nested = all(isinstance(value, Mapping) for value in metrics.values())
+        metrics = [{"": name, **(value if nested else {"value": value})} for name, value in metrics.items()]
+    if not isinstance(metrics, Sequence) or not metrics or not all(isinstance(row, Mapping) for row in metrics):
+        return "None were recorded with the run."
+    columns = list(dict.fromkeys(key for row in metrics for key in row))
+    lines = [columns, ["---"] * len(columns), *([_cell(row.get(key)) for key in columns] for row in metrics)]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")

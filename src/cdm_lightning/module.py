@@ -1,0 +1,235 @@
+"""The distillation as a LightningModule: two networks trained in turn on the student's own rollouts.
+
+Everything counts iterations: an iteration is one batch, one rollout and one update of the fake score, and at every
+`student_every`-th one an update of the student. `trainer.global_step`, `max_steps`, checkpoints and logs all count that.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from cdm_lightning.backbones.base import Backbone, BoundField
+from cdm_lightning.core.ema import lerp_parameters_
+from cdm_lightning.core.objective import CDMObjective, TermLosses, VelocityFields
+from cdm_lightning.core.rng import StepRandom
+from cdm_lightning.core.rollout import TrajectoryPoint, simulate, simulate_to_anchor
+from cdm_lightning.core.schedules import SigmaSchedule
+from cdm_lightning.data.batches import PromptBatch
+from cdm_lightning.errors import UserError
+from cdm_lightning.evaluation import SamplerSpec, generate
+from cdm_lightning.networks import Networks
+from cdm_lightning.optim import OptimizerRecipe
+
+COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class CDMModule(L.LightningModule):
+    """Continuous-Time Distribution Matching (arXiv:2605.06376), or any other `objective` on the same rollouts.
+
+    The student is updated in the last of every `student_every` iterations; after each of its own updates the fake score is
+    merged with the student by the weight `fake_score_merge` (0: not at all). `samplers` are the ways in which validation
+    generates images. Networks compute in `compute_dtype` ("float32", "bfloat16"); weights, gradients, sigmas and losses are
+    float32 always. All random draws are functions of (`seed`, iteration, slot in the global batch).
+
+    `iteration` counts the finished iterations, `ema_updates` those of `networks.student_ema` (made by the callback
+    `StudentEMA`), `skipped_steps` the updates left out for a gradient that was not finite. Raises `UserError` for an
+    argument out of its range.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        objective: CDMObjective,
+        schedule: SigmaSchedule,
+        student_optim: OptimizerRecipe,
+        fake_score_optim: OptimizerRecipe,
+        student_every: int = 2,
+        fake_score_merge: float = 1e-3,
+        samplers: Sequence[SamplerSpec] = (),
+        seed: int = 0,
+        compute_dtype: str = "float32",
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if student_every < 1 or not 0 <= fake_score_merge <= 1:
+            raise UserError("module: student_every must be at least 1 and fake_score_merge lie in [0, 1]")
+        if compute_dtype not in COMPUTE_DTYPES:
+            raise UserError(f"module: compute_dtype must be one of {', '.join(COMPUTE_DTYPES)}, got {compute_dtype!r}")
+        self.automatic_optimization = False
+        self.backbone, self.objective, self.schedule = backbone, objective, schedule
+        self.recipes = {"student": student_optim, "fake_score": fake_score_optim}
+        self.student_every, self.fake_score_merge = student_every, fake_score_merge
+        self.samplers, self.seed = list(samplers), seed
+        self.compute_dtype = COMPUTE_DTYPES[compute_dtype]
+        self.gradient_checkpointing = gradient_checkpointing
+        self.networks: Networks | None = None  # built by `configure_model`, when the device is known
+        self.iteration = 0
+        self.ema_updates = 0
+        self.skipped_steps = {"student": 0, "fake_score": 0}
+        self.time_phases = False  # set by a monitor: wait for the device around each phase, so that times are true
+        self.phase_seconds: dict[str, float] = {}  # in all, since the start of this process
+        self._health: dict[str, Tensor] = {}
+
+    # ---- the algorithm
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """One iteration: rollout, anchor, fake score, merge and, in its turn, student."""
+        rng = StepRandom(self.seed, self.iteration, batch.indices.tolist(), self.device)
+        fields = self.bind(batch.prompts)
+        with self._phase("rollout"):
+            point = self.draw_point(fields, rng)
+        with self._phase("fake_score"):
+            self._update("fake_score", self.objective.fake_score_loss(fields, point, rng, self.backbone.shift_sigmas))
+            self._merge_fake_score()
+        if self.is_student_turn:
+            with self._phase("student"):
+                losses = self.objective.student_loss(fields, point, rng, self.backbone.shift_sigmas, self.iteration)
+                self._update("student", losses)
+        self.iteration += 1
+        self._log_health()
+
+    def bind(self, prompts: Sequence[str]) -> VelocityFields:
+        """The networks as velocity fields of these prompts."""
+        text, no_text = self.backbone.encode_prompts(prompts), self.backbone.encode_prompts([""] * len(prompts))
+        networks = self.networks
+        return VelocityFields(
+            student=BoundField(self.backbone, networks.student, text, self.compute_dtype),
+            fake_score=BoundField(self.backbone, networks.fake_score, text, self.compute_dtype),
+            teacher=BoundField(self.backbone, networks.teacher, text, self.compute_dtype),
+            teacher_uncond=BoundField(self.backbone, networks.teacher, no_text, self.compute_dtype),
+        )
+
+    def draw_point(self, fields: VelocityFields, rng: StepRandom) -> TrajectoryPoint:
+        """Backward simulation with the student and one anchor a sample, run no further than the objective needs."""
+        sigmas = self.schedule.sample(rng, self.backbone.shift_sigmas)
+        noise = rng.normal("rollout.noise", self.backbone.latent_shape)
+        anchor = rng.index("rollout.anchor", sigmas.shape[1] - 1)
+        if self.objective.needs_full_rollout:
+            return simulate(fields.student, noise, sigmas).at(anchor)
+        return simulate_to_anchor(fields.student, noise, sigmas, anchor)
+
+    @property
+    def is_student_turn(self) -> bool:
+        """Whether the student is updated in the current iteration."""
+        return self.iteration % self.student_every == self.student_every - 1
+
+    def _merge_fake_score(self) -> None:
+        if self.fake_score_merge:
+            lerp_parameters_(self.networks.fake_score, self.networks.student, self.fake_score_merge)
+
+    def _update(self, name: str, losses: TermLosses) -> None:
+        """One clipped step of a network; with a gradient that is not finite it is left out and counted.
+
+        Whether it is finite is the one thing that the host waits for in each update.
+        """
+        recipe, optimizer = self.recipes[name], self._optimizer(name)
+        recipe.set_learning_rate(optimizer, self.iteration)
+        self.manual_backward(losses.total)
+        parameters = getattr(self.networks, name).parameters()
+        norm = nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
+        if not torch.isfinite(norm):
+            self.skipped_steps[name] += 1
+            optimizer.zero_grad(set_to_none=True)  # a step without gradients changes nothing, but Lightning counts it
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        terms = losses.terms if len(losses.terms) > 1 else {}  # a single one is the total
+        figures = {"loss": losses.total, **terms, **losses.logs, "grad_norm": norm}
+        self._health.update({f"{name}/{key}": value.detach() for key, value in figures.items()})
+
+    # ---- optimizers
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        """The fake score's optimizer and the student's."""
+        return [self.recipes[name].build(getattr(self.networks, name).parameters()) for name in ("fake_score", "student")]
+
+    def _optimizer(self, name: str) -> Optimizer:
+        """Lightning counts the steps of the fake score's optimizer, one an iteration; the student's stays out of sight."""
+        fake_score, student = self.optimizers()
+        return fake_score if name == "fake_score" else student.optimizer
+
+    # ---- set-up and state
+
+    def configure_model(self) -> None:
+        """Build the networks and load the frozen parts; called by Lightning before weights are restored."""
+        if self.networks is not None:
+            return
+        if self.trainer.precision != "32-true":
+            raise UserError("trainer.precision must stay 32-true: set the networks' precision by module.compute_dtype")
+        device = self.trainer.strategy.root_device
+        with torch.device("cpu"):  # Lightning sets the default device here; weights shall not depend on it
+            self.networks = Networks(self.backbone, self.gradient_checkpointing)
+        self.networks.place(device)
+        self.backbone.setup(device)
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """Add what a resumed run needs besides weights and optimizers: three counters; the fingerprint tells whose they are."""
+        checkpoint["cdm"] = {
+            "fingerprint": self.backbone.fingerprint,
+            "iteration": self.iteration,
+            "ema_updates": self.ema_updates,
+            "skipped_steps": dict(self.skipped_steps),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """Take the counters back."""
+        state = checkpoint["cdm"]
+        self.iteration, self.ema_updates = state["iteration"], state["ema_updates"]
+        self.skipped_steps = dict(state["skipped_steps"])
+
+    # ---- evaluation
+
+    @property
+    def evaluated_network(self) -> nn.Module:
+        """The network that is evaluated and exported: the student's average once there is one."""
+        return self.networks.student_ema if self.ema_updates else self.networks.student
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict:
+        """Generate once for all callbacks: {"prompts", "indices" (B,), "images": {sampler: (B, 3, H, W) in [0, 1]}}."""
+        networks = {"student": self.evaluated_network, "teacher": self.networks.teacher}
+        images = {
+            spec.name: generate(
+                self.backbone,
+                networks[spec.network],
+                spec,
+                batch.prompts,
+                batch.indices.tolist(),
+                seed=self.seed,
+                batch_size=len(batch.prompts),
+                compute_dtype=self.compute_dtype,
+            )
+            for spec in self.samplers
+        }
+        return {"prompts": batch.prompts, "indices": batch.indices, "images": images}
+
+    def on_validation_epoch_end(self) -> None:
+        """Give validation figures the iteration as their place on the x axis."""
+        self.log("step", float(self.iteration))
+
+    # ---- health figures
+
+    def _log_health(self) -> None:
+        """Log the latest figures every `log_every_n_steps` iterations; "step" becomes the x axis of all loggers."""
+        if self.iteration % self.trainer.log_every_n_steps:
+            return
+        figures: dict[str, Tensor | float] = dict(self._health)
+        for name in self.recipes:
+            figures[f"{name}/skipped_steps"] = float(self.skipped_steps[name])
+            figures[f"{name}/learning_rate"] = self._optimizer(name).param_groups[0]["lr"]
+        self.log_dict({**figures, "step": float(self.iteration)}, on_step=True, on_epoch=False)
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """Add the time of the block to `phase_seconds[name]`."""
+        wait = self.time_phases and self.device.type == "cuda"
+        if wait:
+            torch.cuda.synchronize(self.device)
+        start = time.perf_counter()
+        yield
+        if wait:
+            torch.cuda.synchronize(self.device)
+        self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + time.perf_counter() - start

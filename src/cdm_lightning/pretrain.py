@@ -1,0 +1,79 @@
+"""`python -m cdm_lightning.pretrain experiment=tiny_sd3_teacher`: make every bundled weight of the tiny pipeline from nothing."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from cdm_lightning.config import conf_dir, register_resolvers
+from cdm_lightning.errors import UserError
+
+STAGES = ("vae", "teacher", "classifier", "clip")
+
+
+def pretrain(cfg: DictConfig) -> Path:
+    """Run the stages of `cfg.stages` in order and write the assets into `cfg.output`; interrupted stages go on where they stopped."""
+    import torch
+    from diffusers.utils.logging import disable_progress_bar
+
+    from cdm_lightning.pretraining import scorers, teacher, tiny_sd3, vae
+    from cdm_lightning.pretraining.loop import Recipe
+
+    unknown = [stage for stage in cfg.stages if stage not in STAGES]
+    if unknown:
+        raise UserError(f"stages={unknown} is not known; choose from {', '.join(STAGES)}")
+    output, work = Path(cfg.output), Path(cfg.work_dir)
+    if output.is_file():
+        raise UserError(f"output={output} is a file; give a folder")
+    disable_progress_bar()
+    torch.set_num_threads(cfg.threads or os.cpu_count())
+    output.mkdir(parents=True, exist_ok=True)
+
+    def recipe(stage: str) -> Recipe:
+        return Recipe(**{**OmegaConf.to_container(cfg.recipe[stage]), "betas": tuple(cfg.recipe[stage].betas), "seed": cfg.seed})
+
+    if "classifier" in cfg.stages:
+        scorers.train_classifier(recipe("classifier"), work, output / "shapes_classifier.safetensors")
+    if "clip" in cfg.stages:
+        scorers.train_clip(recipe("clip"), work, output / "tiny_clip")
+    if "vae" in cfg.stages or "teacher" in cfg.stages:
+        pipeline = tiny_sd3.build_pipeline(cfg.seed, **cfg.pipeline)
+        vae.train_vae(pipeline.vae, recipe("vae"), work)
+        if "teacher" in cfg.stages:
+            teacher.train_teacher(pipeline, recipe("teacher"), work, **cfg.teacher)
+        save_pipeline(pipeline, output / "tiny_sd3")
+    return output
+
+
+def save_pipeline(pipeline, folder: Path) -> None:
+    """Write the pipeline as diffusers does, the transformer in half precision (it is most of the size), all or nothing."""
+    import torch
+
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    pipeline.transformer.to(torch.float16)
+    pipeline.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+@hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="pretrain")
+def _compose_and_run(cfg: DictConfig) -> None:
+    print(f"assets written to {pretrain(cfg)}")
+
+
+def main() -> None:
+    """Entry point; a user's mistake is one line on stderr and exit code 2."""
+    register_resolvers()
+    try:
+        _compose_and_run()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

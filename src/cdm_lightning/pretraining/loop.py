@@ -1,0 +1,92 @@
+"""The one optimisation loop of all pretraining stages: AdamW, warm-up, linear decay to zero, clipping, restartable."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cdm_lightning.core.rng import stream
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a stage is trained; `iterations` of `batch_size` samples, `lr` reached after `warmup` and falling to 0 from `decay_from`."""
+
+    iterations: int
+    batch_size: int = 32
+    lr: float = 2e-3
+    warmup: int = 50
+    decay_from: float = 0.3
+    weight_decay: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.99)
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.0
+    seed: int = 0
+
+    def lr_at(self, iteration: int) -> float:
+        """Learning rate of one iteration: linear warm-up, constant, linear decay."""
+        start = self.decay_from * self.iterations
+        decay = 1 - max(0.0, iteration - start) / max(1.0, self.iterations - start)
+        return self.lr * min(1.0, (iteration + 1) / max(1, self.warmup)) * decay
+
+
+def optimise(
+    name: str,
+    network: nn.Module,
+    loss: Callable[[int, torch.Generator], Tensor],
+    recipe: Recipe,
+    *,
+    folder: Path,
+    train: Iterable[nn.Parameter] | None = None,
+    log_every: int = 200,
+    save_every: int = 1000,
+) -> nn.Module:
+    """Train `network` in place on `loss(iteration, generator)` and return it, with its EMA weights where the recipe has a decay.
+
+    A stage that was interrupted goes on from `folder/NAME.pt`; a finished one is loaded. The generator of an iteration is a
+    function of (seed, name, iteration), so that a restarted run equals an undisturbed one.
+    """
+    parameters = list(network.parameters() if train is None else train)
+    optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)
+    ema = [p.detach().clone() for p in parameters]
+    path, start = folder / f"{name}.pt", 0
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+        start, ema = state["iteration"], state["ema"]
+    began, running = time.perf_counter(), 0.0
+    for iteration in range(start, recipe.iterations):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.lr_at(iteration)
+        value = loss(iteration, stream(recipe.seed, name, iteration))
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        decay = min(recipe.ema_decay, (1 + iteration) / (10 + iteration))
+        torch._foreach_lerp_(ema, [p.detach() for p in parameters], 1 - decay)
+        running += float(value.detach())
+        done = iteration + 1
+        if done % log_every == 0 or done == recipe.iterations:
+            left = (time.perf_counter() - began) / (done - start) * (recipe.iterations - done)
+            count = log_every if done % log_every == 0 else done % log_every
+            print(f"{name} {done}/{recipe.iterations} loss {running / count:.4f} left {left / 60:.1f} min", flush=True)
+            running = 0.0
+        if done % save_every == 0 or done == recipe.iterations:
+            _save({"network": network.state_dict(), "optimizer": optimizer.state_dict(), "iteration": done, "ema": ema}, path)
+    with torch.no_grad():
+        for parameter, average in zip(parameters, ema, strict=True):
+            parameter.copy_(average)
+    return network
+
+
+def _save(state: dict, path: Path) -> None:
+    """Write beside the target, then rename: a kill leaves the previous file whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    temporary.replace(path)

@@ -1,0 +1,94 @@
+"""Stages 3 and 4: what measures the generators and never trains with them, a tiny CLIP and a classifier of shapes."""
+
+import json
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.loss import ClipLoss
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from cdm_lightning.data.shapes import all_words, draw_scenes, lay_out, render, render_layout
+from cdm_lightning.metrics.shapes_classifier import HEADS, ShapesClassifier
+from cdm_lightning.pretraining.loop import Recipe, optimise
+from cdm_lightning.pretraining.tiny_sd3 import CLIP_TOKENS, build_clip_tokenizer
+
+POOL = 49152
+
+
+def perturb(images: Tensor, rng: torch.Generator) -> Tensor:
+    """Slight blur on half of the images and noise on all, so that a scorer does not lean on pixel-exact edges."""
+    blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    weight = (torch.rand(len(images), 1, 1, 1, generator=rng) - 0.5).clamp(min=0) * 1.6
+    noise = 0.04 * torch.rand(len(images), 1, 1, 1, generator=rng) * torch.randn(images.shape, generator=rng)
+    return (images + weight * (blurred - images) + noise).clamp(0, 1)
+
+
+def train_classifier(recipe: Recipe, folder: Path, output: Path) -> ShapesClassifier:
+    """Train on renderings of every combination and write `output` (safetensors)."""
+    scenes = draw_scenes(POOL, recipe.seed + 1000, "all", pairs=0.5)
+    layout = lay_out(scenes, recipe.seed + 1000)
+    images = render_layout(layout, recipe.seed + 1000)
+    targets = {"arrangement": layout.arrangement, "place": layout.place}
+    for slot in (0, 1):
+        targets |= {f"{what}_{slot}": getattr(layout, what)[:, slot] for what in ("colour", "shape", "size")}
+    torch.manual_seed(recipe.seed)
+    model = ShapesClassifier()
+
+    def loss(iteration: int, rng: torch.Generator) -> Tensor:
+        rows = torch.randint(POOL, (recipe.batch_size,), generator=rng)
+        logits = model(perturb(images[rows], rng))
+        return sum(F.cross_entropy(logits[name], targets[name][rows], ignore_index=-1) for name in HEADS)
+
+    optimise("classifier", model, loss, recipe, folder=folder)
+    save_file(model.state_dict(), output)
+    return model.eval()
+
+
+def clip_config(vocabulary: int, eos: int) -> dict:
+    """The `open_clip_config.json` of the tiny CLIP: 32-pixel images in 4-pixel patches, captions of 12 tokens."""
+    return {
+        "model_cfg": {
+            "embed_dim": 64,
+            "vision_cfg": {"image_size": 32, "patch_size": 4, "width": 64, "layers": 3, "head_width": 32},
+            "text_cfg": {
+                "context_length": CLIP_TOKENS,
+                "vocab_size": vocabulary,
+                "hf_tokenizer_name": "local",
+                "width": 64,
+                "heads": 2,
+                "layers": 2,
+                "pool_type": "eos",
+                "eos_id": eos,
+                "pad_id": eos,
+            },
+        },
+        "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": "bicubic", "resize_mode": "squash"},
+    }
+
+
+def train_clip(recipe: Recipe, folder: Path, output: Path) -> None:
+    """Train contrastively on the same pairs as the teacher and write an open_clip `local-dir:` folder."""
+    tokenizer: CLIPTokenizer = build_clip_tokenizer(all_words())
+    config = clip_config(len(tokenizer), tokenizer.eos_token_id)
+    torch.manual_seed(recipe.seed)
+    model = open_clip.CLIP(**config["model_cfg"])
+    scenes = draw_scenes(POOL, recipe.seed + 2000, "train", pairs=0.25)
+    images = render(scenes, recipe.seed + 2000)
+    captions = tokenizer([scene.caption for scene in scenes], padding="max_length", return_tensors="pt").input_ids
+    contrast = ClipLoss()
+
+    def loss(iteration: int, rng: torch.Generator) -> Tensor:
+        rows = torch.randint(POOL, (recipe.batch_size,), generator=rng)
+        pictures = perturb(images[rows], rng) * 2 - 1
+        features = model.encode_image(pictures, normalize=True), model.encode_text(captions[rows], normalize=True)
+        return contrast(*features, model.logit_scale.clamp(max=4.6).exp())
+
+    optimise("clip", model, loss, recipe, folder=folder)
+    output.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(output)
+    (output / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, output / "open_clip_model.safetensors")

@@ -1,0 +1,122 @@
+"""Stage 2: the velocity network and the three text encoders of the tiny pipeline, trained by flow matching."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from torch import Tensor, nn
+from transformers import T5EncoderModel
+
+from cdm_lightning.backbones.compact_text import use_compact_padding
+from cdm_lightning.core.flow import interpolate
+from cdm_lightning.data.shapes import draw_scenes, render
+from cdm_lightning.pretraining.loop import Recipe, optimise
+
+T5_TOKENS = 256  # what the stock pipeline pads to
+CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """N latents (N, C, h, w) with the token ids of their captions; the last row of the ids is the empty caption."""
+
+    latents: Tensor
+    clip_ids: Tensor
+    t5_ids: Tensor
+
+
+class TextConditioned(nn.Module):
+    """The trained parts under one roof: transformer, two CLIP encoders, T5."""
+
+    def __init__(self, pipeline: StableDiffusion3Pipeline) -> None:
+        super().__init__()
+        self.transformer = pipeline.transformer
+        self.clip = nn.ModuleList([pipeline.text_encoder, pipeline.text_encoder_2])
+        self.t5 = pipeline.text_encoder_3
+        use_compact_padding(self.transformer, pipeline.tokenizer_max_length + T5_TOKENS)
+
+    def forward(self, x: Tensor, sigma: Tensor, clip_ids: Tensor, t5_ids: Tensor) -> Tensor:
+        """Velocity (B, C, h, w) of latents x (B, C, h, w) at sigma (B,) for token ids (B, 12) and compacted (B, keep + 1)."""
+        embeds, pooled = self.encode(clip_ids, t5_ids)
+        return self.transformer(
+            hidden_states=x,
+            encoder_hidden_states=embeds,
+            pooled_projections=pooled,
+            timestep=sigma * 1000,
+            return_dict=False,
+        )[0]
+
+    def encode(self, clip_ids: Tensor, t5_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """What `StableDiffusion3Pipeline.encode_prompt` gives, with gradient: (B, 12 + keep + 1, D) and pooled (B, P)."""
+        outputs = [clip(clip_ids, output_hidden_states=True) for clip in self.clip]
+        hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        t5 = encode_compact(self.t5, t5_ids, T5_TOKENS)
+        hidden = nn.functional.pad(hidden, (0, t5.shape[-1] - hidden.shape[-1]))
+        return torch.cat([hidden, t5], dim=1), torch.cat([output.text_embeds for output in outputs], dim=-1)
+
+
+def encode_compact(t5: T5EncoderModel, ids: Tensor, full_length: int) -> Tensor:
+    """T5 without positions on ids (B, N) whose last token stands for all padding up to `full_length` -> (B, N, D)."""
+    count = ids.shape[1]
+    mask = torch.zeros(len(ids), 1, 1, count)
+    mask[..., -1] = math.log(full_length - count + 1)
+    return t5(ids, attention_mask=mask.expand(-1, -1, count, -1))[0]
+
+
+def tokenise(pipeline: StableDiffusion3Pipeline, captions: list[str], keep: int) -> tuple[Tensor, Tensor]:
+    """CLIP ids (N, 12) and T5 ids (N, keep + 1), the last of which is padding; ValueError where a caption is longer."""
+    clip = pipeline.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    t5 = pipeline.tokenizer_3(captions, padding="max_length", max_length=keep + 1, return_tensors="pt").input_ids
+    if t5.shape[1] > keep + 1 or (t5[:, -1] != pipeline.tokenizer_3.pad_token_id).any():
+        raise ValueError(f"a caption has more than {keep} T5 tokens")
+    return clip, t5
+
+
+@torch.no_grad()
+def captioned_latents(pipeline: StableDiffusion3Pipeline, count: int, seed: int, keep: int, pairs: float) -> Captioned:
+    """Encode `count` renderings of training captions."""
+    scenes = draw_scenes(count, seed, "train", pairs=pairs)
+    vae, latents = pipeline.vae, []
+    for begin in range(0, count, CHUNK):
+        images = render(scenes[begin : begin + CHUNK], seed + 1 + begin).to(memory_format=torch.channels_last)
+        mean = vae.encode(images * 2 - 1).latent_dist.mean
+        latents.append(((mean - vae.config.shift_factor) * vae.config.scaling_factor).contiguous())
+    return Captioned(torch.cat(latents), *tokenise(pipeline, [*(scene.caption for scene in scenes), ""], keep))
+
+
+def train_teacher(
+    pipeline: StableDiffusion3Pipeline,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    count: int = 98304,
+    keep: int = 11,
+    pairs: float = 0.25,
+    caption_dropout: float = 0.1,
+    sigma_mean: float = 0.4,
+    sigma_std: float = 1.2,
+    compile_network: bool = True,
+) -> StableDiffusion3Pipeline:
+    """Flow matching with caption dropout and logit-normal sigmas (SD3, arXiv:2403.03206), in place."""
+    data = captioned_latents(pipeline, count, recipe.seed, keep, pairs)
+    model = TextConditioned(pipeline).train().requires_grad_(True)
+    if compile_network:
+        model.transformer.compile()
+    relative_positions = pipeline.text_encoder_3.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
+    relative_positions.requires_grad_(False)  # stays zero: see backbones.compact_text
+
+    def loss(iteration: int, rng: torch.Generator) -> Tensor:
+        size = recipe.batch_size
+        rows = torch.randint(count, (size,), generator=rng)
+        x0, noise = data.latents[rows], torch.randn(size, *data.latents.shape[1:], generator=rng)
+        sigma = torch.sigmoid(sigma_mean + sigma_std * torch.randn(size, generator=rng))
+        captions = torch.where(torch.rand(size, generator=rng) < caption_dropout, count, rows)
+        velocity = model(interpolate(x0, noise, sigma), sigma, data.clip_ids[captions], data.t5_ids[captions])
+        return (velocity - (noise - x0)).square().mean()
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimise("teacher", model, loss, recipe, folder=folder, train=trained)
+    model.eval().requires_grad_(False)
+    return pipeline

@@ -1,0 +1,133 @@
+"""A genuine `StableDiffusion3Pipeline` at toy size: every class is the one of SD3-Medium, only the numbers are small.
+
+32 x 32 pixels; the VAE halves the side (16 x 16 latents of 4 channels), the transformer cuts them into 16 patches. The
+CLIP encoders read 12 tokens; the T5 has no relative positions (its bias table stays zero), so that all padding tokens are
+alike and `backbones.compact_text` can fold them.
+"""
+
+import json
+from collections.abc import Sequence
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+
+from cdm_lightning.data.shapes import all_words
+
+CLIP_TOKENS = 12
+CLIP_WIDTH = 32
+T5_WIDTH = 64
+SHIFT = 3.0  # as in SD3-Medium's scheduler
+
+
+def build_pipeline(seed: int = 0, heads: int = 3, layers: int = 4, latent_channels: int = 4) -> StableDiffusion3Pipeline:
+    """Pipeline with random weights (a function of `seed`), frozen and in eval mode."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        clip_tokenizer, t5_tokenizer = build_clip_tokenizer(all_words()), build_t5_tokenizer(all_words())
+        pipeline = StableDiffusion3Pipeline(
+            transformer=build_transformer(heads, layers, latent_channels),
+            vae=build_vae(latent_channels),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+            text_encoder=build_clip(clip_tokenizer),
+            tokenizer=clip_tokenizer,
+            text_encoder_2=build_clip(clip_tokenizer),
+            tokenizer_2=clip_tokenizer,
+            text_encoder_3=build_t5(t5_tokenizer),
+            tokenizer_3=t5_tokenizer,
+        )
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.eval().requires_grad_(False)
+    return pipeline
+
+
+def build_transformer(heads: int, layers: int, latent_channels: int) -> SD3Transformer2DModel:
+    """The denoiser: 16 image tokens of 4 x 4 latents; heads of width 32; rms-normalised queries and keys as in SD3.5."""
+    return SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=4,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        num_layers=layers,
+        attention_head_dim=32,
+        num_attention_heads=heads,
+        joint_attention_dim=T5_WIDTH,
+        caption_projection_dim=32 * heads,
+        pooled_projection_dim=2 * CLIP_WIDTH,
+        pos_embed_max_size=8,
+        qk_norm="rms_norm",
+    )
+
+
+def build_vae(latent_channels: int) -> AutoencoderKL:
+    """Autoencoder (B, 3, 32, 32) <-> (B, 4, 16, 16); scaling and shift are set after its training."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        latent_channels=latent_channels,
+        norm_num_groups=8,
+        sample_size=32,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+def build_clip(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
+    """Text encoder of one layer; hidden and projected width 32."""
+    return CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=CLIP_WIDTH,
+            intermediate_size=2 * CLIP_WIDTH,
+            projection_dim=CLIP_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=CLIP_TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
+    """Encoder of one layer whose relative-position table is zero: word order is left to the CLIP encoders."""
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=T5_WIDTH, d_kv=16, d_ff=2 * T5_WIDTH, num_layers=1, num_heads=4, dropout_rate=0.0
+    )
+    encoder = T5EncoderModel(config)
+    torch.nn.init.zeros_(encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight)
+    return encoder
+
+
+def build_clip_tokenizer(words: Sequence[str]) -> CLIPTokenizer:
+    """Byte-level BPE with CLIP's end-of-word mark, trained until each word of the caption language is one token."""
+    trained = Tokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix="</w>"))
+    trained.normalizer = normalizers.Lowercase()
+    trained.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        end_of_word_suffix="</w>",
+        special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        show_progress=False,
+    )
+    trained.train_from_iterator([" ".join(words)] * 2, trainer)
+    state = json.loads(trained.to_str())["model"]
+    merges = [tuple(merge) for merge in state["merges"]]
+    return CLIPTokenizer(vocab=state["vocab"], merges=merges, model_max_length=CLIP_TOKENS)
+
+
+def build_t5_tokenizer(words: Sequence[str]) -> T5Tokenizer:
+    """Unigram tokenizer in which each word of the caption language is one piece, with single letters for the rest."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
+    pieces += [(f"▁{word}", -2.0) for word in words]
+    pieces += [(letter, -8.0) for letter in "abcdefghijklmnopqrstuvwxyz0123456789,.'\"-"]
+    return T5Tokenizer(vocab=pieces, extra_ids=0)

@@ -1,0 +1,176 @@
+"""`python -m cdm_lightning.sample --model FOLDER --prompt TEXT`: a labelled grid of pictures from a pipeline folder.
+
+An exported folder gives the student's own pictures; any other Stable Diffusion 3 pipeline, such as the teacher's, can
+be looked at with the same noise: that of picture i is a function of the seed and of i only.
+"""
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cdm_lightning.errors import UserError
+
+if TYPE_CHECKING:  # torch and the rest take seconds to import: --help and mistakes should not wait for them
+    import torch
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from cdm_lightning.backbones.sd3 import SD3Backbone
+
+STEPS = 28  # of a pipeline that is no export: the default of diffusers' StableDiffusion3Pipeline
+SMALLEST_TILE = 160  # pixels; smaller pictures are enlarged by a whole factor, without smoothing
+MOST_COLUMNS = 6
+GAP, LINE, LABEL_LINES = 8, 16, 4  # of the grid: pixels, pixels, lines below each picture
+FONT_SIZE, CHARACTER = 13, 7  # pixels: of the letters, and the width of a mean one
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Pictures (N, 3, H, W) in [0, 1] on the CPU and the number of steps that they were made in."""
+
+    images: "Tensor"
+    steps: int
+
+
+def sample_images(
+    model: str,
+    prompts: Sequence[str],
+    steps: int | None = None,
+    guidance_scale: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 8,
+    device: str = "auto",
+) -> "Samples":
+    """Pictures of the prompts; `steps=None` is what the folder was exported for, else 28.
+
+    As in diffusers, a guidance scale of at most 1 is none. Raises UserError for a model that is no SD3 pipeline.
+    """
+    from cdm_lightning.evaluation import SamplerSpec, generate
+
+    backbone, exported_for = open_model(model)
+    steps = steps or exported_for or STEPS
+    spec = SamplerSpec("sample", nfe=steps, guidance_scale=max(1.0, guidance_scale))
+    place = choose_device(device)
+    network = backbone.build_teacher().to(place)
+    backbone.setup(place)
+    return Samples(generate(backbone, network, spec, prompts, range(len(prompts)), seed, batch_size), steps)
+
+
+def choose_device(name: str) -> "torch.device":
+    """The device of that name, or CUDA if there is one for "auto"; UserError if it cannot be used here."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise UserError(f"--device {name} cannot be used here; pass cpu, or cuda where torch finds a GPU") from error
+
+
+def open_model(model: str) -> "tuple[SD3Backbone, int | None]":
+    """The backbone of a folder or hub id, in the sizes of an export, and the number of steps it was exported for."""
+    from cdm_lightning.backbones.sd3 import SD3Backbone
+    from cdm_lightning.backbones.sd3_folder import read_call
+
+    call = read_call(SD3Backbone(model).folder)
+    sizes = {name: call[name] for name in ("height", "width", "max_sequence_length") if name in call}
+    return SD3Backbone(model, **sizes), call.get("num_inference_steps")
+
+
+def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
+    """The prompts of the command line and then those of a prompt file; UserError if there is none."""
+    found = list(prompts)
+    if file is not None:
+        from cdm_lightning.data.prompts import PromptFile
+
+        lines = PromptFile(file)
+        found += [lines[i] for i in range(len(lines))]
+    if not found:
+        raise UserError("no prompt: pass --prompt TEXT or --prompts-file FILE")
+    return found
+
+
+def draw_grid(images: "Tensor", prompts: Sequence[str], title: str) -> "Image":
+    """Pictures (N, 3, H, W) in rows and columns, each with its prompt below, under a title."""
+    from PIL import Image, ImageDraw, ImageFont
+    from torchvision.transforms.functional import to_pil_image
+
+    height, width = images.shape[2:]
+    scale = -(-SMALLEST_TILE // width)
+    tile = (width * scale, height * scale)
+    columns = min(len(prompts), MOST_COLUMNS)
+    cell = (tile[0] + GAP, tile[1] + LABEL_LINES * LINE + GAP)
+    rows = -(-len(prompts) // columns)
+    grid = Image.new("RGB", (columns * cell[0] + GAP, rows * cell[1] + 2 * LINE), "white")
+    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(size=FONT_SIZE)
+    draw.text((GAP, GAP), title, fill="black", font=font)
+    for i, (image, prompt) in enumerate(zip(images, prompts)):
+        left, top = GAP + i % columns * cell[0], 2 * LINE + i // columns * cell[1]
+        pixels = (image * 255).round().byte()  # as diffusers makes its PIL images
+        grid.paste(to_pil_image(pixels).resize(tile, Image.Resampling.NEAREST), (left, top))
+        words = textwrap.wrap(prompt, tile[0] // CHARACTER, max_lines=LABEL_LINES, placeholder=" ...")
+        draw.multiline_text((left, top + tile[1]), "\n".join(words), fill="black", font=font, spacing=2)
+    return grid
+
+
+def write_picture(picture: "Image", output: Path) -> None:
+    """Save as PNG, whole or not at all; UserError if it cannot be written there."""
+    from cdm_lightning.report import replacing
+
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(output) as temporary:
+            picture.save(temporary, format="PNG")
+    except OSError as error:
+        raise UserError(f"{output}: the picture cannot be written ({error.strerror}); pass another --output") from error
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's arguments."""
+    made = argparse.ArgumentParser(prog="python -m cdm_lightning.sample", description="A labelled grid of pictures.")
+    made.add_argument("--model", required=True, metavar="FOLDER", help="exported folder, or any SD3 pipeline or hub id")
+    made.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
+    made.add_argument("--prompts-file", metavar="FILE", help="text file, one prompt a line, or .jsonl")
+    made.add_argument("--steps", type=int, metavar="N", help=f"default: what the folder was exported for, else {STEPS}")
+    made.add_argument("--guidance-scale", type=float, default=1.0, metavar="S", help="up to 1 is none (default: 1)")
+    made.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default: 0)")
+    made.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures at a time (default: 8)")
+    made.add_argument("--device", default="auto", help="default: CUDA if there is one")
+    made.add_argument("--output", default="grid.png", metavar="FILE", help="picture to write (default: grid.png)")
+    return made
+
+
+def run(options: argparse.Namespace) -> Path:
+    """Do what the command line says and return the picture's path."""
+    prompts, output = read_prompts(options.prompt, options.prompts_file), Path(options.output)
+    if output.is_dir():
+        raise UserError(f"{output} is a folder; pass the name of a picture to write")
+    if options.batch_size < 1 or (options.steps is not None and options.steps < 1):
+        raise UserError("--steps and --batch-size must be at least 1")
+    made = sample_images(
+        options.model, prompts, options.steps, options.guidance_scale, options.seed, options.batch_size, options.device
+    )
+    guidance = f"guidance {options.guidance_scale:g}" if options.guidance_scale > 1 else "no guidance"
+    steps = "1 step" if made.steps == 1 else f"{made.steps} steps"
+    title = f"{Path(options.model).name}: {steps}, {guidance}, seed {options.seed}"
+    write_picture(draw_grid(made.images, prompts, title), output)
+    return output
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; a mistake of the user is one line on stderr and exit status 2."""
+    try:
+        output = run(parser().parse_args(arguments))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"picture: {output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""`python -m cdm_lightning.train experiment=...`: compose the configuration, build its objects, train.
+
+A run lives in one folder, `outputs/RUN_NAME`: `config.yaml` (as resolved), `run.json` (the command and versions), `checkpoints/`,
+and what loggers and callbacks write. The same command again resumes it.
+"""
+
+import json
+import logging
+import os
+import platform
+import sys
+import warnings
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from omegaconf import DictConfig, OmegaConf
+
+from cdm_lightning.checkpoint import (
+    IterationCheckpoint,
+    StreamedCheckpointIO,
+    checkpoints_in,
+    newest_checkpoint,
+    read_checkpoint,
+)
+from cdm_lightning.config import build, masked_command, plain, run_cli
+from cdm_lightning.errors import UserError
+
+CONFIG_FILE = "config.yaml"
+FREE_KEYS = (
+    "run_name",
+    "output_dir",
+    "resume",
+    "trainer",
+    "strategy",
+    "checkpoint",
+    "callbacks",
+    "logger",
+    "module.samplers",
+    "data.num_workers",
+    "data.val",
+    "data.val_batch_size",
+    "data.val_prompts",
+    "optim.student.learning_rate.total",
+    "optim.fake_score.learning_rate.total",
+)
+BOUND_KEYS = ("callbacks.ema",)
+UNFIT_WARNINGS = (
+    ".*does not have many workers.*",  # reading a line of text needs none
+    ".*in eval mode at the start of training.*",  # the student's average is meant to be
+    ".*LeafSpec.*is deprecated.*",  # Lightning's own use of torch
+)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where a run lies and how far it came; `metrics` are the last values of everything logged."""
+
+    folder: Path
+    checkpoint: Path | None
+    iteration: int
+    metrics: dict[str, float]
+
+
+def train(config: DictConfig) -> TrainResult:
+    """Train what `config` describes, from scratch or from the newest checkpoint; UserError for whatever cannot work.
+
+    All checks come before networks are built.
+    """
+    folder = make_folder(Path(config.output_dir))
+    L.seed_everything(config.seed, verbose=False)
+    strategy, module, data = (build(config, key) for key in ("strategy", "module", "data"))
+    checkpoint = build(config, "checkpoint")
+    start = find_start(config, folder, checkpoint, module.backbone.fingerprint)
+    trainer = build(config, "trainer")(
+        strategy=strategy,
+        callbacks=[*build(config, "callbacks"), checkpoint],
+        logger=build(config, "logger"),
+        plugins=[StreamedCheckpointIO()],
+    )
+    describe_run(config, folder)
+    trainer.fit(module, data, ckpt_path=start, weights_only=True)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return TrainResult(folder, next(reversed(checkpoints_in(checkpoint.folder)), None), module.iteration, metrics)
+
+
+def make_folder(folder: Path) -> Path:
+    """The folder, made if it is missing; UserError if a file is in its place or it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be the output folder ({error.strerror}); set another run_name") from error
+    return folder
+
+
+def find_start(config: DictConfig, folder: Path, checkpoint: IterationCheckpoint, fingerprint: str) -> Path | None:
+    """The checkpoint to go on from, None for a fresh start; UserError if it does not belong to this configuration.
+
+    `resume` is "auto" (the newest good one of this run, if there is one), "never" (a fresh start in a folder without
+    checkpoints) or the path of a checkpoint, whose configuration is not compared but whose backbone is.
+    """
+    if config.resume not in ("auto", "never"):
+        path = Path(config.resume)
+        read_checkpoint(path, fingerprint)
+        return path
+    if config.resume == "never" and checkpoints_in(checkpoint.folder):
+        raise UserError(f"{folder} holds checkpoints, but resume=never; set another run_name or remove the folder")
+    path = newest_checkpoint(checkpoint.folder)
+    if path is not None:
+        read_checkpoint(path, fingerprint)
+        require_same_configuration(config, folder)
+    return path
+
+
+def require_same_configuration(config: DictConfig, folder: Path) -> None:
+    """UserError if `folder` holds a run whose configuration differs in what decides its weights.
+
+    Compared is everything but `FREE_KEYS` (where the run lies, how long it goes on, what is logged and evaluated). `max_steps` is
+    among them: a longer run continues a shorter one, and a decaying learning rate follows the new end from there on.
+    """
+    saved_file = folder / CONFIG_FILE
+    saved = flatten(OmegaConf.to_container(OmegaConf.load(saved_file))) if saved_file.is_file() else {}
+    now = flatten(plain(config))
+    differing = sorted(key for key in saved.keys() | now.keys() if saved.get(key) != now.get(key) and not is_free(key))
+    if saved and differing:
+        raise UserError(
+            f"{folder} holds a run of another configuration (it differs in {', '.join(differing[:5])}); set another run_name"
+        )
+
+
+def flatten(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, keys joined by dots."""
+    flat: dict[str, Any] = {}
+    for name, child in node.items():
+        flat |= flatten(child, f"{prefix}{name}.") if isinstance(child, dict) else {prefix + str(name): child}
+    return flat
+
+
+def is_free(key: str) -> bool:
+    """Whether a run may go on with another value of this dotted key."""
+
+    def under(roots: tuple[str, ...]) -> bool:
+        return any(key == root or key.startswith(root + ".") for root in roots)
+
+    return under(FREE_KEYS) and not under(BOUND_KEYS)
+
+
+def describe_run(config: DictConfig, folder: Path) -> None:
+    """Write the resolved configuration, and the command with the versions that it ran on; neither holds the environment."""
+    packages = {name: version(name) for name in ("cdm-lightning", "torch", "lightning", "diffusers", "transformers")}
+    run = {"command": masked_command(sys.argv), "python": platform.python_version(), "packages": packages}
+    write(folder / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(plain(config))))
+    write(folder / "run.json", json.dumps(run, indent=2) + "\n")
+
+
+def write(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def quiet_libraries() -> None:
+    """Keep Lightning's advice off the terminal; its warnings stay, but for those that do not apply here."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in UNFIT_WARNINGS:
+        warnings.filterwarnings("ignore", message)
+
+
+def main() -> None:
+    """The command line."""
+    quiet_libraries()
+    run_cli(train, "train")
+
+
+if __name__ == "__main__":
+    main()

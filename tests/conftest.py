@@ -1,0 +1,63 @@
+"""What several tests need: a tiny pipeline folder, prompts, and short toy runs through the real entry point."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from cdm_lightning.backbones.toy2d import MODES
+from cdm_lightning.config import compose
+from cdm_lightning.train import TrainResult, quiet_libraries, train
+
+torch.set_num_threads(1)
+
+TINY_TOY = (  # the plane with a small network that is hardly fitted: 10 ms an iteration
+    "experiment=toy2d_cdm",
+    "backbone.hidden=16",
+    "backbone.depth=1",
+    "backbone.fit_steps=20",
+    "callbacks=none",
+    "+callbacks/ema@callbacks=ema",
+    "trainer.limit_val_batches=0",
+    "trainer.max_steps=10",
+    "trainer.log_every_n_steps=1",
+    "data=prompts",
+    "data.batch_size=4",
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a `StableDiffusion3Pipeline` of toy size with random weights; read only."""
+    from cdm_lightning.pretraining.tiny_sd3 import build_pipeline
+
+    folder = tmp_path_factory.mktemp("pipelines") / "tiny_sd3"
+    build_pipeline(seed=0).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text file of 28 different prompts, each naming two modes of the toy mixture."""
+    file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    file.write_text("".join(f"{a} and {b}\n" for a, b in itertools.combinations(MODES, 2)), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="session")
+def toy_overrides(prompt_file: Path) -> list[str]:
+    """Overrides of a toy run of 10 iterations of 4 prompts, an average of the student and nothing else."""
+    return [*TINY_TOY, f"data.train.path={prompt_file}", f"data.val.path={prompt_file}"]
+
+
+@pytest.fixture
+def toy_run(toy_overrides: list[str], tmp_path: Path) -> Callable[..., TrainResult]:
+    """`toy_run("seed=3", folder="a")` trains in `tmp_path/a` through the entry point's own function."""
+
+    def run(*overrides: str, folder: str = "run") -> TrainResult:
+        quiet_libraries()
+        return train(compose([f"output_dir={tmp_path / folder}", *toy_overrides, *overrides]))
+
+    return run

@@ -1,0 +1,50 @@
+"""Merge and moving average: numbers, in place, and by name."""
+
+import pytest
+import torch
+from torch import nn
+
+from cdm_lightning.core.ema import lerp_parameters_, warmed_up_decay
+
+
+def linear(weight: float, bias: float) -> nn.Linear:
+    layer = nn.Linear(2, 2)
+    nn.init.constant_(layer.weight, weight)
+    nn.init.constant_(layer.bias, bias)
+    return layer
+
+
+def test_lerp_moves_every_parameter_in_place():
+    target, source = linear(1.0, -1.0), linear(3.0, 0.0)
+    pointers = [p.data_ptr() for p in target.parameters()]
+    lerp_parameters_(target, source, 0.001)  # the merge of the fake score: F <- 0.999 F + 0.001 G
+    torch.testing.assert_close(target.weight, torch.full((2, 2), 1.002))
+    torch.testing.assert_close(target.bias, torch.full((2,), -0.999))
+    assert [p.data_ptr() for p in target.parameters()] == pointers
+    assert torch.equal(source.weight, torch.full((2, 2), 3.0))
+    assert target.weight.requires_grad
+    assert target.weight.grad_fn is None
+
+
+def test_lerp_by_1_copies_and_by_0_keeps():
+    target, source = linear(1.0, -1.0), linear(3.0, 0.25)
+    lerp_parameters_(target, source, 0.0)
+    assert torch.equal(target.weight, torch.ones(2, 2))
+    lerp_parameters_(target, source, 1.0)
+    assert torch.equal(target.bias, source.bias)
+
+
+def test_averages_with_warm_up():
+    assert [warmed_up_decay(step, 0.999) for step in (0, 1, 90)] == [0.1, 2 / 11, 0.91]
+    assert warmed_up_decay(10**6, 0.999) == 0.999
+    average, student, expected = linear(0.0, 0.0), linear(1.0, 1.0), 0.0
+    for step in range(20):
+        decay = warmed_up_decay(step, 0.999)
+        lerp_parameters_(average, student, 1 - decay)
+        expected = decay * expected + (1 - decay)
+    torch.testing.assert_close(average.weight, torch.full((2, 2), expected))
+
+
+def test_other_networks_are_refused():
+    with pytest.raises(ValueError, match="bias"):
+        lerp_parameters_(nn.Linear(2, 2), nn.Linear(2, 2, bias=False), 0.5)

@@ -1,0 +1,93 @@
+"""Random streams: a function of (seed, purpose, iteration, slot), and nothing else."""
+
+import time
+
+import pytest
+import torch
+
+from cdm_lightning.core.rng import StepRandom, evaluation_noise, stream
+
+
+def draws(rng: StepRandom) -> list[torch.Tensor]:
+    return [
+        rng.uniform("a"),
+        rng.uniform("b", 5),
+        rng.normal("c", (4, 8, 8)),
+        rng.normal("d", ()),
+        rng.index("e", 1000),
+    ]
+
+
+def test_the_same_whatever_the_number_of_processes():
+    whole = draws(StepRandom(1, 7, range(8), "cpu"))
+    halves = zip(draws(StepRandom(1, 7, range(4), "cpu")), draws(StepRandom(1, 7, range(4, 8), "cpu")))
+    for all_slots, parts in zip(whole, halves):
+        assert torch.equal(all_slots, torch.cat(parts))
+
+
+def test_shared_streams_do_not_depend_on_slots():
+    one, two = (StepRandom(1, 7, slots, "cpu").shared("k") for slots in ([0, 1], [6, 7]))
+    assert torch.equal(torch.rand(9, generator=one), torch.rand(9, generator=two))
+
+
+@pytest.mark.parametrize("other", [(2, 7, "a"), (1, 8, "a"), (1, 7, "b")], ids=["seed", "iteration", "purpose"])
+def test_each_argument_changes_all_draws(other):
+    seed, iteration, purpose = other
+    one, two = (
+        StepRandom(1, 7, range(64), "cpu").uniform("a"),
+        StepRandom(seed, iteration, range(64), "cpu").uniform(purpose),
+    )
+    assert (one != two).all()
+    assert one.unique().numel() == 64
+
+
+def test_shapes_types_and_ranges():
+    uniform, rows, normal, scalar, index = draws(StepRandom(1, 7, range(3), "cpu"))
+    assert (uniform.shape, rows.shape, normal.shape, scalar.shape, index.shape) == (
+        (3,),
+        (3, 5),
+        (3, 4, 8, 8),
+        (3,),
+        (3,),
+    )
+    assert uniform.dtype == rows.dtype == normal.dtype == scalar.dtype == torch.float32
+    assert index.dtype == torch.int64
+    assert StepRandom(1, 7, range(3), "cpu").uniform("b", 0).shape == (3, 0)
+
+
+def test_distributions():
+    rng = StepRandom(0, 0, range(4000), "cpu")
+    uniform, normal, index = rng.uniform("u"), rng.normal("n", (4,)), rng.index("i", 7)
+    assert uniform.min() >= 0
+    assert uniform.max() < 1
+    assert abs(uniform.mean() - 0.5) < 4 / (12 * 4000) ** 0.5
+    assert abs(normal.mean()) < 4 / 16000**0.5
+    assert abs(normal.var() - 1) < 4 * (2 / 16000) ** 0.5
+    # neighbouring slots and neighbouring elements are unrelated
+    assert abs((normal[1:] * normal[:-1]).mean()) < 4 / 16000**0.5
+    counts = torch.bincount(index, minlength=7)
+    assert counts.numel() == 7
+    assert ((counts - 4000 / 7).abs() < 4 * (4000 / 7) ** 0.5).all()
+
+
+def test_keys_are_told_apart():
+    streams = [(0, "a"), (0, "a", 1), (0, "a", 1, 2), (0, "a", 12), (0, "a 1", 2), (0, "a", 2, 1)]
+    assert len({torch.rand((), generator=stream(*key)).item() for key in streams}) == len(streams)
+
+
+def test_evaluation_noise_depends_on_the_prompt_index_only():
+    whole = evaluation_noise(5, range(6), (4, 8, 8), "cpu")
+    assert whole.shape == (6, 4, 8, 8)
+    assert torch.equal(whole[[4, 1]], evaluation_noise(5, [4, 1], (4, 8, 8), "cpu"))
+    assert torch.equal(whole[3:4], evaluation_noise(5, torch.tensor([3]), (4, 8, 8), "cpu"))
+    assert (whole[0] != whole[1]).all()
+    assert (whole != evaluation_noise(6, range(6), (4, 8, 8), "cpu")).all()
+
+
+def test_a_draw_for_32_samples_takes_few_milliseconds():
+    rng, seconds = StepRandom(0, 0, range(32), "cpu"), []
+    for _ in range(9):
+        start = time.perf_counter()
+        rng.uniform("a")
+        seconds.append(time.perf_counter() - start)
+    assert sorted(seconds)[4] < 5e-3  # about 0.4 ms on an idle core

@@ -1,0 +1,199 @@
+"""A run that is stopped and resumed equals one that is not, bit for bit, through the real entry point."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cdm_lightning.checkpoint import checkpoints_in, network_weights, newest_checkpoint, read_checkpoint
+from cdm_lightning.config import compose
+from cdm_lightning.errors import UserError
+from cdm_lightning.module import CDMModule
+from cdm_lightning.train import TrainResult, train
+
+SD3_SMALL = (  # the pipeline's own path, as small as it goes
+    "experiment=tiny_sd3_cdm",
+    "callbacks=none",
+    "+callbacks/ema@callbacks=ema",
+    "trainer.limit_val_batches=0",
+    "module.student_every=2",
+    "module.gradient_checkpointing=true",
+    "data.batch_size=2",
+    "schedule.length.high=3",
+    "optim.student.learning_rate.total=10",
+    "optim.fake_score.learning_rate.total=10",
+)
+
+
+def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of nested containers with its place."""
+    if isinstance(node, dict):
+        node = list(node.items())
+    elif isinstance(node, (list, tuple)):
+        node = list(enumerate(node))
+    else:
+        yield path, node
+        return
+    for key, child in node:
+        yield from leaves(child, f"{path}/{key}")
+
+
+def assert_equal_states(a: Path, b: Path) -> None:
+    """Weights of all networks, both optimizers and all counters of two checkpoints are equal bit for bit."""
+    for part in ("state_dict", "optimizer_states", "cdm", "global_step"):
+        left, right = (dict(leaves(read_checkpoint(path)[part], part)) for path in (a, b))
+        assert left.keys() == right.keys()
+        for name, value in left.items():
+            same = torch.equal(value, right[name]) if isinstance(value, torch.Tensor) else value == right[name]
+            assert same, name
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[str]]]:
+    """(iteration, prompts) of every training step from here on."""
+    steps: list[tuple[int, list[str]]] = []
+    original = CDMModule.training_step
+
+    def recording(self, batch, batch_idx):
+        steps.append((self.iteration, batch.prompts))
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(CDMModule, "training_step", recording)
+    return steps
+
+
+def assert_resume_is_exact(run: Callable[..., TrainResult], seen: list) -> None:
+    straight = run("trainer.max_steps=10", folder="straight")
+    straight_steps = list(seen)
+    seen.clear()
+    first = run("trainer.max_steps=5", folder="resumed")
+    assert first.iteration == 5
+    resumed = run("trainer.max_steps=10", folder="resumed")
+    assert seen == straight_steps
+    assert [iteration for iteration, _ in seen] == list(range(10))
+    assert resumed.iteration == 10
+    assert_equal_states(straight.checkpoint, resumed.checkpoint)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ten_iterations_equal_five_and_five(toy_run, seen, workers):
+    def run(*overrides: str, folder: str) -> TrainResult:
+        return toy_run(f"data.num_workers={workers}", *overrides, folder=folder)
+
+    assert_resume_is_exact(run, seen)
+    content = read_checkpoint(toy_run("trainer.max_steps=10", folder="straight").checkpoint)
+    assert content["cdm"]["ema_updates"] == 5
+    for name in ("student", "fake_score", "student_ema"):
+        assert network_weights(content, name)
+    steps = [state["step"].item() for optimizer in content["optimizer_states"] for state in optimizer["state"].values()]
+    assert set(steps) == {10.0, 5.0}  # Adam's own count: fake score, student
+
+
+def test_resume_is_exact_with_the_sd3_classes(tiny_pipeline_folder, prompt_file, tmp_path, seen):
+    def run(*overrides: str, folder: str) -> TrainResult:
+        paths = [f"backbone.pretrained={tiny_pipeline_folder}", "backbone.compact_text=null"]
+        paths += [f"data.train.path={prompt_file}", f"data.val.path={prompt_file}", f"output_dir={tmp_path / folder}"]
+        return train(compose([*SD3_SMALL, *paths, *overrides]))
+
+    assert_resume_is_exact(run, seen)
+
+
+def test_another_seed_is_another_run(toy_run):
+    """The comparison above can fail."""
+    one, other = toy_run(folder="one"), toy_run("seed=1", folder="other")
+    with pytest.raises(AssertionError):
+        assert_equal_states(one.checkpoint, other.checkpoint)
+
+
+def test_a_killed_run_goes_on_from_its_newest_checkpoint(toy_run, monkeypatch, seen):
+    straight = toy_run(folder="straight")
+    recording = CDMModule.training_step
+
+    def dying(self, batch, batch_idx):
+        if self.iteration == 7:
+            raise RuntimeError("killed")
+        return recording(self, batch, batch_idx)
+
+    monkeypatch.setattr(CDMModule, "training_step", dying)
+    with pytest.raises(RuntimeError, match="killed"):
+        toy_run("checkpoint.every=3", folder="killed")
+    monkeypatch.setattr(CDMModule, "training_step", recording)
+    seen.clear()
+    resumed = toy_run("checkpoint.every=3", folder="killed")
+    assert [iteration for iteration, _ in seen] == [6, 7, 8, 9]
+    assert_equal_states(straight.checkpoint, resumed.checkpoint)
+
+
+def test_validation_and_its_rhythm_do_not_touch_training(toy_run, seen):
+    straight = toy_run(folder="straight")
+    seen.clear()
+    validating = ("trainer.limit_val_batches=1.0", "trainer.val_check_interval=5", "data.val_prompts=3")
+    toy_run("trainer.max_steps=5", *validating, folder="validated")
+    resumed = toy_run(*validating, folder="validated")
+    assert [iteration for iteration, _ in seen] == list(range(10))
+    assert_equal_states(straight.checkpoint, resumed.checkpoint)
+
+
+def test_a_finished_run_is_left_as_it_is(toy_run, seen):
+    finished = toy_run()
+    before = finished.checkpoint.stat().st_mtime_ns
+    seen.clear()
+    again = toy_run()
+    assert seen == []
+    assert again.iteration == 10
+    assert again.checkpoint.stat().st_mtime_ns == before
+
+
+def test_logs_go_on_at_the_right_iteration(toy_run, tmp_path):
+    toy_run("trainer.max_steps=4", "trainer.log_every_n_steps=3")
+    toy_run("trainer.max_steps=10", "trainer.log_every_n_steps=3")
+    first, second = ((tmp_path / f"run/logs/version_{n}/metrics.csv").read_text().splitlines() for n in (0, 1))
+    column = first[0].split(",").index("step")
+    assert [int(line.split(",")[column]) for line in first[1:]] == [3]
+    assert [int(line.split(",")[column]) for line in second[1:]] == [6, 9]
+
+
+def test_a_checkpoint_given_by_path_is_taken(toy_run, tmp_path):
+    straight = toy_run(folder="straight")
+    half = toy_run("trainer.max_steps=5", folder="half")
+    forked = toy_run(f"resume={half.checkpoint}", folder="fork")
+    assert_equal_states(straight.checkpoint, forked.checkpoint)
+
+
+def test_old_checkpoints_are_dropped(toy_run):
+    result = toy_run("checkpoint.every=2", "checkpoint.keep=2")
+    kept = checkpoints_in(result.folder / "checkpoints")
+    assert [path.name for path in kept] == ["iteration_0000008.ckpt", "iteration_0000010.ckpt"]
+    everything = toy_run("checkpoint.every=2", "checkpoint.keep=null", folder="all")
+    assert len(checkpoints_in(everything.folder / "checkpoints")) == 5
+    assert list((result.folder / "checkpoints").glob("*.tmp")) == []
+
+
+def test_an_unreadable_newest_checkpoint_is_passed_over(toy_run):
+    result = toy_run("checkpoint.every=5")
+    older, newest = checkpoints_in(result.folder / "checkpoints")
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    with pytest.warns(UserWarning, match="passed over: .*iteration_0000010.ckpt: truncated"):
+        assert newest_checkpoint(newest.parent) == older
+    older.write_bytes(b"")
+    with pytest.warns(UserWarning, match="passed over"), pytest.raises(UserError, match="none of the 2 checkpoints"):
+        newest_checkpoint(newest.parent)
+
+
+def test_another_configuration_is_refused_but_a_longer_run_is_not(toy_run):
+    toy_run("trainer.max_steps=2")
+    with pytest.raises(UserError, match=r"differs in fake_score_optim|differs in module.student_every"):
+        toy_run("module.student_every=3")
+    with pytest.raises(UserError, match=r"callbacks.ema.decay"):
+        toy_run("callbacks.ema.decay=0.5")
+    with pytest.raises(UserError, match=r"data.batch_size"):
+        toy_run("data.batch_size=2")
+    assert toy_run("trainer.max_steps=4", "data.num_workers=1", "trainer.log_every_n_steps=2").iteration == 4
+
+
+def test_never_resume_refuses_a_folder_with_checkpoints(toy_run):
+    toy_run("trainer.max_steps=2", "resume=never")
+    with pytest.raises(UserError, match="resume=never"):
+        toy_run("trainer.max_steps=4", "resume=never")
