@@ -21,7 +21,7 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 	touch $@
 
 demo: setup  ## distil the bundled tiny Stable Diffusion 3 to 4 steps and look at the result (minutes, CPU)
-	$(BIN)/python -m cdm_lightning.train experiment=tiny_sd3_cdm resume=never $(DEMO_ARGS)
+	$(BIN)/python -m cdm_lightning.train experiment=tiny_sd3_cdm $(DEMO_ARGS)
 
 test: setup  ## run all tests that a 2-core CPU can (under 15 minutes)
 	$(BIN)/python -m pytest

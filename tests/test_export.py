@@ -259,6 +259,7 @@ def test_model_card_says_what_it_is_how_it_was_made_and_what_was_measured(tmp_pa
     card = (export.export_checkpoint(folder, tmp_path / "student") / "README.md").read_text(encoding="utf-8")
     header = yaml.safe_load(card.split("---\n")[1])
     assert header["library_name"] == "diffusers"
+    assert header["tags"] == ["distillation", "few-step"]
     assert "base_model" not in header  # a local folder means nothing to others
     assert "| student 4 steps | 0.5 |" in card
     assert "guidance_scale: 7.0" in card

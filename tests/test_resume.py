@@ -15,8 +15,7 @@ from cdm_lightning.train import TrainResult, train
 
 SD3_SMALL = (  # the pipeline's own path, as small as it goes
     "experiment=tiny_sd3_cdm",
-    "callbacks=none",
-    "+callbacks/ema@callbacks=ema",
+    "callbacks=ema",
     "trainer.limit_val_batches=0",
     "module.student_every=2",
     "module.gradient_checkpointing=true",

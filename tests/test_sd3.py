@@ -280,6 +280,16 @@ def test_texts_of_different_lengths_are_evaluated_apart(compact):
         assert torch.equal(together[1], short(x, sigma))
 
 
+def test_compact_text_under_autocast_is_the_stock_network_under_autocast(backbone, compact, network):
+    x, sigma = noise_for(compact, 3), torch.tensor([0.2, 0.6, 0.9])
+    with torch.no_grad():
+        exact = field(backbone, network, PROMPTS)(x, sigma)
+        stock = field(backbone, network, PROMPTS, compute_dtype=torch.bfloat16)(x, sigma)
+        folded = field(compact, compact.build_network(), PROMPTS, compute_dtype=torch.bfloat16)(x, sigma)
+    rounding = (stock - exact).abs().mean()
+    assert 0 < (folded - exact).abs().mean() < 2 * rounding
+
+
 def test_compact_text_is_refused_where_padding_tokens_differ(tmp_path):
     pipeline = build_pipeline(seed=0)
     bias = pipeline.text_encoder_3.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
@@ -388,6 +398,13 @@ def test_image_size_that_cannot_be_cut_into_patches(folder, size):
     line = refusal(SD3Backbone(str(folder), **size))
     assert line.startswith(f"{name}={side} does not fit")
     assert line.endswith("use a multiple of 8 up to 64")
+
+
+def test_arguments_out_of_their_range():
+    with pytest.raises(UserError, match=r"teacher_dtype must be one of float32, bfloat16, float16, got 'half'"):
+        SD3Backbone("anywhere", teacher_dtype="half")
+    with pytest.raises(UserError, match="max_sequence_length=0: SD3 takes 1 to 512"):
+        SD3Backbone("anywhere", max_sequence_length=0)
 
 
 def test_scheduler_that_does_more_than_shift(copied):

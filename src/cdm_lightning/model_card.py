@@ -11,13 +11,12 @@ RECIPE_KEYS = ("objective", "schedule", "optim", "module", "data", "trainer", "c
 OWN_SECTIONS = ("backbone", "objective", "schedule", "student_optim", "fake_score_optim", "samplers")
 PAPER = "Continuous-Time Distribution Matching (arXiv:2605.06376)"
 
+HUB_HEADER = "library_name: diffusers\npipeline_tag: text-to-image\n"
 TEMPLATE = """---
-library_name: diffusers
-pipeline_tag: text-to-image
-tags:
+{header}tags:
 - distillation
 - few-step
-{base_model}---
+---
 
 # {name}
 
@@ -56,14 +55,15 @@ class ModelCard:
 
     def text(self) -> str:
         """The card as Markdown with the header that model hubs read."""
-        base = str(self.config.get("backbone", {}).get("pretrained", "its pretrained network"))
-        is_hub_id = base.count("/") == 1 and not Path(base).exists()
+        base = self.config.get("backbone", {}).get("pretrained")
+        is_hub_id = base is not None and base.count("/") == 1 and not Path(base).exists()
+        header = HUB_HEADER if base is not None else ""
         average = "running average of the student" if self.weights == "student_ema" else "the student as last trained"
         return TEMPLATE.format(
-            base_model=f"base_model: {base}\n" if is_hub_id else "",
+            header=header + (f"base_model: {base}\n" if is_hub_id else ""),
             name=f"{self.name}, {self.nfe} step{'' if self.nfe == 1 else 's'}",
             calls="one network call" if self.nfe == 1 else f"{self.nfe} network calls",
-            base=base if is_hub_id else Path(base).name,
+            base=base if is_hub_id else Path(base or "its pretrained network").name,
             paper=PAPER,
             weights=f"{average} (`{self.weights}`)",
             iteration=self.iteration,

@@ -2,16 +2,14 @@
 
 import os
 import shutil
-import sys
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from cdm_lightning.config import conf_dir, register_resolvers
+from cdm_lightning.config import run_cli
 from cdm_lightning.errors import UserError
 
-STAGES = ("vae", "teacher", "classifier", "clip")
+STAGES = ("prompts", "vae", "teacher", "classifier", "clip")
 
 
 def pretrain(cfg: DictConfig) -> Path:
@@ -19,7 +17,7 @@ def pretrain(cfg: DictConfig) -> Path:
     import torch
     from diffusers.utils.logging import disable_progress_bar
 
-    from cdm_lightning.pretraining import scorers, teacher, tiny_sd3, vae
+    from cdm_lightning.pretraining import prompts, scorers, teacher, tiny_sd3, vae
     from cdm_lightning.pretraining.loop import Recipe
 
     unknown = [stage for stage in cfg.stages if stage not in STAGES]
@@ -35,6 +33,8 @@ def pretrain(cfg: DictConfig) -> Path:
     def recipe(stage: str) -> Recipe:
         return Recipe(**{**OmegaConf.to_container(cfg.recipe[stage]), "betas": tuple(cfg.recipe[stage].betas), "seed": cfg.seed})
 
+    if "prompts" in cfg.stages:
+        prompts.write_prompts(output / "prompts", **cfg.prompts, pairs=cfg.teacher.pairs, seed=cfg.seed)
     if "classifier" in cfg.stages:
         scorers.train_classifier(recipe("classifier"), work, output / "shapes_classifier.safetensors")
     if "clip" in cfg.stages:
@@ -45,6 +45,7 @@ def pretrain(cfg: DictConfig) -> Path:
         if "teacher" in cfg.stages:
             teacher.train_teacher(pipeline, recipe("teacher"), work, **cfg.teacher)
         save_pipeline(pipeline, output / "tiny_sd3")
+    print(f"assets written to {output}")
     return output
 
 
@@ -60,19 +61,9 @@ def save_pipeline(pipeline, folder: Path) -> None:
     temporary.rename(folder)
 
 
-@hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="pretrain")
-def _compose_and_run(cfg: DictConfig) -> None:
-    print(f"assets written to {pretrain(cfg)}")
-
-
 def main() -> None:
-    """Entry point; a user's mistake is one line on stderr and exit code 2."""
-    register_resolvers()
-    try:
-        _compose_and_run()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    """The command line."""
+    run_cli(pretrain, "pretrain")
 
 
 if __name__ == "__main__":

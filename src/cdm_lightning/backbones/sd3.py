@@ -26,6 +26,7 @@ from cdm_lightning.errors import UserError
 
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 PARTS = ("transformer", "scheduler", "vae", *TEXT_PARTS)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class SD3Backbone(Backbone):
@@ -49,14 +50,16 @@ class SD3Backbone(Backbone):
         teacher_dtype: str = "float32",
         text_dtype: str = "float32",
     ) -> None:
+        if not 1 <= max_sequence_length <= 512:
+            raise UserError(f"max_sequence_length={max_sequence_length}: SD3 takes 1 to 512 T5 tokens")
         self.pretrained = str(pretrained)
         self.revision = revision
         self.height = height
         self.width = width
         self.max_sequence_length = max_sequence_length
         self.compact_text = compact_text
-        self.teacher_dtype = getattr(torch, teacher_dtype)
-        self.text_dtype = getattr(torch, text_dtype)
+        self.teacher_dtype = dtype_of("teacher_dtype", teacher_dtype)
+        self.text_dtype = dtype_of("text_dtype", text_dtype)
 
     # ---- what the folder says, before any weight is read
 
@@ -208,3 +211,10 @@ class SD3Backbone(Backbone):
         if (self.height, self.width) != (None, None):
             sizes["height"], sizes["width"] = self.image_size
         write_pipeline(self.folder, network, self.scheduler, Path(folder), nfe, model_card, sizes)
+
+
+def dtype_of(argument: str, name: str) -> torch.dtype:
+    """The dtype of that name; UserError for another than `DTYPES`."""
+    if name not in DTYPES:
+        raise UserError(f"{argument} must be one of {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]

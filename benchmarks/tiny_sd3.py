@@ -1,0 +1,149 @@
+"""The gates of the bundled tiny pipeline: `python -m benchmarks.tiny_sd3 teacher` and `... student --seeds 1 2 3`.
+
+Both use 2048 held-out prompts and 8192 real renderings of other held-out draws. The student is trained by the very
+configuration of `make demo`, once a seed; the seeds are named beforehand on the command line and all of them are reported.
+Results go to benchmarks/results/ with date, machine, commit and command.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from cdm_lightning.backbones.base import Backbone
+from cdm_lightning.config import build, compose
+from cdm_lightning.ladder import STEPS, LadderEvaluation, LadderResult, LadderRow
+from cdm_lightning.report import markdown_table, save_report
+from cdm_lightning.train import quiet_libraries, train
+
+RESULTS = Path(__file__).parent / "results"
+COUNT, REFERENCE = 2048, 8192
+EVALUATION_SEED = 11  # of the noise; no training uses it
+
+
+def evaluation(overrides: list[str], samplers: list[str] | None) -> tuple[LadderEvaluation, Backbone]:
+    """The demo's evaluation at full size, for the named samplers (None: all)."""
+    sizes = [f"callbacks.ladder.evaluation.{name}" for name in ("count", "reference.count", "seed")]
+    values = (COUNT, REFERENCE, EVALUATION_SEED)
+    config = compose(
+        ["experiment=tiny_sd3_cdm", "output_dir=outputs/unused", *overrides, *(f"{k}={v}" for k, v in zip(sizes, values))]
+    )
+    ladder = next(callback.evaluation for callback in build(config, "callbacks") if hasattr(callback, "evaluation"))
+    if samplers is not None:
+        ladder = replace(ladder, samplers=[spec for spec in STEPS if spec.name in samplers])
+    return ladder, build(config, "backbone")
+
+
+def measure_teacher() -> None:
+    """The teacher's rows of the ladder and the verdict on its gate."""
+    names = [spec.name for spec in STEPS if spec.network == "teacher"]
+    ladder, backbone = evaluation([], names)
+    backbone.setup(torch.device("cpu"))
+    result = ladder.run(backbone, {"teacher": backbone.build_teacher().requires_grad_(False).eval()})
+    save_report(result, Path("outputs/benchmark_teacher"))
+    row = rows_by_name(result)
+    ratio = row["teacher 50 steps"].frechet_real / row["teacher 4 steps"].frechet_real
+    guided, short = row["teacher 50 steps, guidance 2"].adherence, row["teacher 4 steps, guidance 2"].adherence
+    verdicts = {
+        f"50-step / 4-step distance, no guidance: {ratio:.3f} (at most 0.5)": ratio <= 0.5,
+        f"50-step adherence at guidance 2: {guided:.4f} (at least 0.97)": guided >= 0.97,
+        f"and above its own 4-step one: {guided:.4f} > {short:.4f}": guided > short,
+    }
+    write("tiny_sd3_teacher", result.settings, {"teacher": result.rows}, verdicts)
+
+
+def measure_student(seeds: list[int], extra: list[str]) -> None:
+    """Train once a seed, measure all, and give the verdict on the mean."""
+    teacher = json.loads((RESULTS / "tiny_sd3_teacher.json").read_text())
+    before = {row["sampler"]: row for row in teacher["rows"]["teacher"]}
+    names = ["teacher 50 steps, guidance 1.5", *(spec.name for spec in STEPS if spec.network == "student")]
+    tables, settings, seconds = {}, {}, []
+    for seed in seeds:
+        folder = Path(f"outputs/benchmark_student_{seed}")
+        config = compose(
+            ["experiment=tiny_sd3_cdm", f"output_dir={folder}", f"run_name={folder.name}", f"seed={seed}", "resume=never"]
+            + ["~callbacks.ladder", *extra]
+        )
+        began = time.perf_counter()
+        run = train(config)
+        seconds.append(time.perf_counter() - began)
+        ladder, backbone = evaluation(extra, names)
+        backbone.setup(torch.device("cpu"))
+        weights = torch.load(run.checkpoint, weights_only=True)["state_dict"]
+        student = backbone.build_network()
+        prefix = "networks.student_ema."
+        student.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
+        result = ladder.run(backbone, {"student": student.eval(), "teacher": backbone.build_teacher().eval()})
+        save_report(result, folder)
+        tables[f"seed {seed}"], settings = result.rows, result.settings
+        print(markdown_table(result.rows), flush=True)
+    four = [next(row for row in rows if row.sampler == "student 4 steps") for rows in tables.values()]
+    write("tiny_sd3_student", {**settings, "training_seconds": seconds}, tables, student_verdicts(four, before))
+
+
+def student_verdicts(four: list[LadderRow], teacher: dict[str, dict]) -> dict[str, bool]:
+    """The student's gate at 4 steps, no guidance, on the mean over seeds."""
+    distance, adherence = (statistics.mean(getattr(row, name) for row in four) for name in ("frechet_real", "adherence"))
+    spread = ", ".join(f"{row.frechet_real:.3f}" for row in four)
+    short = teacher["teacher 4 steps"]["frechet_real"]
+    best = teacher["teacher 50 steps, guidance 1.5"]["frechet_real"]
+    plain = teacher["teacher 50 steps"]["adherence"]
+    return {
+        f"distance {distance:.3f} ({spread}) is at most 0.6 x {short:.3f} = {0.6 * short:.3f}": distance <= 0.6 * short,
+        f"and no worse than the teacher's with 100 calls at guidance 1.5: {best:.3f}": distance <= best,
+        f"adherence {adherence:.4f} is at least 0.94": adherence >= 0.94,
+        f"and above the unguided 50-step teacher's {plain:.4f}": adherence > plain,
+    }
+
+
+def rows_by_name(result: LadderResult) -> dict[str, LadderRow]:
+    """The rows of a ladder by sampler."""
+    return {row.sampler: row for row in result.rows}
+
+
+def write(name: str, settings: dict, tables: dict[str, list[LadderRow]], verdicts: dict[str, bool]) -> None:
+    """JSON and Markdown into benchmarks/results/, and onto the terminal."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    facts = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": git.stdout.strip() or "unknown",
+        "command": "python -m benchmarks.tiny_sd3 " + " ".join(sys.argv[1:]),
+        "machine": f"{os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} threads, torch {torch.__version__}",
+        **settings,
+    }
+    rows = {title: [asdict(row) for row in table] for title, table in tables.items()}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps({"facts": facts, "verdicts": verdicts, "rows": rows}, indent=2) + "\n")
+    lines = [f"# {name}", "", *(f"- {key}: {value}" for key, value in facts.items()), ""]
+    lines += [f"- {'holds' if holds else 'DOES NOT HOLD'}: {text}" for text, holds in verdicts.items()]
+    for title, table in tables.items():
+        lines += ["", f"## {title}", "", markdown_table(table).rstrip()]
+    (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["teacher", "student"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides of experiment=tiny_sd3_cdm")
+    arguments = parser.parse_args()
+    quiet_libraries()
+    if arguments.what == "teacher":
+        measure_teacher()
+    else:
+        measure_student(arguments.seeds, arguments.overrides)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,362 @@
+"""Callbacks driven by real short runs; what they log is compared with the images and weights of those runs."""
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+import torch
+from clip_folder import write_clip_folder
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from cdm_lightning.backbones.base import Backbone
+from cdm_lightning.backbones.sd3 import SD3Backbone
+from cdm_lightning.backbones.toy2d import Toy2DBackbone
+from cdm_lightning.callbacks.adherence import AdherenceCallback
+from cdm_lightning.callbacks.clip_score import CLIPScoreCallback
+from cdm_lightning.callbacks.ema import StudentEMA
+from cdm_lightning.callbacks.fid import FIDCallback
+from cdm_lightning.callbacks.ladder import LadderReport
+from cdm_lightning.callbacks.progress import TrainingProgress
+from cdm_lightning.callbacks.sample_grid import SampleGrid
+from cdm_lightning.callbacks.throughput import ThroughputMonitor
+from cdm_lightning.core.lengths import UniformLength
+from cdm_lightning.core.objective import CDMObjective
+from cdm_lightning.core.schedules import RandomSchedule
+from cdm_lightning.data.datamodule import PromptDataModule
+from cdm_lightning.data.prompts import PromptFile
+from cdm_lightning.data.shapes import draw_scenes
+from cdm_lightning.errors import UserError
+from cdm_lightning.evaluation import SamplerSpec
+from cdm_lightning.ladder import LadderEvaluation
+from cdm_lightning.metrics.clip_score import CLIPScorer
+from cdm_lightning.metrics.extractors import OpenClipFeatures
+from cdm_lightning.metrics.frechet import FeatureStatistics, FrechetDistance
+from cdm_lightning.metrics.references import ShapesRenderings, render_prompts
+from cdm_lightning.metrics.shapes_classifier import ShapesClassifier
+from cdm_lightning.module import CDMModule
+from cdm_lightning.optim import LearningRate, OptimizerRecipe
+
+SAMPLERS = (SamplerSpec("student_2", "student", 2), SamplerSpec("teacher_1", "teacher", 1))
+TRAIN_BATCH, VAL_PROMPTS = 4, 5
+
+
+class Recorder(L.Callback):
+    """Keeps what the run produced: validation outputs by run of validation, student weights by iteration."""
+
+    def __init__(self) -> None:
+        self.validations: list[list[dict]] = []
+        self.students: list[dict[str, Tensor]] = []
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.validations.append([])
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: dict, *_: object
+    ) -> None:
+        self.validations[-1].append(outputs)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
+        self.students.append(weights_of(pl_module.networks.student))
+
+    def images(self, sampler: str, validation: int = -1) -> Tensor:
+        return torch.cat([outputs["images"][sampler] for outputs in self.validations[validation]])
+
+
+def weights_of(network: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in network.named_parameters()}
+
+
+def recipe(rate: float) -> OptimizerRecipe:
+    return OptimizerRecipe(partial(torch.optim.AdamW), LearningRate(rate, warmup=1))
+
+
+def fit(
+    folder: Path,
+    callbacks: Sequence[L.Callback],
+    backbone: Backbone | None = None,
+    max_steps: int = 6,
+    **settings: object,
+) -> tuple[L.Trainer, CDMModule]:
+    """A run of `max_steps` iterations with a validation of 5 prompts, in batches of 2, after each third."""
+    prompts = folder / "prompts.txt"
+    captions = dict.fromkeys(scene.caption for scene in draw_scenes(40, 0))
+    prompts.write_text("\n".join(captions), encoding="utf-8")
+    module = CDMModule(
+        backbone or Toy2DBackbone(hidden=16, depth=1, fit_steps=20),
+        CDMObjective(ca_weight=0.0),
+        RandomSchedule(UniformLength(1, 3)),
+        student_optim=recipe(1e-2),
+        fake_score_optim=recipe(1e-2),
+        samplers=SAMPLERS,
+    )
+    data = PromptDataModule(
+        PromptFile(prompts), PromptFile(prompts), TRAIN_BATCH, val_batch_size=2, val_prompts=VAL_PROMPTS
+    )
+    defaults = {
+        "logger": False,
+        "num_sanity_val_steps": 0,
+        "val_check_interval": min(3, max_steps),
+        "log_every_n_steps": 2,
+    }
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=max_steps,
+        max_epochs=-1,
+        check_val_every_n_epoch=None,
+        callbacks=list(callbacks),
+        default_root_dir=folder,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **(defaults | settings),
+    )
+    trainer.fit(module, data)
+    return trainer, module
+
+
+# ---- the student's average
+
+
+def test_ema_follows_each_student_step(tmp_path: Path) -> None:
+    recorder = Recorder()
+    _, module = fit(tmp_path, [recorder, StudentEMA(decay=0.2)])
+    first = weights_of(module.backbone.build_network())
+    expected = first
+    for n, iteration in enumerate((1, 3, 5)):  # the student moves in the last of each two iterations
+        decay = min(0.2, (1 + n) / (10 + n))
+        student = recorder.students[iteration]
+        expected = {name: decay * expected[name] + (1 - decay) * student[name] for name in expected}
+    found = weights_of(module.networks.student_ema)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
+        assert not torch.equal(found[name], first[name])
+    assert module.ema_updates == 3
+    assert module.evaluated_network is module.networks.student_ema
+
+
+def test_without_ema_the_student_is_evaluated(tmp_path: Path) -> None:
+    _, module = fit(tmp_path, [], max_steps=2)
+    assert module.ema_updates == 0
+    assert module.evaluated_network is module.networks.student
+
+
+@pytest.mark.parametrize("decay", [1.0, -0.1])
+def test_unfit_decays_are_refused(decay: float) -> None:
+    with pytest.raises(ValueError, match="decay"):
+        StudentEMA(decay)
+
+
+# ---- metrics of validation
+
+
+class Points(nn.Module):
+    """Features of the toy's pictures, with a parameter that must not reach a checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2), requires_grad=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return Toy2DBackbone().encode_images(images).flatten(1) * self.scale
+
+
+def test_frechet_distance_is_that_of_the_validation_images(tmp_path: Path) -> None:
+    recorder = Recorder()
+    real = Toy2DBackbone().decode_latents(Toy2DBackbone().exact_samples([""] * 60, 0))
+    callback = FIDCallback(Points(), real.split(16))
+    trainer, _ = fit(tmp_path, [recorder, callback])
+    assert len(recorder.validations) == 2
+    for sampler in ("student_2", "teacher_1"):
+        by_hand = FrechetDistance(FeatureStatistics.of_features([Points()(real)]))
+        by_hand.update(Points()(recorder.images(sampler)))
+        assert by_hand.metric.fake_features_num_samples == VAL_PROMPTS
+        assert float(trainer.callback_metrics[f"val/frechet/{sampler}"]) == pytest.approx(by_hand.compute(), rel=1e-4)
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    content = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    assert not [name for name in content["state_dict"] if "scale" in name]
+    assert "FIDCallback" not in str(content["callbacks"])
+
+
+class BrightJudge(nn.Module):
+    """Scores and judges by the mean of an image's right half."""
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        assert len(images) == len(prompts)
+        return images[..., 16:].mean((1, 2, 3))
+
+    def adherence(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.score(images, prompts) > images.mean((1, 2, 3))
+
+
+def test_scores_are_means_over_images_not_batches(tmp_path: Path) -> None:
+    recorder = Recorder()
+    trainer, _ = fit(tmp_path, [recorder, CLIPScoreCallback(BrightJudge()), AdherenceCallback(BrightJudge())])
+    for sampler in ("student_2", "teacher_1"):
+        images = recorder.images(sampler)
+        assert len(images) == VAL_PROMPTS
+        expected = images[..., 16:].mean()
+        assert float(trainer.callback_metrics[f"val/clip_score/{sampler}"]) == pytest.approx(float(expected), rel=1e-5)
+        share = (images[..., 16:].mean((1, 2, 3)) > images.mean((1, 2, 3))).float().mean()
+        assert float(trainer.callback_metrics[f"val/adherence/{sampler}"]) == pytest.approx(float(share))
+
+
+def test_sanity_checks_are_not_measured(tmp_path: Path) -> None:
+    real = torch.rand(4, 3, 32, 32)
+    callbacks = [FIDCallback(Points(), [real]), CLIPScoreCallback(BrightJudge()), SampleGrid(), TrainingProgress()]
+    trainer, _ = fit(tmp_path, callbacks, max_steps=2, num_sanity_val_steps=1, val_check_interval=3)
+    assert not [name for name in trainer.callback_metrics if name.startswith("val/")]
+    assert not (tmp_path / "samples").exists()
+
+
+# ---- pictures
+
+
+def test_grids_show_the_first_prompts_at_each_validation(tmp_path: Path) -> None:
+    recorder = Recorder()
+    fit(tmp_path, [recorder, SampleGrid(num_prompts=3)])
+    files = sorted((tmp_path / "samples").iterdir())
+    assert [file.name for file in files] == ["iteration_0000003.png", "iteration_0000006.png"]
+    with Image.open(files[1]) as file:
+        pixels = torch.tensor(list(file.convert("RGB").get_flattened_data())).reshape(file.height, file.width, 3)
+    expected = (recorder.images("student_2")[1] * 255).round().repeat_interleave(3, 1).repeat_interleave(3, 2)
+    windows = pixels[..., 0].float().unfold(0, 96, 1).unfold(1, 96, 1)
+    assert int((windows == expected[0]).all(-1).all(-1).sum()) >= 1  # enlarged three times, untouched otherwise
+
+
+def test_grids_reach_tensorboard(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    fit(tmp_path, [SampleGrid(2)], max_steps=3, logger=TensorBoardLogger(tmp_path, name="logs"))
+    events = accumulator.EventAccumulator(str(tmp_path / "logs" / "version_0"))
+    events.Reload()
+    assert [event.step for event in events.Images("val/samples")] == [3]
+
+
+# ---- throughput
+
+
+class Clock(L.Callback):
+    """A clock that only moves where the run says so: 1 s a training batch, 100 s a validation batch."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def on_train_batch_start(self, *_: object) -> None:
+        self.now += 1
+
+    def on_validation_batch_start(self, *_: object) -> None:
+        self.now += 100
+
+
+def test_throughput_leaves_validation_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr("cdm_lightning.callbacks.throughput.time", SimpleNamespace(perf_counter=clock.perf_counter))
+    monitor = ThroughputMonitor()
+    _, module = fit(tmp_path, [clock, monitor], logger=CSVLogger(tmp_path, name="logs"))
+    with next(tmp_path.rglob("metrics.csv")).open() as file:
+        rows = [row for row in csv.DictReader(file) if row.get("throughput/samples_per_second")]
+    assert [float(row["throughput/samples_per_second"]) for row in rows] == [TRAIN_BATCH] * 3
+    assert all(float(row["throughput/peak_memory_gib"]) > 0.05 for row in rows)
+    for phase in ("rollout", "fake_score", "student"):
+        seconds = [2 * float(row[f"throughput/{phase}_seconds"]) for row in rows]  # two iterations each
+        assert min(seconds) > 0
+        assert sum(seconds) == pytest.approx(module.phase_seconds[phase], rel=1e-3)
+
+
+# ---- progress
+
+
+def test_progress_prints_lines_without_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cdm_lightning.console.LINE_EVERY", 0.0)
+    fit(tmp_path, [CLIPScoreCallback(BrightJudge()), TrainingProgress()])
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "loading the networks"
+    training = [line for line in lines if line.startswith("training: ")]
+    assert training[0].startswith("training: 1/6, samples/s ")
+    assert training[-1].startswith("training: 6/6, ") or "training: 6/6" in "\n".join(training)
+    assert any("fake_score loss" in line and "student loss" in line and " left" in line for line in training)
+    assert any(line.startswith("validating: 3/6") for line in lines)
+    assert any(line.startswith("iteration 3: clip_score/student_2 ") for line in lines)
+
+
+def test_progress_draws_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    fit(tmp_path, [TrainingProgress()])
+    shown = terminal.getvalue()
+    assert "training: 100%" in shown
+    assert "6/6" in shown
+    assert "validating" in shown
+    assert "samples/s=" in shown
+
+
+# ---- the end of a run
+
+
+def small_ladder(folder: Path) -> LadderEvaluation:
+    clip = f"local-dir:{write_clip_folder(folder / 'clip')}"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_file(ShapesClassifier().state_dict(), folder / "classifier.safetensors")
+    return LadderEvaluation(
+        prompts=[scene.caption for scene in draw_scenes(6, 1)],
+        reference=ShapesRenderings(count=20),
+        extractor=OpenClipFeatures(clip),
+        scorer=CLIPScorer(clip),
+        judge=ShapesClassifier.load(folder / "classifier.safetensors"),
+        samplers=[SamplerSpec("teacher 2 steps, guidance 2", "teacher", 2, 2.0), SamplerSpec("student 1 step", nfe=1)],
+        teacher_reference="teacher 2 steps, guidance 2",
+        real_images=render_prompts,
+        count=6,
+        batch_size=4,
+        diversity_prompts=2,
+        images_per_prompt=2,
+        shown=3,
+    )
+
+
+def test_ladder_report_leaves_table_picture_and_student(
+    tmp_path: Path, tiny_pipeline_folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    report = LadderReport(small_ladder(tmp_path), export_nfe=2)
+    backbone = SD3Backbone(str(tiny_pipeline_folder))
+    fit(tmp_path, [StudentEMA(), report], backbone, max_steps=2, limit_val_batches=0)
+    printed = capsys.readouterr().out
+    for name in ("table.md", "metrics.json", "samples.png", "student"):
+        assert str(tmp_path / name) in printed
+        assert (tmp_path / name).exists()
+    rows = {row["sampler"]: row for row in json.loads((tmp_path / "metrics.json").read_text())["rows"]}
+    assert list(rows) == ["real images", "teacher 2 steps, guidance 2", "student 1 step"]
+    for name, row in rows.items():
+        assert name in printed
+        assert row["frechet_real"] > 0
+        assert -100 <= row["clip_score"] <= 100
+        assert 0 <= row["adherence"] <= 1
+        assert row["diversity"] > 0
+    assert (tmp_path / "student" / "model_index.json").is_file()
+    assert f"{rows['student 1 step']['frechet_real']:.4g}" in (tmp_path / "student" / "README.md").read_text()
+
+
+def test_ladder_report_refuses_a_foreign_folder_before_training(tmp_path: Path) -> None:
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "mine.txt").write_text("precious")
+    evaluation = LadderEvaluation(prompts=["a"] * 2, reference=[], extractor=Points(), count=2, diversity_prompts=0)
+    recorder = Recorder()
+    with pytest.raises(UserError, match="was not written by an export"):
+        fit(tmp_path, [recorder, LadderReport(evaluation)])
+    assert not recorder.students

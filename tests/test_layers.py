@@ -1,0 +1,144 @@
+"""The import layers of the package, read from its source: what each part may know."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+from sys import stdlib_module_names
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "src" / "cdm_lightning"
+NAME = PACKAGE.name
+ENTRY_POINTS = {"train.py", "pretrain.py", "config.py"}
+LIBRARY_EDGE = ("backbones/", "pretraining/", "export.py", "sample.py")
+
+
+def sources() -> dict[str, ast.Module]:
+    """Each module's path inside the package and its syntax tree."""
+    return {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports(tree: ast.Module, path: str) -> Iterator[str]:
+    """Dotted names of all that a module imports, at whatever depth; `from a import b` counts as a.b."""
+    package = [NAME, *Path(path).parts[:-1]]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            prefix = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{prefix}.{alias.name}" for alias in node.names)
+
+
+def own(name: str) -> bool:
+    return name.split(".")[0] == NAME
+
+
+def is_under(name: str, module: str) -> bool:
+    """Whether the dotted name is this module of the package or lies in it."""
+    return f"{name}.".startswith(f"{NAME}.{module}.")
+
+
+def violations(rule) -> list[str]:
+    return [
+        f"{path} imports {name}"
+        for path, tree in sources().items()
+        for name in imports(tree, path)
+        if not rule(path, name)
+    ]
+
+
+def defines_backbone(tree: ast.Module) -> bool:
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    return any(isinstance(base, ast.Name) and base.id == "Backbone" for node in classes for base in node.bases)
+
+
+def families() -> set[str]:
+    """The modules that implement a model family."""
+    return {
+        Path(path).stem for path, tree in sources().items() if path.startswith("backbones/") and defines_backbone(tree)
+    }
+
+
+def core_rule(path: str, name: str) -> bool:
+    if not path.startswith("core/"):
+        return True
+    root = name.split(".")[0]
+    return is_under(name, "core") if own(name) else root == "torch" or root in stdlib_module_names
+
+
+def config_rule(path: str, name: str) -> bool:
+    return path in ENTRY_POINTS or name.split(".")[0] not in {"hydra", "omegaconf"}
+
+
+def library_rule(path: str, name: str) -> bool:
+    return path.startswith(LIBRARY_EDGE) or name.split(".")[0] not in {"diffusers", "transformers"}
+
+
+def family_rule(path: str, name: str) -> bool:
+    """No family knows another; only entry points and pretraining, which builds one, may name a concrete family."""
+    if path in ENTRY_POINTS or path.startswith("pretraining/") or Path(path).stem in families():
+        allowed = families() if not path.startswith("backbones/") else {Path(path).stem}
+    else:
+        allowed = set()
+    return not any(is_under(name, f"backbones.{family}") for family in families() - allowed)
+
+
+def callback_rule(path: str, name: str) -> bool:
+    if not path.startswith("callbacks/"):
+        return True
+    return not is_under(name, "callbacks") or is_under(name, f"callbacks.{Path(path).stem}")
+
+
+def upward_rule(path: str, name: str) -> bool:
+    """The lower layers do not import the module, callbacks or entry points that are built from them."""
+    lower = path.startswith(("core/", "backbones/", "data/", "metrics/"))
+    higher = (
+        "module",
+        "callbacks",
+        "train",
+        "pretrain",
+        "pretraining",
+        "export",
+        "sample",
+        "config",
+        "networks",
+        "optim",
+    )
+    return not lower or not any(is_under(name, part) for part in higher)
+
+
+RULES = [core_rule, config_rule, library_rule, family_rule, callback_rule, upward_rule]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_no_import_crosses_a_layer(rule):
+    assert violations(rule) == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "path", "line"),
+    [
+        (core_rule, "core/flow.py", "import numpy"),
+        (core_rule, "core/flow.py", "from cdm_lightning.backbones.base import Backbone"),
+        (core_rule, "core/flow.py", "from ..errors import UserError"),
+        (config_rule, "module.py", "def f():\n    from omegaconf import DictConfig"),
+        (library_rule, "module.py", "import diffusers.models"),
+        (family_rule, "backbones/toy2d.py", "from cdm_lightning.backbones import sd3"),
+        (family_rule, "module.py", "from cdm_lightning.backbones.toy2d import Toy2DBackbone"),
+        (callback_rule, "callbacks/ema.py", "from . import other"),
+        (upward_rule, "metrics/energy.py", "from cdm_lightning.module import CDMModule"),
+    ],
+)
+def test_each_rule_can_fail(rule, path, line):
+    assert not all(rule(path, name) for name in imports(ast.parse(line), path))
+
+
+def test_the_families_are_found():
+    assert {"sd3", "toy2d"} <= families()
+    assert "base" not in families()
+
+
+def test_there_is_no_drawer_for_odd_things():
+    names = {part for path in sources() for part in Path(path).with_suffix("").parts}
+    assert not names & {"util", "utils", "helpers", "misc", "common"}

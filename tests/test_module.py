@@ -1,0 +1,315 @@
+"""One iteration does what the algorithm box says: who is updated when, by how much, with which numbers."""
+
+import copy
+import math
+from dataclasses import replace
+from functools import partial
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cdm_lightning.backbones.toy2d import Toy2DBackbone
+from cdm_lightning.callbacks.ema import StudentEMA
+from cdm_lightning.core.lengths import UniformLength
+from cdm_lightning.core.objective import CDMObjective, TermLosses
+from cdm_lightning.core.schedules import RandomSchedule
+from cdm_lightning.data.datamodule import PromptDataModule
+from cdm_lightning.data.prompts import PromptList
+from cdm_lightning.errors import UserError
+from cdm_lightning.evaluation import SamplerSpec
+from cdm_lightning.module import CDMModule
+from cdm_lightning.optim import LearningRate, OptimizerRecipe
+
+PROMPTS = PromptList(["north", "south and east", "west", "anywhere"])
+
+
+def recipe(lr: float = 1e-3, optimizer=torch.optim.AdamW, max_grad_norm: float = 1.0, **keywords) -> OptimizerRecipe:
+    return OptimizerRecipe(partial(optimizer, **keywords), LearningRate(lr, warmup=0), max_grad_norm)
+
+
+def make_module(**arguments) -> CDMModule:
+    defaults = {
+        "backbone": Toy2DBackbone(hidden=16, depth=1, fit_steps=10),
+        "objective": CDMObjective(),
+        "schedule": RandomSchedule(UniformLength(1, 4)),
+        "student_optim": recipe(),
+        "fake_score_optim": recipe(),
+    }
+    return CDMModule(**{**defaults, **arguments})
+
+
+def fit(module: CDMModule, iterations: int, *callbacks: L.Callback, **trainer_arguments) -> L.Trainer:
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=iterations,
+        max_epochs=-1,
+        callbacks=list(callbacks),
+        use_distributed_sampler=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        **{"logger": False, "limit_val_batches": 0, **trainer_arguments},
+    )
+    trainer.fit(module, PromptDataModule(PROMPTS, PROMPTS, batch_size=3, val_batch_size=2))
+    return trainer
+
+
+class Snapshots(L.Callback):
+    """The weights of a network before training and after each iteration."""
+
+    def __init__(self, *names: str) -> None:
+        self.names, self.weights = names, {name: [] for name in names}
+
+    def _take(self, module: CDMModule) -> None:
+        for name in self.names:
+            self.weights[name].append(flat(getattr(module.networks, name)))
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        self._take(pl_module)
+
+    def on_train_batch_end(self, trainer, pl_module, *_) -> None:
+        self._take(pl_module)
+
+    def changes(self, name: str) -> list[bool]:
+        return [not torch.equal(a, b) for a, b in zip(self.weights[name], self.weights[name][1:])]
+
+
+def flat(network: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().flatten().clone() for parameter in network.parameters()])
+
+
+# ---- turns and counts
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_the_student_moves_in_every_nth_iteration_and_all_count_iterations(every):
+    module, snapshots = make_module(student_every=every), Snapshots("student", "fake_score")
+    trainer = fit(module, 7, snapshots)
+    assert snapshots.changes("student") == [i % every == every - 1 for i in range(7)]
+    assert snapshots.changes("fake_score") == [True] * 7
+    assert trainer.global_step == module.iteration == 7
+
+
+def test_the_average_follows_student_steps_only():
+    module, snapshots = make_module(student_every=2), Snapshots("student", "student_ema")
+    fit(module, 4, StudentEMA(decay=0.5), snapshots)
+    student, average = snapshots.weights["student"], snapshots.weights["student_ema"]
+    assert snapshots.changes("student_ema") == [False, True, False, True]
+    assert module.ema_updates == 2
+    first = torch.lerp(average[0], student[2], 1 - 1 / 10)  # decay min(0.5, 1 / 10)
+    assert torch.allclose(average[2], first, atol=1e-7)
+    assert torch.allclose(average[4], torch.lerp(first, student[4], 1 - 2 / 11), atol=1e-7)
+
+
+def test_the_fake_score_is_merged_with_the_student_after_its_step():
+    frozen = recipe(lr=0.0, weight_decay=0.0)
+    module, snapshots = make_module(fake_score_optim=frozen, fake_score_merge=0.25, student_every=2), Snapshots("student", "fake_score")
+    fit(module, 3, snapshots)
+    student, fake = snapshots.weights["student"], snapshots.weights["fake_score"]
+    assert torch.equal(fake[2], fake[0])  # equal networks merge into themselves; the student moves after the second merge
+    assert torch.allclose(fake[3], 0.75 * fake[2] + 0.25 * student[2], atol=1e-7)
+    assert not torch.equal(fake[3], fake[2])
+
+
+def test_a_merge_of_weight_0_is_off(monkeypatch):
+    monkeypatch.setattr("cdm_lightning.module.lerp_parameters_", lambda *_: pytest.fail("merged"))
+    fit(make_module(fake_score_merge=0.0), 2)
+
+
+# ---- the teacher
+
+
+def test_the_teacher_is_no_part_of_the_state_and_does_not_change():
+    backbone = Toy2DBackbone(hidden=16, depth=1, fit_steps=10)
+    backbone.build_teacher = backbone.build_network  # one with parameters, as pretrained networks have
+    module = make_module(backbone=backbone)
+    fit(module, 4)
+    assert torch.equal(flat(module.networks.teacher), flat(backbone.build_network()))
+    assert {key.split(".")[1] for key in module.state_dict()} == {"student", "fake_score", "student_ema"}
+    owned = {id(parameter) for parameter in module.parameters()}
+    assert not owned & {id(parameter) for parameter in module.networks.teacher.parameters()}
+    assert not any(parameter.requires_grad for parameter in module.networks.teacher.parameters())
+    assert not module.networks.student_ema.training
+    assert not module.networks.teacher.training
+
+
+# ---- the step
+
+
+def test_gradients_are_clipped_for_each_network():
+    sgd = recipe(lr=1.0, optimizer=torch.optim.SGD, max_grad_norm=1e-3)
+    module, snapshots = make_module(student_optim=sgd, fake_score_optim=sgd, fake_score_merge=0.0), Snapshots("student", "fake_score")
+    fit(module, 2, snapshots)
+    for name, steps in (("student", 1), ("fake_score", 2)):
+        before, after = snapshots.weights[name][2 - steps], snapshots.weights[name][2 - steps + 1]
+        assert (after - before).norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+class Spoiled(CDMObjective):
+    """Losses that are not finite at iteration 1 (fake score) and 3 (student)."""
+
+    def fake_score_loss(self, fields, point, rng, shift) -> TermLosses:
+        losses = super().fake_score_loss(fields, point, rng, shift)
+        return replace(losses, total=losses.total * (math.nan if rng.iteration == 1 else 1.0))
+
+    def student_loss(self, fields, point, rng, shift, iteration) -> TermLosses:
+        losses = super().student_loss(fields, point, rng, shift, iteration)
+        return replace(losses, total=losses.total * (math.inf if iteration == 3 else 1.0))
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_counted():
+    module, snapshots = make_module(objective=Spoiled(), fake_score_merge=0.0), Snapshots("student", "fake_score")
+    trainer = fit(module, 6, snapshots, log_every_n_steps=1)
+    assert snapshots.changes("fake_score") == [True, False, True, True, True, True]
+    assert snapshots.changes("student") == [False, True, False, False, False, True]
+    assert module.skipped_steps == {"student": 1, "fake_score": 1}
+    assert trainer.global_step == 6
+    assert trainer.callback_metrics["student/skipped_steps"] == 1
+    assert flat(module.networks.student).isfinite().all()
+
+
+def test_learning_rate_is_a_function_of_the_iteration():
+    rate = LearningRate(peak=2.0, warmup=4, total=20, decay_from=0.5)
+    assert [rate.at(i) for i in (0, 1, 3, 4, 9)] == [0.5, 1.0, 2.0, 2.0, 2.0]
+    assert [rate.at(i) for i in (10, 15, 19, 20, 30)] == pytest.approx([2.0, 1.0, 0.2, 0.0, 0.0])
+    assert LearningRate(peak=2.0, warmup=0).at(10**6) == 2.0
+    with pytest.raises(UserError, match="needs total"):
+        LearningRate(peak=1.0, decay_from=0.5)
+
+
+def test_both_optimizers_follow_their_own_rate():
+    student = OptimizerRecipe(partial(torch.optim.AdamW), LearningRate(1e-3, warmup=4))
+    fake_score = OptimizerRecipe(partial(torch.optim.AdamW), LearningRate(1e-2, warmup=0, total=8, decay_from=0.5))
+    trainer = fit(make_module(student_optim=student, fake_score_optim=fake_score), 8, log_every_n_steps=2)
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers]  # as last set: iteration 7
+    assert rates == pytest.approx([1e-2 * 0.25, 1e-3])
+
+
+def test_an_optimizer_keyword_that_does_not_exist_is_refused():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'beta'"):
+        recipe(beta=0.9)
+
+
+# ---- precision
+
+
+class Recording(Toy2DBackbone):
+    """Notes what networks are given."""
+
+    def __init__(self) -> None:
+        super().__init__(hidden=16, depth=1, fit_steps=10)
+        self.inputs: list[tuple[Tensor, Tensor]] = []
+        self.autocast: list[torch.dtype | None] = []
+
+    def velocity(self, network, x, sigma, cond) -> Tensor:
+        self.inputs.append((x.detach(), sigma.detach()))
+        self.autocast.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
+        return super().velocity(network, x, sigma, cond)
+
+
+def test_sigmas_weights_and_states_stay_float32_when_networks_compute_in_bfloat16():
+    backbone = Recording()
+    module = make_module(backbone=backbone, compute_dtype="bfloat16", student_every=1)
+    trainer = fit(module, 3)
+    sigmas = torch.cat([sigma for _, sigma in backbone.inputs])
+    assert set(backbone.autocast) == {torch.bfloat16}
+    assert {x.dtype for x, _ in backbone.inputs} == {sigmas.dtype} == {torch.float32}
+    inner = sigmas[(sigmas > 0.02) & (sigmas < 0.98)]
+    assert (inner.bfloat16().float() != inner).float().mean() > 0.9  # not rounded on the way
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+    states = [value for optimizer in trainer.optimizers for state in optimizer.state.values() for value in state.values()]
+    assert {value.dtype for value in states} == {torch.float32}
+
+
+def test_lightnings_own_precision_is_refused():
+    with pytest.raises(UserError, match="compute_dtype"):
+        fit(make_module(), 1, precision="bf16-true")
+
+
+@pytest.mark.parametrize("arguments", [{"student_every": 0}, {"fake_score_merge": 2.0}, {"compute_dtype": "float16"}])
+def test_arguments_out_of_range_are_refused(arguments):
+    with pytest.raises(UserError, match=next(iter(arguments))):
+        make_module(**arguments)
+
+
+# ---- rollouts
+
+
+def test_objectives_that_need_it_get_full_rollouts():
+    module = make_module(objective=CDMObjective(teacher_base="final"), student_every=1)
+    fit(module, 2)
+    assert flat(module.networks.student).isfinite().all()
+
+
+def test_an_iteration_is_the_same_for_any_split_of_the_batch():
+    """The points of a batch are those of its parts: draws belong to slots, K to the iteration."""
+    from cdm_lightning.core.rng import StepRandom
+
+    module = make_module()
+    fit(module, 1)
+    prompts = [PROMPTS[i] for i in range(4)]
+
+    def points(slots: list[int]) -> Tensor:
+        rng = StepRandom(0, 5, slots, "cpu")
+        return module.draw_point(module.bind([prompts[i] for i in slots]), rng).x
+
+    assert torch.allclose(points([0, 1, 2, 3]), torch.cat([points([0, 1]), points([2, 3])]), atol=1e-6)
+
+
+# ---- evaluation and logs
+
+
+class Outputs(L.Callback):
+    """Keeps what validation hands to callbacks."""
+
+    def __init__(self) -> None:
+        self.outputs: list[dict] = []
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, *_) -> None:
+        self.outputs.append(outputs)
+
+
+def test_validation_generates_for_each_sampler_with_the_average():
+    samplers = [SamplerSpec("a", nfe=2), SamplerSpec("b", network="teacher", nfe=3)]
+    module, kept = make_module(samplers=samplers), Outputs()
+    fit(module, 2, StudentEMA(), kept, limit_val_batches=1.0, val_check_interval=2, check_val_every_n_epoch=None, num_sanity_val_steps=0)
+    assert [output["indices"].tolist() for output in kept.outputs] == [[0, 1], [2, 3]]
+    assert kept.outputs[1]["prompts"] == ["west", "anywhere"]
+    assert {name: tuple(image.shape) for name, image in kept.outputs[0]["images"].items()} == {"a": (2, 3, 32, 32), "b": (2, 3, 32, 32)}
+    assert module.evaluated_network is module.networks.student_ema
+    assert make_module().ema_updates == 0
+
+
+def test_logs_stand_at_the_iteration_and_only_every_nth(tmp_path):
+    from lightning.pytorch.loggers import CSVLogger
+
+    logger = CSVLogger(tmp_path, name="", version="logs")
+    fit(make_module(student_every=4), 9, logger=logger, log_every_n_steps=3)
+    lines = [line.split(",") for line in (tmp_path / "logs" / "metrics.csv").read_text().splitlines()]
+    rows = [dict(zip(lines[0], line)) for line in lines[1:]]
+    assert [row["step"] for row in rows] == ["3", "6", "9"]
+    assert [bool(row["student/cdm"]) for row in rows] == [False, True, True]  # the latest figures known
+    expected = {"fake_score/loss", "fake_score/grad_norm", "fake_score/learning_rate", "fake_score/skipped_steps"}
+    expected |= {f"student/{name}" for name in ("loss", "ca", "dm", "cdm", "ca_delta_rms", "ca_dm_cosine", "x0_std", "grad_norm")}
+    assert expected <= set(lines[0])
+    total = sum(float(rows[2][f"student/{term}"]) for term in ("ca", "dm", "cdm"))
+    assert float(rows[2]["student/loss"]) == pytest.approx(total, rel=1e-5)
+
+
+def test_phases_are_timed():
+    module = make_module()
+    fit(module, 2)
+    assert set(module.phase_seconds) == {"rollout", "fake_score", "student"}
+    assert all(seconds > 0 for seconds in module.phase_seconds.values())
+
+
+def test_a_module_is_built_once():
+    module = make_module()
+    fit(module, 1)
+    networks = module.networks
+    weights = copy.deepcopy(flat(networks.student))
+    module.configure_model()
+    assert module.networks is networks
+    assert torch.equal(flat(networks.student), weights)
