@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from cdm_lightning.backbones.base import Backbone
+from cdm_lightning.checkpoint import network_weights, read_checkpoint
 from cdm_lightning.config import build, compose
 from cdm_lightning.ladder import STEPS, LadderEvaluation, LadderResult, LadderRow
 from cdm_lightning.report import markdown_table, save_report
@@ -35,7 +36,12 @@ def evaluation(overrides: list[str], samplers: list[str] | None) -> tuple[Ladder
     sizes = [f"callbacks.ladder.evaluation.{name}" for name in ("count", "reference.count", "seed")]
     values = (COUNT, REFERENCE, EVALUATION_SEED)
     config = compose(
-        ["experiment=tiny_sd3_cdm", "output_dir=outputs/unused", *overrides, *(f"{k}={v}" for k, v in zip(sizes, values))]
+        [
+            "experiment=tiny_sd3_cdm",
+            "output_dir=outputs/unused",
+            *overrides,
+            *(f"{k}={v}" for k, v in zip(sizes, values)),
+        ]
     )
     ladder = next(callback.evaluation for callback in build(config, "callbacks") if hasattr(callback, "evaluation"))
     if samplers is not None:
@@ -69,19 +75,15 @@ def measure_student(seeds: list[int], extra: list[str]) -> None:
     tables, settings, seconds = {}, {}, []
     for seed in seeds:
         folder = Path(f"outputs/benchmark_student_{seed}")
-        config = compose(
-            ["experiment=tiny_sd3_cdm", f"output_dir={folder}", f"run_name={folder.name}", f"seed={seed}", "resume=never"]
-            + ["~callbacks.ladder", *extra]
-        )
+        place = [f"output_dir={folder}", f"run_name={folder.name}", f"seed={seed}", "resume=never"]
+        config = compose(["experiment=tiny_sd3_cdm", *place, "~callbacks.ladder", *extra])
         began = time.perf_counter()
         run = train(config)
         seconds.append(time.perf_counter() - began)
         ladder, backbone = evaluation(extra, names)
         backbone.setup(torch.device("cpu"))
-        weights = torch.load(run.checkpoint, weights_only=True)["state_dict"]
         student = backbone.build_network()
-        prefix = "networks.student_ema."
-        student.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
+        student.load_state_dict(network_weights(read_checkpoint(run.checkpoint), "student_ema"))
         result = ladder.run(backbone, {"student": student.eval(), "teacher": backbone.build_teacher().eval()})
         save_report(result, folder)
         tables[f"seed {seed}"], settings = result.rows, result.settings
@@ -92,7 +94,9 @@ def measure_student(seeds: list[int], extra: list[str]) -> None:
 
 def student_verdicts(four: list[LadderRow], teacher: dict[str, dict]) -> dict[str, bool]:
     """The student's gate at 4 steps, no guidance, on the mean over seeds."""
-    distance, adherence = (statistics.mean(getattr(row, name) for row in four) for name in ("frechet_real", "adherence"))
+    distance, adherence = (
+        statistics.mean(getattr(row, name) for row in four) for name in ("frechet_real", "adherence")
+    )
     spread = ", ".join(f"{row.frechet_real:.3f}" for row in four)
     short = teacher["teacher 4 steps"]["frechet_real"]
     best = teacher["teacher 50 steps, guidance 1.5"]["frechet_real"]
@@ -122,7 +126,9 @@ def write(name: str, settings: dict, tables: dict[str, list[LadderRow]], verdict
     }
     rows = {title: [asdict(row) for row in table] for title, table in tables.items()}
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps({"facts": facts, "verdicts": verdicts, "rows": rows}, indent=2) + "\n")
+    (RESULTS / f"{name}.json").write_text(
+        json.dumps({"facts": facts, "verdicts": verdicts, "rows": rows}, indent=2) + "\n"
+    )
     lines = [f"# {name}", "", *(f"- {key}: {value}" for key, value in facts.items()), ""]
     lines += [f"- {'holds' if holds else 'DOES NOT HOLD'}: {text}" for text, holds in verdicts.items()]
     for title, table in tables.items():

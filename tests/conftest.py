@@ -22,6 +22,8 @@ TINY_TOY = (  # the plane with a small network that is hardly fitted: 10 ms an i
     "trainer.limit_val_batches=0",
     "trainer.max_steps=10",
     "trainer.log_every_n_steps=1",
+    "optim.student.learning_rate.total=10",  # whatever max_steps is, so that a run in two parts has the same rates
+    "optim.fake_score.learning_rate.total=10",
     "data=prompts",
     "data.batch_size=4",
 )

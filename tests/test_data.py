@@ -53,7 +53,12 @@ def test_a_prompt_file_travels_to_workers(tmp_path):
         ("latin.txt", "fine\ngr\xfcn\n".encode("latin-1"), None, "latin.txt, line 2: the prompt file is not UTF-8"),
         ("utf16.txt", "two".encode("utf-16"), None, "utf16.txt, line 1: the prompt file is not UTF-8"),
         ("a.txt", "text", "caption", "a.txt: `field: caption` needs a .jsonl file"),
-        ("a.jsonl", '{"prompt": "x"}\n{"text": "y"}', None, 'a.jsonl, line 2: not a JSON object with a text in "prompt"'),
+        (
+            "a.jsonl",
+            '{"prompt": ""}\n{"text": "y"}',
+            None,
+            'a.jsonl, line 2: not a JSON object with a text in "prompt"',
+        ),
         ("b.jsonl", '{"prompt": "x"', None, 'b.jsonl, line 1: not a JSON object with a text in "prompt"'),
         ("c.jsonl", '["x"]', "caption", 'c.jsonl, line 1: not a JSON object with a text in "caption"'),
         ("d.jsonl", '{"caption": 3}', "caption", 'd.jsonl, line 1: not a JSON object with a text in "caption"'),

@@ -141,6 +141,13 @@ class Brightness:
 COUNT = 256
 
 
+def width_after_euler(nfe: int) -> float:
+    """Deviation of one mode's samples after Euler steps of its velocity, which is linear around its centre's path."""
+    s, following = torch.linspace(1, 1 / nfe, nfe), torch.linspace(1 - 1 / nfe, 0, nfe)
+    slope = (s - (1 - s) * WIDTH**2) / ((1 - s) ** 2 * WIDTH**2 + s**2)
+    return float((1 + (following - s) * slope).prod())
+
+
 @pytest.fixture(scope="module")
 def result(toy: Toy2DBackbone) -> LadderResult:
     evaluation = LadderEvaluation(
@@ -169,10 +176,9 @@ def test_ladder_figures_are_those_of_the_mixture(result: LadderResult) -> None:
         2 * (RADIUS / 2**0.5 - (RADIUS**2 / 2 + WIDTH**2) ** 0.5) ** 2, abs=0.01
     )
     assert rows["t1"].diversity == pytest.approx(0, abs=1e-4)
-    # two points of one mode are 2 w (pi / 4)^(1/2) apart in the mean
-    expected = 2 * WIDTH * (torch.pi / 4) ** 0.5
-    assert rows[REAL].diversity == pytest.approx(expected, rel=0.1)
-    assert rows["t50"].diversity == pytest.approx(expected, rel=0.1)
+    # two points of a mode of width w are w pi^(1/2) apart in the mean; 50 Euler steps make it somewhat narrower
+    assert rows[REAL].diversity == pytest.approx(WIDTH * torch.pi**0.5, rel=0.1)
+    assert rows["t50"].diversity == pytest.approx(width_after_euler(50) * torch.pi**0.5, rel=0.1)
     assert rows["t50"].frechet_real < 0.01
     assert rows["t50"].frechet_teacher is None
     assert rows["t1"].frechet_teacher == pytest.approx(rows["t1"].frechet_real, abs=0.01)

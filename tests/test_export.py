@@ -283,8 +283,17 @@ def test_metrics_tables():
 
 
 def test_recipe_hides_folders_but_not_hub_ids_or_files():
-    shown = recipe({"data": {"path": "/home/someone/prompts.txt", "name": "owner/set"}, "logger": {"token": "x"}})
-    assert shown == {"data": {"path": "prompts.txt", "name": "owner/set"}}
+    config = {
+        "data": {"path": "/home/someone/prompts.txt", "name": "owner/set", "_target_": "a.b.PromptFile"},
+        "logger": {"token": "x"},
+        "trainer": {"max_steps": 4, "devices": 1},
+        "callbacks": {"ema": {"decay": 0.99}, "report": {"folder": "x"}},
+    }
+    assert recipe(config) == {
+        "data": {"class": "PromptFile", "path": "prompts.txt", "name": "owner/set"},
+        "trainer": {"max_steps": 4},
+        "callbacks": {"ema": {"decay": 0.99}},
+    }
 
 
 # ---- what is refused, in one line

@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from sys import stdlib_module_names
 
@@ -10,9 +11,11 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "cdm_lightning"
 NAME = PACKAGE.name
 ENTRY_POINTS = {"train.py", "pretrain.py", "config.py"}
+FAMILY_BLIND = ("core/", "data/", "metrics/", "networks.py", "optim.py", "parallel.py", "module.py", "evaluation.py")
 LIBRARY_EDGE = ("backbones/", "pretraining/", "export.py", "sample.py")
 
 
+@cache
 def sources() -> dict[str, ast.Module]:
     """Each module's path inside the package and its syntax tree."""
     return {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
@@ -48,16 +51,22 @@ def violations(rule) -> list[str]:
     ]
 
 
-def defines_backbone(tree: ast.Module) -> bool:
+def has_class_with_base(tree: ast.Module, base: str) -> bool:
+    """Whether a class of the module derives from this name directly."""
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
-    return any(isinstance(base, ast.Name) and base.id == "Backbone" for node in classes for base in node.bases)
+    return any(isinstance(name, ast.Name) and name.id == base for node in classes for name in node.bases)
 
 
-def families() -> set[str]:
+@cache
+def modules_with(folder: str, base: str) -> frozenset[str]:
+    """The modules of a folder that define a class derived from `base`."""
+    trees = {path: tree for path, tree in sources().items() if path.startswith(f"{folder}/")}
+    return frozenset(Path(path).stem for path, tree in trees.items() if has_class_with_base(tree, base))
+
+
+def families() -> frozenset[str]:
     """The modules that implement a model family."""
-    return {
-        Path(path).stem for path, tree in sources().items() if path.startswith("backbones/") and defines_backbone(tree)
-    }
+    return modules_with("backbones", "Backbone")
 
 
 def core_rule(path: str, name: str) -> bool:
@@ -76,18 +85,21 @@ def library_rule(path: str, name: str) -> bool:
 
 
 def family_rule(path: str, name: str) -> bool:
-    """No family knows another; only entry points and pretraining, which builds one, may name a concrete family."""
-    if path in ENTRY_POINTS or path.startswith("pretraining/") or Path(path).stem in families():
-        allowed = families() if not path.startswith("backbones/") else {Path(path).stem}
+    """No family knows another, and what trains them knows none: only the base class."""
+    if path.startswith("backbones/"):
+        others = families() - {Path(path).stem}
+    elif path.startswith(FAMILY_BLIND):
+        others = families()
     else:
-        allowed = set()
-    return not any(is_under(name, f"backbones.{family}") for family in families() - allowed)
+        return True
+    return not any(is_under(name, f"backbones.{family}") for family in others)
 
 
 def callback_rule(path: str, name: str) -> bool:
-    if not path.startswith("callbacks/"):
+    """Callbacks do not know each other; an abstract base class may be shared."""
+    if not path.startswith("callbacks/") or not is_under(name, "callbacks"):
         return True
-    return not is_under(name, "callbacks") or is_under(name, f"callbacks.{Path(path).stem}")
+    return any(is_under(name, f"callbacks.{base}") for base in modules_with("callbacks", "ABC"))
 
 
 def upward_rule(path: str, name: str) -> bool:

@@ -105,10 +105,11 @@ def test_the_average_follows_student_steps_only():
 
 def test_the_fake_score_is_merged_with_the_student_after_its_step():
     frozen = recipe(lr=0.0, weight_decay=0.0)
-    module, snapshots = make_module(fake_score_optim=frozen, fake_score_merge=0.25, student_every=2), Snapshots("student", "fake_score")
+    module = make_module(fake_score_optim=frozen, fake_score_merge=0.25, student_every=2)
+    snapshots = Snapshots("student", "fake_score")
     fit(module, 3, snapshots)
     student, fake = snapshots.weights["student"], snapshots.weights["fake_score"]
-    assert torch.equal(fake[2], fake[0])  # equal networks merge into themselves; the student moves after the second merge
+    assert torch.equal(fake[2], fake[0])  # the student, still equal, moves after the second merge
     assert torch.allclose(fake[3], 0.75 * fake[2] + 0.25 * student[2], atol=1e-7)
     assert not torch.equal(fake[3], fake[2])
 
@@ -140,7 +141,8 @@ def test_the_teacher_is_no_part_of_the_state_and_does_not_change():
 
 def test_gradients_are_clipped_for_each_network():
     sgd = recipe(lr=1.0, optimizer=torch.optim.SGD, max_grad_norm=1e-3)
-    module, snapshots = make_module(student_optim=sgd, fake_score_optim=sgd, fake_score_merge=0.0), Snapshots("student", "fake_score")
+    module = make_module(student_optim=sgd, fake_score_optim=sgd, fake_score_merge=0.0)
+    snapshots = Snapshots("student", "fake_score")
     fit(module, 2, snapshots)
     for name, steps in (("student", 1), ("fake_score", 2)):
         before, after = snapshots.weights[name][2 - steps], snapshots.weights[name][2 - steps + 1]
@@ -219,8 +221,8 @@ def test_sigmas_weights_and_states_stay_float32_when_networks_compute_in_bfloat1
     inner = sigmas[(sigmas > 0.02) & (sigmas < 0.98)]
     assert (inner.bfloat16().float() != inner).float().mean() > 0.9  # not rounded on the way
     assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
-    states = [value for optimizer in trainer.optimizers for state in optimizer.state.values() for value in state.values()]
-    assert {value.dtype for value in states} == {torch.float32}
+    states = [state for optimizer in trainer.optimizers for state in optimizer.state.values()]
+    assert {value.dtype for state in states for value in state.values()} == {torch.float32}
 
 
 def test_lightnings_own_precision_is_refused():
@@ -274,10 +276,12 @@ class Outputs(L.Callback):
 def test_validation_generates_for_each_sampler_with_the_average():
     samplers = [SamplerSpec("a", nfe=2), SamplerSpec("b", network="teacher", nfe=3)]
     module, kept = make_module(samplers=samplers), Outputs()
-    fit(module, 2, StudentEMA(), kept, limit_val_batches=1.0, val_check_interval=2, check_val_every_n_epoch=None, num_sanity_val_steps=0)
+    rhythm = {"val_check_interval": 2, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
+    fit(module, 2, StudentEMA(), kept, limit_val_batches=1.0, **rhythm)
     assert [output["indices"].tolist() for output in kept.outputs] == [[0, 1], [2, 3]]
     assert kept.outputs[1]["prompts"] == ["west", "anywhere"]
-    assert {name: tuple(image.shape) for name, image in kept.outputs[0]["images"].items()} == {"a": (2, 3, 32, 32), "b": (2, 3, 32, 32)}
+    shapes = {name: tuple(images.shape) for name, images in kept.outputs[0]["images"].items()}
+    assert shapes == {"a": (2, 3, 32, 32), "b": (2, 3, 32, 32)}
     assert module.evaluated_network is module.networks.student_ema
     assert make_module().ema_updates == 0
 
@@ -292,7 +296,8 @@ def test_logs_stand_at_the_iteration_and_only_every_nth(tmp_path):
     assert [row["step"] for row in rows] == ["3", "6", "9"]
     assert [bool(row["student/cdm"]) for row in rows] == [False, True, True]  # the latest figures known
     expected = {"fake_score/loss", "fake_score/grad_norm", "fake_score/learning_rate", "fake_score/skipped_steps"}
-    expected |= {f"student/{name}" for name in ("loss", "ca", "dm", "cdm", "ca_delta_rms", "ca_dm_cosine", "x0_std", "grad_norm")}
+    student = ("loss", "ca", "dm", "cdm", "ca_delta_rms", "ca_dm_cosine", "x0_std", "grad_norm")
+    expected |= {f"student/{name}" for name in student}
     assert expected <= set(lines[0])
     total = sum(float(rows[2][f"student/{term}"]) for term in ("ca", "dm", "cdm"))
     assert float(rows[2]["student/loss"]) == pytest.approx(total, rel=1e-5)

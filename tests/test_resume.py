@@ -21,7 +21,7 @@ SD3_SMALL = (  # the pipeline's own path, as small as it goes
     "module.gradient_checkpointing=true",
     "data.batch_size=2",
     "schedule.length.high=3",
-    "optim.student.learning_rate.total=10",
+    "optim.student.learning_rate.total=10",  # whatever max_steps is, so that a run in two parts has the same rates
     "optim.fake_score.learning_rate.total=10",
 )
 
@@ -177,13 +177,13 @@ def test_an_unreadable_newest_checkpoint_is_passed_over(toy_run):
     with pytest.warns(UserWarning, match="passed over: .*iteration_0000010.ckpt: truncated"):
         assert newest_checkpoint(newest.parent) == older
     older.write_bytes(b"")
-    with pytest.warns(UserWarning, match="passed over"), pytest.raises(UserError, match="none of the 2 checkpoints"):
+    with pytest.warns(UserWarning, match="passed over"), pytest.raises(UserError, match="none of its 2 checkpoints"):
         newest_checkpoint(newest.parent)
 
 
 def test_another_configuration_is_refused_but_a_longer_run_is_not(toy_run):
     toy_run("trainer.max_steps=2")
-    with pytest.raises(UserError, match=r"differs in fake_score_optim|differs in module.student_every"):
+    with pytest.raises(UserError, match=r"\(it differs in module.student_every\)"):
         toy_run("module.student_every=3")
     with pytest.raises(UserError, match=r"callbacks.ema.decay"):
         toy_run("callbacks.ema.decay=0.5")

@@ -43,7 +43,7 @@ class IterationCheckpoint(Checkpoint):
 
 
 class StreamedCheckpointIO(TorchCheckpointIO):
-    """Writes straight to the disk under a temporary name, then renames: no copy in memory, no half file under a good name.
+    """Writes straight to the disk under a temporary name, then renames: no copy in memory, no half file.
 
     Lightning's own way holds the file twice in memory, which for SD3-Medium is more than 100 GB.
     """
@@ -83,15 +83,17 @@ def newest_checkpoint(folder: Path) -> Path | None:
         else:
             return path
     if candidates:
-        raise UserError(f"{folder}: none of the {len(candidates)} checkpoints can be read; move them away to start anew")
+        raise UserError(
+            f"{folder}: none of its {len(candidates)} checkpoints can be read; move them away to start anew"
+        )
     return None
 
 
 def read_checkpoint(path: Path, fingerprint: str | None = None) -> dict[str, Any]:
     """The content of a checkpoint, tensors mapped from the file, on the CPU.
 
-    Raises `UserError` if it is missing, truncated, no checkpoint of this project, or, where a `fingerprint` is given, made
-    with a backbone of another one.
+    Raises `UserError` if it is missing, truncated, no checkpoint of this project, or, where a `fingerprint` is given,
+    made with a backbone of another one.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file")

@@ -22,7 +22,7 @@ from cdm_lightning.errors import UserError
 PACKAGE = Path(__file__).parent
 LONGEST_NAME = 120  # of a sweep job's folder, well below what file systems take
 SECRET_KEY = re.compile(r"token|secret|password|api_?key|credential", re.IGNORECASE)
-WRONG_ARGUMENTS = re.compile(r"unexpected keyword argument|required (positional|keyword-only) argument|multiple values for")
+WRONG_ARGUMENTS = re.compile(r"unexpected keyword argument|required (positional|keyword-only) argument|multiple values")
 
 
 def conf_dir() -> Path:
@@ -52,7 +52,7 @@ def register_resolvers() -> None:
 
 
 def compose(overrides: Sequence[str] = (), config_name: str = "train") -> DictConfig:
-    """The configuration that a command line with these overrides gives, outside of a command line; UserError if it is wrong.
+    """The configuration that a command line with these overrides gives; UserError if one of them is wrong.
 
     Name an `output_dir=...` among them: a command line takes it from Hydra.
     """
@@ -94,7 +94,7 @@ def _instantiate(node: DictConfig, key: str) -> Any:
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
-    """The configuration as plain containers, interpolations resolved, texts under keys like `token` or `api_key` masked."""
+    """The configuration as plain containers, resolved; texts under keys like `token` or `api_key` are masked."""
     return _masked(OmegaConf.to_container(config, resolve=True))
 
 
@@ -109,11 +109,11 @@ def _masked(node: Any, key: str = "") -> Any:
 def masked_command(arguments: Sequence[str]) -> list[str]:
     """Command-line arguments with the values of keys like `token` or `api_key` masked."""
     pairs = [argument.partition("=") for argument in arguments]
-    return [f"{key}=***" if separator and SECRET_KEY.search(key) else key + separator + value for key, separator, value in pairs]
+    return [f"{key}=***" if sign and SECRET_KEY.search(key) else key + sign + value for key, sign, value in pairs]
 
 
 def run_cli(task: Callable[[DictConfig], object], config_name: str) -> None:
-    """Run `task` on the configuration of the command line; a mistake of the user is one line on stderr and exit status 2."""
+    """Run `task` on the command line's configuration; a mistake of the user is one line on stderr and exit status 2."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra prints its own several lines and exits with 1
     register_resolvers()
 

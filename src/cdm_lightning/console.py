@@ -28,7 +28,7 @@ class Progress:
             return
         self.description = description
         if self._bar is not None:
-            self._bar.set_description(description)
+            self._bar.set_description_str(description)
         elif not self.silent:
             self._write_line({})
 

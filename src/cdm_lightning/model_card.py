@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-RECIPE_KEYS = ("objective", "schedule", "optim", "module", "data", "trainer", "callbacks", "seed")
+RECIPE_KEYS = ("objective", "schedule", "optim", "module", "data", "seed")
 OWN_SECTIONS = ("backbone", "objective", "schedule", "student_optim", "fake_score_optim", "samplers")
 PAPER = "Continuous-Time Distribution Matching (arXiv:2605.06376)"
 
@@ -79,14 +79,18 @@ def recipe(config: Mapping[str, Any]) -> dict[str, Any]:
     chosen = {key: config[key] for key in RECIPE_KEYS if key in config}
     if isinstance(chosen.get("module"), Mapping):
         chosen["module"] = {key: value for key, value in chosen["module"].items() if key not in OWN_SECTIONS}
+    for section, key in (("trainer", "max_steps"), ("callbacks", "ema")):
+        if key in (config.get(section) or {}):
+            chosen[section] = {key: config[section][key]}
     return _readable(chosen)
 
 
 def _readable(node: Any) -> Any:
     """`_target_: a.b.C` as `class: C`; the folder of an absolute path is nobody's business but the run's."""
     if isinstance(node, Mapping):
-        named = (("class", str(v).rpartition(".")[2]) if k == "_target_" else (k, v) for k, v in node.items())
-        return {str(key): _readable(value) for key, value in named if key != "_partial_"}
+        name = {"class": str(node["_target_"]).rpartition(".")[2]} if "_target_" in node else {}
+        rest = {str(key): _readable(value) for key, value in node.items() if key not in ("_target_", "_partial_")}
+        return name | rest
     if isinstance(node, list | tuple):
         return [_readable(child) for child in node]
     if isinstance(node, str) and Path(node).is_absolute():

@@ -1,7 +1,8 @@
 """The distillation as a LightningModule: two networks trained in turn on the student's own rollouts.
 
 Everything counts iterations: an iteration is one batch, one rollout and one update of the fake score, and at every
-`student_every`-th one an update of the student. `trainer.global_step`, `max_steps`, checkpoints and logs all count that.
+`student_every`-th one an update of the student. `trainer.global_step`, `max_steps`, checkpoints and logs all count
+that.
 """
 
 import time
@@ -31,10 +32,11 @@ COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class CDMModule(L.LightningModule):
     """Continuous-Time Distribution Matching (arXiv:2605.06376), or any other `objective` on the same rollouts.
 
-    The student is updated in the last of every `student_every` iterations; after each of its own updates the fake score is
-    merged with the student by the weight `fake_score_merge` (0: not at all). `samplers` are the ways in which validation
-    generates images. Networks compute in `compute_dtype` ("float32", "bfloat16"); weights, gradients, sigmas and losses are
-    float32 always. All random draws are functions of (`seed`, iteration, slot in the global batch).
+    The student is updated in the last of every `student_every` iterations; after each of its own updates the fake
+    score is merged with the student by the weight `fake_score_merge` (0: not at all). `samplers` are the ways in
+    which validation generates images. Networks compute in `compute_dtype` ("float32", "bfloat16"); weights,
+    gradients, sigmas and losses are float32 always. All random draws are functions of (`seed`, iteration, slot in the
+    global batch).
 
     `iteration` counts the finished iterations, `ema_updates` those of `networks.student_ema` (made by the callback
     `StudentEMA`), `skipped_steps` the updates left out for a gradient that was not finite. Raises `UserError` for an
@@ -145,10 +147,12 @@ class CDMModule(L.LightningModule):
 
     def configure_optimizers(self) -> list[Optimizer]:
         """The fake score's optimizer and the student's."""
-        return [self.recipes[name].build(getattr(self.networks, name).parameters()) for name in ("fake_score", "student")]
+        networks = self.networks
+        trained = {"fake_score": networks.fake_score, "student": networks.student}
+        return [self.recipes[name].build(network.parameters()) for name, network in trained.items()]
 
     def _optimizer(self, name: str) -> Optimizer:
-        """Lightning counts the steps of the fake score's optimizer, one an iteration; the student's stays out of sight."""
+        """The fake score's, whose steps Lightning counts, one an iteration; or the student's, out of its sight."""
         fake_score, student = self.optimizers()
         return fake_score if name == "fake_score" else student.optimizer
 
@@ -167,7 +171,7 @@ class CDMModule(L.LightningModule):
         self.backbone.setup(device)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Add what a resumed run needs besides weights and optimizers: three counters; the fingerprint tells whose they are."""
+        """Add the counters, and the fingerprint of the backbone that all of it belongs to."""
         checkpoint["cdm"] = {
             "fingerprint": self.backbone.fingerprint,
             "iteration": self.iteration,

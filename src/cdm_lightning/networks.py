@@ -11,8 +11,8 @@ from cdm_lightning.backbones.base import Backbone
 class Networks(nn.Module):
     """`student` and `fake_score` (trained, float32), `student_ema` and `teacher` (frozen).
 
-    The teacher is kept out of the module tree: it never changes, so it is in no checkpoint and in no optimizer; the backbone
-    builds it anew, always the same. `place` moves it along.
+    The teacher is kept out of the module tree: it never changes, so it is in no checkpoint and in no optimizer; the
+    backbone builds it anew, always the same. `place` moves it along.
     """
 
     teacher: nn.Module

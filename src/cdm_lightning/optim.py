@@ -13,10 +13,10 @@ from cdm_lightning.errors import UserError
 
 @dataclass(frozen=True)
 class LearningRate:
-    """Linear warm-up to `peak` over `warmup` iterations, constant, then linear to 0 at `total` from the share `decay_from` on.
+    """Linear warm-up to `peak` over `warmup` iterations, constant, then linear to 0 in [`decay_from * total`, `total`].
 
-    A function of the iteration alone: nothing to save, nothing to step. `decay_from=1` or no `total` means no decay. CDM's
-    published schedule is 100 iterations of warm-up, then constant (arXiv:2605.06376).
+    A function of the iteration alone: nothing to save, nothing to step. `decay_from=1` or no `total` means no decay.
+    CDM's published schedule is 100 iterations of warm-up, then constant (arXiv:2605.06376).
     """
 
     peak: float
@@ -43,8 +43,8 @@ class LearningRate:
 class OptimizerRecipe:
     """Optimizer of one network: `optimizer(parameters, lr=...)` builds it, `learning_rate` drives it.
 
-    Gradients are clipped to the norm `max_grad_norm` before each step. Raises `TypeError` for a partial whose keywords the
-    optimizer's constructor does not take.
+    Gradients are clipped to the norm `max_grad_norm` before each step. Raises `TypeError` for a partial whose
+    keywords the optimizer's constructor does not take.
     """
 
     optimizer: Callable[..., Optimizer]

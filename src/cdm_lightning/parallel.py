@@ -11,8 +11,8 @@ from cdm_lightning.errors import UserError
 def single_process(devices: int | str | Sequence[int] = 1, num_nodes: int = 1) -> str:
     """The strategy of one process on one device, by its name for `Trainer`; UserError if more than one is asked for.
 
-    `devices` is what `Trainer` takes: a count, a list of indices, "auto", or one of these as text. A launcher that started
-    several processes (`WORLD_SIZE`) counts too: they would write to one folder.
+    `devices` is what `Trainer` takes: a count, a list of indices, "auto", or one of these as text. A launcher that
+    started several processes (`WORLD_SIZE`) counts too: they would write to one folder.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     processes = max(device_count(devices) * num_nodes, launched)

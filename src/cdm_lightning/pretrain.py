@@ -31,17 +31,19 @@ def pretrain(cfg: DictConfig) -> Path:
     output.mkdir(parents=True, exist_ok=True)
 
     def recipe(stage: str) -> Recipe:
-        return Recipe(**{**OmegaConf.to_container(cfg.recipe[stage]), "betas": tuple(cfg.recipe[stage].betas), "seed": cfg.seed})
+        return Recipe(
+            **{**OmegaConf.to_container(cfg.recipe[stage]), "betas": tuple(cfg.recipe[stage].betas), "seed": cfg.seed}
+        )
 
     if "prompts" in cfg.stages:
-        prompts.write_prompts(output / "prompts", **cfg.prompts, pairs=cfg.teacher.pairs, seed=cfg.seed)
+        prompts.write_prompts(output / "prompts", **cfg.prompts, seed=cfg.seed)
     if "classifier" in cfg.stages:
-        scorers.train_classifier(recipe("classifier"), work, output / "shapes_classifier.safetensors")
+        scorers.train_classifier(recipe("classifier"), work, output / "shapes_classifier.safetensors", cfg.scorer_pool)
     if "clip" in cfg.stages:
-        scorers.train_clip(recipe("clip"), work, output / "tiny_clip")
+        scorers.train_clip(recipe("clip"), work, output / "tiny_clip", cfg.scorer_pool)
     if "vae" in cfg.stages or "teacher" in cfg.stages:
         pipeline = tiny_sd3.build_pipeline(cfg.seed, **cfg.pipeline)
-        vae.train_vae(pipeline.vae, recipe("vae"), work)
+        vae.train_vae(pipeline.vae, recipe("vae"), work, cfg.vae_pool)
         if "teacher" in cfg.stages:
             teacher.train_teacher(pipeline, recipe("teacher"), work, **cfg.teacher)
         save_pipeline(pipeline, output / "tiny_sd3")

@@ -1,7 +1,7 @@
 """`python -m cdm_lightning.train experiment=...`: compose the configuration, build its objects, train.
 
-A run lives in one folder, `outputs/RUN_NAME`: `config.yaml` (as resolved), `run.json` (the command and versions), `checkpoints/`,
-and what loggers and callbacks write. The same command again resumes it.
+A run lives in one folder, `outputs/RUN_NAME`: `config.yaml` (as resolved), `run.json` (the command and versions),
+`checkpoints/`, and what loggers and callbacks write. The same command again resumes it.
 """
 
 import json
@@ -43,9 +43,8 @@ FREE_KEYS = (
     "data.val",
     "data.val_batch_size",
     "data.val_prompts",
-    "optim.student.learning_rate.total",
-    "optim.fake_score.learning_rate.total",
 )
+FREE_ENDINGS = (".learning_rate.total",)  # follows max_steps
 BOUND_KEYS = ("callbacks.ema",)
 UNFIT_WARNINGS = (
     ".*does not have many workers.*",  # reading a line of text needs none
@@ -117,17 +116,17 @@ def find_start(config: DictConfig, folder: Path, checkpoint: IterationCheckpoint
 def require_same_configuration(config: DictConfig, folder: Path) -> None:
     """UserError if `folder` holds a run whose configuration differs in what decides its weights.
 
-    Compared is everything but `FREE_KEYS` (where the run lies, how long it goes on, what is logged and evaluated). `max_steps` is
-    among them: a longer run continues a shorter one, and a decaying learning rate follows the new end from there on.
+    Compared is everything but `FREE_KEYS` (where the run lies, how long it goes on, what is logged and evaluated).
+    `max_steps` is among them: a longer run continues a shorter one, and a decaying learning rate follows the new end
+    from there on.
     """
     saved_file = folder / CONFIG_FILE
     saved = flatten(OmegaConf.to_container(OmegaConf.load(saved_file))) if saved_file.is_file() else {}
     now = flatten(plain(config))
     differing = sorted(key for key in saved.keys() | now.keys() if saved.get(key) != now.get(key) and not is_free(key))
     if saved and differing:
-        raise UserError(
-            f"{folder} holds a run of another configuration (it differs in {', '.join(differing[:5])}); set another run_name"
-        )
+        keys = ", ".join(differing[:5])
+        raise UserError(f"{folder} holds a run of another configuration (it differs in {keys}); set another run_name")
 
 
 def flatten(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -144,11 +143,11 @@ def is_free(key: str) -> bool:
     def under(roots: tuple[str, ...]) -> bool:
         return any(key == root or key.startswith(root + ".") for root in roots)
 
-    return under(FREE_KEYS) and not under(BOUND_KEYS)
+    return (under(FREE_KEYS) and not under(BOUND_KEYS)) or key.endswith(FREE_ENDINGS)
 
 
 def describe_run(config: DictConfig, folder: Path) -> None:
-    """Write the resolved configuration, and the command with the versions that it ran on; neither holds the environment."""
+    """Write the resolved configuration, and the command with the versions it ran on; nothing of the environment."""
     packages = {name: version(name) for name in ("cdm-lightning", "torch", "lightning", "diffusers", "transformers")}
     run = {"command": masked_command(sys.argv), "python": platform.python_version(), "packages": packages}
     write(folder / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(plain(config))))

@@ -1,11 +1,12 @@
 """Random streams: a function of (seed, purpose, iteration, slot), and nothing else."""
 
+import math
 import time
 
 import pytest
 import torch
 
-from cdm_lightning.core.rng import StepRandom, evaluation_noise, stream
+from cdm_lightning.core.rng import StepRandom, _hash, evaluation_noise, stream
 
 
 def draws(rng: StepRandom) -> list[torch.Tensor]:
@@ -90,4 +91,38 @@ def test_a_draw_for_32_samples_takes_few_milliseconds():
         start = time.perf_counter()
         rng.uniform("a")
         seconds.append(time.perf_counter() - start)
-    assert sorted(seconds)[4] < 5e-3  # about 0.4 ms on an idle core
+    assert sorted(seconds)[4] < 5e-3  # about 0.1 ms on an idle core
+
+
+def test_draws_are_a_splitmix64_sequence():
+    """Against the published generator in whole numbers of Python; its first output for seed 1234567 is well known."""
+    mask = (1 << 64) - 1
+
+    def split_mix(key: int, n: int) -> int:
+        z = (key + n * 0x9E3779B97F4A7C15) & mask
+        z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ z >> 27) * 0x94D049BB133111EB) & mask
+        return z ^ z >> 31
+
+    assert split_mix(1234567, 1) == 6457827717110365317
+    rng, key = StepRandom(1, 7, [0, 5], "cpu"), _hash(1, "a", 7)
+    numbers = [[split_mix(key, slot * 2**32 + n) for n in range(3)] for slot in (0, 5)]
+    assert torch.equal(rng.uniform("a", 3), torch.tensor([[(z >> 40) * 2**-24 for z in row] for row in numbers]))
+    assert rng.index("a", 1000).tolist() == [(row[0] >> 33) * 1000 >> 31 for row in numbers]
+    radius = [(-2 * math.log(((row[0] >> 32) + 1) * 2**-32)) ** 0.5 for row in numbers]
+    angle = [(row[0] & 0xFFFFFFFF) * 2**-32 * 2 * math.pi for row in numbers]
+    expected = torch.tensor([[r * math.cos(a), r * math.sin(a)] for r, a in zip(radius, angle)])
+    torch.testing.assert_close(rng.normal("a", (2,)), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_normal_draws_have_the_normal_distribution():
+    """Kolmogorov-Smirnov at 1e-4 and fourth moment, and no correlation between elements, slots or iterations."""
+    draws = torch.stack([StepRandom(0, n, range(50), "cpu").normal("a", (4, 5, 5)) for n in range(20)]).double()
+    ordered = draws.flatten().sort().values
+    share = 0.5 * (1 + torch.erf(ordered / 2**0.5))
+    n = len(ordered)
+    assert (share - torch.arange(n) / n).abs().max() < 2.23 / n**0.5
+    assert abs(draws.pow(4).mean() - 3) < 4 * (96 / n) ** 0.5
+    flat = draws.flatten(2)
+    for one, two in ((flat[1:], flat[:-1]), (flat[:, 1:], flat[:, :-1]), (flat[..., 50:], flat[..., :50])):
+        assert abs((one * two).mean()) < 4 / one.numel() ** 0.5

@@ -40,7 +40,9 @@ class CompactPaddingAttention:
             return x if norm is None else norm(x)
 
         image, text = hidden_states, encoder_hidden_states
-        query = torch.cat([heads(attn.to_q(image), attn.norm_q), heads(attn.add_q_proj(text), attn.norm_added_q)], dim=2)
+        query = torch.cat(
+            [heads(attn.to_q(image), attn.norm_q), heads(attn.add_q_proj(text), attn.norm_added_q)], dim=2
+        )
         key = torch.cat([heads(attn.to_k(image), attn.norm_k), heads(attn.add_k_proj(text), attn.norm_added_k)], dim=2)
         value = torch.cat([heads(attn.to_v(image), None), heads(attn.add_v_proj(text), None)], dim=2)
         bias = self.bias(image_tokens, text_tokens, query)

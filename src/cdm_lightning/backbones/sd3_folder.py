@@ -22,10 +22,11 @@ pipe = StableDiffusion3Pipeline.from_pretrained("{folder}")
 image = pipe("a prompt", {arguments}).images[0]
 ```
 
-`guidance_scale` is 0 or 1: one network call a step. Do not pass `sigmas`: the schedule of {nfe} step{plural},
-{sigmas}, is baked into the scheduler's configuration ({recipe}), and sigmas passed by hand would be bent by it. Another
-number of steps runs a schedule that the student was not made for; the scheduler of training, for those who want to set
-sigmas themselves, is `scheduler/unbaked`.
+- `guidance_scale` is 0 or 1: one network call a step.
+- The schedule of {nfe} step{plural}, {sigmas}, is baked into the scheduler's configuration
+  ({recipe}): do not pass `sigmas`, they would be bent by it.
+- Another number of steps runs a schedule that the student was not made for. The scheduler of training, for those who want
+  to set sigmas themselves, is `scheduler/unbaked`.
 """
 
 

@@ -79,7 +79,7 @@ def _signed(value: int) -> int:
 
 def _bits(key: int, rows: Tensor, n: int) -> Tensor:
     """Numbers 0..n-1 of the rows' (B,) shares of the sequence that starts at `key`: (B, n) int64 of 64 random bits."""
-    counter = rows[:, None] * ELEMENTS + torch.arange(n)
+    counter = rows[:, None] * ELEMENTS + torch.arange(n, device="cpu")
     z = counter.mul_(_signed(GAMMA)).add_(_signed(key))
     for shift, factor in ((30, MIX_1), (27, MIX_2), (31, 1)):
         z ^= z >> shift & (1 << 64 - shift) - 1  # >> keeps the sign, the mask drops it

@@ -95,6 +95,6 @@ def simulate_to_anchor(student: VelocityField, noise: Tensor, sigmas: Tensor, an
 def sample(field: VelocityField, noise: Tensor, sigmas: Tensor) -> Tensor:
     """Deterministic Euler sampling from noise (B, *) along sigmas (n + 1,) that end in 0: x0 (B, *)."""
     x = noise
-    for sigma, next_sigma in pairwise(sigmas):
+    for sigma, next_sigma in pairwise(sigmas.to(noise.device)):
         x = move(x, field(x, sigma.expand(len(x))), sigma, next_sigma)
     return x

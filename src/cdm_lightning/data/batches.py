@@ -41,8 +41,9 @@ class DrawnPrompts(Dataset):
 class EndlessBatches(Sampler):
     """Batches `start`, `start + 1`, ... without end, each a list of `batch_size` draws of this rank.
 
-    The prompts are dealt out in epochs, each in its own random order; a batch may span two epochs. Together the ranks take
-    `world_size * batch_size` consecutive prompts a batch, so the global batch is the same for each split of it over ranks.
+    The prompts are dealt out in epochs, each in its own random order; a batch may span two epochs. Together the ranks
+    take `world_size * batch_size` consecutive prompts a batch, so the global batch is the same for each split of it
+    over ranks.
     """
 
     def __init__(

@@ -12,10 +12,10 @@ Prompts = PromptFile | PromptList
 
 
 class PromptDataModule(L.LightningDataModule):
-    """Loaders of `PromptBatch` from two sets of prompts; it has no state, a resumed run continues at batch `global_step`.
+    """Loaders of `PromptBatch` from two sets of prompts; without state: a resumed run continues at batch `global_step`.
 
-    `batch_size` is per process. The first `val_prompts` prompts of `val` are used, all of them if None. `seed` fixes the order of
-    the training prompts. Raises `UserError` for sizes that are not positive.
+    `batch_size` is per process. The first `val_prompts` prompts of `val` are used, all of them if None. `seed` fixes
+    the order of the training prompts. Raises `UserError` for sizes that are not positive.
     """
 
     def __init__(

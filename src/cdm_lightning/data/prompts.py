@@ -11,13 +11,14 @@ from cdm_lightning.errors import UserError
 
 
 class PromptFile(Dataset):
-    """The prompts of a UTF-8 file, one a line: plain text, or the `field` of each object where the name ends in `.jsonl`.
+    """The prompts of a UTF-8 file, one a line: plain text, or in a file `*.jsonl` the `field` of each object.
 
-    Blank lines are skipped and counted in `blank_lines`. The whole file is checked once, when it is opened; afterwards only
-    the byte offset of each prompt is kept, and every access opens the file afresh, so loader workers may share the object.
+    Blank lines are skipped and counted in `blank_lines`. The whole file is checked once, when it is opened;
+    afterwards only the byte offset of each prompt is kept, and every access opens the file afresh, so loader workers
+    may share the object.
 
-    Raises `UserError` for a file that is missing, empty or not UTF-8, for a jsonl line without the field, and for a `field`
-    that is given for a plain text file.
+    Raises `UserError` for a file that is missing, empty or not UTF-8, for a jsonl line without the field, and for a
+    `field` that is given for a plain text file.
     """
 
     def __init__(self, path: str | Path, field: str | None = None) -> None:

@@ -80,7 +80,9 @@ def all_words() -> list[str]:
     return sorted({word for phrase in phrases for word in phrase.split()})
 
 
-def draw_scenes(count: int, seed: int, split: Split = "train", pairs: float = 0.25, leave_out: float = 0.3) -> list[Scene]:
+def draw_scenes(
+    count: int, seed: int, split: Split = "train", pairs: float = 0.0, leave_out: float = 0.3
+) -> list[Scene]:
     """`count` scenes; a share `pairs` of them has two items; size and place are each left out with chance `leave_out`."""
     rng = random.Random(seed)
     scenes: list[Scene] = []

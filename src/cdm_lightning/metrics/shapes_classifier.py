@@ -15,7 +15,11 @@ ARRANGEMENTS = ("single", "one above the other", "side by side")
 HEADS = {
     "arrangement": len(ARRANGEMENTS),
     "place": len(PLACES),
-    **{f"{what}_{slot}": n for slot in (0, 1) for what, n in (("colour", len(COLOURS)), ("shape", len(SHAPES)), ("size", len(SIZES)))},
+    **{
+        f"{what}_{slot}": n
+        for slot in (0, 1)
+        for what, n in (("colour", len(COLOURS)), ("shape", len(SHAPES)), ("size", len(SIZES)))
+    },
 }
 
 
@@ -44,7 +48,9 @@ class ShapesClassifier(nn.Module):
             model.load_state_dict(load_file(path))
         except (OSError, SafetensorError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"cannot load the shapes classifier from {path} ({reason}); give a file that this project wrote") from None
+            raise UserError(
+                f"cannot load the shapes classifier from {path} ({reason}); give a file that this project wrote"
+            ) from None
         return model.eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -54,7 +60,9 @@ class ShapesClassifier(nn.Module):
         chunks = [self(chunk.to(device)) for chunk in images.split(512)]
         seen = {name: torch.cat([chunk[name].argmax(1) for chunk in chunks]).tolist() for name in HEADS}
         wanted = [expected(parse_caption(prompt)) for prompt in prompts]
-        return torch.tensor([all(seen[name][i] == value for name, value in want.items()) for i, want in enumerate(wanted)])
+        return torch.tensor(
+            [all(seen[name][i] == value for name, value in want.items()) for i, want in enumerate(wanted)]
+        )
 
 
 def expected(scene: Scene) -> dict[str, int]:

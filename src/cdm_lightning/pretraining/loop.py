@@ -50,7 +50,9 @@ def optimise(
     function of (seed, name, iteration), so that a restarted run equals an undisturbed one.
     """
     parameters = list(network.parameters() if train is None else train)
-    optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
+    )
     ema = [p.detach().clone() for p in parameters]
     path, start = folder / f"{name}.pt", 0
     if path.exists():
@@ -77,7 +79,10 @@ def optimise(
             print(f"{name} {done}/{recipe.iterations} loss {running / count:.4f} left {left / 60:.1f} min", flush=True)
             running = 0.0
         if done % save_every == 0 or done == recipe.iterations:
-            _save({"network": network.state_dict(), "optimizer": optimizer.state_dict(), "iteration": done, "ema": ema}, path)
+            _save(
+                {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "iteration": done, "ema": ema},
+                path,
+            )
     with torch.no_grad():
         for parameter, average in zip(parameters, ema, strict=True):
             parameter.copy_(average)

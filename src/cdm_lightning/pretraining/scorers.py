@@ -16,8 +16,6 @@ from cdm_lightning.metrics.shapes_classifier import HEADS, ShapesClassifier
 from cdm_lightning.pretraining.loop import Recipe, optimise
 from cdm_lightning.pretraining.tiny_sd3 import CLIP_TOKENS, build_clip_tokenizer
 
-POOL = 49152
-
 
 def perturb(images: Tensor, rng: torch.Generator) -> Tensor:
     """Slight blur on half of the images and noise on all, so that a scorer does not lean on pixel-exact edges."""
@@ -27,9 +25,9 @@ def perturb(images: Tensor, rng: torch.Generator) -> Tensor:
     return (images + weight * (blurred - images) + noise).clamp(0, 1)
 
 
-def train_classifier(recipe: Recipe, folder: Path, output: Path) -> ShapesClassifier:
-    """Train on renderings of every combination and write `output` (safetensors)."""
-    scenes = draw_scenes(POOL, recipe.seed + 1000, "all", pairs=0.5)
+def train_classifier(recipe: Recipe, folder: Path, output: Path, pool: int = 49152) -> ShapesClassifier:
+    """Train on `pool` renderings of every combination and write `output` (safetensors)."""
+    scenes = draw_scenes(pool, recipe.seed + 1000, "all", pairs=0.5)
     layout = lay_out(scenes, recipe.seed + 1000)
     images = render_layout(layout, recipe.seed + 1000)
     targets = {"arrangement": layout.arrangement, "place": layout.place}
@@ -39,7 +37,7 @@ def train_classifier(recipe: Recipe, folder: Path, output: Path) -> ShapesClassi
     model = ShapesClassifier()
 
     def loss(iteration: int, rng: torch.Generator) -> Tensor:
-        rows = torch.randint(POOL, (recipe.batch_size,), generator=rng)
+        rows = torch.randint(pool, (recipe.batch_size,), generator=rng)
         logits = model(perturb(images[rows], rng))
         return sum(F.cross_entropy(logits[name], targets[name][rows], ignore_index=-1) for name in HEADS)
 
@@ -66,23 +64,28 @@ def clip_config(vocabulary: int, eos: int) -> dict:
                 "pad_id": eos,
             },
         },
-        "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": "bicubic", "resize_mode": "squash"},
+        "preprocess_cfg": {
+            "mean": [0.5, 0.5, 0.5],
+            "std": [0.5, 0.5, 0.5],
+            "interpolation": "bicubic",
+            "resize_mode": "squash",
+        },
     }
 
 
-def train_clip(recipe: Recipe, folder: Path, output: Path) -> None:
-    """Train contrastively on the same pairs as the teacher and write an open_clip `local-dir:` folder."""
+def train_clip(recipe: Recipe, folder: Path, output: Path, pool: int = 49152) -> None:
+    """Train contrastively on `pool` renderings of the teacher's captions and write an open_clip `local-dir:` folder."""
     tokenizer: CLIPTokenizer = build_clip_tokenizer(all_words())
     config = clip_config(len(tokenizer), tokenizer.eos_token_id)
     torch.manual_seed(recipe.seed)
     model = open_clip.CLIP(**config["model_cfg"])
-    scenes = draw_scenes(POOL, recipe.seed + 2000, "train", pairs=0.25)
+    scenes = draw_scenes(pool, recipe.seed + 2000, "train")
     images = render(scenes, recipe.seed + 2000)
     captions = tokenizer([scene.caption for scene in scenes], padding="max_length", return_tensors="pt").input_ids
     contrast = ClipLoss()
 
     def loss(iteration: int, rng: torch.Generator) -> Tensor:
-        rows = torch.randint(POOL, (recipe.batch_size,), generator=rng)
+        rows = torch.randint(pool, (recipe.batch_size,), generator=rng)
         pictures = perturb(images[rows], rng) * 2 - 1
         features = model.encode_image(pictures, normalize=True), model.encode_text(captions[rows], normalize=True)
         return contrast(*features, model.logit_scale.clamp(max=4.6).exp())
@@ -91,4 +94,7 @@ def train_clip(recipe: Recipe, folder: Path, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(output)
     (output / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, output / "open_clip_model.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in model.state_dict().items()},
+        output / "open_clip_model.safetensors",
+    )

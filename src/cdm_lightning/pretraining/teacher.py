@@ -1,5 +1,6 @@
 """Stage 2: the velocity network and the three text encoders of the tiny pipeline, trained by flow matching."""
 
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,13 @@ CHUNK = 1024
 
 @dataclass(frozen=True)
 class Captioned:
-    """N latents (N, C, h, w) with the token ids of their captions; the last row of the ids is the empty caption."""
+    """N latents (N, C, h, w) with the token ids of their captions; the last row of the ids is the empty caption.
+
+    `singles` are the rows that show one shape.
+    """
 
     latents: Tensor
+    singles: Tensor
     clip_ids: Tensor
     t5_ids: Tensor
 
@@ -67,10 +72,11 @@ def encode_compact(t5: T5EncoderModel, ids: Tensor, full_length: int) -> Tensor:
 
 def tokenise(pipeline: StableDiffusion3Pipeline, captions: list[str], keep: int) -> tuple[Tensor, Tensor]:
     """CLIP ids (N, 12) and T5 ids (N, keep + 1), the last of which is padding; ValueError where a caption is longer."""
+    longest = max(len(ids) for ids in pipeline.tokenizer_3(captions).input_ids)
+    if longest > keep:
+        raise ValueError(f"a caption has {longest} T5 tokens, more than {keep}")
     clip = pipeline.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
     t5 = pipeline.tokenizer_3(captions, padding="max_length", max_length=keep + 1, return_tensors="pt").input_ids
-    if t5.shape[1] > keep + 1 or (t5[:, -1] != pipeline.tokenizer_3.pad_token_id).any():
-        raise ValueError(f"a caption has more than {keep} T5 tokens")
     return clip, t5
 
 
@@ -83,7 +89,8 @@ def captioned_latents(pipeline: StableDiffusion3Pipeline, count: int, seed: int,
         images = render(scenes[begin : begin + CHUNK], seed + 1 + begin).to(memory_format=torch.channels_last)
         mean = vae.encode(images * 2 - 1).latent_dist.mean
         latents.append(((mean - vae.config.shift_factor) * vae.config.scaling_factor).contiguous())
-    return Captioned(torch.cat(latents), *tokenise(pipeline, [*(scene.caption for scene in scenes), ""], keep))
+    singles = torch.tensor([row for row, scene in enumerate(scenes) if scene.relation is None])
+    return Captioned(torch.cat(latents), singles, *tokenise(pipeline, [*(scene.caption for scene in scenes), ""], keep))
 
 
 def train_teacher(
@@ -94,22 +101,31 @@ def train_teacher(
     count: int = 98304,
     keep: int = 11,
     pairs: float = 0.25,
+    pairs_for: int | None = None,
     caption_dropout: float = 0.1,
     sigma_mean: float = 0.4,
     sigma_std: float = 1.2,
     compile_network: bool = True,
 ) -> StableDiffusion3Pipeline:
-    """Flow matching with caption dropout and logit-normal sigmas (SD3, arXiv:2403.03206), in place."""
-    data = captioned_latents(pipeline, count, recipe.seed, keep, pairs)
+    """Flow matching with caption dropout and logit-normal sigmas (SD3, arXiv:2403.03206), in place.
+
+    `count` renderings, a share `pairs` of them of two shapes; those are left out after `pairs_for` iterations (None: never).
+    """
+    everything = torch.arange(count)
     model = TextConditioned(pipeline).train().requires_grad_(True)
     if compile_network:
         model.transformer.compile()
     relative_positions = pipeline.text_encoder_3.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
     relative_positions.requires_grad_(False)  # stays zero: see backbones.compact_text
 
+    @functools.cache  # minutes of work, not done where a finished stage is only loaded
+    def captioned() -> Captioned:
+        return captioned_latents(pipeline, count, recipe.seed, keep, pairs)
+
     def loss(iteration: int, rng: torch.Generator) -> Tensor:
-        size = recipe.batch_size
-        rows = torch.randint(count, (size,), generator=rng)
+        size, data = recipe.batch_size, captioned()
+        seen = everything if pairs_for is None or iteration < pairs_for else data.singles
+        rows = seen[torch.randint(len(seen), (size,), generator=rng)]
         x0, noise = data.latents[rows], torch.randn(size, *data.latents.shape[1:], generator=rng)
         sigma = torch.sigmoid(sigma_mean + sigma_std * torch.randn(size, generator=rng))
         captions = torch.where(torch.rand(size, generator=rng) < caption_dropout, count, rows)

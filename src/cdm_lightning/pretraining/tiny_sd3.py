@@ -11,7 +11,14 @@ from collections.abc import Sequence
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from cdm_lightning.data.shapes import all_words
 
@@ -21,7 +28,9 @@ T5_WIDTH = 64
 SHIFT = 3.0  # as in SD3-Medium's scheduler
 
 
-def build_pipeline(seed: int = 0, heads: int = 3, layers: int = 4, latent_channels: int = 4) -> StableDiffusion3Pipeline:
+def build_pipeline(
+    seed: int = 0, heads: int = 3, layers: int = 4, latent_channels: int = 4
+) -> StableDiffusion3Pipeline:
     """Pipeline with random weights (a function of `seed`), frozen and in eval mode."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -100,7 +109,13 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
 def build_t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
     """Encoder of one layer whose relative-position table is zero: word order is left to the CLIP encoders."""
     config = T5Config(
-        vocab_size=len(tokenizer), d_model=T5_WIDTH, d_kv=16, d_ff=2 * T5_WIDTH, num_layers=1, num_heads=4, dropout_rate=0.0
+        vocab_size=len(tokenizer),
+        d_model=T5_WIDTH,
+        d_kv=16,
+        d_ff=2 * T5_WIDTH,
+        num_layers=1,
+        num_heads=4,
+        dropout_rate=0.0,
     )
     encoder = T5EncoderModel(config)
     torch.nn.init.zeros_(encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight)

@@ -9,16 +9,16 @@ from torch import Tensor
 from cdm_lightning.data.shapes import draw_scenes, render
 from cdm_lightning.pretraining.loop import Recipe, optimise
 
-POOL = 8192  # renderings drawn once and reused: drawing costs as much as a training step
 
-
-def train_vae(vae: AutoencoderKL, recipe: Recipe, folder: Path, kl_weight: float = 1e-4) -> AutoencoderKL:
-    """Train in place, then set the scaling and shift factors so that latents have mean 0 and deviation 1."""
-    images = render(draw_scenes(POOL, recipe.seed, "train"), recipe.seed) * 2 - 1
+def train_vae(
+    vae: AutoencoderKL, recipe: Recipe, folder: Path, pool: int = 8192, kl_weight: float = 1e-4
+) -> AutoencoderKL:
+    """Train in place on `pool` renderings, then set scaling and shift so that latents have mean 0 and deviation 1."""
+    images = render(draw_scenes(pool, recipe.seed, "train", pairs=0.25), recipe.seed) * 2 - 1
     vae.to(memory_format=torch.channels_last).train().requires_grad_(True)
 
     def loss(iteration: int, rng: torch.Generator) -> Tensor:
-        x = images[torch.randint(POOL, (recipe.batch_size,), generator=rng)].to(memory_format=torch.channels_last)
+        x = images[torch.randint(pool, (recipe.batch_size,), generator=rng)].to(memory_format=torch.channels_last)
         posterior = vae.encode(x).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=rng)
         error = vae.decode(posterior.mean + posterior.std * noise).sample - x

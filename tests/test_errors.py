@@ -1,0 +1,124 @@
+"""Bad input through the command line: one line that says what is wrong, exit status 2, before any long work."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from cdm_lightning.backbones.toy2d import Toy2DBackbone
+from cdm_lightning.checkpoint import read_checkpoint
+from cdm_lightning.errors import UserError
+from cdm_lightning.parallel import device_count, single_process
+from cdm_lightning.train import main
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys, toy_overrides) -> Refused:
+    """`refused("a=b")` is the one line that a toy run ends with; no network is built before it."""
+
+    def run(*overrides: str, base: Sequence[str] = toy_overrides) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+        monkeypatch.setattr(sys, "argv", ["train", *base, "run_name=mine", *overrides])
+        monkeypatch.setattr(Toy2DBackbone, "build_network", lambda self: pytest.fail("long work was begun"))
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert printed.err.startswith("error: ")
+        assert printed.err.count("\n") == 1
+        return printed.err.strip()
+
+    return run
+
+
+def test_unknown_keys(refused):
+    assert "Could not override 'objective.cdm_wieght'" in refused("objective.cdm_wieght=0")
+    assert "got an unexpected keyword argument 'wieght'" in refused("+objective.wieght=0")
+    assert "got an unexpected keyword argument 'gradient_clip'" in refused("+trainer.gradient_clip=1")
+    assert "got an unexpected keyword argument 'beta'" in refused("+optim.student.optimizer.beta=0")
+
+
+def test_prompt_files(refused, tmp_path):
+    empty, latin, lines = tmp_path / "empty.txt", tmp_path / "latin.txt", tmp_path / "lines.jsonl"
+    empty.touch()
+    latin.write_bytes("grün".encode("latin-1"))
+    lines.write_text('{"text": "x"}')
+    assert "no.txt: cannot read the prompt file (No such file or directory)" in refused("data.train.path=no.txt")
+    assert "empty.txt: the prompt file holds no prompt" in refused(f"data.train.path={empty}")
+    assert "latin.txt, line 1: the prompt file is not UTF-8" in refused(f"data.val.path={latin}")
+    assert 'lines.jsonl, line 1: not a JSON object with a text in "prompt"' in refused(f"data.train.path={lines}")
+
+
+def test_several_processes_on_the_single_strategy(refused, monkeypatch):
+    assert "strategy=single runs one process, 4 were asked for; set trainer.devices=1" in refused("trainer.devices=4")
+    assert "6 were asked for" in refused("trainer.devices=[0,1,2]", "trainer.num_nodes=2")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert "8 were asked for" in refused()
+
+
+@pytest.mark.parametrize(("devices", "count"), [(1, 1), (3, 3), ("2", 2), ([1], 1), ("0,1", 2), ("3,", 1)])
+def test_device_counts(devices, count):
+    assert device_count(devices) == count
+    assert device_count("auto") == device_count(-1) == max(1, torch.cuda.device_count())
+    if count == 1:
+        assert single_process(devices) == "auto"
+
+
+def test_an_output_folder_that_is_a_file(refused, tmp_path):
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs/mine").touch()
+    assert "outputs/mine" in refused()
+    assert "outputs/mine" in refused("run_name=mine/below")
+
+
+def test_a_pipeline_folder_that_does_not_exist(refused):
+    line = refused("backbone.pretrained=/no/such/folder", base=["experiment=sd3_cdm"])
+    assert "/no/such/folder does not exist" in line
+
+
+def test_a_checkpoint_of_another_backbone(refused, toy_run):
+    checkpoint = toy_run("trainer.max_steps=2", "backbone.hidden=8", folder="other").checkpoint
+    line = refused(f"resume={checkpoint}")
+    assert "made with the backbone toy2d-" in line
+    assert "but the configuration has toy2d-" in line
+
+
+def test_a_run_folder_of_another_backbone(refused, toy_run, tmp_path):
+    toy_run("trainer.max_steps=2", "backbone.hidden=8", folder="outputs/mine")
+    assert "made with the backbone toy2d-" in refused()
+
+
+def test_a_truncated_checkpoint(refused, toy_run):
+    checkpoint = toy_run("trainer.max_steps=2", folder="other").checkpoint
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-5000])
+    assert "iteration_0000002.ckpt: truncated, or no checkpoint at all" in refused(f"resume={checkpoint}")
+    assert "no.ckpt: no such checkpoint file" in refused("resume=no.ckpt")
+
+
+def test_foreign_checkpoints(tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
+    torch.save({"code": Path("x")}, tmp_path / "pickled.ckpt")
+    (tmp_path / "text.ckpt").write_text("hello")
+    unreadable = "no checkpoint at all"
+    for name, message in (("foreign", "not a checkpoint of"), ("pickled", unreadable), ("text", unreadable)):
+        with pytest.raises(UserError, match=message):
+            read_checkpoint(tmp_path / f"{name}.ckpt")
+
+
+def test_metrics_without_their_weights(refused):
+    assert "Missing mandatory value: callbacks.clip_score.scorer.pretrained" in refused("callbacks=clip_score")
+    missing = refused("callbacks=clip_score", "callbacks.clip_score.scorer.pretrained=/no/weights.pt")
+    assert "/no/weights.pt" in missing
+
+
+def test_arguments_out_of_range(refused):
+    assert "student_every must be at least 1" in refused("module.student_every=0")
+    assert "a rollout has at least 1 step" in refused("schedule.length.low=0")
+    assert "every and keep must be at least 1" in refused("checkpoint.every=0")
+    assert "batch_size" in refused("data.batch_size=0")

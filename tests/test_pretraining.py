@@ -1,0 +1,99 @@
+"""How the bundled weights are made: the loop restarts exactly, every stage runs, text folds without loss."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from diffusers.models.attention_processor import JointAttnProcessor2_0
+from torch import nn
+
+from cdm_lightning.config import compose
+from cdm_lightning.errors import UserError
+from cdm_lightning.metrics.shapes_classifier import ShapesClassifier
+from cdm_lightning.pretrain import pretrain
+from cdm_lightning.pretraining.loop import Recipe, optimise
+from cdm_lightning.pretraining.teacher import TextConditioned, tokenise
+from cdm_lightning.pretraining.tiny_sd3 import build_pipeline
+
+CAPTIONS = ["a large red circle at the top", "a small blue square left of a large green ring", ""]
+
+
+def test_folded_padding_gives_the_stock_result() -> None:
+    pipeline = build_pipeline(seed=3)
+    model = TextConditioned(pipeline).eval()
+    x, sigma = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([0.9, 0.5, 0.1])
+    with torch.no_grad():
+        folded = model(x, sigma, *tokenise(pipeline, CAPTIONS, keep=11))
+        embeds, _, pooled, _ = pipeline.encode_prompt(CAPTIONS, None, None, do_classifier_free_guidance=False)
+        pipeline.transformer.set_attn_processor(JointAttnProcessor2_0())
+        stock = pipeline.transformer(x, embeds, pooled, sigma * 1000, return_dict=False)[0]
+        short = pipeline.transformer(x, embeds[:, :24], pooled, sigma * 1000, return_dict=False)[0]
+    assert embeds.shape[1] == 12 + 256
+    torch.testing.assert_close(folded, stock, atol=3e-6, rtol=0)
+    assert (short - stock).abs().max() > 1e-3  # dropping the padding instead of folding it does change the result
+
+
+def test_a_longer_caption_is_refused_not_cut() -> None:
+    with pytest.raises(ValueError, match="T5 tokens, more than 4"):
+        tokenise(build_pipeline(), CAPTIONS, keep=4)
+
+
+def test_the_learning_rate_warms_up_holds_and_falls_to_zero() -> None:
+    recipe = Recipe(iterations=100, lr=1.0, warmup=10, decay_from=0.5)
+    assert [recipe.lr_at(i) for i in (0, 9, 50)] == [0.1, 1.0, 1.0]
+    assert recipe.lr_at(75) == pytest.approx(0.5)
+    assert recipe.lr_at(99) == pytest.approx(0.02)
+
+
+def test_an_interrupted_stage_goes_on_exactly(tmp_path: Path) -> None:
+    recipe = Recipe(iterations=10, ema_decay=0.9, seed=5)
+
+    def run(folder: Path, stop_at: int | None = None) -> nn.Module:
+        torch.manual_seed(0)
+        network = nn.Linear(4, 4)
+
+        def loss(iteration: int, rng: torch.Generator) -> torch.Tensor:
+            if iteration == stop_at:
+                raise KeyboardInterrupt
+            return network(torch.randn(8, 4, generator=rng)).square().mean()
+
+        return optimise("stage", network, loss, recipe, folder=folder, save_every=3)
+
+    straight = run(tmp_path / "a")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "b", stop_at=8)
+    resumed = run(tmp_path / "b")
+    assert torch.equal(straight.weight, resumed.weight)
+
+
+def test_every_stage_runs_and_leaves_loadable_assets(tmp_path: Path) -> None:
+    short = [
+        f"recipe.{stage}.{key}"
+        for stage in ("vae", "teacher", "classifier", "clip")
+        for key in ("iterations=2", "batch_size=4")
+    ]
+    sizes = [
+        "teacher.count=32",
+        "teacher.compile_network=false",
+        "prompts.train=8",
+        "prompts.heldout=4",
+        "scorer_pool=64",
+        "vae_pool=64",
+    ]
+    cfg = compose(
+        [f"output={tmp_path / 'assets'}", f"work_dir={tmp_path / 'work'}", "threads=1", *short, *sizes], "pretrain"
+    )
+    assets = pretrain(cfg)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(assets / "tiny_sd3")
+    image = pipeline("a red circle", num_inference_steps=2, guidance_scale=1, output_type="pt").images
+    assert image.shape == (1, 3, 32, 32)
+    assert torch.isfinite(image).all()
+    ShapesClassifier.load(assets / "shapes_classifier.safetensors")
+    assert (assets / "tiny_clip" / "open_clip_model.safetensors").is_file()
+    assert len((assets / "prompts" / "shapes_train.txt").read_text().splitlines()) == 8
+
+
+def test_an_unknown_stage_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"stages=\['decoder'\] is not known"):
+        pretrain(compose([f"output={tmp_path}", f"work_dir={tmp_path}", "stages=[decoder]"], "pretrain"))

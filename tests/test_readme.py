@@ -1,0 +1,77 @@
+"""Every command that the README and docs/ show is executed or taken apart here."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from cdm_lightning import export, sample
+from cdm_lightning.config import asset_path, compose
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMAND = re.compile(r"(?:^|`)((?:make|python -m) [^`\n]+)", re.MULTILINE)
+COMMANDS = sorted({match.strip() for page in PAGES for match in COMMAND.findall(page.read_text(encoding="utf-8"))})
+
+
+def test_the_first_screen_shows_the_two_commands() -> None:
+    first_screen = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:20]
+    assert any(line.startswith("make demo") for line in first_screen)
+    assert any(line.startswith("make test") for line in first_screen)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_are_understood(command: str, tmp_path: Path) -> None:
+    words = shlex.split(command, comments=True)
+    if words[0] == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert words[1] in targets
+        return
+    module, arguments = words[2], words[3:]
+    match module:
+        case "cdm_lightning.train" | "cdm_lightning.pretrain":
+            assert_composes(module.removeprefix("cdm_lightning."), arguments, tmp_path)
+        case "cdm_lightning.export":
+            export.parser().parse_args(arguments)
+        case "cdm_lightning.sample":
+            sample.parser().parse_args(arguments)
+        case "benchmarks.tiny_sd3":
+            assert arguments[0] in ("teacher", "student")
+        case _:
+            pytest.fail(f"the README shows {module}, which no test knows")
+
+
+def assert_composes(config_name: str, arguments: list[str], folder: Path) -> None:
+    """Each job of the command, sweeps taken apart, composes to a configuration without unknown keys."""
+    overrides = [word for word in arguments if not word.startswith("-") and word not in ("job", "...")]
+    jobs: list[list[str]] = [[]]
+    for override in overrides:
+        key, _, values = override.partition("=")
+        jobs = [[*job, f"{key}={value}"] for job in jobs for value in values.split(",")]
+    place = "output_dir" if config_name == "train" else "output"
+    for job in jobs:
+        compose([*job, f"{place}={folder}"], config_name)
+
+
+def test_the_rows_of_the_table_are_overrides_that_compose(tmp_path: Path) -> None:
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("| you want | add |")[1].split("\n\n")[0]
+    cells = [line.split("|")[2] for line in table.splitlines()[2:]]
+    seen = 0
+    for cell in cells:
+        for code in re.findall(r"`([^`]+)`", cell):
+            words = [word for word in shlex.split(code) if not word.startswith("--") and word != "job"]
+            base = [] if any(word.startswith("experiment=") for word in words) else ["experiment=sd3_cdm"]
+            if words:
+                compose([*base, *words, f"output_dir={tmp_path}"])
+                seen += 1
+    assert seen >= 7
+
+
+def test_the_python_example_runs_on_the_bundled_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "my_student").symlink_to(asset_path("tiny_sd3"))
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+    assert blocks

@@ -1,0 +1,82 @@
+"""The command line: what a run leaves behind, sweeps, exit status."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cdm_lightning.checkpoint import read_checkpoint
+from cdm_lightning.train import main
+
+Cli = Callable[[Sequence[str]], Path]
+
+
+@pytest.fixture
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toy_overrides: list[str]) -> Cli:
+    """`cli(["-m", "seed=1,2"])` runs the command line in an empty folder, on a toy run of 2 iterations."""
+
+    def run(arguments: Sequence[str]) -> Path:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # set by `main`; so that it does not outlive the test
+        monkeypatch.setattr(sys, "argv", ["train", *toy_overrides, "trainer.max_steps=2", *arguments])
+        main()
+        return tmp_path
+
+    return run
+
+
+def test_a_run_leaves_its_configuration_command_and_checkpoint(cli):
+    folder = cli(["run_name=mine", "seed=5"]) / "outputs/mine"
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["seed"] == config["module"]["seed"] == config["data"]["seed"] == 5
+    assert config["output_dir"] == str(folder)
+    assert config["backbone"]["_target_"] == "cdm_lightning.backbones.toy2d.Toy2DBackbone"
+    run = json.loads((folder / "run.json").read_text())
+    assert run["command"][0] == "train"
+    assert "seed=5" in run["command"]
+    assert read_checkpoint(folder / "checkpoints/iteration_0000002.ckpt")["cdm"]["iteration"] == 2
+    assert {path.name for path in folder.iterdir()} == {"config.yaml", "run.json", "checkpoints", "logs"}
+
+
+def test_no_environment_and_no_token_is_written(cli, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret_of_the_environment")
+    folder = cli(["+logger.csv.prefix=p", "run_name=clean"]) / "outputs/clean"
+    written = "".join(path.read_text() for path in folder.rglob("*") if path.suffix in (".yaml", ".json", ".csv"))
+    assert "hf_secret" not in written
+    assert os.environ["USER" if "USER" in os.environ else "PATH"] not in written
+
+
+def test_the_same_command_again_resumes(cli):
+    folder = cli(["run_name=again"]) / "outputs/again"
+    cli(["run_name=again", "trainer.max_steps=4"])
+    assert read_checkpoint(folder / "checkpoints/iteration_0000004.ckpt")["cdm"]["iteration"] == 4
+    assert len(list((folder / "logs").iterdir())) == 2
+
+
+def test_a_sweep_gives_each_job_its_folder(cli):
+    root = cli(["-m", "schedule/length=uniform,geometric,fixed", "run_name=swept"])
+    jobs = sorted((root / "outputs/swept/multirun").glob("*/config.yaml"))
+    assert len(jobs) == 3
+    lengths = {yaml.safe_load(job.read_text())["schedule"]["length"]["_target_"].rpartition(".")[2] for job in jobs}
+    assert lengths == {"UniformLength", "GeometricLength", "FixedLength"}
+    assert all((job.parent / "checkpoints/iteration_0000002.ckpt").is_file() for job in jobs)
+
+
+def test_fields_of_a_nested_group_are_swept(cli):
+    root = cli(["-m", "schedule.length.high=4,8", "seed=1", "run_name=fields"])
+    jobs = (root / "outputs/fields/multirun").glob("*/config.yaml")
+    assert {yaml.safe_load(job.read_text())["schedule"]["length"]["high"] for job in jobs} == {4, 8}
+
+
+def test_the_module_runs_as_a_command_and_refuses_in_one_line(tmp_path):
+    command = [sys.executable, "-m", "cdm_lightning.train", "experiment=toy2d_cdm", "backbone.hiden=3"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "error: Could not override 'backbone.hiden'. To append to your config use +backbone.hiden=3\n"
+    assert list(tmp_path.iterdir()) == []
