@@ -31,7 +31,7 @@ def recipe(lr: float = 1e-3, optimizer=torch.optim.AdamW, max_grad_norm: float =
 
 def make_module(**arguments) -> CDMModule:
     defaults = {
-        "backbone": Toy2DBackbone(hidden=16, depth=1, fit_steps=10),
+        "backbone": Toy2DBackbone(hidden=16, depth=1, fit_steps=20),
         "objective": CDMObjective(),
         "schedule": RandomSchedule(UniformLength(1, 4)),
         "student_optim": recipe(),
@@ -123,7 +123,7 @@ def test_a_merge_of_weight_0_is_off(monkeypatch):
 
 
 def test_the_teacher_is_no_part_of_the_state_and_does_not_change():
-    backbone = Toy2DBackbone(hidden=16, depth=1, fit_steps=10)
+    backbone = Toy2DBackbone(hidden=16, depth=1, fit_steps=20)
     backbone.build_teacher = backbone.build_network  # one with parameters, as pretrained networks have
     module = make_module(backbone=backbone)
     fit(module, 4)
@@ -201,7 +201,7 @@ class Recording(Toy2DBackbone):
     """Notes what networks are given."""
 
     def __init__(self) -> None:
-        super().__init__(hidden=16, depth=1, fit_steps=10)
+        super().__init__(hidden=16, depth=1, fit_steps=20)
         self.inputs: list[tuple[Tensor, Tensor]] = []
         self.autocast: list[torch.dtype | None] = []
 

@@ -8,7 +8,11 @@ import pytest
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 SHORTER = {  # what is replaced in each notebook's code
-    "01_cdm_in_two_dimensions": {"ITERATIONS = 400": "ITERATIONS = 4", "SAMPLES = 256, 2048": "SAMPLES = 32, 64"},
+    "01_cdm_in_two_dimensions": {
+        "ITERATIONS = 400": "ITERATIONS = 4",
+        "SAMPLES = 256, 2048": "SAMPLES = 32, 64",
+        "Toy2DBackbone()": "Toy2DBackbone(fit_steps=5)",
+    },
 }
 
 

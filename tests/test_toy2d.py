@@ -23,7 +23,7 @@ SAMPLES = 2048
 
 @pytest.fixture(scope="module")
 def backbone() -> Toy2DBackbone:
-    return Toy2DBackbone(fit_steps=600)
+    return Toy2DBackbone()
 
 
 def student_distance(backbone: Toy2DBackbone, network: nn.Module, nfe: int) -> float:
@@ -206,14 +206,19 @@ def test_conditioning_helpers():
 
 
 def distil(backbone: Toy2DBackbone, iterations: int, batch: int = 256) -> nn.Module:
-    """CDM as the paper's box has it; unconditional, so the CA direction is 0 and its term is left out."""
+    """CDM as the paper's box has it; unconditional, so the CA direction is 0 and its term is left out.
+
+    Learning rates fall linearly to 0 over the second half.
+    """
     student, fake_score, average = (backbone.build_network() for _ in range(3))
     teacher, cond = backbone.build_teacher(), backbone.encode_prompts([""] * batch)
     fields = VelocityFields(*(BoundField(backbone, net, cond) for net in (student, fake_score, teacher, teacher)))
     objective, schedule = CDMObjective(ca_weight=0.0), RandomSchedule(UniformLength(high=16))
-    student_optim = torch.optim.AdamW(student.parameters(), lr=5e-4, fused=True)
+    student_optim = torch.optim.AdamW(student.parameters(), lr=1e-3, fused=True)
     fake_score_optim = torch.optim.AdamW(fake_score.parameters(), lr=1e-3, fused=True)
     for iteration in range(iterations):
+        for optimizer in (student_optim, fake_score_optim):
+            optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, 2 - 2 * iteration / iterations)
         rng = StepRandom(0, iteration, range(batch), "cpu")
         sigmas = schedule.sample(rng, backbone.shift_sigmas)
         anchor = rng.index("anchor", sigmas.shape[1] - 1)
@@ -238,11 +243,10 @@ def test_cdm_brings_the_energy_distance_down_tenfold(backbone):
     One and two steps are where the start is far off (about 1.0 and 0.17); with four steps Euler on this mixture is
     near the data already (about 0.01, where equal distributions would give 0 +- 0.0005), so there it must not be worse.
     """
-    start, after = backbone.build_network(), distil(backbone, iterations=400)
+    start, after = backbone.build_network(), distil(backbone, iterations=500)
     distances = {
         nfe: (student_distance(backbone, start, nfe), student_distance(backbone, after, nfe)) for nfe in (1, 2, 4)
     }
-    print(distances)
     assert distances[1][1] < distances[1][0] / 10
     assert distances[2][1] < distances[2][0] / 10
     assert distances[4][1] < distances[4][0]

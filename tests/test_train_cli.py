@@ -23,7 +23,9 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toy_overrides: list[str
     def run(arguments: Sequence[str]) -> Path:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # set by `main`; so that it does not outlive the test
-        monkeypatch.setattr(sys, "argv", ["train", *toy_overrides, "trainer.max_steps=2", *arguments])
+        flags = [argument for argument in arguments if argument.startswith("-")]  # Hydra wants them first
+        rest = [argument for argument in arguments if argument not in flags]
+        monkeypatch.setattr(sys, "argv", ["train", *flags, *toy_overrides, "trainer.max_steps=2", *rest])
         main()
         return tmp_path
 

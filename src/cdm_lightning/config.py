@@ -4,11 +4,12 @@ Nothing below the entry points sees a configuration object: every leaf of `conf/
 """
 
 import hashlib
+import inspect
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -79,7 +80,10 @@ def build(config: DictConfig, key: str) -> Any:
 
 def _instantiate(node: DictConfig, key: str) -> Any:
     try:
-        return hydra.utils.instantiate(node, _convert_="all")
+        built = hydra.utils.instantiate(node, _convert_="all")
+        if isinstance(built, partial):  # its keywords would not be looked at before the call
+            inspect.signature(built.func).bind_partial(*built.args, **built.keywords)
+        return built
     except InstantiationException as error:
         cause = error.__cause__
         if isinstance(cause, UserError):
@@ -89,7 +93,7 @@ def _instantiate(node: DictConfig, key: str) -> Any:
             raise
         where = re.search(r"full_key: (\S+)", str(error))
         raise UserError(f"{where[1] if where else key}: {one_line(cause or error)}") from error
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, TypeError) as error:
         raise UserError(f"{key}: {one_line(error)}") from error
 
 

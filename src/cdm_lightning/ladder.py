@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cdm_lightning.backbones.base import Backbone
 from cdm_lightning.console import Progress
 from cdm_lightning.errors import UserError
-from cdm_lightning.evaluation import SamplerSpec, generate
+from cdm_lightning.evaluation import SamplerSpec, device_of, generate
 from cdm_lightning.metrics.diversity import pairwise_diversity
 from cdm_lightning.metrics.frechet import FeatureStatistics, FrechetDistance, extract
 
@@ -133,6 +133,9 @@ class LadderEvaluation:
         silent: bool = False,
     ) -> LadderResult:
         """Measure all samplers with `networks` {"student", "teacher"}, on the device where they and `backbone` are."""
+        for part in (self.extractor, self.scorer, self.judge):
+            if isinstance(part, nn.Module):
+                part.to(device_of(networks["student"]))
         progress = Progress("measuring real images", self._total_calls, silent=silent)
         real = FeatureStatistics.of_images(self.extractor, self.reference)
         measured = {}
