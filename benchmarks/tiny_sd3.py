@@ -72,7 +72,7 @@ def measure_student(seeds: list[int], extra: list[str]) -> None:
     teacher = json.loads((RESULTS / "tiny_sd3_teacher.json").read_text())
     before = {row["sampler"]: row for row in teacher["rows"]["teacher"]}
     names = ["teacher 50 steps, guidance 1.5", *(spec.name for spec in STEPS if spec.network == "student")]
-    tables, settings, seconds = {}, {}, []
+    tables, settings, seconds, known = {}, {}, [], {}
     for seed in seeds:
         folder = Path(f"outputs/benchmark_student_{seed}")
         place = [f"output_dir={folder}", f"run_name={folder.name}", f"seed={seed}", "resume=never"]
@@ -84,7 +84,9 @@ def measure_student(seeds: list[int], extra: list[str]) -> None:
         backbone.setup(torch.device("cpu"))
         student = backbone.build_network()
         student.load_state_dict(network_weights(read_checkpoint(run.checkpoint), "student_ema"))
-        result = ladder.run(backbone, {"student": student.eval(), "teacher": backbone.build_teacher().eval()})
+        networks = {"student": student.eval(), "teacher": backbone.build_teacher().eval()}
+        result = ladder.run(backbone, networks, known=known)
+        known = {names[0]: result.measured[names[0]]}  # the teacher is the same for all seeds
         save_report(result, folder)
         tables[f"seed {seed}"], settings = result.rows, result.settings
         print(markdown_table(result.rows), flush=True)

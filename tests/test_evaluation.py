@@ -157,7 +157,7 @@ def result(toy: Toy2DBackbone) -> LadderResult:
         scorer=Brightness(),
         judge=ModeJudge(),
         samplers=[SamplerSpec("t50", "teacher", 50), SamplerSpec("t1", "teacher", 1), SamplerSpec("s2", "student", 2)],
-        teacher_reference="t50",
+        teacher_reference="s2",  # any sampler can be: this one is far from the data
         real_images=ExactImages(),
         count=COUNT,
         batch_size=100,
@@ -173,16 +173,16 @@ def test_ladder_figures_are_those_of_the_mixture(result: LadderResult) -> None:
     assert list(rows) == [REAL, "t50", "t1", "s2"]
     # data: modes on a circle, so a mean of 0 and a trace of the covariance of r^2 + 2 w^2; one step ends at the centres
     assert rows["t1"].frechet_real == pytest.approx(
-        2 * (RADIUS / 2**0.5 - (RADIUS**2 / 2 + WIDTH**2) ** 0.5) ** 2, abs=0.01
+        2 * (RADIUS / 2**0.5 - (RADIUS**2 / 2 + WIDTH**2) ** 0.5) ** 2, abs=1e-3
     )
     assert rows["t1"].diversity == pytest.approx(0, abs=1e-4)
     # two points of a mode of width w are w pi^(1/2) apart in the mean; 50 Euler steps make it somewhat narrower
     assert rows[REAL].diversity == pytest.approx(WIDTH * torch.pi**0.5, rel=0.1)
     assert rows["t50"].diversity == pytest.approx(width_after_euler(50) * torch.pi**0.5, rel=0.1)
     assert rows["t50"].frechet_real < 0.01
-    assert rows["t50"].frechet_teacher is None
-    assert rows["t1"].frechet_teacher == pytest.approx(rows["t1"].frechet_real, abs=0.01)
-    assert rows["s2"].frechet_real > 0.02  # a student that was hardly fitted
+    assert rows["s2"].frechet_real > 0.05  # a student that was hardly fitted
+    assert rows["s2"].frechet_teacher is None
+    assert rows[REAL].frechet_teacher == pytest.approx(rows["s2"].frechet_real, rel=0.05)
     assert [row.adherence for row in result.rows[:3]] == pytest.approx([1, 1, 1], abs=0.01)
     assert rows["s2"].adherence < 0.9
     assert [row.clip_score for row in result.rows] == [3.5] * 4
@@ -254,7 +254,7 @@ def test_tables_are_aligned_and_complete(result: LadderResult) -> None:
     assert len({len(line) for line in lines}) == 1
     assert lines[0].split()[:5] == ["sampler", "FD", "real", "FD", "teacher"]
     assert lines[2].startswith("real images")
-    assert lines[3].split()[2] == "-"
+    assert lines[5].split()[2] == "-"
     cells = markdown_table(result.rows).splitlines()
     assert len(cells) == 2 + 4
     assert {line.count("|") for line in cells} == {9}

@@ -12,10 +12,12 @@ from diffusers import StableDiffusion3Pipeline
 from cdm_lightning.backbones import pipeline_folder
 from cdm_lightning.backbones.base import BoundField
 from cdm_lightning.backbones.sd3 import SD3Backbone
+from cdm_lightning.config import asset_path
 from cdm_lightning.core.flow import GuidedField, evaluate_together
 from cdm_lightning.core.rng import evaluation_noise
 from cdm_lightning.core.rollout import sample
 from cdm_lightning.core.schedules import inference_sigmas, uniform_sigmas
+from cdm_lightning.data.shapes import draw_scenes, render
 from cdm_lightning.errors import UserError
 from cdm_lightning.pretraining.tiny_sd3 import build_pipeline
 
@@ -138,6 +140,15 @@ def test_encoding_uses_the_inverse_scaling_and_shift(stock, backbone):
     torch.testing.assert_close(encoded, (raw - 0.2) * 1.3)
     torch.testing.assert_close(encoded / 1.3 + 0.2, raw)
     assert encoded.shape == (2, *backbone.latent_shape)
+
+
+def test_pictures_survive_the_bundled_autoencoder():
+    bundled = SD3Backbone(asset_path("tiny_sd3"))
+    pictures = render(draw_scenes(8, seed=0), seed=0)
+    latents = bundled.encode_images(pictures)
+    assert (bundled.decode_latents(latents) - pictures).abs().mean() < 0.01
+    assert abs(latents.mean()) < 0.2  # scaling and shift make them like the noise
+    assert 0.7 < latents.std() < 1.3
 
 
 def test_the_empty_prompt_is_the_stock_negative_prompt_and_encoded_once(stock, folder):

@@ -66,16 +66,20 @@ class LadderRow:
 
 @dataclass(frozen=True)
 class LadderResult:
-    """All rows, the images of the first prompts by sampler (P, 3, H, W), those prompts, and what was asked for."""
+    """All rows, the images of the first prompts by sampler (P, 3, H, W), those prompts, and what was asked for.
+
+    `measured` is what another run of the same evaluation can take over as `known`.
+    """
 
     rows: list[LadderRow]
     images: dict[str, Tensor]
     prompts: list[str]
     settings: dict
+    measured: dict[str, "Measured"]
 
 
 @dataclass
-class _Measured:
+class Measured:
     """What is kept of one sampler's images."""
 
     features: Tensor  # (N, D)
@@ -131,17 +135,25 @@ class LadderEvaluation:
         networks: Mapping[str, nn.Module],
         compute_dtype: torch.dtype = torch.float32,
         silent: bool = False,
+        known: Mapping[str, Measured] | None = None,
     ) -> LadderResult:
-        """Measure all samplers with `networks` {"student", "teacher"}, on the device where they and `backbone` are."""
+        """Measure all samplers with `networks` {"student", "teacher"}, on the device where they and `backbone` are.
+
+        Samplers in `known` (the teacher's, from an earlier run of this very evaluation) are not run again.
+        """
         for part in (self.extractor, self.scorer, self.judge):
             if isinstance(part, nn.Module):
-                part.to(device_of(networks["student"]))
+                part.to(device_of(next(iter(networks.values()))))
         progress = Progress("measuring real images", self._total_calls, silent=silent)
         real = FeatureStatistics.of_images(self.extractor, self.reference)
         measured = {}
         if self.real_images is not None:
             measured[REAL] = self._measure(self.real_images, 0, progress)
         for spec in self.samplers:
+            if known and spec.name in known:
+                measured[spec.name] = known[spec.name]
+                progress.advance(spec.network_calls * self._images)
+                continue
             progress.describe(f"evaluating {spec.name}")
 
             def make(prompts: Sequence[str], indices: Sequence[int], seed: int, spec: SamplerSpec = spec) -> Tensor:
@@ -155,6 +167,7 @@ class LadderEvaluation:
             images={name: one.shown for name, one in measured.items()},
             prompts=self._prompts[: self.shown],
             settings=self._settings(real, backbone),
+            measured=measured,
         )
 
     @cached_property
@@ -162,11 +175,14 @@ class LadderEvaluation:
         return [self.prompts[i] for i in range(self.count)]
 
     @property
-    def _total_calls(self) -> int:
-        images = self.count + self.diversity_prompts * (self.images_per_prompt - 1)
-        return images * sum(spec.network_calls for spec in self.samplers)
+    def _images(self) -> int:
+        return self.count + self.diversity_prompts * (self.images_per_prompt - 1)
 
-    def _measure(self, make: MakeImages, calls: int, progress: Progress) -> _Measured:
+    @property
+    def _total_calls(self) -> int:
+        return self._images * sum(spec.network_calls for spec in self.samplers)
+
+    def _measure(self, make: MakeImages, calls: int, progress: Progress) -> Measured:
         """Generate and measure one sampler's images batch by batch."""
         make(self._prompts[:1], [0], self.seed)  # not timed: whatever is set up at a first call
         features, scores, fits, shown, seconds = [], [], [], [], 0.0
@@ -183,7 +199,7 @@ class LadderEvaluation:
             shown.append(images[: max(0, self.shown - start)])
             progress.advance(len(prompts) * calls)
         features = torch.cat(features)
-        return _Measured(
+        return Measured(
             features=features,
             clip_score=float(torch.cat(scores).mean()) if scores else None,
             adherence=float(torch.cat(fits).mean()) if fits else None,
@@ -204,7 +220,7 @@ class LadderEvaluation:
             progress.advance(len(prompts) * calls)
         return pairwise_diversity(torch.stack(copies, dim=1))
 
-    def _rows(self, measured: Mapping[str, _Measured], real: FeatureStatistics) -> list[LadderRow]:
+    def _rows(self, measured: Mapping[str, Measured], real: FeatureStatistics) -> list[LadderRow]:
         teacher = FeatureStatistics.of_features([measured[self.teacher_reference].features])
         calls = {spec.name: spec.network_calls for spec in self.samplers}
         return [

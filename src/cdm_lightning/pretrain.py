@@ -15,7 +15,6 @@ STAGES = ("prompts", "vae", "teacher", "classifier", "clip")
 def pretrain(cfg: DictConfig) -> Path:
     """Run the stages of `cfg.stages` in order and write the assets into `cfg.output`; interrupted stages go on where they stopped."""
     import torch
-    from diffusers.utils.logging import disable_progress_bar
 
     from cdm_lightning.pretraining import prompts, scorers, teacher, tiny_sd3, vae
     from cdm_lightning.pretraining.loop import Recipe
@@ -26,7 +25,6 @@ def pretrain(cfg: DictConfig) -> Path:
     output, work = Path(cfg.output), Path(cfg.work_dir)
     if output.is_file():
         raise UserError(f"output={output} is a file; give a folder")
-    disable_progress_bar()
     torch.set_num_threads(cfg.threads or os.cpu_count())
     output.mkdir(parents=True, exist_ok=True)
 

@@ -86,7 +86,7 @@ def train_clip(recipe: Recipe, folder: Path, output: Path, pool: int = 49152) ->
 
     def loss(iteration: int, rng: torch.Generator) -> Tensor:
         rows = torch.randint(pool, (recipe.batch_size,), generator=rng)
-        pictures = perturb(images[rows], rng) * 2 - 1
+        pictures = images[rows] * 2 - 1
         features = model.encode_image(pictures, normalize=True), model.encode_text(captions[rows], normalize=True)
         return contrast(*features, model.logit_scale.clamp(max=4.6).exp())
 

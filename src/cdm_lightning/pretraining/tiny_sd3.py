@@ -123,7 +123,11 @@ def build_t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
 
 
 def build_clip_tokenizer(words: Sequence[str]) -> CLIPTokenizer:
-    """Byte-level BPE with CLIP's end-of-word mark, trained until each word of the caption language is one token."""
+    """Byte-level BPE with CLIP's end-of-word mark, trained until each word of the caption language is one token.
+
+    The trainer numbers final letters in the order of a hash table, another in each process; given to it, they stay put.
+    """
+    final_letters = sorted({f"{word[-1]}</w>" for word in words})
     trained = Tokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix="</w>"))
     trained.normalizer = normalizers.Lowercase()
     trained.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -131,7 +135,7 @@ def build_clip_tokenizer(words: Sequence[str]) -> CLIPTokenizer:
         vocab_size=4096,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         end_of_word_suffix="</w>",
-        special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        special_tokens=["<|startoftext|>", "<|endoftext|>", *final_letters],
         show_progress=False,
     )
     trained.train_from_iterator([" ".join(words)] * 2, trainer)
