@@ -5,6 +5,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO_ARGS ?=
 
+# Keep freed memory instead of giving it back at every step: a fifth faster on the CPU (glibc; no effect elsewhere).
+export MALLOC_MMAP_THRESHOLD_ := 4294967295
+export MALLOC_TRIM_THRESHOLD_ := 4294967295
+
 .PHONY: help setup demo test test-slow lint lock clean
 
 help:  ## say what there is

@@ -68,7 +68,7 @@ def measure_teacher() -> None:
 
 
 def measure_student(seeds: list[int], extra: list[str]) -> None:
-    """Train once a seed, measure all, and give the verdict on the mean."""
+    """Train once a seed, measure all, and give the verdict on the mean; the results are written anew after each seed."""
     teacher = json.loads((RESULTS / "tiny_sd3_teacher.json").read_text())
     before = {row["sampler"]: row for row in teacher["rows"]["teacher"]}
     names = ["teacher 50 steps, guidance 1.5", *(spec.name for spec in STEPS if spec.network == "student")]
@@ -90,8 +90,8 @@ def measure_student(seeds: list[int], extra: list[str]) -> None:
         save_report(result, folder)
         tables[f"seed {seed}"], settings = result.rows, result.settings
         print(markdown_table(result.rows), flush=True)
-    four = [next(row for row in rows if row.sampler == "student 4 steps") for rows in tables.values()]
-    write("tiny_sd3_student", {**settings, "training_seconds": seconds}, tables, student_verdicts(four, before))
+        four = [next(row for row in rows if row.sampler == "student 4 steps") for rows in tables.values()]
+        write("tiny_sd3_student", {**settings, "training_seconds": seconds}, tables, student_verdicts(four, before))
 
 
 def student_verdicts(four: list[LadderRow], teacher: dict[str, dict]) -> dict[str, bool]:

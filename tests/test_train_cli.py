@@ -75,6 +75,15 @@ def test_fields_of_a_nested_group_are_swept(cli):
     assert {yaml.safe_load(job.read_text())["schedule"]["length"]["high"] for job in jobs} == {4, 8}
 
 
+def test_the_toy_experiment_logs_the_energy_distance(toy_run):
+    result = toy_run("callbacks=toy2d", "trainer.limit_val_batches=1.0", "trainer.val_check_interval=5", "data=toy2d")
+    distances = {name: value for name, value in result.metrics.items() if name.startswith("val/energy_distance/")}
+    assert {name.rpartition("/")[2] for name in distances} == {"student_1", "student_4", "teacher_1", "teacher_4"}
+    assert distances["val/energy_distance/teacher_1"] > 1 > 0.05 > distances["val/energy_distance/teacher_4"]
+    assert (result.folder / "samples/iteration_0000010.png").is_file()
+    assert result.metrics["throughput/samples_per_second"] > 0
+
+
 def test_the_module_runs_as_a_command_and_refuses_in_one_line(tmp_path):
     command = [sys.executable, "-m", "cdm_lightning.train", "experiment=toy2d_cdm", "backbone.hiden=3"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
