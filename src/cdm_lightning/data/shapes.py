@@ -1,13 +1,14 @@
 """Procedural text-to-image set: captioned shapes with colour, size and place, and pairs of shapes in a relation.
 
-"a large red circle on the left", "a small blue square above a large green ring". A caption may leave size or place out;
-a rendering then has any. Everything is a function of (seed, index): nothing is stored, nothing is downloaded.
+"a large red circle on the left", "a small square", "a blue shape above a large green ring". As real prompts do, a caption
+may leave anything out, and a rendering then has any: that is what bends the paths from noise to image and makes few steps
+hard. Everything is a function of (seed, index): nothing is stored, nothing is downloaded.
 """
 
 import hashlib
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -24,6 +25,7 @@ COLOURS = {
     "white": (0.97, 0.97, 0.97),
 }
 SHAPES = ("circle", "square", "triangle", "ring", "cross")
+ANY_SHAPE = "shape"  # the noun of a caption that does not say which
 SIZES = ("small", "large")
 PLACES = {  # centre as a fraction of the side, from the upper left corner: (x, y)
     "on the left": (0.25, 0.5),
@@ -35,21 +37,22 @@ PLACES = {  # centre as a fraction of the side, from the upper left corner: (x, 
 RELATIONS = ("above", "below", "left of", "right of")
 RADIUS = {"small": 0.135, "large": 0.225}  # fraction of the side; alone and in a pair alike
 PAIR_OFFSET = 0.25  # distance of each of a pair from the centre
+LEAVE_OUT = 0.4  # chance of each of colour, shape, size and place to be left out of a caption
 HELD_OUT = 10  # one combination of captioned attributes in this many is never trained on
 Split = Literal["train", "heldout", "all"]
 
 
 @dataclass(frozen=True)
 class Item:
-    """One shape as captioned; `size` None means that the caption does not say."""
+    """One shape as captioned; None means that the caption does not say."""
 
-    colour: str
-    shape: str
+    colour: str | None
+    shape: str | None
     size: str | None = None
 
     def words(self) -> str:
         """The noun phrase: "a large red circle"."""
-        return " ".join(["a", *([self.size] if self.size else []), self.colour, self.shape])
+        return " ".join(["a", *filter(None, (self.size, self.colour)), self.shape or ANY_SHAPE])
 
 
 @dataclass(frozen=True)
@@ -76,14 +79,14 @@ class Scene:
 
 def all_words() -> list[str]:
     """Every word that captions can hold, in a fixed order."""
-    phrases = [*COLOURS, *SHAPES, *SIZES, *PLACES, *RELATIONS, "a"]
+    phrases = [*COLOURS, *SHAPES, *SIZES, *PLACES, *RELATIONS, ANY_SHAPE, "a"]
     return sorted({word for phrase in phrases for word in phrase.split()})
 
 
 def draw_scenes(
-    count: int, seed: int, split: Split = "train", pairs: float = 0.0, leave_out: float = 0.3
+    count: int, seed: int, split: Split = "train", pairs: float = 0.0, leave_out: float = LEAVE_OUT
 ) -> list[Scene]:
-    """`count` scenes; a share `pairs` of them has two items; size and place are each left out with chance `leave_out`."""
+    """`count` scenes; a share `pairs` of them has two items; each attribute is left out with chance `leave_out`."""
     rng = random.Random(seed)
     scenes: list[Scene] = []
     while len(scenes) < count:
@@ -94,19 +97,23 @@ def draw_scenes(
 
 
 def _draw_item(rng: random.Random, leave_out: float) -> Item:
-    size = None if rng.random() < leave_out else rng.choice(SIZES)
-    return Item(rng.choice(list(COLOURS)), rng.choice(SHAPES), size)
+    colour, shape, size = (_maybe(rng, names, leave_out) for names in (COLOURS, SHAPES, SIZES))
+    return Item(colour, shape, size)
 
 
 def _draw_single(rng: random.Random, leave_out: float) -> Scene:
-    return Scene(_draw_item(rng, leave_out), place=None if rng.random() < leave_out else rng.choice(list(PLACES)))
+    return Scene(_draw_item(rng, leave_out), place=_maybe(rng, PLACES, leave_out))
 
 
 def _draw_pair(rng: random.Random, leave_out: float) -> Scene:
     first, second = _draw_item(rng, leave_out), _draw_item(rng, leave_out)
-    while second.colour == first.colour:
+    while second.colour is not None and second.colour == first.colour:
         second = replace(second, colour=rng.choice(list(COLOURS)))
     return Scene(first, relation=rng.choice(RELATIONS), second=second)
+
+
+def _maybe(rng: random.Random, names: Iterable[str], leave_out: float) -> str | None:
+    return None if rng.random() < leave_out else rng.choice(list(names))
 
 
 def parse_caption(caption: str) -> Scene:
@@ -122,11 +129,12 @@ def parse_caption(caption: str) -> Scene:
 
 
 def _parse_item(phrase: str) -> Item:
-    words = phrase.split()
-    size = words[1] if len(words) == 4 and words[1] in SIZES else None
-    if words[:1] != ["a"] or len(words) != (4 if size else 3) or words[-2] not in COLOURS or words[-1] not in SHAPES:
+    article, *adjectives, noun = phrase.split() if len(phrase.split()) > 1 else ("", "")
+    size = adjectives.pop(0) if adjectives and adjectives[0] in SIZES else None
+    colour = adjectives.pop(0) if adjectives and adjectives[0] in COLOURS else None
+    if article != "a" or adjectives or noun not in (*SHAPES, ANY_SHAPE):
         raise ValueError(f"not a caption of the shapes set: {phrase!r}")
-    return Item(words[-2], words[-1], size)
+    return Item(colour, None if noun == ANY_SHAPE else noun, size)
 
 
 @dataclass(frozen=True)
@@ -155,8 +163,8 @@ def lay_out(scenes: Sequence[Scene], seed: int) -> Layout:
 
 def _lay_out_one(scene: Scene, rng: random.Random) -> tuple:
     def attributes(item: Item) -> tuple[int, int, int]:
-        size = item.size or rng.choice(SIZES)
-        return list(COLOURS).index(item.colour), SHAPES.index(item.shape), SIZES.index(size)
+        colour, shape = item.colour or rng.choice(list(COLOURS)), item.shape or rng.choice(SHAPES)
+        return list(COLOURS).index(colour), SHAPES.index(shape), SIZES.index(item.size or rng.choice(SIZES))
 
     if scene.relation is None:
         place = scene.place or rng.choice(list(PLACES))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cdm_lightning.core.rng import stream
-from cdm_lightning.data.shapes import Split, draw_scenes, parse_caption, render
+from cdm_lightning.data.shapes import Scene, parse_caption, render
 from cdm_lightning.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -17,22 +17,41 @@ CHUNK = 256  # renderings at a time
 
 @dataclass(frozen=True)
 class ShapesRenderings:
-    """`count` renderings of the shapes set, a function of (split, seed)."""
+    """`count` renderings of the first `captions` of `prompts`, each as often as the others, a function of `seed`.
 
+    Generated images are compared with real ones of the same prompts, as FID on COCO is measured: other prompts would add
+    a distance that no generator can take away. Raises `UserError` where a prompt is no caption of the set.
+    """
+
+    prompts: Sequence[str]
+    captions: int | None = None  # None: all
     count: int = 4096
-    split: Split = "heldout"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.captions is not None and not 1 <= self.captions <= len(self.prompts):
+            raise UserError(f"reference: captions={self.captions}, there are {len(self.prompts)} prompts")
+
     def __iter__(self) -> Iterator[Tensor]:
-        scenes = draw_scenes(self.count, self.seed, self.split)
+        captions = self.captions or len(self.prompts)
         for start in range(0, self.count, CHUNK):
-            yield render(scenes[start : start + CHUNK], stream(self.seed, "reference", start).initial_seed())
+            indices = range(start, min(start + CHUNK, self.count))
+            scenes = [scene_of(self.prompts[index % captions]) for index in indices]
+            yield render(scenes, stream(self.seed, "reference", start).initial_seed())
 
 
 def render_prompts(prompts: Sequence[str], indices: Sequence[int], seed: int) -> Tensor:
-    """A rendering (B, 3, 32, 32) of each caption, a function of (caption, index, seed); ValueError for another text."""
+    """A rendering (B, 3, 32, 32) of each caption, a function of (caption, index, seed); UserError for another text."""
     seeds = [stream(seed, "rendering of a prompt", index).initial_seed() for index in indices]
-    return torch.cat([render([parse_caption(prompt)], its) for prompt, its in zip(prompts, seeds, strict=True)])
+    return torch.cat([render([scene_of(prompt)], its) for prompt, its in zip(prompts, seeds, strict=True)])
+
+
+def scene_of(prompt: str) -> Scene:
+    """What a prompt describes; `UserError` for a text that is no caption of the shapes set."""
+    try:
+        return parse_caption(prompt)
+    except ValueError as error:
+        raise UserError(f"real images: {error}; the shapes set can render its own captions only") from None
 
 
 class ImageFolder:

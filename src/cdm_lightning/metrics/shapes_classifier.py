@@ -76,5 +76,5 @@ def expected(scene: Scene) -> dict[str, int]:
 
 def _item(scene: Scene, slot: int, turned: bool = False) -> dict[str, int]:
     item = (scene.first, scene.second)[slot ^ turned]
-    size = {} if item.size is None else {f"size_{slot}": SIZES.index(item.size)}
-    return {f"colour_{slot}": list(COLOURS).index(item.colour), f"shape_{slot}": SHAPES.index(item.shape), **size}
+    said = (("colour", item.colour, COLOURS), ("shape", item.shape, SHAPES), ("size", item.size, SIZES))
+    return {f"{what}_{slot}": list(names).index(name) for what, name, names in said if name is not None}

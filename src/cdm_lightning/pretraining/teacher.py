@@ -21,13 +21,9 @@ CHUNK = 1024
 
 @dataclass(frozen=True)
 class Captioned:
-    """N latents (N, C, h, w) with the token ids of their captions; the last row of the ids is the empty caption.
-
-    `singles` are the rows that show one shape.
-    """
+    """N latents (N, C, h, w) with the token ids of their captions; the last row of the ids is the empty caption."""
 
     latents: Tensor
-    singles: Tensor
     clip_ids: Tensor
     t5_ids: Tensor
 
@@ -89,8 +85,7 @@ def captioned_latents(pipeline: StableDiffusion3Pipeline, count: int, seed: int,
         images = render(scenes[begin : begin + CHUNK], seed + 1 + begin).to(memory_format=torch.channels_last)
         mean = vae.encode(images * 2 - 1).latent_dist.mean
         latents.append(((mean - vae.config.shift_factor) * vae.config.scaling_factor).contiguous())
-    singles = torch.tensor([row for row, scene in enumerate(scenes) if scene.relation is None])
-    return Captioned(torch.cat(latents), singles, *tokenise(pipeline, [*(scene.caption for scene in scenes), ""], keep))
+    return Captioned(torch.cat(latents), *tokenise(pipeline, [*(scene.caption for scene in scenes), ""], keep))
 
 
 def train_teacher(
@@ -100,8 +95,7 @@ def train_teacher(
     *,
     count: int = 98304,
     keep: int = 11,
-    pairs: float = 0.25,
-    pairs_for: int | None = None,
+    pairs: float = 0.0,
     caption_dropout: float = 0.1,
     sigma_mean: float = 0.4,
     sigma_std: float = 1.2,
@@ -109,9 +103,8 @@ def train_teacher(
 ) -> StableDiffusion3Pipeline:
     """Flow matching with caption dropout and logit-normal sigmas (SD3, arXiv:2403.03206), in place.
 
-    `count` renderings, a share `pairs` of them of two shapes; those are left out after `pairs_for` iterations (None: never).
+    `count` renderings, a share `pairs` of them of two shapes; captions of at most `keep` T5 tokens.
     """
-    everything = torch.arange(count)
     model = TextConditioned(pipeline).train().requires_grad_(True)
     if compile_network:
         model.transformer.compile()
@@ -124,8 +117,7 @@ def train_teacher(
 
     def loss(iteration: int, rng: torch.Generator) -> Tensor:
         size, data = recipe.batch_size, captioned()
-        seen = everything if pairs_for is None or iteration < pairs_for else data.singles
-        rows = seen[torch.randint(len(seen), (size,), generator=rng)]
+        rows = torch.randint(count, (size,), generator=rng)
         x0, noise = data.latents[rows], torch.randn(size, *data.latents.shape[1:], generator=rng)
         sigma = torch.sigmoid(sigma_mean + sigma_std * torch.randn(size, generator=rng))
         captions = torch.where(torch.rand(size, generator=rng) < caption_dropout, count, rows)
