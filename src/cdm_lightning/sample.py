@@ -1,13 +1,14 @@
 """`python -m cdm_lightning.sample --model FOLDER --prompt TEXT`: a labelled grid of pictures from a pipeline folder.
 
-An exported folder gives the student's own pictures; any other Stable Diffusion 3 pipeline, such as the teacher's, can
-be looked at with the same noise: that of picture i is a function of the seed and of i only.
+An exported folder gives the student's own pictures, and so does a run's folder or checkpoint; any other Stable
+Diffusion 3 pipeline, such as the teacher's, can be looked at with the same noise: that of picture i is a function of the
+seed and of i only.
 """
 
 import argparse
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,11 +18,14 @@ from cdm_lightning.errors import UserError
 if TYPE_CHECKING:  # torch and the rest take seconds to import: --help and mistakes should not wait for them
     import torch
     from PIL.Image import Image
-    from torch import Tensor
+    from torch import Tensor, nn
 
-    from cdm_lightning.backbones.sd3 import SD3Backbone
+    from cdm_lightning.backbones.base import Backbone
+
+    Opened = tuple[Backbone, Callable[[], nn.Module], int | None]  # how its network is made, its number of steps
 
 STEPS = 28  # of a pipeline that is no export: the default of diffusers' StableDiffusion3Pipeline
+RUN_STEPS = 4  # of a run's student: what CDM (arXiv:2605.06376) trains for
 SMALLEST_TILE = 160  # pixels; smaller pictures are enlarged by a whole factor, without smoothing
 MOST_COLUMNS = 6
 GAP, LINE, LABEL_LINES = 8, 16, 4  # of the grid: pixels, pixels, lines below each picture
@@ -44,18 +48,20 @@ def sample_images(
     seed: int = 0,
     batch_size: int = 8,
     device: str = "auto",
+    lora: str | None = None,
 ) -> "Samples":
-    """Pictures of the prompts; `steps=None` is what the folder was exported for, else 28.
+    """Pictures of the prompts; `steps=None` is what the folder was exported for, 4 for a run, else 28.
 
-    As in diffusers, a guidance scale of at most 1 is none. Raises UserError for a model that is no SD3 pipeline.
+    `lora` is a LoRA file, or an export of one with its number of steps, that is fused into the model. As in
+    diffusers, a guidance scale of at most 1 is none. Raises UserError for a model that is neither run nor SD3 pipeline.
     """
     from cdm_lightning.evaluation import SamplerSpec, generate
 
-    backbone, exported_for = open_model(model)
+    backbone, build_network, exported_for = open_run(model, lora) if is_run(model) else open_model(model, lora)
     steps = steps or exported_for or STEPS
     spec = SamplerSpec("sample", nfe=steps, guidance_scale=max(1.0, guidance_scale))
     place = choose_device(device)
-    network = backbone.build_teacher().to(place)
+    network = build_network().to(place)
     backbone.setup(place)
     return Samples(generate(backbone, network, spec, prompts, range(len(prompts)), seed, batch_size), steps)
 
@@ -72,14 +78,34 @@ def choose_device(name: str) -> "torch.device":
         raise UserError(f"--device {name} cannot be used here; pass cpu, or cuda where torch finds a GPU") from error
 
 
-def open_model(model: str) -> "tuple[SD3Backbone, int | None]":
-    """The backbone of a folder or hub id, in the sizes of an export, and the number of steps it was exported for."""
+def is_run(model: str) -> bool:
+    """Whether it is a run's folder or a checkpoint file."""
+    path = Path(model)
+    return path.suffix == ".ckpt" or ((path / "config.yaml").is_file() and not (path / "model_index.json").exists())
+
+
+def open_run(model: str, lora: str | None) -> "Opened":
+    """The backbone of a run, how its student's network is made, and the number of steps of the paper."""
+    from cdm_lightning.trained import open_student, plain_network
+
+    if lora is not None:
+        raise UserError("--lora goes with a pipeline, not with a run; export the run first")
+    found = open_student(model)
+    return found.backbone, lambda: plain_network(found.backbone, found.network()), RUN_STEPS
+
+
+def open_model(model: str, lora: str | None = None) -> "Opened":
+    """The backbone of a folder or hub id, in the sizes of an export, and the number of steps it was exported for.
+
+    Sizes and steps are those of an export of a LoRA where `lora` is one.
+    """
     from cdm_lightning.backbones.sd3 import SD3Backbone
     from cdm_lightning.backbones.sd3_folder import read_call
 
-    call = read_call(SD3Backbone(model).folder)
+    call = read_call(SD3Backbone(model).folder if lora is None else Path(lora))
     sizes = {name: call[name] for name in ("height", "width", "max_sequence_length") if name in call}
-    return SD3Backbone(model, **sizes), call.get("num_inference_steps")
+    backbone = SD3Backbone(model, teacher_lora=lora, **sizes)
+    return backbone, backbone.build_teacher, call.get("num_inference_steps")
 
 
 def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
@@ -133,7 +159,8 @@ def write_picture(picture: "Image", output: Path) -> None:
 def parser() -> argparse.ArgumentParser:
     """The command line's arguments."""
     made = argparse.ArgumentParser(prog="python -m cdm_lightning.sample", description="A labelled grid of pictures.")
-    made.add_argument("--model", required=True, metavar="FOLDER", help="exported folder, or any SD3 pipeline or hub id")
+    made.add_argument("--model", required=True, metavar="FOLDER", help="export, run, SD3 pipeline or hub id")
+    made.add_argument("--lora", metavar="FOLDER", help="LoRA file or exported LoRA to add to an SD3 pipeline")
     made.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     made.add_argument("--prompts-file", metavar="FILE", help="text file, one prompt a line, or .jsonl")
     made.add_argument("--steps", type=int, metavar="N", help=f"default: what the folder was exported for, else {STEPS}")
@@ -153,11 +180,19 @@ def run(options: argparse.Namespace) -> Path:
     if options.batch_size < 1 or (options.steps is not None and options.steps < 1):
         raise UserError("--steps and --batch-size must be at least 1")
     made = sample_images(
-        options.model, prompts, options.steps, options.guidance_scale, options.seed, options.batch_size, options.device
+        options.model,
+        prompts,
+        options.steps,
+        options.guidance_scale,
+        options.seed,
+        options.batch_size,
+        options.device,
+        options.lora,
     )
     guidance = f"guidance {options.guidance_scale:g}" if options.guidance_scale > 1 else "no guidance"
     steps = "1 step" if made.steps == 1 else f"{made.steps} steps"
-    title = f"{Path(options.model).name}: {steps}, {guidance}, seed {options.seed}"
+    name = Path(options.model).name + (f" + {Path(options.lora).name}" if options.lora else "")
+    title = f"{name}: {steps}, {guidance}, seed {options.seed}"
     write_picture(draw_grid(made.images, prompts, title), output)
     return output
 

@@ -7,7 +7,7 @@ processor maps pixels. Training therefore sees what `pipe(prompt)` will see.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -17,15 +17,18 @@ from diffusers.models.attention import JointTransformerBlock
 from torch import Tensor, nn
 
 from cdm_lightning.backbones.baked_schedule import UNBAKED, require_static_shift
-from cdm_lightning.backbones.base import Backbone, Conditioning
+from cdm_lightning.backbones.base import Backbone, CheckpointFunction, Conditioning
 from cdm_lightning.backbones.compact_text import use_compact_padding
+from cdm_lightning.backbones.lora_file import fused_network, locate_lora
 from cdm_lightning.backbones.pipeline_folder import loading, locate_pipeline
-from cdm_lightning.backbones.sd3_folder import write_pipeline
+from cdm_lightning.backbones.sd3_folder import write_lora, write_pipeline
 from cdm_lightning.backbones.sd3_text import PromptEncoder
 from cdm_lightning.errors import UserError
 
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 PARTS = ("transformer", "scheduler", "vae", *TEXT_PARTS)
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -34,10 +37,13 @@ class SD3Backbone(Backbone):
 
     `height`, `width` are pixels (default: the pipeline's own). `compact_text=k` folds T5 padding after the first k T5
     tokens (see `compact_text.py`); None is the stock path. `teacher_dtype` is the dtype of the frozen teacher,
-    `text_dtype` that of the text encoders; the trained network and the VAE are float32.
+    `text_dtype` that of the text encoders; the trained network and the VAE are float32. `teacher_lora` is a LoRA of your
+    own (safetensors file or folder), fused into the pretrained network `teacher_lora_scale` times: teacher, student and
+    fake score all start from the sum. UserError for a dtype, length or LoRA file that cannot be.
     """
 
     block_types = (JointTransformerBlock,)
+    lora_targets = {"attention": ATTENTION, "attention_feed_forward": ATTENTION + FEED_FORWARD}  # noqa: RUF012
 
     def __init__(
         self,
@@ -49,6 +55,8 @@ class SD3Backbone(Backbone):
         compact_text: int | None = None,
         teacher_dtype: str = "float32",
         text_dtype: str = "float32",
+        teacher_lora: str | None = None,
+        teacher_lora_scale: float = 1.0,
     ) -> None:
         if not 1 <= max_sequence_length <= 512:
             raise UserError(f"max_sequence_length={max_sequence_length}: SD3 takes 1 to 512 T5 tokens")
@@ -60,6 +68,8 @@ class SD3Backbone(Backbone):
         self.compact_text = compact_text
         self.teacher_dtype = dtype_of("teacher_dtype", teacher_dtype)
         self.text_dtype = dtype_of("text_dtype", text_dtype)
+        self.teacher_lora = None if teacher_lora is None else str(locate_lora(teacher_lora))
+        self.teacher_lora_scale = teacher_lora_scale
 
     # ---- what the folder says, before any weight is read
 
@@ -127,6 +137,19 @@ class SD3Backbone(Backbone):
         return self._load_network(self.teacher_dtype).requires_grad_(False).eval()
 
     def _load_network(self, dtype: torch.dtype) -> SD3Transformer2DModel:
+        if self.teacher_lora is None:
+            network = self._load_pretrained(dtype)
+        else:
+            sizes = (self.teacher_lora, self.teacher_lora_scale, dtype)
+            network = fused_network(StableDiffusion3Pipeline, self._load_pretrained, self._skeleton, *sizes)
+        if self.compact_text is not None:
+            use_compact_padding(network, self._text.full_length)
+        return network
+
+    def _skeleton(self) -> SD3Transformer2DModel:
+        return SD3Transformer2DModel(**self.network_config)
+
+    def _load_pretrained(self, dtype: torch.dtype) -> SD3Transformer2DModel:
         where = self.folder / "transformer"
         with loading(where):
             network, report = SD3Transformer2DModel.from_pretrained(
@@ -134,13 +157,11 @@ class SD3Backbone(Backbone):
             )
         if report["missing_keys"]:  # diffusers would fill them with random numbers
             raise UserError(f"{where} lacks the weights {report['missing_keys'][0]}; copy the folder again")
-        if self.compact_text is not None:
-            use_compact_padding(network, self._text.full_length)
         return network
 
-    def enable_gradient_checkpointing(self, network: nn.Module) -> None:
+    def enable_gradient_checkpointing(self, network: nn.Module, function: CheckpointFunction | None = None) -> None:
         """Recompute each block in the backward pass."""
-        network.enable_gradient_checkpointing()
+        network.enable_gradient_checkpointing(function)
 
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """x (B, C, h, w), sigma (B,) -> velocity (B, C, h, w) float32; the timestep stays float32, never rounded."""
@@ -207,10 +228,19 @@ class SD3Backbone(Backbone):
 
     def save_pipeline(self, network: nn.Module, folder: Path, nfe: int, model_card: str) -> None:
         """Write a `StableDiffusion3Pipeline` whose plain call with `nfe` steps is this network on its own sigmas."""
+        write_pipeline(self.folder, network, self.scheduler, Path(folder), nfe, model_card, self._call_sizes())
+
+    def save_lora(self, tensors: Mapping[str, Tensor], folder: Path, nfe: int, model_card: str) -> None:
+        """Write a file for `load_lora_weights`, the schedule that it was trained for, and how to use both."""
+        own = None if self.teacher_lora is None else (Path(self.teacher_lora).name, self.teacher_lora_scale)
+        write_lora(tensors, self.scheduler, Path(folder), nfe, model_card, self._call_sizes(), own)
+
+    def _call_sizes(self) -> dict[str, int]:
+        """What a call must be told besides the prompt where the pipeline's default is not what was trained."""
         sizes = {} if self.max_sequence_length == 256 else {"max_sequence_length": self.max_sequence_length}
         if (self.height, self.width) != (None, None):
             sizes["height"], sizes["width"] = self.image_size
-        write_pipeline(self.folder, network, self.scheduler, Path(folder), nfe, model_card, sizes)
+        return sizes
 
 
 def dtype_of(argument: str, name: str) -> torch.dtype:

@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusers import FlowMatchEulerDiscreteScheduler
-from torch import nn
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from torch import Tensor, nn
 
 from cdm_lightning.backbones.baked_schedule import UNBAKED, bake
+from cdm_lightning.backbones.lora_file import WEIGHTS, write_lora_file
 from cdm_lightning.backbones.pipeline_folder import copy_parts
 
 CALL = "call.json"  # the arguments of the plain call, besides the prompt, that make the student's own images
@@ -29,6 +30,27 @@ image = pipe("a prompt", {arguments}).images[0]
   to set sigmas themselves, is `scheduler/unbaked`.
 """
 
+LORA_USAGE = """
+## Usage
+
+```python
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+pipe = StableDiffusion3Pipeline.from_pretrained("BASE")
+{load}
+pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained("FOLDER", subfolder="scheduler")
+image = pipe("a prompt", {arguments}).images[0]
+```
+
+- `BASE` is the pipeline that it was distilled from, `FOLDER` this folder.{note}
+- `guidance_scale` is 0 or 1: one network call a step.
+- The scheduler runs {sigmas} for {nfe} step{plural}: do not pass `sigmas`, they would be bent by it.
+- The file's scale is 1, whatever reads it; combine it with a style LoRA by `pipe.set_adapters`.
+"""
+OWN_LORA = """pipe.load_lora_weights("{name}", adapter_name="own")
+pipe.load_lora_weights("FOLDER", weight_name="{weights}", adapter_name="cdm")
+pipe.set_adapters(["own", "cdm"], [{scale:g}, 1.0])"""
+
 
 def write_pipeline(
     source: Path,
@@ -48,19 +70,54 @@ def write_pipeline(
     copy_parts(source, folder, without=("transformer", "scheduler"))
     network.save_pretrained(folder / "transformer")
     _tidy(folder / "transformer")
+    facts = _write_schedule(scheduler, baked, folder, nfe, sizes)
+    (folder / "README.md").write_text(model_card.rstrip() + "\n" + USAGE.format(**facts), encoding="utf-8")
+
+
+def write_lora(
+    tensors: Mapping[str, Tensor],
+    scheduler: FlowMatchEulerDiscreteScheduler,
+    folder: Path,
+    nfe: int,
+    model_card: str,
+    sizes: Mapping[str, int],
+    own: tuple[str, float] | None,
+) -> None:
+    """Fill `folder` with the LoRA file of `tensors`, the baked schedule and the card; the other parts are the base's.
+
+    `own` is (file, scale) of the LoRA that was part of the teacher, and so has to be loaded too.
+    """
+    baked = bake(scheduler, nfe)
+    write_lora_file(StableDiffusion3Pipeline, tensors, folder)
+    facts = _write_schedule(scheduler, baked, folder, nfe, sizes)
+    load, note = f'pipe.load_lora_weights("FOLDER", weight_name="{WEIGHTS}")', ""
+    if own is not None:
+        load = OWN_LORA.format(name=own[0], scale=own[1], weights=WEIGHTS)
+        note = f" The teacher was that pipeline with `{own[0]}` at scale {own[1]:g}."
+    usage = LORA_USAGE.format(load=load, note=note, **facts)
+    (folder / "README.md").write_text(model_card.rstrip() + "\n" + usage, encoding="utf-8")
+
+
+def _write_schedule(
+    scheduler: FlowMatchEulerDiscreteScheduler,
+    baked: FlowMatchEulerDiscreteScheduler,
+    folder: Path,
+    nfe: int,
+    sizes: Mapping[str, int],
+) -> dict[str, Any]:
+    """Write both schedulers and the arguments of the call; what a card says of them."""
     baked.save_pretrained(folder / "scheduler")
     scheduler.save_pretrained(folder / UNBAKED)
     call = {"num_inference_steps": nfe, "guidance_scale": 1.0, **sizes}
     (folder / CALL).write_text(json.dumps(call, indent=2) + "\n", encoding="utf-8")
-    usage = USAGE.format(
-        folder="FOLDER",
-        nfe=nfe,
-        plural="" if nfe == 1 else "s",
-        arguments=", ".join(f"{name}={value}" for name, value in call.items()),
-        sigmas=" > ".join(f"{sigma:.4g}" for sigma in baked.sigmas.tolist()),
-        recipe=f"shift {baked.config.shift:.6g}, shift_terminal {baked.config.shift_terminal}",
-    )
-    (folder / "README.md").write_text(model_card.rstrip() + "\n" + usage, encoding="utf-8")
+    return {
+        "folder": "FOLDER",
+        "nfe": nfe,
+        "plural": "" if nfe == 1 else "s",
+        "arguments": ", ".join(f"{name}={value}" for name, value in call.items()),
+        "sigmas": " > ".join(f"{sigma:.4g}" for sigma in baked.sigmas.tolist()),
+        "recipe": f"shift {baked.config.shift:.6g}, shift_terminal {baked.config.shift_terminal}",
+    }
 
 
 def read_call(folder: Path) -> dict[str, Any]:
