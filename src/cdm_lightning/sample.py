@@ -1,7 +1,7 @@
 """`python -m cdm_lightning.sample --model FOLDER --prompt TEXT`: a labelled grid of pictures from a pipeline folder.
 
-An exported folder gives the student's own pictures; any other Stable Diffusion 3 pipeline, such as the teacher's, can
-be looked at with the same noise: that of picture i is a function of the seed and of i only.
+An exported folder gives the student's own pictures; any other pipeline of a known family, such as the teacher's, can be
+looked at with the same noise: that of picture i is a function of the seed and of i only.
 """
 
 import argparse
@@ -19,9 +19,7 @@ if TYPE_CHECKING:  # torch and the rest take seconds to import: --help and mista
     from PIL.Image import Image
     from torch import Tensor
 
-    from cdm_lightning.backbones.sd3 import SD3Backbone
 
-STEPS = 28  # of a pipeline that is no export: the default of diffusers' StableDiffusion3Pipeline
 SMALLEST_TILE = 160  # pixels; smaller pictures are enlarged by a whole factor, without smoothing
 MOST_COLUMNS = 6
 GAP, LINE, LABEL_LINES = 8, 16, 4  # of the grid: pixels, pixels, lines below each picture
@@ -45,14 +43,15 @@ def sample_images(
     batch_size: int = 8,
     device: str = "auto",
 ) -> "Samples":
-    """Pictures of the prompts; `steps=None` is what the folder was exported for, else 28.
+    """Pictures of the prompts; `steps=None` is what the folder was exported for, else the default of the pipeline's call.
 
-    As in diffusers, a guidance scale of at most 1 is none. Raises UserError for a model that is no SD3 pipeline.
+    A guidance scale of at most 1 is none. Raises UserError for a model that is no pipeline of a known family.
     """
+    from cdm_lightning.backbones.families import open_pipeline
     from cdm_lightning.evaluation import SamplerSpec, generate
 
-    backbone, exported_for = open_model(model)
-    steps = steps or exported_for or STEPS
+    backbone, call = open_pipeline(model)
+    steps = steps or call.get("num_inference_steps") or backbone.call_default("num_inference_steps")
     spec = SamplerSpec("sample", nfe=steps, guidance_scale=max(1.0, guidance_scale))
     place = choose_device(device)
     network = backbone.build_teacher().to(place)
@@ -70,16 +69,6 @@ def choose_device(name: str) -> "torch.device":
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         raise UserError(f"--device {name} cannot be used here; pass cpu, or cuda where torch finds a GPU") from error
-
-
-def open_model(model: str) -> "tuple[SD3Backbone, int | None]":
-    """The backbone of a folder or hub id, in the sizes of an export, and the number of steps it was exported for."""
-    from cdm_lightning.backbones.sd3 import SD3Backbone
-    from cdm_lightning.backbones.sd3_folder import read_call
-
-    call = read_call(SD3Backbone(model).folder)
-    sizes = {name: call[name] for name in ("height", "width", "max_sequence_length") if name in call}
-    return SD3Backbone(model, **sizes), call.get("num_inference_steps")
 
 
 def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
@@ -133,10 +122,12 @@ def write_picture(picture: "Image", output: Path) -> None:
 def parser() -> argparse.ArgumentParser:
     """The command line's arguments."""
     made = argparse.ArgumentParser(prog="python -m cdm_lightning.sample", description="A labelled grid of pictures.")
-    made.add_argument("--model", required=True, metavar="FOLDER", help="exported folder, or any SD3 pipeline or hub id")
+    made.add_argument(
+        "--model", required=True, metavar="FOLDER", help="exported folder, or any other pipeline or hub id"
+    )
     made.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     made.add_argument("--prompts-file", metavar="FILE", help="text file, one prompt a line, or .jsonl")
-    made.add_argument("--steps", type=int, metavar="N", help=f"default: what the folder was exported for, else {STEPS}")
+    made.add_argument("--steps", type=int, metavar="N", help="default: what the folder was exported for")
     made.add_argument("--guidance-scale", type=float, default=1.0, metavar="S", help="up to 1 is none (default: 1)")
     made.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default: 0)")
     made.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures at a time (default: 8)")

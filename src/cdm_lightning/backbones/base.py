@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cdm_lightning.core.flow import VelocityField
+from cdm_lightning.core.flow import VelocityField, plain_guidance
+from cdm_lightning.errors import UserError
 
 Conditioning = dict[str, Tensor]  # what a network is told besides x and sigma: batch first, keys its backbone's own
 
@@ -42,6 +43,12 @@ class Backbone(ABC):
     def image_size(self) -> tuple[int, int]:
         """(H, W) of an image, in pixels."""
 
+    def at(self, height: int, width: int) -> "Backbone":
+        """The same family and loaded parts for images of another size in pixels; UserError if that cannot be."""
+        if (height, width) == self.image_size:
+            return self
+        raise UserError(f"{type(self).__name__} makes images of {self.image_size} pixels only, not {(height, width)}")
+
     @property
     @abstractmethod
     def fingerprint(self) -> str:
@@ -69,7 +76,21 @@ class Backbone(ABC):
 
     @abstractmethod
     def shift_sigmas(self, sigmas: Tensor) -> Tensor:
-        """Sigmas of any shape, moved towards noise as the family does; keeps 0 and 1."""
+        """Sigmas of any shape, moved towards noise as the family does, each for itself; keeps 0 and 1."""
+
+    def shift_steps(self, sigmas: Tensor) -> Tensor:
+        """Falling unshifted sigmas (..., K) of whole rollouts without their final 0, as the family's sampler runs them.
+
+        `shift_sigmas`, but for a family whose scheduler also stretches a rollout to a fixed last sigma.
+        """
+        return self.shift_sigmas(sigmas)
+
+    def guide(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+        """The velocity (B, C, H, W) that the family's pipeline makes of a conditional and an unconditional one.
+
+        Scale 1 is no guidance, whatever the pipeline calls it. For evaluation only: the objective has its own.
+        """
+        return plain_guidance(cond, uncond, scale)
 
     @abstractmethod
     def decode_latents(self, x0: Tensor) -> Tensor:

@@ -1,0 +1,167 @@
+"""What all families of diffusers pipelines have in common; a family adds its classes, its call and its text.
+
+Shapes: B batch, (C, h, w) latent. What the stock pipeline does is asked of the stock pipeline: it encodes prompts, its
+scheduler shifts sigmas, its image processor maps pixels. Training therefore sees what `pipe(prompt)` will see.
+"""
+
+import sys
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from torch import Tensor, nn
+
+from cdm_lightning.backbones.base import Conditioning
+from cdm_lightning.backbones.pipeline_folder import loading
+from cdm_lightning.backbones.pipeline_settings import PipelineSettings, shared_property
+from cdm_lightning.backbones.student_folder import StudentCall, write_pipeline
+from cdm_lightning.core.schedules import inference_sigmas
+from cdm_lightning.errors import UserError
+
+
+class PipelineBackbone(PipelineSettings):
+    """A text-to-image pipeline of diffusers, from a local folder or a hub id; nothing is read before it is needed.
+
+    `height`, `width` are pixels (default: the pipeline's own), `max_sequence_length` counts text tokens (default: that of
+    the pipeline's call). `teacher_dtype` is the dtype of the frozen teacher, `text_dtype` that of the text encoders; the
+    trained network and the VAE are float32. Raises `UserError` for an argument out of its range.
+    """
+
+    unguided: ClassVar[Mapping[str, Any]] = {"guidance_scale": 1.0}  # what the plain call needs to call once a step
+    notes: ClassVar[tuple[str, ...]] = ("`guidance_scale` is 0 or 1: one network call a step.",)  # in the model card
+
+    # ---- networks
+
+    def build_network(self) -> nn.Module:
+        """The pretrained transformer, float32 and trainable; the same at every call."""
+        return self._load_network(torch.float32).requires_grad_(True).train()
+
+    def build_teacher(self) -> nn.Module:
+        """The pretrained transformer, frozen, in `teacher_dtype`."""
+        return self._load_network(self.teacher_dtype).requires_grad_(False).eval()
+
+    def _load_network(self, dtype: torch.dtype) -> nn.Module:
+        where = self.folder / "transformer"
+        with loading(where):
+            network, report = self.transformer_class.from_pretrained(
+                self.folder, subfolder="transformer", dtype=dtype, output_loading_info=True
+            )
+        if report["missing_keys"]:  # diffusers would fill them with random numbers
+            raise UserError(f"{where} lacks the weights {report['missing_keys'][0]}; copy the folder again")
+        return network
+
+    def enable_gradient_checkpointing(self, network: nn.Module) -> None:
+        """Recompute each block in the backward pass."""
+        network.enable_gradient_checkpointing()
+
+    # ---- sigmas
+
+    def shift_sigmas(self, sigmas: Tensor) -> Tensor:
+        """Unshifted sigmas of any shape -> what the scheduler makes of each, float32, same shape and device."""
+        given = sigmas.detach().to("cpu", torch.float32).flatten().numpy()
+        with np.errstate(divide="ignore"):  # the dynamic shift divides by sigma, and comes out right at 0
+            self._shift.set_timesteps(sigmas=given, mu=self._mu)
+        return self._shift.sigmas[:-1].reshape(sigmas.shape).to(sigmas.device)
+
+    def shift_steps(self, sigmas: Tensor) -> Tensor:
+        """Falling sigmas (..., K) of whole rollouts -> what the scheduler runs, each rollout ending at its terminal sigma.
+
+        That of a single step is left alone: the scheduler would divide 0 by 0.
+        """
+        shifted, terminal = self.shift_sigmas(sigmas), self.scheduler.config.shift_terminal
+        if not terminal or not shifted.numel():
+            return shifted
+        scale = (1 - shifted[..., -1:]) / (1 - terminal)
+        return torch.where(scale > 0, 1 - (1 - shifted) / scale, shifted)
+
+    @shared_property
+    def _shift(self) -> FlowMatchEulerDiscreteScheduler:
+        """The scheduler without the terminal sigma, which would make a sigma depend on its neighbours."""
+        return FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config, shift_terminal=None)
+
+    @property
+    def _mu(self) -> float | None:
+        """The strength of a dynamic shift, which follows the image size, by the function that the pipeline uses."""
+        config, (_, height, width) = self.scheduler.config, self.latent_shape
+        if not config.use_dynamic_shifting:
+            return None
+        tokens = (height // self.patch) * (width // self.patch)
+        bounds = (config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
+        return sys.modules[self.pipeline_class.__module__].calculate_shift(tokens, *bounds)
+
+    # ---- frozen parts
+
+    @shared_property
+    def _pipeline(self) -> DiffusionPipeline:
+        """Text encoders and VAE, frozen and in eval mode (T5 has dropout); the transformer is not part of it."""
+        with loading(self.folder):
+            pipeline = self.pipeline_class.from_pretrained(
+                self.folder, transformer=None, dtype={"vae": torch.float32, "default": self.text_dtype}
+            )
+        for part in pipeline.components.values():
+            if isinstance(part, nn.Module):
+                part.eval().requires_grad_(False)
+        return pipeline
+
+    def setup(self, device: torch.device) -> None:
+        """Load text encoders and VAE onto `device`."""
+        self._pipeline.to(device)
+        self.shared.pop("_unconditional", None)  # it lies on the old device
+
+    @shared_property
+    def _unconditional(self) -> Conditioning:
+        """The empty prompt (B = 1), encoded once."""
+        return self._encode([""])
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """The conditioning of B prompts, float32; "" is the unconditional one."""
+        if any(prompts):
+            return self._encode(list(prompts))
+        return {name: value.repeat_interleave(len(prompts), dim=0) for name, value in self._unconditional.items()}
+
+    @abstractmethod
+    def _encode(self, prompts: list[str]) -> Conditioning:
+        """The conditioning of B prompts by the pipeline's own `encode_prompt`."""
+
+    # ---- images: the arithmetic of `AutoencoderKL`, which most families have
+
+    @torch.no_grad()
+    def decode_latents(self, x0: Tensor) -> Tensor:
+        """x0 (B, C, h, w) -> images (B, 3, H, W) in [0, 1], by the arithmetic of the stock pipeline."""
+        vae = self._pipeline.vae
+        latents = (x0.float() / vae.config.scaling_factor) + vae.config.shift_factor
+        return self._pipeline.image_processor.postprocess(vae.decode(latents, return_dict=False)[0], output_type="pt")
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) in [0, 1] -> x0 (B, C, h, w): the mean of the VAE's posterior, scaled and shifted."""
+        vae = self._pipeline.vae
+        latents = vae.encode(images.float() * 2 - 1).latent_dist.mode()
+        return (latents - vae.config.shift_factor) * vae.config.scaling_factor
+
+    # ---- export
+
+    def save_pipeline(self, network: nn.Module, folder: Path, nfe: int, model_card: str) -> None:
+        """Write a pipeline folder whose plain call with `nfe` steps is this network on its own sigmas."""
+        write_pipeline(self.folder, network, Path(folder), model_card, self._student_call(nfe))
+
+    def _student_call(self, nfe: int) -> StudentCall:
+        return StudentCall(
+            pipeline=self.pipeline_class.__name__,
+            scheduler=self.scheduler,
+            exported=self.exported_scheduler(nfe),
+            sigmas=inference_sigmas(nfe, self.shift_steps),
+            arguments={"num_inference_steps": nfe, **self.unguided, **self.call_sizes()},
+            notes=self.notes,
+        )
+
+    def exported_scheduler(self, nfe: int) -> FlowMatchEulerDiscreteScheduler:
+        """The scheduler with which the pipeline's plain call of `nfe` steps runs the student's sigmas.
+
+        That of training, where the pipeline itself asks for the sigmas 1, 1 - 1/nfe, ..., 1/nfe before the shift.
+        """
+        return self.scheduler
