@@ -11,7 +11,17 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "cdm_lightning"
 NAME = PACKAGE.name
 ENTRY_POINTS = {"train.py", "pretrain.py", "config.py"}
-FAMILY_BLIND = ("core/", "data/", "metrics/", "networks.py", "optim.py", "parallel.py", "module.py", "evaluation.py")
+FAMILY_BLIND = (
+    "core/",
+    "data/",
+    "lora/",
+    "metrics/",
+    "networks.py",
+    "optim.py",
+    "parallel.py",
+    "module.py",
+    "evaluation.py",
+)
 LIBRARY_EDGE = ("backbones/", "pretraining/", "export.py", "sample.py")
 
 
@@ -99,6 +109,10 @@ def family_rule(path: str, name: str) -> bool:
     return not any(is_under(name, f"backbones.{family}") for family in others)
 
 
+def peft_rule(path: str, name: str) -> bool:
+    return path.startswith(("lora/", *LIBRARY_EDGE)) or name.split(".")[0] != "peft"
+
+
 def callback_rule(path: str, name: str) -> bool:
     """Callbacks do not know each other; an abstract base class may be shared."""
     if not path.startswith("callbacks/") or not is_under(name, "callbacks"):
@@ -124,7 +138,7 @@ def upward_rule(path: str, name: str) -> bool:
     return not lower or not any(is_under(name, part) for part in higher)
 
 
-RULES = [core_rule, config_rule, library_rule, family_rule, callback_rule, upward_rule]
+RULES = [core_rule, config_rule, library_rule, peft_rule, family_rule, callback_rule, upward_rule]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -140,6 +154,7 @@ def test_no_import_crosses_a_layer(rule):
         (core_rule, "core/flow.py", "from ..errors import UserError"),
         (config_rule, "module.py", "def f():\n    from omegaconf import DictConfig"),
         (library_rule, "module.py", "import diffusers.models"),
+        (peft_rule, "module.py", "from peft import LoraConfig"),
         (family_rule, "backbones/toy2d.py", "from cdm_lightning.backbones import sd3"),
         (family_rule, "module.py", "from cdm_lightning.backbones.toy2d import Toy2DBackbone"),
         (callback_rule, "callbacks/ema.py", "from . import other"),

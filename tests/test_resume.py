@@ -21,8 +21,15 @@ SD3_SMALL = (  # the pipeline's own path, as small as it goes
     "module.gradient_checkpointing=true",
     "data.batch_size=2",
     "schedule.length.high=3",
+    "backbone.max_sequence_length=16",
     "optim.student.learning_rate.total=10",  # whatever max_steps is, so that a run in two parts has the same rates
     "optim.fake_score.learning_rate.total=10",
+)
+
+ROLES = (  # all weights, two adapters on one base, an adapter beside a whole network
+    ("lora=none",),
+    ("lora=lora", "lora.student.rank=2", "lora.fake_score.rank=2"),
+    ("lora=lora_student", "lora.student.rank=2", "module.fake_score_merge=0"),
 )
 
 
@@ -90,11 +97,12 @@ def test_ten_iterations_equal_five_and_five(toy_run, seen, workers):
     assert set(steps) == {10.0, 5.0}  # Adam's own count: fake score, student
 
 
-def test_resume_is_exact_with_the_sd3_classes(tiny_pipeline_folder, prompt_file, tmp_path, seen):
+@pytest.mark.parametrize("roles", ROLES, ids=lambda roles: roles[0])
+def test_resume_is_exact_with_the_sd3_classes(tiny_pipeline_folder, prompt_file, tmp_path, seen, roles):
     def run(*overrides: str, folder: str) -> TrainResult:
         paths = [f"backbone.pretrained={tiny_pipeline_folder}", "backbone.compact_text=null"]
         paths += [f"data.train.path={prompt_file}", f"data.val.path={prompt_file}", f"output_dir={tmp_path / folder}"]
-        return train(compose([*SD3_SMALL, *paths, *overrides]))
+        return train(compose([*SD3_SMALL, *roles, *paths, *overrides]))
 
     assert_resume_is_exact(run, seen)
 

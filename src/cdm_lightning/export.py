@@ -1,4 +1,4 @@
-"""`python -m cdm_lightning.export RUN --output FOLDER`: a checkpoint's student as a pipeline folder.
+"""`python -m cdm_lightning.export RUN --output FOLDER`: a checkpoint's student as a pipeline folder, or as a LoRA.
 
 The model family's own library loads the folder, for example `StableDiffusion3Pipeline.from_pretrained(FOLDER)`; the plain
 call that its model card shows runs the student's own sigmas.
@@ -10,37 +10,43 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cdm_lightning.errors import UserError
 
 if TYPE_CHECKING:  # torch and the rest take seconds to import: --help and mistakes should not wait for them
+    import torch
     from torch import nn
 
     from cdm_lightning.backbones.base import Backbone
+    from cdm_lightning.lora.weights import AdapterWeights
 
 MARKER = "cdm_lightning_export.json"  # stands in every folder that `export_pipeline` wrote
 CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.json", "checkpoints"
 WEIGHTS = ("student_ema", "student")
 DTYPES = ("float32", "float16", "bfloat16")
+FORMS = ("pipeline", "lora")
 
 
 def export_pipeline(
     backbone: "Backbone",
-    network: "nn.Module",
+    network: "nn.Module | AdapterWeights",
     output: str | Path,
     nfe: int = 4,
     weights: str = "student_ema",
     iteration: int = 0,
     dtype: str = "float32",
     run: str | Path | None = None,
+    form: str = "pipeline",
 ) -> Path:
     """Write `network` as a pipeline folder for `nfe` steps, all of it or nothing, and return the folder.
 
-    `weights` and `iteration` say which network it is; the recipe and metrics of the model card are read from the folder
-    `run`. Raises UserError for an `output` that is a file or a folder that no export wrote.
+    A LoRA is fused into the pretrained network, or with `form="lora"` written as a file of its own. `weights` and
+    `iteration` say which network it is; the recipe and metrics of the model card are read from the folder `run`. Raises
+    UserError for an `output` that is a file or a folder that no export wrote.
     """
     import torch
 
@@ -48,16 +54,15 @@ def export_pipeline(
     check_output(output)
     if nfe < 1 or dtype not in DTYPES:
         raise UserError(f"nfe must be at least 1 and dtype one of {', '.join(DTYPES)}, got {nfe} and {dtype}")
-    if dtype != "float32":
-        network = copy.deepcopy(network).to(getattr(torch, dtype))
+    save = prepare(backbone, network, form, getattr(torch, dtype))
     record = {"nfe": nfe, "weights": weights, "iteration": iteration, "dtype": dtype}
     card = model_card(output.name, record, None if run is None else Path(run))
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        backbone.save_pipeline(network, temporary, nfe, card)
-        marker = {"written_by": "cdm_lightning.export", "fingerprint": backbone.fingerprint, **record}
+        save(temporary, nfe, card)
+        marker = {"written_by": "cdm_lightning.export", "fingerprint": backbone.fingerprint, **record, "form": form}
         (temporary / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
         put_in_place(temporary, output)
     except OSError as error:
@@ -67,6 +72,26 @@ def export_pipeline(
     return output
 
 
+def prepare(
+    backbone: "Backbone", network: "nn.Module | AdapterWeights", form: str, dtype: "torch.dtype"
+) -> Callable[[Path, int, str], None]:
+    """How `network` is written in that form: a function of (folder, nfe, model card); UserError for no LoRA as one."""
+    from cdm_lightning.lora.views import AdapterView
+    from cdm_lightning.lora.weights import AdapterWeights
+
+    if isinstance(network, AdapterView):
+        network = network.weights
+    is_adapter = isinstance(network, AdapterWeights)
+    if form == "lora":
+        require_adapter(is_adapter)
+        return partial(backbone.save_lora, network.portable(dtype))
+    if is_adapter:
+        network = network.fuse_into(backbone.build_network())
+    elif next(network.parameters()).dtype != dtype:
+        network = copy.deepcopy(network)
+    return partial(backbone.save_pipeline, network.to(dtype))
+
+
 def export_checkpoint(
     source: str | Path,
     output: str | Path,
@@ -74,28 +99,31 @@ def export_checkpoint(
     weights: str = "auto",
     dtype: str = "float32",
     pretrained: str | None = None,
+    form: str = "pipeline",
 ) -> Path:
     """Export the student of a checkpoint file, or of the newest checkpoint of a run folder.
 
     `weights="auto"` is the average if there is one. `pretrained` replaces the pretrained pipeline of the run's
-    configuration, which may have moved since.
+    configuration, which may have moved since. `form` is "pipeline" or, for a student that is a LoRA, "lora".
     """
     check_output(Path(output))
-    run, checkpoint = find_run(Path(source))
-    from cdm_lightning.checkpoint import newest_checkpoint, read_checkpoint
-    from cdm_lightning.config import build
+    from cdm_lightning.trained import open_student
 
-    config = read_config(run)
-    if pretrained is not None:
-        config["backbone"]["pretrained"] = pretrained
-    backbone = build(config, "backbone")
-    path = checkpoint or newest_checkpoint(run / CHECKPOINTS)
-    if path is None:
-        raise UserError(f"{run} holds no checkpoint yet; let the run train longer or pass a checkpoint file")
-    content = read_checkpoint(path, backbone.fingerprint)
-    weights = choose_weights(weights, content["cdm"]["ema_updates"], path)
-    network = load_network(backbone, content, weights)
-    return export_pipeline(backbone, network, output, nfe, weights, content["cdm"]["iteration"], dtype, run)
+    found = open_student(source, weights, pretrained)
+    if form == "lora":
+        require_adapter(found.plan.student is not None)
+    return export_pipeline(
+        found.backbone, found.network(), output, nfe, found.weights, found.iteration, dtype, found.run, form
+    )
+
+
+def require_adapter(is_adapter: bool) -> None:
+    """UserError unless the student is a LoRA."""
+    if not is_adapter:
+        raise UserError(
+            "all of this student's weights were trained, so it is no LoRA: export it with --form pipeline, then make one "
+            "by python -m cdm_lightning.extract_lora"
+        )
 
 
 def find_run(source: Path) -> tuple[Path, Path | None]:
@@ -134,15 +162,6 @@ def choose_weights(weights: str, ema_updates: int, checkpoint: Path) -> str:
     return weights
 
 
-def load_network(backbone: "Backbone", content: dict, weights: str) -> "nn.Module":
-    """A network of the backbone with the weights of that name from a checkpoint's content."""
-    from cdm_lightning.checkpoint import network_weights
-
-    network = backbone.build_network()
-    network.load_state_dict(network_weights(content, weights))
-    return network.eval()
-
-
 def model_card(name: str, record: dict[str, Any], run: Path | None) -> str:
     """The text of the card, with whatever configuration and metrics the run folder holds."""
     from cdm_lightning.model_card import ModelCard
@@ -176,7 +195,9 @@ def put_in_place(temporary: Path, output: Path) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line's arguments."""
-    made = argparse.ArgumentParser(prog="python -m cdm_lightning.export", description="Student to pipeline folder.")
+    made = argparse.ArgumentParser(
+        prog="python -m cdm_lightning.export", description="Student to pipeline folder or LoRA."
+    )
     made.add_argument("source", metavar="RUN", help="run folder (its newest checkpoint) or checkpoint file")
     made.add_argument(
         "--output", required=True, metavar="FOLDER", help="folder to write; an earlier export is replaced"
@@ -186,6 +207,9 @@ def parser() -> argparse.ArgumentParser:
         "--weights", choices=("auto", *WEIGHTS), default="auto", help="default: the average if there is one"
     )
     made.add_argument("--dtype", choices=DTYPES, default="float32", help="of the network's file (default: %(default)s)")
+    made.add_argument(
+        "--form", choices=FORMS, default="pipeline", help="pipeline: a LoRA is fused in; lora: its file alone"
+    )
     made.add_argument("--pretrained", metavar="FOLDER", help="the pretrained pipeline, if it has moved since the run")
     return made
 

@@ -23,6 +23,7 @@ from cdm_lightning.core.schedules import SigmaSchedule
 from cdm_lightning.data.batches import PromptBatch
 from cdm_lightning.errors import UserError
 from cdm_lightning.evaluation import SamplerSpec, generate
+from cdm_lightning.lora.plan import LoRAPlan
 from cdm_lightning.networks import Networks
 from cdm_lightning.optim import OptimizerRecipe
 
@@ -34,9 +35,9 @@ class CDMModule(L.LightningModule):
 
     The student is updated in the last of every `student_every` iterations; after each of its own updates the fake
     score is merged with the student by the weight `fake_score_merge` (0: not at all). `samplers` are the ways in
-    which validation generates images. Networks compute in `compute_dtype` ("float32", "bfloat16"); weights,
-    gradients, sigmas and losses are float32 always. All random draws are functions of (`seed`, iteration, slot in the
-    global batch).
+    which validation generates images. Networks compute in `compute_dtype` ("float32", "bfloat16"); trained weights,
+    gradients, sigmas and losses are float32 always. `lora` says which of the networks are adapters on a frozen base. All
+    random draws are functions of (`seed`, iteration, slot in the global batch).
 
     `iteration` counts the finished iterations, `ema_updates` those of `networks.student_ema` (made by the callback
     `StudentEMA`), `skipped_steps` the updates left out for a gradient that was not finite. Raises `UserError` for an
@@ -56,12 +57,15 @@ class CDMModule(L.LightningModule):
         seed: int = 0,
         compute_dtype: str = "float32",
         gradient_checkpointing: bool = False,
+        lora: LoRAPlan | None = None,
     ) -> None:
         super().__init__()
         if student_every < 1 or not 0 <= fake_score_merge <= 1:
             raise UserError("module: student_every must be at least 1 and fake_score_merge lie in [0, 1]")
         if compute_dtype not in COMPUTE_DTYPES:
             raise UserError(f"module: compute_dtype must be one of {', '.join(COMPUTE_DTYPES)}, got {compute_dtype!r}")
+        self.lora = lora or LoRAPlan()
+        self.lora.check(backbone.lora_targets, fake_score_merge)
         self.automatic_optimization = False
         self.backbone, self.objective, self.schedule = backbone, objective, schedule
         self.recipes = {"student": student_optim, "fake_score": fake_score_optim}
@@ -166,14 +170,19 @@ class CDMModule(L.LightningModule):
             raise UserError("trainer.precision must stay 32-true: set the networks' precision by module.compute_dtype")
         device = self.trainer.strategy.root_device
         with torch.device("cpu"):  # Lightning sets the default device here; weights shall not depend on it
-            self.networks = Networks(self.backbone, self.gradient_checkpointing)
+            self.networks = Networks(self.backbone, self.gradient_checkpointing, self.lora, self.seed)
         self.networks.place(device)
         self.backbone.setup(device)
 
+    @property
+    def fingerprint(self) -> str:
+        """That of the backbone and the LoRA settings: checkpoints of another fingerprint do not fit."""
+        return self.backbone.fingerprint + self.lora.tag
+
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Add the counters, and the fingerprint of the backbone that all of it belongs to."""
+        """Add the counters, and the fingerprint of the networks that all of it belongs to."""
         checkpoint["cdm"] = {
-            "fingerprint": self.backbone.fingerprint,
+            "fingerprint": self.fingerprint,
             "iteration": self.iteration,
             "ema_updates": self.ema_updates,
             "skipped_steps": dict(self.skipped_steps),

@@ -1,13 +1,14 @@
 """`python -m cdm_lightning.sample --model FOLDER --prompt TEXT`: a labelled grid of pictures from a pipeline folder.
 
-An exported folder gives the student's own pictures; any other pipeline of a known family, such as the teacher's, can be
-looked at with the same noise: that of picture i is a function of the seed and of i only.
+An exported folder gives the student's own pictures, and so does a run's folder or checkpoint; any other pipeline of a
+known family, such as the teacher's, can be looked at with the same noise: that of picture i is a function of the seed and
+of i only.
 """
 
 import argparse
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,9 +18,13 @@ from cdm_lightning.errors import UserError
 if TYPE_CHECKING:  # torch and the rest take seconds to import: --help and mistakes should not wait for them
     import torch
     from PIL.Image import Image
-    from torch import Tensor
+    from torch import Tensor, nn
 
+    from cdm_lightning.backbones.base import Backbone
 
+    Opened = tuple[Backbone, Callable[[], nn.Module], int]  # how its network is made, and its number of steps
+
+RUN_STEPS = 4  # of a run's student: what CDM (arXiv:2605.06376) trains for
 SMALLEST_TILE = 160  # pixels; smaller pictures are enlarged by a whole factor, without smoothing
 MOST_COLUMNS = 6
 GAP, LINE, LABEL_LINES = 8, 16, 4  # of the grid: pixels, pixels, lines below each picture
@@ -42,21 +47,53 @@ def sample_images(
     seed: int = 0,
     batch_size: int = 8,
     device: str = "auto",
+    lora: str | None = None,
 ) -> "Samples":
-    """Pictures of the prompts; `steps=None` is what the folder was exported for, else the default of the pipeline's call.
+    """Pictures of the prompts; `steps=None` is what was exported for, 4 for a run, else the default of the pipeline's call.
 
-    A guidance scale of at most 1 is none. Raises UserError for a model that is no pipeline of a known family.
+    `lora` is a LoRA file, or an export of one with its number of steps, that is fused into the model. A guidance scale of
+    at most 1 is none. Raises UserError for a model that is neither run nor pipeline of a known family.
     """
-    from cdm_lightning.backbones.families import open_pipeline
     from cdm_lightning.evaluation import SamplerSpec, generate
 
-    backbone, call = open_pipeline(model)
-    steps = steps or call.get("num_inference_steps") or backbone.call_default("num_inference_steps")
+    backbone, build_network, default = open_run(model, lora) if is_run(model) else open_model(model, lora)
+    steps = steps or default
     spec = SamplerSpec("sample", nfe=steps, guidance_scale=max(1.0, guidance_scale))
     place = choose_device(device)
-    network = backbone.build_teacher().to(place)
+    network = build_network().to(place)
     backbone.setup(place)
     return Samples(generate(backbone, network, spec, prompts, range(len(prompts)), seed, batch_size), steps)
+
+
+def is_run(model: str) -> bool:
+    """Whether it is a run's folder or a checkpoint file."""
+    path = Path(model)
+    return path.suffix == ".ckpt" or ((path / "config.yaml").is_file() and not (path / "model_index.json").exists())
+
+
+def open_run(model: str, lora: str | None) -> "Opened":
+    """The backbone of a run, how its student's network is made, and the number of steps of the paper."""
+    from cdm_lightning.trained import open_student, plain_network
+
+    if lora is not None:
+        raise UserError("--lora goes with a pipeline, not with a run; export the run first")
+    found = open_student(model)
+    return found.backbone, lambda: plain_network(found.backbone, found.network()), RUN_STEPS
+
+
+def open_model(model: str, lora: str | None = None) -> "Opened":
+    """The backbone of a folder or hub id, how its network is made, and the number of steps of its call.
+
+    Sizes and steps are those of an exported student, or of an exported LoRA where `lora` is one.
+    """
+    from cdm_lightning.backbones.families import open_pipeline
+
+    backbone, call = open_pipeline(model, lora=lora)
+    return (
+        backbone,
+        backbone.build_teacher,
+        call.get("num_inference_steps") or backbone.call_default("num_inference_steps"),
+    )
 
 
 def choose_device(name: str) -> "torch.device":
@@ -122,9 +159,8 @@ def write_picture(picture: "Image", output: Path) -> None:
 def parser() -> argparse.ArgumentParser:
     """The command line's arguments."""
     made = argparse.ArgumentParser(prog="python -m cdm_lightning.sample", description="A labelled grid of pictures.")
-    made.add_argument(
-        "--model", required=True, metavar="FOLDER", help="exported folder, or any other pipeline or hub id"
-    )
+    made.add_argument("--model", required=True, metavar="FOLDER", help="export, run, pipeline folder or hub id")
+    made.add_argument("--lora", metavar="FOLDER", help="LoRA file or exported LoRA to add to a pipeline")
     made.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     made.add_argument("--prompts-file", metavar="FILE", help="text file, one prompt a line, or .jsonl")
     made.add_argument("--steps", type=int, metavar="N", help="default: what the folder was exported for")
@@ -144,11 +180,19 @@ def run(options: argparse.Namespace) -> Path:
     if options.batch_size < 1 or (options.steps is not None and options.steps < 1):
         raise UserError("--steps and --batch-size must be at least 1")
     made = sample_images(
-        options.model, prompts, options.steps, options.guidance_scale, options.seed, options.batch_size, options.device
+        options.model,
+        prompts,
+        options.steps,
+        options.guidance_scale,
+        options.seed,
+        options.batch_size,
+        options.device,
+        options.lora,
     )
     guidance = f"guidance {options.guidance_scale:g}" if options.guidance_scale > 1 else "no guidance"
     steps = "1 step" if made.steps == 1 else f"{made.steps} steps"
-    title = f"{Path(options.model).name}: {steps}, {guidance}, seed {options.seed}"
+    name = Path(options.model).name + (f" + {Path(options.lora).name}" if options.lora else "")
+    title = f"{name}: {steps}, {guidance}, seed {options.seed}"
     write_picture(draw_grid(made.images, prompts, title), output)
     return output
 

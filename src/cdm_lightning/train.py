@@ -72,7 +72,7 @@ def train(config: DictConfig) -> TrainResult:
     L.seed_everything(config.seed, verbose=False)
     strategy, module, data = (build(config, key) for key in ("strategy", "module", "data"))
     checkpoint = build(config, "checkpoint")
-    start = find_start(config, folder, checkpoint, module.backbone.fingerprint)
+    start = find_start(config, folder, checkpoint, module.fingerprint)
     trainer = build(config, "trainer")(
         strategy=strategy,
         callbacks=[*build(config, "callbacks"), checkpoint],

@@ -5,9 +5,10 @@ A new family is one file with a `Backbone`: everything outside speaks these shap
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from cdm_lightning.core.flow import VelocityField, plain_guidance
 from cdm_lightning.errors import UserError
 
+CheckpointFunction = Callable[..., Any]  # (block, *arguments) -> its result, recomputed in the backward pass
 Conditioning = dict[str, Tensor]  # what a network is told besides x and sigma: batch first, keys its backbone's own
 
 
@@ -32,6 +34,8 @@ class Backbone(ABC):
     """A family of pretrained flow models: its networks, text encoding, noise shift, latents and pipeline format."""
 
     block_types: tuple[type[nn.Module], ...] = ()  # the repeated blocks: units of checkpointing and of sharding
+    lora_targets: Mapping[str, tuple[str, ...]] = {}  # presets of LoRA targets: ends of the names of linear layers
+    teacher_is_base: bool = True  # the teacher is the network of `build_base`: adapters off, it serves as one
 
     @property
     @abstractmethod
@@ -61,6 +65,10 @@ class Backbone(ABC):
     def build_teacher(self) -> nn.Module:
         """The network to distil from; the pretrained one unless the family has a better."""
         return self.build_network()
+
+    def build_base(self) -> nn.Module:
+        """The network that adapters are put on, pretrained, in the dtype in which it shall stay frozen."""
+        return self.build_teacher()
 
     @abstractmethod
     def setup(self, device: torch.device) -> None:
@@ -101,12 +109,16 @@ class Backbone(ABC):
         """Clean latents (B, C, H, W) of images (B, 3, H, W) in [0, 1]."""
 
     @abstractmethod
-    def enable_gradient_checkpointing(self, network: nn.Module) -> None:
-        """Let the network's blocks recompute activations in the backward pass."""
+    def enable_gradient_checkpointing(self, network: nn.Module, function: CheckpointFunction | None = None) -> None:
+        """Let the network's blocks recompute activations in the backward pass, by torch or by a `function` given."""
 
     @abstractmethod
     def save_pipeline(self, network: nn.Module, folder: Path, nfe: int, model_card: str) -> None:
         """Write a folder that samples with `nfe` calls of `network` by default, in the family's own format."""
+
+    def save_lora(self, tensors: Mapping[str, Tensor], folder: Path, nfe: int, model_card: str) -> None:
+        """Write a LoRA file (`tensors` by layer, scale 1) with the schedule of `nfe` steps; UserError if there is no such."""
+        raise UserError(f"{type(self).__name__} has no LoRA files; export with --form pipeline")
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,10 +15,11 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
-from cdm_lightning.backbones.base import Conditioning
+from cdm_lightning.backbones.base import CheckpointFunction, Conditioning
+from cdm_lightning.backbones.lora_file import fused_network
 from cdm_lightning.backbones.pipeline_folder import loading
 from cdm_lightning.backbones.pipeline_settings import PipelineSettings, shared_property
-from cdm_lightning.backbones.student_folder import StudentCall, write_pipeline
+from cdm_lightning.backbones.student_folder import OwnLoRA, StudentCall, write_lora, write_pipeline
 from cdm_lightning.core.schedules import inference_sigmas
 from cdm_lightning.errors import UserError
 
@@ -26,9 +27,7 @@ from cdm_lightning.errors import UserError
 class PipelineBackbone(PipelineSettings):
     """A text-to-image pipeline of diffusers, from a local folder or a hub id; nothing is read before it is needed.
 
-    `height`, `width` are pixels (default: the pipeline's own), `max_sequence_length` counts text tokens (default: that of
-    the pipeline's call). `teacher_dtype` is the dtype of the frozen teacher, `text_dtype` that of the text encoders; the
-    trained network and the VAE are float32. Raises `UserError` for an argument out of its range.
+    The arguments are those of `PipelineSettings`.
     """
 
     unguided: ClassVar[Mapping[str, Any]] = {"guidance_scale": 1.0}  # what the plain call needs to call once a step
@@ -45,6 +44,15 @@ class PipelineBackbone(PipelineSettings):
         return self._load_network(self.teacher_dtype).requires_grad_(False).eval()
 
     def _load_network(self, dtype: torch.dtype) -> nn.Module:
+        if self.teacher_lora is None:
+            return self._load_pretrained(dtype)
+        sizes = (self.teacher_lora, self.teacher_lora_scale, dtype)
+        return fused_network(self.pipeline_class, self._load_pretrained, self._skeleton, *sizes)
+
+    def _skeleton(self) -> nn.Module:
+        return self.transformer_class(**self.network_config)
+
+    def _load_pretrained(self, dtype: torch.dtype) -> nn.Module:
         where = self.folder / "transformer"
         with loading(where):
             network, report = self.transformer_class.from_pretrained(
@@ -54,9 +62,9 @@ class PipelineBackbone(PipelineSettings):
             raise UserError(f"{where} lacks the weights {report['missing_keys'][0]}; copy the folder again")
         return network
 
-    def enable_gradient_checkpointing(self, network: nn.Module) -> None:
-        """Recompute each block in the backward pass."""
-        network.enable_gradient_checkpointing()
+    def enable_gradient_checkpointing(self, network: nn.Module, function: CheckpointFunction | None = None) -> None:
+        """Recompute each block in the backward pass, by torch or by a `function` given."""
+        network.enable_gradient_checkpointing(function)
 
     # ---- sigmas
 
@@ -148,6 +156,11 @@ class PipelineBackbone(PipelineSettings):
     def save_pipeline(self, network: nn.Module, folder: Path, nfe: int, model_card: str) -> None:
         """Write a pipeline folder whose plain call with `nfe` steps is this network on its own sigmas."""
         write_pipeline(self.folder, network, Path(folder), model_card, self._student_call(nfe))
+
+    def save_lora(self, tensors: Mapping[str, Tensor], folder: Path, nfe: int, model_card: str) -> None:
+        """Write a LoRA file that diffusers loads, the schedule that it was trained for, and how to use both."""
+        own = None if self.teacher_lora is None else OwnLoRA(self.teacher_lora.name, self.teacher_lora_scale)
+        write_lora(self.pipeline_class, tensors, Path(folder), model_card, self._student_call(nfe), own)
 
     def _student_call(self, nfe: int) -> StudentCall:
         return StudentCall(

@@ -1,6 +1,7 @@
 """Which backbone reads which pipeline: the one list of families, by the class that a pipeline's index names."""
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cdm_lightning.backbones.pipeline_folder import pipeline_class_name
@@ -20,15 +21,18 @@ FAMILIES = {  # imported when needed: each brings its own classes of diffusers a
 }
 
 
-def open_pipeline(pretrained: str, revision: str | None = None) -> "tuple[PipelineBackbone, dict[str, Any]]":
+def open_pipeline(
+    pretrained: str, revision: str | None = None, lora: str | None = None
+) -> "tuple[PipelineBackbone, dict[str, Any]]":
     """The backbone of a pipeline folder or hub id, in the sizes of an exported student, and the arguments of its call.
 
-    The latter are empty for a folder that is no export. UserError for a pipeline of no known family.
+    With `lora`, a LoRA file or an exported LoRA, that is fused in, and the call is the one of its export. The arguments are
+    empty where nothing was exported. UserError for a pipeline of no known family.
     """
     found = pipeline_class_name(pretrained, revision)
     if found not in FAMILIES:
         raise UserError(f"{pretrained} holds a {found}, which no backbone reads; there are {', '.join(FAMILIES)}")
     module, name = FAMILIES[found]
     family = getattr(import_module(f"cdm_lightning.backbones.{module}"), name)
-    call = read_call(family(pretrained, revision).folder)
-    return family(pretrained, revision, **family.settings_of(call)), call
+    call = read_call(family(pretrained, revision).folder if lora is None else Path(lora))
+    return family(pretrained, revision, teacher_lora=lora, **family.settings_of(call)), call

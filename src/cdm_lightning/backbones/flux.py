@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cdm_lightning.backbones.base import Conditioning
 from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone
+from cdm_lightning.backbones.lora_file import JOINT_ATTENTION, JOINT_FEED_FORWARD, presets
 from cdm_lightning.backbones.packing import dtype_of_call, grid_ids, pack, rounded_timestep, unpack
 from cdm_lightning.backbones.student_folder import StudentCall
 
@@ -30,6 +31,7 @@ class FluxBackbone(PipelineBackbone):
     pipeline_class = FluxPipeline
     transformer_class = FluxTransformer2DModel
     block_types = (FluxTransformerBlock, FluxSingleTransformerBlock)
+    lora_targets = presets(JOINT_ATTENTION, (*JOINT_FEED_FORWARD, "proj_mlp"))
     parts = ("transformer", "scheduler", "vae", *TEXT_PARTS)
     unguided: Mapping[str, Any] = {}  # the pipeline guides where it is given a negative prompt
 
@@ -42,9 +44,12 @@ class FluxBackbone(PipelineBackbone):
         max_sequence_length: int | None = None,
         teacher_dtype: str = "float32",
         text_dtype: str = "float32",
+        teacher_lora: str | None = None,
+        teacher_lora_scale: float = 1.0,
         guidance_embed: float = 3.5,
     ) -> None:
-        super().__init__(pretrained, revision, height, width, max_sequence_length, teacher_dtype, text_dtype)
+        sizes, dtypes = (height, width, max_sequence_length), (teacher_dtype, text_dtype)
+        super().__init__(pretrained, revision, *sizes, *dtypes, teacher_lora, teacher_lora_scale)
         self.guidance_embed = guidance_embed
 
     @property

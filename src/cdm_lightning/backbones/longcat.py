@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cdm_lightning.backbones.base import Conditioning
 from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone
+from cdm_lightning.backbones.lora_file import JOINT_ATTENTION, JOINT_FEED_FORWARD, presets
 from cdm_lightning.backbones.packing import dtype_of_call, grid_ids, pack, renormalised, rounded_timestep, unpack
 
 
@@ -24,6 +25,7 @@ class LongCatBackbone(PipelineBackbone):
     pipeline_class = LongCatImagePipeline
     transformer_class = LongCatImageTransformer2DModel
     block_types = (LongCatImageTransformerBlock, LongCatImageSingleTransformerBlock)
+    lora_targets = presets(JOINT_ATTENTION, (*JOINT_FEED_FORWARD, "proj_mlp"))
     parts = ("transformer", "scheduler", "vae", "text_encoder", "tokenizer", "text_processor")
     text_tokens = range(512, 513)  # fixed by the pipeline
     unguided = {"guidance_scale": 1.0, "enable_prompt_rewrite": False}  # noqa: RUF012

@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelM
 
 from cdm_lightning.backbones.baked_schedule import UNBAKED, require_known_shift
 from cdm_lightning.backbones.base import Backbone
+from cdm_lightning.backbones.lora_file import locate_lora
 from cdm_lightning.backbones.pipeline_folder import loading, locate_pipeline
 from cdm_lightning.errors import UserError
 
@@ -47,7 +48,9 @@ class PipelineSettings(Backbone):
 
     `height`, `width` are pixels (default: the pipeline's own), `max_sequence_length` counts text tokens (default: that of
     the pipeline's call). `teacher_dtype` is the dtype of the frozen teacher, `text_dtype` that of the text encoders; the
-    trained network and the VAE are float32. Raises `UserError` for an argument out of its range.
+    trained network and the VAE are float32. `teacher_lora` is a LoRA of your own (safetensors file or folder), fused into
+    the pretrained network `teacher_lora_scale` times: teacher, student and fake score all start from the sum. Raises
+    `UserError` for an argument out of its range and a LoRA file that cannot be.
     """
 
     title: ClassVar[str]  # the family's name in messages; lower case, it begins fingerprints
@@ -66,6 +69,8 @@ class PipelineSettings(Backbone):
         max_sequence_length: int | None = None,
         teacher_dtype: str = "float32",
         text_dtype: str = "float32",
+        teacher_lora: str | None = None,
+        teacher_lora_scale: float = 1.0,
     ) -> None:
         length = self.default_text_length() if max_sequence_length is None else max_sequence_length
         if length not in self.text_tokens:
@@ -77,6 +82,8 @@ class PipelineSettings(Backbone):
         self.max_sequence_length = length
         self.teacher_dtype = dtype_of("teacher_dtype", teacher_dtype)
         self.text_dtype = dtype_of("text_dtype", text_dtype)
+        self.teacher_lora = None if teacher_lora is None else locate_lora(teacher_lora)
+        self.teacher_lora_scale = teacher_lora_scale
         self.shared: dict[str, Any] = {}  # what all image sizes have in common, see `shared_property`
 
     def at(self, height: int, width: int) -> Self:

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from cdm_lightning.backbones.base import Conditioning
 from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone
+from cdm_lightning.backbones.lora_file import JOINT_ATTENTION, presets
 from cdm_lightning.backbones.packing import dtype_of_call, pack, renormalised, rounded_timestep, unpack
+
+FEED_FORWARD = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
 
 
 class QwenImageBackbone(PipelineBackbone):
@@ -26,6 +29,7 @@ class QwenImageBackbone(PipelineBackbone):
     pipeline_class = QwenImagePipeline
     transformer_class = QwenImageTransformer2DModel
     block_types = (QwenImageTransformerBlock,)
+    lora_targets = presets(JOINT_ATTENTION, FEED_FORWARD)
     parts = ("transformer", "scheduler", "vae", "text_encoder", "tokenizer")
     text_tokens = range(1, 1025)
     shift_options = ("use_dynamic_shifting", "shift_terminal")

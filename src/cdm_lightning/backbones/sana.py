@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cdm_lightning.backbones.baked_schedule import bake
 from cdm_lightning.backbones.base import Conditioning
 from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone
+from cdm_lightning.backbones.lora_file import presets
 from cdm_lightning.errors import UserError
 
 
@@ -26,6 +27,7 @@ class SanaBackbone(PipelineBackbone):
     pipeline_class = SanaPipeline
     transformer_class = SanaTransformer2DModel
     block_types = (SanaTransformerBlock,)
+    lora_targets = presets(("to_q", "to_k", "to_v", "to_out.0"), ())  # its feed-forward layers are convolutions
     parts = ("transformer", "scheduler", "vae", "text_encoder", "tokenizer")
     text_tokens = range(1, 301)
     shift_options = ()

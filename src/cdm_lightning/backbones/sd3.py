@@ -14,6 +14,7 @@ from cdm_lightning.backbones.baked_schedule import bake
 from cdm_lightning.backbones.base import Conditioning
 from cdm_lightning.backbones.compact_text import use_compact_padding
 from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone
+from cdm_lightning.backbones.lora_file import JOINT_ATTENTION, JOINT_FEED_FORWARD, presets
 from cdm_lightning.backbones.pipeline_settings import shared_property
 from cdm_lightning.backbones.sd3_text import PromptEncoder
 
@@ -31,6 +32,7 @@ class SD3Backbone(PipelineBackbone):
     pipeline_class = StableDiffusion3Pipeline
     transformer_class = SD3Transformer2DModel
     block_types = (JointTransformerBlock,)
+    lora_targets = presets(JOINT_ATTENTION, JOINT_FEED_FORWARD)
     parts = ("transformer", "scheduler", "vae", *TEXT_PARTS)
     shift_options = ()
 
@@ -44,8 +46,11 @@ class SD3Backbone(PipelineBackbone):
         compact_text: int | None = None,
         teacher_dtype: str = "float32",
         text_dtype: str = "float32",
+        teacher_lora: str | None = None,
+        teacher_lora_scale: float = 1.0,
     ) -> None:
-        super().__init__(pretrained, revision, height, width, max_sequence_length, teacher_dtype, text_dtype)
+        sizes, dtypes = (height, width, max_sequence_length), (teacher_dtype, text_dtype)
+        super().__init__(pretrained, revision, *sizes, *dtypes, teacher_lora, teacher_lora_scale)
         self.compact_text = compact_text
 
     # ---- sizes

@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from cdm_lightning.backbones.baked_schedule import UNBAKED
+from cdm_lightning.backbones.lora_file import WEIGHTS, write_lora_file
 from cdm_lightning.backbones.pipeline_folder import INDEX, copy_parts
 
 CALL = "call.json"  # the arguments of the plain call, besides the prompt, that make the student's own images
@@ -25,6 +26,30 @@ image = pipe("a prompt", {arguments}).images[0]
 
 {notes}
 """
+LORA_USAGE = """
+## Usage
+
+```python
+from diffusers import {scheduler}, {pipeline}
+
+pipe = {pipeline}.from_pretrained("BASE")
+{load}
+pipe.scheduler = {scheduler}.from_pretrained("FOLDER", subfolder="scheduler")
+image = pipe("a prompt", {arguments}).images[0]
+```
+
+- `BASE` is the pipeline that it was distilled from, `FOLDER` this folder.{own}
+- The file's scale is 1, whatever reads it.
+{notes}
+"""
+LOAD = 'pipe.load_lora_weights("FOLDER", weight_name="{weights}")'
+LOAD_PART = 'pipe.transformer.load_lora_adapter("FOLDER", prefix=None, weight_name="{weights}")'
+LOAD_BOTH = """pipe.load_lora_weights("{name}", adapter_name="own")
+pipe.load_lora_weights("FOLDER", weight_name="{weights}", adapter_name="cdm")
+pipe.set_adapters(["own", "cdm"], [{scale:g}, 1.0])"""
+LOAD_BOTH_PARTS = """pipe.transformer.load_lora_adapter("{name}", prefix=None, adapter_name="own")
+pipe.transformer.load_lora_adapter("FOLDER", prefix=None, weight_name="{weights}", adapter_name="cdm")
+pipe.transformer.set_adapters(["own", "cdm"], [{scale:g}, 1.0])"""
 BAKED = """The schedule of {nfe} step{plural}, {sigmas}, is baked into the scheduler's configuration
   ({recipe}): do not pass `sigmas`, they would be bent by it.
 - Another number of steps runs a schedule that the student was not made for. The scheduler of training, for those who want
@@ -55,6 +80,21 @@ class StudentCall:
 
     def usage(self) -> str:
         """The section of the model card that shows the call."""
+        return USAGE.format(**self.facts())
+
+    def lora_usage(self, family: type[DiffusionPipeline], own: "OwnLoRA | None") -> str:
+        """The same for a LoRA: how it is loaded, together with the teacher's `own` if there was one."""
+        whole = hasattr(family, "load_lora_weights")
+        if own is None:
+            load, note = (LOAD if whole else LOAD_PART).format(weights=WEIGHTS), ""
+        else:
+            both = LOAD_BOTH if whole else LOAD_BOTH_PARTS
+            load = both.format(name=own.file, scale=own.scale, weights=WEIGHTS)
+            note = f" The teacher was that pipeline with `{own.file}` at scale {own.scale:g}."
+        return LORA_USAGE.format(scheduler=type(self.exported).__name__, load=load, own=note, **self.facts())
+
+    def facts(self) -> dict[str, str]:
+        """What the card says of the call."""
         nfe, config = len(self.sigmas) - 1, self.exported.config
         schedule = STOCK if self.exported is self.scheduler else BAKED
         schedule = schedule.format(
@@ -63,9 +103,19 @@ class StudentCall:
             sigmas=" > ".join(f"{sigma:.4g}" for sigma in self.sigmas.tolist()),
             recipe=f"shift {config.shift:.6g}, shift_terminal {config.shift_terminal}",
         )
-        arguments = ", ".join(f"{name}={value}" for name, value in self.arguments.items())
-        notes = "\n".join(f"- {note}" for note in (*self.notes, schedule))
-        return USAGE.format(pipeline=self.pipeline, arguments=arguments, notes=notes)
+        return {
+            "pipeline": self.pipeline,
+            "arguments": ", ".join(f"{name}={value}" for name, value in self.arguments.items()),
+            "notes": "\n".join(f"- {note}" for note in (*self.notes, schedule)),
+        }
+
+
+@dataclass(frozen=True)
+class OwnLoRA:
+    """The LoRA that was part of the teacher: the name of its file, and its scale."""
+
+    file: str
+    scale: float
 
 
 def write_pipeline(source: Path, network: nn.Module, folder: Path, model_card: str, call: StudentCall) -> None:
@@ -74,12 +124,30 @@ def write_pipeline(source: Path, network: nn.Module, folder: Path, model_card: s
     copy_parts(source, folder, without=("transformer", "scheduler"))
     network.save_pretrained(folder / "transformer")
     _tidy(folder / "transformer")
+    _name_scheduler(folder / INDEX, type(call.exported).__name__)
+    _write_call(folder, call, model_card, call.usage())
+
+
+def write_lora(
+    family: type[DiffusionPipeline],
+    tensors: Mapping[str, Tensor],
+    folder: Path,
+    model_card: str,
+    call: StudentCall,
+    own: OwnLoRA | None,
+) -> None:
+    """Fill `folder` with the LoRA file of `tensors`, the schedule of `call` and the card; all else is the base's."""
+    write_lora_file(family, tensors, folder)
+    _write_call(folder, call, model_card, call.lora_usage(family, own))
+
+
+def _write_call(folder: Path, call: StudentCall, model_card: str, usage: str) -> None:
+    """Write the schedulers, the arguments of the call and the card."""
     call.exported.save_pretrained(folder / "scheduler")
     if call.exported is not call.scheduler:
         call.scheduler.save_pretrained(folder / UNBAKED)
-    _name_scheduler(folder / INDEX, type(call.exported).__name__)
     (folder / CALL).write_text(json.dumps(dict(call.arguments), indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(model_card.rstrip() + "\n" + call.usage(), encoding="utf-8")
+    (folder / "README.md").write_text(model_card.rstrip() + "\n" + usage, encoding="utf-8")
 
 
 def read_call(folder: Path) -> dict[str, Any]:

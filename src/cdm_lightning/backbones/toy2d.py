@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cdm_lightning.backbones.base import Backbone, Conditioning
+from cdm_lightning.backbones.base import Backbone, CheckpointFunction, Conditioning
 
 MODES = ("east", "northeast", "north", "northwest", "west", "southwest", "south", "southeast")
 RADIUS = 1.5  # of the circle of modes
@@ -76,6 +76,7 @@ class VelocityMLP(nn.Module):
     def __init__(self, hidden: int, depth: int) -> None:
         super().__init__()
         self.gradient_checkpointing = False
+        self.checkpoint: CheckpointFunction = partial(checkpoint, use_reentrant=False)
         self.enter = nn.Linear(2 + 1 + 2 * FREQUENCIES + len(MODES), hidden)
         self.blocks = nn.ModuleList(Block(hidden) for _ in range(depth))
         self.leave = nn.Linear(hidden, 2)
@@ -86,7 +87,7 @@ class VelocityMLP(nn.Module):
         h = F.silu(self.enter(torch.cat([x, sigma[:, None], angles.sin(), angles.cos(), len(MODES) * weights], dim=1)))
         for block in self.blocks:
             recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-            h = checkpoint(block, h, use_reentrant=False) if recompute else block(h)
+            h = self.checkpoint(block, h) if recompute else block(h)
         return self.leave(h)
 
 
@@ -94,6 +95,8 @@ class Toy2DBackbone(Backbone):
     """The mixture as a backbone; `hidden`, `depth` are the size of the MLP, `fit_steps` how long it is fitted."""
 
     block_types = (Block,)
+    lora_targets = {"blocks": ("linear",)}  # noqa: RUF012
+    teacher_is_base = False
 
     def __init__(self, hidden: int = 64, depth: int = 3, fit_steps: int = 1000) -> None:
         self.hidden = hidden
@@ -124,6 +127,10 @@ class Toy2DBackbone(Backbone):
     def build_teacher(self) -> nn.Module:
         """The mixture's velocity in closed form."""
         return MixtureVelocity()
+
+    def build_base(self) -> nn.Module:
+        """The fitted MLP: the teacher is no network."""
+        return self.build_network()
 
     def setup(self, device: torch.device) -> None:
         """Nothing to load; prompts are encoded to `device`."""
@@ -164,9 +171,11 @@ class Toy2DBackbone(Backbone):
         x, y = light.sum(dim=1) @ centres, light.sum(dim=2) @ centres.flip(0)
         return torch.stack([x, y], dim=1)[..., None, None]
 
-    def enable_gradient_checkpointing(self, network: nn.Module) -> None:
+    def enable_gradient_checkpointing(self, network: nn.Module, function: CheckpointFunction | None = None) -> None:
         """Recompute each block in the backward pass."""
         network.gradient_checkpointing = True
+        if function is not None:
+            network.checkpoint = function
 
     def save_pipeline(self, network: nn.Module, folder: Path, nfe: int, model_card: str) -> None:
         """Write network.safetensors, config.json (arguments of `VelocityMLP`, nfe) and README.md."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cdm_lightning.backbones.base import Conditioning
 from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone
+from cdm_lightning.backbones.lora_file import presets
 
 
 class ZImageBackbone(PipelineBackbone):
@@ -27,6 +28,7 @@ class ZImageBackbone(PipelineBackbone):
     pipeline_class = ZImagePipeline
     transformer_class = ZImageTransformer2DModel
     block_types = (ZImageTransformerBlock,)
+    lora_targets = presets(("to_q", "to_k", "to_v", "to_out.0"), ("w1", "w2", "w3"))
     parts = ("transformer", "scheduler", "vae", "text_encoder", "tokenizer")
     unguided: Mapping[str, Any] = {"guidance_scale": 0.0}
     notes = ("`guidance_scale` is 0, not 1: this pipeline adds the guidance to the conditional velocity.",)

@@ -1,0 +1,98 @@
+"""The transformer of a pipeline folder tensor by tensor, without building the network: two of them fit any memory."""
+
+import json
+from functools import cached_property
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from cdm_lightning.backbones.pipeline_folder import HUB_ID, INDEX, first_line
+from cdm_lightning.errors import UserError
+
+HALF = (".fp16.", ".bf16.")  # twins of the same weights in half precision
+
+
+class TransformerFiles:
+    """Weights of the folder `transformer` of a pipeline, a local folder or hub id; UserError if it cannot be read."""
+
+    def __init__(self, pretrained: str) -> None:
+        self.pretrained = pretrained
+        self.folder = _locate(pretrained)
+        self._file_of: dict[str, Path] = {}
+        try:
+            for file in sorted((self.folder / "transformer").glob("*.safetensors")):
+                if not any(mark in file.name for mark in HALF):
+                    with safe_open(file, "pt") as content:
+                        self._file_of |= dict.fromkeys(content.keys(), file)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"cannot read the transformer of {pretrained} ({first_line(error)}); copy it again"
+            ) from error
+        if not self._file_of:
+            raise UserError(f"{pretrained} holds no transformer/*.safetensors; pass a pipeline folder")
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the tensors."""
+        return sorted(self._file_of)
+
+    def shape(self, name: str) -> list[int]:
+        """Sizes of a tensor."""
+        with safe_open(self._file_of[name], "pt") as content:
+            return content.get_slice(name).get_shape()
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor, read now."""
+        with safe_open(self._file_of[name], "pt") as content:
+            return content.get_tensor(name)
+
+    @cached_property
+    def family(self) -> type[DiffusionPipeline]:
+        """The pipeline's class."""
+        return _class(self.folder / INDEX, DiffusionPipeline)
+
+    @cached_property
+    def linear_weights(self) -> frozenset[str]:
+        """Names of the weights of linear layers."""
+        config = self.folder / "transformer" / "config.json"
+        family = _class(config, ModelMixin)
+        with torch.device("meta"):
+            network = family.from_config(family.load_config(config))
+        return frozenset(f"{name}.weight" for name, module in network.named_modules() if isinstance(module, nn.Linear))
+
+
+def require_same_shapes(base: TransformerFiles, tuned: TransformerFiles) -> None:
+    """UserError unless both hold tensors of the same names and sizes."""
+    differing = set(base.names) ^ set(tuned.names)
+    differing |= {name for name in set(base.names) & set(tuned.names) if base.shape(name) != tuned.shape(name)}
+    if differing:
+        raise UserError(f"{tuned.pretrained} is no tuned {base.pretrained}: they differ in {sorted(differing)[0]}")
+
+
+def _locate(pretrained: str) -> Path:
+    folder = Path(pretrained).expanduser()
+    if folder.is_dir():
+        return folder
+    if not HUB_ID.fullmatch(pretrained):
+        raise UserError(f"the folder {pretrained} does not exist; pass a pipeline folder or a hub id (owner/name)")
+    try:
+        return Path(snapshot_download(pretrained, allow_patterns=[INDEX, "transformer/*"]))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{pretrained} is no local folder and cannot be fetched ({first_line(error)})") from error
+
+
+def _class(file: Path, kind: type) -> type:
+    """The diffusers class that a configuration names; UserError unless it is a `kind`."""
+    try:
+        name = json.loads(file.read_text(encoding="utf-8")).get("_class_name")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{file} cannot be read ({first_line(error)}); pass a complete pipeline folder") from error
+    found = getattr(diffusers, str(name), None)
+    if not (isinstance(found, type) and issubclass(found, kind)):
+        raise UserError(f"{file} names {name}, which is no {kind.__name__} of diffusers")
+    return found

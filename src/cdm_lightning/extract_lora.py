@@ -1,0 +1,101 @@
+"""`python -m cdm_lightning.extract_lora --base PIPELINE --tuned PIPELINE --rank R --output FILE`: weights to a LoRA.
+
+The LoRA of rank R that is nearest to the difference of two pipelines' transformers, for example the pretrained one and
+an exported student of which all weights were trained. What it cannot hold is reported, layer by layer.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cdm_lightning.errors import UserError
+
+if TYPE_CHECKING:  # torch and the rest take seconds to import: --help and mistakes should not wait for them
+    from torch import Tensor
+
+    from cdm_lightning.backbones.transformer_files import TransformerFiles
+    from cdm_lightning.lora.extract import Extraction
+
+
+def extract_lora(base: str, tuned: str, rank: int, output: str | Path, device: str = "auto") -> "Extraction":
+    """Write the LoRA file `output` for `load_lora_weights` and return what was found.
+
+    UserError for pipelines that do not fit one another or do not differ, and for an `output` that cannot be written.
+    """
+    output = Path(output)
+    if rank < 1:
+        raise UserError(f"--rank must be at least 1, got {rank}")
+    if output.is_dir() or output.suffix != ".safetensors":
+        raise UserError(f"{output}: pass the name of a .safetensors file to write")
+    from cdm_lightning.backbones.transformer_files import TransformerFiles, require_same_shapes
+    from cdm_lightning.lora.extract import extract
+    from cdm_lightning.sample import choose_device
+
+    before, after = TransformerFiles(base), TransformerFiles(tuned)
+    require_same_shapes(before, after)
+    found = extract(_pairs(before, after), rank, choose_device(device))
+    if not found.tensors:
+        raise UserError(f"{tuned} and {base} do not differ in any linear layer; there is nothing to extract")
+    _write(before.family, found, output)
+    return found
+
+
+def _pairs(before: "TransformerFiles", after: "TransformerFiles") -> "Iterator[tuple[str, Tensor, Tensor, bool]]":
+    from tqdm import tqdm
+
+    for name in tqdm(before.names, desc="layers", leave=False, disable=None):
+        yield name, before.tensor(name), after.tensor(name), name in before.linear_weights
+
+
+def _write(family: type, found: "Extraction", output: Path) -> None:
+    """All of the file or nothing."""
+    from cdm_lightning.backbones.lora_file import write_lora_file
+
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
+            os.replace(write_lora_file(family, found.tensors, Path(folder)), output)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({error.strerror or error})") from error
+
+
+def report(found: "Extraction") -> str:
+    """The relative errors as lines: each tensor's, the worst first, then that of all."""
+    errors = sorted(found.errors(), key=lambda pair: -pair[1])
+    outside = set(found.outside)
+    lines = [
+        f"{error:9.2e}  {name}{'  (no linear layer: left out)' if name in outside else ''}" for name, error in errors
+    ]
+    lines.append(f"{found.error:9.2e}  of the whole difference is lost (relative, Frobenius)")
+    return "\n".join(lines)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's arguments."""
+    made = argparse.ArgumentParser(prog="python -m cdm_lightning.extract_lora", description="Tuned weights to a LoRA.")
+    made.add_argument("--base", required=True, metavar="PIPELINE", help="pretrained pipeline: folder or hub id")
+    made.add_argument("--tuned", required=True, metavar="PIPELINE", help="the same after training: folder or hub id")
+    made.add_argument("--rank", required=True, type=int, metavar="R", help="of each layer's update")
+    made.add_argument("--output", required=True, metavar="FILE", help="LoRA file to write (.safetensors)")
+    made.add_argument("--device", default="auto", help="for the decompositions (default: CUDA if there is one)")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; a mistake of the user is one line on stderr and exit status 2."""
+    options = parser().parse_args(arguments)
+    try:
+        found = extract_lora(**vars(options))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(report(found))
+    print(f"LoRA: {options.output} (use it with the scheduler of {options.tuned})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Which of the trained networks is a LoRA, and of what size: plain data, checked before anything is loaded."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from cdm_lightning.errors import UserError
+
+Presets = Mapping[str, tuple[str, ...]]  # a backbone's `lora_targets`
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA: each target layer's weight W becomes W + scale B A with A (rank, in) and B (out, rank).
+
+    `targets` is the name of a preset of the backbone (such as "attention") or a list of ends of layer names (such as
+    ["to_q", "ff.net.2"]). The scale is alpha / rank, or alpha / sqrt(rank) with `use_rslora` (arXiv:2312.03732);
+    `use_dora` trains the magnitudes of the rows apart from their directions (arXiv:2402.09353). UserError for an
+    argument out of its range.
+    """
+
+    rank: int = 64
+    alpha: float = 128.0
+    targets: str | Sequence[str] = "attention_feed_forward"
+    use_rslora: bool = False
+    use_dora: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0:
+            raise UserError(
+                f"lora: rank must be at least 1 and alpha greater than 0, got {self.rank} and {self.alpha:g}"
+            )
+        if not self.targets:
+            raise UserError("lora: targets is empty; name a preset of the backbone or list ends of layer names")
+        if not isinstance(self.targets, str):
+            object.__setattr__(self, "targets", tuple(self.targets))
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    @property
+    def tag(self) -> str:
+        """All of it in one short text."""
+        targets = self.targets if isinstance(self.targets, str) else "/".join(self.targets)
+        return f"{self.rank}:{self.alpha:g}:{targets}" + ":rslora" * self.use_rslora + ":dora" * self.use_dora
+
+    def endings(self, presets: Presets) -> tuple[str, ...]:
+        """The ends of the names of its layers; UserError for a preset that the backbone has not."""
+        if not isinstance(self.targets, str):
+            return tuple(self.targets)
+        if self.targets not in presets:
+            known = ", ".join(presets) or "none"
+            raise UserError(f"lora: the backbone has no preset targets={self.targets} (it has: {known}); list layers")
+        return presets[self.targets]
+
+
+@dataclass(frozen=True)
+class LoRAPlan:
+    """The adapters of the two trained networks; None: all of that network's weights are trained."""
+
+    student: Adapter | None = None
+    fake_score: Adapter | None = None
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        """The adapter of each role that has one; the student's average is a twin of the student."""
+        roles = {"student": self.student, "student_ema": self.student, "fake_score": self.fake_score}
+        return {role: adapter for role, adapter in roles.items() if adapter is not None}
+
+    @property
+    def tag(self) -> str:
+        """Added to a backbone's fingerprint: checkpoints of another plan do not fit. Nothing where all is tuned."""
+        parts = [f"{role}={self.adapters[role].tag}" for role in ("student", "fake_score") if role in self.adapters]
+        return f"+lora({', '.join(parts)})" if parts else ""
+
+    def check(self, presets: Presets, fake_score_merge: float) -> None:
+        """UserError for unknown targets, or where networks shall be merged that do not have the same parameters."""
+        for adapter in self.adapters.values():
+            adapter.endings(presets)
+        if fake_score_merge and self.student != self.fake_score:
+            raise UserError(
+                "module.fake_score_merge averages the parameters of student and fake score, but their lora settings "
+                "differ: set module.fake_score_merge=0"
+            )

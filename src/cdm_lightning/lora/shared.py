@@ -1,0 +1,154 @@
+"""One frozen network under several adapters by peft, of which one at a time is on.
+
+peft's own switches (`set_adapter`, `disable_adapters`) also turn `requires_grad` on and off, so an optimizer's
+parameters would freeze whenever another role runs. The switch here sets the two attributes that peft's layers read
+in their forward pass, and nothing else.
+"""
+
+import math
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cdm_lightning.core.rng import stream
+from cdm_lightning.errors import UserError
+from cdm_lightning.lora.plan import Adapter, Presets
+from cdm_lightning.lora.views import AdapterView, BaseView
+
+
+class SharedBase:
+    """`network` (frozen, eval mode, kept in its dtype) with an adapter for each role, all off outside a view's call.
+
+    Adapters are float32 whatever the base is. They start as A uniform as in peft, B zero, so that every role starts as
+    the base; A is a function of (`seed`, layer) alone, alike for all roles, so that averages of two roles' factors are
+    averages within one subspace at the start. UserError for targets that the network has not.
+    """
+
+    def __init__(self, network: nn.Module, adapters: Mapping[str, Adapter], presets: Presets, seed: int) -> None:
+        self.network = network.requires_grad_(False).eval()
+        self.dtype = next(p.dtype for p in network.parameters() if p.is_floating_point())
+        self._adapters = dict(adapters)
+        self._own = dict(network.named_parameters())
+        targets = {role: target_layers(network, adapter, presets) for role, adapter in adapters.items()}
+        for role, adapter in adapters.items():
+            inject(network, role, adapter, targets[role])
+        self.layers = tuner_layers(network)
+        for role in adapters:
+            self._start(role, seed)
+        self._role: str | None = None
+        self._switch(None)
+
+    def view(self, role: str) -> AdapterView:
+        """The base with this role's adapter, as a network."""
+        return AdapterView(self, role, adapter_parameters(self.layers, role), self._adapters[role])
+
+    def base_view(self) -> BaseView:
+        """The base alone, as a network."""
+        return BaseView(self, self._own)
+
+    @contextmanager
+    def running(self, role: str | None) -> Iterator[None]:
+        """Inside the block the adapter of `role` is on (None: none is); after it, what was on before."""
+        before = self._role
+        self._switch(role)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def checkpoint(self, block: nn.Module, *args: Any) -> Any:
+        """Gradient checkpointing of a block whose recomputation sees the adapter that is on now.
+
+        The recomputation happens in the backward pass, when other roles may have run; unguarded, the gradients would
+        be those of another network without any sign of it.
+        """
+        return checkpoint(self._rerun, self._role, block, *args, use_reentrant=False)
+
+    def _rerun(self, role: str | None, block: nn.Module, *args: Any) -> Any:
+        with self.running(role):
+            return block(*args)
+
+    def _switch(self, role: str | None) -> None:
+        for layer in self.layers.values():
+            layer._disable_adapters = role is None
+            if role is not None:
+                layer._active_adapter = [role]  # a layer without an adapter of this name runs as the base
+        self._role = role
+
+    @torch.no_grad()
+    def _start(self, role: str, seed: int) -> None:
+        for name, layer in self.layers.items():
+            if role not in layer.lora_A:
+                continue
+            a, b = layer.lora_A[role].float().weight, layer.lora_B[role].float().weight
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=stream(seed, f"lora {name}"))  # as peft does
+            b.zero_()
+            if role in layer.lora_magnitude_vector:  # anew: peft rounded it to the dtype of the base
+                weight = layer.get_base_layer().weight
+                layer.lora_magnitude_vector[role].float().weight.copy_(weight.float().norm(dim=1))
+        for parameter in adapter_parameters(self.layers, role).values():
+            parameter.requires_grad_(True)
+
+
+def target_layers(network: nn.Module, adapter: Adapter, presets: Presets) -> list[str]:
+    """Names of the linear layers that the adapter sits on; UserError if there is none, or none for a listed ending."""
+    endings = adapter.endings(presets)
+    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    found = {ending: [name for name in linear if f".{name}".endswith(f".{ending}")] for ending in endings}
+    absent = [ending for ending, names in found.items() if not names]
+    if absent and (len(absent) == len(endings) or not isinstance(adapter.targets, str)):
+        raise UserError(f"lora: no linear layer of {type(network).__name__} has a name ending in {', '.join(absent)}")
+    chosen = {name for names in found.values() for name in names}
+    return [name for name in linear if name in chosen]
+
+
+def inject(network: nn.Module, role: str, adapter: Adapter, layers: Sequence[str]) -> None:
+    """Let peft put the adapter on the layers of these names, in place."""
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        target_modules="|".join(map(re.escape, layers)),  # a text is matched as a whole, a list by endings
+        use_rslora=adapter.use_rslora,
+        use_dora=adapter.use_dora,
+    )
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # peft draws a start of its own
+        warnings.filterwarnings("ignore", ".*Already found a `peft_config`.*")  # several adapters are meant
+        inject_adapter_in_model(config, network, role)
+
+
+def tuner_layers(network: nn.Module) -> dict[str, BaseTunerLayer]:
+    """The layers that carry adapters, by the names of the layers that they replaced."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def adapter_parameters(layers: Mapping[str, BaseTunerLayer], role: str) -> dict[str, nn.Parameter]:
+    """The parameters of one adapter: "LAYER.lora_A.weight" (rank, in), "LAYER.lora_B.weight" (out, rank), ..."""
+    return {
+        f"{name}.{kind}.{key}": parameter
+        for name, layer in layers.items()
+        for kind in dict.fromkeys(layer.adapter_layer_names)
+        if role in getattr(layer, kind)
+        for key, parameter in getattr(layer, kind)[role].named_parameters()
+    }
+
+
+def fuse(network: nn.Module, adapter: Adapter, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """`network` with the adapter's weights added to its own, in place, nothing of peft left; KeyError if one lacks."""
+    role = "fused"
+    inject(network, role, adapter, list(dict.fromkeys(name.rpartition(".lora_")[0] for name in tensors)))
+    layers = tuner_layers(network)
+    for name, parameter in adapter_parameters(layers, role).items():
+        parameter.data = tensors[name].detach().to(parameter.device, torch.float32)
+    for name, layer in layers.items():
+        layer.merge(adapter_names=[role])
+        network.set_submodule(name, layer.get_base_layer())
+    del network.peft_config
+    return network.requires_grad_(True)

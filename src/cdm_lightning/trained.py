@@ -1,0 +1,63 @@
+"""The student of a run, read from its folder or from one of its checkpoints."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from cdm_lightning.backbones.base import Backbone
+from cdm_lightning.checkpoint import network_weights, newest_checkpoint, read_checkpoint
+from cdm_lightning.config import build
+from cdm_lightning.errors import UserError
+from cdm_lightning.export import CHECKPOINTS, choose_weights, find_run, read_config
+from cdm_lightning.lora.plan import LoRAPlan
+from cdm_lightning.lora.weights import AdapterWeights
+
+
+@dataclass(frozen=True)
+class TrainedStudent:
+    """The student of a checkpoint: its backbone, which weights they are, and their content, not yet a network."""
+
+    backbone: Backbone
+    plan: LoRAPlan
+    content: dict[str, Any]
+    weights: str
+    run: Path
+
+    @property
+    def iteration(self) -> int:
+        """Iterations of training."""
+        return self.content["cdm"]["iteration"]
+
+    def network(self) -> nn.Module | AdapterWeights:
+        """The network in eval mode, or for a LoRA its adapter's weights."""
+        tensors = network_weights(self.content, self.weights)
+        if self.plan.student is not None:
+            return AdapterWeights(self.plan.student, tensors)
+        network = self.backbone.build_network()
+        network.load_state_dict(tensors)
+        return network.eval()
+
+
+def open_student(source: str | Path, weights: str = "auto", pretrained: str | None = None) -> TrainedStudent:
+    """The student of a checkpoint file, or of the newest checkpoint of a run folder; see `export_checkpoint`."""
+    run, checkpoint = find_run(Path(source))
+    config = read_config(run)
+    if pretrained is not None:
+        config["backbone"]["pretrained"] = pretrained
+    backbone = build(config, "backbone")
+    plan = build(config, "lora") if config.get("lora") else LoRAPlan()  # runs of older versions do not have it
+    path = checkpoint or newest_checkpoint(run / CHECKPOINTS)
+    if path is None:
+        raise UserError(f"{run} holds no checkpoint yet; let the run train longer or pass a checkpoint file")
+    content = read_checkpoint(path, backbone.fingerprint + plan.tag)
+    weights = choose_weights(weights, content["cdm"]["ema_updates"], path)
+    return TrainedStudent(backbone, plan, content, weights, run)
+
+
+def plain_network(backbone: Backbone, network: nn.Module | AdapterWeights) -> nn.Module:
+    """A network without adapters, in eval mode: a LoRA is fused into a new copy of the pretrained one, in float32."""
+    if isinstance(network, AdapterWeights):
+        return network.fuse_into(backbone.build_network())
+    return network.eval()
