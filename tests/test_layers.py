@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "cdm_lightning"
 NAME = PACKAGE.name
-ENTRY_POINTS = {"train.py", "pretrain.py", "config.py"}
+ENTRY_POINTS = {"train.py", "pretrain.py", "cache_text.py", "config.py"}
 FAMILY_BLIND = ("core/", "data/", "metrics/", "networks.py", "optim.py", "parallel.py", "module.py", "evaluation.py")
 LIBRARY_EDGE = ("backbones/", "pretraining/", "export.py", "sample.py")
 
@@ -111,6 +111,7 @@ def upward_rule(path: str, name: str) -> bool:
         "train",
         "pretrain",
         "pretraining",
+        "cache_text",
         "export",
         "sample",
         "config",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from cdm_lightning.backbones.baked_schedule import UNBAKED, require_static_shift
 from cdm_lightning.backbones.base import Backbone, Conditioning
 from cdm_lightning.backbones.compact_text import use_compact_padding
-from cdm_lightning.backbones.pipeline_folder import loading, locate_pipeline
+from cdm_lightning.backbones.pipeline_folder import hash_part, loading, locate_pipeline
 from cdm_lightning.backbones.sd3_folder import write_pipeline
 from cdm_lightning.backbones.sd3_text import PromptEncoder
 from cdm_lightning.errors import UserError
@@ -135,7 +135,7 @@ class SD3Backbone(Backbone):
         if report["missing_keys"]:  # diffusers would fill them with random numbers
             raise UserError(f"{where} lacks the weights {report['missing_keys'][0]}; copy the folder again")
         if self.compact_text is not None:
-            use_compact_padding(network, self._text.full_length)
+            use_compact_padding(network, self._codec.tokenizer_max_length + self.max_sequence_length)
         return network
 
     def enable_gradient_checkpointing(self, network: nn.Module) -> None:
@@ -162,28 +162,50 @@ class SD3Backbone(Backbone):
     # ---- frozen parts
 
     @cached_property
-    def _pipeline(self) -> StableDiffusion3Pipeline:
-        """Text encoders and VAE, frozen and in eval mode (T5 has dropout); the transformer is not part of it."""
-        with loading(self.folder):
-            pipeline = StableDiffusion3Pipeline.from_pretrained(
-                self.folder, transformer=None, dtype={"vae": torch.float32, "default": self.text_dtype}
-            )
-        for part in pipeline.components.values():
-            if isinstance(part, nn.Module):
-                part.eval().requires_grad_(False)
-        return pipeline
+    def _codec(self) -> StableDiffusion3Pipeline:
+        """VAE, image processor and the tokenizer that says how many tokens CLIP gives; no text encoder."""
+        return self._load_parts(**dict.fromkeys(part for part in TEXT_PARTS if part != "tokenizer"))
 
     @cached_property
     def _text(self) -> PromptEncoder:
         return self._new_prompt_encoder()
 
+    @cached_property
+    def _text_parts(self) -> StableDiffusion3Pipeline:
+        """Text encoders and tokenizers."""
+        return self._load_parts(vae=None)
+
+    def _load_parts(self, **without: None) -> StableDiffusion3Pipeline:
+        """The pipeline with neither transformer nor the parts `without`, frozen and in eval mode (T5 has dropout)."""
+        dtypes = {"vae": torch.float32, "default": self.text_dtype}
+        with loading(self.folder):
+            pipeline = StableDiffusion3Pipeline.from_pretrained(self.folder, transformer=None, dtype=dtypes, **without)
+        for part in pipeline.components.values():
+            if isinstance(part, nn.Module):
+                part.eval().requires_grad_(False)
+        return pipeline
+
     def _new_prompt_encoder(self) -> PromptEncoder:
-        return PromptEncoder(self._pipeline, self.max_sequence_length, self.compact_text, name=self.pretrained)
+        return PromptEncoder(self._text_parts, self.max_sequence_length, self.compact_text, name=self.pretrained)
 
     def setup(self, device: torch.device) -> None:
-        """Load text encoders and VAE onto `device`; UserError where `compact_text` is asked for and cannot be."""
-        self._pipeline.to(device)
+        """Load VAE and, without a text cache, text encoders onto `device`; UserError for `compact_text` that cannot be."""
+        self._codec.to(device)
+        if self.text_cache is not None:
+            self.text_cache.to(device)
+            return
+        self._text_parts.to(device)
         self._text = self._new_prompt_encoder()  # the old one's empty prompt lies on the old device
+
+    @property
+    def text_fingerprint(self) -> dict[str, str]:
+        """Hashes of the text encoders and tokenizers, and the settings of text encoding."""
+        settings = {
+            "max_sequence_length": str(self.max_sequence_length),
+            "compact_text": str(self.compact_text),
+            "text_dtype": str(self.text_dtype).removeprefix("torch."),
+        }
+        return {"family": "sd3", **{part: hash_part(self.folder / part) for part in TEXT_PARTS}, **settings}
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Texts -> {"prompt_embeds": (B, N, D), "pooled": (B, P)} float32; "" is the unconditional prompt."""
@@ -194,14 +216,14 @@ class SD3Backbone(Backbone):
     @torch.no_grad()
     def decode_latents(self, x0: Tensor) -> Tensor:
         """x0 (B, C, h, w) -> images (B, 3, H, W) in [0, 1], by the arithmetic of the stock pipeline."""
-        vae = self._pipeline.vae
+        vae = self._codec.vae
         latents = (x0.float() / vae.config.scaling_factor) + vae.config.shift_factor
-        return self._pipeline.image_processor.postprocess(vae.decode(latents, return_dict=False)[0], output_type="pt")
+        return self._codec.image_processor.postprocess(vae.decode(latents, return_dict=False)[0], output_type="pt")
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) in [0, 1] -> x0 (B, C, h, w): the mean of the VAE's posterior, scaled and shifted."""
-        vae = self._pipeline.vae
+        vae = self._codec.vae
         latents = vae.encode(images.float() * 2 - 1).latent_dist.mode()
         return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
