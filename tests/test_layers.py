@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "cdm_lightning"
 NAME = PACKAGE.name
-ENTRY_POINTS = {"train.py", "pretrain.py", "config.py"}
+ENTRY_POINTS = {"train.py", "pretrain.py", "cache_text.py", "config.py"}
 FAMILY_BLIND = (
     "core/",
     "data/",
@@ -129,6 +129,7 @@ def upward_rule(path: str, name: str) -> bool:
         "train",
         "pretrain",
         "pretraining",
+        "cache_text",
         "export",
         "sample",
         "config",

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,20 @@ def concat(conds: Sequence[Conditioning]) -> Conditioning:
     return {name: torch.cat([cond[name] for cond in conds]) for name in conds[0]}
 
 
+class TextCache(Protocol):
+    """Conditioning that was encoded before; `data.text_cache.StoredText` is one."""
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """The conditioning of B prompts; UserError for a prompt that is not there."""
+
+    def to(self, device: torch.device) -> None:
+        """Give conditioning on this device from here on."""
+
+
 class Backbone(ABC):
     """A family of pretrained flow models: its networks, text encoding, noise shift, latents and pipeline format."""
 
+    text_cache: TextCache | None = None  # see `use_text_cache`
     block_types: tuple[type[nn.Module], ...] = ()  # the repeated blocks: units of checkpointing and of sharding
     lora_targets: Mapping[str, tuple[str, ...]] = {}  # presets of LoRA targets: ends of the names of linear layers
     teacher_is_base: bool = True  # the teacher is the network of `build_base`: adapters off, it serves as one
@@ -72,7 +83,23 @@ class Backbone(ABC):
 
     @abstractmethod
     def setup(self, device: torch.device) -> None:
-        """Load the frozen parts (text encoders, image codec) and move them to the device; may be called again."""
+        """Load the frozen parts (text encoders, image codec) and move them to the device; may be called again.
+
+        With a `text_cache`, that is moved and no text encoder is loaded.
+        """
+
+    @property
+    def text_fingerprint(self) -> dict[str, str]:
+        """All that `encode_prompts` depends on: hashes of text encoders and tokenizers by name, and settings, as texts.
+
+        Raises `UserError` for a family that has no text encoder whose work could be cached.
+        """
+        raise UserError(f"{type(self).__name__} has no text encoder to cache; leave text_cache.folder=null")
+
+    def use_text_cache(self, cache: TextCache) -> None:
+        """Take all conditioning from `cache` from here on; to be called before `setup`."""
+        self.text_cache = cache
+        self.encode_prompts = cache.encode  # an attribute of the object hides the method of its class
 
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:

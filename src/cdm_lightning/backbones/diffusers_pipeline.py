@@ -6,7 +6,7 @@ scheduler shifts sigmas, its image processor maps pixels. Training therefore see
 
 import sys
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cdm_lightning.backbones.base import CheckpointFunction, Conditioning
 from cdm_lightning.backbones.lora_file import fused_network
-from cdm_lightning.backbones.pipeline_folder import loading
+from cdm_lightning.backbones.pipeline_folder import hash_part, loading
 from cdm_lightning.backbones.pipeline_settings import PipelineSettings, shared_property
 from cdm_lightning.backbones.student_folder import OwnLoRA, StudentCall, write_lora, write_pipeline
 from cdm_lightning.core.schedules import inference_sigmas
@@ -30,6 +30,7 @@ class PipelineBackbone(PipelineSettings):
     The arguments are those of `PipelineSettings`.
     """
 
+    codec_needs: ClassVar[tuple[str, ...]] = ()  # text parts without which the pipeline's class cannot be made
     unguided: ClassVar[Mapping[str, Any]] = {"guidance_scale": 1.0}  # what the plain call needs to call once a step
     notes: ClassVar[tuple[str, ...]] = ("`guidance_scale` is 0 or 1: one network call a step.",)  # in the model card
 
@@ -104,11 +105,21 @@ class PipelineBackbone(PipelineSettings):
     # ---- frozen parts
 
     @shared_property
-    def _pipeline(self) -> DiffusionPipeline:
-        """Text encoders and VAE, frozen and in eval mode (T5 has dropout); the transformer is not part of it."""
+    def _codec(self) -> DiffusionPipeline:
+        """Image codec and processor, without the text encoders."""
+        return self._load_parts(part for part in self.text_parts if part not in self.codec_needs)
+
+    @shared_property
+    def _text_parts(self) -> DiffusionPipeline:
+        """Text encoders and tokenizers, without the image codec."""
+        return self._load_parts(["vae"])
+
+    def _load_parts(self, without: Iterable[str]) -> DiffusionPipeline:
+        """The pipeline with neither transformer nor the parts `without`, frozen and in eval mode (T5 has dropout)."""
+        left_out = dict.fromkeys(["transformer", *without])
         with loading(self.folder):
             pipeline = self.pipeline_class.from_pretrained(
-                self.folder, transformer=None, dtype={"vae": torch.float32, "default": self.text_dtype}
+                self.folder, dtype={"vae": torch.float32, "default": self.text_dtype}, **left_out
             )
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
@@ -116,9 +127,28 @@ class PipelineBackbone(PipelineSettings):
         return pipeline
 
     def setup(self, device: torch.device) -> None:
-        """Load text encoders and VAE onto `device`."""
-        self._pipeline.to(device)
+        """Load the image codec and, without a text cache, the text encoders onto `device`."""
+        self._codec.to(device)
+        if self.text_cache is not None:
+            self.text_cache.to(device)
+            return
+        self._text_parts.to(device)
         self.shared.pop("_unconditional", None)  # it lies on the old device
+
+    @property
+    def text_parts(self) -> tuple[str, ...]:
+        """Text encoders, tokenizers and processors."""
+        return tuple(part for part in self.parts if part not in ("transformer", "scheduler", "vae"))
+
+    @property
+    def text_fingerprint(self) -> dict[str, str]:
+        """Hashes of the text encoders and tokenizers, and the settings of text encoding."""
+        settings = {
+            "max_sequence_length": str(self.max_sequence_length),
+            "text_dtype": str(self.text_dtype).removeprefix("torch."),
+        }
+        hashes = {part: hash_part(self.folder / part) for part in self.text_parts}
+        return {"family": self.title.lower(), **hashes, **settings}
 
     @shared_property
     def _unconditional(self) -> Conditioning:
@@ -140,14 +170,14 @@ class PipelineBackbone(PipelineSettings):
     @torch.no_grad()
     def decode_latents(self, x0: Tensor) -> Tensor:
         """x0 (B, C, h, w) -> images (B, 3, H, W) in [0, 1], by the arithmetic of the stock pipeline."""
-        vae = self._pipeline.vae
+        vae = self._codec.vae
         latents = (x0.float() / vae.config.scaling_factor) + vae.config.shift_factor
-        return self._pipeline.image_processor.postprocess(vae.decode(latents, return_dict=False)[0], output_type="pt")
+        return self._codec.image_processor.postprocess(vae.decode(latents, return_dict=False)[0], output_type="pt")
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) in [0, 1] -> x0 (B, C, h, w): the mean of the VAE's posterior, scaled and shifted."""
-        vae = self._pipeline.vae
+        vae = self._codec.vae
         latents = vae.encode(images.float() * 2 - 1).latent_dist.mode()
         return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 

@@ -81,8 +81,8 @@ class FluxBackbone(PipelineBackbone):
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> Conditioning:
         """{"prompt_embeds": (B, N, D), "pooled": (B, P)} float32."""
-        embeds, pooled, _ = self._pipeline.encode_prompt(
-            prompts, device=self._pipeline.device, max_sequence_length=self.max_sequence_length
+        embeds, pooled, _ = self._text_parts.encode_prompt(
+            prompts, device=self._text_parts.device, max_sequence_length=self.max_sequence_length
         )
         return {"prompt_embeds": embeds.float(), "pooled": pooled.float()}
 

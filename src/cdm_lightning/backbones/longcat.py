@@ -60,5 +60,5 @@ class LongCatBackbone(PipelineBackbone):
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> Conditioning:
         """{"prompt_embeds": (B, 512, D)} float32."""
-        embeds, _ = self._pipeline.encode_prompt(prompts)
+        embeds, _ = self._text_parts.encode_prompt(prompts)
         return {"prompt_embeds": embeds.float()}

@@ -1,5 +1,6 @@
 """Finding a diffusers pipeline, on disk or on the Hugging Face hub, and saying in one line what is wrong with it."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -86,6 +87,23 @@ def check_index(folder: Path, name: str, family: type[DiffusionPipeline], parts:
     absent = [part for part in parts if not (index.get(part) or [None])[0]]
     if absent:
         raise UserError(f"{name} lacks {', '.join(absent)}; pass a complete {family.__name__}")
+
+
+def hash_part(folder: Path) -> str:
+    """Hash of the names and contents of a part's files, but for half-precision twins; UserError if it has none.
+
+    Everything is read: about a second for each gigabyte.
+    """
+    twin = re.compile(r"\.(fp16|bf16)[.-]")
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not twin.search(path.name))
+    if not files:
+        raise UserError(f"{folder} holds no files; copy the pipeline again")
+    whole = hashlib.blake2b(digest_size=8)
+    for path in files:
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, hashlib.blake2b).digest()
+        whole.update(path.relative_to(folder).as_posix().encode() + b"\0" + content)
+    return whole.hexdigest()
 
 
 def copy_parts(source: Path, target: Path, without: Sequence[str]) -> None:

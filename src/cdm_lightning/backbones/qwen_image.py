@@ -67,7 +67,7 @@ class QwenImageBackbone(PipelineBackbone):
     def _encode(self, prompts: list[str]) -> Conditioning:
         """{"prompt_embeds": (B, N, D) float32, "mask": (B, N) bool}, padded to N = `max_sequence_length`."""
         length = self.max_sequence_length
-        embeds, mask = self._pipeline.encode_prompt(prompts, max_sequence_length=length)
+        embeds, mask = self._text_parts.encode_prompt(prompts, max_sequence_length=length)
         if mask is None:  # no prompt of this batch is shorter than another
             mask = torch.ones(embeds.shape[:2], device=embeds.device)
         padding = length - embeds.shape[1]
@@ -79,19 +79,19 @@ class QwenImageBackbone(PipelineBackbone):
     def decode_latents(self, x0: Tensor) -> Tensor:
         """x0 (B, C, h, w) -> images (B, 3, H, W) in [0, 1], by the arithmetic of the stock pipeline."""
         mean, std = self._latent_statistics(x0)
-        frames = self._pipeline.vae.decode(x0.float()[:, :, None] / (1.0 / std) + mean, return_dict=False)[0]
-        return self._pipeline.image_processor.postprocess(frames[:, :, 0], output_type="pt")
+        frames = self._codec.vae.decode(x0.float()[:, :, None] / (1.0 / std) + mean, return_dict=False)[0]
+        return self._codec.image_processor.postprocess(frames[:, :, 0], output_type="pt")
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) in [0, 1] -> x0 (B, C, h, w): the mean of the VAE's posterior, standardised."""
         mean, std = self._latent_statistics(images)
         frames = images.float()[:, :, None] * 2 - 1
-        return ((self._pipeline.vae.encode(frames).latent_dist.mode() - mean) / std)[:, :, 0]
+        return ((self._codec.vae.encode(frames).latent_dist.mode() - mean) / std)[:, :, 0]
 
     def _latent_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the codec's latents, (1, C, 1, 1, 1) each."""
-        config = self._pipeline.vae.config
+        config = self._codec.vae.config
         return tuple(
             torch.tensor(values, device=like.device).view(1, -1, 1, 1, 1)
             for values in (config.latents_mean, config.latents_std)

@@ -92,7 +92,7 @@ class SanaBackbone(PipelineBackbone):
 
         The pipeline puts its long instruction before prompts, but not before the unconditional one.
         """
-        pipeline, instruction = self._pipeline, self.call_default("complex_human_instruction")
+        pipeline, instruction = self._text_parts, self.call_default("complex_human_instruction")
         options = {"device": pipeline.device, "max_sequence_length": self.max_sequence_length}
         options["do_classifier_free_guidance"] = False
         embeds, mask, _, _ = pipeline.encode_prompt(prompts, complex_human_instruction=instruction, **options)
@@ -108,12 +108,12 @@ class SanaBackbone(PipelineBackbone):
     @torch.no_grad()
     def decode_latents(self, x0: Tensor) -> Tensor:
         """x0 (B, C, h, w) -> images (B, 3, H, W) in [0, 1], by the arithmetic of the stock pipeline."""
-        vae = self._pipeline.vae
+        vae = self._codec.vae
         pixels = vae.decode(x0.float() / vae.config.scaling_factor, return_dict=False)[0]
-        return self._pipeline.image_processor.postprocess(pixels, output_type="pt")
+        return self._codec.image_processor.postprocess(pixels, output_type="pt")
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) in [0, 1] -> x0 (B, C, h, w): what the codec makes of them, scaled."""
-        vae = self._pipeline.vae
+        vae = self._codec.vae
         return vae.encode(images.float() * 2 - 1).latent * vae.config.scaling_factor

@@ -35,6 +35,7 @@ class SD3Backbone(PipelineBackbone):
     lora_targets = presets(JOINT_ATTENTION, JOINT_FEED_FORWARD)
     parts = ("transformer", "scheduler", "vae", *TEXT_PARTS)
     shift_options = ()
+    codec_needs = ("tokenizer",)  # it says how many tokens CLIP gives
 
     def __init__(
         self,
@@ -75,7 +76,7 @@ class SD3Backbone(PipelineBackbone):
     def _load_network(self, dtype: torch.dtype) -> nn.Module:
         network = super()._load_network(dtype)
         if self.compact_text is not None:
-            use_compact_padding(network, self._text.full_length)
+            use_compact_padding(network, self._codec.tokenizer_max_length + self.max_sequence_length)
         return network
 
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
@@ -101,12 +102,18 @@ class SD3Backbone(PipelineBackbone):
         return self._new_prompt_encoder()
 
     def _new_prompt_encoder(self) -> PromptEncoder:
-        return PromptEncoder(self._pipeline, self.max_sequence_length, self.compact_text, name=self.pretrained)
+        return PromptEncoder(self._text_parts, self.max_sequence_length, self.compact_text, name=self.pretrained)
 
     def setup(self, device: torch.device) -> None:
-        """Load text encoders and VAE onto `device`; UserError where `compact_text` is asked for and cannot be."""
+        """Load VAE and, without a text cache, text encoders onto `device`; UserError for `compact_text` that cannot be."""
         super().setup(device)
-        self._text = self._new_prompt_encoder()  # the old one's empty prompt lies on the old device
+        if self.text_cache is None:
+            self._text = self._new_prompt_encoder()  # the old one's empty prompt lies on the old device
+
+    @property
+    def text_fingerprint(self) -> dict[str, str]:
+        """Hashes of the text encoders and tokenizers, and the settings of text encoding."""
+        return super().text_fingerprint | {"compact_text": str(self.compact_text)}
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Texts -> {"prompt_embeds": (B, N, D), "pooled": (B, P)} float32; "" is the unconditional prompt."""

@@ -58,9 +58,9 @@ class ZImageBackbone(PipelineBackbone):
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> Conditioning:
         """{"prompt_embeds": (B, N, D) float32, "length": (B,) int64 on the CPU}, padded to N = `max_sequence_length`."""
-        texts, _ = self._pipeline.encode_prompt(
+        texts, _ = self._text_parts.encode_prompt(
             list(prompts),  # the pipeline writes its template into the list
-            device=self._pipeline.device,
+            device=self._text_parts.device,
             do_classifier_free_guidance=False,
             max_sequence_length=self.max_sequence_length,
         )
