@@ -4,6 +4,9 @@ Shapes: B batch, (C, h, w) latent, 512 text tokens of Qwen2.5-VL, D their width.
 pipeline has it. Prompts are taken as they are: the pipeline's rewriting, which generates text, is always off.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from diffusers import LongCatImagePipeline, LongCatImageTransformer2DModel
 from diffusers.models.transformers.transformer_longcat_image import (
@@ -28,7 +31,7 @@ class LongCatBackbone(PipelineBackbone):
     lora_targets = presets(JOINT_ATTENTION, (*JOINT_FEED_FORWARD, "proj_mlp"))
     parts = ("transformer", "scheduler", "vae", "text_encoder", "tokenizer", "text_processor")
     text_tokens = range(512, 513)  # fixed by the pipeline
-    unguided = {"guidance_scale": 1.0, "enable_prompt_rewrite": False}  # noqa: RUF012
+    unguided: Mapping[str, Any] = {"guidance_scale": 1.0, "enable_prompt_rewrite": False}
     notes = (
         "`guidance_scale` is 1: one network call a step.",
         "`enable_prompt_rewrite=False`: the student was trained on prompts as they are, and rewriting runs a language model.",

@@ -138,6 +138,11 @@ class PipelineSettings(Backbone):
         return 2
 
     @property
+    def size_unit(self) -> int:
+        """What an image's sides must be multiples of, in pixels."""
+        return self.patch * self.vae_factor
+
+    @property
     def native_side(self) -> int:
         """Pixels along one side where no size is asked for."""
         return 128 * self.vae_factor  # `default_sample_size` of the pipelines that have one
@@ -150,7 +155,7 @@ class PipelineSettings(Backbone):
     @property
     def image_size(self) -> tuple[int, int]:
         """(height, width) in pixels; UserError if the transformer cannot cut them into patches."""
-        unit, largest = self.patch * self.vae_factor, self.largest_side
+        unit, largest = self.size_unit, self.largest_side
         for name, side in (("height", self.height), ("width", self.width)):
             if side is not None and (side % unit or not 0 < side <= (largest or side)):
                 limit = f" up to {largest}" if largest else ""

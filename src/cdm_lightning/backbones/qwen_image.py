@@ -4,6 +4,9 @@ Shapes: B batch, (C, h, w) latent, N text tokens of Qwen2.5-VL with a mask, D th
 an image is a video of one frame. The scheduler stretches every rollout so that its last sigma is `shift_terminal`.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
@@ -33,7 +36,7 @@ class QwenImageBackbone(PipelineBackbone):
     parts = ("transformer", "scheduler", "vae", "text_encoder", "tokenizer")
     text_tokens = range(1, 1025)
     shift_options = ("use_dynamic_shifting", "shift_terminal")
-    unguided = {"true_cfg_scale": 1.0}  # noqa: RUF012
+    unguided: Mapping[str, Any] = {"true_cfg_scale": 1.0}
     notes = ("`true_cfg_scale` is 1: one network call a step.",)
 
     @property

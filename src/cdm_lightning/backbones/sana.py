@@ -5,6 +5,7 @@ multi-step solver; the student is trained, sampled and exported with the Euler s
 """
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,6 +49,11 @@ class SanaBackbone(PipelineBackbone):
     def patch(self) -> int:
         """Latents per token along one side."""
         return self.network_config["patch_size"]
+
+    @property
+    def size_unit(self) -> int:
+        """What an image's sides must be multiples of, in pixels: the pipeline refuses others than multiples of 32."""
+        return math.lcm(32, super().size_unit)
 
     @property
     def native_side(self) -> int:
