@@ -95,7 +95,7 @@ def broken(style: Path, folder: Path, kind: str) -> Path:
             name: torch.cat([value, value], dim=1) if "lora_A" in name else value for name, value in tensors.items()
         }
     if kind == "text":
-        tensors["text_encoder.text_model.lora_A.weight"] = tensors[first]
+        tensors["text_encoder.text_model.lora_A.weight"] = tensors[first].clone()
     if kind == "weights":
         tensors = {"transformer.proj_out.weight": tensors[first]}
     save_file(tensors, file)

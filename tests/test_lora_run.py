@@ -38,7 +38,8 @@ SMALL = (
     "module.gradient_checkpointing=true",
     "data.batch_size=2",
     "schedule.length.high=3",
-    "optim.student.learning_rate.peak=0.01",  # so that pictures change
+    "optim.student.learning_rate.peak=0.05",  # so that pictures change
+    "optim.student.learning_rate.warmup=0",
     "backbone.compact_text=null",
     f"backbone.max_sequence_length={TOKENS}",
 )

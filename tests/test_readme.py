@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cdm_lightning import export, sample
+from cdm_lightning import export, extract_lora, sample
 from cdm_lightning.config import asset_path, compose
 
 ROOT = Path(__file__).parents[1]
@@ -36,6 +36,8 @@ def test_commands_are_understood(command: str, tmp_path: Path) -> None:
             assert_composes("train", arguments, tmp_path)
         case "cdm_lightning.export":
             export.parser().parse_args(arguments)
+        case "cdm_lightning.extract_lora":
+            extract_lora.parser().parse_args(arguments)
         case "cdm_lightning.sample":
             sample.parser().parse_args(arguments)
         case "benchmarks.tiny_sd3":
