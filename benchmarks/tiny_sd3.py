@@ -1,6 +1,6 @@
 """The gates of the bundled tiny pipeline: `python -m benchmarks.tiny_sd3 teacher` and `... student --seeds 1 2 3`.
 
-Both use 2048 held-out prompts and 8192 real renderings of other held-out draws. The student is trained by the very
+Both use 2048 held-out prompts and 8192 real renderings of them, four a prompt. The student is trained by the very
 configuration of `make demo`, once a seed; the seeds are named beforehand on the command line and all of them are reported.
 Results go to benchmarks/results/ with date, machine, commit and command.
 """

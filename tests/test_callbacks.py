@@ -315,9 +315,10 @@ def small_ladder(folder: Path) -> LadderEvaluation:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         save_file(ShapesClassifier().state_dict(), folder / "classifier.safetensors")
+    prompts = [scene.caption for scene in draw_scenes(6, 1)]
     return LadderEvaluation(
-        prompts=[scene.caption for scene in draw_scenes(6, 1)],
-        reference=ShapesRenderings(count=20),
+        prompts=prompts,
+        reference=ShapesRenderings(prompts, count=20),
         extractor=OpenClipFeatures(clip),
         scorer=CLIPScorer(clip),
         judge=ShapesClassifier.load(folder / "classifier.safetensors"),

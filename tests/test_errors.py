@@ -44,6 +44,13 @@ def test_unknown_keys(refused):
     assert "got an unexpected keyword argument 'beta'" in refused("+optim.student.optimizer.beta=0")
 
 
+def test_texts_in_the_place_of_numbers(refused):
+    assert "data.batch_size=abc must be int" in refused("data.batch_size=abc")
+    assert "data.val_prompts=many must be int or null" in refused("data.val_prompts=many")
+    assert "student_optim.learning_rate.peak=high must be float" in refused("optim.student.learning_rate.peak=high")
+    assert "module.gradient_checkpointing=maybe must be bool" in refused("module.gradient_checkpointing=maybe")
+
+
 def test_prompt_files(refused, tmp_path):
     empty, latin, lines = tmp_path / "empty.txt", tmp_path / "latin.txt", tmp_path / "lines.jsonl"
     empty.touch()

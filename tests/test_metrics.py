@@ -233,11 +233,27 @@ def test_diversity_is_the_mean_distance_within_prompts() -> None:
 
 
 def test_renderings_are_a_function_of_the_seed() -> None:
-    once, again = (torch.cat(list(ShapesRenderings(300, seed=3))) for _ in range(2))
+    once, again = (torch.cat(list(ShapesRenderings(PROMPTS, count=300, seed=3))) for _ in range(2))
     assert once.shape == (300, 3, 32, 32)
     assert torch.equal(once, again)
-    assert torch.equal(once[:256], next(iter(ShapesRenderings(256, seed=3))))
-    assert not torch.equal(once, torch.cat(list(ShapesRenderings(300, seed=4))))
+    assert torch.equal(once[:256], next(iter(ShapesRenderings(PROMPTS, count=256, seed=3))))
+    assert not torch.equal(once, torch.cat(list(ShapesRenderings(PROMPTS, count=300, seed=4))))
+
+
+def test_renderings_show_the_first_captions_in_turn() -> None:
+    prompts = ["a large white circle in the middle", "a large blue circle in the middle", "a red ring"]
+    images = torch.cat(list(ShapesRenderings(prompts, captions=2, count=6)))
+    middle = images[:, :, 16, 16]
+    assert (middle[0::2].amin(1) > 0.7).all()  # white
+    assert (middle[1::2, 0] < 0.4).all()  # blue
+    assert not torch.equal(images[0], images[2])
+
+
+def test_renderings_refuse_what_they_cannot_draw() -> None:
+    with pytest.raises(UserError, match="not a caption of the shapes set: 'a dog'"):
+        list(ShapesRenderings(["a dog"], count=2))
+    with pytest.raises(UserError, match="captions=4, there are 3 prompts"):
+        ShapesRenderings(PROMPTS, captions=4)
 
 
 def test_a_prompts_rendering_knows_its_index_only() -> None:

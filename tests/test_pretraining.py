@@ -9,12 +9,19 @@ from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import nn
 
 from cdm_lightning.config import compose
+from cdm_lightning.data.shapes import all_words
 from cdm_lightning.errors import UserError
 from cdm_lightning.metrics.shapes_classifier import ShapesClassifier
 from cdm_lightning.pretrain import pretrain
 from cdm_lightning.pretraining.loop import Recipe, optimise
-from cdm_lightning.pretraining.teacher import TextConditioned, tokenise
-from cdm_lightning.pretraining.tiny_sd3 import build_pipeline
+from cdm_lightning.pretraining.teacher import TextConditioned, start_from, tokenise
+from cdm_lightning.pretraining.tiny_sd3 import (
+    build_clip,
+    build_clip_tokenizer,
+    build_pipeline,
+    build_t5,
+    build_t5_tokenizer,
+)
 
 CAPTIONS = ["a large red circle at the top", "a small blue square left of a large green ring", ""]
 
@@ -37,6 +44,32 @@ def test_folded_padding_gives_the_stock_result() -> None:
 def test_a_longer_caption_is_refused_not_cut() -> None:
     with pytest.raises(ValueError, match="T5 tokens, more than 4"):
         tokenise(build_pipeline(), CAPTIONS, keep=4)
+
+
+def test_going_on_from_an_earlier_pipeline_keeps_what_it_knew(tmp_path: Path) -> None:
+    words = [word for word in all_words() if word not in ("cross", "yellow")]  # token numbers differ from ours
+    clip, t5 = build_clip_tokenizer(words), build_t5_tokenizer(words)
+    earlier = build_pipeline(seed=1)
+    earlier.register_modules(
+        tokenizer=clip, tokenizer_2=clip, tokenizer_3=t5, text_encoder=build_clip(clip).eval(),
+        text_encoder_2=build_clip(clip).eval(), text_encoder_3=build_t5(t5).eval(),
+    )  # fmt: skip
+    earlier.save_pretrained(tmp_path / "earlier")
+    pipeline = build_pipeline(seed=2)
+    start_from(pipeline, tmp_path / "earlier")
+    prompts = ["a large red circle", "a small white ring"]
+    ours, theirs = (
+        p.encode_prompt(prompts, None, None, do_classifier_free_guidance=False) for p in (pipeline, earlier)
+    )
+    torch.testing.assert_close(ours[0], theirs[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours[2], theirs[2], atol=1e-5, rtol=0)
+    assert len(pipeline.tokenizer_3) > len(t5)
+    assert torch.equal(pipeline.transformer.proj_out.weight, earlier.transformer.proj_out.weight)
+
+
+def test_going_on_from_something_else_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot load"):
+        start_from(build_pipeline(), tmp_path)
 
 
 def test_the_learning_rate_warms_up_holds_and_falls_to_zero() -> None:

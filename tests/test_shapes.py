@@ -27,7 +27,17 @@ def test_captions_parse_back() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "a dog", "red circle", "a huge red circle", "a red circle above", "a red circle at the top left"]
+    "text",
+    [
+        "",
+        "a",
+        "a dog",
+        "red circle",
+        "a huge red circle",
+        "a red large circle",
+        "a red circle above",
+        "a ring at the top left",
+    ],
 )
 def test_other_texts_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="not a caption"):
@@ -49,6 +59,13 @@ def test_draws_are_a_function_of_the_seed() -> None:
     assert scenes == draw_scenes(8, seed=4) != draw_scenes(8, seed=5)
     assert torch.equal(render(scenes, 6), render(scenes, 6))
     assert not torch.equal(render(scenes, 6), render(scenes, 7))
+
+
+def test_what_a_caption_leaves_open_is_drawn_at_random() -> None:
+    layout = lay_out([parse_caption("a shape")] * 300, seed=0)
+    for drawn, names in ((layout.colour[:, 0], COLOURS), (layout.shape[:, 0], SHAPES), (layout.place, PLACES)):
+        counts = torch.bincount(drawn, minlength=len(names))
+        assert counts.min() > 0.6 * 300 / len(names)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -97,5 +114,6 @@ def test_each_wrong_attribute_alone_breaks_adherence() -> None:
         "a large red circle above a red ring",
     ):
         assert not classifier.adherence(image, [wrong] * 8).any(), wrong
-    assert classifier.adherence(image, ["a red circle"] * 8).all()
+    for open_caption in ("a red circle", "a large circle", "a shape at the top", "a shape"):
+        assert classifier.adherence(image, [open_caption] * 8).all(), open_caption
     assert set(HEADS) >= set(expected(parse_caption("a large red circle above a red ring")))

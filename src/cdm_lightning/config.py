@@ -11,7 +11,8 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from pathlib import Path
-from typing import Any, NoReturn
+from types import NoneType
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import hydra
 from hydra.errors import HydraException, InstantiationException
@@ -21,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from cdm_lightning.errors import UserError
 
 PACKAGE = Path(__file__).parent
+SIMPLE = (int, float, bool, NoneType)
 LONGEST_NAME = 120  # of a sweep job's folder, well below what file systems take
 SECRET_KEY = re.compile(r"token|secret|password|api_?key|credential", re.IGNORECASE)
 WRONG_ARGUMENTS = re.compile(r"unexpected keyword argument|required (positional|keyword-only) argument|multiple values")
@@ -79,6 +81,7 @@ def build(config: DictConfig, key: str) -> Any:
 
 
 def _instantiate(node: DictConfig, key: str) -> Any:
+    _check_numbers(node, key)
     try:
         built = hydra.utils.instantiate(node, _convert_="all")
         if isinstance(built, partial):  # its keywords would not be looked at before the call
@@ -95,6 +98,29 @@ def _instantiate(node: DictConfig, key: str) -> Any:
         raise UserError(f"{where[1] if where else key}: {one_line(cause or error)}") from error
     except (OmegaConfBaseException, TypeError) as error:
         raise UserError(f"{key}: {one_line(error)}") from error
+
+
+def _check_numbers(node: Any, key: str) -> None:
+    """Refuse a text where a constructor below `node` asks for a number or a truth value: it would fail somewhere inside."""
+    if not isinstance(node, DictConfig):
+        return
+    hints = _annotations(node.get("_target_"))
+    for name in (name for name in node if not OmegaConf.is_missing(node, name)):
+        value, where = node[name], f"{key}.{name}"
+        kinds = get_args(hints.get(name)) or (hints.get(name),)
+        if isinstance(value, str) and str not in kinds and all(kind in SIMPLE for kind in kinds):
+            wanted = " or ".join("null" if kind is NoneType else kind.__name__ for kind in kinds)
+            raise UserError(f"{where}={value} must be {wanted}")
+        _check_numbers(value, where)
+
+
+def _annotations(target: Any) -> dict[str, Any]:
+    """Types of the arguments of a `_target_`; none for one that cannot be found or read: instantiation says why."""
+    try:
+        called = hydra.utils.get_object(target)
+        return get_type_hints(called.__init__ if isinstance(called, type) else called)
+    except Exception:
+        return {}
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from cdm_lightning.backbones.base import Backbone, BoundField
 from cdm_lightning.core.ema import lerp_parameters_
-from cdm_lightning.core.objective import CDMObjective, TermLosses, VelocityFields
+from cdm_lightning.core.objective import Objective, TermLosses, VelocityFields
 from cdm_lightning.core.rng import StepRandom
 from cdm_lightning.core.rollout import TrajectoryPoint, simulate, simulate_to_anchor
 from cdm_lightning.core.schedules import SigmaSchedule
@@ -46,7 +46,7 @@ class CDMModule(L.LightningModule):
     def __init__(
         self,
         backbone: Backbone,
-        objective: CDMObjective,
+        objective: Objective,
         schedule: SigmaSchedule,
         student_optim: OptimizerRecipe,
         fake_score_optim: OptimizerRecipe,

@@ -8,7 +8,7 @@ Both losses see velocity fields only. Shapes: B samples of shape * = (C, H, W). 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,24 @@ class TermLosses:
     total: Tensor
     terms: dict[str, Tensor]
     logs: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """What a student and a fake score learn from a point of a rollout; `CDMObjective` is one, baselines are others."""
+
+    @property
+    def needs_full_rollout(self) -> bool:
+        """Whether points must come from full rollouts, since what follows the anchor is used."""
+
+    def fake_score_loss(
+        self, fields: VelocityFields, point: TrajectoryPoint, rng: StepRandom, shift: Shift
+    ) -> TermLosses:
+        """The fake score's loss, at every iteration."""
+
+    def student_loss(
+        self, fields: VelocityFields, point: TrajectoryPoint, rng: StepRandom, shift: Shift, iteration: int
+    ) -> TermLosses:
+        """The student's loss, in its turns; `iteration` counts from 0."""
 
 
 @dataclass(frozen=True)
