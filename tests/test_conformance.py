@@ -201,7 +201,8 @@ def test_samples_do_not_depend_on_their_place_in_the_batch(case):
 def test_another_image_size_shares_the_parts_and_is_that_of_the_stock_pipeline(case):
     size, factor = case.backbone.image_size, case.backbone.vae_factor
     view = case.backbone.at(64, 32)
-    assert view._pipeline is case.backbone._pipeline
+    assert view._codec is case.backbone._codec
+    assert view._text_parts is case.backbone._text_parts
     assert view.latent_shape == (case.backbone.latent_shape[0], 64 // factor, 32 // factor)
     assert case.backbone.image_size == size
     assert view.fingerprint == case.backbone.fingerprint

@@ -121,9 +121,11 @@ def test_only_positions_are_held(tmp_path):
     assert len(pickle.dumps(PromptFile(path))) < 5000 * 8 + 3000
 
 
-def test_the_sets_are_described_once(tmp_path, capsys):
+def test_what_was_left_out_is_said_once(tmp_path, capsys):
     prompts = PromptFile(write(tmp_path, "a.txt", "a\n\nb\n"))
+    whole = PromptFile(write(tmp_path, "b.txt", "a\nb\n"))
     PromptDataModule(prompts, PromptList(["x"]), batch_size=1).prepare_data()
+    PromptDataModule(whole, whole, batch_size=1).prepare_data()
     assert capsys.readouterr().err == f"training prompts: {tmp_path / 'a.txt'}: 2 prompts, left out: 1 blank\n"
 
 

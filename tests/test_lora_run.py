@@ -225,3 +225,17 @@ def test_a_pipeline_without_a_lora_loader_gets_a_file_for_its_transformer(tmp_pa
     network.unload_lora()
     change = network.get_submodule(layer).weight.detach() - before
     torch.testing.assert_close(change, factors[f"{layer}.lora_B.weight"] @ factors[f"{layer}.lora_A.weight"])
+
+
+def test_the_recipe_of_24_gb_runs_on_a_tiny_folder(tiny_pipeline_folder, prompt_file, tmp_path):
+    """bfloat16 base, rank 64, gradient checkpointing: all but the paths and sizes as conf/experiment has it."""
+    paths = [f"backbone.pretrained={tiny_pipeline_folder}", f"data.train.path={prompt_file}", f"output_dir={tmp_path}"]
+    sizes = ["backbone.max_sequence_length=8", "schedule.length.high=2", "trainer.max_steps=2", "data.num_workers=0"]
+    result = train(
+        compose(["experiment=sd3_cdm_lora", *paths, f"data.val.path={prompt_file}", *sizes, "callbacks=ema"])
+    )
+    tensors = read_checkpoint(result.checkpoint)["state_dict"]
+    assert all(".lora_" in name and value.dtype == torch.float32 for name, value in tensors.items())
+    assert any(value.any() for name, value in tensors.items() if ".student.transformer" in name and ".lora_B." in name)
+    exported = export.export_checkpoint(tmp_path, tmp_path / "student", form="lora", dtype="bfloat16")
+    assert with_lora(tiny_pipeline_folder, exported).get_active_adapters()

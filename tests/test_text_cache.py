@@ -18,6 +18,7 @@ from cdm_lightning.backbones.toy2d import Toy2DBackbone
 from cdm_lightning.cache_text import cache_text, fill_cache, main
 from cdm_lightning.checkpoint import read_checkpoint
 from cdm_lightning.config import compose
+from cdm_lightning.data import text_shards
 from cdm_lightning.data.prompts import PromptList
 from cdm_lightning.data.text_cache import StoredText, TextCacheSettings
 from cdm_lightning.data.text_shards import MANIFEST, SHARDS, prompt_key, read_manifest
@@ -46,7 +47,7 @@ def backbone(tiny_pipeline_folder) -> SD3Backbone:
 
 @pytest.fixture
 def fill(backbone, tmp_path) -> Callable[..., cache_text_module.Filled]:
-    """`fill(prompts, dtype="float32")` puts them into the cache `tmp_path/cache`, three a shard."""
+    """`fill(prompts, dtype="float32")` puts them into the cache `tmp_path/cache`, four or five a shard."""
 
     def filled(prompts: list[str], of: SD3Backbone = backbone, **settings) -> cache_text_module.Filled:
         settings = {"dtype": "float32", "batch_size": 4, "shard_megabytes": 0.018, **settings}
@@ -71,7 +72,7 @@ def test_stored_conditioning_is_the_encoders_bit_for_bit(backbone, fill, tmp_pat
     assert (filled.encoded, filled.total) == (9, 9)  # eight prompts and the empty one
     cache = opened(backbone, tmp_path)
     assert len(cache) == 9
-    assert len(shards(tmp_path)) >= 3
+    assert len(shards(tmp_path)) == 2
     for batch in (PROMPTS[:4], PROMPTS[4:], [""] * 3):
         expected = backbone.encode_prompts(batch)
         stored = cache.encode(batch)
@@ -255,6 +256,18 @@ def first_only(encode: Callable) -> Callable:
     return checked
 
 
+def test_a_shard_that_cannot_be_written(backbone, fill, tmp_path, monkeypatch):
+    fill(PROMPTS[:2])
+    monkeypatch.setattr(
+        text_shards.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    with pytest.raises(UserError, match=r"safetensors: cannot be written \(.*No space left on device\)"):
+        fill(PROMPTS)
+    monkeypatch.undo()
+    assert len(opened(backbone, tmp_path)) == 3
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
+
+
 def test_prompts_of_another_shape(fill, tiny_pipeline_folder):
     """Folded padding keeps as many tokens as a long prompt needs; a cache has one shape."""
     compact = SD3Backbone(str(tiny_pipeline_folder), compact_text=5)
@@ -271,7 +284,7 @@ def test_prompts_that_are_not_there(backbone, fill, tmp_path):
     line = str(error.value)
     assert "2 of the 8 training prompts are not in the text cache, such as 'a large blue ring'; run `python -m" in line
     cache.require({"training": PROMPTS}, check_up_to=7)  # too many to look for: found out when used
-    with pytest.raises(UserError, match="a prompt is not in the text cache, such as 'a large white ring'"):
+    with pytest.raises(UserError, match="a prompt is not in the text cache, such as 'a large blue ring'"):
         cache.encode(PROMPTS)
 
 
@@ -324,8 +337,9 @@ def test_callbacks_prompts_are_cached_too(arguments, tmp_path):
     more.write_text("a cross\n" * 600)
     config = compose([*arguments, "callbacks=demo", f"output_dir={tmp_path}"])
     config.callbacks.ladder.evaluation.prompts.path = str(more)
-    (prompts,) = cache_text_module.callback_prompts(config.callbacks)
-    assert prompts[0] == "a cross"
+    sets = list(cache_text_module.callback_prompts(config.callbacks))
+    assert sets  # the evaluation's, and those of its reference, which are the same
+    assert all(prompts[0] == "a cross" and len(prompts) == 600 for prompts in sets)
 
 
 def test_the_command_refuses_in_one_line(arguments, tmp_path, monkeypatch, capsys):

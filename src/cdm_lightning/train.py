@@ -49,7 +49,7 @@ FREE_KEYS = (
     "data.val_prompts",
     "text_cache",  # holds what the text encoders would give
 )
-FREE_ENDINGS = (".learning_rate.total",)  # follows max_steps
+FREE_ENDINGS = (".learning_rate.total", ".cache_folder")  # the first follows max_steps
 BOUND_KEYS = ("callbacks.ema",)
 UNFIT_WARNINGS = (
     ".*does not have many workers.*",  # reading a line of text needs none

@@ -92,7 +92,7 @@ def check_index(folder: Path, name: str, family: type[DiffusionPipeline], parts:
 def hash_part(folder: Path) -> str:
     """Hash of the names and contents of a part's files, but for half-precision twins; UserError if it has none.
 
-    Everything is read: about a second for each gigabyte.
+    Everything is read: one to two seconds for each gigabyte.
     """
     twin = re.compile(r"\.(fp16|bf16)[.-]")
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not twin.search(path.name))

@@ -37,7 +37,7 @@ class PromptDataModule(L.LightningDataModule):
             raise UserError("data: batch_size, val_batch_size and val_prompts must be at least 1")
 
     def prepare_data(self) -> None:
-        """Say once what the sets hold and what was left out of them."""
+        """Say once what was left out of the sets and what is mixed."""
         for name, prompts in (("training", self.train), ("validation", self.val)):
             if prompts.summary:
                 print(f"{name} prompts: {prompts.summary}", file=sys.stderr, flush=True)

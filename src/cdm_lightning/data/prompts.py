@@ -52,10 +52,10 @@ class SelectedPrompts(Prompts):
             raise UserError(f"{name}: the prompt file holds no prompt{left_out}")
 
     @property
-    def summary(self) -> str:
-        """ "captions.txt: 9,998 prompts, left out: 1 blank, 1 repeated"."""
-        left_out = f", left out: {self.counts.left_out}" if self.counts.left_out else ""
-        return f"{self.name}: {len(self):,} prompts{left_out}"
+    def summary(self) -> str | None:
+        """ "captions.txt: 9,998 prompts, left out: 1 blank, 1 repeated"; None if nothing was left out."""
+        left_out = self.counts.left_out
+        return f"{self.name}: {len(self):,} prompts, left out: {left_out}" if left_out else None
 
     def __len__(self) -> int:
         return len(self.positions)

@@ -127,7 +127,10 @@ def shard_paths(folder: Path) -> list[Path]:
 
 
 def write_shard(folder: Path, manifest: Manifest, keys: Sequence[bytes], cond: Mapping[str, Tensor]) -> Path:
-    """Write the conditioning (n, ...) of the prompts with these keys, in the stored dtypes, whole or not at all."""
+    """Write the conditioning (n, ...) of the prompts with these keys, in the stored dtypes, whole or not at all.
+
+    Raises `UserError` if the file cannot be written.
+    """
     rows = {name: cond[name].contiguous() for name in manifest.tensors}
     path = folder / SHARDS / f"{hashlib.blake2b(b''.join(keys), digest_size=KEY_BYTES).hexdigest()}.safetensors"
     tensors = {PREFIX + name: value for name, value in rows.items()}
@@ -135,10 +138,14 @@ def write_shard(folder: Path, manifest: Manifest, keys: Sequence[bytes], cond: M
     sums = [check_sum({name: value[row] for name, value in rows.items()}) for row in range(len(keys))]
     tensors["crc32"] = torch.tensor(sums, dtype=torch.int64)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(tensors, temporary, metadata={"cache": manifest.digest})
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        save_file(tensors, temporary, metadata={"cache": manifest.digest})
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (SafetensorError, OSError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error}); the shards before it are whole, run it again") from error
     return path
 
 
