@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,21 @@ def tiny_pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("pipelines") / "tiny_sd3"
     build_pipeline(seed=0).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`tiny_folder("longcat")` is the folder of that family's tiny pipeline, built once; read only."""
+
+    @cache
+    def folder(name: str) -> Path:
+        from tiny_pipelines import FAMILIES
+
+        made = tmp_path_factory.mktemp("pipelines") / name
+        FAMILIES[name].build().save_pretrained(made)
+        return made
+
     return folder
 
 

@@ -2,11 +2,13 @@
 
 import inspect
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
+from tiny_pipelines import FAMILIES
 
 from cdm_lightning import config as config_module
 from cdm_lightning.config import asset_path, build, compose, conf_dir, job_folder, masked_command, plain
@@ -41,16 +43,17 @@ def composed(tmp_path: Path, *overrides: str) -> DictConfig:
 
 
 @pytest.fixture
-def local_overrides(tiny_pipeline_folder, prompt_file) -> dict[str, list[str]]:
+def local_overrides(tiny_folder, prompt_file) -> Callable[[str], list[str]]:
     """What replaces downloads and bundled files, by the class of the backbone."""
+    folders = {family.backbone.__name__: name for name, family in FAMILIES.items()}
     data = [f"data.train.path={prompt_file}", f"data.val.path={prompt_file}"]
-    return {"SD3Backbone": [f"backbone.pretrained={tiny_pipeline_folder}", *data], "Toy2DBackbone": []}
+    return lambda kind: [f"backbone.pretrained={tiny_folder(folders[kind])}", *data] if kind in folders else []
 
 
 @pytest.mark.parametrize("experiment", DISTILLATIONS)
 def test_every_experiment_composes_and_builds(tmp_path, local_overrides, experiment):
     family = composed(tmp_path, f"experiment={experiment}").backbone._target_.rpartition(".")[2]
-    config = composed(tmp_path, f"experiment={experiment}", *local_overrides[family])
+    config = composed(tmp_path, f"experiment={experiment}", *local_overrides(family))
     module = build(config, "module")
     assert isinstance(module, CDMModule)
     assert type(module.backbone).__name__ == family

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,8 @@ import torch
 
 from cdm_lightning.data.batches import Draw, EndlessBatches, PromptBatch, evaluation_batches
 from cdm_lightning.data.datamodule import PromptDataModule
-from cdm_lightning.data.prompts import PromptFile
+from cdm_lightning.data.prompts import PromptFile, PromptList
+from cdm_lightning.data.selection import Counts, first_occurrences
 from cdm_lightning.errors import UserError
 
 
@@ -26,7 +28,7 @@ def write(folder: Path, name: str, content: bytes | str) -> Path:
 def test_text_file_gives_its_lines_without_blank_ones(tmp_path):
     file = PromptFile(write(tmp_path, "a.txt", "first\n\n  größe 好 \r\n   \nlast without newline"))
     assert [file[i] for i in range(len(file))] == ["first", "größe 好", "last without newline"]
-    assert file.blank_lines == 2
+    assert file.counts.blank == 2
     assert file[1] == "größe 好"  # in any order
 
 
@@ -35,7 +37,7 @@ def test_jsonl_gives_the_field(tmp_path):
     path = write(tmp_path, "a.jsonl", "\n".join(json.dumps(line) for line in lines))
     default, named = PromptFile(path), PromptFile(path, field="caption")
     assert [default[i] for i in range(len(default))] == ["a", "b\n c"]
-    assert default.blank_lines == 1
+    assert default.counts.blank == 1
     assert [named[i] for i in range(len(named))] == ["x", "y", "z"]
 
 
@@ -52,7 +54,7 @@ def test_a_prompt_file_travels_to_workers(tmp_path):
         ("blank.txt", " \n\n", None, "blank.txt: the prompt file holds no prompt"),
         ("latin.txt", "fine\ngr\xfcn\n".encode("latin-1"), None, "latin.txt, line 2: the prompt file is not UTF-8"),
         ("utf16.txt", "two".encode("utf-16"), None, "utf16.txt, line 1: the prompt file is not UTF-8"),
-        ("a.txt", "text", "caption", "a.txt: `field: caption` needs a .jsonl file"),
+        ("a.txt", "text", "caption", "a.txt: `field: caption` needs a .jsonl or .parquet file"),
         (
             "a.jsonl",
             '{"prompt": ""}\n{"text": "y"}',
@@ -70,6 +72,155 @@ def test_bad_prompt_files_are_refused_in_one_line(tmp_path, name, content, field
         PromptFile(path, field)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+# ---- what is left out
+
+
+def test_overlong_prompts_are_skipped_and_counted_or_refused(tmp_path):
+    path = write(tmp_path, "a.txt", "short\n" + "x" * 100_000 + "\n" + "y" * 10_000 + "\nend\n")
+    file = PromptFile(path)
+    assert [len(file[i]) for i in range(len(file))] == [5, 10_000, 3]
+    assert file.counts == Counts(kept=3, blank=0, overlong=1, repeated=0, max_characters=10_000)
+    assert len(PromptFile(path, max_characters=100_000)) == 4
+    with pytest.raises(UserError) as error:
+        PromptFile(path, overlong="refuse")
+    assert str(error.value) == (
+        f"{path}, line 2: a prompt of 100,000 characters, more than max_characters=10000; shorten it or set overlong=skip"
+    )
+
+
+def test_repeated_prompts_are_dropped_if_asked_for(tmp_path):
+    path = write(tmp_path, "a.txt", "a  cat\ndog\na cat\n\n a\tcat \nA cat\ndog\n")
+    assert len(PromptFile(path)) == 6
+    file = PromptFile(path, deduplicate=True)
+    assert [file[i] for i in range(len(file))] == ["a  cat", "dog", "A cat"]
+    assert (file.counts.kept, file.counts.repeated, file.counts.blank) == (3, 3, 1)
+    assert file.summary == f"{path}: 3 prompts, left out: 1 blank, 3 repeated"
+
+
+def test_first_occurrences_equal_a_plain_count():
+    numbers = torch.randint(0, 300, (2000,), generator=torch.Generator().manual_seed(0)).tolist()
+    keys = b"".join((number % 7).to_bytes(8, "little") + number.to_bytes(8, "big") for number in numbers)
+    firsts = {number: place for place, number in reversed(list(enumerate(numbers)))}
+    assert first_occurrences(keys).tolist() == sorted(firsts.values())
+
+
+def test_rules_out_of_range(tmp_path):
+    path = write(tmp_path, "a.txt", "a")
+    with pytest.raises(UserError, match="overlong skip or refuse"):
+        PromptFile(path, overlong="cut")
+    with pytest.raises(UserError, match="max_characters must be at least 1"):
+        PromptFile(path, max_characters=0)
+    with pytest.raises(UserError, match=r"holds no prompt \(1 over 3 characters\)"):
+        PromptFile(write(tmp_path, "b.txt", "long"), max_characters=3)
+
+
+def test_only_positions_are_held(tmp_path):
+    path = write(tmp_path, "a.txt", "".join(f"prompt number {n} of many\n" for n in range(5000)))
+    assert len(pickle.dumps(PromptFile(path))) < 5000 * 8 + 3000
+
+
+def test_what_was_left_out_is_said_once(tmp_path, capsys):
+    prompts = PromptFile(write(tmp_path, "a.txt", "a\n\nb\n"))
+    whole = PromptFile(write(tmp_path, "b.txt", "a\nb\n"))
+    PromptDataModule(prompts, PromptList(["x"]), batch_size=1).prepare_data()
+    PromptDataModule(whole, whole, batch_size=1).prepare_data()
+    assert capsys.readouterr().err == f"training prompts: {tmp_path / 'a.txt'}: 2 prompts, left out: 1 blank\n"
+
+
+# ---- folders and tables
+
+
+def test_a_folder_is_its_files_in_the_order_of_their_names(tmp_path):
+    write(tmp_path, "b.txt", "three\n")
+    write(tmp_path, "a.txt", "one\n\ntwo")
+    write(tmp_path, "notes.md", "no prompt")
+    (tmp_path / "c").mkdir()
+    write(tmp_path / "c", "d.txt", "four\n" + "x" * 20_000)
+    file = pickle.loads(pickle.dumps(PromptFile(tmp_path)))
+    assert [file[i] for i in range(len(file))] == ["one", "two", "three", "four"]
+    with pytest.raises(UserError, match=r"c/d.txt, line 2: a prompt of 20,000 characters"):
+        PromptFile(tmp_path, overlong="refuse")
+
+
+def test_folders_that_are_no_prompts(tmp_path):
+    with pytest.raises(UserError, match=r"holds no .txt, .jsonl, .parquet file"):
+        PromptFile(tmp_path)
+    write(tmp_path, "a.txt", "a")
+    write(tmp_path, "b.jsonl", "{}")
+    with pytest.raises(UserError, match=r"holds .jsonl and .txt files; a folder must hold one kind"):
+        PromptFile(tmp_path)
+    (tmp_path / "dataset_info.json").touch()
+    with pytest.raises(UserError, match="a saved Hugging Face data set; use data=dataset"):
+        PromptFile(tmp_path)
+
+
+def table(path: Path, **columns: list) -> Path:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.table(columns), path, row_group_size=7)
+    return path
+
+
+def test_parquet_gives_the_column(tmp_path):
+    texts = [f"prompt {n} größe" for n in range(40)]
+    path = table(tmp_path / "a.parquet", caption=[*texts, None, " ", "x" * 20_000, texts[3]], size=list(range(44)))
+    file = PromptFile(path, "caption", deduplicate=True, cache_folder=tmp_path / "cache")
+    assert [file[i] for i in (39, 0, 17)] == [texts[39], texts[0], texts[17]]
+    assert [file[i] for i in range(len(file))] == texts
+    assert file.counts == Counts(kept=40, blank=2, overlong=1, repeated=1, max_characters=10_000)
+    assert pickle.loads(pickle.dumps(file))[5] == texts[5]
+    with pytest.raises(UserError, match=r"a.parquet, row 43: a prompt of 20,000 characters"):
+        PromptFile(path, "caption", overlong="refuse", cache_folder=tmp_path / "cache")
+
+
+def test_parquet_is_copied_once_and_anew_when_it_has_changed(tmp_path):
+    cache = tmp_path / "cache"
+    path = table(tmp_path / "set/a.parquet", prompt=["one", "two"])
+    table(tmp_path / "set/b.parquet", prompt=["three"])
+    folder = PromptFile(tmp_path / "set", cache_folder=cache)
+    assert [folder[i] for i in range(3)] == ["one", "two", "three"]
+    (copy,) = cache.iterdir()
+    before = copy.stat().st_mtime_ns
+    PromptFile(tmp_path / "set", cache_folder=cache)
+    assert copy.stat().st_mtime_ns == before
+    table(path, prompt=["four", "five", "six"])
+    assert PromptFile(tmp_path / "set", cache_folder=cache)[0] == "four"
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_bad_tables_are_refused_in_one_line(tmp_path):
+    path = table(tmp_path / "a.parquet", caption=["a"], width=[3])
+    cache = tmp_path / "cache"
+    cases = [(path, None, f"{path}: no column 'prompt', it has caption, width; set field=NAME")]
+    cases += [(path, "width", f"{path}: the column 'width' holds int64, not text; set field=NAME")]
+    cases += [(tmp_path / "no.parquet", None, "no.parquet: cannot read the prompt file (no such file)")]
+    half = write(tmp_path, "half.parquet", path.read_bytes()[:-20])
+    cases += [(half, "caption", "half.parquet: cannot be read as parquet")]
+    for file, field, message in cases:
+        with pytest.raises(UserError) as error:
+            PromptFile(file, field, cache_folder=cache)
+        assert message in str(error.value)
+        assert "\n" not in str(error.value)
+    assert not cache.exists()
+
+
+def test_a_broken_copy_of_a_column_is_named(tmp_path):
+    path = table(tmp_path / "a.parquet", prompt=["one", "two"])
+    PromptFile(path, cache_folder=tmp_path / "cache")
+    (copy,) = (tmp_path / "cache").iterdir()
+    copy.write_bytes(copy.read_bytes()[:-30])
+    with pytest.raises(UserError, match=f"{copy}: cannot be read"):
+        PromptFile(path, cache_folder=tmp_path / "cache")
+
+
+def test_tables_without_the_library(tmp_path, monkeypatch):
+    path = table(tmp_path / "a.parquet", prompt=["one"])
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"tables need the package pyarrow: pip install 'cdm-lightning\[data\]'"):
+        PromptFile(path)
 
 
 # ---- order

@@ -32,6 +32,8 @@ def test_commands_are_understood(command: str, tmp_path: Path) -> None:
     match module:
         case "cdm_lightning.train" | "cdm_lightning.pretrain":
             assert_composes(module.removeprefix("cdm_lightning."), arguments, tmp_path)
+        case "cdm_lightning.cache_text":
+            assert_composes("train", arguments, tmp_path)
         case "cdm_lightning.export":
             export.parser().parse_args(arguments)
         case "cdm_lightning.extract_lora":

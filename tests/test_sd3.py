@@ -234,7 +234,8 @@ def test_frozen_parts_stay_in_eval_mode_when_lightning_trains(folder):
     module = L.LightningModule()
     module.backbone = backbone
     module.train()
-    parts = [part for part in backbone._pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    loaded = [*backbone._codec.components.values(), *backbone._text_parts.components.values()]
+    parts = [part for part in loaded if isinstance(part, torch.nn.Module)]
     assert len(parts) == 4  # the VAE and three text encoders
     assert not any(m.training for part in parts for m in part.modules())
     assert not any(p.requires_grad for part in parts for p in part.parameters())

@@ -1,7 +1,7 @@
 """Making images to look at and to measure: from prompts, with noise that depends on (seed, prompt index) only.
 
 Shapes: images (N, 3, H, W) in [0, 1]. Every sampler, the teacher's and the student's, takes deterministic Euler steps
-of the same spacing, `core.schedules.inference_sigmas(nfe, backbone.shift_sigmas)`: 1, 1 - 1/nfe, ..., 1/nfe before the
+of the same spacing, `core.schedules.inference_sigmas(nfe, backbone.shift_steps)`: 1, 1 - 1/nfe, ..., 1/nfe before the
 family's shift, then 0.
 """
 
@@ -75,7 +75,8 @@ def _bind(
     if spec.guidance_scale == 1:
         return field
     no_text = select_rows(backbone.encode_prompts([""]), torch.zeros(len(prompts), dtype=torch.int64))
-    return GuidedField(field, BoundField(backbone, network, no_text, compute_dtype), spec.guidance_scale)
+    unguided = BoundField(backbone, network, no_text, compute_dtype)
+    return GuidedField(field, unguided, spec.guidance_scale, backbone.guide)
 
 
 @torch.no_grad()
@@ -88,7 +89,7 @@ def _sample_images(
     device: torch.device,
 ) -> Tensor:
     noise = evaluation_noise(seed, indices, backbone.latent_shape, device)
-    sigmas = inference_sigmas(spec.nfe, backbone.shift_sigmas).to(device)
+    sigmas = inference_sigmas(spec.nfe, backbone.shift_steps).to(device)
     return backbone.decode_latents(sample(field, noise, sigmas)).float().cpu()
 
 

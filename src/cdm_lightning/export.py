@@ -1,7 +1,7 @@
 """`python -m cdm_lightning.export RUN --output FOLDER`: a checkpoint's student as a pipeline folder, or as a LoRA.
 
-The model family's own library loads the folder: for SD3, `StableDiffusion3Pipeline.from_pretrained(FOLDER)`, whose
-plain call with the exported number of steps runs the student's own sigmas.
+The model family's own library loads the folder, for example `StableDiffusion3Pipeline.from_pretrained(FOLDER)`; the plain
+call that its model card shows runs the student's own sigmas.
 """
 
 import argparse

@@ -112,7 +112,7 @@ class CDMModule(L.LightningModule):
 
     def draw_point(self, fields: VelocityFields, rng: StepRandom) -> TrajectoryPoint:
         """Backward simulation with the student and one anchor a sample, run no further than the objective needs."""
-        sigmas = self.schedule.sample(rng, self.backbone.shift_sigmas)
+        sigmas = self.schedule.sample(rng, self.backbone.shift_steps)
         noise = rng.normal("rollout.noise", self.backbone.latent_shape)
         anchor = rng.index("rollout.anchor", sigmas.shape[1] - 1)
         if self.objective.needs_full_rollout:

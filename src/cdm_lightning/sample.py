@@ -1,8 +1,8 @@
 """`python -m cdm_lightning.sample --model FOLDER --prompt TEXT`: a labelled grid of pictures from a pipeline folder.
 
-An exported folder gives the student's own pictures, and so does a run's folder or checkpoint; any other Stable
-Diffusion 3 pipeline, such as the teacher's, can be looked at with the same noise: that of picture i is a function of the
-seed and of i only.
+An exported folder gives the student's own pictures, and so does a run's folder or checkpoint; any other pipeline of a
+known family, such as the teacher's, can be looked at with the same noise: that of picture i is a function of the seed and
+of i only.
 """
 
 import argparse
@@ -22,9 +22,8 @@ if TYPE_CHECKING:  # torch and the rest take seconds to import: --help and mista
 
     from cdm_lightning.backbones.base import Backbone
 
-    Opened = tuple[Backbone, Callable[[], nn.Module], int | None]  # how its network is made, its number of steps
+    Opened = tuple[Backbone, Callable[[], nn.Module], int]  # how its network is made, and its number of steps
 
-STEPS = 28  # of a pipeline that is no export: the default of diffusers' StableDiffusion3Pipeline
 RUN_STEPS = 4  # of a run's student: what CDM (arXiv:2605.06376) trains for
 SMALLEST_TILE = 160  # pixels; smaller pictures are enlarged by a whole factor, without smoothing
 MOST_COLUMNS = 6
@@ -50,32 +49,20 @@ def sample_images(
     device: str = "auto",
     lora: str | None = None,
 ) -> "Samples":
-    """Pictures of the prompts; `steps=None` is what the folder was exported for, 4 for a run, else 28.
+    """Pictures of the prompts; `steps=None` is what was exported for, 4 for a run, else the default of the pipeline's call.
 
-    `lora` is a LoRA file, or an export of one with its number of steps, that is fused into the model. As in
-    diffusers, a guidance scale of at most 1 is none. Raises UserError for a model that is neither run nor SD3 pipeline.
+    `lora` is a LoRA file, or an export of one with its number of steps, that is fused into the model. A guidance scale of
+    at most 1 is none. Raises UserError for a model that is neither run nor pipeline of a known family.
     """
     from cdm_lightning.evaluation import SamplerSpec, generate
 
-    backbone, build_network, exported_for = open_run(model, lora) if is_run(model) else open_model(model, lora)
-    steps = steps or exported_for or STEPS
+    backbone, build_network, default = open_run(model, lora) if is_run(model) else open_model(model, lora)
+    steps = steps or default
     spec = SamplerSpec("sample", nfe=steps, guidance_scale=max(1.0, guidance_scale))
     place = choose_device(device)
     network = build_network().to(place)
     backbone.setup(place)
     return Samples(generate(backbone, network, spec, prompts, range(len(prompts)), seed, batch_size), steps)
-
-
-def choose_device(name: str) -> "torch.device":
-    """The device of that name, or CUDA if there is one for "auto"; UserError if it cannot be used here."""
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise UserError(f"--device {name} cannot be used here; pass cpu, or cuda where torch finds a GPU") from error
 
 
 def is_run(model: str) -> bool:
@@ -95,17 +82,30 @@ def open_run(model: str, lora: str | None) -> "Opened":
 
 
 def open_model(model: str, lora: str | None = None) -> "Opened":
-    """The backbone of a folder or hub id, in the sizes of an export, and the number of steps it was exported for.
+    """The backbone of a folder or hub id, how its network is made, and the number of steps of its call.
 
-    Sizes and steps are those of an export of a LoRA where `lora` is one.
+    Sizes and steps are those of an exported student, or of an exported LoRA where `lora` is one.
     """
-    from cdm_lightning.backbones.sd3 import SD3Backbone
-    from cdm_lightning.backbones.sd3_folder import read_call
+    from cdm_lightning.backbones.families import open_pipeline
 
-    call = read_call(SD3Backbone(model).folder if lora is None else Path(lora))
-    sizes = {name: call[name] for name in ("height", "width", "max_sequence_length") if name in call}
-    backbone = SD3Backbone(model, teacher_lora=lora, **sizes)
-    return backbone, backbone.build_teacher, call.get("num_inference_steps")
+    backbone, call = open_pipeline(model, lora=lora)
+    return (
+        backbone,
+        backbone.build_teacher,
+        call.get("num_inference_steps") or backbone.call_default("num_inference_steps"),
+    )
+
+
+def choose_device(name: str) -> "torch.device":
+    """The device of that name, or CUDA if there is one for "auto"; UserError if it cannot be used here."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise UserError(f"--device {name} cannot be used here; pass cpu, or cuda where torch finds a GPU") from error
 
 
 def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
@@ -159,11 +159,11 @@ def write_picture(picture: "Image", output: Path) -> None:
 def parser() -> argparse.ArgumentParser:
     """The command line's arguments."""
     made = argparse.ArgumentParser(prog="python -m cdm_lightning.sample", description="A labelled grid of pictures.")
-    made.add_argument("--model", required=True, metavar="FOLDER", help="export, run, SD3 pipeline or hub id")
-    made.add_argument("--lora", metavar="FOLDER", help="LoRA file or exported LoRA to add to an SD3 pipeline")
+    made.add_argument("--model", required=True, metavar="FOLDER", help="export, run, pipeline folder or hub id")
+    made.add_argument("--lora", metavar="FOLDER", help="LoRA file or exported LoRA to add to a pipeline")
     made.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     made.add_argument("--prompts-file", metavar="FILE", help="text file, one prompt a line, or .jsonl")
-    made.add_argument("--steps", type=int, metavar="N", help=f"default: what the folder was exported for, else {STEPS}")
+    made.add_argument("--steps", type=int, metavar="N", help="default: what the folder was exported for")
     made.add_argument("--guidance-scale", type=float, default=1.0, metavar="S", help="up to 1 is none (default: 1)")
     made.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default: 0)")
     made.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures at a time (default: 8)")

@@ -10,6 +10,7 @@ import os
 import platform
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import lightning as L
 from omegaconf import DictConfig, OmegaConf
 
+from cdm_lightning.backbones.base import Backbone
 from cdm_lightning.checkpoint import (
     IterationCheckpoint,
     StreamedCheckpointIO,
@@ -26,6 +28,8 @@ from cdm_lightning.checkpoint import (
     read_checkpoint,
 )
 from cdm_lightning.config import build, masked_command, plain, run_cli
+from cdm_lightning.data.datamodule import PromptDataModule
+from cdm_lightning.data.text_cache import StoredText, TextCacheSettings
 from cdm_lightning.errors import UserError
 
 CONFIG_FILE = "config.yaml"
@@ -43,8 +47,9 @@ FREE_KEYS = (
     "data.val",
     "data.val_batch_size",
     "data.val_prompts",
+    "text_cache",  # holds what the text encoders would give
 )
-FREE_ENDINGS = (".learning_rate.total",)  # follows max_steps
+FREE_ENDINGS = (".learning_rate.total", ".cache_folder")  # the first follows max_steps
 BOUND_KEYS = ("callbacks.ema",)
 UNFIT_WARNINGS = (
     ".*does not have many workers.*",  # reading a line of text needs none
@@ -73,9 +78,11 @@ def train(config: DictConfig) -> TrainResult:
     strategy, module, data = (build(config, key) for key in ("strategy", "module", "data"))
     checkpoint = build(config, "checkpoint")
     start = find_start(config, folder, checkpoint, module.fingerprint)
+    callbacks = build(config, "callbacks")
+    use_text_cache(build(config, "text_cache"), module.backbone, data, callbacks)
     trainer = build(config, "trainer")(
         strategy=strategy,
-        callbacks=[*build(config, "callbacks"), checkpoint],
+        callbacks=[*callbacks, checkpoint],
         logger=build(config, "logger"),
         plugins=[StreamedCheckpointIO()],
     )
@@ -83,6 +90,18 @@ def train(config: DictConfig) -> TrainResult:
     trainer.fit(module, data, ckpt_path=start, weights_only=True)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return TrainResult(folder, next(reversed(checkpoints_in(checkpoint.folder)), None), module.iteration, metrics)
+
+
+def use_text_cache(
+    settings: TextCacheSettings, backbone: Backbone, data: PromptDataModule, callbacks: Sequence[L.Callback]
+) -> None:
+    """Give the backbone the text cache, if there is to be one; UserError if it does not fit or lacks prompts."""
+    if settings.folder is None:
+        return
+    cache = StoredText(settings.folder, backbone.text_fingerprint)
+    generated = {type(callback).__name__: callback.prompts for callback in callbacks if hasattr(callback, "prompts")}
+    cache.require({"training": data.train, "validation": data.val, **generated}, settings.check_up_to)
+    backbone.use_text_cache(cache)
 
 
 def make_folder(folder: Path) -> Path:

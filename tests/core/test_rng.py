@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from cdm_lightning.core.rng import StepRandom, _hash, evaluation_noise, stream
+from cdm_lightning.core.rng import FeistelPermutation, StepRandom, _hash, evaluation_noise, permutation, stream
 
 
 def draws(rng: StepRandom) -> list[torch.Tensor]:
@@ -126,3 +126,44 @@ def test_normal_draws_have_the_normal_distribution():
     flat = draws.flatten(2)
     for one, two in ((flat[1:], flat[:-1]), (flat[:, 1:], flat[:, :-1]), (flat[..., 50:], flat[..., :50])):
         assert abs((one * two).mean()) < 4 / one.numel() ** 0.5
+
+
+# ---- orders that take no memory
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 1000, 1024, 1025])
+def test_a_computed_order_has_every_number_once(size):
+    order = FeistelPermutation(size, key=7)
+    assert sorted(order[place] for place in range(size)) == list(range(size))
+    assert len(order) == size
+    for outside in (-1, size):
+        with pytest.raises(IndexError):
+            order[outside]
+
+
+def test_computed_orders_differ_by_key_and_are_not_the_identity():
+    orders = [[FeistelPermutation(1000, key)[place] for place in range(1000)] for key in range(20)]
+    assert len({tuple(order) for order in orders}) == 20
+    fixed = sum(order[place] == place for order in orders for place in range(1000))
+    assert 5 <= fixed <= 45  # 20 expected of uniform orders, standard deviation 4.5
+
+
+def test_a_computed_order_looks_random():
+    size = 1 << 17
+    order = FeistelPermutation(size, key=3)
+    numbers = torch.tensor([order[place] for place in range(4096)]).double() / size
+    assert abs(numbers.mean() - 0.5) < 0.02  # standard error 0.0045
+    assert abs(torch.corrcoef(torch.stack([numbers[:-1], numbers[1:]]))[0, 1]) < 0.06  # 0.016
+    counts = torch.histc(numbers, 64, 0, 1)
+    assert ((counts - 64) ** 2 / 64).sum() < 120  # chi-square of 63 degrees of freedom: 103 is exceeded once in 1000
+
+
+def test_orders_depend_on_all_arguments_small_and_large():
+    for size in (50, 10_000_000):
+        base = [int(permutation(size, 1, "a", 2)[place]) for place in range(50)]
+        again = [int(permutation(size, 1, "a", 2)[place]) for place in range(50)]
+        others = [permutation(size, *arguments) for arguments in ((2, "a", 2), (1, "b", 2), (1, "a", 3))]
+        assert base == again
+        assert all([int(other[place]) for place in range(50)] != base for other in others)
+    assert isinstance(permutation(50, 1, "a"), torch.Tensor)
+    assert isinstance(permutation(10_000_000, 1, "a"), FeistelPermutation)

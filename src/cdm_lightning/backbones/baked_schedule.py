@@ -9,6 +9,7 @@ and the latter is q s^2 - (T - 1)(1 - q) s + (T - 1) = 0 for T training timestep
 """
 
 import math
+from collections.abc import Sequence
 
 from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -28,12 +29,15 @@ BEYOND_SHIFT = (
 )
 
 
-def require_static_shift(scheduler: FlowMatchEulerDiscreteScheduler, name: str) -> None:
-    """UserError if the scheduler of the pipeline `name` does more to a sigma than SD3's static shift."""
-    extra = [key for key in BEYOND_SHIFT if scheduler.config.get(key)]
+def require_known_shift(
+    scheduler: FlowMatchEulerDiscreteScheduler, name: str, family: str, allowed: Sequence[str] = ()
+) -> None:
+    """UserError if the scheduler of the pipeline `name` does more to a sigma than a static shift and what is `allowed`."""
+    extra = [key for key in BEYOND_SHIFT if scheduler.config.get(key) and key not in allowed]
     if extra:
+        known = " and ".join(["a static shift", *allowed])
         raise UserError(
-            f"the scheduler of {name} sets {', '.join(extra)}, SD3 is trained with a static shift alone; restore "
+            f"the scheduler of {name} sets {', '.join(extra)}, {family} is trained with {known} alone; restore "
             "scheduler/scheduler_config.json from the original pipeline"
         )
 

@@ -8,17 +8,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from cdm_lightning.core.flow import VelocityField
+from cdm_lightning.core.flow import VelocityField, plain_guidance
 from cdm_lightning.errors import UserError
 
-CheckpointFunction = Callable[
-    ..., Any
-]  # (block, *arguments) -> what the block returns, recomputed in the backward pass
+CheckpointFunction = Callable[..., Any]  # (block, *arguments) -> its result, recomputed in the backward pass
 Conditioning = dict[str, Tensor]  # what a network is told besides x and sigma: batch first, keys its backbone's own
 
 
@@ -32,9 +30,20 @@ def concat(conds: Sequence[Conditioning]) -> Conditioning:
     return {name: torch.cat([cond[name] for cond in conds]) for name in conds[0]}
 
 
+class TextCache(Protocol):
+    """Conditioning that was encoded before; `data.text_cache.StoredText` is one."""
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """The conditioning of B prompts; UserError for a prompt that is not there."""
+
+    def to(self, device: torch.device) -> None:
+        """Give conditioning on this device from here on."""
+
+
 class Backbone(ABC):
     """A family of pretrained flow models: its networks, text encoding, noise shift, latents and pipeline format."""
 
+    text_cache: TextCache | None = None  # see `use_text_cache`
     block_types: tuple[type[nn.Module], ...] = ()  # the repeated blocks: units of checkpointing and of sharding
     lora_targets: Mapping[str, tuple[str, ...]] = {}  # presets of LoRA targets: ends of the names of linear layers
     teacher_is_base: bool = True  # the teacher is the network of `build_base`: adapters off, it serves as one
@@ -48,6 +57,12 @@ class Backbone(ABC):
     @abstractmethod
     def image_size(self) -> tuple[int, int]:
         """(H, W) of an image, in pixels."""
+
+    def at(self, height: int, width: int) -> "Backbone":
+        """The same family and loaded parts for images of another size in pixels; UserError if that cannot be."""
+        if (height, width) == self.image_size:
+            return self
+        raise UserError(f"{type(self).__name__} makes images of {self.image_size} pixels only, not {(height, width)}")
 
     @property
     @abstractmethod
@@ -68,7 +83,23 @@ class Backbone(ABC):
 
     @abstractmethod
     def setup(self, device: torch.device) -> None:
-        """Load the frozen parts (text encoders, image codec) and move them to the device; may be called again."""
+        """Load the frozen parts (text encoders, image codec) and move them to the device; may be called again.
+
+        With a `text_cache`, that is moved and no text encoder is loaded.
+        """
+
+    @property
+    def text_fingerprint(self) -> dict[str, str]:
+        """All that `encode_prompts` depends on: hashes of text encoders and tokenizers by name, and settings, as texts.
+
+        Raises `UserError` for a family that has no text encoder whose work could be cached.
+        """
+        raise UserError(f"{type(self).__name__} has no text encoder to cache; leave text_cache.folder=null")
+
+    def use_text_cache(self, cache: TextCache) -> None:
+        """Take all conditioning from `cache` from here on; to be called before `setup`."""
+        self.text_cache = cache
+        self.encode_prompts = cache.encode  # an attribute of the object hides the method of its class
 
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
@@ -80,7 +111,21 @@ class Backbone(ABC):
 
     @abstractmethod
     def shift_sigmas(self, sigmas: Tensor) -> Tensor:
-        """Sigmas of any shape, moved towards noise as the family does; keeps 0 and 1."""
+        """Sigmas of any shape, moved towards noise as the family does, each for itself; keeps 0 and 1."""
+
+    def shift_steps(self, sigmas: Tensor) -> Tensor:
+        """Falling unshifted sigmas (..., K) of whole rollouts without their final 0, as the family's sampler runs them.
+
+        `shift_sigmas`, but for a family whose scheduler also stretches a rollout to a fixed last sigma.
+        """
+        return self.shift_sigmas(sigmas)
+
+    def guide(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+        """The velocity (B, C, H, W) that the family's pipeline makes of a conditional and an unconditional one.
+
+        Scale 1 is no guidance, whatever the pipeline calls it. For evaluation only: the objective has its own.
+        """
+        return plain_guidance(cond, uncond, scale)
 
     @abstractmethod
     def decode_latents(self, x0: Tensor) -> Tensor:

@@ -15,6 +15,13 @@ from cdm_lightning.errors import UserError
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # diffusers' name for it
 ADAPTER = "fused"
+JOINT_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+JOINT_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+
+
+def presets(attention: tuple[str, ...], feed_forward: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """The LoRA targets that every family names, as ends of the names of its linear layers."""
+    return {"attention": attention, "attention_feed_forward": attention + feed_forward}
 
 
 def write_lora_file(family: type[DiffusionPipeline], tensors: Mapping[str, Tensor], folder: Path) -> Path:
@@ -102,7 +109,7 @@ def fused_network(
     family: type[DiffusionPipeline],
     load: Callable[[torch.dtype], nn.Module],
     skeleton: Callable[[], nn.Module],
-    path: str,
+    path: str | Path,
     scale: float,
     dtype: torch.dtype,
 ) -> nn.Module:

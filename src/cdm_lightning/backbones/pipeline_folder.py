@@ -1,5 +1,6 @@
 """Finding a diffusers pipeline, on disk or on the Hugging Face hub, and saying in one line what is wrong with it."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -7,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -25,22 +27,39 @@ def locate_pipeline(
     pretrained: str, revision: str | None, family: type[DiffusionPipeline], parts: Sequence[str]
 ) -> Path:
     """Local folder of `pretrained`, a folder or hub id; UserError unless it is a `family` pipeline with all `parts`."""
+    folder = locate_index(
+        pretrained, revision
+    )  # the index first: another family is refused before gigabytes are fetched
+    check_index(folder, pretrained, family, parts)
+    if Path(pretrained).expanduser().is_dir():
+        return folder
+    with downloading(pretrained):
+        return Path(family.download(pretrained, revision=revision))
+
+
+def pipeline_class_name(pretrained: str, revision: str | None) -> str | None:
+    """The class that the index of a folder or hub id names; UserError if there is no index."""
+    return read_index(locate_index(pretrained, revision), pretrained).get("_class_name")
+
+
+def locate_index(pretrained: str, revision: str | None) -> Path:
+    """The local folder, or that of the hub's cache with at least the index of a hub id; UserError if it is neither."""
     folder = Path(pretrained).expanduser()
     if folder.is_dir():
-        check_index(folder, pretrained, family, parts)
         return folder
     if folder.exists():
         raise UserError(f"{pretrained} is a file, not a pipeline folder; pass the folder that holds {INDEX}")
     if not HUB_ID.fullmatch(pretrained):
         raise UserError(f"the folder {pretrained} does not exist; pass a pipeline folder or a hub id (owner/name)")
-    return download_pipeline(pretrained, revision, family, parts)
+    with downloading(pretrained):
+        return Path(snapshot_download(pretrained, revision=revision, allow_patterns=[INDEX]))
 
 
-def download_pipeline(hub_id: str, revision: str | None, family: type[DiffusionPipeline], parts: Sequence[str]) -> Path:
-    """Folder of the hub's cache; the index comes first, so another family is refused before gigabytes are fetched."""
+@contextmanager
+def downloading(hub_id: str) -> Iterator[None]:
+    """Turn the libraries' errors about a download into one UserError."""
     try:
-        check_index(Path(snapshot_download(hub_id, revision=revision, allow_patterns=[INDEX])), hub_id, family, parts)
-        return Path(family.download(hub_id, revision=revision))
+        yield
     except (OSError, ValueError) as error:
         raise UserError(
             f"{hub_id} is no local folder and cannot be fetched from the Hugging Face hub ({first_line(error)}); where"
@@ -48,20 +67,43 @@ def download_pipeline(hub_id: str, revision: str | None, family: type[DiffusionP
         ) from error
 
 
-def check_index(folder: Path, name: str, family: type[DiffusionPipeline], parts: Sequence[str]) -> None:
-    """UserError unless the index in `folder`, called `name`, is that of a `family` pipeline with all `parts`."""
+def read_index(folder: Path, name: str) -> dict[str, Any]:
+    """The index in `folder`, called `name`; UserError if it is missing or broken."""
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{name} is no diffusers pipeline: it has no {INDEX}; pass the pipeline's top folder") from None
     except ValueError as error:
         raise UserError(f"{name}/{INDEX} cannot be read ({first_line(error)}); copy the pipeline again") from error
-    found = index.get("_class_name") if isinstance(index, dict) else None
+    return index if isinstance(index, dict) else {}
+
+
+def check_index(folder: Path, name: str, family: type[DiffusionPipeline], parts: Sequence[str]) -> None:
+    """UserError unless the index in `folder`, called `name`, is that of a `family` pipeline with all `parts`."""
+    index = read_index(folder, name)
+    found = index.get("_class_name")
     if found != family.__name__:
         raise UserError(f"{name} holds a {found}, not a {family.__name__}; choose the backbone of its family")
     absent = [part for part in parts if not (index.get(part) or [None])[0]]
     if absent:
         raise UserError(f"{name} lacks {', '.join(absent)}; pass a complete {family.__name__}")
+
+
+def hash_part(folder: Path) -> str:
+    """Hash of the names and contents of a part's files, but for half-precision twins; UserError if it has none.
+
+    Everything is read: one to two seconds for each gigabyte.
+    """
+    twin = re.compile(r"\.(fp16|bf16)[.-]")
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not twin.search(path.name))
+    if not files:
+        raise UserError(f"{folder} holds no files; copy the pipeline again")
+    whole = hashlib.blake2b(digest_size=8)
+    for path in files:
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, hashlib.blake2b).digest()
+        whole.update(path.relative_to(folder).as_posix().encode() + b"\0" + content)
+    return whole.hexdigest()
 
 
 def copy_parts(source: Path, target: Path, without: Sequence[str]) -> None:

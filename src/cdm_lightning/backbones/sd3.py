@@ -1,49 +1,41 @@
 """Stable Diffusion 3 and 3.5: diffusers' own classes behind the `Backbone` interface.
 
 Shapes: B batch, (C, h, w) latent, N text tokens (CLIP then T5), D their width, P width of the pooled text.
-What the stock pipeline does is asked of the stock pipeline: it encodes prompts, its scheduler shifts sigmas, its image
-processor maps pixels. Training therefore sees what `pipe(prompt)` will see.
 """
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.models.attention import JointTransformerBlock
 from torch import Tensor, nn
 
-from cdm_lightning.backbones.baked_schedule import UNBAKED, require_static_shift
-from cdm_lightning.backbones.base import Backbone, CheckpointFunction, Conditioning
+from cdm_lightning.backbones.baked_schedule import bake
+from cdm_lightning.backbones.base import Conditioning
 from cdm_lightning.backbones.compact_text import use_compact_padding
-from cdm_lightning.backbones.lora_file import fused_network, locate_lora
-from cdm_lightning.backbones.pipeline_folder import loading, locate_pipeline
-from cdm_lightning.backbones.sd3_folder import write_lora, write_pipeline
+from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone
+from cdm_lightning.backbones.lora_file import JOINT_ATTENTION, JOINT_FEED_FORWARD, presets
+from cdm_lightning.backbones.pipeline_settings import shared_property
 from cdm_lightning.backbones.sd3_text import PromptEncoder
-from cdm_lightning.errors import UserError
 
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
-PARTS = ("transformer", "scheduler", "vae", *TEXT_PARTS)
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class SD3Backbone(Backbone):
+class SD3Backbone(PipelineBackbone):
     """A `StableDiffusion3Pipeline`, from a local folder or a hub id; nothing is read before it is needed.
 
-    `height`, `width` are pixels (default: the pipeline's own). `compact_text=k` folds T5 padding after the first k T5
-    tokens (see `compact_text.py`); None is the stock path. `teacher_dtype` is the dtype of the frozen teacher,
-    `text_dtype` that of the text encoders; the trained network and the VAE are float32. `teacher_lora` is a LoRA of your
-    own (safetensors file or folder), fused into the pretrained network `teacher_lora_scale` times: teacher, student and
-    fake score all start from the sum. UserError for a dtype, length or LoRA file that cannot be.
+    The arguments are those of `PipelineBackbone`, and `compact_text=k` folds T5 padding after the first k T5 tokens (see
+    `compact_text.py`); None is the stock path.
     """
 
+    title = "SD3"
+    pipeline_class = StableDiffusion3Pipeline
+    transformer_class = SD3Transformer2DModel
     block_types = (JointTransformerBlock,)
-    lora_targets = {"attention": ATTENTION, "attention_feed_forward": ATTENTION + FEED_FORWARD}  # noqa: RUF012
+    lora_targets = presets(JOINT_ATTENTION, JOINT_FEED_FORWARD)
+    parts = ("transformer", "scheduler", "vae", *TEXT_PARTS)
+    shift_options = ()
+    codec_needs = ("tokenizer",)  # it says how many tokens CLIP gives
 
     def __init__(
         self,
@@ -58,110 +50,34 @@ class SD3Backbone(Backbone):
         teacher_lora: str | None = None,
         teacher_lora_scale: float = 1.0,
     ) -> None:
-        if not 1 <= max_sequence_length <= 512:
-            raise UserError(f"max_sequence_length={max_sequence_length}: SD3 takes 1 to 512 T5 tokens")
-        self.pretrained = str(pretrained)
-        self.revision = revision
-        self.height = height
-        self.width = width
-        self.max_sequence_length = max_sequence_length
+        sizes, dtypes = (height, width, max_sequence_length), (teacher_dtype, text_dtype)
+        super().__init__(pretrained, revision, *sizes, *dtypes, teacher_lora, teacher_lora_scale)
         self.compact_text = compact_text
-        self.teacher_dtype = dtype_of("teacher_dtype", teacher_dtype)
-        self.text_dtype = dtype_of("text_dtype", text_dtype)
-        self.teacher_lora = None if teacher_lora is None else str(locate_lora(teacher_lora))
-        self.teacher_lora_scale = teacher_lora_scale
 
-    # ---- what the folder says, before any weight is read
-
-    @cached_property
-    def folder(self) -> Path:
-        """The pipeline's folder on this machine, downloaded if `pretrained` is a hub id; UserError if it is unfit."""
-        return locate_pipeline(self.pretrained, self.revision, StableDiffusion3Pipeline, PARTS)
-
-    @cached_property
-    def network_config(self) -> dict:
-        """Arguments of the transformer's constructor."""
-        with loading(self.folder / "transformer"):
-            config = SD3Transformer2DModel.load_config(self.folder, subfolder="transformer")
-        return {key: value for key, value in config.items() if not key.startswith("_")}
-
-    @cached_property
-    def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
-        """The scheduler that the pipeline was trained with; an exported folder keeps it beside the baked one."""
-        subfolder = UNBAKED if (self.folder / UNBAKED).is_dir() else "scheduler"
-        with loading(self.folder / subfolder):
-            scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(self.folder, subfolder=subfolder)
-        require_static_shift(scheduler, self.pretrained)
-        return scheduler
-
-    @cached_property
-    def vae_factor(self) -> int:
-        """Pixels per latent along one side."""
-        with loading(self.folder / "vae"):
-            config = AutoencoderKL.load_config(self.folder, subfolder="vae")
-        return 2 ** (len(config["block_out_channels"]) - 1)
+    # ---- sizes
 
     @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels; UserError if the transformer cannot cut them into patches."""
-        native = self.network_config["sample_size"] * self.vae_factor
-        unit = self.network_config["patch_size"] * self.vae_factor
-        largest = self.network_config["pos_embed_max_size"] * unit
-        for name, side in (("height", self.height), ("width", self.width)):
-            if side is not None and (side % unit or not 0 < side <= largest):
-                raise UserError(
-                    f"{name}={side} does not fit {self.pretrained}: use a multiple of {unit} up to {largest}"
-                )
-        return self.height or native, self.width or native
+    def patch(self) -> int:
+        """Latents per token along one side."""
+        return self.network_config["patch_size"]
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w)."""
-        height, width = self.image_size
-        return self.network_config["in_channels"], height // self.vae_factor, width // self.vae_factor
+    def native_side(self) -> int:
+        """Pixels along one side where no size is asked for."""
+        return self.network_config["sample_size"] * self.vae_factor
 
     @property
-    def fingerprint(self) -> str:
-        """Family and a hash of the transformer's configuration: networks with equal fingerprints exchange weights."""
-        config = json.dumps(self.network_config, sort_keys=True)
-        return f"sd3-{hashlib.blake2b(config.encode(), digest_size=8).hexdigest()}"
+    def largest_side(self) -> int:
+        """The most pixels along one side: the network has a table of positions."""
+        return self.network_config["pos_embed_max_size"] * self.patch * self.vae_factor
 
     # ---- networks
 
-    def build_network(self) -> nn.Module:
-        """The pretrained transformer, float32 and trainable; the same at every call."""
-        return self._load_network(torch.float32).requires_grad_(True).train()
-
-    def build_teacher(self) -> nn.Module:
-        """The pretrained transformer, frozen, in `teacher_dtype`."""
-        return self._load_network(self.teacher_dtype).requires_grad_(False).eval()
-
-    def _load_network(self, dtype: torch.dtype) -> SD3Transformer2DModel:
-        if self.teacher_lora is None:
-            network = self._load_pretrained(dtype)
-        else:
-            sizes = (self.teacher_lora, self.teacher_lora_scale, dtype)
-            network = fused_network(StableDiffusion3Pipeline, self._load_pretrained, self._skeleton, *sizes)
+    def _load_network(self, dtype: torch.dtype) -> nn.Module:
+        network = super()._load_network(dtype)
         if self.compact_text is not None:
-            use_compact_padding(network, self._text.full_length)
+            use_compact_padding(network, self._codec.tokenizer_max_length + self.max_sequence_length)
         return network
-
-    def _skeleton(self) -> SD3Transformer2DModel:
-        return SD3Transformer2DModel(**self.network_config)
-
-    def _load_pretrained(self, dtype: torch.dtype) -> SD3Transformer2DModel:
-        where = self.folder / "transformer"
-        with loading(where):
-            network, report = SD3Transformer2DModel.from_pretrained(
-                self.folder, subfolder="transformer", dtype=dtype, output_loading_info=True
-            )
-        if report["missing_keys"]:  # diffusers would fill them with random numbers
-            raise UserError(f"{where} lacks the weights {report['missing_keys'][0]}; copy the folder again")
-        return network
-
-    def enable_gradient_checkpointing(self, network: nn.Module, function: CheckpointFunction | None = None) -> None:
-        """Recompute each block in the backward pass."""
-        network.enable_gradient_checkpointing(function)
 
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """x (B, C, h, w), sigma (B,) -> velocity (B, C, h, w) float32; the timestep stays float32, never rounded."""
@@ -175,76 +91,33 @@ class SD3Backbone(Backbone):
         )[0]
         return output.float()
 
-    def shift_sigmas(self, sigmas: Tensor) -> Tensor:
-        """Unshifted sigmas of any shape -> what the scheduler makes of them, float32, same shape and device."""
-        self.scheduler.set_timesteps(sigmas=sigmas.detach().to("cpu", torch.float32).flatten().numpy())
-        return self.scheduler.sigmas[:-1].reshape(sigmas.shape).to(sigmas.device)
+    def exported_scheduler(self, nfe: int) -> FlowMatchEulerDiscreteScheduler:
+        """One with the student's sigmas baked in: the pipeline's plain call lets the scheduler space its steps."""
+        return bake(self.scheduler, nfe)
 
-    # ---- frozen parts
+    # ---- text
 
-    @cached_property
-    def _pipeline(self) -> StableDiffusion3Pipeline:
-        """Text encoders and VAE, frozen and in eval mode (T5 has dropout); the transformer is not part of it."""
-        with loading(self.folder):
-            pipeline = StableDiffusion3Pipeline.from_pretrained(
-                self.folder, transformer=None, dtype={"vae": torch.float32, "default": self.text_dtype}
-            )
-        for part in pipeline.components.values():
-            if isinstance(part, nn.Module):
-                part.eval().requires_grad_(False)
-        return pipeline
-
-    @cached_property
+    @shared_property
     def _text(self) -> PromptEncoder:
         return self._new_prompt_encoder()
 
     def _new_prompt_encoder(self) -> PromptEncoder:
-        return PromptEncoder(self._pipeline, self.max_sequence_length, self.compact_text, name=self.pretrained)
+        return PromptEncoder(self._text_parts, self.max_sequence_length, self.compact_text, name=self.pretrained)
 
     def setup(self, device: torch.device) -> None:
-        """Load text encoders and VAE onto `device`; UserError where `compact_text` is asked for and cannot be."""
-        self._pipeline.to(device)
-        self._text = self._new_prompt_encoder()  # the old one's empty prompt lies on the old device
+        """Load VAE and, without a text cache, text encoders onto `device`; UserError for `compact_text` that cannot be."""
+        super().setup(device)
+        if self.text_cache is None:
+            self._text = self._new_prompt_encoder()  # the old one's empty prompt lies on the old device
+
+    @property
+    def text_fingerprint(self) -> dict[str, str]:
+        """Hashes of the text encoders and tokenizers, and the settings of text encoding."""
+        return super().text_fingerprint | {"compact_text": str(self.compact_text)}
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Texts -> {"prompt_embeds": (B, N, D), "pooled": (B, P)} float32; "" is the unconditional prompt."""
         return self._text.encode(prompts)
 
-    # ---- images
-
-    @torch.no_grad()
-    def decode_latents(self, x0: Tensor) -> Tensor:
-        """x0 (B, C, h, w) -> images (B, 3, H, W) in [0, 1], by the arithmetic of the stock pipeline."""
-        vae = self._pipeline.vae
-        latents = (x0.float() / vae.config.scaling_factor) + vae.config.shift_factor
-        return self._pipeline.image_processor.postprocess(vae.decode(latents, return_dict=False)[0], output_type="pt")
-
-    @torch.no_grad()
-    def encode_images(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) in [0, 1] -> x0 (B, C, h, w): the mean of the VAE's posterior, scaled and shifted."""
-        vae = self._pipeline.vae
-        latents = vae.encode(images.float() * 2 - 1).latent_dist.mode()
-        return (latents - vae.config.shift_factor) * vae.config.scaling_factor
-
-    def save_pipeline(self, network: nn.Module, folder: Path, nfe: int, model_card: str) -> None:
-        """Write a `StableDiffusion3Pipeline` whose plain call with `nfe` steps is this network on its own sigmas."""
-        write_pipeline(self.folder, network, self.scheduler, Path(folder), nfe, model_card, self._call_sizes())
-
-    def save_lora(self, tensors: Mapping[str, Tensor], folder: Path, nfe: int, model_card: str) -> None:
-        """Write a file for `load_lora_weights`, the schedule that it was trained for, and how to use both."""
-        own = None if self.teacher_lora is None else (Path(self.teacher_lora).name, self.teacher_lora_scale)
-        write_lora(tensors, self.scheduler, Path(folder), nfe, model_card, self._call_sizes(), own)
-
-    def _call_sizes(self) -> dict[str, int]:
-        """What a call must be told besides the prompt where the pipeline's default is not what was trained."""
-        sizes = {} if self.max_sequence_length == 256 else {"max_sequence_length": self.max_sequence_length}
-        if (self.height, self.width) != (None, None):
-            sizes["height"], sizes["width"] = self.image_size
-        return sizes
-
-
-def dtype_of(argument: str, name: str) -> torch.dtype:
-    """The dtype of that name; UserError for another than `DTYPES`."""
-    if name not in DTYPES:
-        raise UserError(f"{argument} must be one of {', '.join(DTYPES)}, got {name!r}")
-    return DTYPES[name]
+    def _encode(self, prompts: list[str]) -> Conditioning:
+        return self._text.encode(prompts)

@@ -17,6 +17,7 @@ class LadderReport(L.Callback):
 
     def __init__(self, evaluation: LadderEvaluation, export_folder: str = "student", export_nfe: int = 4) -> None:
         self.evaluation, self.export_folder, self.export_nfe = evaluation, export_folder, export_nfe
+        self.prompts = evaluation.prompts  # a text cache must hold them
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a folder that the export would refuse hours later."""

@@ -68,13 +68,19 @@ class FunctionField(VelocityField):
         return self if same else None
 
 
+def plain_guidance(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance u + scale (c - u) of velocities (B, *); scale 1 is none."""
+    return uncond + scale * (cond - uncond)
+
+
 @dataclass(frozen=True)
 class GuidedField(VelocityField):
-    """Classifier-free guidance u + scale (c - u), both halves in one network call; at scale 1 only `cond` is called."""
+    """Classifier-free guidance by `guide`, both halves in one network call; at scale 1 only `cond` is called."""
 
     cond: VelocityField
     uncond: VelocityField
     scale: float
+    guide: Callable[[Tensor, Tensor, float], Tensor] = plain_guidance
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """The guided velocity (B, *) at x (B, *) and sigma (B,)."""
@@ -82,11 +88,11 @@ class GuidedField(VelocityField):
             return self.cond(x, sigma)
         # unconditional half first, as the pipelines of diffusers do: the order decides the float rounding of a batch
         uncond, cond = evaluate_together([(self.uncond, x, sigma), (self.cond, x, sigma)])
-        return uncond + self.scale * (cond - uncond)
+        return self.guide(cond, uncond, self.scale)
 
     def select(self, rows: Tensor) -> VelocityField:
         """The guided field of the samples `rows` (M,)."""
-        return GuidedField(self.cond.select(rows), self.uncond.select(rows), self.scale)
+        return GuidedField(self.cond.select(rows), self.uncond.select(rows), self.scale, self.guide)
 
 
 def predict_x0(field: VelocityField, x: Tensor, sigma: Tensor) -> Tensor:

@@ -15,11 +15,55 @@ from torch import Tensor
 
 GAMMA, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # the constants of SplitMix64
 ELEMENTS = 1 << 32  # a slot's share of the sequence
+SHUFFLED_IN_MEMORY = 1 << 16  # orders of more than this many numbers are computed one by one
+ROUNDS = 4  # of the Feistel network: what Luby and Rackoff (1988) need for a strong pseudo-random permutation
 
 
 def stream(seed: int, purpose: str, *key: int) -> torch.Generator:
     """A CPU generator that depends on all of the arguments, through the 32 bits that torch keeps of a seed."""
     return torch.Generator().manual_seed(_hash(seed, purpose, *key) % (1 << 32))
+
+
+def permutation(size: int, seed: int, purpose: str, *key: int) -> "Tensor | FeistelPermutation":
+    """An order of 0..size-1 that depends on all of the arguments; `[place]` is the number at a place.
+
+    Up to 2^16 numbers are shuffled in memory, every order equally likely; beyond it none is held (`FeistelPermutation`).
+    """
+    if size <= SHUFFLED_IN_MEMORY:
+        return torch.randperm(size, generator=stream(seed, purpose, *key))
+    return FeistelPermutation(size, _hash(seed, purpose, *key))
+
+
+class FeistelPermutation:
+    """A pseudo-random order of 0..size-1 that takes no memory: each number is computed from its place.
+
+    A Feistel network permutes the numbers of the next even count of bits; a number beyond `size` is permuted again until
+    it lies below ("cycle walking": Black and Rogaway, 2002), fewer than four times on average.
+    """
+
+    def __init__(self, size: int, key: int) -> None:
+        self.size = size
+        self._half = max(1, ((size - 1).bit_length() + 1) // 2)
+        self._keys = [_mixed(key + number * GAMMA) for number in range(1, ROUNDS + 1)]
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, place: int) -> int:
+        """The number at `place`; IndexError outside 0..size-1."""
+        if not 0 <= place < self.size:
+            raise IndexError(f"place {place} of {self.size}")
+        number = self._network(place)
+        while number >= self.size:
+            number = self._network(number)
+        return number
+
+    def _network(self, number: int) -> int:
+        mask = (1 << self._half) - 1
+        left, right = number >> self._half, number & mask
+        for key in self._keys:
+            left, right = right, left ^ (_mixed(key + right * GAMMA) & mask)
+        return left << self._half | right
 
 
 class StepRandom:
@@ -70,6 +114,14 @@ def _hash(seed: int, purpose: str, *key: int) -> int:
     """64 bits."""
     text = repr((int(seed), purpose, *map(int, key)))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def _mixed(value: int) -> int:
+    """The 64 random bits of SplitMix64 at this state."""
+    value &= (1 << 64) - 1
+    value = (value ^ value >> 30) * MIX_1 & (1 << 64) - 1
+    value = (value ^ value >> 27) * MIX_2 & (1 << 64) - 1
+    return value ^ value >> 31
 
 
 def _signed(value: int) -> int:

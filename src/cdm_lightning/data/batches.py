@@ -1,13 +1,15 @@
 """Which prompts make up batch n: a function of (seed, n), so that a run can go on anywhere without a saved position."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from cdm_lightning.core.rng import stream
+from cdm_lightning.core.rng import permutation
+
+Order = Callable[[int], int]  # position in the endless stream of all ranks -> number of the prompt
 
 
 class PromptBatch(NamedTuple):
@@ -38,20 +40,41 @@ class DrawnPrompts(Dataset):
         return self.prompts[draw.prompt], draw.key
 
 
+class ShuffledEpochs:
+    """The order that deals out the prompts 0..size-1 in epochs, each in its own random order: a function of `seed`, `key`."""
+
+    def __init__(self, size: int, seed: int, *key: int) -> None:
+        self.size, self.seed, self.key = size, seed, key
+        self._epoch, self._numbers = 0, permutation(size, seed, "prompt_order", 0, *key)
+
+    def __call__(self, position: int) -> int:
+        """The prompt at `position`, counted from 0."""
+        epoch, place = divmod(position, self.size)
+        if epoch != self._epoch:
+            self._epoch, self._numbers = epoch, permutation(self.size, self.seed, "prompt_order", epoch, *self.key)
+        return int(self._numbers[place])
+
+
 class EndlessBatches(Sampler):
     """Batches `start`, `start + 1`, ... without end, each a list of `batch_size` draws of this rank.
 
-    The prompts are dealt out in epochs, each in its own random order; a batch may span two epochs. Together the ranks
+    The `size` prompts come in `order`, by default in shuffled epochs; a batch may span two of them. Together the ranks
     take `world_size * batch_size` consecutive prompts a batch, so the global batch is the same for each split of it
     over ranks.
     """
 
     def __init__(
-        self, size: int, batch_size: int, seed: int, start: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        size: int,
+        batch_size: int,
+        seed: int,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        order: Order | None = None,
     ) -> None:
-        self.size, self.batch_size, self.seed, self.start = size, batch_size, seed, start
-        self.rank, self.world_size = rank, world_size
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+        self.batch_size, self.start, self.rank, self.world_size = batch_size, start, rank, world_size
+        self.prompt_at = order or ShuffledEpochs(size, seed)
 
     def __iter__(self) -> Iterator[list[Draw]]:
         batch = self.start
@@ -64,14 +87,6 @@ class EndlessBatches(Sampler):
         first = number * self.batch_size * self.world_size
         slots = range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         return [Draw(self.prompt_at(first + slot), slot) for slot in slots]
-
-    def prompt_at(self, position: int) -> int:
-        """Prompt at `position` of the endless stream of all ranks."""
-        epoch, place = divmod(position, self.size)
-        if epoch != self._epoch:
-            generator = stream(self.seed, "prompt_order", epoch)
-            self._epoch, self._order = epoch, torch.randperm(self.size, generator=generator)
-        return int(self._order[place])
 
 
 def evaluation_batches(size: int, batch_size: int) -> list[list[Draw]]:

@@ -1,14 +1,14 @@
 """The prompts of a run: an endless stream for training and a fixed list for validation."""
 
+import sys
+
 import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
 from cdm_lightning.data.batches import DrawnPrompts, EndlessBatches, PromptBatch, collate, evaluation_batches
-from cdm_lightning.data.prompts import PromptFile, PromptList
+from cdm_lightning.data.prompts import Prompts
 from cdm_lightning.errors import UserError
-
-Prompts = PromptFile | PromptList
 
 
 class PromptDataModule(L.LightningDataModule):
@@ -36,11 +36,23 @@ class PromptDataModule(L.LightningDataModule):
         if min(self.batch_size, self.val_batch_size, self.val_prompts) < 1:
             raise UserError("data: batch_size, val_batch_size and val_prompts must be at least 1")
 
+    def prepare_data(self) -> None:
+        """Say once what was left out of the sets and what is mixed."""
+        for name, prompts in (("training", self.train), ("validation", self.val)):
+            if prompts.summary:
+                print(f"{name} prompts: {prompts.summary}", file=sys.stderr, flush=True)
+
     def train_dataloader(self) -> DataLoader:
         """Loader that never ends; its first batch is the one that follows the iterations already done."""
         trainer = self.trainer
         batches = EndlessBatches(
-            len(self.train), self.batch_size, self.seed, trainer.global_step, trainer.global_rank, trainer.world_size
+            len(self.train),
+            self.batch_size,
+            self.seed,
+            start=trainer.global_step,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            order=self.train.order(self.seed),
         )
         return self._loader(self.train, batches, self.num_workers)
 

@@ -1,0 +1,210 @@
+"""What all families of diffusers pipelines have in common; a family adds its classes, its call and its text.
+
+Shapes: B batch, (C, h, w) latent. What the stock pipeline does is asked of the stock pipeline: it encodes prompts, its
+scheduler shifts sigmas, its image processor maps pixels. Training therefore sees what `pipe(prompt)` will see.
+"""
+
+import sys
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from torch import Tensor, nn
+
+from cdm_lightning.backbones.base import CheckpointFunction, Conditioning
+from cdm_lightning.backbones.lora_file import fused_network
+from cdm_lightning.backbones.pipeline_folder import hash_part, loading
+from cdm_lightning.backbones.pipeline_settings import PipelineSettings, shared_property
+from cdm_lightning.backbones.student_folder import OwnLoRA, StudentCall, write_lora, write_pipeline
+from cdm_lightning.core.schedules import inference_sigmas
+from cdm_lightning.errors import UserError
+
+
+class PipelineBackbone(PipelineSettings):
+    """A text-to-image pipeline of diffusers, from a local folder or a hub id; nothing is read before it is needed.
+
+    The arguments are those of `PipelineSettings`.
+    """
+
+    codec_needs: ClassVar[tuple[str, ...]] = ()  # text parts without which the pipeline's class cannot be made
+    unguided: ClassVar[Mapping[str, Any]] = {"guidance_scale": 1.0}  # what the plain call needs to call once a step
+    notes: ClassVar[tuple[str, ...]] = ("`guidance_scale` is 0 or 1: one network call a step.",)  # in the model card
+
+    # ---- networks
+
+    def build_network(self) -> nn.Module:
+        """The pretrained transformer, float32 and trainable; the same at every call."""
+        return self._load_network(torch.float32).requires_grad_(True).train()
+
+    def build_teacher(self) -> nn.Module:
+        """The pretrained transformer, frozen, in `teacher_dtype`."""
+        return self._load_network(self.teacher_dtype).requires_grad_(False).eval()
+
+    def _load_network(self, dtype: torch.dtype) -> nn.Module:
+        if self.teacher_lora is None:
+            return self._load_pretrained(dtype)
+        sizes = (self.teacher_lora, self.teacher_lora_scale, dtype)
+        return fused_network(self.pipeline_class, self._load_pretrained, self._skeleton, *sizes)
+
+    def _skeleton(self) -> nn.Module:
+        return self.transformer_class(**self.network_config)
+
+    def _load_pretrained(self, dtype: torch.dtype) -> nn.Module:
+        where = self.folder / "transformer"
+        with loading(where):
+            network, report = self.transformer_class.from_pretrained(
+                self.folder, subfolder="transformer", dtype=dtype, output_loading_info=True
+            )
+        if report["missing_keys"]:  # diffusers would fill them with random numbers
+            raise UserError(f"{where} lacks the weights {report['missing_keys'][0]}; copy the folder again")
+        return network
+
+    def enable_gradient_checkpointing(self, network: nn.Module, function: CheckpointFunction | None = None) -> None:
+        """Recompute each block in the backward pass, by torch or by a `function` given."""
+        network.enable_gradient_checkpointing(function)
+
+    # ---- sigmas
+
+    def shift_sigmas(self, sigmas: Tensor) -> Tensor:
+        """Unshifted sigmas of any shape -> what the scheduler makes of each, float32, same shape and device."""
+        given = sigmas.detach().to("cpu", torch.float32).flatten().numpy()
+        with np.errstate(divide="ignore"):  # the dynamic shift divides by sigma, and comes out right at 0
+            self._shift.set_timesteps(sigmas=given, mu=self._mu)
+        return self._shift.sigmas[:-1].reshape(sigmas.shape).to(sigmas.device)
+
+    def shift_steps(self, sigmas: Tensor) -> Tensor:
+        """Falling sigmas (..., K) of whole rollouts -> what the scheduler runs, each rollout ending at its terminal sigma.
+
+        That of a single step is left alone: the scheduler would divide 0 by 0.
+        """
+        shifted, terminal = self.shift_sigmas(sigmas), self.scheduler.config.shift_terminal
+        if not terminal or not shifted.numel():
+            return shifted
+        scale = (1 - shifted[..., -1:]) / (1 - terminal)
+        return torch.where(scale > 0, 1 - (1 - shifted) / scale, shifted)
+
+    @shared_property
+    def _shift(self) -> FlowMatchEulerDiscreteScheduler:
+        """The scheduler without the terminal sigma, which would make a sigma depend on its neighbours."""
+        return FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config, shift_terminal=None)
+
+    @property
+    def _mu(self) -> float | None:
+        """The strength of a dynamic shift, which follows the image size, by the function that the pipeline uses."""
+        config, (_, height, width) = self.scheduler.config, self.latent_shape
+        if not config.use_dynamic_shifting:
+            return None
+        tokens = (height // self.patch) * (width // self.patch)
+        bounds = (config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
+        return sys.modules[self.pipeline_class.__module__].calculate_shift(tokens, *bounds)
+
+    # ---- frozen parts
+
+    @shared_property
+    def _codec(self) -> DiffusionPipeline:
+        """Image codec and processor, without the text encoders."""
+        return self._load_parts(part for part in self.text_parts if part not in self.codec_needs)
+
+    @shared_property
+    def _text_parts(self) -> DiffusionPipeline:
+        """Text encoders and tokenizers, without the image codec."""
+        return self._load_parts(["vae"])
+
+    def _load_parts(self, without: Iterable[str]) -> DiffusionPipeline:
+        """The pipeline with neither transformer nor the parts `without`, frozen and in eval mode (T5 has dropout)."""
+        left_out = dict.fromkeys(["transformer", *without])
+        with loading(self.folder):
+            pipeline = self.pipeline_class.from_pretrained(
+                self.folder, dtype={"vae": torch.float32, "default": self.text_dtype}, **left_out
+            )
+        for part in pipeline.components.values():
+            if isinstance(part, nn.Module):
+                part.eval().requires_grad_(False)
+        return pipeline
+
+    def setup(self, device: torch.device) -> None:
+        """Load the image codec and, without a text cache, the text encoders onto `device`."""
+        self._codec.to(device)
+        if self.text_cache is not None:
+            self.text_cache.to(device)
+            return
+        self._text_parts.to(device)
+        self.shared.pop("_unconditional", None)  # it lies on the old device
+
+    @property
+    def text_parts(self) -> tuple[str, ...]:
+        """Text encoders, tokenizers and processors."""
+        return tuple(part for part in self.parts if part not in ("transformer", "scheduler", "vae"))
+
+    @property
+    def text_fingerprint(self) -> dict[str, str]:
+        """Hashes of the text encoders and tokenizers, and the settings of text encoding."""
+        settings = {
+            "max_sequence_length": str(self.max_sequence_length),
+            "text_dtype": str(self.text_dtype).removeprefix("torch."),
+        }
+        hashes = {part: hash_part(self.folder / part) for part in self.text_parts}
+        return {"family": self.title.lower(), **hashes, **settings}
+
+    @shared_property
+    def _unconditional(self) -> Conditioning:
+        """The empty prompt (B = 1), encoded once."""
+        return self._encode([""])
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """The conditioning of B prompts, float32; "" is the unconditional one."""
+        if any(prompts):
+            return self._encode(list(prompts))
+        return {name: value.repeat_interleave(len(prompts), dim=0) for name, value in self._unconditional.items()}
+
+    @abstractmethod
+    def _encode(self, prompts: list[str]) -> Conditioning:
+        """The conditioning of B prompts by the pipeline's own `encode_prompt`."""
+
+    # ---- images: the arithmetic of `AutoencoderKL`, which most families have
+
+    @torch.no_grad()
+    def decode_latents(self, x0: Tensor) -> Tensor:
+        """x0 (B, C, h, w) -> images (B, 3, H, W) in [0, 1], by the arithmetic of the stock pipeline."""
+        vae = self._codec.vae
+        latents = (x0.float() / vae.config.scaling_factor) + vae.config.shift_factor
+        return self._codec.image_processor.postprocess(vae.decode(latents, return_dict=False)[0], output_type="pt")
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) in [0, 1] -> x0 (B, C, h, w): the mean of the VAE's posterior, scaled and shifted."""
+        vae = self._codec.vae
+        latents = vae.encode(images.float() * 2 - 1).latent_dist.mode()
+        return (latents - vae.config.shift_factor) * vae.config.scaling_factor
+
+    # ---- export
+
+    def save_pipeline(self, network: nn.Module, folder: Path, nfe: int, model_card: str) -> None:
+        """Write a pipeline folder whose plain call with `nfe` steps is this network on its own sigmas."""
+        write_pipeline(self.folder, network, Path(folder), model_card, self._student_call(nfe))
+
+    def save_lora(self, tensors: Mapping[str, Tensor], folder: Path, nfe: int, model_card: str) -> None:
+        """Write a LoRA file that diffusers loads, the schedule that it was trained for, and how to use both."""
+        own = None if self.teacher_lora is None else OwnLoRA(self.teacher_lora.name, self.teacher_lora_scale)
+        write_lora(self.pipeline_class, tensors, Path(folder), model_card, self._student_call(nfe), own)
+
+    def _student_call(self, nfe: int) -> StudentCall:
+        return StudentCall(
+            pipeline=self.pipeline_class.__name__,
+            scheduler=self.scheduler,
+            exported=self.exported_scheduler(nfe),
+            sigmas=inference_sigmas(nfe, self.shift_steps),
+            arguments={"num_inference_steps": nfe, **self.unguided, **self.call_sizes()},
+            notes=self.notes,
+        )
+
+    def exported_scheduler(self, nfe: int) -> FlowMatchEulerDiscreteScheduler:
+        """The scheduler with which the pipeline's plain call of `nfe` steps runs the student's sigmas.
+
+        That of training, where the pipeline itself asks for the sigmas 1, 1 - 1/nfe, ..., 1/nfe before the shift.
+        """
+        return self.scheduler

@@ -1,0 +1,100 @@
+"""FLUX.1-dev and FLUX.1-schnell: `FluxPipeline` of diffusers behind the `Backbone` interface.
+
+Shapes: B batch, (C, h, w) latent, N text tokens of T5, D their width, P width of the pooled CLIP text.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
+from torch import Tensor, nn
+
+from cdm_lightning.backbones.base import Conditioning
+from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone
+from cdm_lightning.backbones.lora_file import JOINT_ATTENTION, JOINT_FEED_FORWARD, presets
+from cdm_lightning.backbones.packing import dtype_of_call, grid_ids, pack, rounded_timestep, unpack
+from cdm_lightning.backbones.student_folder import StudentCall
+
+TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+
+
+class FluxBackbone(PipelineBackbone):
+    """A `FluxPipeline`.
+
+    The arguments are those of `PipelineBackbone`, and `guidance_embed`, the guidance that a guidance-distilled network
+    (FLUX.1-dev) is told, the same for student, teacher and fake score; a network without such an input ignores it.
+    """
+
+    title = "FLUX"
+    pipeline_class = FluxPipeline
+    transformer_class = FluxTransformer2DModel
+    block_types = (FluxTransformerBlock, FluxSingleTransformerBlock)
+    lora_targets = presets(JOINT_ATTENTION, (*JOINT_FEED_FORWARD, "proj_mlp"))
+    parts = ("transformer", "scheduler", "vae", *TEXT_PARTS)
+    unguided: Mapping[str, Any] = {}  # the pipeline guides where it is given a negative prompt
+
+    def __init__(
+        self,
+        pretrained: str,
+        revision: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        max_sequence_length: int | None = None,
+        teacher_dtype: str = "float32",
+        text_dtype: str = "float32",
+        teacher_lora: str | None = None,
+        teacher_lora_scale: float = 1.0,
+        guidance_embed: float = 3.5,
+    ) -> None:
+        sizes, dtypes = (height, width, max_sequence_length), (teacher_dtype, text_dtype)
+        super().__init__(pretrained, revision, *sizes, *dtypes, teacher_lora, teacher_lora_scale)
+        self.guidance_embed = guidance_embed
+
+    @property
+    def latent_channels(self) -> int:
+        """C of a latent: a token of the network holds 2 x 2."""
+        return self.network_config["in_channels"] // 4
+
+    @property
+    def is_told_guidance(self) -> bool:
+        """Whether the network has a guidance input: FLUX.1-dev has, FLUX.1-schnell has not."""
+        return bool(self.network_config["guidance_embeds"])
+
+    def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """x (B, C, h, w), sigma (B,) -> velocity (B, C, h, w) float32."""
+        (height, width), text = x.shape[2:], cond["prompt_embeds"]
+        guidance = torch.full_like(sigma, self.guidance_embed, dtype=torch.float32) if self.is_told_guidance else None
+        output = network(
+            hidden_states=pack(x).to(network.dtype),
+            timestep=rounded_timestep(sigma, dtype_of_call(network, x)),
+            guidance=guidance,
+            encoder_hidden_states=text.to(network.dtype),
+            pooled_projections=cond["pooled"].to(network.dtype),
+            txt_ids=torch.zeros(text.shape[1], 3, device=x.device),
+            img_ids=grid_ids(height, width, (0, 0, 0), x.device),
+            return_dict=False,
+        )[0]
+        return unpack(output.float(), height, width)
+
+    @torch.no_grad()
+    def _encode(self, prompts: list[str]) -> Conditioning:
+        """{"prompt_embeds": (B, N, D), "pooled": (B, P)} float32."""
+        embeds, pooled, _ = self._text_parts.encode_prompt(
+            prompts, device=self._text_parts.device, max_sequence_length=self.max_sequence_length
+        )
+        return {"prompt_embeds": embeds.float(), "pooled": pooled.float()}
+
+    def _student_call(self, nfe: int) -> StudentCall:
+        call = super()._student_call(nfe)
+        if not self.is_told_guidance:
+            return call.with_(notes=("The network has no guidance: one call a step.",))
+        told = f"`guidance_scale={self.guidance_embed}` is what the network is told; it calls once a step."
+        return call.with_(arguments={**call.arguments, "guidance_scale": self.guidance_embed}, notes=(told,))
+
+    @classmethod
+    def settings_of(cls, call: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of the constructor that go with the arguments of an exported student's call."""
+        told = {"guidance_embed": call["guidance_scale"]} if "guidance_scale" in call else {}
+        return super().settings_of(call) | told

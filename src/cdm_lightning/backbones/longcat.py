@@ -1,0 +1,67 @@
+"""LongCat-Image: `LongCatImagePipeline` of diffusers behind the `Backbone` interface.
+
+Shapes: B batch, (C, h, w) latent, 512 text tokens of Qwen2.5-VL, D their width. Padding tokens are attended, as the
+pipeline has it. Prompts are taken as they are: the pipeline's rewriting, which generates text, is always off.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import LongCatImagePipeline, LongCatImageTransformer2DModel
+from diffusers.models.transformers.transformer_longcat_image import (
+    LongCatImageSingleTransformerBlock,
+    LongCatImageTransformerBlock,
+)
+from torch import Tensor, nn
+
+from cdm_lightning.backbones.base import Conditioning
+from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone
+from cdm_lightning.backbones.lora_file import JOINT_ATTENTION, JOINT_FEED_FORWARD, presets
+from cdm_lightning.backbones.packing import dtype_of_call, grid_ids, pack, renormalised, rounded_timestep, unpack
+
+
+class LongCatBackbone(PipelineBackbone):
+    """A `LongCatImagePipeline`; the arguments are those of `PipelineBackbone`."""
+
+    title = "LongCat"
+    pipeline_class = LongCatImagePipeline
+    transformer_class = LongCatImageTransformer2DModel
+    block_types = (LongCatImageTransformerBlock, LongCatImageSingleTransformerBlock)
+    lora_targets = presets(JOINT_ATTENTION, (*JOINT_FEED_FORWARD, "proj_mlp"))
+    parts = ("transformer", "scheduler", "vae", "text_encoder", "tokenizer", "text_processor")
+    text_tokens = range(512, 513)  # fixed by the pipeline
+    unguided: Mapping[str, Any] = {"guidance_scale": 1.0, "enable_prompt_rewrite": False}
+    notes = (
+        "`guidance_scale` is 1: one network call a step.",
+        "`enable_prompt_rewrite=False`: the student was trained on prompts as they are, and rewriting runs a language model.",
+    )
+
+    @property
+    def latent_channels(self) -> int:
+        """C of a latent: a token of the network holds 2 x 2."""
+        return self.network_config["in_channels"] // 4
+
+    def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """x (B, C, h, w), sigma (B,) -> velocity (B, C, h, w) float32."""
+        (height, width), text = x.shape[2:], cond["prompt_embeds"]
+        place = torch.arange(text.shape[1], device=x.device)
+        output = network(
+            hidden_states=pack(x).to(network.dtype),
+            timestep=rounded_timestep(sigma, dtype_of_call(network, x)),
+            encoder_hidden_states=text.to(network.dtype),
+            txt_ids=torch.stack([torch.zeros_like(place), place, place], dim=1).float(),
+            img_ids=grid_ids(height, width, (1, text.shape[1], text.shape[1]), x.device),
+            return_dict=False,
+        )[0]
+        return unpack(output.float(), height, width)
+
+    def guide(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+        """Classifier-free guidance that makes no token's velocity longer than the conditional one: the pipeline's default."""
+        return renormalised(cond, super().guide(cond, uncond, scale), low=0.0, high=1.0)
+
+    @torch.no_grad()
+    def _encode(self, prompts: list[str]) -> Conditioning:
+        """{"prompt_embeds": (B, 512, D)} float32."""
+        embeds, _ = self._text_parts.encode_prompt(prompts)
+        return {"prompt_embeds": embeds.float()}

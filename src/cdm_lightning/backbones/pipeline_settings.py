@@ -1,0 +1,212 @@
+"""What a diffusers pipeline's folder and a user's arguments say about a backbone, before any weight is read.
+
+Shapes: B batch, (C, h, w) latent.
+"""
+
+import copy
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
+
+from cdm_lightning.backbones.baked_schedule import UNBAKED, require_known_shift
+from cdm_lightning.backbones.base import Backbone
+from cdm_lightning.backbones.lora_file import locate_lora
+from cdm_lightning.backbones.pipeline_folder import loading, locate_pipeline
+from cdm_lightning.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class shared_property:
+    """An attribute that is made when first asked for and common to all image sizes of a backbone (`Backbone.at`)."""
+
+    def __init__(self, make: Callable[[Any], Any]) -> None:
+        self.make, self.__doc__ = make, make.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, backbone: Any, owner: type | None = None) -> Any:
+        if backbone is None:
+            return self
+        if self.name not in backbone.shared:
+            backbone.shared[self.name] = self.make(backbone)
+        return backbone.shared[self.name]
+
+    def __set__(self, backbone: Any, value: Any) -> None:
+        backbone.shared[self.name] = value
+
+
+class PipelineSettings(Backbone):
+    """Where a pipeline lies, how it shall be used and what its configuration files say.
+
+    `height`, `width` are pixels (default: the pipeline's own), `max_sequence_length` counts text tokens (default: that of
+    the pipeline's call). `teacher_dtype` is the dtype of the frozen teacher, `text_dtype` that of the text encoders; the
+    trained network and the VAE are float32. `teacher_lora` is a LoRA of your own (safetensors file or folder), fused into
+    the pretrained network `teacher_lora_scale` times: teacher, student and fake score all start from the sum. Raises
+    `UserError` for an argument out of its range and a LoRA file that cannot be.
+    """
+
+    title: ClassVar[str]  # the family's name in messages; lower case, it begins fingerprints
+    pipeline_class: ClassVar[type[DiffusionPipeline]]
+    transformer_class: ClassVar[type[ModelMixin]]
+    parts: ClassVar[tuple[str, ...]]  # what a complete pipeline folder holds
+    text_tokens: ClassVar[range] = range(1, 513)  # how many the family can take
+    shift_options: ClassVar[tuple[str, ...]] = ("use_dynamic_shifting",)  # of the scheduler, besides a static shift
+
+    def __init__(
+        self,
+        pretrained: str,
+        revision: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        max_sequence_length: int | None = None,
+        teacher_dtype: str = "float32",
+        text_dtype: str = "float32",
+        teacher_lora: str | None = None,
+        teacher_lora_scale: float = 1.0,
+    ) -> None:
+        length = self.default_text_length() if max_sequence_length is None else max_sequence_length
+        if length not in self.text_tokens:
+            allowed = f"{self.text_tokens.start} to {self.text_tokens.stop - 1}"
+            raise UserError(f"max_sequence_length={length}: {self.title} takes {allowed} text tokens")
+        self.pretrained = str(pretrained)
+        self.revision = revision
+        self.height, self.width = height, width
+        self.max_sequence_length = length
+        self.teacher_dtype = dtype_of("teacher_dtype", teacher_dtype)
+        self.text_dtype = dtype_of("text_dtype", text_dtype)
+        self.teacher_lora = None if teacher_lora is None else locate_lora(teacher_lora)
+        self.teacher_lora_scale = teacher_lora_scale
+        self.shared: dict[str, Any] = {}  # what all image sizes have in common, see `shared_property`
+
+    def at(self, height: int, width: int) -> Self:
+        """The same loaded parts for images of another size in pixels; UserError if that cannot be."""
+        view = copy.copy(self)
+        view.height, view.width = height, width
+        _ = view.image_size
+        return view
+
+    # ---- what the folder says
+
+    @shared_property
+    def folder(self) -> Path:
+        """The pipeline's folder on this machine, downloaded if `pretrained` is a hub id; UserError if it is unfit."""
+        return locate_pipeline(self.pretrained, self.revision, self.pipeline_class, self.parts)
+
+    @shared_property
+    def network_config(self) -> dict[str, Any]:
+        """Arguments of the transformer's constructor."""
+        return self._config("transformer")
+
+    @shared_property
+    def vae_config(self) -> dict[str, Any]:
+        """Arguments of the constructor of the image codec."""
+        return self._config("vae")
+
+    def _config(self, part: str) -> dict[str, Any]:
+        with loading(self.folder / part):
+            config = self.transformer_class.load_config(self.folder, subfolder=part)
+        return {key: value for key, value in config.items() if not key.startswith("_")}
+
+    @shared_property
+    def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
+        """The scheduler that the pipeline was trained with; an exported folder keeps it beside a baked one."""
+        subfolder = UNBAKED if (self.folder / UNBAKED).is_dir() else "scheduler"
+        with loading(self.folder / subfolder):
+            scheduler = self._load_scheduler(subfolder)
+        require_known_shift(scheduler, self.pretrained, self.title, self.shift_options)
+        return scheduler
+
+    def _load_scheduler(self, subfolder: str) -> FlowMatchEulerDiscreteScheduler:
+        return FlowMatchEulerDiscreteScheduler.from_pretrained(self.folder, subfolder=subfolder)
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels per latent along one side."""
+        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+
+    @property
+    def patch(self) -> int:
+        """Latents per token along one side."""
+        return 2
+
+    @property
+    def size_unit(self) -> int:
+        """What an image's sides must be multiples of, in pixels."""
+        return self.patch * self.vae_factor
+
+    @property
+    def native_side(self) -> int:
+        """Pixels along one side where no size is asked for."""
+        return 128 * self.vae_factor  # `default_sample_size` of the pipelines that have one
+
+    @property
+    def largest_side(self) -> int | None:
+        """The most pixels along one side; None if the network has no limit."""
+        return None
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels; UserError if the transformer cannot cut them into patches."""
+        unit, largest = self.size_unit, self.largest_side
+        for name, side in (("height", self.height), ("width", self.width)):
+            if side is not None and (side % unit or not 0 < side <= (largest or side)):
+                limit = f" up to {largest}" if largest else ""
+                raise UserError(f"{name}={side} does not fit {self.pretrained}: use a multiple of {unit}{limit}")
+        return self.height or self.native_side, self.width or self.native_side
+
+    @property
+    def latent_channels(self) -> int:
+        """C of a latent."""
+        return self.network_config["in_channels"]
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w)."""
+        height, width = self.image_size
+        return self.latent_channels, height // self.vae_factor, width // self.vae_factor
+
+    @property
+    def fingerprint(self) -> str:
+        """Family and a hash of the transformer's configuration: networks with equal fingerprints exchange weights."""
+        config = json.dumps(self.network_config, sort_keys=True)
+        return f"{self.title.lower()}-{hashlib.blake2b(config.encode(), digest_size=8).hexdigest()}"
+
+    def call_sizes(self) -> dict[str, int]:
+        """What a call must be told besides the prompt, where the pipeline's default is not what was trained."""
+        is_default = self.max_sequence_length == self.default_text_length()
+        sizes = {} if is_default else {"max_sequence_length": self.max_sequence_length}
+        if (self.height, self.width) != (None, None):
+            sizes["height"], sizes["width"] = self.image_size
+        return sizes
+
+    @classmethod
+    def default_text_length(cls) -> int:
+        """The text tokens of the pipeline's call where it is told nothing; the most it can take if there is no choice."""
+        length = cls.call_default("max_sequence_length")
+        return cls.text_tokens.stop - 1 if length is None else length
+
+    @classmethod
+    def call_default(cls, argument: str) -> Any:
+        """The default of an argument of the pipeline's call; None if it takes no such."""
+        parameter = inspect.signature(cls.pipeline_class.__call__).parameters.get(argument)
+        return None if parameter is None else parameter.default
+
+    @classmethod
+    def settings_of(cls, call: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of the constructor that go with the arguments of an exported student's call."""
+        return {name: call[name] for name in ("height", "width", "max_sequence_length") if name in call}
+
+
+def dtype_of(argument: str, name: str) -> torch.dtype:
+    """The dtype of that name; UserError for another than `DTYPES`."""
+    if name not in DTYPES:
+        raise UserError(f"{argument} must be one of {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]

@@ -1,0 +1,105 @@
+"""Qwen-Image: `QwenImagePipeline` of diffusers behind the `Backbone` interface.
+
+Shapes: B batch, (C, h, w) latent, N text tokens of Qwen2.5-VL with a mask, D their width. The codec is one of videos:
+an image is a video of one frame. The scheduler stretches every rollout so that its last sigma is `shift_terminal`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
+from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
+from torch import Tensor, nn
+
+from cdm_lightning.backbones.base import Conditioning
+from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone
+from cdm_lightning.backbones.lora_file import JOINT_ATTENTION, presets
+from cdm_lightning.backbones.packing import dtype_of_call, pack, renormalised, rounded_timestep, unpack
+
+FEED_FORWARD = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+
+
+class QwenImageBackbone(PipelineBackbone):
+    """A `QwenImagePipeline`; the arguments are those of `PipelineBackbone`.
+
+    Texts are padded to `max_sequence_length` tokens, which the mask hides from the network, so that all prompts have
+    conditioning of one shape; the fewer, the faster.
+    """
+
+    title = "Qwen-Image"
+    pipeline_class = QwenImagePipeline
+    transformer_class = QwenImageTransformer2DModel
+    block_types = (QwenImageTransformerBlock,)
+    lora_targets = presets(JOINT_ATTENTION, FEED_FORWARD)
+    parts = ("transformer", "scheduler", "vae", "text_encoder", "tokenizer")
+    text_tokens = range(1, 1025)
+    shift_options = ("use_dynamic_shifting", "shift_terminal")
+    unguided: Mapping[str, Any] = {"true_cfg_scale": 1.0}
+    notes = ("`true_cfg_scale` is 1: one network call a step.",)
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels per latent along one side."""
+        return 2 ** len(self.vae_config["temperal_downsample"])
+
+    @property
+    def latent_channels(self) -> int:
+        """C of a latent: a token of the network holds 2 x 2."""
+        return self.network_config["in_channels"] // 4
+
+    def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """x (B, C, h, w), sigma (B,) -> velocity (B, C, h, w) float32."""
+        height, width = x.shape[2:]
+        output = network(
+            hidden_states=pack(x).to(network.dtype),
+            timestep=rounded_timestep(sigma, dtype_of_call(network, x)),
+            encoder_hidden_states=cond["prompt_embeds"].to(network.dtype),
+            encoder_hidden_states_mask=cond["mask"],
+            img_shapes=[[(1, height // 2, width // 2)]] * len(x),
+            return_dict=False,
+        )[0]
+        return unpack(output.float(), height, width)
+
+    def guide(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+        """Classifier-free guidance that keeps the length of each token's conditional velocity, as the pipeline has it."""
+        return renormalised(cond, super().guide(cond, uncond, scale))
+
+    @torch.no_grad()
+    def _encode(self, prompts: list[str]) -> Conditioning:
+        """{"prompt_embeds": (B, N, D) float32, "mask": (B, N) bool}, padded to N = `max_sequence_length`."""
+        length = self.max_sequence_length
+        embeds, mask = self._text_parts.encode_prompt(prompts, max_sequence_length=length)
+        if mask is None:  # no prompt of this batch is shorter than another
+            mask = torch.ones(embeds.shape[:2], device=embeds.device)
+        padding = length - embeds.shape[1]
+        return {"prompt_embeds": F.pad(embeds.float(), (0, 0, 0, padding)), "mask": F.pad(mask.bool(), (0, padding))}
+
+    # ---- images
+
+    @torch.no_grad()
+    def decode_latents(self, x0: Tensor) -> Tensor:
+        """x0 (B, C, h, w) -> images (B, 3, H, W) in [0, 1], by the arithmetic of the stock pipeline."""
+        mean, std = self._latent_statistics(x0)
+        frames = self._codec.vae.decode(x0.float()[:, :, None] / (1.0 / std) + mean, return_dict=False)[0]
+        return self._codec.image_processor.postprocess(frames[:, :, 0], output_type="pt")
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) in [0, 1] -> x0 (B, C, h, w): the mean of the VAE's posterior, standardised."""
+        mean, std = self._latent_statistics(images)
+        frames = images.float()[:, :, None] * 2 - 1
+        return ((self._codec.vae.encode(frames).latent_dist.mode() - mean) / std)[:, :, 0]
+
+    def _latent_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the codec's latents, (1, C, 1, 1, 1) each."""
+        config = self._codec.vae.config
+        return tuple(
+            torch.tensor(values, device=like.device).view(1, -1, 1, 1, 1)
+            for values in (config.latents_mean, config.latents_std)
+        )
+
+    def exported_scheduler(self, nfe: int) -> FlowMatchEulerDiscreteScheduler:
+        """That of training; for one step without the terminal sigma, by which diffusers would divide 0 by 0."""
+        return self.scheduler if nfe > 1 else self._shift

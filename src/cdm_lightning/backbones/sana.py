@@ -1,0 +1,125 @@
+"""SANA: `SanaPipeline` of diffusers behind the `Backbone` interface.
+
+Shapes: B batch, (C, h, w) latent, N text tokens of Gemma with a mask, D their width. The pipeline comes with a
+multi-step solver; the student is trained, sampled and exported with the Euler scheduler of the same shift.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline, SanaTransformer2DModel
+from diffusers.models.transformers.sana_transformer import SanaTransformerBlock
+from torch import Tensor, nn
+
+from cdm_lightning.backbones.baked_schedule import bake
+from cdm_lightning.backbones.base import Conditioning
+from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone
+from cdm_lightning.backbones.lora_file import presets
+from cdm_lightning.errors import UserError
+
+
+class SanaBackbone(PipelineBackbone):
+    """A `SanaPipeline`; the arguments are those of `PipelineBackbone`."""
+
+    title = "SANA"
+    pipeline_class = SanaPipeline
+    transformer_class = SanaTransformer2DModel
+    block_types = (SanaTransformerBlock,)
+    lora_targets = presets(("to_q", "to_k", "to_v", "to_out.0"), ())  # its feed-forward layers are convolutions
+    parts = ("transformer", "scheduler", "vae", "text_encoder", "tokenizer")
+    text_tokens = range(1, 301)
+    shift_options = ()
+    unguided: Mapping[str, Any] = {"guidance_scale": 1.0, "use_resolution_binning": False}
+    notes = (
+        "`guidance_scale` is 1: one network call a step.",
+        "`use_resolution_binning=False`: pictures are made in the size that was trained, not resized to it.",
+    )
+
+    # ---- sizes and sigmas
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels per latent along one side."""
+        return 2 ** (len(self.vae_config["encoder_block_out_channels"]) - 1)
+
+    @property
+    def patch(self) -> int:
+        """Latents per token along one side."""
+        return self.network_config["patch_size"]
+
+    @property
+    def size_unit(self) -> int:
+        """What an image's sides must be multiples of, in pixels: the pipeline refuses others than multiples of 32."""
+        return math.lcm(32, super().size_unit)
+
+    @property
+    def native_side(self) -> int:
+        """Pixels along one side where no size is asked for."""
+        return self.network_config["sample_size"] * self.vae_factor
+
+    def call_sizes(self) -> dict[str, int]:
+        """The size always: the pipeline's default is 1024 pixels, whatever the network was made for."""
+        height, width = self.image_size
+        return super().call_sizes() | {"height": height, "width": width}
+
+    def _load_scheduler(self, subfolder: str) -> FlowMatchEulerDiscreteScheduler:
+        path = self.folder / subfolder / "scheduler_config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.get("_class_name") == FlowMatchEulerDiscreteScheduler.__name__:
+            return super()._load_scheduler(subfolder)
+        if not config.get("use_flow_sigmas") or config.get("prediction_type") != "flow_prediction":
+            raise UserError(f"the scheduler of {self.pretrained} is not one of a flow model; restore {path.name}")
+        return FlowMatchEulerDiscreteScheduler(config["num_train_timesteps"], shift=config["flow_shift"])
+
+    def exported_scheduler(self, nfe: int) -> FlowMatchEulerDiscreteScheduler:
+        """One with the student's sigmas baked in: the pipeline's plain call lets the scheduler space its steps."""
+        return bake(self.scheduler, nfe)
+
+    # ---- network and text
+
+    def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """x (B, C, h, w), sigma (B,) -> velocity (B, C, h, w) float32; the timestep stays float32, never rounded."""
+        timestep = sigma.float() * self.scheduler.config.num_train_timesteps
+        output = network(
+            x.to(network.dtype),
+            encoder_hidden_states=cond["prompt_embeds"].to(network.dtype),
+            encoder_attention_mask=cond["mask"],
+            timestep=timestep * self.network_config["timestep_scale"],
+            return_dict=False,
+        )[0]
+        return output.float()
+
+    @torch.no_grad()
+    def _encode(self, prompts: list[str]) -> Conditioning:
+        """{"prompt_embeds": (B, N, D) float32, "mask": (B, N) int64}.
+
+        The pipeline puts its long instruction before prompts, but not before the unconditional one.
+        """
+        pipeline, instruction = self._text_parts, self.call_default("complex_human_instruction")
+        options = {"device": pipeline.device, "max_sequence_length": self.max_sequence_length}
+        options["do_classifier_free_guidance"] = False
+        embeds, mask, _, _ = pipeline.encode_prompt(prompts, complex_human_instruction=instruction, **options)
+        blank = torch.tensor([not prompt for prompt in prompts], device=embeds.device)
+        if blank.any():
+            plain, plain_mask, _, _ = pipeline.encode_prompt([""], complex_human_instruction=None, **options)
+            embeds = torch.where(blank[:, None, None], plain, embeds)
+            mask = torch.where(blank[:, None], plain_mask, mask)
+        return {"prompt_embeds": embeds.float(), "mask": mask}
+
+    # ---- images
+
+    @torch.no_grad()
+    def decode_latents(self, x0: Tensor) -> Tensor:
+        """x0 (B, C, h, w) -> images (B, 3, H, W) in [0, 1], by the arithmetic of the stock pipeline."""
+        vae = self._codec.vae
+        pixels = vae.decode(x0.float() / vae.config.scaling_factor, return_dict=False)[0]
+        return self._codec.image_processor.postprocess(pixels, output_type="pt")
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) in [0, 1] -> x0 (B, C, h, w): what the codec makes of them, scaled."""
+        vae = self._codec.vae
+        return vae.encode(images.float() * 2 - 1).latent * vae.config.scaling_factor

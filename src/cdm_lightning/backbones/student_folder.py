@@ -1,0 +1,174 @@
+"""Writing a distilled network as a pipeline folder that diffusers loads and runs by the plain call."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from torch import Tensor, nn
+
+from cdm_lightning.backbones.baked_schedule import UNBAKED
+from cdm_lightning.backbones.lora_file import WEIGHTS, write_lora_file
+from cdm_lightning.backbones.pipeline_folder import INDEX, copy_parts
+
+CALL = "call.json"  # the arguments of the plain call, besides the prompt, that make the student's own images
+USAGE = """
+## Usage
+
+```python
+from diffusers import {pipeline}
+
+pipe = {pipeline}.from_pretrained("FOLDER")
+image = pipe("a prompt", {arguments}).images[0]
+```
+
+{notes}
+"""
+LORA_USAGE = """
+## Usage
+
+```python
+from diffusers import {scheduler}, {pipeline}
+
+pipe = {pipeline}.from_pretrained("BASE")
+{load}
+pipe.scheduler = {scheduler}.from_pretrained("FOLDER", subfolder="scheduler")
+image = pipe("a prompt", {arguments}).images[0]
+```
+
+- `BASE` is the pipeline that it was distilled from, `FOLDER` this folder.{own}
+- The file's scale is 1, whatever reads it.
+{notes}
+"""
+LOAD = 'pipe.load_lora_weights("FOLDER", weight_name="{weights}")'
+LOAD_PART = 'pipe.transformer.load_lora_adapter("FOLDER", prefix=None, weight_name="{weights}")'
+LOAD_BOTH = """pipe.load_lora_weights("{name}", adapter_name="own")
+pipe.load_lora_weights("FOLDER", weight_name="{weights}", adapter_name="cdm")
+pipe.set_adapters(["own", "cdm"], [{scale:g}, 1.0])"""
+LOAD_BOTH_PARTS = """pipe.transformer.load_lora_adapter("{name}", prefix=None, adapter_name="own")
+pipe.transformer.load_lora_adapter("FOLDER", prefix=None, weight_name="{weights}", adapter_name="cdm")
+pipe.transformer.set_adapters(["own", "cdm"], [{scale:g}, 1.0])"""
+BAKED = """The schedule of {nfe} step{plural}, {sigmas}, is baked into the scheduler's configuration
+  ({recipe}): do not pass `sigmas`, they would be bent by it.
+- Another number of steps runs a schedule that the student was not made for. The scheduler of training, for those who want
+  to set sigmas themselves, is `scheduler/unbaked`."""
+STOCK = """The schedule of {nfe} step{plural}, {sigmas}, is what the pipeline's own scheduler makes of that number at this size
+  of image. It follows the size and the number as in the original pipeline."""
+
+
+@dataclass(frozen=True)
+class StudentCall:
+    """How an exported folder is to be called.
+
+    `pipeline` is the name of the class, `scheduler` that of training and `exported` the one that the plain call runs (the
+    same object, or one with a baked schedule), `sigmas` (nfe + 1,) what it runs, `arguments` what to pass besides the
+    prompt, `notes` what to know about them.
+    """
+
+    pipeline: str
+    scheduler: FlowMatchEulerDiscreteScheduler
+    exported: FlowMatchEulerDiscreteScheduler
+    sigmas: Tensor
+    arguments: Mapping[str, Any]
+    notes: Sequence[str]
+
+    def with_(self, **changes: Any) -> "StudentCall":
+        """The same call with some entries changed."""
+        return replace(self, **changes)
+
+    def usage(self) -> str:
+        """The section of the model card that shows the call."""
+        return USAGE.format(**self.facts())
+
+    def lora_usage(self, family: type[DiffusionPipeline], own: "OwnLoRA | None") -> str:
+        """The same for a LoRA: how it is loaded, together with the teacher's `own` if there was one."""
+        whole = hasattr(family, "load_lora_weights")
+        if own is None:
+            load, note = (LOAD if whole else LOAD_PART).format(weights=WEIGHTS), ""
+        else:
+            both = LOAD_BOTH if whole else LOAD_BOTH_PARTS
+            load = both.format(name=own.file, scale=own.scale, weights=WEIGHTS)
+            note = f" The teacher was that pipeline with `{own.file}` at scale {own.scale:g}."
+        return LORA_USAGE.format(scheduler=type(self.exported).__name__, load=load, own=note, **self.facts())
+
+    def facts(self) -> dict[str, str]:
+        """What the card says of the call."""
+        nfe, config = len(self.sigmas) - 1, self.exported.config
+        schedule = STOCK if self.exported is self.scheduler else BAKED
+        schedule = schedule.format(
+            nfe=nfe,
+            plural="" if nfe == 1 else "s",
+            sigmas=" > ".join(f"{sigma:.4g}" for sigma in self.sigmas.tolist()),
+            recipe=f"shift {config.shift:.6g}, shift_terminal {config.shift_terminal}",
+        )
+        return {
+            "pipeline": self.pipeline,
+            "arguments": ", ".join(f"{name}={value}" for name, value in self.arguments.items()),
+            "notes": "\n".join(f"- {note}" for note in (*self.notes, schedule)),
+        }
+
+
+@dataclass(frozen=True)
+class OwnLoRA:
+    """The LoRA that was part of the teacher: the name of its file, and its scale."""
+
+    file: str
+    scale: float
+
+
+def write_pipeline(source: Path, network: nn.Module, folder: Path, model_card: str, call: StudentCall) -> None:
+    """Fill `folder`: `network` and the schedule of `call` anew, all other parts copied from the pipeline `source`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    copy_parts(source, folder, without=("transformer", "scheduler"))
+    network.save_pretrained(folder / "transformer")
+    _tidy(folder / "transformer")
+    _name_scheduler(folder / INDEX, type(call.exported).__name__)
+    _write_call(folder, call, model_card, call.usage())
+
+
+def write_lora(
+    family: type[DiffusionPipeline],
+    tensors: Mapping[str, Tensor],
+    folder: Path,
+    model_card: str,
+    call: StudentCall,
+    own: OwnLoRA | None,
+) -> None:
+    """Fill `folder` with the LoRA file of `tensors`, the schedule of `call` and the card; all else is the base's."""
+    write_lora_file(family, tensors, folder)
+    _write_call(folder, call, model_card, call.lora_usage(family, own))
+
+
+def _write_call(folder: Path, call: StudentCall, model_card: str, usage: str) -> None:
+    """Write the schedulers, the arguments of the call and the card."""
+    call.exported.save_pretrained(folder / "scheduler")
+    if call.exported is not call.scheduler:
+        call.scheduler.save_pretrained(folder / UNBAKED)
+    (folder / CALL).write_text(json.dumps(dict(call.arguments), indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(model_card.rstrip() + "\n" + usage, encoding="utf-8")
+
+
+def read_call(folder: Path) -> dict[str, Any]:
+    """The arguments of the plain call of an exported folder; none of them for another pipeline."""
+    path = folder / CALL
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _name_scheduler(index: Path, name: str) -> None:
+    """Put the class of the exported scheduler into the index, where the original pipeline has another."""
+    entries = json.loads(index.read_text(encoding="utf-8"))
+    if entries["scheduler"] != ["diffusers", name]:
+        entries["scheduler"] = ["diffusers", name]
+        index.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+
+
+def _tidy(folder: Path) -> None:
+    """Drop the path of the training machine from the configuration and let others read the weights."""
+    config = folder / "config.json"
+    entries = json.loads(config.read_text(encoding="utf-8"))
+    entries.pop("_name_or_path", None)
+    config.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for weights in folder.glob("*.safetensors"):  # safetensors creates its files readable by the owner alone
+        weights.chmod(config.stat().st_mode)

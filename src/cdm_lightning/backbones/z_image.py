@@ -1,0 +1,68 @@
+"""Z-Image: `ZImagePipeline` of diffusers behind the `Backbone` interface.
+
+Shapes: B batch, (C, h, w) latent, N text tokens of Qwen3, D their width. The network takes lists of samples with texts
+of their own lengths, and time from noise to data; it answers with the velocity's opposite. All that is hidden here.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import ZImagePipeline, ZImageTransformer2DModel
+from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
+from torch import Tensor, nn
+
+from cdm_lightning.backbones.base import Conditioning
+from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone
+from cdm_lightning.backbones.lora_file import presets
+
+
+class ZImageBackbone(PipelineBackbone):
+    """A `ZImagePipeline`; the arguments are those of `PipelineBackbone`.
+
+    Texts are stored padded to `max_sequence_length` tokens; the network sees each without its padding.
+    """
+
+    title = "Z-Image"
+    pipeline_class = ZImagePipeline
+    transformer_class = ZImageTransformer2DModel
+    block_types = (ZImageTransformerBlock,)
+    lora_targets = presets(("to_q", "to_k", "to_v", "to_out.0"), ("w1", "w2", "w3"))
+    parts = ("transformer", "scheduler", "vae", "text_encoder", "tokenizer")
+    unguided: Mapping[str, Any] = {"guidance_scale": 0.0}
+    notes = ("`guidance_scale` is 0, not 1: this pipeline adds the guidance to the conditional velocity.",)
+
+    @property
+    def native_side(self) -> int:
+        """Pixels along one side where no size is asked for."""
+        return 1024
+
+    @property
+    def largest_side(self) -> int:
+        """The most pixels along one side: the network has a table of positions."""
+        return min(self.network_config["axes_lens"][1:]) * self.patch * self.vae_factor
+
+    def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """x (B, C, h, w), sigma (B,) -> velocity (B, C, h, w) float32."""
+        texts = cond["prompt_embeds"].to(network.dtype)
+        lengths = cond["length"].tolist()  # on the CPU: the host does not wait for the device here
+        output = network(
+            list(x.to(network.dtype)[:, :, None]),  # a video of one frame
+            (1000 - sigma.float() * 1000) / 1000,  # in the pipeline's float order
+            [text[:length] for text, length in zip(texts, lengths)],
+            return_dict=False,
+        )[0]
+        return -torch.stack([sample.float() for sample in output])[:, :, 0]
+
+    @torch.no_grad()
+    def _encode(self, prompts: list[str]) -> Conditioning:
+        """{"prompt_embeds": (B, N, D) float32, "length": (B,) int64 on the CPU}, padded to N = `max_sequence_length`."""
+        texts, _ = self._text_parts.encode_prompt(
+            list(prompts),  # the pipeline writes its template into the list
+            device=self._text_parts.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+        )
+        padded = [F.pad(text.float(), (0, 0, 0, self.max_sequence_length - len(text))) for text in texts]
+        return {"prompt_embeds": torch.stack(padded), "length": torch.tensor([len(text) for text in texts])}

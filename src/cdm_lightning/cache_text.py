@@ -1,0 +1,220 @@
+"""`python -m cdm_lightning.cache_text experiment=... text_cache.folder=DIR`: encode all prompts of a run once.
+
+The arguments are those of the training command. Training with the same `text_cache.folder` then loads no text encoder.
+The same command again goes on after a kill, and adds the prompts that are new.
+"""
+
+import fcntl
+import shutil
+import sys
+import time
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+from cdm_lightning.config import build, run_cli
+from cdm_lightning.console import Progress
+from cdm_lightning.errors import UserError
+
+if TYPE_CHECKING:  # torch takes seconds to import: mistakes should not wait for it
+    from cdm_lightning.backbones.base import Backbone, Conditioning
+    from cdm_lightning.data.text_cache import StoredText, TextCacheSettings
+    from cdm_lightning.data.text_shards import Manifest
+
+LOCK = ".lock"
+GIGABYTE = 1e9
+
+
+@dataclass(frozen=True)
+class Filled:
+    """What a call of `fill_cache` did: prompts encoded now and in the cache in all, and what each of them cost."""
+
+    folder: Path
+    encoded: int
+    total: int
+    bytes_per_prompt: int
+    seconds_per_prompt: float
+
+
+def cache_text(config: DictConfig) -> Filled:
+    """Encode the training and validation prompts of `config`, those of its callbacks, and the empty prompt."""
+    settings = build(config, "text_cache")
+    if settings.folder is None:
+        raise UserError("text_cache.folder is not set: name the folder to write, text_cache.folder=DIR")
+    backbone, data = build(config, "backbone"), build(config, "data")
+    sets = {"training": data.train, "validation": data.val}
+    sets |= {f"callback {number}": prompts for number, prompts in enumerate(callback_prompts(config.callbacks), 1)}
+    data.prepare_data()
+    filled = fill_cache(backbone, sets, settings, choose_device(config.trainer.get("accelerator", "auto")))
+    print(
+        f"text cache {filled.folder}: {filled.total:,} prompts, {filled.encoded:,} of them encoded now, "
+        f"{1000 * filled.seconds_per_prompt:.3g} ms and {filled.bytes_per_prompt:,} bytes each"
+    )
+    return filled
+
+
+def fill_cache(
+    backbone: "Backbone", sets: Mapping[str, Sequence[str]], settings: "TextCacheSettings", device: str = "cpu"
+) -> Filled:
+    """Encode those prompts of the named sets, and "", that are not yet in the cache in `settings.folder`.
+
+    Raises `UserError` for a cache of other text encoders or dtype, a shard that is not whole, a full disk, and a prompt
+    whose conditioning has another shape than that of the empty one.
+    """
+    import torch
+
+    from cdm_lightning.data.text_cache import StoredText
+    from cdm_lightning.data.text_shards import Manifest, read_manifest, require_fingerprint, write_manifest
+
+    folder, fingerprint = Path(settings.folder), backbone.text_fingerprint
+    with writing(folder):
+        manifest = read_manifest(folder)
+        if manifest is not None:
+            require_fingerprint(folder, manifest, fingerprint)
+            if manifest.dtype != settings.dtype:
+                raise UserError(f"{folder}: holds {manifest.dtype}, but text_cache.dtype={settings.dtype}")
+        backbone.setup(torch.device(device))
+        if manifest is None:
+            manifest = Manifest.of(fingerprint, settings.dtype, backbone.encode_prompts([""]))
+            write_manifest(folder, manifest)
+        done = StoredText(folder, fingerprint)
+        missing = MissingPrompts(done, sets)
+        announce(folder, len(missing), manifest)
+        start = time.perf_counter()
+        encode_missing(backbone, missing, manifest, settings)
+    seconds = (time.perf_counter() - start) / max(1, len(missing))
+    return Filled(folder, len(missing), len(done) + len(missing), manifest.bytes_per_prompt, seconds)
+
+
+class MissingPrompts:
+    """The prompts, each once, that a cache lacks: the empty one first, then those of the named sets; 8 bytes for each."""
+
+    def __init__(self, done: "StoredText", sets: Mapping[str, Sequence[str]]) -> None:
+        from cdm_lightning.data.mixture import MixedPrompts
+        from cdm_lightning.data.prompts import PromptList
+        from cdm_lightning.data.selection import first_occurrences
+        from cdm_lightning.data.text_shards import prompt_key
+
+        self.prompts = MixedPrompts({"empty": PromptList([""]), **sets})
+        lacking, keys = array("q"), bytearray()
+        for number in range(len(self.prompts)):
+            prompt = self.prompts[number]
+            if prompt not in done:
+                lacking.append(number)
+                keys += prompt_key(prompt)
+        self.numbers = array("q", (lacking[place] for place in first_occurrences(keys)))
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def batches(self, size: int) -> Iterator[list[str]]:
+        """All of them in batches; the empty one on its own, as training encodes it."""
+        batch: list[str] = []
+        for number in self.numbers:
+            batch.append(self.prompts[number])
+            if len(batch) == size or number == 0:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+
+def announce(folder: Path, count: int, manifest: "Manifest") -> None:
+    """Say how large it becomes; UserError if the disk does not hold it."""
+    size, free = count * manifest.bytes_per_prompt, shutil.disk_usage(folder).free
+    said = f"{count:,} prompts of {manifest.bytes_per_prompt:,} bytes, {size / GIGABYTE:.3g} GB"
+    if size > free:
+        raise UserError(f"{folder}: {said} to write, but the disk has {free / GIGABYTE:.3g} GB left")
+    print(f"to encode: {said}", file=sys.stderr, flush=True)
+
+
+def encode_missing(
+    backbone: "Backbone", missing: MissingPrompts, manifest: "Manifest", settings: "TextCacheSettings"
+) -> None:
+    """Encode and write shard by shard."""
+    from cdm_lightning.backbones.base import concat
+    from cdm_lightning.data.text_shards import prompt_key, write_shard
+
+    per_shard = max(1, int(settings.shard_megabytes * 1e6 / manifest.bytes_per_prompt))
+    progress = Progress("encoding prompts", len(missing))
+    keys: list[bytes] = []
+    conds: list[Conditioning] = []
+    for batch in missing.batches(settings.batch_size):
+        keys += map(prompt_key, batch)
+        conds.append(encode_batch(backbone, batch, manifest, settings.batch_size))
+        progress.advance(len(batch))
+        if len(keys) >= per_shard or progress.done == len(missing):
+            write_shard(Path(settings.folder), manifest, keys, concat(conds))
+            keys, conds = [], []
+    progress.close()
+
+
+def encode_batch(backbone: "Backbone", batch: Sequence[str], manifest: "Manifest", size: int) -> "Conditioning":
+    """The conditioning of the batch, on the host in the stored dtypes; UserError if it has another shape than "" has.
+
+    A batch that is not full is filled up: with some matrix products the last bit depends on the number of rows.
+    """
+    filled = batch if batch[0] == "" else [*batch, *[batch[-1]] * (size - len(batch))]
+    cond = backbone.encode_prompts(filled)
+    for name, entry in manifest.tensors.items():
+        if list(cond[name].shape[1:]) != entry["shape"]:
+            raise UserError(
+                f"a prompt gives {name} of shape {list(cond[name].shape[1:])}, the empty one {entry['shape']}, and a text "
+                f"cache holds one shape (compact_text too small, perhaps); among them: {batch[0][:60]!r}"
+            )
+    return {name: cond[name][: len(batch)].to("cpu", manifest.stored(name)) for name in manifest.tensors}
+
+
+def callback_prompts(node: DictConfig | None) -> Iterator[Sequence[str]]:
+    """The sets of prompts that callbacks make images of: all that stand under a key `prompts` with a `_target_`."""
+    for key, child in (node or {}).items():
+        if isinstance(child, DictConfig):
+            if key == "prompts" and "_target_" in child:
+                yield build(node, key)
+            else:
+                yield from callback_prompts(child)
+
+
+def choose_device(accelerator: str) -> str:
+    """Where to encode: the trainer's kind of device."""
+    import torch
+
+    return "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Make the folder and keep other writers out of it; what a killed one has left half-written is removed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("w")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be the text cache's folder ({error.strerror})") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{folder}: another process is writing this text cache; wait for it") from error
+        for leftover in folder.rglob("*.tmp"):
+            leftover.unlink()
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from error
+
+
+def main() -> None:
+    """The command line."""
+    from cdm_lightning.train import quiet_libraries
+
+    quiet_libraries()
+    run_cli(cache_text, "train")
+
+
+if __name__ == "__main__":
+    main()

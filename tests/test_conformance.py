@@ -1,0 +1,405 @@
+"""Every model family against the stock pipeline of diffusers, on genuine pipelines of toy size.
+
+A new family joins by one `TinyFamily` in tests/tiny_pipelines; docs/new-backbone.md says how.
+"""
+
+import inspect
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from tiny_pipelines import FAMILIES, TinyFamily
+
+from cdm_lightning import export
+from cdm_lightning.backbones.base import BoundField
+from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone
+from cdm_lightning.backbones.families import FAMILIES as REGISTERED
+from cdm_lightning.backbones.packing import pack, unpack
+from cdm_lightning.config import compose
+from cdm_lightning.core.flow import GuidedField, evaluate_together
+from cdm_lightning.core.rng import evaluation_noise
+from cdm_lightning.core.rollout import sample
+from cdm_lightning.core.schedules import inference_sigmas, uniform_sigmas
+from cdm_lightning.errors import UserError
+from cdm_lightning.evaluation import SamplerSpec, generate
+from cdm_lightning.sample import sample_images
+from cdm_lightning.train import quiet_libraries, train
+
+PROMPTS = ["a large red circle", "a small blue square above a green ring", "a ring"]
+EXACT = {"rtol": 0, "atol": 1e-6}
+ROUNDING = {"rtol": 0, "atol": 2e-5}  # guidance multiplies it
+
+
+@dataclass
+class Case:
+    """A family with its folder, the stock pipeline and our backbone and network on it."""
+
+    family: TinyFamily
+    folder: Path
+    stock: DiffusionPipeline
+    backbone: PipelineBackbone
+    network: torch.nn.Module
+
+    def field(self, prompts: list[str], network: torch.nn.Module | None = None, **options) -> BoundField:
+        return BoundField(self.backbone, network or self.network, self.backbone.encode_prompts(prompts), **options)
+
+    def noise(self, count: int = 3) -> torch.Tensor:
+        return evaluation_noise(0, range(count), self.backbone.latent_shape, "cpu")
+
+    def stock_run(self, noise: torch.Tensor, nfe: int = 4, output_type: str = "latent", **options) -> torch.Tensor:
+        """What the stock pipeline makes of PROMPTS, latents unpacked."""
+        call = {"sigmas": uniform_sigmas(nfe).tolist(), **self.family.options, **self.family.call, **options}
+        made = self.stock(
+            list(PROMPTS),  # some pipelines write their template into the list
+            num_inference_steps=nfe,
+            latents=pack(noise) if self.family.packed else noise.clone(),
+            output_type=output_type,
+            **call,
+        ).images
+        return unpack(made, *noise.shape[2:]) if output_type == "latent" and self.family.packed else made
+
+
+def load(folder: Path) -> DiffusionPipeline:
+    """What a user does."""
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request, tiny_folder) -> Case:
+    family = FAMILIES[request.param]
+    folder = tiny_folder(family.name)
+    stock = load(folder)
+    family.prepare(stock)
+    backbone = family.backbone(str(folder), **family.options)
+    backbone.setup(torch.device("cpu"))
+    return Case(family, folder, stock, backbone, backbone.build_network())
+
+
+def perturbed(network: torch.nn.Module, seed: int) -> torch.nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return network.eval()
+
+
+# ---- the suite
+
+
+def test_the_suite_knows_every_family():
+    assert {family.backbone.pipeline_class.__name__ for family in FAMILIES.values()} == set(REGISTERED)
+
+
+def test_euler_loop_is_the_stock_pipeline(case):
+    noise, sigmas = case.noise(), inference_sigmas(4, case.backbone.shift_steps)
+    ours = sample(case.field(PROMPTS), noise, sigmas)
+    torch.testing.assert_close(ours, case.stock_run(noise), **EXACT)
+    torch.testing.assert_close(sigmas, case.stock.scheduler.sigmas, **EXACT)
+    assert (ours - noise).abs().mean() > 0.1
+    assert (ours[0] - ours[1]).abs().mean() > 0.1
+
+
+def test_texts_matter(case):
+    """Else the loops would agree on a text that reaches nobody."""
+    x, sigma = case.noise(1), torch.tensor([0.7])
+    with torch.no_grad():
+        circle, ring, none = (case.field([text])(x, sigma) for text in (PROMPTS[0], PROMPTS[2], ""))
+    assert (circle - ring).abs().max() > 1e-4
+    assert (circle - none).abs().max() > 1e-4
+
+
+def test_guided_loop_is_the_stock_pipeline(case):
+    if case.family.guided is None:
+        pytest.skip("the pipeline does not guide")
+    noise, sigmas = case.noise(), inference_sigmas(4, case.backbone.shift_steps)
+    cond, uncond = case.field(PROMPTS), case.field([""] * len(PROMPTS))
+    ours = sample(GuidedField(cond, uncond, 3.0, case.backbone.guide), noise, sigmas)
+    theirs = case.stock_run(noise, **case.family.guided(3.0))
+    torch.testing.assert_close(ours, theirs, **ROUNDING)
+    assert (ours - sample(cond, noise, sigmas)).abs().mean() > 1e-3
+
+
+def test_shift_is_the_schedulers_and_looks_at_each_sigma_alone(case):
+    config = {**case.stock.scheduler.config, "shift_terminal": None}
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+    given = torch.rand(3, 5, generator=torch.Generator().manual_seed(0))
+    scheduler.set_timesteps(sigmas=given.flatten().tolist(), mu=case.backbone._mu)
+    shifted = case.backbone.shift_sigmas(given)
+    torch.testing.assert_close(shifted.flatten(), scheduler.sigmas[:-1], **EXACT)
+    torch.testing.assert_close(case.backbone.shift_sigmas(given[1, 2]), shifted[1, 2], **EXACT)
+    assert torch.equal(case.backbone.shift_sigmas(torch.tensor([1.0, 0.0])), torch.tensor([1.0, 0.0]))
+    assert case.backbone.shift_sigmas(torch.empty(2, 0)).shape == (2, 0)
+
+
+def test_rollouts_are_shifted_row_by_row(case):
+    rows = torch.tensor([[0.9, 0.6, 0.3], [0.8, 0.7, 0.1]])
+    terminal = case.stock.scheduler.config.shift_terminal
+    both = case.backbone.shift_steps(rows)
+    torch.testing.assert_close(both[1], case.backbone.shift_steps(rows[1]), **EXACT)
+    assert (both.diff(dim=1) < 0).all()
+    assert torch.equal(case.backbone.shift_steps(torch.ones(1)), torch.ones(1))
+    assert case.backbone.shift_steps(torch.empty(2, 0)).shape == (2, 0)
+    if terminal:
+        torch.testing.assert_close(both[:, -1], torch.full((2,), terminal))
+    else:
+        torch.testing.assert_close(both, case.backbone.shift_sigmas(rows), **EXACT)
+
+
+def test_images_are_decoded_like_the_stock_pipeline_and_encoded_by_the_inverse(case):
+    backbone, noise = case.backbone, case.noise()
+    images = backbone.decode_latents(case.stock_run(noise))
+    torch.testing.assert_close(images, case.stock_run(noise, output_type="pt"), **EXACT)
+    assert images.shape == (3, 3, *backbone.image_size)
+    assert 0 <= images.min() < images.max() <= 1
+    pictures = torch.rand(2, 3, *backbone.image_size, generator=torch.Generator().manual_seed(0))
+    latents = backbone.encode_images(pictures)
+    assert latents.shape == (2, *backbone.latent_shape)
+    with torch.no_grad():
+        raw = case.family.round_trip(case.stock.vae, pictures * 2 - 1)
+    torch.testing.assert_close(backbone.decode_latents(latents), (raw / 2 + 0.5).clamp(0, 1), **ROUNDING)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_weight_of_the_network_gets_a_gradient(case, checkpointing):
+    network = case.backbone.build_network()
+    if checkpointing:
+        case.backbone.enable_gradient_checkpointing(network)
+        assert network.is_gradient_checkpointing
+    cond = case.backbone.encode_prompts(PROMPTS)
+    velocity = case.backbone.velocity(network, case.noise(), torch.tensor([0.2, 0.6, 0.9]), cond)
+    velocity.square().mean().backward()
+    silent = {name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().max() > 0}
+    assert {name for name in silent if not re.match(case.family.silent, name)} == set()
+    assert velocity.dtype == torch.float32
+    assert not any(tensor.requires_grad for tensor in cond.values())
+
+
+def test_samples_do_not_depend_on_their_place_in_the_batch(case):
+    order, x, sigma = torch.tensor([2, 0, 1]), case.noise(), torch.tensor([0.2, 0.6, 0.9])
+    with torch.no_grad():
+        straight = case.field(PROMPTS)(x, sigma)
+        permuted = case.field([PROMPTS[i] for i in order])(x[order], sigma[order])
+        selected = case.field(PROMPTS).select(order)(x[order], sigma[order])
+        halves = [case.field(PROMPTS[:1]), case.field(PROMPTS[1:])]
+        joined = evaluate_together([(halves[0], x[:1], sigma[:1]), (halves[1], x[1:], sigma[1:])])
+        assert halves[0].join(halves[1:]) is not None  # texts of all lengths fit together
+        mixed = case.field([PROMPTS[0], "", PROMPTS[2]])(x, sigma)
+    torch.testing.assert_close(permuted, straight[order], **ROUNDING)
+    torch.testing.assert_close(selected, straight[order], **ROUNDING)
+    torch.testing.assert_close(torch.cat(joined), straight, **ROUNDING)
+    with torch.no_grad():
+        torch.testing.assert_close(mixed[1:2], case.field([""])(x[1:2], sigma[1:2]), **ROUNDING)
+
+
+def test_another_image_size_shares_the_parts_and_is_that_of_the_stock_pipeline(case):
+    size, factor = case.backbone.image_size, case.backbone.vae_factor
+    view = case.backbone.at(64, 32)
+    assert view._codec is case.backbone._codec
+    assert view._text_parts is case.backbone._text_parts
+    assert view.latent_shape == (case.backbone.latent_shape[0], 64 // factor, 32 // factor)
+    assert case.backbone.image_size == size
+    assert view.fingerprint == case.backbone.fingerprint
+    noise = evaluation_noise(0, range(3), view.latent_shape, "cpu")
+    sigmas = inference_sigmas(2, view.shift_steps)
+    ours = sample(BoundField(view, case.network, view.encode_prompts(PROMPTS)), noise, sigmas)
+    torch.testing.assert_close(ours, case.stock_run(noise, nfe=2, height=64, width=32), **EXACT)
+    torch.testing.assert_close(sigmas, case.stock.scheduler.sigmas, **EXACT)
+    follows = not torch.equal(sigmas, inference_sigmas(2, case.backbone.shift_steps))
+    moves = case.stock.scheduler.config.use_dynamic_shifting and not case.stock.scheduler.config.shift_terminal
+    assert follows == bool(moves)  # with a terminal sigma, two steps end alike whatever the shift
+    with pytest.raises(UserError, match=r"height=33 does not fit .*: use a multiple of \d+"):
+        case.backbone.at(33, 32)
+
+
+def test_an_exported_student_reloads_in_plain_diffusers(case, tmp_path):
+    student = perturbed(case.backbone.build_network(), seed=1)
+    folder = export.export_pipeline(case.backbone, student, tmp_path / "student", nfe=4)
+    call = json.loads((folder / "call.json").read_text())
+    noise, plain = case.noise(), load(folder)
+    latents = pack(noise) if case.family.packed else noise.clone()
+    theirs = plain(list(PROMPTS), latents=latents, output_type="pt", **call).images
+    ours = generate(case.backbone, student, SamplerSpec("student"), PROMPTS, range(3), seed=0, batch_size=3)
+    torch.testing.assert_close(theirs, ours, **ROUNDING)
+    torch.testing.assert_close(plain.scheduler.sigmas, inference_sigmas(4, case.backbone.shift_steps), **EXACT)
+    assert (ours - case.backbone.decode_latents(case.stock_run(noise))).abs().mean() > 1e-3
+    made = sample_images(str(folder), PROMPTS, seed=0)  # knows family, sizes and steps by the folder alone
+    assert made.steps == 4
+    torch.testing.assert_close(made.images, ours, **ROUNDING)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert f"{case.family.backbone.pipeline_class.__name__}.from_pretrained" in card
+    assert all(f"{name}={value}" in card for name, value in call.items())
+    again = case.family.backbone(str(folder), **case.family.options)
+    assert torch.equal(again.shift_steps(uniform_sigmas(3)), case.backbone.shift_steps(uniform_sigmas(3)))
+
+
+def test_a_folder_of_another_family_is_refused_in_one_line(case, tiny_folder):
+    other = tiny_folder("flux_dev" if case.family.name == "sd3" else "sd3")
+    with pytest.raises(UserError, match=r"holds a \w+, not a \w+; choose the backbone of its family") as caught:
+        _ = case.family.backbone(str(other)).fingerprint
+    assert "\n" not in str(caught.value)
+
+
+def test_a_scheduler_that_does_more_is_refused(case, tmp_path):
+    copied = shutil.copytree(case.folder, tmp_path / "copied")
+    FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True).save_pretrained(copied / "scheduler")
+    with pytest.raises(UserError, match=r"sets use_karras_sigmas, .* is trained with a static shift"):
+        _ = case.family.backbone(str(copied)).scheduler
+
+
+def test_text_lengths_out_of_range_are_refused(case):
+    with pytest.raises(UserError, match=r"max_sequence_length=2000: [\w.-]+ takes \d+ to \d+ text tokens"):
+        case.family.backbone("anywhere", max_sequence_length=2000)
+
+
+def test_four_iterations_train_export_and_sample(case, tmp_path, prompt_file):
+    """The family's own experiment, in its precision, on the tiny folder; then both commands on the run."""
+    quiet_libraries()
+    options = [f"backbone.{name}={value}" for name, value in case.family.options.items()]
+    overrides = [
+        f"experiment={case.family.experiment}",
+        f"output_dir={tmp_path / 'run'}",
+        f"backbone.pretrained={case.folder}",
+        "backbone.revision=null",
+        "schedule.length.high=3",
+        "trainer.max_steps=4",
+        "trainer.limit_val_batches=0",
+        "trainer.log_every_n_steps=1",
+        "callbacks=ema",
+        "logger=none",
+        "checkpoint.every=4",
+        "data.batch_size=2",
+        "data.num_workers=0",
+        f"data.train.path={prompt_file}",
+        f"data.val.path={prompt_file}",
+    ]
+    result = train(compose([*overrides, *options]))
+    assert result.iteration == 4
+    figures = {name: value for name, value in result.metrics.items() if name.endswith(("loss", "grad_norm"))}
+    assert {"student/loss", "fake_score/loss", "student/grad_norm"} <= figures.keys()
+    assert all(0 < value < float("inf") for value in figures.values())
+    assert result.metrics["student/skipped_steps"] == 0
+    folder = export.export_checkpoint(tmp_path / "run", tmp_path / "student")
+    images = sample_images(str(folder), PROMPTS[:1]).images
+    assert images.shape == (1, 3, *case.backbone.image_size)
+    assert images.std() > 0.01
+
+
+# ---- what single families do
+
+
+def of(name: str, case: Case) -> Case:
+    if case.family.name != name:
+        pytest.skip(f"{name} alone")
+    return case
+
+
+def seen_timesteps(network: torch.nn.Module, part: str, run) -> torch.Tensor:
+    """The first argument that the network's time embedding `part` is given while `run()` runs."""
+    seen = []
+    hook = network.get_submodule(part).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        run()
+    hook.remove()
+    return torch.stack([value.flatten()[0].float() for value in seen])
+
+
+def test_bfloat16_timesteps_are_those_of_the_bfloat16_pipeline(case):
+    """Sigma 0.9045 is timestep 904 there; casting sigma itself would make it 908."""
+    parts = {"longcat": "time_embed", "flux_dev": "time_text_embed", "qwen_image": "time_text_embed"}
+    if case.family.name not in parts:
+        pytest.skip("the pipeline passes float32 timesteps")
+    part, sigmas = parts[case.family.name], [0.9045, 0.8261, 0.7595, 0.5128]
+    stock = load(case.folder).to(torch.bfloat16)
+    stock.scheduler = FlowMatchEulerDiscreteScheduler()
+    latents = pack(case.noise())
+    call = {**case.family.options, **case.family.call, "num_inference_steps": 4, "sigmas": sigmas}
+    theirs = seen_timesteps(
+        stock.transformer, part, lambda: stock(list(PROMPTS), latents=latents, output_type="latent", **call)
+    )
+    bound, x = case.field(PROMPTS[:1], compute_dtype=torch.bfloat16), case.noise(1)
+    ours = seen_timesteps(case.network, part, lambda: [bound(x, torch.tensor([sigma])) for sigma in sigmas])
+    assert torch.equal(ours, theirs)
+    scale = 1 if ours[0] > 1 else 1000
+    assert (scale * theirs - 1000 * torch.tensor(sigmas)).abs().max() < 4
+    assert not torch.equal(ours, torch.tensor(sigmas).bfloat16().float() * (1000 / scale))
+
+
+def test_longcat_never_rewrites_prompts(case, monkeypatch, tmp_path):
+    case = of("longcat", case)
+
+    def rewrite(*_):
+        raise AssertionError("prompt rewriting was called")
+
+    monkeypatch.setattr(case.family.backbone.pipeline_class, "rewire_prompt", rewrite)
+    assert case.backbone.encode_prompts(["a ring"])["prompt_embeds"].shape[1] == 512
+    case.stock_run(case.noise())
+    call = case.backbone._student_call(4).arguments
+    assert call["enable_prompt_rewrite"] is False
+    with pytest.raises(AssertionError, match="was called"):  # the pipeline's default, which the export turns off
+        case.stock_run(case.noise(), enable_prompt_rewrite=True)
+
+
+def test_longcat_guidance_makes_no_token_longer(case):
+    case = of("longcat", case)
+    cond, uncond = torch.randn(2, 2, 16, 8, 12, generator=torch.Generator().manual_seed(0))
+    guided = pack(case.backbone.guide(cond, uncond, 4.5)).norm(dim=-1)
+    assert (guided <= pack(cond).norm(dim=-1) * (1 + 1e-5)).all()
+    torch.testing.assert_close(case.backbone.guide(cond, uncond, 1.0), cond)
+
+
+def test_flux_dev_is_told_its_guidance(case):
+    case = of("flux_dev", case)
+    x, sigma, cond = case.noise(1), torch.tensor([0.5]), case.backbone.encode_prompts(PROMPTS[:1])
+    other = case.family.backbone(str(case.folder), guidance_embed=1.0, **case.family.options)
+    with torch.no_grad():
+        assert not torch.allclose(
+            case.backbone.velocity(case.network, x, sigma, cond), other.velocity(case.network, x, sigma, cond)
+        )
+    call = other._student_call(4).arguments
+    assert call["guidance_scale"] == 1.0
+    assert case.family.backbone.settings_of(call)["guidance_embed"] == 1.0
+
+
+def test_qwen_image_exports_a_single_step_that_is_a_number(case, tmp_path):
+    """With its terminal sigma, diffusers would divide 0 by 0."""
+    case = of("qwen_image", case)
+    folder = export.export_pipeline(case.backbone, case.network, tmp_path / "student", nfe=1)
+    call, noise = json.loads((folder / "call.json").read_text()), case.noise()
+    theirs = load(folder)(list(PROMPTS), latents=pack(noise), output_type="pt", **call).images
+    ours = generate(case.backbone, case.network, SamplerSpec("s", nfe=1), PROMPTS, range(3), seed=0, batch_size=3)
+    torch.testing.assert_close(theirs, ours, **ROUNDING)
+    assert case.family.backbone(str(folder)).scheduler.config.shift_terminal == 0.02  # that of training
+
+
+def test_sana_leaves_a_scheduler_that_is_no_flow_solver(case, tmp_path):
+    case = of("sana", case)
+    copied = shutil.copytree(case.folder, tmp_path / "copied")
+    path = copied / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_flow_sigmas": False}))
+    with pytest.raises(UserError, match="is not one of a flow model"):
+        _ = case.family.backbone(str(copied)).scheduler
+    index = json.loads(
+        (export.export_pipeline(case.backbone, case.network, tmp_path / "s") / "model_index.json").read_text()
+    )
+    assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+
+
+def test_packing_is_that_of_the_pipelines():
+    from diffusers import FluxPipeline
+
+    x = torch.randn(2, 4, 6, 10, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(pack(x), FluxPipeline._pack_latents(x, 2, 4, 6, 10))
+    assert torch.equal(unpack(pack(x), 6, 10), x)
+
+
+def test_every_backbone_can_be_made_from_its_yaml():
+    for family in FAMILIES.values():
+        keys = compose([f"backbone={family.name}", "output_dir=x"]).backbone.keys() - {"_target_"}
+        assert keys <= inspect.signature(family.backbone).parameters.keys()
