@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 
 from cdm_lightning.backbones.base import Backbone
+from cdm_lightning.backbones.pipeline_folder import hash_part
 from cdm_lightning.checkpoint import network_weights, read_checkpoint
-from cdm_lightning.config import build, compose
+from cdm_lightning.config import asset_path, build, compose
 from cdm_lightning.ladder import STEPS, LadderEvaluation, LadderResult, LadderRow
 from cdm_lightning.report import markdown_table, save_report
 from cdm_lightning.train import quiet_libraries, train
@@ -70,6 +71,10 @@ def measure_teacher() -> None:
 def measure_student(seeds: list[int], extra: list[str]) -> None:
     """Train once a seed, measure all, and give the verdict on the mean; the results are written anew after each seed."""
     teacher = json.loads((RESULTS / "tiny_sd3_teacher.json").read_text())
+    if teacher["facts"].get("bundle") != bundle():
+        sys.exit(
+            f"error: {RESULTS}/tiny_sd3_teacher.json is of another bundle; run `python -m benchmarks.tiny_sd3 teacher`"
+        )
     before = {row["sampler"]: row for row in teacher["rows"]["teacher"]}
     names = ["teacher 50 steps, guidance 1.5", *(spec.name for spec in STEPS if spec.network == "student")]
     tables, settings, seconds, known = {}, {}, [], {}
@@ -120,6 +125,11 @@ def rows_by_name(result: LadderResult) -> dict[str, LadderRow]:
     return {row.sampler: row for row in result.rows}
 
 
+def bundle() -> str:
+    """Which weights are measured: a hash of the bundled pipeline's transformer."""
+    return hash_part(Path(asset_path("tiny_sd3")) / "transformer")
+
+
 def write(name: str, settings: dict, tables: dict[str, list[LadderRow]], verdicts: dict[str, bool]) -> None:
     """JSON and Markdown into benchmarks/results/, and onto the terminal."""
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
@@ -128,6 +138,7 @@ def write(name: str, settings: dict, tables: dict[str, list[LadderRow]], verdict
         "commit": git.stdout.strip() or "unknown",
         "command": "python -m benchmarks.tiny_sd3 " + " ".join(sys.argv[1:]),
         "machine": f"{os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "bundle": bundle(),
         **settings,
     }
     rows = {title: [asdict(row) for row in table] for title, table in tables.items()}

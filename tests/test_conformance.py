@@ -20,11 +20,14 @@ from cdm_lightning.backbones.base import BoundField
 from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone
 from cdm_lightning.backbones.families import FAMILIES as REGISTERED
 from cdm_lightning.backbones.packing import pack, unpack
+from cdm_lightning.cache_text import fill_cache
 from cdm_lightning.config import compose
 from cdm_lightning.core.flow import GuidedField, evaluate_together
 from cdm_lightning.core.rng import evaluation_noise
 from cdm_lightning.core.rollout import sample
 from cdm_lightning.core.schedules import inference_sigmas, uniform_sigmas
+from cdm_lightning.data.prompts import PromptList
+from cdm_lightning.data.text_cache import StoredText, TextCacheSettings
 from cdm_lightning.errors import UserError
 from cdm_lightning.evaluation import SamplerSpec, generate
 from cdm_lightning.sample import sample_images
@@ -82,6 +85,11 @@ def case(request, tiny_folder) -> Case:
     return Case(family, folder, stock, backbone, backbone.build_network())
 
 
+def only(*names: str) -> pytest.MarkDecorator:
+    """Run a test on these families instead of all."""
+    return pytest.mark.parametrize("case", names, indirect=True)
+
+
 def perturbed(network: torch.nn.Module, seed: int) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -115,9 +123,8 @@ def test_texts_matter(case):
     assert (circle - none).abs().max() > 1e-4
 
 
+@only(*(name for name, family in FAMILIES.items() if family.guided is not None))
 def test_guided_loop_is_the_stock_pipeline(case):
-    if case.family.guided is None:
-        pytest.skip("the pipeline does not guide")
     noise, sigmas = case.noise(), inference_sigmas(4, case.backbone.shift_steps)
     cond, uncond = case.field(PROMPTS), case.field([""] * len(PROMPTS))
     ours = sample(GuidedField(cond, uncond, 3.0, case.backbone.guide), noise, sigmas)
@@ -218,6 +225,24 @@ def test_another_image_size_shares_the_parts_and_is_that_of_the_stock_pipeline(c
         case.backbone.at(33, 32)
 
 
+def test_a_text_cache_serves_for_the_text_encoders(case, tmp_path):
+    settings = TextCacheSettings(tmp_path, dtype="float32", batch_size=4)
+    fill_cache(case.backbone, {"training": PromptList(PROMPTS)}, settings)
+    cached = case.family.backbone(str(case.folder), **case.family.options)
+    cached.use_text_cache(StoredText(tmp_path, cached.text_fingerprint))
+    cached.setup(torch.device("cpu"))
+    for prompts in (PROMPTS, [""] * 2, [PROMPTS[1], ""]):
+        stored, encoded = cached.encode_prompts(prompts), case.backbone.encode_prompts(prompts)
+        assert stored.keys() == encoded.keys()
+        for name, value in encoded.items():
+            assert stored[name].dtype == value.dtype
+            torch.testing.assert_close(stored[name], value, **EXACT)
+    field = BoundField(cached, case.network, cached.encode_prompts(PROMPTS))
+    images = cached.decode_latents(sample(field, case.noise(), inference_sigmas(2, cached.shift_steps)))
+    torch.testing.assert_close(images, case.stock_run(case.noise(), nfe=2, output_type="pt"), **ROUNDING)
+    assert "_text_parts" not in cached.shared  # no text encoder was loaded
+
+
 def test_an_exported_student_reloads_in_plain_diffusers(case, tmp_path):
     student = perturbed(case.backbone.build_network(), seed=1)
     folder = export.export_pipeline(case.backbone, student, tmp_path / "student", nfe=4)
@@ -294,10 +319,7 @@ def test_four_iterations_train_export_and_sample(case, tmp_path, prompt_file):
 # ---- what single families do
 
 
-def of(name: str, case: Case) -> Case:
-    if case.family.name != name:
-        pytest.skip(f"{name} alone")
-    return case
+TIME_PARTS = {"longcat": "time_embed", "flux_dev": "time_text_embed", "qwen_image": "time_text_embed"}
 
 
 def seen_timesteps(network: torch.nn.Module, part: str, run) -> torch.Tensor:
@@ -310,12 +332,10 @@ def seen_timesteps(network: torch.nn.Module, part: str, run) -> torch.Tensor:
     return torch.stack([value.flatten()[0].float() for value in seen])
 
 
+@only(*TIME_PARTS)  # the others are given float32 timesteps
 def test_bfloat16_timesteps_are_those_of_the_bfloat16_pipeline(case):
     """Sigma 0.9045 is timestep 904 there; casting sigma itself would make it 908."""
-    parts = {"longcat": "time_embed", "flux_dev": "time_text_embed", "qwen_image": "time_text_embed"}
-    if case.family.name not in parts:
-        pytest.skip("the pipeline passes float32 timesteps")
-    part, sigmas = parts[case.family.name], [0.9045, 0.8261, 0.7595, 0.5128]
+    part, sigmas = TIME_PARTS[case.family.name], [0.9045, 0.8261, 0.7595, 0.5128]
     stock = load(case.folder).to(torch.bfloat16)
     stock.scheduler = FlowMatchEulerDiscreteScheduler()
     latents = pack(case.noise())
@@ -331,9 +351,8 @@ def test_bfloat16_timesteps_are_those_of_the_bfloat16_pipeline(case):
     assert not torch.equal(ours, torch.tensor(sigmas).bfloat16().float() * (1000 / scale))
 
 
+@only("longcat")
 def test_longcat_never_rewrites_prompts(case, monkeypatch, tmp_path):
-    case = of("longcat", case)
-
     def rewrite(*_):
         raise AssertionError("prompt rewriting was called")
 
@@ -346,16 +365,16 @@ def test_longcat_never_rewrites_prompts(case, monkeypatch, tmp_path):
         case.stock_run(case.noise(), enable_prompt_rewrite=True)
 
 
+@only("longcat")
 def test_longcat_guidance_makes_no_token_longer(case):
-    case = of("longcat", case)
     cond, uncond = torch.randn(2, 2, 16, 8, 12, generator=torch.Generator().manual_seed(0))
     guided = pack(case.backbone.guide(cond, uncond, 4.5)).norm(dim=-1)
     assert (guided <= pack(cond).norm(dim=-1) * (1 + 1e-5)).all()
     torch.testing.assert_close(case.backbone.guide(cond, uncond, 1.0), cond)
 
 
+@only("flux_dev")
 def test_flux_dev_is_told_its_guidance(case):
-    case = of("flux_dev", case)
     x, sigma, cond = case.noise(1), torch.tensor([0.5]), case.backbone.encode_prompts(PROMPTS[:1])
     other = case.family.backbone(str(case.folder), guidance_embed=1.0, **case.family.options)
     with torch.no_grad():
@@ -367,9 +386,9 @@ def test_flux_dev_is_told_its_guidance(case):
     assert case.family.backbone.settings_of(call)["guidance_embed"] == 1.0
 
 
+@only("qwen_image")
 def test_qwen_image_exports_a_single_step_that_is_a_number(case, tmp_path):
     """With its terminal sigma, diffusers would divide 0 by 0."""
-    case = of("qwen_image", case)
     folder = export.export_pipeline(case.backbone, case.network, tmp_path / "student", nfe=1)
     call, noise = json.loads((folder / "call.json").read_text()), case.noise()
     theirs = load(folder)(list(PROMPTS), latents=pack(noise), output_type="pt", **call).images
@@ -378,8 +397,8 @@ def test_qwen_image_exports_a_single_step_that_is_a_number(case, tmp_path):
     assert case.family.backbone(str(folder)).scheduler.config.shift_terminal == 0.02  # that of training
 
 
+@only("sana")
 def test_sana_leaves_a_scheduler_that_is_no_flow_solver(case, tmp_path):
-    case = of("sana", case)
     copied = shutil.copytree(case.folder, tmp_path / "copied")
     path = copied / "scheduler/scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_flow_sigmas": False}))

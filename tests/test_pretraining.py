@@ -14,13 +14,14 @@ from cdm_lightning.errors import UserError
 from cdm_lightning.metrics.shapes_classifier import ShapesClassifier
 from cdm_lightning.pretrain import pretrain
 from cdm_lightning.pretraining.loop import Recipe, optimise
-from cdm_lightning.pretraining.teacher import TextConditioned, start_from, tokenise
+from cdm_lightning.pretraining.teacher import TextConditioned, tokenise
 from cdm_lightning.pretraining.tiny_sd3 import (
     build_clip,
     build_clip_tokenizer,
     build_pipeline,
     build_t5,
     build_t5_tokenizer,
+    start_from,
 )
 
 CAPTIONS = ["a large red circle at the top", "a small blue square left of a large green ring", ""]
@@ -54,6 +55,7 @@ def test_going_on_from_an_earlier_pipeline_keeps_what_it_knew(tmp_path: Path) ->
         tokenizer=clip, tokenizer_2=clip, tokenizer_3=t5, text_encoder=build_clip(clip).eval(),
         text_encoder_2=build_clip(clip).eval(), text_encoder_3=build_t5(t5).eval(),
     )  # fmt: skip
+    earlier.vae.register_to_config(scaling_factor=1.3, shift_factor=0.2)
     earlier.save_pretrained(tmp_path / "earlier")
     pipeline = build_pipeline(seed=2)
     start_from(pipeline, tmp_path / "earlier")
@@ -65,11 +67,17 @@ def test_going_on_from_an_earlier_pipeline_keeps_what_it_knew(tmp_path: Path) ->
     torch.testing.assert_close(ours[2], theirs[2], atol=1e-5, rtol=0)
     assert len(pipeline.tokenizer_3) > len(t5)
     assert torch.equal(pipeline.transformer.proj_out.weight, earlier.transformer.proj_out.weight)
+    assert torch.equal(pipeline.vae.decoder.conv_out.weight, earlier.vae.decoder.conv_out.weight)
+    assert (pipeline.vae.config.scaling_factor, pipeline.vae.config.shift_factor) == (1.3, 0.2)
 
 
 def test_going_on_from_something_else_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot load"):
+    with pytest.raises(UserError, match=r"model_index\.json"):
         start_from(build_pipeline(), tmp_path)
+    build_pipeline(heads=2).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="is no tiny pipeline of these sizes") as caught:
+        start_from(build_pipeline(heads=3), tmp_path / "other")
+    assert "\n" not in str(caught.value)
 
 
 def test_the_learning_rate_warms_up_holds_and_falls_to_zero() -> None:
@@ -125,6 +133,11 @@ def test_every_stage_runs_and_leaves_loadable_assets(tmp_path: Path) -> None:
     ShapesClassifier.load(assets / "shapes_classifier.safetensors")
     assert (assets / "tiny_clip" / "open_clip_model.safetensors").is_file()
     assert len((assets / "prompts" / "shapes_train.txt").read_text().splitlines()) == 8
+    cfg.merge_with({"earlier": str(assets / "tiny_sd3"), "work_dir": str(tmp_path / "again"), "stages": ["teacher"]})
+    further = StableDiffusion3Pipeline.from_pretrained(pretrain(cfg) / "tiny_sd3")
+    for name in ("encoder.conv_in.weight", "decoder.conv_out.weight"):  # the codec of the latents that it knows
+        assert torch.equal(further.vae.get_parameter(name), pipeline.vae.get_parameter(name))
+    assert not torch.equal(further.transformer.proj_out.weight, pipeline.transformer.proj_out.weight)
 
 
 def test_an_unknown_stage_is_one_line(tmp_path: Path) -> None:

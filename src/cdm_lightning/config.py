@@ -11,8 +11,8 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from pathlib import Path
-from types import NoneType
-from typing import Any, NoReturn, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import hydra
 from hydra.errors import HydraException, InstantiationException
@@ -107,7 +107,8 @@ def _check_numbers(node: Any, key: str) -> None:
     hints = _annotations(node.get("_target_"))
     for name in (name for name in node if not OmegaConf.is_missing(node, name)):
         value, where = node[name], f"{key}.{name}"
-        kinds = get_args(hints.get(name)) or (hints.get(name),)
+        hint = hints.get(name)
+        kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         if isinstance(value, str) and str not in kinds and all(kind in SIMPLE for kind in kinds):
             wanted = " or ".join("null" if kind is NoneType else kind.__name__ for kind in kinds)
             raise UserError(f"{where}={value} must be {wanted}")

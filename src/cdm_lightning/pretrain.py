@@ -41,7 +41,10 @@ def pretrain(cfg: DictConfig) -> Path:
         scorers.train_clip(recipe("clip"), work, output / "tiny_clip", cfg.scorer_pool)
     if "vae" in cfg.stages or "teacher" in cfg.stages:
         pipeline = tiny_sd3.build_pipeline(cfg.seed, **cfg.pipeline)
-        vae.train_vae(pipeline.vae, recipe("vae"), work, cfg.vae_pool)
+        if cfg.earlier is None:
+            vae.train_vae(pipeline.vae, recipe("vae"), work, cfg.vae_pool)
+        else:
+            tiny_sd3.start_from(pipeline, cfg.earlier)
         if "teacher" in cfg.stages:
             teacher.train_teacher(pipeline, recipe("teacher"), work, **cfg.teacher)
         save_pipeline(pipeline, output / "tiny_sd3")

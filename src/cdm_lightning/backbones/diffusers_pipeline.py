@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cdm_lightning.backbones.base import CheckpointFunction, Conditioning
 from cdm_lightning.backbones.lora_file import fused_network
 from cdm_lightning.backbones.pipeline_folder import hash_part, loading
-from cdm_lightning.backbones.pipeline_settings import PipelineSettings, shared_property
+from cdm_lightning.backbones.pipeline_settings import DTYPES, PipelineSettings, shared_property
 from cdm_lightning.backbones.student_folder import OwnLoRA, StudentCall, write_lora, write_pipeline
 from cdm_lightning.core.schedules import inference_sigmas
 from cdm_lightning.errors import UserError
@@ -42,7 +42,7 @@ class PipelineBackbone(PipelineSettings):
 
     def build_teacher(self) -> nn.Module:
         """The pretrained transformer, frozen, in `teacher_dtype`."""
-        return self._load_network(self.teacher_dtype).requires_grad_(False).eval()
+        return self._load_network(DTYPES[self.teacher_dtype]).requires_grad_(False).eval()
 
     def _load_network(self, dtype: torch.dtype) -> nn.Module:
         if self.teacher_lora is None:
@@ -119,7 +119,7 @@ class PipelineBackbone(PipelineSettings):
         left_out = dict.fromkeys(["transformer", *without])
         with loading(self.folder):
             pipeline = self.pipeline_class.from_pretrained(
-                self.folder, dtype={"vae": torch.float32, "default": self.text_dtype}, **left_out
+                self.folder, dtype={"vae": torch.float32, "default": DTYPES[self.text_dtype]}, **left_out
             )
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
@@ -145,7 +145,7 @@ class PipelineBackbone(PipelineSettings):
         """Hashes of the text encoders and tokenizers, and the settings of text encoding."""
         settings = {
             "max_sequence_length": str(self.max_sequence_length),
-            "text_dtype": str(self.text_dtype).removeprefix("torch."),
+            "text_dtype": self.text_dtype,
         }
         hashes = {part: hash_part(self.folder / part) for part in self.text_parts}
         return {"family": self.title.lower(), **hashes, **settings}

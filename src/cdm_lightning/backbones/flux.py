@@ -4,7 +4,8 @@ Shapes: B batch, (C, h, w) latent, N text tokens of T5, D their width, P width o
 """
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
@@ -20,6 +21,7 @@ from cdm_lightning.backbones.student_folder import StudentCall
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 
+@dataclass(eq=False)
 class FluxBackbone(PipelineBackbone):
     """A `FluxPipeline`.
 
@@ -33,24 +35,9 @@ class FluxBackbone(PipelineBackbone):
     block_types = (FluxTransformerBlock, FluxSingleTransformerBlock)
     lora_targets = presets(JOINT_ATTENTION, (*JOINT_FEED_FORWARD, "proj_mlp"))
     parts = ("transformer", "scheduler", "vae", *TEXT_PARTS)
-    unguided: Mapping[str, Any] = {}  # the pipeline guides where it is given a negative prompt
+    unguided: ClassVar[Mapping[str, Any]] = {}  # the pipeline guides where it is given a negative prompt
 
-    def __init__(
-        self,
-        pretrained: str,
-        revision: str | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        max_sequence_length: int | None = None,
-        teacher_dtype: str = "float32",
-        text_dtype: str = "float32",
-        teacher_lora: str | None = None,
-        teacher_lora_scale: float = 1.0,
-        guidance_embed: float = 3.5,
-    ) -> None:
-        sizes, dtypes = (height, width, max_sequence_length), (teacher_dtype, text_dtype)
-        super().__init__(pretrained, revision, *sizes, *dtypes, teacher_lora, teacher_lora_scale)
-        self.guidance_embed = guidance_embed
+    guidance_embed: float = 3.5
 
     @property
     def latent_channels(self) -> int:

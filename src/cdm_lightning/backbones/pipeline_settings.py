@@ -8,6 +8,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -43,6 +44,7 @@ class shared_property:
         backbone.shared[self.name] = value
 
 
+@dataclass(eq=False)
 class PipelineSettings(Backbone):
     """Where a pipeline lies, how it shall be used and what its configuration files say.
 
@@ -60,31 +62,28 @@ class PipelineSettings(Backbone):
     text_tokens: ClassVar[range] = range(1, 513)  # how many the family can take
     shift_options: ClassVar[tuple[str, ...]] = ("use_dynamic_shifting",)  # of the scheduler, besides a static shift
 
-    def __init__(
-        self,
-        pretrained: str,
-        revision: str | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        max_sequence_length: int | None = None,
-        teacher_dtype: str = "float32",
-        text_dtype: str = "float32",
-        teacher_lora: str | None = None,
-        teacher_lora_scale: float = 1.0,
-    ) -> None:
-        length = self.default_text_length() if max_sequence_length is None else max_sequence_length
-        if length not in self.text_tokens:
+    pretrained: str
+    revision: str | None = None
+    height: int | None = None
+    width: int | None = None
+    max_sequence_length: int | None = None
+    teacher_dtype: str = "float32"
+    text_dtype: str = "float32"
+    teacher_lora: str | Path | None = None
+    teacher_lora_scale: float = 1.0
+    shared: dict[str, Any] = field(default_factory=dict, init=False)  # common to all image sizes: `shared_property`
+
+    def __post_init__(self) -> None:
+        if self.max_sequence_length is None:
+            self.max_sequence_length = self.default_text_length()
+        if self.max_sequence_length not in self.text_tokens:
             allowed = f"{self.text_tokens.start} to {self.text_tokens.stop - 1}"
-            raise UserError(f"max_sequence_length={length}: {self.title} takes {allowed} text tokens")
-        self.pretrained = str(pretrained)
-        self.revision = revision
-        self.height, self.width = height, width
-        self.max_sequence_length = length
-        self.teacher_dtype = dtype_of("teacher_dtype", teacher_dtype)
-        self.text_dtype = dtype_of("text_dtype", text_dtype)
-        self.teacher_lora = None if teacher_lora is None else locate_lora(teacher_lora)
-        self.teacher_lora_scale = teacher_lora_scale
-        self.shared: dict[str, Any] = {}  # what all image sizes have in common, see `shared_property`
+            raise UserError(f"max_sequence_length={self.max_sequence_length}: {self.title} takes {allowed} text tokens")
+        for name in ("teacher_dtype", "text_dtype"):
+            if getattr(self, name) not in DTYPES:
+                raise UserError(f"{name} must be one of {', '.join(DTYPES)}, got {getattr(self, name)!r}")
+        self.pretrained = str(self.pretrained)
+        self.teacher_lora = None if self.teacher_lora is None else locate_lora(self.teacher_lora)
 
     def at(self, height: int, width: int) -> Self:
         """The same loaded parts for images of another size in pixels; UserError if that cannot be."""
@@ -203,10 +202,3 @@ class PipelineSettings(Backbone):
     def settings_of(cls, call: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of the constructor that go with the arguments of an exported student's call."""
         return {name: call[name] for name in ("height", "width", "max_sequence_length") if name in call}
-
-
-def dtype_of(argument: str, name: str) -> torch.dtype:
-    """The dtype of that name; UserError for another than `DTYPES`."""
-    if name not in DTYPES:
-        raise UserError(f"{argument} must be one of {', '.join(DTYPES)}, got {name!r}")
-    return DTYPES[name]

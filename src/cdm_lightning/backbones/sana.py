@@ -7,7 +7,7 @@ multi-step solver; the student is trained, sampled and exported with the Euler s
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline, SanaTransformer2DModel
@@ -32,7 +32,7 @@ class SanaBackbone(PipelineBackbone):
     parts = ("transformer", "scheduler", "vae", "text_encoder", "tokenizer")
     text_tokens = range(1, 301)
     shift_options = ()
-    unguided: Mapping[str, Any] = {"guidance_scale": 1.0, "use_resolution_binning": False}
+    unguided: ClassVar[Mapping[str, Any]] = {"guidance_scale": 1.0, "use_resolution_binning": False}
     notes = (
         "`guidance_scale` is 1: one network call a step.",
         "`use_resolution_binning=False`: pictures are made in the size that was trained, not resized to it.",

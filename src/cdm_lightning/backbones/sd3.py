@@ -3,7 +3,7 @@
 Shapes: B batch, (C, h, w) latent, N text tokens (CLIP then T5), D their width, P width of the pooled text.
 """
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -21,6 +21,7 @@ from cdm_lightning.backbones.sd3_text import PromptEncoder
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 
 
+@dataclass(eq=False)
 class SD3Backbone(PipelineBackbone):
     """A `StableDiffusion3Pipeline`, from a local folder or a hub id; nothing is read before it is needed.
 
@@ -37,22 +38,7 @@ class SD3Backbone(PipelineBackbone):
     shift_options = ()
     codec_needs = ("tokenizer",)  # it says how many tokens CLIP gives
 
-    def __init__(
-        self,
-        pretrained: str,
-        revision: str | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        max_sequence_length: int = 256,
-        compact_text: int | None = None,
-        teacher_dtype: str = "float32",
-        text_dtype: str = "float32",
-        teacher_lora: str | None = None,
-        teacher_lora_scale: float = 1.0,
-    ) -> None:
-        sizes, dtypes = (height, width, max_sequence_length), (teacher_dtype, text_dtype)
-        super().__init__(pretrained, revision, *sizes, *dtypes, teacher_lora, teacher_lora_scale)
-        self.compact_text = compact_text
+    compact_text: int | None = None
 
     # ---- sizes
 
@@ -99,25 +85,19 @@ class SD3Backbone(PipelineBackbone):
 
     @shared_property
     def _text(self) -> PromptEncoder:
-        return self._new_prompt_encoder()
-
-    def _new_prompt_encoder(self) -> PromptEncoder:
         return PromptEncoder(self._text_parts, self.max_sequence_length, self.compact_text, name=self.pretrained)
 
     def setup(self, device: torch.device) -> None:
         """Load VAE and, without a text cache, text encoders onto `device`; UserError for `compact_text` that cannot be."""
         super().setup(device)
         if self.text_cache is None:
-            self._text = self._new_prompt_encoder()  # the old one's empty prompt lies on the old device
+            _ = self._text  # looks at the padding
 
     @property
     def text_fingerprint(self) -> dict[str, str]:
         """Hashes of the text encoders and tokenizers, and the settings of text encoding."""
         return super().text_fingerprint | {"compact_text": str(self.compact_text)}
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Texts -> {"prompt_embeds": (B, N, D), "pooled": (B, P)} float32; "" is the unconditional prompt."""
-        return self._text.encode(prompts)
-
     def _encode(self, prompts: list[str]) -> Conditioning:
+        """{"prompt_embeds": (B, N, D), "pooled": (B, P)} float32."""
         return self._text.encode(prompts)

@@ -5,7 +5,6 @@ Shapes: B prompts, N text tokens (CLIP then T5), D their width, P width of the p
 
 import logging
 from collections.abc import Sequence
-from functools import cached_property
 
 import torch
 from diffusers import StableDiffusion3Pipeline
@@ -54,23 +53,8 @@ class PromptEncoder:
         """Text tokens before those of T5."""
         return self.pipeline.tokenizer_max_length
 
-    @property
-    def full_length(self) -> int:
-        """N of the stock pipeline."""
-        return self.clip_tokens + self.t5_tokens
-
-    @cached_property
-    def unconditional(self) -> Conditioning:
-        """The empty prompt (B = 1), encoded once."""
-        return self._encode([""])
-
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Texts -> {"prompt_embeds": (B, N, D), "pooled": (B, P)} float32; "" is the unconditional prompt."""
-        if any(prompts):
-            return self._encode(prompts)
-        return {name: value.repeat_interleave(len(prompts), dim=0) for name, value in self.unconditional.items()}
-
-    def _encode(self, prompts: Sequence[str]) -> Conditioning:
         embeds, pooled = self._stock_encode(prompts)
         if self.compact is not None:
             embeds = compact_text(embeds, max(self.clip_tokens + self.compact, tokens_before_padding(embeds)))

@@ -5,7 +5,7 @@ of their own lengths, and time from noise to data; it answers with the velocity'
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ class ZImageBackbone(PipelineBackbone):
     block_types = (ZImageTransformerBlock,)
     lora_targets = presets(("to_q", "to_k", "to_v", "to_out.0"), ("w1", "w2", "w3"))
     parts = ("transformer", "scheduler", "vae", "text_encoder", "tokenizer")
-    unguided: Mapping[str, Any] = {"guidance_scale": 0.0}
+    unguided: ClassVar[Mapping[str, Any]] = {"guidance_scale": 0.0}
     notes = ("`guidance_scale` is 0, not 1: this pipeline adds the guidance to the conditional velocity.",)
 
     @property

@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from transformers import T5EncoderModel
 
 from cdm_lightning.backbones.compact_text import use_compact_padding
-from cdm_lightning.backbones.pipeline_folder import loading
 from cdm_lightning.core.flow import interpolate
 from cdm_lightning.data.shapes import draw_scenes, render
-from cdm_lightning.errors import UserError
 from cdm_lightning.pretraining.loop import Recipe, optimise
 
 T5_TOKENS = 256  # what the stock pipeline pads to
@@ -90,29 +88,6 @@ def captioned_latents(pipeline: StableDiffusion3Pipeline, count: int, seed: int,
     return Captioned(torch.cat(latents), *tokenise(pipeline, [*(scene.caption for scene in scenes), ""], keep))
 
 
-def start_from(pipeline: StableDiffusion3Pipeline, folder: str | Path) -> None:
-    """Take transformer and text encoders over from an earlier tiny pipeline; tokens that it did not know stay random.
-
-    Raises `UserError` where `folder` holds no tiny pipeline of the same sizes.
-    """
-    try:
-        with loading(Path(folder)):
-            earlier = StableDiffusion3Pipeline.from_pretrained(folder, dtype=torch.float32)
-            pipeline.transformer.load_state_dict(earlier.transformer.state_dict())
-            for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
-                ours, theirs = getattr(pipeline, name), getattr(earlier, name)
-                table = ours.get_input_embeddings().weight.detach().clone()
-                suffix = name.removeprefix("text_encoder")
-                known = getattr(earlier, "tokenizer" + suffix).get_vocab()
-                for token, row in getattr(pipeline, "tokenizer" + suffix).get_vocab().items():
-                    if token in known:
-                        table[row] = theirs.get_input_embeddings().weight[known[token]]
-                theirs.set_input_embeddings(nn.Embedding.from_pretrained(table))
-                ours.load_state_dict(theirs.state_dict())
-    except AttributeError as error:
-        raise UserError(f"start_from={folder} is no tiny pipeline of this project ({error})") from error
-
-
 def train_teacher(
     pipeline: StableDiffusion3Pipeline,
     recipe: Recipe,
@@ -121,7 +96,6 @@ def train_teacher(
     count: int = 98304,
     keep: int = 11,
     pairs: float = 0.0,
-    earlier: str | Path | None = None,
     caption_dropout: float = 0.1,
     sigma_mean: float = 0.4,
     sigma_std: float = 1.2,
@@ -130,10 +104,7 @@ def train_teacher(
     """Flow matching with caption dropout and logit-normal sigmas (SD3, arXiv:2403.03206), in place.
 
     `count` renderings, a share `pairs` of them of two shapes; captions of at most `keep` T5 tokens.
-    `earlier` is the folder of a tiny pipeline to go on from; None: from random weights.
     """
-    if earlier is not None:
-        start_from(pipeline, earlier)
     model = TextConditioned(pipeline).train().requires_grad_(True)
     if compile_network:
         model.transformer.compile()

@@ -7,6 +7,7 @@ alike and `backbones.compact_text` can fold them.
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -20,7 +21,9 @@ from transformers import (
     T5Tokenizer,
 )
 
+from cdm_lightning.backbones.pipeline_folder import first_line, loading, locate_pipeline
 from cdm_lightning.data.shapes import all_words
+from cdm_lightning.errors import UserError
 
 CLIP_TOKENS = 12
 CLIP_WIDTH = 32
@@ -50,6 +53,35 @@ def build_pipeline(
         if isinstance(component, torch.nn.Module):
             component.eval().requires_grad_(False)
     return pipeline
+
+
+def start_from(pipeline: StableDiffusion3Pipeline, folder: str | Path) -> None:
+    """Take all weights over from an earlier tiny pipeline; tokens that it did not know stay random.
+
+    The VAE comes with them, for the transformer knows that one's latents only. Raises `UserError` where `folder` holds no
+    tiny pipeline of the same sizes.
+    """
+    folder = locate_pipeline(str(folder), None, StableDiffusion3Pipeline, ("transformer", "vae"))
+    with loading(folder):
+        earlier = StableDiffusion3Pipeline.from_pretrained(folder, dtype=torch.float32)
+    try:
+        for name in ("transformer", "vae"):
+            getattr(pipeline, name).load_state_dict(getattr(earlier, name).state_dict())
+        for number in ("", "_2", "_3"):
+            ours, theirs = (getattr(p, f"text_encoder{number}") for p in (pipeline, earlier))
+            known = getattr(earlier, f"tokenizer{number}").get_vocab()
+            table = ours.get_input_embeddings().weight.detach().clone()
+            for token, row in getattr(pipeline, f"tokenizer{number}").get_vocab().items():
+                if token in known:
+                    table[row] = theirs.get_input_embeddings().weight[known[token]].detach()
+            theirs.set_input_embeddings(torch.nn.Embedding.from_pretrained(table))
+            ours.load_state_dict(theirs.state_dict())
+    except (RuntimeError, AttributeError) as error:
+        raise UserError(
+            f"earlier={folder} is no tiny pipeline of these sizes ({first_line(error)}); give one that pretrain made"
+        ) from error
+    config = earlier.vae.config
+    pipeline.vae.register_to_config(scaling_factor=config.scaling_factor, shift_factor=config.shift_factor)
 
 
 def build_transformer(heads: int, layers: int, latent_channels: int) -> SD3Transformer2DModel:
