@@ -86,7 +86,8 @@ def train(config: DictConfig) -> TrainResult:
         logger=build(config, "logger"),
         plugins=[StreamedCheckpointIO()],
     )
-    describe_run(config, folder)
+    if trainer.is_global_zero:
+        describe_run(config, folder)
     trainer.fit(module, data, ckpt_path=start, weights_only=True)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return TrainResult(folder, next(reversed(checkpoints_in(checkpoint.folder)), None), module.iteration, metrics)
@@ -182,7 +183,8 @@ def write(path: Path, text: str) -> None:
 
 def quiet_libraries() -> None:
     """Keep Lightning's advice off the terminal; its warnings stay, but for those that do not apply here."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for library in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     for message in UNFIT_WARNINGS:
         warnings.filterwarnings("ignore", message)
 
