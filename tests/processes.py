@@ -1,172 +1,121 @@
-"""Training runs in processes of their own, for tests that kill them: a server that has imported everything forks them."""
+"""Runs on several real processes with gloo, with a time limit: what hangs is a failure.
 
+A server that has imported everything forks the processes (`train_together`), so a job takes seconds; `command` starts
+the command line anew, which takes half a minute.
+"""
+
+import faulthandler
 import multiprocessing
 import os
-import signal
 import socket
+import subprocess
 import sys
-import time
+import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from cdm_lightning.checkpoint import callback, folder, tensors
-from cdm_lightning.module import CDMModule
-from cdm_lightning.train import main
-
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["processes", "cdm_lightning.backbones.toy2d"])
-POINTS = ("step", "shard", "marker", "rename", "cleanup")  # where a process can be told to kill itself
+ROOT = Path(__file__).parents[1]
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["processes", "cdm_lightning.train", "cdm_lightning.backbones.sd3", "peft"])
+TIME_LIMIT = 120.0  # seconds for a job of forked processes
+COMMAND_LIMIT = 300.0  # seconds for a command line, most of them for imports
 
 
-@dataclass
-class Run:
-    """The processes of one start of a training command, and what they wrote to the terminal."""
-
-    processes: list[BaseProcess]
-    log: Path
-    training: Any  # an event: the first iteration is done
-
-    def wait_for_training(self, timeout: float = 120) -> "Run":
-        """Wait until iterations are done or a process has ended."""
-        end = time.monotonic() + timeout
-        while not self.training.wait(0.01) and all(process.is_alive() for process in self.processes):
-            assert time.monotonic() < end, self.output
-        return self
-
-    def kill(self, number: int, *ranks: int) -> "Run":
-        """Send a signal to the processes of these ranks, by default to all."""
-        for rank in ranks or range(len(self.processes)):
-            os.kill(self.processes[rank].pid, number)
-        return self
-
-    def wait(self, timeout: float = 120) -> list[int]:
-        """The exit codes (negative: the signal); a process that does not end in time is killed and fails the test."""
-        end = time.monotonic() + timeout
-        for process in self.processes:
-            process.join(max(0.0, end - time.monotonic()))
-        hanging = [process.pid for process in self.processes if process.is_alive()]
-        for process in self.processes:
-            process.kill()
-            process.join()
-        assert not hanging, f"hung for {timeout} s:\n{self.output}"
-        return [process.exitcode for process in self.processes]
-
-    @property
-    def output(self) -> str:
-        """What all processes wrote to the terminal."""
-        return self.log.read_text()
+class RanksFailed(Exception):
+    """What the processes wrote about why they failed."""
 
 
-def start(
-    overrides: Sequence[str],
-    place: Path,
-    world_size: int = 1,
-    prepare: Callable[..., None] | None = None,
-    arguments: Sequence[Any] = (),
-) -> Run:
-    """Start `python -m cdm_lightning.train` with these overrides; `prepare(rank, *arguments)` runs before it in each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    training, log = SERVER.Event(), place / f"log_{time.monotonic_ns()}.txt"
-    log.touch()
-    command = [f"hydra.run.dir={place}", *overrides]
-    ranks = [
-        SERVER.Process(target=_train, args=(rank, world_size, port, command, log, training, prepare, arguments))
-        for rank in range(world_size)
+def train_together(
+    processes: int, overrides: Sequence[str], time_limit: float = TIME_LIMIT, check: Callable[..., None] | None = None
+) -> None:
+    """Train by that many processes, as torchrun would start them; `check` (a function of a module) gets module and result.
+
+    Raises `RanksFailed` with the tracebacks, or `TimeoutError` after `time_limit` seconds with what each rank was doing.
+    """
+    together(processes, _train, (list(overrides), check), time_limit)
+
+
+def together(
+    processes: int, task: Callable[..., None], arguments: tuple[Any, ...] = (), time_limit: float = TIME_LIMIT
+) -> None:
+    """Call `task(*arguments)` in that many processes that torch.distributed can connect."""
+    port, reports = free_port(), FORKS.SimpleQueue()
+    started = [
+        FORKS.Process(target=_rank, args=(rank, processes, port, time_limit, reports, task, arguments), daemon=True)
+        for rank in range(processes)
     ]
-    for process in ranks:
+    for process in started:
         process.start()
-    return Run(ranks, log, training)
+    for process in started:
+        process.join(time_limit + 10)
+    hanging = [process for process in started if process.is_alive()]
+    for process in hanging:
+        process.kill()
+    said = []
+    while not reports.empty():
+        said.append(reports.get())
+    if hanging or any("Timeout" in text for text in said):
+        raise TimeoutError(f"{processes} processes took more than {time_limit} s\n" + "\n".join(said))
+    if said or any(process.exitcode for process in started):
+        raise RanksFailed("\n".join([*said, f"exit codes {[process.exitcode for process in started]}"]))
 
 
-def _train(rank, world_size, port, command, log, training, prepare, arguments) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
-    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+def _rank(
+    rank: int, processes: int, port: int, time_limit: float, reports: Any, task: Callable, arguments: tuple
+) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "GROUP_RANK": 0}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+    os.environ.update({name: str(value) for name, value in (place | address).items()})
+    faulthandler.dump_traceback_later(time_limit, exit=True)  # on stderr: what a rank that hangs was doing
+    try:
+        task(*arguments)
+    except BaseException as error:
+        reports.put(f"rank {rank}: " + "".join(traceback.format_exception(error)))
+        os._exit(1)
+
+
+def _train(overrides: list[str], check: Callable[..., None] | None) -> None:
+    import torch
+
+    from cdm_lightning import train as entry
+    from cdm_lightning.config import compose
+
     torch.set_num_threads(1)
-    if world_size > 1:
-        os.environ.update(
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE=str(world_size),
-            LOCAL_WORLD_SIZE=str(world_size),
-            GROUP_RANK="0",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-            TORCHELASTIC_RUN_ID="test",
-        )
-    _announce(training)
-    if prepare is not None:
-        prepare(rank, *arguments)
-    sys.argv = ["train", *command]
-    main()
+    entry.quiet_libraries()
+    result = entry.train(compose(overrides))
+    if check is not None:
+        check(result)
 
 
-def _announce(training: Any) -> None:
-    original = CDMModule.training_step
-
-    def announcing(self, *batch):
-        original(self, *batch)
-        training.set()
-
-    CDMModule.training_step = announcing
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
-def die() -> None:
-    """SIGKILL to oneself."""
-    os.kill(os.getpid(), signal.SIGKILL)
+def command(arguments: Sequence[str], cwd: Path, time_limit: float = COMMAND_LIMIT) -> subprocess.CompletedProcess:
+    """`python ARGUMENTS` to its end, output as text; `subprocess.TimeoutExpired` (all its processes ended) if it hangs."""
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=time_limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        process.communicate()
+        raise
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
-def die_at(rank: int, point: str, count: int, of_rank: int = 0) -> None:
-    """Let the process kill itself when it comes to a point of saving (or to a step) for the `count`-th time."""
-    if rank != of_rank:
-        return
-    left = [count]
-
-    def due() -> bool:
-        left[0] -= 1
-        return left[0] == 0
-
-    if point == "shard":  # half of a file is written
-        write = tensors._Summed.write
-
-        def half(self, content):
-            if due():
-                self._file.write(content[: len(content) // 2])
-                self._file.flush()
-                die()
-            return write(self, content)
-
-        tensors._Summed.write = half
-        return
-    if point == "cleanup":  # an old one has lost its name, its files are still there
-        rename = os.rename
-
-        def renaming(old, new):
-            rename(old, new)
-            if Path(new).name.startswith(folder.REMOVING) and due():
-                die()
-
-        os.rename = renaming
-        return
-    holder, name = {
-        "step": (CDMModule, "_merge_fake_score"),  # between the two updates of an iteration
-        "marker": (folder, "sync"),  # all is written, the folder does not have its name yet
-        "rename": (callback.IterationCheckpoint, "_drop_old"),  # it has its name, old ones are still there
-    }[point]
-    original = getattr(holder, name)
-
-    def dying(*values, **keywords):
-        if due():
-            die()
-        return original(*values, **keywords)
-
-    setattr(holder, name, dying)
+def environment(**variables: str) -> dict[str, str]:
+    """That of a child: this checkout's package, one thread, no GPU, no trace of another launcher."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    return {**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **variables}

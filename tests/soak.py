@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from processes import POINTS, die_at, start
+from killable import POINTS, die_at, start
 
 from cdm_lightning.checkpoint.folder import checkpoints_in, iteration_of
 from cdm_lightning.checkpoint.stored import read_checkpoint

@@ -263,7 +263,7 @@ def reseal(path: Path) -> None:
     (path / MARKER).write_text(json.dumps({"files": sums}))
 
 
-@pytest.mark.parametrize("name", ["trainer.pt", SHARD, "state.json"])
+@pytest.mark.parametrize("name", ["trainer.pt", SHARD])
 @pytest.mark.parametrize("write", [lambda content, file: file.write_bytes(pickle.dumps(content)), torch.save])
 def test_a_checkpoint_with_code_inside_is_refused(finished, tmp_path, name, write):
     path = checkpoints_in(finished / "checkpoints")[-1]

@@ -1,14 +1,11 @@
 """Sharded networks and optimizers in a checkpoint: written in one layout, read in another, bit for bit the same."""
 
-import os
-import socket
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from processes import SERVER
+from processes import together
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -54,12 +51,11 @@ def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in tensors.items()}
 
 
-def work(rank: int, world_size: int, port: int, layout: Layout, place: Path, task: str) -> None:
+def work(layout: Layout, place: Path, task: str) -> None:
     """In a process: "save" after the fake score alone was trained, "go on" from that and save again after both were."""
     torch.set_num_threads(1)
     if layout is not None:
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        dist.init_process_group("gloo", rank=rank, world_size=world_size)
+        dist.init_process_group("gloo")
     networks, optimizers = build(layout)
     iteration = 1
     if task == "save":
@@ -83,19 +79,8 @@ def work(rank: int, world_size: int, port: int, layout: Layout, place: Path, tas
         dist.destroy_process_group()
 
 
-def run(layout: Layout, place: Path, task: str) -> Any:
-    world_size = 1 if layout is None else layout[0] * layout[1]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [
-        SERVER.Process(target=work, args=(rank, world_size, port, layout, place, task)) for rank in range(world_size)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0] * world_size
+def run(layout: Layout, place: Path, task: str) -> None:
+    together(1 if layout is None else layout[0] * layout[1], work, (layout, place, task))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import POINTS, Run, die_at, start
+from killable import POINTS, Run, die_at, start
 from soak import Losses, look, soak
 from test_resume import assert_equal_states
 

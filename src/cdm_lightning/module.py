@@ -26,6 +26,8 @@ from cdm_lightning.evaluation import SamplerSpec, generate
 from cdm_lightning.lora.plan import LoRAPlan
 from cdm_lightning.networks import Networks
 from cdm_lightning.optim import OptimizerRecipe
+from cdm_lightning.parallel import MeshStrategy
+from cdm_lightning.sharding import average_figures, average_whole_gradients, distribute, largest, whole
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -74,6 +76,7 @@ class CDMModule(L.LightningModule):
         self.compute_dtype = COMPUTE_DTYPES[compute_dtype]
         self.gradient_checkpointing = gradient_checkpointing
         self.networks: Networks | None = None  # built by `configure_model`, when the device is known
+        self.is_sharded = False
         self.iteration = 0
         self.ema_updates = 0
         self.skipped_steps = {"student": 0, "fake_score": 0}
@@ -118,7 +121,11 @@ class CDMModule(L.LightningModule):
         anchor = rng.index("rollout.anchor", sigmas.shape[1] - 1)
         if self.objective.needs_full_rollout:
             return simulate(fields.student, noise, sigmas).at(anchor)
-        return simulate_to_anchor(fields.student, noise, sigmas, anchor)
+        return simulate_to_anchor(fields.student, noise, sigmas, anchor, self._agree_on_calls)
+
+    def _agree_on_calls(self, calls: int) -> int:
+        """How many network calls a rollout makes: as many as the longest of the processes that share one network."""
+        return largest(calls) if self.is_sharded else calls
 
     @property
     def is_student_turn(self) -> bool:
@@ -137,8 +144,9 @@ class CDMModule(L.LightningModule):
         recipe, optimizer = self.recipes[name], self._optimizer(name)
         recipe.set_learning_rate(optimizer, self.iteration)
         self.manual_backward(losses.total * unless_infinite(losses.total))
-        parameters = getattr(self.networks, name).parameters()
-        norm = nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
+        parameters = list(getattr(self.networks, name).parameters())
+        average_whole_gradients(parameters)
+        norm = whole(nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm))
         finite = bool(torch.isfinite(norm))
         self.skipped_in_a_row[name] = 0 if finite else self.skipped_in_a_row[name] + 1
         if not finite:
@@ -180,7 +188,11 @@ class CDMModule(L.LightningModule):
         device = self.trainer.strategy.root_device
         with torch.device("cpu"):  # Lightning sets the default device here; weights shall not depend on it
             self.networks = Networks(self.backbone, self.gradient_checkpointing, self.lora, self.seed)
-        self.networks.place(device)
+        if isinstance(self.trainer.strategy, MeshStrategy):
+            distribute(self.networks, self.backbone.block_types, self.trainer.strategy, self.compute_dtype)
+            self.is_sharded = self.trainer.strategy.shards > 1
+        else:
+            self.networks.place(device)
         self.backbone.setup(device)
 
     @property
@@ -240,7 +252,7 @@ class CDMModule(L.LightningModule):
         """Log the latest figures every `log_every_n_steps` iterations; "step" becomes the x axis of all loggers."""
         if self.iteration % self.trainer.log_every_n_steps:
             return
-        figures: dict[str, Tensor | float] = dict(self._health)
+        figures: dict[str, Tensor | float] = average_figures(self._health)
         for name in self.recipes:
             figures[f"{name}/skipped_steps"] = float(self.skipped_steps[name])
             figures[f"{name}/learning_rate"] = self._optimizer(name).param_groups[0]["lr"]

@@ -15,24 +15,20 @@ import yaml
 from cdm_lightning.config import PACKAGE, masked_command
 
 CONFIG_FILE, STARTS_FILE = "config.yaml", "starts.jsonl"
-RANK, PROCESSES = ("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS")  # as torchrun and Slurm name them
 PACKAGES = ("cdm-lightning", "torch", "lightning", "diffusers", "transformers", "peft", "safetensors", "hydra-core")
 
 
-def record_start(config: dict[str, Any], folder: Path) -> None:
+def record_start(config: dict[str, Any], folder: Path, processes: int) -> None:
     """Write the configuration, resolved and without secrets, and add a line for this start to `starts.jsonl`.
 
-    A line has time, command, configuration, versions, commit and hardware; nothing of the environment but the number of
-    processes. The first process does it.
+    A line has time, command, configuration, versions, commit, hardware and the number of `processes`; nothing of the
+    environment.
     """
-    rank, processes = (next((os.environ[k] for k in keys if k in os.environ), None) for keys in (RANK, PROCESSES))
-    if rank not in (None, "0"):
-        return
     write(folder / CONFIG_FILE, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     start = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": masked_command(sys.argv),
-        "processes": int(processes or 1),
+        "processes": processes,
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
         "commit": commit(),

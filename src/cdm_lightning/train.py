@@ -23,6 +23,7 @@ from cdm_lightning.config import build, plain, run_cli
 from cdm_lightning.data.datamodule import PromptDataModule
 from cdm_lightning.data.text_cache import StoredText, TextCacheSettings
 from cdm_lightning.errors import UserError
+from cdm_lightning.parallel import device_count
 from cdm_lightning.run_record import CONFIG_FILE, record_start
 
 FREE_KEYS = (
@@ -77,7 +78,8 @@ def train(config: DictConfig) -> TrainResult:
         callbacks=[*callbacks, checkpoint],
         logger=build(config, "logger"),
     )
-    record_start(plain(config), folder)
+    if trainer.is_global_zero:
+        record_start(plain(config), folder, trainer.world_size)
     try:
         trainer.fit(module, data)
     except RuntimeError as error:
@@ -143,12 +145,16 @@ def require_same_configuration(config: DictConfig, folder: Path) -> None:
     """UserError if `folder` holds a run whose configuration differs in what decides its weights.
 
     Compared is everything but `FREE_KEYS` (where the run lies, how long it goes on, what is logged and evaluated).
-    `max_steps` is among them: a longer run continues a shorter one, and a decaying learning rate follows the new end
+    The batch size may change if that of all processes together stays. `max_steps` is among the free keys: a longer run continues a shorter one, and a decaying learning rate follows the new end
     from there on.
     """
     saved_file = folder / CONFIG_FILE
     saved = flatten(OmegaConf.to_container(OmegaConf.load(saved_file))) if saved_file.is_file() else {}
     now = flatten(plain(config))
+    for flat in (saved, now):  # what counts is the batch of all processes
+        if flat:
+            processes = device_count(flat["trainer.devices"]) * flat["trainer.num_nodes"]
+            flat["data.batch_size x processes"] = flat.pop("data.batch_size") * processes
     differing = sorted(key for key in saved.keys() | now.keys() if saved.get(key) != now.get(key) and not is_free(key))
     if saved and differing:
         keys = ", ".join(differing[:5])
@@ -174,7 +180,8 @@ def is_free(key: str) -> bool:
 
 def quiet_libraries() -> None:
     """Keep Lightning's advice off the terminal; its warnings stay, but for those that do not apply here."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for library in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     for message in UNFIT_WARNINGS:
         warnings.filterwarnings("ignore", message)
 

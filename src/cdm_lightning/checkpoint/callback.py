@@ -105,7 +105,7 @@ class IterationCheckpoint(Checkpoint):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
         """Save if this iteration is due; Lightning calls checkpoint callbacks last, when the state is whole."""
         self._check_health(pl_module)
-        iteration, stop = trainer.global_step, self._signals.asked(trainer.strategy.root_device)
+        iteration, stop = trainer.global_step, self._signals.asked()
         last = iteration == trainer.max_steps
         if self.best is not None:
             self._trainer_state = trainer_state(trainer)  # a save after validation shall be as one from here

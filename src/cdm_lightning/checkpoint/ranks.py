@@ -40,11 +40,11 @@ def from_first(value: Any) -> Any:
     return box[0]
 
 
-def any_of(flag: bool, device: torch.device) -> bool:
-    """Whether it is true on any process; a tensor on `device` carries it."""
+def any_of(flag: bool) -> bool:
+    """Whether it is true on any process; a tensor on the CPU carries it, so no graphics card is waited for."""
     if world_size() == 1:
         return flag
-    found: Tensor = torch.tensor(int(flag), device=device)
+    found: Tensor = torch.tensor(int(flag))
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return bool(found.item())
 

@@ -9,8 +9,6 @@ import sys
 import threading
 from types import FrameType
 
-import torch
-
 from cdm_lightning.checkpoint.ranks import any_of
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -34,9 +32,9 @@ class StopSignals:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._before = {}
 
-    def asked(self, device: torch.device) -> bool:
+    def asked(self) -> bool:
         """Whether any process was asked to stop; the same answer on all of them."""
-        return any_of(self._asked, device)
+        return any_of(self._asked)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if not self._asked:
