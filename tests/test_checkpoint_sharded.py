@@ -67,7 +67,8 @@ def work(layout: Layout, place: Path, task: str) -> None:
         assert not optimizers["student"].state  # it had made no step
         step(networks, optimizers, "student", "fake_score")
         iteration = 2
-    record = {"iteration": iteration, "optimizers": plain_values_of(networks, optimizers)}
+    counts = {"iteration": iteration, "ema_updates": 0, "fingerprint": "two"}
+    record = {**counts, "optimizers": plain_values_of(networks, optimizers)}
     path = save_checkpoint(place, tensors_of(networks, optimizers), record, {})
     expected = whole(tensors_of(networks, optimizers))
     found = read_checkpoint(path)

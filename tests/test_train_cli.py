@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cdm_lightning import export
 from cdm_lightning.checkpoint.stored import read_checkpoint
 from cdm_lightning.config import compose
 from cdm_lightning.train import main, train
@@ -62,6 +63,39 @@ def test_no_environment_and_no_token_is_written(cli, monkeypatch):
     written = "".join(path.read_text() for path in folder.rglob("*") if path.suffix in (".yaml", ".json", ".csv"))
     assert "hf_secret" not in written
     assert os.environ["USER" if "USER" in os.environ else "PATH"] not in written
+
+
+def test_planted_secrets_are_in_no_output(cli, monkeypatch, tmp_path, capfd):
+    secrets = {
+        "HF_TOKEN": "hf_abcdefghijklmnopqrstuvwx",
+        "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
+        "MY_PASSWORD": "correct-horse",
+    }
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    planted = [
+        f"+hub_token={secrets['HF_TOKEN']}",  # under a key that says what it is
+        "+note=${oc.env:MY_PASSWORD}",  # the value of such a variable under another key
+        "+mirror=https://me:secret-in-an-address@example.org/models",
+        "+text=ghp_abcdefghij0123456789",  # what looks like a token
+        "+account.api_key=1234567890",
+    ]
+    folder = cli(["run_name=planted", *planted]) / "outputs/planted"
+    cli(["run_name=planted", *planted, "trainer.max_steps=3"])
+    weights = {"nfe": 4, "weights": "student", "iteration": 3, "dtype": "float32"}
+    (tmp_path / "card.md").write_text(export.model_card("student", weights, folder))
+    export.export_checkpoint(folder, tmp_path / "all.safetensors", form="checkpoint")
+    said = capfd.readouterr()
+    outputs = {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    outputs |= {"stdout": said.out.encode(), "stderr": said.err.encode()}
+    assert len(outputs) > 10
+    hidden = [*secrets.values(), "secret-in-an-address", "ghp_abcdefghij0123456789", "1234567890"]
+    found = [(name, text) for name, content in outputs.items() for text in hidden if text.encode() in content]
+    assert found == []
+    assert b"hub_token: '***'" in outputs[str(folder / "config.yaml")]
+    with pytest.raises(SystemExit):
+        cli(["run_name=planted", f"data.batch_size={secrets['HF_TOKEN']}"])
+    assert secrets["HF_TOKEN"] not in capfd.readouterr().err
 
 
 def test_the_same_command_again_resumes(cli):

@@ -145,8 +145,8 @@ def require_same_configuration(config: DictConfig, folder: Path) -> None:
     """UserError if `folder` holds a run whose configuration differs in what decides its weights.
 
     Compared is everything but `FREE_KEYS` (where the run lies, how long it goes on, what is logged and evaluated).
-    The batch size may change if that of all processes together stays. `max_steps` is among the free keys: a longer run continues a shorter one, and a decaying learning rate follows the new end
-    from there on.
+    The batch size may change if that of all processes together stays. `max_steps` is free: a longer run continues a
+    shorter one, and a decaying learning rate follows the new end from there on.
     """
     saved_file = folder / CONFIG_FILE
     saved = flatten(OmegaConf.to_container(OmegaConf.load(saved_file))) if saved_file.is_file() else {}

@@ -143,18 +143,13 @@ def newest_checkpoint(folder: Path, refused: Callable[[Path, str], None] | None 
     """The newest good checkpoint of a folder, or None if it has none; UserError if it has some, all of them bad.
 
     Sizes and checksums of all its files are compared. `refused(path, why)` is told of bad newer ones; else a warning is
-    given.
+    given. All processes of a run find the same one.
     """
-    candidates = checkpoints_in(folder)
+    candidates = ranks.from_first(checkpoints_in(folder))
     for path in reversed(candidates):
-        try:
-            stored = read_checkpoint(path)
-            fault = stored.find_fault()
-            if fault is None:
-                return stored
-            why = f"{path}: {fault}"
-        except UserError as error:
-            why = str(error)
+        stored, why = _try(path)
+        if why is None:
+            return stored
         if refused is None:
             warnings.warn(f"passed over: {why}", stacklevel=2)
         else:
@@ -162,3 +157,16 @@ def newest_checkpoint(folder: Path, refused: Callable[[Path, str], None] | None 
     if candidates:
         raise UserError(f"{folder}: none of its {len(candidates)} checkpoints is good; move them away to start anew")
     return None
+
+
+def _try(path: Path) -> tuple[StoredCheckpoint | None, str | None]:
+    """The checkpoint, or why it cannot be used, alike on all processes."""
+    stored, why = None, None
+    try:
+        stored = read_checkpoint(path)
+    except UserError as error:
+        why = str(error)
+    why = next((text for text in ranks.gather(why) if text), None)
+    if why is None and (fault := stored.find_fault()):
+        why = f"{path}: {fault}"
+    return stored, why
