@@ -20,7 +20,7 @@ from cdm_lightning.core.objective import Objective, TermLosses, VelocityFields
 from cdm_lightning.core.rng import StepRandom
 from cdm_lightning.core.rollout import TrajectoryPoint, simulate, simulate_to_anchor
 from cdm_lightning.core.schedules import SigmaSchedule
-from cdm_lightning.data.batches import PromptBatch
+from cdm_lightning.data.batches import PADDING, PromptBatch
 from cdm_lightning.errors import UserError
 from cdm_lightning.evaluation import SamplerSpec, generate
 from cdm_lightning.lora.plan import LoRAPlan
@@ -214,7 +214,10 @@ class CDMModule(L.LightningModule):
         return self.networks.student_ema if self.ema_updates else self.networks.student
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict:
-        """Generate once for all callbacks: {"prompts", "indices" (B,), "images": {sampler: (B, 3, H, W) in [0, 1]}}."""
+        """Generate once for all callbacks: {"prompts", "indices" (B,), "images": {sampler: (B, 3, H, W) in [0, 1]}}.
+
+        Without prompts and images for a batch that is there only so that all processes make equally many calls.
+        """
         networks = {"student": self.evaluated_network, "teacher": self.networks.teacher}
         images = {
             spec.name: generate(
@@ -229,6 +232,8 @@ class CDMModule(L.LightningModule):
             )
             for spec in self.samplers
         }
+        if PADDING in batch.indices:
+            return {"prompts": [], "indices": batch.indices[:0], "images": {}}
         return {"prompts": batch.prompts, "indices": batch.indices, "images": images}
 
     def on_validation_epoch_end(self) -> None:
