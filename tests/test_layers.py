@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "cdm_lightning"
 NAME = PACKAGE.name
-ENTRY_POINTS = {"train.py", "pretrain.py", "cache_text.py", "config.py"}
+ENTRY_POINTS = {"train.py", "pretrain.py", "cache_text.py", "config.py", "launch.py"}
 FAMILY_BLIND = (
     "checkpoint/",
     "core/",
@@ -20,6 +20,8 @@ FAMILY_BLIND = (
     "networks.py",
     "optim.py",
     "parallel.py",
+    "sharding.py",
+    "launch.py",
     "module.py",
     "evaluation.py",
 )

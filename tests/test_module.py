@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from cdm_lightning.backbones.toy2d import Toy2DBackbone
 from cdm_lightning.callbacks.ema import StudentEMA
+from cdm_lightning.core.ema import lerp_parameters_
 from cdm_lightning.core.lengths import UniformLength
 from cdm_lightning.core.objective import CDMObjective, TermLosses
+from cdm_lightning.core.rng import StepRandom
 from cdm_lightning.core.schedules import RandomSchedule
+from cdm_lightning.data.batches import EndlessBatches
 from cdm_lightning.data.datamodule import PromptDataModule
 from cdm_lightning.data.prompts import PromptList
 from cdm_lightning.errors import UserError
@@ -90,6 +93,50 @@ def test_the_student_moves_in_every_nth_iteration_and_all_count_iterations(every
     assert snapshots.changes("student") == [i % every == every - 1 for i in range(7)]
     assert snapshots.changes("fake_score") == [True] * 7
     assert trainer.global_step == module.iteration == 7
+
+
+def test_several_fake_score_steps_share_one_rollout_with_fresh_draws():
+    """One iteration of three updates, against the same three made by hand: each on the point of that iteration."""
+    rollouts, sigmas = [], []
+
+    class Watching(CDMObjective):
+        def fake_score_loss(self, fields, point, rng, shift):
+            rollouts.append(point.x)
+            sigmas.append(self.fake_score_levels.sample(rng, "fake_score.sigma", point.sigma, shift))
+            return super().fake_score_loss(fields, point, rng, shift)
+
+    sgd = recipe(lr=1e-2, optimizer=torch.optim.SGD, max_grad_norm=math.inf)
+    settings = {"fake_score_optim": sgd, "fake_score_merge": 0.25, "student_every": 2}
+    module = make_module(objective=Watching(), fake_score_steps=3, **settings)
+    snapshots = Snapshots("fake_score", "student")
+    trainer = fit(module, 2, snapshots)
+    assert trainer.global_step == module.iteration == 2
+    assert snapshots.changes("student") == [False, True]
+    assert len(rollouts) == 6
+    assert all(torch.equal(rollouts[i], rollouts[i - i % 3]) for i in range(6))
+    assert not torch.equal(rollouts[0], rollouts[3])
+    assert len({float(sigma[0]) for sigma in sigmas}) == 6
+
+    by_hand = make_module(fake_score_steps=3, **settings)
+    fit(by_hand, 0)
+    rng = StepRandom(by_hand.seed, 0, [0, 1, 2], "cpu")
+    fields = by_hand.bind(first_prompts())
+    point = by_hand.draw_point(fields, rng)
+    network = by_hand.networks.fake_score
+    for step in range(3):
+        loss = by_hand.objective.fake_score_loss(fields, point, rng.again(step), by_hand.backbone.shift_sigmas).total
+        gradients = torch.autograd.grad(loss, list(network.parameters()))
+        with torch.no_grad():
+            for parameter, gradient in zip(network.parameters(), gradients):
+                parameter.sub_(gradient, alpha=1e-2)
+        lerp_parameters_(network, by_hand.networks.student, 0.25)
+    assert torch.allclose(flat(network), snapshots.weights["fake_score"][1], atol=1e-6)
+
+
+def first_prompts() -> list[str]:
+    """The prompts of the first training batch of `fit`."""
+    batch = EndlessBatches(len(PROMPTS), 3, seed=0, order=PROMPTS.order(0)).batch(0)
+    return [PROMPTS[draw.prompt] for draw in batch]
 
 
 def test_the_average_follows_student_steps_only():
@@ -230,7 +277,10 @@ def test_lightnings_own_precision_is_refused():
         fit(make_module(), 1, precision="bf16-true")
 
 
-@pytest.mark.parametrize("arguments", [{"student_every": 0}, {"fake_score_merge": 2.0}, {"compute_dtype": "float16"}])
+@pytest.mark.parametrize(
+    "arguments",
+    [{"student_every": 0}, {"fake_score_steps": 0}, {"fake_score_merge": 2.0}, {"compute_dtype": "float16"}],
+)
 def test_arguments_out_of_range_are_refused(arguments):
     with pytest.raises(UserError, match=next(iter(arguments))):
         make_module(**arguments)

@@ -8,6 +8,7 @@ import inspect
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from pathlib import Path
@@ -23,6 +24,7 @@ from cdm_lightning.errors import Preempted, UserError
 
 PACKAGE = Path(__file__).parent
 SIMPLE = (int, float, bool, NoneType)
+OTHERS_WAIT = 5.0  # seconds that all processes but the first wait before they speak of a mistake
 LONGEST_NAME = 120  # of a sweep job's folder, well below what file systems take
 SECRET_KEY = re.compile(r"token|secret|password|api_?key|credential", re.IGNORECASE)
 ACCESS_TOKEN = re.compile(r"\b(hf|ghp|gho|glpat|sk|xox[abp])[-_][A-Za-z0-9_-]{16,}|(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
@@ -174,7 +176,6 @@ def run_cli(task: Callable[[DictConfig], object], config_name: str) -> None:
         except UserError as error:
             fail(error)  # from inside the job: Hydra would first print a line of its own
         except Preempted as stop:
-            print(stop, file=sys.stderr, flush=True)
             sys.exit(stop.exit_code)
 
     try:
@@ -184,8 +185,15 @@ def run_cli(task: Callable[[DictConfig], object], config_name: str) -> None:
 
 
 def fail(error: BaseException) -> NoReturn:
-    """Say what is wrong in one line on stderr and exit with status 2."""
-    print(f"error: {one_line(error)}", file=sys.stderr)
+    """Say what is wrong in one line on stderr and exit with status 2.
+
+    Of several processes all mostly meet the same mistake: the first says it, and its launcher ends the rest while they
+    wait. One that is left over says its own.
+    """
+    process = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+    if process:
+        time.sleep(OTHERS_WAIT)
+    print(f"error: {f'process {process}: ' if process else ''}{one_line(error)}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 

@@ -1,8 +1,8 @@
 """The distillation as a LightningModule: two networks trained in turn on the student's own rollouts.
 
-Everything counts iterations: an iteration is one batch, one rollout and one update of the fake score, and at every
-`student_every`-th one an update of the student. `trainer.global_step`, `max_steps`, checkpoints and logs all count
-that.
+Everything counts iterations: an iteration is one batch, one rollout and `fake_score_steps` updates of the fake score (one,
+as published), and at every `student_every`-th one an update of the student. `trainer.global_step`, `max_steps`,
+checkpoints and logs all count that.
 """
 
 import time
@@ -20,7 +20,7 @@ from cdm_lightning.core.objective import Objective, TermLosses, VelocityFields
 from cdm_lightning.core.rng import StepRandom
 from cdm_lightning.core.rollout import TrajectoryPoint, simulate, simulate_to_anchor
 from cdm_lightning.core.schedules import SigmaSchedule
-from cdm_lightning.data.batches import PromptBatch
+from cdm_lightning.data.batches import PADDING, PromptBatch
 from cdm_lightning.errors import UserError
 from cdm_lightning.evaluation import SamplerSpec, generate
 from cdm_lightning.lora.plan import LoRAPlan
@@ -35,9 +35,10 @@ COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class CDMModule(L.LightningModule):
     """Continuous-Time Distribution Matching (arXiv:2605.06376), or any other `objective` on the same rollouts.
 
-    The student is updated in the last of every `student_every` iterations; after each of its own updates the fake
-    score is merged with the student by the weight `fake_score_merge` (0: not at all). `samplers` are the ways in
-    which validation generates images. Networks compute in `compute_dtype` ("float32", "bfloat16"); trained weights,
+    The student is updated in the last of every `student_every` iterations; the fake score `fake_score_steps` times in
+    each, on the same clean predictions with fresh noise and sigma, and after each of its own updates it is merged with
+    the student by the weight `fake_score_merge` (0: not at all). `samplers` are the ways in which validation generates
+    images. Networks compute in `compute_dtype` ("float32", "bfloat16"); trained weights,
     gradients, sigmas and losses are float32 always. `lora` says which of the networks are adapters on a frozen base. All
     random draws are functions of (`seed`, iteration, slot in the global batch).
 
@@ -54,6 +55,7 @@ class CDMModule(L.LightningModule):
         student_optim: OptimizerRecipe,
         fake_score_optim: OptimizerRecipe,
         student_every: int = 2,
+        fake_score_steps: int = 1,
         fake_score_merge: float = 1e-3,
         samplers: Sequence[SamplerSpec] = (),
         seed: int = 0,
@@ -62,8 +64,10 @@ class CDMModule(L.LightningModule):
         lora: LoRAPlan | None = None,
     ) -> None:
         super().__init__()
-        if student_every < 1 or not 0 <= fake_score_merge <= 1:
-            raise UserError("module: student_every must be at least 1 and fake_score_merge lie in [0, 1]")
+        if student_every < 1 or fake_score_steps < 1 or not 0 <= fake_score_merge <= 1:
+            raise UserError(
+                "module: student_every and fake_score_steps must be at least 1, fake_score_merge must lie in [0, 1]"
+            )
         if compute_dtype not in COMPUTE_DTYPES:
             raise UserError(f"module: compute_dtype must be one of {', '.join(COMPUTE_DTYPES)}, got {compute_dtype!r}")
         self.lora = lora or LoRAPlan()
@@ -71,7 +75,8 @@ class CDMModule(L.LightningModule):
         self.automatic_optimization = False
         self.backbone, self.objective, self.schedule = backbone, objective, schedule
         self.recipes = {"student": student_optim, "fake_score": fake_score_optim}
-        self.student_every, self.fake_score_merge = student_every, fake_score_merge
+        self.student_every, self.fake_score_steps = student_every, fake_score_steps
+        self.fake_score_merge = fake_score_merge
         self.samplers, self.seed = list(samplers), seed
         self.compute_dtype = COMPUTE_DTYPES[compute_dtype]
         self.gradient_checkpointing = gradient_checkpointing
@@ -94,8 +99,10 @@ class CDMModule(L.LightningModule):
         with self._phase("rollout"):
             point = self.draw_point(fields, rng)
         with self._phase("fake_score"):
-            self._update("fake_score", self.objective.fake_score_loss(fields, point, rng, self.backbone.shift_sigmas))
-            self._merge_fake_score()
+            for step in range(self.fake_score_steps):
+                losses = self.objective.fake_score_loss(fields, point, rng.again(step), self.backbone.shift_sigmas)
+                self._update("fake_score", losses, counts=step == self.fake_score_steps - 1)
+                self._merge_fake_score()
         if self.is_student_turn:
             with self._phase("student"):
                 losses = self.objective.student_loss(fields, point, rng, self.backbone.shift_sigmas, self.iteration)
@@ -136,12 +143,13 @@ class CDMModule(L.LightningModule):
         if self.fake_score_merge:
             lerp_parameters_(self.networks.fake_score, self.networks.student, self.fake_score_merge)
 
-    def _update(self, name: str, losses: TermLosses) -> None:
+    def _update(self, name: str, losses: TermLosses, counts: bool = False) -> None:
         """One clipped step of a network; with a gradient that is not finite it is left out and counted.
 
-        Whether it is finite is the one thing that the host waits for in each update.
+        The one update of an iteration that `counts` is made where Lightning sees and counts it. Whether the gradient is
+        finite is the one thing that the host waits for in each update.
         """
-        recipe, optimizer = self.recipes[name], self._optimizer(name)
+        recipe, optimizer = self.recipes[name], self._optimizer(name, counts)
         recipe.set_learning_rate(optimizer, self.iteration)
         self.manual_backward(losses.total * unless_infinite(losses.total))
         parameters = list(getattr(self.networks, name).parameters())
@@ -172,10 +180,10 @@ class CDMModule(L.LightningModule):
         fake_score, student = self.trainer.optimizers
         return {"fake_score": fake_score, "student": student}
 
-    def _optimizer(self, name: str) -> Optimizer:
-        """The fake score's, whose steps Lightning counts, one an iteration; or the student's, out of its sight."""
-        fake_score, student = self.optimizers()
-        return fake_score if name == "fake_score" else student.optimizer
+    def _optimizer(self, name: str, counts: bool = False) -> Optimizer:
+        """A network's optimizer: wrapped, so that Lightning counts its step, or bare."""
+        wrapped = dict(zip(("fake_score", "student"), self.optimizers()))[name]
+        return wrapped if counts else wrapped.optimizer
 
     # ---- set-up and state
 
@@ -225,7 +233,10 @@ class CDMModule(L.LightningModule):
         return self.networks.student_ema if self.ema_updates else self.networks.student
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict:
-        """Generate once for all callbacks: {"prompts", "indices" (B,), "images": {sampler: (B, 3, H, W) in [0, 1]}}."""
+        """Generate once for all callbacks: {"prompts", "indices" (B,), "images": {sampler: (B, 3, H, W) in [0, 1]}}.
+
+        Without prompts and images for a batch that is there only so that all processes make equally many calls.
+        """
         networks = {"student": self.evaluated_network, "teacher": self.networks.teacher}
         images = {
             spec.name: generate(
@@ -240,6 +251,8 @@ class CDMModule(L.LightningModule):
             )
             for spec in self.samplers
         }
+        if PADDING in batch.indices:
+            return {"prompts": [], "indices": batch.indices[:0], "images": {}}
         return {"prompts": batch.prompts, "indices": batch.indices, "images": images}
 
     def on_validation_epoch_end(self) -> None:

@@ -20,6 +20,12 @@ class MeshStrategy(ModelParallelStrategy):
         super().__init__(data_parallel_size=replicas, tensor_parallel_size=shards, save_distributed_checkpoint=False)
         self.replicas, self.shards = replicas, shards
 
+    def _configure_launcher(self) -> None:
+        """Processes are started before, by `cdm_lightning.launch`, torchrun or SLURM; Lightning would run the sweep again."""
+        if not self.cluster_environment.creates_processes_externally and self.replicas * self.shards > 1:
+            raise UserError("several processes are started by python -m cdm_lightning.train, torchrun or srun")
+        super()._configure_launcher()
+
     def _get_process_group_backend(self) -> str:
         """Gloo for what lies on the CPU, counters and offloaded shards, beside NCCL for all else."""
         return "cpu:gloo,cuda:nccl" if self.root_device.type == "cuda" else "gloo"

@@ -5,11 +5,13 @@ compute dtype before they travel; gradients are summed in float32. Inputs are ne
 does in one process, and timesteps stay float32.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -78,6 +80,15 @@ def largest(count: int) -> int:
     return int(shared)
 
 
+def from_all(value: Any) -> list[Any]:
+    """Every process's value, in the order of their ranks."""
+    if process_count() == 1:
+        return [value]
+    values: list[Any] = [None] * process_count()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def average_whole_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Average over all processes the gradients of parameters that each holds whole (those of shards FSDP2 has averaged)."""
     gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
@@ -97,6 +108,21 @@ def average_figures(figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
     together = torch.stack([value.float() for value in figures.values()])
     dist.all_reduce(together)
     return dict(zip(figures, together / process_count()))
+
+
+def put_together(network: nn.Module, build: Callable[[], nn.Module]) -> nn.Module | None:
+    """A whole copy of a sharded network on the first process's CPU, into what `build` returns there; None on the others.
+
+    All processes must ask. A network that is whole already is returned as it is.
+    """
+    if not any(isinstance(parameter, DTensor) for parameter in network.parameters()):
+        return network
+    state = get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if dist.get_rank():
+        return None
+    copy = build()
+    copy.load_state_dict(state)
+    return copy.eval()
 
 
 def whole(tensor: Tensor) -> Tensor:

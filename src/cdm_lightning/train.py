@@ -23,6 +23,7 @@ from cdm_lightning.config import build, plain, run_cli
 from cdm_lightning.data.datamodule import PromptDataModule
 from cdm_lightning.data.text_cache import StoredText, TextCacheSettings
 from cdm_lightning.errors import UserError
+from cdm_lightning.launch import is_launched, launch
 from cdm_lightning.parallel import device_count
 from cdm_lightning.run_record import CONFIG_FILE, record_start
 
@@ -47,6 +48,7 @@ BOUND_KEYS = ("callbacks.ema",)
 UNFIT_WARNINGS = (
     ".*does not have many workers.*",  # reading a line of text needs none
     ".*in eval mode at the start of training.*",  # the student's average is meant to be
+    ".*sync_dist=True.*",  # callbacks put together what the processes measured before they log it
     ".*LeafSpec.*is deprecated.*",  # Lightning's own use of torch
 )
 
@@ -186,10 +188,26 @@ def quiet_libraries() -> None:
         warnings.filterwarnings("ignore", message)
 
 
+def start(config: DictConfig) -> None:
+    """Train here, or where the configuration asks for several processes and nobody has started them, start them."""
+    processes = device_count(config.trainer.devices)
+    if processes == 1 or is_launched() or config.strategy._target_.endswith(".single_process"):
+        train(config)
+        return
+    if config.trainer.num_nodes != 1:
+        raise UserError(
+            f"trainer.num_nodes={config.trainer.num_nodes}: start this command on every node, by torchrun or srun; see "
+            "docs/scaling.md"
+        )
+    status = launch(OmegaConf.to_yaml(config, resolve=True), processes)
+    if status:
+        sys.exit(status)
+
+
 def main() -> None:
     """The command line."""
     quiet_libraries()
-    run_cli(train, "train")
+    run_cli(start, "train")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,15 @@ def test_shared_streams_do_not_depend_on_slots():
     assert torch.equal(torch.rand(9, generator=one), torch.rand(9, generator=two))
 
 
+def test_a_repeat_draws_anew_and_the_first_is_the_plain_one():
+    rng = StepRandom(3, 5, [0, 1], "cpu")
+    assert torch.equal(rng.again(0).normal("x", (4,)), rng.normal("x", (4,)))
+    draws = [rng.again(repeat).normal("x", (4,)) for repeat in range(3)]
+    assert not any(torch.isclose(draws[a], draws[b]).any() for a, b in ((0, 1), (0, 2), (1, 2)))
+    assert torch.equal(rng.again(2).uniform("x"), StepRandom(3, 5, [0, 1], "cpu", 2).uniform("x"))
+    assert len({rng.again(repeat).shared("length").initial_seed() for repeat in range(3)}) == 3
+
+
 @pytest.mark.parametrize("other", [(2, 7, "a"), (1, 8, "a"), (1, 7, "b")], ids=["seed", "iteration", "purpose"])
 def test_each_argument_changes_all_draws(other):
     seed, iteration, purpose = other

@@ -113,7 +113,8 @@ class IterationCheckpoint(Checkpoint):
             path = self._save(trainer, pl_module, trainer_state(trainer), needed=last)
             if stop and not last:
                 saved = f"saved {path}" if path else "the last save failed, the run goes on from an older checkpoint"
-                raise Preempted(f"stopped at iteration {iteration}: {saved}; the same command goes on")
+                say(f"stopped at iteration {iteration}: {saved}; the same command goes on")
+                raise Preempted(f"at iteration {iteration}")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the checkpoint of this iteration if it is the best so far."""

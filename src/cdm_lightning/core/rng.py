@@ -69,12 +69,15 @@ class FeistelPermutation:
 class StepRandom:
     """One iteration's random numbers for the samples in `slots` (B): functions of (seed, purpose, iteration, slot).
 
-    Asking twice for the same purpose gives the same numbers: every use has a purpose of its own.
+    Asking twice for the same purpose gives the same numbers: every use has a purpose of its own, or a `repeat` (`again`).
     """
 
-    def __init__(self, seed: int, iteration: int, slots: Sequence[int], device: torch.device | str) -> None:
+    def __init__(
+        self, seed: int, iteration: int, slots: Sequence[int], device: torch.device | str, repeat: int = 0
+    ) -> None:
         self.seed = seed
         self.iteration = iteration
+        self.repeat = repeat
         self.slots = torch.as_tensor(slots, dtype=torch.int64, device="cpu")
         self.device = torch.device(device)
 
@@ -82,9 +85,13 @@ class StepRandom:
         """B, the number of samples."""
         return len(self.slots)
 
+    def again(self, repeat: int) -> "StepRandom":
+        """Other numbers for the same purposes of this iteration, for what is done more than once in it; 0 is the first time."""
+        return StepRandom(self.seed, self.iteration, self.slots, self.device, repeat)
+
     def shared(self, purpose: str) -> torch.Generator:
         """A generator alike for all slots and processes: for whatever changes the number of network calls."""
-        return stream(self.seed, purpose, self.iteration)
+        return stream(self.seed, purpose, *self._count)
 
     def uniform(self, purpose: str, n: int | None = None) -> Tensor:
         """Draws of U[0, 1), float32: (B,), or (B, n)."""
@@ -101,7 +108,11 @@ class StepRandom:
         return (draws * high >> 31).to(self.device)
 
     def _key(self, purpose: str) -> int:
-        return _hash(self.seed, purpose, self.iteration)
+        return _hash(self.seed, purpose, *self._count)
+
+    @property
+    def _count(self) -> tuple[int, ...]:
+        return (self.iteration, self.repeat) if self.repeat else (self.iteration,)
 
 
 def evaluation_noise(seed: int, indices: Sequence[int], shape: Sequence[int], device: torch.device | str) -> Tensor:
