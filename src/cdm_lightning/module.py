@@ -20,12 +20,14 @@ from cdm_lightning.core.objective import Objective, TermLosses, VelocityFields
 from cdm_lightning.core.rng import StepRandom
 from cdm_lightning.core.rollout import TrajectoryPoint, simulate, simulate_to_anchor
 from cdm_lightning.core.schedules import SigmaSchedule
-from cdm_lightning.data.batches import PromptBatch
+from cdm_lightning.data.batches import PADDING, PromptBatch
 from cdm_lightning.errors import UserError
 from cdm_lightning.evaluation import SamplerSpec, generate
 from cdm_lightning.lora.plan import LoRAPlan
 from cdm_lightning.networks import Networks
 from cdm_lightning.optim import OptimizerRecipe
+from cdm_lightning.parallel import MeshStrategy
+from cdm_lightning.sharding import average_figures, average_whole_gradients, distribute, largest, whole
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -41,8 +43,8 @@ class CDMModule(L.LightningModule):
     random draws are functions of (`seed`, iteration, slot in the global batch).
 
     `iteration` counts the finished iterations, `ema_updates` those of `networks.student_ema` (made by the callback
-    `StudentEMA`), `skipped_steps` the updates left out for a gradient that was not finite. Raises `UserError` for an
-    argument out of its range.
+    `StudentEMA`), `skipped_steps` the updates left out for a loss or gradient that was not finite, `skipped_in_a_row` those
+    since the last one that was not left out. Raises `UserError` for an argument out of its range.
     """
 
     def __init__(
@@ -79,9 +81,11 @@ class CDMModule(L.LightningModule):
         self.compute_dtype = COMPUTE_DTYPES[compute_dtype]
         self.gradient_checkpointing = gradient_checkpointing
         self.networks: Networks | None = None  # built by `configure_model`, when the device is known
+        self.is_sharded = False
         self.iteration = 0
         self.ema_updates = 0
         self.skipped_steps = {"student": 0, "fake_score": 0}
+        self.skipped_in_a_row = {"student": 0, "fake_score": 0}
         self.time_phases = False  # set by a monitor: wait for the device around each phase, so that times are true
         self.phase_seconds: dict[str, float] = {}  # in all, since the start of this process
         self._health: dict[str, Tensor] = {}
@@ -124,7 +128,11 @@ class CDMModule(L.LightningModule):
         anchor = rng.index("rollout.anchor", sigmas.shape[1] - 1)
         if self.objective.needs_full_rollout:
             return simulate(fields.student, noise, sigmas).at(anchor)
-        return simulate_to_anchor(fields.student, noise, sigmas, anchor)
+        return simulate_to_anchor(fields.student, noise, sigmas, anchor, self._agree_on_calls)
+
+    def _agree_on_calls(self, calls: int) -> int:
+        """How many network calls a rollout makes: as many as the longest of the processes that share one network."""
+        return largest(calls) if self.is_sharded else calls
 
     @property
     def is_student_turn(self) -> bool:
@@ -143,10 +151,13 @@ class CDMModule(L.LightningModule):
         """
         recipe, optimizer = self.recipes[name], self._optimizer(name, counts)
         recipe.set_learning_rate(optimizer, self.iteration)
-        self.manual_backward(losses.total)
-        parameters = getattr(self.networks, name).parameters()
-        norm = nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
-        if not torch.isfinite(norm):
+        self.manual_backward(losses.total * unless_infinite(losses.total))
+        parameters = list(getattr(self.networks, name).parameters())
+        average_whole_gradients(parameters)
+        norm = whole(nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm))
+        finite = bool(torch.isfinite(norm))
+        self.skipped_in_a_row[name] = 0 if finite else self.skipped_in_a_row[name] + 1
+        if not finite:
             self.skipped_steps[name] += 1
             optimizer.zero_grad(set_to_none=True)  # a step without gradients changes nothing, but Lightning counts it
         optimizer.step()
@@ -162,6 +173,12 @@ class CDMModule(L.LightningModule):
         networks = self.networks
         trained = {"fake_score": networks.fake_score, "student": networks.student}
         return [self.recipes[name].build(network.parameters()) for name, network in trained.items()]
+
+    @property
+    def optimizers_by_role(self) -> dict[str, Optimizer]:
+        """Each trained network's optimizer, itself."""
+        fake_score, student = self.trainer.optimizers
+        return {"fake_score": fake_score, "student": student}
 
     def _optimizer(self, name: str, counts: bool = False) -> Optimizer:
         """A network's optimizer: wrapped, so that Lightning counts its step, or bare."""
@@ -179,7 +196,11 @@ class CDMModule(L.LightningModule):
         device = self.trainer.strategy.root_device
         with torch.device("cpu"):  # Lightning sets the default device here; weights shall not depend on it
             self.networks = Networks(self.backbone, self.gradient_checkpointing, self.lora, self.seed)
-        self.networks.place(device)
+        if isinstance(self.trainer.strategy, MeshStrategy):
+            distribute(self.networks, self.backbone.block_types, self.trainer.strategy, self.compute_dtype)
+            self.is_sharded = self.trainer.strategy.shards > 1
+        else:
+            self.networks.place(device)
         self.backbone.setup(device)
 
     @property
@@ -194,6 +215,7 @@ class CDMModule(L.LightningModule):
             "iteration": self.iteration,
             "ema_updates": self.ema_updates,
             "skipped_steps": dict(self.skipped_steps),
+            "skipped_in_a_row": dict(self.skipped_in_a_row),
         }
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
@@ -201,6 +223,7 @@ class CDMModule(L.LightningModule):
         state = checkpoint["cdm"]
         self.iteration, self.ema_updates = state["iteration"], state["ema_updates"]
         self.skipped_steps = dict(state["skipped_steps"])
+        self.skipped_in_a_row = dict(state["skipped_in_a_row"])
 
     # ---- evaluation
 
@@ -210,7 +233,10 @@ class CDMModule(L.LightningModule):
         return self.networks.student_ema if self.ema_updates else self.networks.student
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict:
-        """Generate once for all callbacks: {"prompts", "indices" (B,), "images": {sampler: (B, 3, H, W) in [0, 1]}}."""
+        """Generate once for all callbacks: {"prompts", "indices" (B,), "images": {sampler: (B, 3, H, W) in [0, 1]}}.
+
+        Without prompts and images for a batch that is there only so that all processes make equally many calls.
+        """
         networks = {"student": self.evaluated_network, "teacher": self.networks.teacher}
         images = {
             spec.name: generate(
@@ -225,6 +251,8 @@ class CDMModule(L.LightningModule):
             )
             for spec in self.samplers
         }
+        if PADDING in batch.indices:
+            return {"prompts": [], "indices": batch.indices[:0], "images": {}}
         return {"prompts": batch.prompts, "indices": batch.indices, "images": images}
 
     def on_validation_epoch_end(self) -> None:
@@ -237,7 +265,7 @@ class CDMModule(L.LightningModule):
         """Log the latest figures every `log_every_n_steps` iterations; "step" becomes the x axis of all loggers."""
         if self.iteration % self.trainer.log_every_n_steps:
             return
-        figures: dict[str, Tensor | float] = dict(self._health)
+        figures: dict[str, Tensor | float] = average_figures(self._health)
         for name in self.recipes:
             figures[f"{name}/skipped_steps"] = float(self.skipped_steps[name])
             figures[f"{name}/learning_rate"] = self._optimizer(name).param_groups[0]["lr"]
@@ -254,3 +282,8 @@ class CDMModule(L.LightningModule):
         if wait:
             torch.cuda.synchronize(self.device)
         self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def unless_infinite(loss: Tensor) -> Tensor:
+    """1, or NaN for a loss that is not finite: then so are all gradients, and all processes leave the update out."""
+    return torch.where(loss.detach().isfinite(), 1.0, float("nan"))

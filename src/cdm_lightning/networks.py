@@ -35,10 +35,9 @@ class Networks(nn.Module):
                 backbone.enable_gradient_checkpointing(shared.network, shared.checkpoint)
         self._build_trained(backbone, lora, shared, gradient_checkpointing)
         self.student_ema.requires_grad_(False).eval()
-        teacher = shared.base_view() if shared and backbone.teacher_is_base else backbone.build_teacher()
-        object.__setattr__(self, "teacher", teacher.requires_grad_(False).eval())
-        base = shared.base_view() if shared else teacher
-        object.__setattr__(self, "_unregistered", (base, teacher))
+        own_teacher = None if shared and backbone.teacher_is_base else backbone.build_teacher()
+        self._keep_unregistered(shared=shared, own_teacher=own_teacher)
+        self.view_base()
 
     def _build_trained(self, backbone: Backbone, lora: LoRAPlan, shared: object, gradient_checkpointing: bool) -> None:
         def full() -> nn.Module:
@@ -54,10 +53,34 @@ class Networks(nn.Module):
             if gradient_checkpointing and adapter is None:
                 backbone.enable_gradient_checkpointing(network)
 
+    def view_base(self) -> None:
+        """Make the teacher a view of the shared base as it is now, where the two are one; else freeze it alone."""
+        base_view = self._shared.base_view() if self._shared else None
+        teacher = self._own_teacher or base_view
+        self._keep_unregistered(base_view=base_view, teacher=teacher.requires_grad_(False).eval())
+
+    def _keep_unregistered(self, **attributes: object) -> None:
+        for name, value in attributes.items():
+            object.__setattr__(self, name if name == "teacher" else f"_{name}", value)
+
+    @property
+    def base(self) -> nn.Module | None:
+        """The frozen network under the adapters, if there are any."""
+        return self._shared.network if self._shared else None
+
+    @property
+    def whole(self) -> dict[str, nn.Module]:
+        """The networks that share no weight with another, by role: all but adapters and the base that is the teacher."""
+        from cdm_lightning.lora.views import RoleView
+
+        roles = ("student", "fake_score", "student_ema", "teacher")
+        return {role: getattr(self, role) for role in roles if not isinstance(getattr(self, role), RoleView)}
+
     def place(self, device: torch.device) -> None:
         """Move the teacher, and a shared base, to `device`; the other networks are moved as parts of the module."""
-        for network in self._unregistered:
-            network.to(device)
+        for network in (self._base_view, self.teacher):
+            if network is not None:
+                network.to(device)
 
     def train(self, mode: bool = True) -> "Networks":
         """Set the mode of the trained networks; the average stays in eval mode, as does the teacher."""

@@ -1,11 +1,34 @@
-"""How a run is spread over processes."""
+"""How a run is spread over processes: one process, whole copies, shards, or copies of shards.
+
+All but the first are one strategy, FSDP2 on a mesh (replicas, shards) of processes: copies of the networks alone are
+(W, 1), shards alone (1, W). Mesh dimensions keep the names that Lightning gives them.
+"""
 
 import os
 from collections.abc import Sequence
 
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from cdm_lightning.errors import UserError
+
+
+class MeshStrategy(ModelParallelStrategy):
+    """Lightning's FSDP2 strategy on `replicas` x `shards` processes; `sharding.distribute` puts the networks on it."""
+
+    def __init__(self, replicas: int, shards: int) -> None:
+        super().__init__(data_parallel_size=replicas, tensor_parallel_size=shards, save_distributed_checkpoint=False)
+        self.replicas, self.shards = replicas, shards
+
+    def _configure_launcher(self) -> None:
+        """Processes are started before, by `cdm_lightning.launch`, torchrun or SLURM; Lightning would run the sweep again."""
+        if not self.cluster_environment.creates_processes_externally and self.replicas * self.shards > 1:
+            raise UserError("several processes are started by python -m cdm_lightning.train, torchrun or srun")
+        super()._configure_launcher()
+
+    def _get_process_group_backend(self) -> str:
+        """Gloo for what lies on the CPU, counters and offloaded shards, beside NCCL for all else."""
+        return "cpu:gloo,cuda:nccl" if self.root_device.type == "cuda" else "gloo"
 
 
 def single_process(devices: int | str | Sequence[int] = 1, num_nodes: int = 1) -> str:
@@ -17,8 +40,42 @@ def single_process(devices: int | str | Sequence[int] = 1, num_nodes: int = 1) -
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     processes = max(device_count(devices) * num_nodes, launched)
     if processes != 1:
-        raise UserError(f"strategy=single runs one process, {processes} were asked for; set trainer.devices=1")
+        raise UserError(
+            f"strategy=single runs one process, {processes} were asked for; set trainer.devices=1, or strategy=ddp, fsdp2 "
+            "or hsdp"
+        )
     return "auto"
+
+
+def data_parallel(devices: int | str | Sequence[int] = 1, num_nodes: int = 1) -> MeshStrategy:
+    """Each process holds the networks whole."""
+    return MeshStrategy(replicas=world_size(devices, num_nodes), shards=1)
+
+
+def fully_sharded(devices: int | str | Sequence[int] = 1, num_nodes: int = 1) -> MeshStrategy:
+    """Each process holds one shard of each weight, gradient and optimizer state."""
+    return MeshStrategy(replicas=1, shards=world_size(devices, num_nodes))
+
+
+def hybrid_sharded(devices: int | str | Sequence[int] = 1, num_nodes: int = 1, replicas: int = 1) -> MeshStrategy:
+    """`replicas` copies, each sharded over an equal part of the processes; UserError if that does not come out even."""
+    processes = world_size(devices, num_nodes)
+    if replicas < 1 or processes % replicas:
+        raise UserError(
+            f"strategy=hsdp: {processes} processes cannot be {replicas} equal groups; set strategy.replicas"
+        )
+    return MeshStrategy(replicas=replicas, shards=processes // replicas)
+
+
+def world_size(devices: int | str | Sequence[int], num_nodes: int) -> int:
+    """Number of processes in all; UserError if a launcher started another number."""
+    processes = device_count(devices) * num_nodes
+    launched = int(os.environ.get("WORLD_SIZE", processes))
+    if launched != processes:
+        raise UserError(
+            f"trainer.devices and trainer.num_nodes ask for {processes} processes, but the launcher started {launched}"
+        )
+    return processes
 
 
 def device_count(devices: int | str | Sequence[int]) -> int:

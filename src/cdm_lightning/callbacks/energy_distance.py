@@ -6,6 +6,7 @@ from torch import Tensor
 
 from cdm_lightning.backbones.toy2d import Toy2DBackbone
 from cdm_lightning.metrics.energy import energy_distance
+from cdm_lightning.sharding import from_all
 
 
 class EnergyDistance(L.Callback):
@@ -33,8 +34,11 @@ class EnergyDistance(L.Callback):
             self._points.setdefault(sampler, []).append(points)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the distances."""
+        """Log the distances, of the points of all processes."""
         backbone: Toy2DBackbone = pl_module.backbone
-        exact = backbone.exact_samples(self._prompts, self.seed).flatten(1)
-        for sampler, points in self._points.items():
-            pl_module.log(f"val/energy_distance/{sampler}", energy_distance(torch.cat(points), exact).float())
+        gathered = from_all((self._prompts, {sampler: torch.cat(points) for sampler, points in self._points.items()}))
+        prompts = [prompt for share, _ in gathered for prompt in share]
+        exact = backbone.exact_samples(prompts, self.seed).flatten(1)
+        for sampler in self._points:
+            points = torch.cat([share[sampler] for _, share in gathered])
+            pl_module.log(f"val/energy_distance/{sampler}", energy_distance(points, exact).float())

@@ -6,6 +6,7 @@ import lightning as L
 
 from cdm_lightning.ladder import LadderEvaluation
 from cdm_lightning.report import save_report, table
+from cdm_lightning.sharding import put_together
 
 
 class LadderReport(L.Callback):
@@ -26,15 +27,19 @@ class LadderReport(L.Callback):
         check_output(Path(trainer.default_root_dir) / self.export_folder)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Evaluate, export and report; all checkpoints are written by now."""
-        if not trainer.is_global_zero:
-            return
+        """Evaluate, export and report; all checkpoints are written by now.
+
+        Processes that share one network must all run it: each makes all images, and the first reports.
+        """
         from cdm_lightning.export import export_pipeline
 
         pl_module.to(trainer.strategy.root_device)  # Lightning has moved it to the host
         folder, backbone, network = Path(trainer.default_root_dir), pl_module.backbone, pl_module.evaluated_network
         networks = {"student": network, "teacher": pl_module.networks.teacher}
-        result = self.evaluation.run(backbone, networks, pl_module.compute_dtype)
+        result = self.evaluation.run(backbone, networks, pl_module.compute_dtype, silent=not trainer.is_global_zero)
+        network = put_together(network, backbone.build_network)
+        if not trainer.is_global_zero:
+            return
         paths = save_report(result, folder)
         weights = "student_ema" if pl_module.ema_updates else "student"
         exported = export_pipeline(

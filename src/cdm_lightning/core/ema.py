@@ -1,16 +1,25 @@
 """Moving one network's parameters towards another's: the student's moving average, the merge into the fake score."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 @torch.no_grad()
 def lerp_parameters_(target: nn.Module, source: nn.Module, weight: float) -> None:
-    """target <- (1 - weight) target + weight source, in place, for each parameter; ValueError if names differ."""
+    """target <- (1 - weight) target + weight source, in place, for each parameter; ValueError if names differ.
+
+    Of sharded networks each rank moves its own shards.
+    """
     to, of = dict(target.named_parameters()), dict(source.named_parameters())
     if to.keys() != of.keys():
         raise ValueError(f"the networks differ in parameters: {sorted(to.keys() ^ of.keys())[:3]}")
-    torch._foreach_lerp_(list(to.values()), [of[name] for name in to], weight)
+    torch._foreach_lerp_([local(value) for value in to.values()], [local(of[name]) for name in to], weight)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor (a view of it); another tensor is its own."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def warmed_up_decay(step: int, decay: float) -> float:

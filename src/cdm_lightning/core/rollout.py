@@ -3,6 +3,7 @@
 Shapes: B samples of shape * = (C, H, W), K steps, sigmas (B, K + 1) falling from 1 to 0. Nothing here keeps gradients.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -68,15 +69,25 @@ def simulate(student: VelocityField, noise: Tensor, sigmas: Tensor) -> Trajector
 
 
 @torch.no_grad()
-def simulate_to_anchor(student: VelocityField, noise: Tensor, sigmas: Tensor, anchor: Tensor) -> TrajectoryPoint:
+def simulate_to_anchor(
+    student: VelocityField,
+    noise: Tensor,
+    sigmas: Tensor,
+    anchor: Tensor,
+    agree_on_calls: Callable[[int], int] = lambda calls: calls,
+) -> TrajectoryPoint:
     """What `simulate(...).at(anchor)` gives, to float rounding, without the steps after each sample's anchor.
 
     Step n runs for the samples with anchor >= n only. Sorted by falling anchor these are a prefix of the batch, so a
     step drops rows from its end; those dropped are finished. The only wait for the device is that for the anchors.
+
+    Processes that hold shards of one network must all call it equally often: `agree_on_calls` is told how many calls
+    these anchors take and says how many to make. Those beyond run on one sample, and nothing comes of them.
     """
     order = anchor.argsort(descending=True)
     last = anchor.cpu()
     active = [int((last >= n).sum()) for n in range(int(last.max()) + 2)]  # samples that run step n; 0 at the end
+    idle = agree_on_calls(len(active) - 1) - (len(active) - 1)  # asked before the first: nobody waits in between
     field, x, sorted_sigmas = student.select(order), noise[order], sigmas[order]
     done_x, done_v = [], []
     for n, (rows, staying) in enumerate(pairwise(active)):
@@ -86,6 +97,8 @@ def simulate_to_anchor(student: VelocityField, noise: Tensor, sigmas: Tensor, an
         x = move(x[:staying], v[:staying], sorted_sigmas[:staying, n], sorted_sigmas[:staying, n + 1])
         if 0 < staying < rows:
             field = field.select(torch.arange(staying, device=order.device))
+    for _ in range(idle):
+        student.select(order[:1])(noise[:1], sigmas[:1, 0])
     back = order.argsort()  # those with the highest anchors finish last and stand first in the order
     x, v = (torch.cat(done[::-1])[back] for done in (done_x, done_v))
     return TrajectoryPoint(x, v, sigmas.gather(1, anchor[:, None]).squeeze(1))

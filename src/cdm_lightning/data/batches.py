@@ -12,6 +12,9 @@ from cdm_lightning.core.rng import permutation
 Order = Callable[[int], int]  # position in the endless stream of all ranks -> number of the prompt
 
 
+PADDING = -1  # key of a draw that is there only to be computed
+
+
 class PromptBatch(NamedTuple):
     """Prompts with the number that keys their random draws.
 
@@ -89,10 +92,19 @@ class EndlessBatches(Sampler):
         return [Draw(self.prompt_at(first + slot), slot) for slot in slots]
 
 
-def evaluation_batches(size: int, batch_size: int) -> list[list[Draw]]:
-    """The first `size` prompts in their order, in batches of at most `batch_size`, each keyed by its own number."""
-    draws = [Draw(number, number) for number in range(size)]
-    return [draws[first : first + batch_size] for first in range(0, size, batch_size)]
+def evaluation_batches(size: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[Draw]]:
+    """This rank's share of the first `size` prompts, in their order, in batches of at most `batch_size`.
+
+    Each draw is keyed by its own number. All ranks have equally many batches, since they may share one network; where a
+    rank has nothing left its batch is a single draw keyed `PADDING`, which counts for nothing.
+    """
+    first, end = size * rank // world_size, size * (rank + 1) // world_size
+    longest = -(-size // world_size)
+    batches = []
+    for begin in range(0, longest, batch_size):
+        numbers = range(first + begin, min(first + begin + batch_size, end))
+        batches.append([Draw(number, number) for number in numbers] or [Draw(0, PADDING)])
+    return batches
 
 
 def collate(samples: list[tuple[str, int]]) -> PromptBatch:

@@ -57,8 +57,11 @@ class PromptDataModule(L.LightningDataModule):
         return self._loader(self.train, batches, self.num_workers)
 
     def val_dataloader(self) -> DataLoader:
-        """Loader of the validation prompts in the order of their file."""
-        return self._loader(self.val, evaluation_batches(self.val_prompts, self.val_batch_size), 0)
+        """Loader of this rank's validation prompts in the order of their file; UserError if some rank would have none."""
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        if self.val_prompts < world_size:
+            raise UserError(f"data: {self.val_prompts} validation prompts are too few for {world_size} processes")
+        return self._loader(self.val, evaluation_batches(self.val_prompts, self.val_batch_size, rank, world_size), 0)
 
     def transfer_batch_to_device(self, batch: PromptBatch, device: torch.device, dataloader_idx: int) -> PromptBatch:
         """Leave the batch on the host: prompts are text, and the random draws want their keys there."""

@@ -36,11 +36,13 @@ class SharedBase:
         self.network = network.requires_grad_(False).eval()
         self.dtype = next(p.dtype for p in network.parameters() if p.is_floating_point())
         self._adapters = dict(adapters)
-        self._own = dict(network.named_parameters())
+        own = dict(network.named_parameters())
         targets = {role: target_layers(network, adapter, presets) for role, adapter in adapters.items()}
         for role, adapter in adapters.items():
             inject(network, role, adapter, targets[role])
         self.layers = tuner_layers(network)
+        places = {parameter: place for place, parameter in network.named_parameters()}
+        self._place_of = {name: places[parameter] for name, parameter in own.items()}  # peft has moved some of them
         for role in adapters:
             self._start(role, seed)
         self._role: str | None = None
@@ -51,8 +53,8 @@ class SharedBase:
         return AdapterView(self, role, adapter_parameters(self.layers, role), self._adapters[role])
 
     def base_view(self) -> BaseView:
-        """The base alone, as a network."""
-        return BaseView(self, self._own)
+        """The base alone, as a network; sharding makes new parameters, so a view from before it is stale."""
+        return BaseView(self, {name: self.network.get_parameter(place) for name, place in self._place_of.items()})
 
     @contextmanager
     def running(self, role: str | None) -> Iterator[None]:

@@ -94,7 +94,8 @@ class FrechetDistance:
         self.device = torch.device(device)
         self.metric = FrechetInceptionDistance(_GivenFeatures(dim), normalize=True, sync_on_compute=sync)
         self.metric.to(self.device)
-        if sync and torch.distributed.is_initialized() and torch.distributed.get_rank():
+        self._synced = sync and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+        if self._synced and torch.distributed.get_rank():
             return  # states are summed over the processes: the reference counts once
         outer = (n - 1) * reference.covariance + n * torch.outer(reference.mean, reference.mean)
         self.metric.real_features_sum = (n * reference.mean).to(self.device)
@@ -106,5 +107,6 @@ class FrechetDistance:
         self.metric.update(features.to(self.device).double(), real=False)  # the result has the dtype of the features
 
     def compute(self) -> float:
-        """The distance; nan while there are fewer than 2 generated samples."""
-        return float(self.metric.compute()) if self.metric.fake_features_num_samples >= 2 else float("nan")
+        """The distance; nan while there are fewer than 2 generated samples (of several processes each must have one)."""
+        enough = self._synced or self.metric.fake_features_num_samples >= 2
+        return float(self.metric.compute()) if enough else float("nan")

@@ -1,0 +1,130 @@
+"""Networks on a mesh of processes by FSDP2: who holds which rows, in what precision they travel, what is summed up.
+
+A network's blocks are gathered one at a time, for as long as they compute. The weights that compute are rounded to the
+compute dtype before they travel; gradients are summed in float32. Inputs are never cast here: autocast does that as it
+does in one process, and timesteps stay float32.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from cdm_lightning.networks import Networks
+from cdm_lightning.parallel import MeshStrategy
+
+
+def distribute(
+    networks: Networks, block_types: tuple[type[nn.Module], ...], strategy: MeshStrategy, compute_dtype: torch.dtype
+) -> None:
+    """Put all networks on the strategy's mesh, in place: each rank keeps its rows of each weight.
+
+    Adapters are held whole by every rank; the base under them is sharded where there are shards.
+    """
+    mesh, device = strategy.device_mesh["data_parallel", "tensor_parallel"], strategy.root_device
+    policy = mixed_precision(compute_dtype)
+    for network in networks.whole.values():
+        shard(network, block_types, mesh, policy)
+    if networks.base is not None and strategy.shards > 1:
+        adapters = {parameter for parameter in networks.parameters() if not isinstance(parameter, DTensor)}
+        shard(networks.base, block_types, mesh, policy, adapters)
+        networks.view_base()
+    networks.place(device)
+
+
+def mixed_precision(compute_dtype: torch.dtype) -> MixedPrecisionPolicy:
+    """Weights travel in the compute dtype unless it is float32, gradients are summed in float32, inputs stay as they are."""
+    param_dtype = None if compute_dtype == torch.float32 else compute_dtype
+    return MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
+def shard(
+    network: nn.Module,
+    block_types: tuple[type[nn.Module], ...],
+    mesh: DeviceMesh,
+    policy: MixedPrecisionPolicy,
+    whole: set[nn.Parameter] = frozenset(),
+) -> None:
+    """Shard a network in place, its blocks each for itself; parameters in `whole` are left alone.
+
+    The rest of the network is let go after a call as the blocks are: weights at rest are always shards.
+    """
+    if all(parameter in whole for parameter in network.parameters()):
+        return
+    options = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": True, "ignored_params": set(whole)}
+    for block in [module for module in network.modules() if isinstance(module, block_types)]:
+        fully_shard(block, **options)
+    fully_shard(network, **options)
+
+
+# ---- sums over processes; in one process all of them return what they are given
+
+
+def process_count() -> int:
+    """Number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def largest(count: int) -> int:
+    """The largest of all processes' counts."""
+    if process_count() == 1:
+        return count
+    shared = torch.tensor(count, device="cpu")
+    dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return int(shared)
+
+
+def from_all(value: Any) -> list[Any]:
+    """Every process's value, in the order of their ranks."""
+    if process_count() == 1:
+        return [value]
+    values: list[Any] = [None] * process_count()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def average_whole_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Average over all processes the gradients of parameters that each holds whole (those of shards FSDP2 has averaged)."""
+    gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
+    if process_count() == 1 or not gradients:
+        return
+    together = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(together)
+    together /= process_count()
+    for gradient, summed in zip(gradients, together.split([gradient.numel() for gradient in gradients])):
+        gradient.copy_(summed.view_as(gradient))
+
+
+def average_figures(figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The mean over all processes of 0-d figures, which all processes name alike."""
+    if process_count() == 1:
+        return dict(figures)
+    together = torch.stack([value.float() for value in figures.values()])
+    dist.all_reduce(together)
+    return dict(zip(figures, together / process_count()))
+
+
+def put_together(network: nn.Module, build: Callable[[], nn.Module]) -> nn.Module | None:
+    """A whole copy of a sharded network on the first process's CPU, into what `build` returns there; None on the others.
+
+    All processes must ask. A network that is whole already is returned as it is.
+    """
+    if not any(isinstance(parameter, DTensor) for parameter in network.parameters()):
+        return network
+    state = get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if dist.get_rank():
+        return None
+    copy = build()
+    copy.load_state_dict(state)
+    return copy.eval()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of which each rank may hold a part, put together; all ranks must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
