@@ -100,11 +100,14 @@ def export_checkpoint(
     dtype: str = "float32",
     pretrained: str | None = None,
     form: str = "pipeline",
+    height: int | None = None,
+    width: int | None = None,
 ) -> Path:
     """Export the student of a checkpoint file, or of the newest checkpoint of a run folder.
 
     `weights="auto"` is the average if there is one. `pretrained` replaces the pretrained pipeline of the run's
-    configuration, which may have moved since. `form` is "pipeline" or, for a student that is a LoRA, "lora".
+    configuration, which may have moved since. `form` is "pipeline" or, for a student that is a LoRA, "lora". `height` and
+    `width` are the pixels of the call that the model card shows, by default those of the run's backbone.
     """
     check_output(Path(output))
     from cdm_lightning.trained import open_student
@@ -112,8 +115,9 @@ def export_checkpoint(
     found = open_student(source, weights, pretrained)
     if form == "lora":
         require_adapter(found.plan.student is not None)
+    backbone = found.backbone.at(height, width)
     return export_pipeline(
-        found.backbone, found.network(), output, nfe, found.weights, found.iteration, dtype, found.run, form
+        backbone, found.network(), output, nfe, found.weights, found.iteration, dtype, found.run, form
     )
 
 
@@ -210,6 +214,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--form", choices=FORMS, default="pipeline", help="pipeline: a LoRA is fused in; lora: its file alone"
     )
+    made.add_argument("--height", type=int, metavar="PIXELS", help="of the shown call (default: that of the run)")
+    made.add_argument("--width", type=int, metavar="PIXELS", help="of the shown call (default: that of the run)")
     made.add_argument("--pretrained", metavar="FOLDER", help="the pretrained pipeline, if it has moved since the run")
     return made
 
