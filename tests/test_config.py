@@ -91,7 +91,11 @@ def test_debug_and_logger_options_compose(tmp_path, debug, logger):
 def test_every_leaf_is_an_argument_of_its_class(tmp_path):
     """The keys of every `_target_` in every experiment and callback option are parameters that exist."""
     choices = [f"experiment={name}" for name in DISTILLATIONS]
-    choices += [f"{group}={name}" for group in ("callbacks", "backbone", "data", "lora") for name in options(group)]
+    choices += [
+        f"{group}={name}"
+        for group in ("callbacks", "backbone", "data", "lora", "resolution")
+        for name in options(group)
+    ]
     for override in choices:
         config = OmegaConf.to_container(composed(tmp_path, override), resolve=False)
         found = targets({key: node for key, node in config.items() if key != "module"})

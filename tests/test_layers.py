@@ -138,6 +138,7 @@ def upward_rule(path: str, name: str) -> bool:
         "config",
         "networks",
         "optim",
+        "resolution",
     )
     return not lower or not any(is_under(name, part) for part in higher)
 

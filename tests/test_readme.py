@@ -52,7 +52,11 @@ def assert_composes(config_name: str, arguments: list[str], folder: Path) -> Non
     jobs: list[list[str]] = [[]]
     for override in overrides:
         key, _, values = override.partition("=")
-        jobs = [[*job, f"{key}={value}"] for job in jobs for value in values.split(",")]
+        jobs = [
+            [*job, f"{key}={value}"]
+            for job in jobs
+            for value in (values.split(",") if values[:1] not in "[{" else [values])
+        ]
     place = "output_dir" if config_name == "train" else "output"
     for job in jobs:
         compose([*job, f"{place}={folder}"], config_name)

@@ -24,18 +24,30 @@ from cdm_lightning.errors import UserError
 
 @dataclass(frozen=True)
 class SamplerSpec:
-    """One way to make images: which network, how many steps, how much guidance (1: none); UserError if out of range."""
+    """One way to make images: which network, how many steps, how much guidance (1: none), which size in pixels.
+
+    A side that is None is the backbone's own. UserError for a value out of its range.
+    """
 
     name: str
     network: Literal["student", "teacher"] = "student"
     nfe: int = 4
     guidance_scale: float = 1.0
+    height: int | None = None
+    width: int | None = None
 
     def __post_init__(self) -> None:
         if self.network not in ("student", "teacher"):
             raise UserError(f"sampler {self.name!r}: network must be student or teacher, got {self.network!r}")
         if self.nfe < 1:
             raise UserError(f"sampler {self.name!r}: nfe must be at least 1, got {self.nfe}")
+
+    def check(self, backbone: Backbone) -> None:
+        """UserError if the family cannot make images of this size."""
+        try:
+            backbone.at(self.height, self.width)
+        except UserError as error:
+            raise UserError(f"sampler {self.name!r}: {error}") from error
 
     @property
     def network_calls(self) -> int:
@@ -58,7 +70,7 @@ def generate(
     `indices` (N) are the prompts' numbers: with `seed` they alone decide the noise, so neither the batch size nor the
     number of processes changes an image by more than float rounding. `backbone.setup` must have been called before.
     """
-    batches = []
+    backbone, batches = backbone.at(spec.height, spec.width), []
     with _evaluating(network):
         for start in range(0, len(prompts), batch_size):
             part = slice(start, start + batch_size)

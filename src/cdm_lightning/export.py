@@ -103,12 +103,15 @@ def export_checkpoint(
     dtype: str = "float32",
     pretrained: str | None = None,
     form: str = "pipeline",
+    height: int | None = None,
+    width: int | None = None,
 ) -> Path:
     """Export the student of a checkpoint, or of the newest one of a run folder.
 
     `weights="auto"` is the average if there is one. `pretrained` replaces the pretrained pipeline of the run's
     configuration, which may have moved since. `form` is "pipeline", for a student that is a LoRA "lora", or a .safetensors
-    file: "weights" of the student alone, "checkpoint" of everything, in the precision of training.
+    file: "weights" of the student alone, "checkpoint" of everything, in the precision of training. `height` and `width` are
+    the pixels of the call that the model card shows, by default those of the run's backbone.
     """
     if form in FILES:
         return export_file(Path(source), Path(output), weights, dtype, form)
@@ -118,8 +121,9 @@ def export_checkpoint(
     found = open_student(source, weights, pretrained)
     if form == "lora":
         require_adapter(found.plan.student is not None)
+    backbone = found.backbone.at(height, width)
     return export_pipeline(
-        found.backbone, found.network(), output, nfe, found.weights, found.iteration, dtype, found.run, form
+        backbone, found.network(), output, nfe, found.weights, found.iteration, dtype, found.run, form
     )
 
 
@@ -237,6 +241,8 @@ def parser() -> argparse.ArgumentParser:
         help="pipeline: a LoRA is fused in; lora: its file alone; weights: the student as a .safetensors file; "
         "checkpoint: all of a checkpoint as a .safetensors file",
     )
+    made.add_argument("--height", type=int, metavar="PIXELS", help="of the shown call (default: that of the run)")
+    made.add_argument("--width", type=int, metavar="PIXELS", help="of the shown call (default: that of the run)")
     made.add_argument("--pretrained", metavar="FOLDER", help="the pretrained pipeline, if it has moved since the run")
     return made
 

@@ -7,8 +7,17 @@ from typing import Any
 
 import yaml
 
-RECIPE_KEYS = ("lora", "objective", "schedule", "optim", "module", "data", "seed")
-OWN_SECTIONS = ("backbone", "lora", "objective", "schedule", "student_optim", "fake_score_optim", "samplers")
+RECIPE_KEYS = ("resolution", "lora", "objective", "schedule", "optim", "module", "data", "seed")
+OWN_SECTIONS = (
+    "backbone",
+    "resolution",
+    "lora",
+    "objective",
+    "schedule",
+    "student_optim",
+    "fake_score_optim",
+    "samplers",
+)
 PAPER = "Continuous-Time Distribution Matching (arXiv:2605.06376)"
 
 HUB_HEADER = "library_name: diffusers\npipeline_tag: text-to-image\n"

@@ -27,6 +27,7 @@ from cdm_lightning.lora.plan import LoRAPlan
 from cdm_lightning.networks import Networks
 from cdm_lightning.optim import OptimizerRecipe
 from cdm_lightning.parallel import MeshStrategy
+from cdm_lightning.resolution import OwnSize, Resolution
 from cdm_lightning.sharding import average_figures, average_whole_gradients, distribute, largest, whole
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -39,8 +40,9 @@ class CDMModule(L.LightningModule):
     each, on the same clean predictions with fresh noise and sigma, and after each of its own updates it is merged with
     the student by the weight `fake_score_merge` (0: not at all). `samplers` are the ways in which validation generates
     images. Networks compute in `compute_dtype` ("float32", "bfloat16"); trained weights,
-    gradients, sigmas and losses are float32 always. `lora` says which of the networks are adapters on a frozen base. All
-    random draws are functions of (`seed`, iteration, slot in the global batch).
+    gradients, sigmas and losses are float32 always. `lora` says which of the networks are adapters on a frozen base,
+    `resolution` at which sizes of image they are trained. All random
+    draws are functions of (`seed`, iteration, slot in the global batch).
 
     `iteration` counts the finished iterations, `ema_updates` those of `networks.student_ema` (made by the callback
     `StudentEMA`), `skipped_steps` the updates left out for a loss or gradient that was not finite, `skipped_in_a_row` those
@@ -62,6 +64,7 @@ class CDMModule(L.LightningModule):
         compute_dtype: str = "float32",
         gradient_checkpointing: bool = False,
         lora: LoRAPlan | None = None,
+        resolution: Resolution | None = None,
     ) -> None:
         super().__init__()
         if student_every < 1 or fake_score_steps < 1 or not 0 <= fake_score_merge <= 1:
@@ -70,7 +73,7 @@ class CDMModule(L.LightningModule):
             )
         if compute_dtype not in COMPUTE_DTYPES:
             raise UserError(f"module: compute_dtype must be one of {', '.join(COMPUTE_DTYPES)}, got {compute_dtype!r}")
-        self.lora = lora or LoRAPlan()
+        self.lora, self.resolution = lora or LoRAPlan(), resolution or OwnSize()
         self.lora.check(backbone.lora_targets, fake_score_merge)
         self.automatic_optimization = False
         self.backbone, self.objective, self.schedule = backbone, objective, schedule
@@ -95,36 +98,39 @@ class CDMModule(L.LightningModule):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """One iteration: rollout, anchor, fake score, merge and, in its turn, student."""
         rng = StepRandom(self.seed, self.iteration, batch.indices.tolist(), self.device)
-        fields = self.bind(batch.prompts)
+        backbone = self.resolution.draw(self.backbone, rng)
+        fields = self.bind(batch.prompts, backbone)
         with self._phase("rollout"):
-            point = self.draw_point(fields, rng)
+            point = self.draw_point(fields, rng, backbone)
         with self._phase("fake_score"):
             for step in range(self.fake_score_steps):
-                losses = self.objective.fake_score_loss(fields, point, rng.again(step), self.backbone.shift_sigmas)
+                losses = self.objective.fake_score_loss(fields, point, rng.again(step), backbone.shift_sigmas)
                 self._update("fake_score", losses, counts=step == self.fake_score_steps - 1)
                 self._merge_fake_score()
         if self.is_student_turn:
             with self._phase("student"):
-                losses = self.objective.student_loss(fields, point, rng, self.backbone.shift_sigmas, self.iteration)
+                losses = self.objective.student_loss(fields, point, rng, backbone.shift_sigmas, self.iteration)
                 self._update("student", losses)
         self.iteration += 1
         self._log_health()
 
-    def bind(self, prompts: Sequence[str]) -> VelocityFields:
-        """The networks as velocity fields of these prompts."""
-        text, no_text = self.backbone.encode_prompts(prompts), self.backbone.encode_prompts([""] * len(prompts))
+    def bind(self, prompts: Sequence[str], backbone: Backbone | None = None) -> VelocityFields:
+        """The networks as velocity fields of these prompts, at the image size of `backbone` (default: the own one)."""
+        backbone = backbone or self.backbone
+        text, no_text = backbone.encode_prompts(prompts), backbone.encode_prompts([""] * len(prompts))
         networks = self.networks
         return VelocityFields(
-            student=BoundField(self.backbone, networks.student, text, self.compute_dtype),
-            fake_score=BoundField(self.backbone, networks.fake_score, text, self.compute_dtype),
-            teacher=BoundField(self.backbone, networks.teacher, text, self.compute_dtype),
-            teacher_uncond=BoundField(self.backbone, networks.teacher, no_text, self.compute_dtype),
+            student=BoundField(backbone, networks.student, text, self.compute_dtype),
+            fake_score=BoundField(backbone, networks.fake_score, text, self.compute_dtype),
+            teacher=BoundField(backbone, networks.teacher, text, self.compute_dtype),
+            teacher_uncond=BoundField(backbone, networks.teacher, no_text, self.compute_dtype),
         )
 
-    def draw_point(self, fields: VelocityFields, rng: StepRandom) -> TrajectoryPoint:
+    def draw_point(self, fields: VelocityFields, rng: StepRandom, backbone: Backbone | None = None) -> TrajectoryPoint:
         """Backward simulation with the student and one anchor a sample, run no further than the objective needs."""
-        sigmas = self.schedule.sample(rng, self.backbone.shift_steps)
-        noise = rng.normal("rollout.noise", self.backbone.latent_shape)
+        backbone = backbone or self.backbone
+        sigmas = self.schedule.sample(rng, backbone.shift_steps)
+        noise = rng.normal("rollout.noise", backbone.latent_shape)
         anchor = rng.index("rollout.anchor", sigmas.shape[1] - 1)
         if self.objective.needs_full_rollout:
             return simulate(fields.student, noise, sigmas).at(anchor)

@@ -57,32 +57,34 @@ def _cells(rows: Sequence[LadderRow]) -> list[list[str]]:
 def picture(images: Mapping[str, Tensor], prompts: Sequence[str]) -> "Image":
     """One row a sampler, one column a prompt, with the samplers' names on the left and the prompts on top.
 
-    Small images are enlarged by a whole factor without smoothing, large ones made smaller.
+    Small images are enlarged by a whole factor without smoothing, large ones made smaller, all samplers' alike.
     """
     from PIL import Image, ImageDraw, ImageFont
     from torchvision.transforms.functional import to_pil_image
 
-    height, width = next(iter(images.values())).shape[-2:]
+    width = max(batch.shape[-1] for batch in images.values())
     scale = max(1, -(-CELL[0] // width)) if width <= CELL[1] else CELL[1] / width
-    cell_w, cell_h = round(width * scale), round(height * scale)
+    sizes = {name: tuple(round(side * scale) for side in batch.shape[:-3:-1]) for name, batch in images.items()}
+    cell_w = round(width * scale)
     resample = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
     font = ImageFont.load_default(FONT_SIZE)
     heads = [_wrap(prompt, font, cell_w) for prompt in prompts]
     left = max(round(font.getlength(name)) for name in images) + 2 * MARGIN
     top = max(len(lines) for lines in heads) * LINE + 2 * MARGIN
-    size = left + len(prompts) * (cell_w + MARGIN), top + len(images) * (cell_h + MARGIN)
+    size = left + len(prompts) * (cell_w + MARGIN), top + sum(cell_h + MARGIN for _, cell_h in sizes.values())
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
     for column, lines in enumerate(heads):
         for number, line in enumerate(lines):
             place = left + column * (cell_w + MARGIN), top - MARGIN - (len(lines) - number) * LINE
             draw.text(place, line, "black", font=font)
-    for row, (name, batch) in enumerate(images.items()):
-        y = top + row * (cell_h + MARGIN)
-        draw.text((MARGIN, y + cell_h // 2 - LINE // 2), name, "black", font=font)
+    y = top
+    for name, batch in images.items():
+        draw.text((MARGIN, y + sizes[name][1] // 2 - LINE // 2), name, "black", font=font)
         for column, image in enumerate(batch[: len(prompts)]):
-            tile = to_pil_image((image.clamp(0, 1) * 255).round().byte()).resize((cell_w, cell_h), resample)
+            tile = to_pil_image((image.clamp(0, 1) * 255).round().byte()).resize(sizes[name], resample)
             canvas.paste(tile, (left + column * (cell_w + MARGIN), y))
+        y += sizes[name][1] + MARGIN
     return canvas
 
 

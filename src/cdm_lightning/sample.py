@@ -49,16 +49,19 @@ def sample_images(
     batch_size: int = 8,
     device: str = "auto",
     lora: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
 ) -> "Samples":
     """Pictures of the prompts; `steps=None` is what was exported for, 4 for a run, else the default of the pipeline's call.
 
-    `lora` is a LoRA file, or an export of one with its number of steps, that is fused into the model. A guidance scale of
-    at most 1 is none. Raises UserError for a model that is neither run nor pipeline of a known family.
+    `lora` is a LoRA file, or an export of one with its number of steps, that is fused into the model. `height` and `width`
+    are pixels, by default those of the model. A guidance scale of at most 1 is none. Raises UserError for a model that is
+    neither run nor pipeline of a known family, and for a size that it cannot make.
     """
     from cdm_lightning.evaluation import SamplerSpec, generate
 
     backbone, build_network, default = open_run(model, lora) if is_run(model) else open_model(model, lora)
-    steps = steps or default
+    backbone, steps = backbone.at(height, width), steps or default
     spec = SamplerSpec("sample", nfe=steps, guidance_scale=max(1.0, guidance_scale))
     place = choose_device(device)
     network = build_network().to(place)
@@ -167,6 +170,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--prompts-file", metavar="FILE", help="text file, one prompt a line, or .jsonl")
     made.add_argument("--steps", type=int, metavar="N", help="default: what the folder was exported for")
     made.add_argument("--guidance-scale", type=float, default=1.0, metavar="S", help="up to 1 is none (default: 1)")
+    made.add_argument("--height", type=int, metavar="PIXELS", help="default: the size that the model was made for")
+    made.add_argument("--width", type=int, metavar="PIXELS", help="default: the size that the model was made for")
     made.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default: 0)")
     made.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures at a time (default: 8)")
     made.add_argument("--device", default="auto", help="default: CUDA if there is one")
@@ -190,6 +195,8 @@ def run(options: argparse.Namespace) -> Path:
         options.batch_size,
         options.device,
         options.lora,
+        options.height,
+        options.width,
     )
     guidance = f"guidance {options.guidance_scale:g}" if options.guidance_scale > 1 else "no guidance"
     steps = "1 step" if made.steps == 1 else f"{made.steps} steps"

@@ -71,6 +71,9 @@ def train(config: DictConfig) -> TrainResult:
     folder = make_folder(Path(config.output_dir))
     L.seed_everything(config.seed, verbose=False)
     strategy, module, data = (build(config, key) for key in ("strategy", "module", "data"))
+    module.resolution.check(module.backbone)
+    for sampler in module.samplers:
+        sampler.check(module.backbone)
     checkpoint = build(config, "checkpoint")
     checkpoint.begin_with = find_beginning(config, folder, checkpoint, module.fingerprint)
     callbacks = build(config, "callbacks")

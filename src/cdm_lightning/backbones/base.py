@@ -58,11 +58,18 @@ class Backbone(ABC):
     def image_size(self) -> tuple[int, int]:
         """(H, W) of an image, in pixels."""
 
-    def at(self, height: int, width: int) -> "Backbone":
-        """The same family and loaded parts for images of another size in pixels; UserError if that cannot be."""
-        if (height, width) == self.image_size:
+    def at(self, height: int | None = None, width: int | None = None) -> "Backbone":
+        """The same family and loaded parts for images of another size in pixels; UserError if that cannot be.
+
+        A side that is None stays as it is.
+        """
+        own = self.image_size
+        size = (own[0] if height is None else height, own[1] if width is None else width)
+        if size == own:
             return self
-        raise UserError(f"{type(self).__name__} makes images of {self.image_size} pixels only, not {(height, width)}")
+        raise UserError(
+            f"{type(self).__name__} makes images of {own[0]} x {own[1]} pixels only, not {size[0]} x {size[1]}"
+        )
 
     @property
     @abstractmethod

@@ -85,10 +85,14 @@ class PipelineSettings(Backbone):
         self.pretrained = str(self.pretrained)
         self.teacher_lora = None if self.teacher_lora is None else locate_lora(self.teacher_lora)
 
-    def at(self, height: int, width: int) -> Self:
-        """The same loaded parts for images of another size in pixels; UserError if that cannot be."""
+    def at(self, height: int | None = None, width: int | None = None) -> Self:
+        """The same loaded parts for images of another size in pixels; UserError if that cannot be.
+
+        A side that is None stays as it is.
+        """
         view = copy.copy(self)
-        view.height, view.width = height, width
+        view.height = self.height if height is None else height
+        view.width = self.width if width is None else width
         _ = view.image_size
         return view
 
