@@ -39,10 +39,9 @@ class CDMModule(L.LightningModule):
     The student is updated in the last of every `student_every` iterations; the fake score `fake_score_steps` times in
     each, on the same clean predictions with fresh noise and sigma, and after each of its own updates it is merged with
     the student by the weight `fake_score_merge` (0: not at all). `samplers` are the ways in which validation generates
-    images. Networks compute in `compute_dtype` ("float32", "bfloat16"); trained weights,
-    gradients, sigmas and losses are float32 always. `lora` says which of the networks are adapters on a frozen base,
-    `resolution` at which sizes of image they are trained. All random
-    draws are functions of (`seed`, iteration, slot in the global batch).
+    images. Networks compute in `compute_dtype` ("float32", "bfloat16"); trained weights, gradients, sigmas and losses are
+    float32 always. `lora` says which of the networks are adapters on a frozen base, `resolution` at which sizes of image
+    they are trained. All random draws are functions of (`seed`, iteration, slot in the global batch).
 
     `iteration` counts the finished iterations, `ema_updates` those of `networks.student_ema` (made by the callback
     `StudentEMA`), `skipped_steps` the updates left out for a loss or gradient that was not finite, `skipped_in_a_row` those
