@@ -5,6 +5,7 @@ hardware of each start), `checkpoints/`, and what loggers and callbacks write. T
 """
 
 import logging
+import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
