@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from cdm_lightning.checkpoint.save import save_checkpoint
-from cdm_lightning.checkpoint.state import plain_values_of, restore, tensors_of
+from cdm_lightning.checkpoint.state import plain_tensors, plain_values_of, restore, tensors_of
 from cdm_lightning.checkpoint.stored import read_checkpoint
 
 Layout = tuple[int, int] | None  # (replicas, shards); None: no mesh at all
@@ -107,3 +107,36 @@ def test_any_layout_goes_on_from_any_other(tmp_path, straight, before, after):
         torch.testing.assert_close(value, straight[name], rtol=1e-6, atol=1e-6)
     shards = {file.name[:11] for file in (tmp_path / "iteration_0000001").glob("shard-*")}
     assert len(shards) == (1 if before is None else 2)
+
+
+def quantized(layout: Layout, place: Path) -> None:
+    """Save a quantized state, or with one there read it into a fresh one, and compare."""
+    from torchao.optim import AdamW8bit
+
+    torch.set_num_threads(1)
+    holder = nn.Linear(64, 128, bias=False)
+    nn.init.normal_(holder.weight, generator=torch.Generator().manual_seed(0))
+    if layout is not None:
+        dist.init_process_group("gloo")
+        fully_shard(holder, mesh=init_device_mesh("cpu", layout, mesh_dim_names=("replicate", "shard")))
+    optimizer = AdamW8bit([holder.weight], lr=1e-2)
+    state, fresh = (optimizer._new_buffer(holder.weight, True) for _ in range(2))
+    values = holder.weight.detach()
+    local, values = (t.to_local() if layout is not None else t for t in (state, values))
+    local.copy_(values)
+    tensors = plain_tensors("state", state)
+    assert set(tensors) == {"state.codes", "state.scale", "state.qmap"}
+    if not (place / "iteration_0000001").exists():
+        save_checkpoint(place, tensors, {"iteration": 1, "ema_updates": 0, "fingerprint": ""}, {})
+        return
+    read_checkpoint(place / "iteration_0000001").fill(plain_tensors("state", fresh))
+    read = fresh.to_local() if layout is not None else fresh
+    assert torch.equal(read.codes, local.codes)
+    assert torch.equal(read.scale, local.scale)
+    assert read.codes.any()
+
+
+@pytest.mark.parametrize(("before", "after"), [((1, 2), (1, 2)), ((1, 2), None), (None, (2, 1))], ids=str)
+def test_quantized_optimizer_states_are_cut_as_their_parameters(tmp_path, before, after):
+    for layout in (before, after):
+        together(1 if layout is None else layout[0] * layout[1], quantized, (layout, tmp_path))

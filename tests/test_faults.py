@@ -12,7 +12,7 @@ from killable import POINTS, Run, die_at, start
 from soak import Losses, look, soak
 from test_resume import assert_equal_states
 
-from cdm_lightning.checkpoint.folder import checkpoints_in
+from cdm_lightning.checkpoint.folder import checkpoints_in, iteration_of
 from cdm_lightning.core.objective import CDMObjective, TermLosses
 from cdm_lightning.errors import UserError
 from cdm_lightning.module import CDMModule
@@ -71,14 +71,17 @@ def test_soak(started, toy_overrides, tmp_path, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name)
 def test_a_signal_ends_the_run_with_a_checkpoint_and_status_75(started, toy_run, tmp_path, number):
-    straight = toy_run("trainer.max_steps=400", folder="straight")
-    run = started("trainer.max_steps=400", "checkpoint.every=1000").wait_for_training().kill(number)
+    long = ("trainer.max_steps=400", "checkpoint.every=1000")
+    run = started(*long).wait_for_training().kill(number)
     assert run.wait() == [75], run.output
     assert f"{number.name}: saving after this iteration, then stopping" in run.output
     assert f"saved {last(tmp_path / 'run')}; the same command goes on" in run.output
     assert "Traceback" not in run.output
-    assert toy_run("trainer.max_steps=400", "checkpoint.every=1000").iteration == 400
-    assert_equal_states(straight.checkpoint, last(tmp_path / "run"))
+    done = iteration_of(last(tmp_path / "run"))
+    assert 0 < done < 400
+    straight = toy_run(f"trainer.max_steps={done + 2}", folder="straight")
+    resumed = toy_run(f"trainer.max_steps={done + 2}", "checkpoint.every=1000")
+    assert_equal_states(straight.checkpoint, resumed.checkpoint)
 
 
 # ---- numbers that are not finite
@@ -146,7 +149,7 @@ def test_a_worker_that_dies_ends_the_run_with_a_clear_line(toy_run, monkeypatch)
                 os.kill(worker.pid, signal.SIGKILL)
 
     monkeypatch.setattr(CDMModule, "training_step", murderous)
-    with pytest.raises(UserError, match=r"DataLoader worker .*killed by signal.*the same command goes on"):
+    with pytest.raises(UserError, match=r"DataLoader worker .*(killed by signal|exited unexpectedly).*the same command goes on"):
         toy_run("trainer.max_steps=200", "data.num_workers=1", "checkpoint.every=2")
     monkeypatch.setattr(CDMModule, "training_step", original)
     assert toy_run("trainer.max_steps=20", "data.num_workers=1", "checkpoint.every=2").iteration == 20

@@ -94,7 +94,7 @@ def test_five_and_five_equal_ten_with_the_sd3_classes_and_a_text_cache(
 def test_a_run_goes_on_in_another_layout(layouts, before, after):
     eps = ("optim.student.optimizer.eps=1e-3", "optim.fake_score.optimizer.eps=1e-3")  # steps as even as gradients
     straight = layouts("single", *eps, folder="straight")
-    layouts(before, *eps, "trainer.max_steps=5", "data.num_workers=1", folder="moved")
+    layouts(before, *eps, "trainer.max_steps=5", folder="moved")
     moved = layouts(after, *eps, folder="moved")
     assert furthest(last(straight), last(moved)) < 2e-6
     other = layouts("single", *eps, "seed=1", folder="other")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from cdm_lightning.checkpoint.stored import StoredCheckpoint
@@ -24,8 +25,31 @@ def tensors_of(networks: nn.Module, optimizers: Mapping[str, Optimizer]) -> dict
     found = {f"networks.{name}": value for name, value in networks.state_dict().items()}
     for role, optimizer in optimizers.items():
         for name, state in states_of(getattr(networks, role), optimizer).items():
-            tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-            found |= {f"optimizers.{role}.{name}.{key}": value for key, value in tensors.items()}
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    found |= plain_tensors(f"optimizers.{role}.{name}.{key}", value)
+    return found
+
+
+def plain_tensors(name: str, value: Tensor) -> dict[str, Tensor]:
+    """`value`, or for one of torchao's quantized states the tensors it is made of, sharing its memory.
+
+    Codes have the shape of the parameter and a scale stands for a block of them in a row, so both are cut as it is.
+    """
+    is_part = isinstance(value, DTensor)
+    local = value.to_local() if is_part else value
+    if not hasattr(local, "__tensor_flatten__"):
+        return {name: value}
+    found = {}
+    for part in local.__tensor_flatten__()[0]:
+        tensor = getattr(local, part)
+        if is_part and part in ("codes", "scale"):
+            shape = value.shape if part == "codes" else (value.numel() * tensor.numel() // local.numel(),)
+            stride = value.stride() if part == "codes" else (1,)
+            tensor = DTensor.from_local(
+                tensor, value.device_mesh, value.placements, run_check=False, shape=torch.Size(shape), stride=stride
+            )
+        found[f"{name}.{part}"] = tensor
     return found
 
 
@@ -92,6 +116,7 @@ def begin_states(network: nn.Module, optimizer: Optimizer, names: list[str]) -> 
     for group, rate in zip(optimizer.param_groups, rates):
         group["lr"] = rate
     known = {name.rpartition(".")[0] for name in names}
+    known |= {name.rpartition(".")[0] for name in known}  # a quantized state's parts have one more name
     for name, parameter in network.named_parameters():
         if name not in known:
             optimizer.state.pop(parameter, None)
