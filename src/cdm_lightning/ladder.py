@@ -61,7 +61,7 @@ class LadderRow:
     adherence: float | None
     diversity: float | None
     network_calls: int
-    seconds_per_image: float | None  # text encoding and decoding included
+    seconds_per_image: float | None  # decoding included, text encoding too unless it is remembered
 
 
 @dataclass(frozen=True)

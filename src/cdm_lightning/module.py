@@ -119,29 +119,12 @@ class CDMModule(L.LightningModule):
             points = [self.draw_point(part.fields, part.rng, part.backbone) for part in parts]
         with self._phase("fake_score"):
             for step in range(self.fake_score_steps):
-                losses = (
-                    (
-                        part.share,
-                        self.objective.fake_score_loss(
-                            part.fields, point, part.rng.again(step), part.backbone.shift_sigmas
-                        ),
-                    )
-                    for part, point in zip(parts, points)
-                )
+                losses = self._fake_score_losses(parts, points, step)
                 self._update("fake_score", losses, counts=step == self.fake_score_steps - 1)
                 self._merge_fake_score()
         if self.is_student_turn:
             with self._phase("student"):
-                losses = (
-                    (
-                        part.share,
-                        self.objective.student_loss(
-                            part.fields, point, part.rng, part.backbone.shift_sigmas, self.iteration
-                        ),
-                    )
-                    for part, point in zip(parts, points)
-                )
-                self._update("student", losses)
+                self._update("student", self._student_losses(parts, points))
         self.iteration += 1
         self._log_health()
 
@@ -149,6 +132,22 @@ class CDMModule(L.LightningModule):
         rng = StepRandom(self.seed, self.iteration, batch.indices.tolist(), self.device)
         backbone = self.resolution.draw(self.backbone, rng)
         return _Part(self.bind(batch.prompts, backbone), rng, backbone, share)
+
+    def _fake_score_losses(
+        self, parts: Sequence[_Part], points: Sequence[TrajectoryPoint], step: int
+    ) -> Iterator[tuple[float, TermLosses]]:
+        """(share of the batch, loss) of each part, computed when it is asked for."""
+        for part, point in zip(parts, points):
+            rng, shift = part.rng.again(step), part.backbone.shift_sigmas
+            yield part.share, self.objective.fake_score_loss(part.fields, point, rng, shift)
+
+    def _student_losses(
+        self, parts: Sequence[_Part], points: Sequence[TrajectoryPoint]
+    ) -> Iterator[tuple[float, TermLosses]]:
+        """(share of the batch, loss) of each part, computed when it is asked for."""
+        for part, point in zip(parts, points):
+            shift = part.backbone.shift_sigmas
+            yield part.share, self.objective.student_loss(part.fields, point, part.rng, shift, self.iteration)
 
     def bind(self, prompts: Sequence[str], backbone: Backbone | None = None) -> VelocityFields:
         """The networks as velocity fields of these prompts, at the image size of `backbone` (default: the own one)."""

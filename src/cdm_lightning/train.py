@@ -13,6 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cdm_lightning.config import answer_questions
+
+if __name__ == "__main__":
+    answer_questions("train")  # before the imports below, which take seconds
+
 import lightning as L
 from omegaconf import DictConfig, OmegaConf
 
@@ -23,6 +28,7 @@ from cdm_lightning.checkpoint.stored import read_checkpoint
 from cdm_lightning.config import build, plain, run_cli
 from cdm_lightning.data.datamodule import PromptDataModule
 from cdm_lightning.data.text_cache import StoredText, TextCacheSettings
+from cdm_lightning.data.text_memory import RememberedText
 from cdm_lightning.errors import UserError
 from cdm_lightning.launch import is_launched, launch
 from cdm_lightning.parallel import device_count
@@ -99,13 +105,17 @@ def train(config: DictConfig) -> TrainResult:
 def use_text_cache(
     settings: TextCacheSettings, backbone: Backbone, data: PromptDataModule, callbacks: Sequence[L.Callback]
 ) -> None:
-    """Give the backbone the text cache, if there is to be one; UserError if it does not fit or lacks prompts."""
-    if settings.folder is None:
-        return
-    cache = StoredText(settings.folder, backbone.text_fingerprint)
+    """Give the backbone the text cache, or a memory for few prompts; UserError if a cache does not fit or lacks prompts."""
     generated = {type(callback).__name__: callback.prompts for callback in callbacks if hasattr(callback, "prompts")}
-    cache.require({"training": data.train, "validation": data.val, **generated}, settings.check_up_to)
-    backbone.use_text_cache(cache)
+    sets = {"training": data.train, "validation": data.val, **generated}
+    if settings.folder is not None:
+        cache = StoredText(settings.folder, backbone.text_fingerprint)
+        cache.require(sets, settings.check_up_to)
+        backbone.use_text_cache(cache)
+    elif sum(map(len, sets.values())) <= settings.remember_up_to and settings.remember_megabytes:
+        prompts = [prompts[number] for prompts in sets.values() for number in range(len(prompts))]
+        most_bytes = int(settings.remember_megabytes * 1e6)
+        backbone.use_text_memory(RememberedText(backbone.encode_prompts, prompts, most_bytes))
 
 
 def make_folder(folder: Path) -> Path:

@@ -40,10 +40,21 @@ class TextCache(Protocol):
         """Give conditioning on this device from here on."""
 
 
+class TextMemory(Protocol):
+    """What has been encoded, kept; `data.text_memory.RememberedText` is one."""
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """The conditioning of B prompts."""
+
+    def forget(self) -> None:
+        """Encode anew at the next call."""
+
+
 class Backbone(ABC):
     """A family of pretrained flow models: its networks, text encoding, noise shift, latents and pipeline format."""
 
     text_cache: TextCache | None = None  # see `use_text_cache`
+    text_memory: TextMemory | None = None  # see `use_text_memory`
     block_types: tuple[type[nn.Module], ...] = ()  # the repeated blocks: units of checkpointing and of sharding
     lora_targets: Mapping[str, tuple[str, ...]] = {}  # presets of LoRA targets: ends of the names of linear layers
     teacher_is_base: bool = True  # the teacher is the network of `build_base`: adapters off, it serves as one
@@ -118,6 +129,10 @@ class Backbone(ABC):
         """Take all conditioning from `cache` from here on; to be called before `setup`."""
         self.text_cache = cache
         self.encode_prompts = cache.encode  # an attribute of the object hides the method of its class
+
+    def use_text_memory(self, memory: TextMemory) -> None:
+        """Ask `memory`, made with this backbone's `encode_prompts`, for all conditioning from here on."""
+        self.text_memory, self.encode_prompts = memory, memory.encode
 
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:

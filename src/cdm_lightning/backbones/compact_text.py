@@ -7,7 +7,7 @@ one key whose logit is larger by log n; so keeping one of them is the same mathe
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ class CompactPaddingAttention:
 
     def __init__(self, full_length: int) -> None:
         self.full_length = full_length
+        self._biases: dict[tuple, Tensor | None] = {}  # by the arguments of `bias`
 
     def __call__(
         self,
@@ -33,33 +34,48 @@ class CompactPaddingAttention:
         **_: object,
     ) -> tuple[Tensor, Tensor]:
         """Image tokens (B, M, D) and text tokens (B, N, D) -> both, attended."""
-        image_tokens, text_tokens = hidden_states.shape[1], encoder_hidden_states.shape[1]
-
-        def heads(x: Tensor, norm: nn.Module | None) -> Tensor:
-            x = x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            return x if norm is None else norm(x)
-
         image, text = hidden_states, encoder_hidden_states
-        query = torch.cat(
-            [heads(attn.to_q(image), attn.norm_q), heads(attn.add_q_proj(text), attn.norm_added_q)], dim=2
-        )
-        key = torch.cat([heads(attn.to_k(image), attn.norm_k), heads(attn.add_k_proj(text), attn.norm_added_k)], dim=2)
-        value = torch.cat([heads(attn.to_v(image), None), heads(attn.add_v_proj(text), None)], dim=2)
-        bias = self.bias(image_tokens, text_tokens, query)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        out = out.transpose(1, 2).flatten(2).to(query.dtype)
-        image, text = out[:, :image_tokens], out[:, image_tokens:]
+        tokens = (image.shape[1], text.shape[1])
+        parts = [attn.to_q(image), attn.add_q_proj(text), attn.to_k(image), attn.add_k_proj(text)]
+        both = torch.cat(parts, dim=1).unflatten(-1, (attn.heads, -1))
+        both = normalised(both, [attn.norm_q, attn.norm_added_q, attn.norm_k, attn.norm_added_k], tokens * 2)
+        query, key = both.transpose(1, 2).chunk(2, dim=2)
+        value = torch.cat([attn.to_v(image), attn.add_v_proj(text)], dim=1).unflatten(-1, (attn.heads, -1))
+        bias = self.bias(*tokens, query.dtype, query.device)
+        out = F.scaled_dot_product_attention(query, key, value.transpose(1, 2), attn_mask=bias)
+        image, text = out.transpose(1, 2).flatten(2).to(query.dtype).split(tokens, dim=1)
         image = attn.to_out[1](attn.to_out[0](image))
         return image, text if attn.context_pre_only else attn.to_add_out(text)
 
-    def bias(self, image_tokens: int, text_tokens: int, like: Tensor) -> Tensor | None:
+    def bias(self, image_tokens: int, text_tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """(1, 1, 1, image + text) added to the logits: log of how often each key counts; None for a text of full length."""
+        key = (image_tokens, text_tokens, dtype, device)
+        if key not in self._biases:
+            self._biases[key] = self._make_bias(*key)
+        return self._biases[key]
+
+    @torch.inference_mode(False)  # it may be kept from a validation for a training step
+    def _make_bias(
+        self, image_tokens: int, text_tokens: int, dtype: torch.dtype, device: torch.device
+    ) -> Tensor | None:
         copies = self.full_length - text_tokens + 1
         if copies <= 1:
             return None
-        bias = torch.zeros(1, 1, 1, image_tokens + text_tokens, dtype=like.dtype, device=like.device)
+        bias = torch.zeros(1, 1, 1, image_tokens + text_tokens, dtype=dtype, device=device)
         bias[..., -1] = math.log(copies)
         return bias
+
+
+def normalised(x: Tensor, norms: Sequence[nn.Module | None], lengths: Sequence[int]) -> Tensor:
+    """x (B, T, H, d), the first lengths[0] tokens of it by the `RMSNorm` norms[0] of diffusers and so on: all at once.
+
+    A quarter of the operations of one call a norm, which is what a small network's attention spends its time on.
+    """
+    if norms[0] is None:
+        return x
+    scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + norms[0].eps)
+    weights = [norm.weight.expand(length, -1) for norm, length in zip(norms, lengths, strict=True)]
+    return x * scale * torch.cat(weights)[:, None]
 
 
 def compact_text(embeds: Tensor, keep: int) -> Tensor:

@@ -13,7 +13,7 @@ from diffusers.models.transformers.transformer_flux import FluxSingleTransformer
 from torch import Tensor, nn
 
 from cdm_lightning.backbones.base import Conditioning
-from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone
+from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone, weights_dtype
 from cdm_lightning.backbones.lora_file import JOINT_ATTENTION, JOINT_FEED_FORWARD, presets
 from cdm_lightning.backbones.packing import dtype_of_call, grid_ids, pack, rounded_timestep, unpack
 from cdm_lightning.backbones.student_folder import StudentCall
@@ -54,11 +54,11 @@ class FluxBackbone(PipelineBackbone):
         (height, width), text = x.shape[2:], cond["prompt_embeds"]
         guidance = torch.full_like(sigma, self.guidance_embed, dtype=torch.float32) if self.is_told_guidance else None
         output = network(
-            hidden_states=pack(x).to(network.dtype),
+            hidden_states=pack(x).to(weights_dtype(network)),
             timestep=rounded_timestep(sigma, dtype_of_call(network, x)),
             guidance=guidance,
-            encoder_hidden_states=text.to(network.dtype),
-            pooled_projections=cond["pooled"].to(network.dtype),
+            encoder_hidden_states=text.to(weights_dtype(network)),
+            pooled_projections=cond["pooled"].to(weights_dtype(network)),
             txt_ids=torch.zeros(text.shape[1], 3, device=x.device),
             img_ids=grid_ids(height, width, (0, 0, 0), x.device),
             return_dict=False,

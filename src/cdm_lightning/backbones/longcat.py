@@ -16,7 +16,7 @@ from diffusers.models.transformers.transformer_longcat_image import (
 from torch import Tensor, nn
 
 from cdm_lightning.backbones.base import Conditioning
-from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone
+from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone, weights_dtype
 from cdm_lightning.backbones.lora_file import JOINT_ATTENTION, JOINT_FEED_FORWARD, presets
 from cdm_lightning.backbones.packing import dtype_of_call, grid_ids, pack, renormalised, rounded_timestep, unpack
 
@@ -47,9 +47,9 @@ class LongCatBackbone(PipelineBackbone):
         (height, width), text = x.shape[2:], cond["prompt_embeds"]
         place = torch.arange(text.shape[1], device=x.device)
         output = network(
-            hidden_states=pack(x).to(network.dtype),
+            hidden_states=pack(x).to(weights_dtype(network)),
             timestep=rounded_timestep(sigma, dtype_of_call(network, x)),
-            encoder_hidden_states=text.to(network.dtype),
+            encoder_hidden_states=text.to(weights_dtype(network)),
             txt_ids=torch.stack([torch.zeros_like(place), place, place], dim=1).float(),
             img_ids=grid_ids(height, width, (1, text.shape[1], text.shape[1]), x.device),
             return_dict=False,

@@ -6,6 +6,8 @@ Shapes: latent (B, C, h, w); packed (B, h/2 * w/2, 4 C).
 import torch
 from torch import Tensor, nn
 
+from cdm_lightning.backbones.diffusers_pipeline import weights_dtype
+
 
 def pack(x: Tensor) -> Tensor:
     """(B, C, h, w) -> (B, h/2 * w/2, 4 C), rows of tokens from the top left; a permutation."""
@@ -35,7 +37,7 @@ def grid_ids(height: int, width: int, first: tuple[int, int, int], device: torch
 def dtype_of_call(network: nn.Module, x: Tensor) -> torch.dtype:
     """The dtype in which the network computes here: that of autocast, where it is on, else that of the weights."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else network.dtype
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weights_dtype(network)
 
 
 def rounded_timestep(sigma: Tensor, dtype: torch.dtype) -> Tensor:

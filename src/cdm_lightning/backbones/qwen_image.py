@@ -14,7 +14,7 @@ from diffusers.models.transformers.transformer_qwenimage import QwenImageTransfo
 from torch import Tensor, nn
 
 from cdm_lightning.backbones.base import Conditioning
-from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone
+from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone, weights_dtype
 from cdm_lightning.backbones.lora_file import JOINT_ATTENTION, presets
 from cdm_lightning.backbones.packing import dtype_of_call, pack, renormalised, rounded_timestep, unpack
 
@@ -53,9 +53,9 @@ class QwenImageBackbone(PipelineBackbone):
         """x (B, C, h, w), sigma (B,) -> velocity (B, C, h, w) float32."""
         height, width = x.shape[2:]
         output = network(
-            hidden_states=pack(x).to(network.dtype),
+            hidden_states=pack(x).to(weights_dtype(network)),
             timestep=rounded_timestep(sigma, dtype_of_call(network, x)),
-            encoder_hidden_states=cond["prompt_embeds"].to(network.dtype),
+            encoder_hidden_states=cond["prompt_embeds"].to(weights_dtype(network)),
             encoder_hidden_states_mask=cond["mask"],
             img_shapes=[[(1, height // 2, width // 2)]] * len(x),
             return_dict=False,

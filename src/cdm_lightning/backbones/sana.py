@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cdm_lightning.backbones.baked_schedule import bake
 from cdm_lightning.backbones.base import Conditioning
-from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone
+from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone, weights_dtype
 from cdm_lightning.backbones.lora_file import presets
 from cdm_lightning.errors import UserError
 
@@ -84,8 +84,8 @@ class SanaBackbone(PipelineBackbone):
         """x (B, C, h, w), sigma (B,) -> velocity (B, C, h, w) float32; the timestep stays float32, never rounded."""
         timestep = sigma.float() * self.scheduler.config.num_train_timesteps
         output = network(
-            x.to(network.dtype),
-            encoder_hidden_states=cond["prompt_embeds"].to(network.dtype),
+            x.to(weights_dtype(network)),
+            encoder_hidden_states=cond["prompt_embeds"].to(weights_dtype(network)),
             encoder_attention_mask=cond["mask"],
             timestep=timestep * self.network_config["timestep_scale"],
             return_dict=False,

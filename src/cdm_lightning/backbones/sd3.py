@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cdm_lightning.backbones.baked_schedule import bake
 from cdm_lightning.backbones.base import Conditioning
 from cdm_lightning.backbones.compact_text import use_compact_padding
-from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone
+from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone, weights_dtype
 from cdm_lightning.backbones.lora_file import JOINT_ATTENTION, JOINT_FEED_FORWARD, presets
 from cdm_lightning.backbones.pipeline_settings import shared_property
 from cdm_lightning.backbones.sd3_text import PromptEncoder
@@ -66,7 +66,7 @@ class SD3Backbone(PipelineBackbone):
 
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """x (B, C, h, w), sigma (B,) -> velocity (B, C, h, w) float32; the timestep stays float32, never rounded."""
-        dtype = network.dtype
+        dtype = weights_dtype(network)
         output = network(
             hidden_states=x.to(dtype),
             timestep=sigma.float() * self.scheduler.config.num_train_timesteps,

@@ -14,7 +14,7 @@ from diffusers.models.transformers.transformer_z_image import ZImageTransformerB
 from torch import Tensor, nn
 
 from cdm_lightning.backbones.base import Conditioning
-from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone
+from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone, weights_dtype
 from cdm_lightning.backbones.lora_file import presets
 
 
@@ -45,10 +45,10 @@ class ZImageBackbone(PipelineBackbone):
 
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """x (B, C, h, w), sigma (B,) -> velocity (B, C, h, w) float32."""
-        texts = cond["prompt_embeds"].to(network.dtype)
+        texts = cond["prompt_embeds"].to(weights_dtype(network))
         lengths = cond["length"].tolist()  # on the CPU: the host does not wait for the device here
         output = network(
-            list(x.to(network.dtype)[:, :, None]),  # a video of one frame
+            list(x.to(weights_dtype(network))[:, :, None]),  # a video of one frame
             (1000 - sigma.float() * 1000) / 1000,  # in the pipeline's float order
             [text[:length] for text, length in zip(texts, lengths)],
             return_dict=False,

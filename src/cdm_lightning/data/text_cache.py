@@ -31,10 +31,12 @@ SHOWN = 60  # characters of a prompt in a message
 
 @dataclass(frozen=True)
 class TextCacheSettings:
-    """Where the text cache is and, for `cache_text`, how it is written.
+    """Where the text cache is and, for `cache_text`, how it is written; and what is kept in memory without one.
 
-    `folder` None: no cache. `dtype` is that of the files; `batch_size` prompts are encoded at a time; a shard holds about
-    `shard_megabytes`. Training looks for all of its prompts before it begins if there are no more than `check_up_to`.
+    `folder` None: no cache. A run of at most `remember_up_to` prompts, with repetitions, then keeps the conditioning of all
+    of them if it takes no more than `remember_megabytes`. `dtype` is that of the files; `batch_size` prompts are encoded at
+    a time; a shard holds about `shard_megabytes`. Training looks for all of its prompts before it begins if there are no
+    more than `check_up_to`.
     Raises `UserError` for values out of range.
     """
 
@@ -43,6 +45,8 @@ class TextCacheSettings:
     batch_size: int = 16
     shard_megabytes: float = 256
     check_up_to: int = 1_000_000
+    remember_up_to: int = 20_000
+    remember_megabytes: float = 256
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
