@@ -14,6 +14,10 @@ import torch
 class LengthDistribution(Protocol):
     """Anything that draws a number of steps."""
 
+    @property
+    def mean(self) -> float:
+        """The expected K."""
+
     def sample(self, rng: torch.Generator) -> int:
         """One K >= 1."""
 
@@ -28,6 +32,11 @@ class UniformLength:
     def __post_init__(self) -> None:
         _check_range(self.low, self.high)
 
+    @property
+    def mean(self) -> float:
+        """The expected K."""
+        return (self.low + self.high) / 2
+
     def sample(self, rng: torch.Generator) -> int:
         """One K of low..high."""
         return int(torch.randint(self.low, self.high + 1, (), generator=rng))
@@ -41,6 +50,11 @@ class FixedLength:
 
     def __post_init__(self) -> None:
         _check_range(self.length, self.length)
+
+    @property
+    def mean(self) -> float:
+        """The expected K."""
+        return float(self.length)
 
     def sample(self, rng: torch.Generator) -> int:
         """The length."""
@@ -59,6 +73,11 @@ class GeometricLength:
         if not 0 < self.ratio < math.inf:
             raise ValueError(f"ratio of a geometric length must be positive, got {self.ratio}")
 
+    @property
+    def mean(self) -> float:
+        """The expected K."""
+        return _mean(range(1, self.high + 1), [self.ratio**k for k in range(self.high)])
+
     def sample(self, rng: torch.Generator) -> int:
         """One K of 1..high."""
         return 1 + _draw([self.ratio**k for k in range(self.high)], rng)
@@ -73,6 +92,12 @@ class LogUniformLength:
 
     def __post_init__(self) -> None:
         _check_range(self.low, self.high)
+
+    @property
+    def mean(self) -> float:
+        """The expected K."""
+        lengths = range(self.low, self.high + 1)
+        return _mean(lengths, [math.log1p(1 / k) for k in lengths])
 
     def sample(self, rng: torch.Generator) -> int:
         """One K of low..high."""
@@ -93,6 +118,11 @@ class CategoricalLength:
         if len(weights) != len(self.lengths) or min(weights) < 0 or sum(weights) <= 0:
             raise ValueError(f"{len(self.lengths)} lengths need as many weights >= 0, not all 0, got {list(weights)}")
 
+    @property
+    def mean(self) -> float:
+        """The expected K."""
+        return _mean(self.lengths, self._weights)
+
     def sample(self, rng: torch.Generator) -> int:
         """One of the lengths."""
         return int(self.lengths[_draw(self._weights, rng)])
@@ -105,6 +135,10 @@ class CategoricalLength:
 def _check_range(low: int, high: int) -> None:
     if not 1 <= low <= high:
         raise ValueError(f"a rollout has at least 1 step: lengths from {low} to {high} are no range")
+
+
+def _mean(lengths: Sequence[int], weights: Sequence[float]) -> float:
+    return sum(k * weight for k, weight in zip(lengths, weights)) / sum(weights)
 
 
 def _draw(weights: Sequence[float], rng: torch.Generator) -> int:

@@ -1,0 +1,128 @@
+"""`python -m cdm_lightning.plan experiment=sd3_cdm gpus=8x80`: memory, work and hours of a run, before it is started.
+
+The arguments are those of the training command, and gpus=COUNTxGB (needed), strategy=single|ddp|fsdp2|hsdp,
+peak_tflops= and utilisation= of a GPU, reserve= (share of a GPU that tensors may not take) and json=FILE. No weights are
+read. Several gpus, joined by commas, are planned one after the other from one look at the networks.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cdm_lightning.config import build, compose, fail
+from cdm_lightning.errors import UserError
+
+OWN = ("gpus", "strategy", "strategy.on_cpu", "peak_tflops", "utilisation", "reserve", "json")
+
+
+def plan(arguments: Sequence[str]) -> list[Any]:
+    """A `planning.table.Plan` for each of the gpus; UserError for whatever cannot be planned."""
+    own, overrides = split(arguments)
+    if "gpus" not in own:
+        raise UserError("gpus is missing: say what to plan for, for example gpus=8x80")
+    peak, utilisation, reserve = (number(own, key) for key in ("peak_tflops", "utilisation", "reserve"))
+    config = compose([*overrides, "output_dir=."])
+    from cdm_lightning.planning.layout import read_gpus
+
+    wanted = [read_gpus(text, 0.08 if reserve is None else reserve) for text in own["gpus"].split(",")]
+    on_cpu = [name.strip() for name in own.get("strategy.on_cpu", "").strip("[]").split(",") if name.strip()]
+    layouts = [choose_layout(own.get("strategy"), gpus.count, on_cpu) for gpus in wanted]
+    from cdm_lightning.planning.recipe import read_recipe
+    from cdm_lightning.planning.work import PEAK_TFLOPS, UTILISATION
+
+    module = build(config, "module")
+    recipe = read_recipe(module, config.text_cache.folder is not None)
+    rates = (PEAK_TFLOPS if peak is None else peak, UTILISATION if utilisation is None else utilisation)
+    return [make_plan(config, module, recipe, gpus, layout, *rates) for gpus, layout in zip(wanted, layouts)]
+
+
+def make_plan(
+    config: Any, module: Any, recipe: Any, gpus: Any, layout: Any, peak_tflops: float, utilisation: float
+) -> Any:
+    """The plan for these gpus."""
+    from cdm_lightning.planning.advice import further, remedies
+    from cdm_lightning.planning.memory import largest_batch
+    from cdm_lightning.planning.table import Plan
+    from cdm_lightning.planning.work import hours
+
+    batch, iterations = config.data.batch_size, config.trainer.max_steps
+    checkpointed = module.gradient_checkpointing
+    return Plan(
+        name=config.run_name,
+        gpus=gpus,
+        layout=layout,
+        batch=batch,
+        iterations=iterations,
+        sizes=recipe.sizes,
+        work=recipe.work,
+        fits=largest_batch(recipe.sizes, layout, gpus.usable),
+        hours=hours(recipe.work.total, batch, iterations, peak_tflops, utilisation),
+        peak_tflops=peak_tflops,
+        utilisation=utilisation,
+        remedies=remedies(recipe.sizes, layout, gpus, batch, checkpointed),
+        further=further(checkpointed, bool(module.lora.adapters)),
+        source=recipe.source,
+    )
+
+
+def choose_layout(strategy: str | None, count: int, on_cpu: Sequence[str]) -> Any:
+    """That of `strategy`; without one, a single process on one GPU and fsdp2 on several."""
+    from cdm_lightning.planning.layout import make_layout
+
+    return make_layout(strategy or ("single" if count == 1 else "fsdp2"), count, on_cpu)
+
+
+def split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The planner's own arguments and the overrides of training; UserError for a flag."""
+    own, overrides = {}, []
+    for argument in arguments:
+        key, sign, value = argument.partition("=")
+        if argument.startswith("-"):
+            raise UserError(f"{argument}: the planner takes overrides (KEY=VALUE) only")
+        if sign and key in OWN:
+            own[key] = value
+        else:
+            overrides.append(argument)
+    return own, overrides
+
+
+def number(own: dict[str, str], key: str) -> float | None:
+    """A positive number among the planner's own arguments, None if it is not given; UserError for anything else."""
+    if key not in own:
+        return None
+    try:
+        value = float(own[key])
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf") or (value == 0 and key != "reserve"):
+        raise UserError(f"{key}={own[key]} must be a positive number")
+    return value
+
+
+def write_json(path: Path, plans: Sequence[Any]) -> None:
+    """All plans as JSON, whole or not at all; UserError if the file cannot be written."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(json.dumps([p.as_json() for p in plans], indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"json={path}: cannot be written ({error.strerror})") from error
+
+
+def main() -> None:
+    """The command line."""
+    try:
+        plans = plan(sys.argv[1:])
+        print("\n\n".join(map(str, plans)))
+        own, _ = split(sys.argv[1:])
+        if "json" in own:
+            write_json(Path(own["json"]), plans)
+    except UserError as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    main()

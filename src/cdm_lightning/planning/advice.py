@@ -1,0 +1,47 @@
+"""What to switch on when a run does not fit, with what each saves. Plain arithmetic."""
+
+from dataclasses import dataclass, replace
+
+from cdm_lightning.planning.layout import GPUs, Layout, make_layout
+from cdm_lightning.planning.memory import Sizes, largest_batch, total
+
+ADAM, ADAM_8_BIT = 8.0, 2.03  # bytes of state for each weight
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Overrides, bytes that they save on a GPU at the same batch, and the largest batch that then fits."""
+
+    overrides: str
+    saves: float
+    batch: int
+
+
+def remedies(sizes: Sizes, layout: Layout, gpus: GPUs, batch: int, checkpointed: bool) -> list[Remedy]:
+    """Each way to take less memory that this run does not use yet, the largest saving first."""
+    now = total(sizes, layout, batch)
+    found = []
+
+    def consider(overrides: str, other: Sizes, where: Layout, at: int = batch) -> None:
+        saves = now - total(other, where, at)
+        if saves > 0:
+            found.append(Remedy(overrides, saves, largest_batch(other, where, gpus.usable)))
+
+    if layout.shards == 1 and gpus.count > 1:
+        consider("strategy=fsdp2", sizes, make_layout("fsdp2", gpus.count, layout.on_cpu))
+    if "student_ema" not in layout.on_cpu:
+        consider("strategy.on_cpu=[student_ema]", sizes, replace(layout, on_cpu=(*layout.on_cpu, "student_ema")))
+    if sizes.text:
+        consider("text_cache.folder=DIR (after cdm_lightning.cache_text)", replace(sizes, text=0), layout)
+    if sizes.states > ADAM_8_BIT / 4 * sum(sizes.trained.values()) * 1.5:
+        small = replace(sizes, states=sizes.states * ADAM_8_BIT / ADAM, step_copies=0)
+        consider("optim=adamw8bit", small, layout)
+    if batch > 1:
+        consider("data.batch_size=1", sizes, layout, 1)
+    return sorted(found, key=lambda remedy: -remedy.saves)
+
+
+def further(checkpointed: bool, lora: bool) -> list[str]:
+    """What changes the run itself: to be planned with those overrides, since what it saves must be traced anew."""
+    lines = [] if checkpointed else ["module.gradient_checkpointing=true"]
+    return lines if lora else [*lines, "lora=lora"]

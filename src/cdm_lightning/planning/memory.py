@@ -1,0 +1,90 @@
+"""Bytes on one GPU, part by part, from the sizes of a run and its layout. Plain arithmetic; every figure is in bytes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cdm_lightning.planning.layout import Layout
+from cdm_lightning.planning.live import Timeline
+
+MOST = 1_000_000  # no batch is larger
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a run holds in all, whole: bytes of each network, of optimizer states and of the frozen parts.
+
+    `states` are those of both optimizers after their first step, `step_copies` what an optimizer's step takes beside them
+    (the larger of the two). `largest_block` and `outside_blocks` are numbers of weights of one network, `compute` the bytes
+    of one in computing. `phases` are the timelines of rollout, fake score and student.
+    """
+
+    networks: Mapping[str, float]
+    trained: Mapping[str, float]
+    states: float
+    step_copies: float
+    text: float
+    vae: float
+    largest_block: float
+    outside_blocks: float
+    compute: int
+    phases: Mapping[str, Timeline]
+
+
+def resting(sizes: Sizes, layout: Layout) -> dict[str, float]:
+    """What lies on a GPU all the time, by part."""
+    parts = {f"weights: {role}": size * layout.share(role) for role, size in sizes.networks.items()}
+    share = 1 / layout.shards
+    moved = sum(size for role, size in sizes.trained.items() if role in layout.on_cpu) / sum(sizes.trained.values())
+    return parts | {
+        "optimizer states": sizes.states * share * (1 - moved),
+        "text encoders": sizes.text,
+        "image codec (VAE)": sizes.vae,
+    }
+
+
+def gathered(sizes: Sizes, layout: Layout) -> float:
+    """Whole weights at one moment where they are gathered: what is outside blocks, and a block with the next one.
+
+    With the gradients of two blocks that are not reduced yet (float32).
+    """
+    if not layout.gathers:
+        return 0.0
+    return (sizes.outside_blocks + 2 * sizes.largest_block) * sizes.compute + 2 * sizes.largest_block * 4
+
+
+def phase_peaks(sizes: Sizes, layout: Layout, batch: int) -> dict[str, float]:
+    """The most that each part of an iteration takes beside what rests, with its gradients."""
+    fixed = 0.0 if layout.gathers else 1.0  # a copy of all weights by autocast, or blocks gathered in its place
+    peaks = {
+        name: timeline.peak(batch, 1 / layout.shards, fixed) + gathered(sizes, layout)
+        for name, timeline in sizes.phases.items()
+    }
+    peaks["optimizer step"] = gradients(sizes, layout) + sizes.step_copies / layout.shards
+    return peaks
+
+
+def gradients(sizes: Sizes, layout: Layout) -> float:
+    """Those of one network: each network's are dropped before the other's are made."""
+    return max(sizes.trained.values()) / layout.shards
+
+
+def total(sizes: Sizes, layout: Layout, batch: int) -> float:
+    """The most bytes of tensors on a GPU in training."""
+    return sum(resting(sizes, layout).values()) + max(phase_peaks(sizes, layout, batch).values())
+
+
+def largest_batch(sizes: Sizes, layout: Layout, usable: float) -> int:
+    """The largest batch of a GPU whose `total` is at most `usable`; 0 if a single sample is too much."""
+    low, high = 0, 1
+    while high < MOST and total(sizes, layout, high) <= usable:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if total(sizes, layout, middle) <= usable else (low, middle)
+    return low
+
+
+def checkpoint_bytes(sizes: Sizes) -> float:
+    """A resumable checkpoint: trained networks, the student's average and optimizer states; the teacher is not in it."""
+    roles = ("student", "fake_score", "student_ema")
+    return sum(sizes.networks[role] for role in roles) + sizes.states

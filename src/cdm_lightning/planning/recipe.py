@@ -1,0 +1,124 @@
+"""From a configured module to the numbers that a plan is made of: sizes of its parts and the work of an iteration."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from cdm_lightning.core.schedules import FixedSchedule
+from cdm_lightning.errors import UserError
+from cdm_lightning.module import CDMModule
+from cdm_lightning.networks import Networks
+from cdm_lightning.optim import OptimizerRecipe
+from cdm_lightning.planning.memory import Sizes
+from cdm_lightning.planning.skeleton import BlankMode, conditioning, hollow, text_bytes
+from cdm_lightning.planning.step import Step, every_network, trace_step
+from cdm_lightning.planning.work import Work, expected_calls, work_of
+
+PROBE_WEIGHTS = (256, 256)  # of the weight on which an optimizer shows what it keeps
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A run as the arithmetic sees it; `source` says where the architecture is from."""
+
+    sizes: Sizes
+    work: Work
+    parameters: dict[str, int]
+    source: str
+
+
+def read_recipe(module: CDMModule, text_cached: bool) -> Recipe:
+    """Trace an iteration of `module` without weights; UserError for an architecture or a schedule that is not known."""
+    backbone, mode = module.backbone, BlankMode()
+    frozen = hollow(backbone, mode)
+    with mode, torch.device("cpu"):
+        networks = Networks(backbone, module.gradient_checkpointing, module.lora, module.seed)
+    last = max(module.student_every - 1, 0)
+    step = trace_step(module, networks, mode, conditioning(backbone), last)
+    text = 0 if text_cached else text_bytes(frozen, backbone.text_dtype)
+    return Recipe(
+        sizes=_sizes(module, networks, step, text, 4 * frozen.vae),
+        work=_work(module, step),
+        parameters={"transformer": _count(every_network(networks)[-1].parameters()), **frozen.text, "vae": frozen.vae},
+        source=frozen.source,
+    )
+
+
+def _sizes(module: CDMModule, networks: Networks, step: Step, text: float, vae: float) -> Sizes:
+    weights = {role: _bytes(getattr(networks, role)) for role in ("student", "fake_score", "student_ema", "teacher")}
+    base, teacher = networks._unregistered
+    if {id(p) for p in base.parameters()} != {id(p) for p in teacher.parameters()}:
+        weights["base of the adapters"] = _bytes(base)
+    kept = {name: optimizer_bytes(recipe) for name, recipe in module.recipes.items()}
+    trained = {name: weights[name] for name in ("student", "fake_score")}
+    blocks = [m for m in every_network(networks)[-1].modules() if isinstance(m, module.backbone.block_types)]
+    largest = max((_count(block.parameters()) for block in blocks), default=0)
+    return Sizes(
+        networks=weights,
+        trained=trained,
+        states=sum(kept[name][0] * trained[name] / 4 for name in trained),
+        step_copies=max(kept[name][1] * trained[name] / 4 for name in trained),
+        text=text,
+        vae=vae,
+        largest_block=largest,
+        outside_blocks=_count(teacher.parameters()) - sum(_count(block.parameters()) for block in blocks),
+        compute=module.compute_dtype.itemsize,
+        phases={
+            "rollout": step.rollout.memory,
+            "fake score": step.fake_score.memory,
+            "student": step.student.memory,
+        },
+    )
+
+
+def _work(module: CDMModule, step: Step) -> Work:
+    calls = expected_calls(mean_length(module.schedule), module.objective.needs_full_rollout)
+    flops = (step.rollout.flops, step.fake_score.flops, step.student.flops)
+    return work_of(calls, *flops, module.fake_score_steps, module.student_every)
+
+
+def mean_length(schedule: object) -> float:
+    """The expected number of steps of a schedule's rollouts; UserError for one that does not tell it."""
+    if isinstance(schedule, FixedSchedule):
+        return float(len(schedule.sigmas))
+    mean = getattr(getattr(schedule, "length", None), "mean", None)
+    if mean is None:
+        raise UserError(f"schedule: {type(schedule).__name__} does not tell its mean length; give its length a `mean`")
+    return float(mean)
+
+
+def optimizer_bytes(recipe: OptimizerRecipe) -> tuple[float, float]:
+    """(bytes of state, bytes of copies during a step) for each trained weight, by one step on a small real one.
+
+    The optimizers of torch step on a GPU with all weights together where not told otherwise, which takes one more copy.
+    """
+    weight = nn.Parameter(torch.zeros(PROBE_WEIGHTS))
+    optimizer = recipe.build([weight])
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    return sum(map(_stored, states)) / weight.numel(), 4.0 if _steps_together(optimizer) else 0.0
+
+
+def _steps_together(optimizer: Optimizer) -> bool:
+    group = optimizer.param_groups[0]
+    return "foreach" in group and group["foreach"] is not False and not group.get("fused")
+
+
+def _stored(value: Tensor) -> int:
+    """Bytes of a tensor, or of the tensors that a quantised one is made of."""
+    if hasattr(value, "__tensor_flatten__"):
+        names, _ = value.__tensor_flatten__()
+        return sum(_stored(getattr(value, name)) for name in names)
+    return value.numel() * value.element_size()
+
+
+def _bytes(network: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in network.parameters())
+
+
+def _count(parameters: Iterable[Tensor]) -> int:
+    return sum(p.numel() for p in parameters)

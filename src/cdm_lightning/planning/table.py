@@ -1,0 +1,90 @@
+"""A plan as text."""
+
+from dataclasses import dataclass
+
+from cdm_lightning.planning.advice import Remedy
+from cdm_lightning.planning.layout import GPUs, Layout
+from cdm_lightning.planning.memory import Sizes, checkpoint_bytes, gathered, phase_peaks, resting, total
+from cdm_lightning.planning.work import Work
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is printed; `fits` is the largest batch of a GPU."""
+
+    name: str
+    gpus: GPUs
+    layout: Layout
+    batch: int
+    iterations: int
+    sizes: Sizes
+    work: Work
+    fits: int
+    hours: float
+    peak_tflops: float
+    utilisation: float
+    remedies: list[Remedy]
+    further: list[str]
+    source: str
+
+    @property
+    def total(self) -> float:
+        """Bytes on a GPU at the most."""
+        return total(self.sizes, self.layout, self.batch)
+
+    def parts(self) -> dict[str, float]:
+        """Bytes on a GPU by part; they add up to `total`."""
+        peaks = phase_peaks(self.sizes, self.layout, self.batch)
+        worst = max(peaks, key=peaks.get)
+        timeline = self.sizes.phases.get(worst)
+        held = max(timeline.gradient) if timeline else max(self.sizes.trained.values())
+        gradients = held / self.layout.shards
+        collected = gathered(self.sizes, self.layout) if timeline else 0.0
+        parts = {**resting(self.sizes, self.layout), "gradients": gradients}
+        if collected:
+            parts["gathered blocks"] = collected
+        return parts | {f"working memory ({worst})": peaks[worst] - gradients - collected}
+
+    def as_json(self) -> dict[str, object]:
+        """The plan as plain data, bytes and FLOPs."""
+        return {
+            "name": self.name,
+            "gpus": str(self.gpus),
+            "strategy": self.layout.strategy,
+            "batch": self.batch,
+            "bytes_by_part": {part: round(size) for part, size in self.parts().items()},
+            "bytes": round(self.total),
+            "usable_bytes": round(self.gpus.usable),
+            "largest_batch": self.fits,
+            "checkpoint_bytes": round(checkpoint_bytes(self.sizes)),
+            "phase_bytes": {k: round(v) for k, v in phase_peaks(self.sizes, self.layout, self.batch).items()},
+            "flops_per_sample": self.work.total,
+            "rollout_calls": self.work.rollout_calls,
+            "hours": self.hours,
+            "architecture": self.source,
+        }
+
+    def __str__(self) -> str:
+        verdict = "fits" if self.total <= self.gpus.usable else "does NOT fit"
+        lines = [f"{self.name} on {self.gpus} GB, strategy={self.layout.strategy}, {self.batch} prompts a GPU"]
+        lines += [f"  {part:<34}{size / GB:9.2f} GB" for part, size in self.parts().items() if size]
+        lines.append(f"  {'sum':<34}{self.total / GB:9.2f} GB of {self.gpus.usable / GB:.2f} usable: {verdict}")
+        lines.append(f"  largest batch of a GPU {self.fits}; a checkpoint {checkpoint_bytes(self.sizes) / GB:.1f} GB")
+        others = phase_peaks(self.sizes, self.layout, self.batch).items()
+        lines.append("  at the most beside what rests: " + ", ".join(f"{k} {v / GB:.2f}" for k, v in others))
+        work = self.work
+        lines.append(
+            f"  a sample's iteration {work.total / 1e12:.1f} TFLOP: rollout {work.rollout / 1e12:.1f} "
+            f"({work.rollout_calls:.2f} calls), fake score {work.fake_score / 1e12:.1f}, student {work.student / 1e12:.1f}"
+        )
+        lines.append(
+            f"  {self.iterations} iterations: {self.hours:.1f} hours at {self.utilisation:.0%} of {self.peak_tflops:g} TFLOP/s"
+        )
+        if verdict != "fits":
+            lines += [
+                f"  {r.overrides}: saves {r.saves / GB:.1f} GB, then the largest batch is {r.batch}" for r in self.remedies
+            ]
+            lines += [f"  {override}: plan again with it" for override in self.further]
+        return "\n".join([*lines, f"  architecture: {self.source}"])
