@@ -19,6 +19,7 @@ FAMILY_BLIND = (
     "networks.py",
     "optim.py",
     "parallel.py",
+    "resolution.py",
     "module.py",
     "evaluation.py",
 )
