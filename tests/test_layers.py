@@ -22,6 +22,7 @@ FAMILY_BLIND = (
     "parallel.py",
     "sharding.py",
     "launch.py",
+    "resolution.py",
     "module.py",
     "evaluation.py",
 )

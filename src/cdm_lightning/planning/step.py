@@ -126,4 +126,3 @@ def _record(
 def every_network(networks: Networks) -> tuple[nn.Module, ...]:
     """All networks, with the frozen base that adapters sit on."""
     return (networks.student, networks.fake_score, networks.student_ema, *networks._unregistered)
-
