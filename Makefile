@@ -41,7 +41,7 @@ lint: setup  ## check the style
 	$(BIN)/ruff format --check .
 
 lock: setup  ## resolve the dependencies anew into requirements.lock
-	$(BIN)/uv pip compile --quiet pyproject.toml --extra dev --extra log --extra data --universal --python-version 3.11 --upgrade -o requirements.lock
+	$(BIN)/uv pip compile --quiet pyproject.toml --extra dev --extra log --extra data --extra lowbit --universal --python-version 3.11 --upgrade -o requirements.lock
 
 clean:  ## delete outputs and caches, not the environment
 	rm -rf outputs runs .pytest_cache .ruff_cache dist

@@ -18,8 +18,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["processes", "cdm_lightning.train", "cdm_lightning.backbones.sd3", "peft"])
-TIME_LIMIT = 120.0  # seconds for a job of forked processes
-COMMAND_LIMIT = 300.0  # seconds for a command line, most of them for imports
+TIME_LIMIT = 240.0  # seconds for a job of forked processes
+COMMAND_LIMIT = 580.0  # seconds for a command line, most of them for imports
 
 
 class RanksFailed(Exception):
@@ -27,13 +27,13 @@ class RanksFailed(Exception):
 
 
 def train_together(
-    processes: int, overrides: Sequence[str], time_limit: float = TIME_LIMIT, check: Callable[..., None] | None = None
+    processes: int, overrides: Sequence[str], time_limit: float = TIME_LIMIT, prepare: Callable[[], None] | None = None
 ) -> None:
-    """Train by that many processes, as torchrun would start them; `check` (a function of a module) gets module and result.
+    """Train by that many processes, as torchrun would start them; each calls `prepare` (a function of a module) before.
 
     Raises `RanksFailed` with the tracebacks, or `TimeoutError` after `time_limit` seconds with what each rank was doing.
     """
-    together(processes, _train, (list(overrides), check), time_limit)
+    together(processes, _train, (list(overrides), prepare), time_limit)
 
 
 def together(
@@ -75,7 +75,7 @@ def _rank(
         os._exit(1)
 
 
-def _train(overrides: list[str], check: Callable[..., None] | None) -> None:
+def _train(overrides: list[str], prepare: Callable[[], None] | None) -> None:
     import torch
 
     from cdm_lightning import train as entry
@@ -83,9 +83,9 @@ def _train(overrides: list[str], check: Callable[..., None] | None) -> None:
 
     torch.set_num_threads(1)
     entry.quiet_libraries()
-    result = entry.train(compose(overrides))
-    if check is not None:
-        check(result)
+    if prepare is not None:
+        prepare()
+    entry.train(compose(overrides))
 
 
 def free_port() -> int:

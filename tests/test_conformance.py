@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file, save_file
 from tiny_pipelines import FAMILIES, TinyFamily
 
 from cdm_lightning import export
 from cdm_lightning.backbones.base import BoundField
 from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone
 from cdm_lightning.backbones.families import FAMILIES as REGISTERED
+from cdm_lightning.backbones.lora_file import write_lora_file
 from cdm_lightning.backbones.packing import pack, unpack
 from cdm_lightning.cache_text import fill_cache
 from cdm_lightning.config import compose
@@ -422,3 +424,40 @@ def test_every_backbone_can_be_made_from_its_yaml():
     for family in FAMILIES.values():
         keys = compose([f"backbone={family.name}", "output_dir=x"]).backbone.keys() - {"_target_"}
         assert keys <= inspect.signature(family.backbone).parameters.keys()
+
+
+# ---- weights read row by row
+
+
+@pytest.mark.parametrize("teacher", [False, True], ids=["trained", "teacher"])
+def test_an_empty_network_that_is_filled_is_the_loaded_one(case, teacher):
+    backbone = case.family.backbone(str(case.folder), teacher_dtype="bfloat16", **case.family.options)
+    loaded = backbone.build_teacher() if teacher else backbone.build_network()
+    empty = backbone.build_empty(teacher)
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    assert not any(buffer.is_meta for buffer in empty.buffers())
+    assert empty.training == loaded.training
+    for name, parameter in loaded.named_parameters():
+        hollow = empty.get_parameter(name)
+        assert (hollow.shape, hollow.dtype, hollow.requires_grad) == (parameter.shape, parameter.dtype, not teacher)
+        rows = len(parameter)
+        halves = [backbone.read_rows(name, 0, rows // 2), backbone.read_rows(name, rows // 2, rows)]
+        assert torch.equal(torch.cat(halves).to(parameter.dtype), parameter), name
+    buffers = dict(empty.named_buffers())
+    assert buffers.keys() == dict(loaded.named_buffers()).keys()
+    for name, buffer in loaded.named_buffers():
+        assert torch.equal(buffers[name], buffer), name
+
+
+@only("sd3")
+def test_a_network_that_is_not_in_one_file_is_never_empty(case, tmp_path):
+    factors = {"proj_out.lora_A.weight": torch.ones(1, 64), "proj_out.lora_B.weight": torch.ones(8, 1)}
+    file = write_lora_file(case.family.backbone.pipeline_class, factors, tmp_path)
+    with_lora = case.family.backbone(str(case.folder), teacher_lora=file, **case.family.options)
+    assert with_lora.build_empty(True) is None
+    broken = tmp_path / "broken"
+    shutil.copytree(case.folder, broken)
+    weights = broken / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({name: value for name, value in load_file(weights).items() if "proj_out.bias" not in name}, weights)
+    with pytest.raises(UserError, match=r"lacks the weights proj_out\.bias"):
+        case.family.backbone(str(broken), **case.family.options).build_empty(False)

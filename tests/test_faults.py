@@ -149,7 +149,9 @@ def test_a_worker_that_dies_ends_the_run_with_a_clear_line(toy_run, monkeypatch)
                 os.kill(worker.pid, signal.SIGKILL)
 
     monkeypatch.setattr(CDMModule, "training_step", murderous)
-    with pytest.raises(UserError, match=r"DataLoader worker .*(killed by signal|exited unexpectedly).*the same command goes on"):
+    with pytest.raises(
+        UserError, match=r"DataLoader worker .*(killed by signal|exited unexpectedly).*the same command goes on"
+    ):
         toy_run("trainer.max_steps=200", "data.num_workers=1", "checkpoint.every=2")
     monkeypatch.setattr(CDMModule, "training_step", original)
     assert toy_run("trainer.max_steps=20", "data.num_workers=1", "checkpoint.every=2").iteration == 20

@@ -281,7 +281,7 @@ def test_mixed_modes_learn_as_separate_networks(backbone, separate, plan):
 
 
 def test_a_batch_is_the_mean_of_its_halves(backbone):
-    """What averaging gradients over two processes would compute; several processes are still refused."""
+    """What averaging gradients over two processes computes; `test_strategies.py` has the processes."""
 
     def of(*parts: list[int]) -> dict[str, dict[str, Tensor]]:
         networks = built(backbone, checkpointing=True)

@@ -40,8 +40,13 @@ def launch(config_text: str, processes: int, command: Sequence[str] = tuple(sys.
             return run_processes(folder, processes)
 
 
-def run_processes(folder: Path, processes: int) -> int:
-    """Start the processes on the task in `folder`, wait for them, and return the status of the first that failed."""
+def run_processes(
+    folder: Path, processes: int, program: Sequence[str] = ("-m", "cdm_lightning.launch"), grace: int = GRACE
+) -> int:
+    """Start `python PROGRAM FOLDER` in that many processes, wait for them, and return the status of the first that failed.
+
+    `grace` are the seconds between the failure of one and the end of the others by force.
+    """
     import logging
     import uuid
 
@@ -60,10 +65,10 @@ def run_processes(folder: Path, processes: int) -> int:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         signals_to_handle="SIGQUIT",  # the others are forwarded: those who train take their time to save
-        shutdown_timeout=GRACE,
+        shutdown_timeout=grace,
     )
     try:
-        elastic_launch(settings, sys.executable)("-m", "cdm_lightning.launch", str(folder))
+        elastic_launch(settings, sys.executable)(*program, str(folder))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode >= 0:

@@ -6,8 +6,9 @@ checkpoints and logs all count that.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import lightning as L
 import torch
@@ -32,6 +33,15 @@ from cdm_lightning.sharding import average_figures, average_whole_gradients, dis
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What is computed at once: the networks bound to some samples of the batch, their draws, their share of the batch."""
+
+    fields: VelocityFields
+    rng: StepRandom
+    share: float
+
+
 class CDMModule(L.LightningModule):
     """Continuous-Time Distribution Matching (arXiv:2605.06376), or any other `objective` on the same rollouts.
 
@@ -39,8 +49,10 @@ class CDMModule(L.LightningModule):
     each, on the same clean predictions with fresh noise and sigma, and after each of its own updates it is merged with
     the student by the weight `fake_score_merge` (0: not at all). `samplers` are the ways in which validation generates
     images. Networks compute in `compute_dtype` ("float32", "bfloat16"); trained weights,
-    gradients, sigmas and losses are float32 always. `lora` says which of the networks are adapters on a frozen base. All
-    random draws are functions of (`seed`, iteration, slot in the global batch).
+    gradients, sigmas and losses are float32 always. `lora` says which of the networks are adapters on a frozen base. A
+    batch is computed in `accumulate` parts, one after another, with the result of the whole. `compile_backend` (of
+    torch.compile, for example "inductor") compiles the networks' blocks. All random draws are functions of (`seed`,
+    iteration, slot in the global batch).
 
     `iteration` counts the finished iterations, `ema_updates` those of `networks.student_ema` (made by the callback
     `StudentEMA`), `skipped_steps` the updates left out for a loss or gradient that was not finite, `skipped_in_a_row` those
@@ -62,8 +74,12 @@ class CDMModule(L.LightningModule):
         compute_dtype: str = "float32",
         gradient_checkpointing: bool = False,
         lora: LoRAPlan | None = None,
+        accumulate: int = 1,
+        compile_backend: str | None = None,
     ) -> None:
         super().__init__()
+        if accumulate < 1:
+            raise UserError(f"module: accumulate must be at least 1, got {accumulate}")
         if student_every < 1 or fake_score_steps < 1 or not 0 <= fake_score_merge <= 1:
             raise UserError(
                 "module: student_every and fake_score_steps must be at least 1, fake_score_merge must lie in [0, 1]"
@@ -80,6 +96,7 @@ class CDMModule(L.LightningModule):
         self.samplers, self.seed = list(samplers), seed
         self.compute_dtype = COMPUTE_DTYPES[compute_dtype]
         self.gradient_checkpointing = gradient_checkpointing
+        self.accumulate, self.compile_backend = accumulate, compile_backend
         self.networks: Networks | None = None  # built by `configure_model`, when the device is known
         self.is_sharded = False
         self.iteration = 0
@@ -93,22 +110,32 @@ class CDMModule(L.LightningModule):
     # ---- the algorithm
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """One iteration: rollout, anchor, fake score, merge and, in its turn, student."""
-        rng = StepRandom(self.seed, self.iteration, batch.indices.tolist(), self.device)
-        fields = self.bind(batch.prompts)
+        """One iteration: rollout, anchor, fake score, merge and, in its turn, student; each in `accumulate` parts."""
+        parts = [self._part(part, len(part.prompts) / len(batch.prompts)) for part in batch.split(self.accumulate)]
+        shift = self.backbone.shift_sigmas
         with self._phase("rollout"):
-            point = self.draw_point(fields, rng)
+            points = [self.draw_point(part.fields, part.rng) for part in parts]
         with self._phase("fake_score"):
             for step in range(self.fake_score_steps):
-                losses = self.objective.fake_score_loss(fields, point, rng.again(step), self.backbone.shift_sigmas)
+                losses = (
+                    (part.share, self.objective.fake_score_loss(part.fields, point, part.rng.again(step), shift))
+                    for part, point in zip(parts, points)
+                )
                 self._update("fake_score", losses, counts=step == self.fake_score_steps - 1)
                 self._merge_fake_score()
         if self.is_student_turn:
             with self._phase("student"):
-                losses = self.objective.student_loss(fields, point, rng, self.backbone.shift_sigmas, self.iteration)
+                losses = (
+                    (part.share, self.objective.student_loss(part.fields, point, part.rng, shift, self.iteration))
+                    for part, point in zip(parts, points)
+                )
                 self._update("student", losses)
         self.iteration += 1
         self._log_health()
+
+    def _part(self, batch: PromptBatch, share: float) -> "_Part":
+        rng = StepRandom(self.seed, self.iteration, batch.indices.tolist(), self.device)
+        return _Part(self.bind(batch.prompts), rng, share)
 
     def bind(self, prompts: Sequence[str]) -> VelocityFields:
         """The networks as velocity fields of these prompts."""
@@ -143,15 +170,21 @@ class CDMModule(L.LightningModule):
         if self.fake_score_merge:
             lerp_parameters_(self.networks.fake_score, self.networks.student, self.fake_score_merge)
 
-    def _update(self, name: str, losses: TermLosses, counts: bool = False) -> None:
-        """One clipped step of a network; with a gradient that is not finite it is left out and counted.
+    def _update(self, name: str, losses: Iterable[tuple[float, TermLosses]], counts: bool = False) -> None:
+        """One clipped step of a network on (share, loss) of the batch's parts; left out if its gradient is not finite.
 
-        The one update of an iteration that `counts` is made where Lightning sees and counts it. Whether the gradient is
-        finite is the one thing that the host waits for in each update.
+        Each part's backward pass runs before the next part's loss is computed. Steps left out are counted. The one update
+        of an iteration that `counts` is made where Lightning sees and counts it. Whether the gradient is finite is the one
+        thing that the host waits for in each update.
         """
         recipe, optimizer = self.recipes[name], self._optimizer(name, counts)
         recipe.set_learning_rate(optimizer, self.iteration)
-        self.manual_backward(losses.total * unless_infinite(losses.total))
+        figures: dict[str, Tensor] = {}
+        for share, one in losses:
+            self.manual_backward(one.total * share * unless_infinite(one.total))
+            terms = one.terms if len(one.terms) > 1 else {}  # a single one is the total
+            for key, value in {"loss": one.total, **terms, **one.logs}.items():
+                figures[key] = figures.get(key, 0.0) + share * value.detach()
         parameters = list(getattr(self.networks, name).parameters())
         average_whole_gradients(parameters)
         norm = whole(nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm))
@@ -162,9 +195,8 @@ class CDMModule(L.LightningModule):
             optimizer.zero_grad(set_to_none=True)  # a step without gradients changes nothing, but Lightning counts it
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        terms = losses.terms if len(losses.terms) > 1 else {}  # a single one is the total
-        figures = {"loss": losses.total, **terms, **losses.logs, "grad_norm": norm}
-        self._health.update({f"{name}/{key}": value.detach() for key, value in figures.items()})
+        figures["grad_norm"] = norm.detach()
+        self._health.update({f"{name}/{key}": value for key, value in figures.items()})
 
     # ---- optimizers
 
@@ -195,9 +227,12 @@ class CDMModule(L.LightningModule):
             raise UserError("trainer.precision must stay 32-true: set the networks' precision by module.compute_dtype")
         device = self.trainer.strategy.root_device
         with torch.device("cpu"):  # Lightning sets the default device here; weights shall not depend on it
-            self.networks = Networks(self.backbone, self.gradient_checkpointing, self.lora, self.seed)
+            empty = isinstance(self.trainer.strategy, MeshStrategy)  # each process then reads its own rows
+            self.networks = Networks(self.backbone, self.gradient_checkpointing, self.lora, self.seed, empty)
+        if self.compile_backend is not None:
+            self.networks.compile_blocks(self.backbone.block_types, self.compile_backend)
         if isinstance(self.trainer.strategy, MeshStrategy):
-            distribute(self.networks, self.backbone.block_types, self.trainer.strategy, self.compute_dtype)
+            distribute(self.networks, self.backbone, self.trainer.strategy, self.compute_dtype)
             self.is_sharded = self.trainer.strategy.shards > 1
         else:
             self.networks.place(device)

@@ -17,14 +17,22 @@ class Networks(nn.Module):
 
     The teacher is kept out of the module tree: it never changes, so it is in no checkpoint and in no optimizer; the
     backbone builds it anew, always the same. `place` moves it along.
+
+    With `empty`, whole networks stay on the meta device where the backbone can fill them later, shard by shard.
     """
 
     teacher: nn.Module
 
     def __init__(
-        self, backbone: Backbone, gradient_checkpointing: bool = False, lora: LoRAPlan | None = None, seed: int = 0
+        self,
+        backbone: Backbone,
+        gradient_checkpointing: bool = False,
+        lora: LoRAPlan | None = None,
+        seed: int = 0,
+        empty: bool = False,
     ) -> None:
         super().__init__()
+        self._empty = empty
         lora = lora or LoRAPlan()
         shared = None
         if lora.adapters:
@@ -35,13 +43,13 @@ class Networks(nn.Module):
                 backbone.enable_gradient_checkpointing(shared.network, shared.checkpoint)
         self._build_trained(backbone, lora, shared, gradient_checkpointing)
         self.student_ema.requires_grad_(False).eval()
-        own_teacher = None if shared and backbone.teacher_is_base else backbone.build_teacher()
+        own_teacher = None if shared and backbone.teacher_is_base else self._build(backbone, teacher=True)
         self._keep_unregistered(shared=shared, own_teacher=own_teacher)
         self.view_base()
 
     def _build_trained(self, backbone: Backbone, lora: LoRAPlan, shared: object, gradient_checkpointing: bool) -> None:
         def full() -> nn.Module:
-            return backbone.build_network().float().requires_grad_(True)
+            return self._build(backbone, teacher=False).float().requires_grad_(True)
 
         self.student = shared.view("student") if lora.student else full()
         if lora.fake_score:
@@ -52,6 +60,12 @@ class Networks(nn.Module):
         for network, adapter in ((self.student, lora.student), (self.fake_score, lora.fake_score)):
             if gradient_checkpointing and adapter is None:
                 backbone.enable_gradient_checkpointing(network)
+
+    def _build(self, backbone: Backbone, teacher: bool) -> nn.Module:
+        made = backbone.build_empty(teacher) if self._empty else None
+        if made is not None:
+            return made
+        return backbone.build_teacher() if teacher else backbone.build_network()
 
     def view_base(self) -> None:
         """Make the teacher a view of the shared base as it is now, where the two are one; else freeze it alone."""
@@ -76,11 +90,22 @@ class Networks(nn.Module):
         roles = ("student", "fake_score", "student_ema", "teacher")
         return {role: getattr(self, role) for role in roles if not isinstance(getattr(self, role), RoleView)}
 
+    @property
+    def unregistered(self) -> list[nn.Module]:
+        """A view of the shared base, if there is one, and the teacher: what is outside the module tree."""
+        return [network for network in (self._base_view, self.teacher) if network is not None]
+
+    def compile_blocks(self, block_types: tuple[type[nn.Module], ...], backend: str) -> None:
+        """Compile every block by torch.compile, in place: names of weights stay, and all blocks of a kind share the code."""
+        for network in [*self.whole.values(), *([self.base] if self.base is not None else [])]:
+            for block in network.modules():
+                if isinstance(block, block_types):
+                    block.compile(backend=backend)
+
     def place(self, device: torch.device) -> None:
         """Move the teacher, and a shared base, to `device`; the other networks are moved as parts of the module."""
-        for network in (self._base_view, self.teacher):
-            if network is not None:
-                network.to(device)
+        for network in self.unregistered:
+            network.to(device)
 
     def train(self, mode: bool = True) -> "Networks":
         """Set the mode of the trained networks; the average stays in eval mode, as does the teacher."""

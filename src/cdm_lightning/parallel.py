@@ -12,13 +12,25 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from cdm_lightning.errors import UserError
 
+ROLES = ("student", "fake_score", "student_ema", "teacher")
+
 
 class MeshStrategy(ModelParallelStrategy):
-    """Lightning's FSDP2 strategy on `replicas` x `shards` processes; `sharding.distribute` puts the networks on it."""
+    """Lightning's FSDP2 strategy on `replicas` x `shards` processes; `sharding.distribute` puts the networks on it.
 
-    def __init__(self, replicas: int, shards: int) -> None:
+    Shards of the networks `on_cpu` rest in host memory and are copied to the device block by block when they compute;
+    those of a trained one are also updated there. UserError for a network that there is not.
+    """
+
+    def __init__(self, replicas: int, shards: int, on_cpu: Sequence[str] = ()) -> None:
         super().__init__(data_parallel_size=replicas, tensor_parallel_size=shards, save_distributed_checkpoint=False)
-        self.replicas, self.shards = replicas, shards
+        self.replicas, self.shards, self.on_cpu = replicas, shards, tuple(on_cpu)
+        unknown = [name for name in self.on_cpu if name not in ROLES]
+        if unknown:
+            raise UserError(f"strategy.on_cpu: {unknown[0]} is no network; it may list {', '.join(ROLES)}")
+
+    def model_to_device(self) -> None:
+        """Nothing: `sharding.distribute` has placed all, and what rests in host memory stays there."""
 
     def _configure_launcher(self) -> None:
         """Processes are started before, by `cdm_lightning.launch`, torchrun or SLURM; Lightning would run the sweep again."""
@@ -35,10 +47,9 @@ def single_process(devices: int | str | Sequence[int] = 1, num_nodes: int = 1) -
     """The strategy of one process on one device, by its name for `Trainer`; UserError if more than one is asked for.
 
     `devices` is what `Trainer` takes: a count, a list of indices, "auto", or one of these as text. A launcher that
-    started several processes (`WORLD_SIZE`) counts too: they would write to one folder.
+    started several processes counts too: they would write to one folder.
     """
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    processes = max(device_count(devices) * num_nodes, launched)
+    processes = max(device_count(devices) * num_nodes, launched_processes() or 1)
     if processes != 1:
         raise UserError(
             f"strategy=single runs one process, {processes} were asked for; set trainer.devices=1, or strategy=ddp, fsdp2 "
@@ -47,35 +58,47 @@ def single_process(devices: int | str | Sequence[int] = 1, num_nodes: int = 1) -
     return "auto"
 
 
-def data_parallel(devices: int | str | Sequence[int] = 1, num_nodes: int = 1) -> MeshStrategy:
+def data_parallel(
+    devices: int | str | Sequence[int] = 1, num_nodes: int = 1, on_cpu: Sequence[str] = ()
+) -> MeshStrategy:
     """Each process holds the networks whole."""
-    return MeshStrategy(replicas=world_size(devices, num_nodes), shards=1)
+    return MeshStrategy(replicas=world_size(devices, num_nodes), shards=1, on_cpu=on_cpu)
 
 
-def fully_sharded(devices: int | str | Sequence[int] = 1, num_nodes: int = 1) -> MeshStrategy:
+def fully_sharded(
+    devices: int | str | Sequence[int] = 1, num_nodes: int = 1, on_cpu: Sequence[str] = ()
+) -> MeshStrategy:
     """Each process holds one shard of each weight, gradient and optimizer state."""
-    return MeshStrategy(replicas=1, shards=world_size(devices, num_nodes))
+    return MeshStrategy(replicas=1, shards=world_size(devices, num_nodes), on_cpu=on_cpu)
 
 
-def hybrid_sharded(devices: int | str | Sequence[int] = 1, num_nodes: int = 1, replicas: int = 1) -> MeshStrategy:
+def hybrid_sharded(
+    devices: int | str | Sequence[int] = 1, num_nodes: int = 1, replicas: int = 1, on_cpu: Sequence[str] = ()
+) -> MeshStrategy:
     """`replicas` copies, each sharded over an equal part of the processes; UserError if that does not come out even."""
     processes = world_size(devices, num_nodes)
     if replicas < 1 or processes % replicas:
         raise UserError(
             f"strategy=hsdp: {processes} processes cannot be {replicas} equal groups; set strategy.replicas"
         )
-    return MeshStrategy(replicas=replicas, shards=processes // replicas)
+    return MeshStrategy(replicas=replicas, shards=processes // replicas, on_cpu=on_cpu)
 
 
 def world_size(devices: int | str | Sequence[int], num_nodes: int) -> int:
     """Number of processes in all; UserError if a launcher started another number."""
     processes = device_count(devices) * num_nodes
-    launched = int(os.environ.get("WORLD_SIZE", processes))
+    launched = launched_processes() or processes
     if launched != processes:
         raise UserError(
             f"trainer.devices and trainer.num_nodes ask for {processes} processes, but the launcher started {launched}"
         )
     return processes
+
+
+def launched_processes() -> int | None:
+    """How many processes torchrun or SLURM started; None if neither did."""
+    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
+    return int(os.environ.get("WORLD_SIZE", "0")) or (tasks if tasks > 1 else None)
 
 
 def device_count(devices: int | str | Sequence[int]) -> int:

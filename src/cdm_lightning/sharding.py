@@ -13,29 +13,42 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from cdm_lightning.backbones.base import Backbone
+from cdm_lightning.core.ema import local
 from cdm_lightning.networks import Networks
 from cdm_lightning.parallel import MeshStrategy
 
+NO_OFFLOAD = OffloadPolicy()
 
-def distribute(
-    networks: Networks, block_types: tuple[type[nn.Module], ...], strategy: MeshStrategy, compute_dtype: torch.dtype
-) -> None:
+
+def distribute(networks: Networks, backbone: Backbone, strategy: MeshStrategy, compute_dtype: torch.dtype) -> None:
     """Put all networks on the strategy's mesh, in place: each rank keeps its rows of each weight.
 
-    Adapters are held whole by every rank; the base under them is sharded where there are shards.
+    Networks without weights are filled, each rank reading its rows alone. Adapters are held whole by every rank; the base
+    under them is sharded where there are shards.
     """
     mesh, device = strategy.device_mesh["data_parallel", "tensor_parallel"], strategy.root_device
-    policy = mixed_precision(compute_dtype)
-    for network in networks.whole.values():
-        shard(network, block_types, mesh, policy)
+    policy, block_types = mixed_precision(compute_dtype), backbone.block_types
+    for role, network in networks.whole.items():
+        rests = role in strategy.on_cpu
+        shard(network, block_types, mesh, policy, offload=host_memory(device) if rests else NO_OFFLOAD)
+        fill(network, backbone.read_rows, torch.device("cpu") if rests else device)
     if networks.base is not None and strategy.shards > 1:
         adapters = {parameter for parameter in networks.parameters() if not isinstance(parameter, DTensor)}
         shard(networks.base, block_types, mesh, policy, adapters)
         networks.view_base()
-    networks.place(device)
+    for network in (*networks.children(), *networks.unregistered):
+        if not any(isinstance(parameter, DTensor) for parameter in network.parameters()):
+            network.to(device)
+
+
+def host_memory(device: torch.device) -> OffloadPolicy:
+    """Shards rest in host memory, pinned where there is a device to copy them to."""
+    return CPUOffloadPolicy(pin_memory=device.type == "cuda")
 
 
 def mixed_precision(compute_dtype: torch.dtype) -> MixedPrecisionPolicy:
@@ -50,6 +63,7 @@ def shard(
     mesh: DeviceMesh,
     policy: MixedPrecisionPolicy,
     whole: set[nn.Parameter] = frozenset(),
+    offload: OffloadPolicy = NO_OFFLOAD,
 ) -> None:
     """Shard a network in place, its blocks each for itself; parameters in `whole` are left alone.
 
@@ -57,10 +71,31 @@ def shard(
     """
     if all(parameter in whole for parameter in network.parameters()):
         return
-    options = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": True, "ignored_params": set(whole)}
+    options = {
+        "mesh": mesh,
+        "mp_policy": policy,
+        "offload_policy": offload,
+        "reshard_after_forward": True,
+        "ignored_params": set(whole),
+    }
     for block in [module for module in network.modules() if isinstance(module, block_types)]:
         fully_shard(block, **options)
     fully_shard(network, **options)
+
+
+@torch.no_grad()
+def fill(network: nn.Module, read_rows: Callable[[str, int, int], Tensor], device: torch.device) -> None:
+    """Give the weights that are on the meta device memory on `device`, and this rank's rows of `read_rows(name, first, end)`."""
+    empty = [name for name, parameter in network.named_parameters() if parameter.is_meta]
+    if not empty:
+        return
+    network._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+    for name in empty:
+        parameter = network.get_parameter(name)
+        sizes, starts = compute_local_shape_and_global_offset(
+            parameter.shape, parameter.device_mesh, parameter.placements
+        )
+        local(parameter).copy_(read_rows(name, starts[0], starts[0] + sizes[0]))
 
 
 # ---- sums over processes; in one process all of them return what they are given

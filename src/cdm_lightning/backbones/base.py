@@ -81,6 +81,17 @@ class Backbone(ABC):
         """The network that adapters are put on, pretrained, in the dtype in which it shall stay frozen."""
         return self.build_teacher()
 
+    def build_empty(self, teacher: bool) -> nn.Module | None:
+        """What `build_network` or `build_teacher` gives, its weights on the meta device, to be filled by `read_rows`.
+
+        None for a family, or settings, whose weights are not simply those of a file: then every process builds it whole.
+        """
+        return None
+
+    def read_rows(self, name: str, first: int, end: int) -> Tensor:
+        """Rows first..end-1 of the pretrained weight of that name, read now, on the CPU, in the dtype of the file."""
+        raise KeyError(name)
+
     @abstractmethod
     def setup(self, device: torch.device) -> None:
         """Load the frozen parts (text encoders, image codec) and move them to the device; may be called again.

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from cdm_lightning.backbones.lora_file import fused_network
 from cdm_lightning.backbones.pipeline_folder import hash_part, loading
 from cdm_lightning.backbones.pipeline_settings import DTYPES, PipelineSettings, shared_property
 from cdm_lightning.backbones.student_folder import OwnLoRA, StudentCall, write_lora, write_pipeline
+from cdm_lightning.backbones.transformer_files import TransformerFiles
 from cdm_lightning.core.schedules import inference_sigmas
 from cdm_lightning.errors import UserError
 
@@ -38,11 +40,38 @@ class PipelineBackbone(PipelineSettings):
 
     def build_network(self) -> nn.Module:
         """The pretrained transformer, float32 and trainable; the same at every call."""
-        return self._load_network(torch.float32).requires_grad_(True).train()
+        return self._finished(self._load_network(torch.float32)).requires_grad_(True).train()
 
     def build_teacher(self) -> nn.Module:
         """The pretrained transformer, frozen, in `teacher_dtype`."""
-        return self._load_network(DTYPES[self.teacher_dtype]).requires_grad_(False).eval()
+        return self._finished(self._load_network(DTYPES[self.teacher_dtype])).requires_grad_(False).eval()
+
+    def _finished(self, network: nn.Module) -> nn.Module:
+        """The transformer with whatever the family changes in how it computes."""
+        return network
+
+    def build_empty(self, teacher: bool) -> nn.Module | None:
+        """The transformer without its weights, but with its buffers; None with a `teacher_lora` fused in."""
+        if self.teacher_lora is not None or self.transformer_class._keep_in_fp32_modules:
+            return None
+        with torch.device("cpu"), init_empty_weights(include_buffers=False):
+            network = self._skeleton()
+        network = network.to(DTYPES[self.teacher_dtype] if teacher else torch.float32)
+        absent = dict(network.named_parameters()).keys() - set(self._files.names)
+        if absent:
+            raise UserError(f"{self.folder / 'transformer'} lacks the weights {min(absent)}; copy the folder again")
+        for name, buffer in network.named_buffers():
+            if name in self._files.names:
+                buffer.copy_(self._files.tensor(name))
+        return self._finished(network).requires_grad_(not teacher).train(not teacher)
+
+    @shared_property
+    def _files(self) -> TransformerFiles:
+        return TransformerFiles(str(self.folder))
+
+    def read_rows(self, name: str, first: int, end: int) -> Tensor:
+        """Rows first..end-1 of a weight, read from its safetensors file now."""
+        return self._files.rows(name, first, end)
 
     def _load_network(self, dtype: torch.dtype) -> nn.Module:
         if self.teacher_lora is None:

@@ -59,8 +59,7 @@ class SD3Backbone(PipelineBackbone):
 
     # ---- networks
 
-    def _load_network(self, dtype: torch.dtype) -> nn.Module:
-        network = super()._load_network(dtype)
+    def _finished(self, network: nn.Module) -> nn.Module:
         if self.compact_text is not None:
             use_compact_padding(network, self._codec.tokenizer_max_length + self.max_sequence_length)
         return network

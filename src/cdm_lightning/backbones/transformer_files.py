@@ -51,6 +51,11 @@ class TransformerFiles:
         with safe_open(self._file_of[name], "pt") as content:
             return content.get_tensor(name)
 
+    def rows(self, name: str, first: int, end: int) -> Tensor:
+        """Rows first..end-1 of a tensor, read now; nothing else is."""
+        with safe_open(self._file_of[name], "pt") as content:
+            return content.get_slice(name)[first:end]
+
     @cached_property
     def family(self) -> type[DiffusionPipeline]:
         """The pipeline's class."""

@@ -5,6 +5,7 @@ from pathlib import Path
 import lightning as L
 
 from cdm_lightning.ladder import LadderEvaluation
+from cdm_lightning.parallel import MeshStrategy
 from cdm_lightning.report import save_report, table
 from cdm_lightning.sharding import put_together
 
@@ -33,7 +34,8 @@ class LadderReport(L.Callback):
         """
         from cdm_lightning.export import export_pipeline
 
-        pl_module.to(trainer.strategy.root_device)  # Lightning has moved it to the host
+        if not isinstance(trainer.strategy, MeshStrategy):
+            pl_module.to(trainer.strategy.root_device)  # Lightning has moved it to the host
         folder, backbone, network = Path(trainer.default_root_dir), pl_module.backbone, pl_module.evaluated_network
         networks = {"student": network, "teacher": pl_module.networks.teacher}
         result = self.evaluation.run(backbone, networks, pl_module.compute_dtype, silent=not trainer.is_global_zero)

@@ -9,12 +9,14 @@ from torch.distributed.tensor import DTensor
 def lerp_parameters_(target: nn.Module, source: nn.Module, weight: float) -> None:
     """target <- (1 - weight) target + weight source, in place, for each parameter; ValueError if names differ.
 
-    Of sharded networks each rank moves its own shards.
+    Of sharded networks each rank moves its own shards; a target may lie on another device than the source.
     """
     to, of = dict(target.named_parameters()), dict(source.named_parameters())
     if to.keys() != of.keys():
         raise ValueError(f"the networks differ in parameters: {sorted(to.keys() ^ of.keys())[:3]}")
-    torch._foreach_lerp_([local(value) for value in to.values()], [local(of[name]) for name in to], weight)
+    targets = [local(value) for value in to.values()]
+    sources = [local(of[name]).to(target.device) for name, target in zip(to, targets)]
+    torch._foreach_lerp_(targets, sources, weight)
 
 
 def local(tensor: Tensor) -> Tensor:

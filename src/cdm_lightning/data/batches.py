@@ -1,6 +1,7 @@
 """Which prompts make up batch n: a function of (seed, n), so that a run can go on anywhere without a saved position."""
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,12 @@ class PromptBatch(NamedTuple):
 
     prompts: list[str]
     indices: Tensor
+
+    def split(self, count: int) -> list["PromptBatch"]:
+        """The batch in `count` parts of sizes that differ by 1 at most, or in single samples if there are fewer."""
+        edges = [len(self.prompts) * n // count for n in range(count + 1)]
+        spans = [slice(first, end) for first, end in pairwise(edges) if end > first]
+        return [self._replace(prompts=self.prompts[span], indices=self.indices[span]) for span in spans]
 
 
 class Draw(NamedTuple):
