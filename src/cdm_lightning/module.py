@@ -195,7 +195,7 @@ class CDMModule(L.LightningModule):
         recipe.set_learning_rate(optimizer, self.iteration)
         figures: dict[str, Tensor] = {}
         for share, one in losses:
-            self.manual_backward(one.total * (share * unless_infinite(one.total)))
+            self.manual_backward(one.total * share * unless_infinite(one.total))
             terms = one.terms if len(one.terms) > 1 else {}  # a single one is the total
             for key, value in {"loss": one.total, **terms, **one.logs}.items():
                 figures[key] = figures.get(key, 0.0) + share * value.detach()

@@ -44,6 +44,9 @@ FREE_KEYS = (
     "callbacks",
     "logger",
     "module.samplers",
+    "module.accumulate",  # these three change how it is computed, not what
+    "module.gradient_checkpointing",
+    "module.compile_backend",
     "data.num_workers",
     "data.val",
     "data.val_batch_size",
