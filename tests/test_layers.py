@@ -16,13 +16,14 @@ FAMILY_BLIND = (
     "data/",
     "lora/",
     "metrics/",
+    "planning/",
     "networks.py",
     "optim.py",
     "parallel.py",
     "module.py",
     "evaluation.py",
 )
-LIBRARY_EDGE = ("backbones/", "pretraining/", "export.py", "sample.py")
+LIBRARY_EDGE = ("backbones/", "pretraining/", "export.py", "sample.py", "planning/skeleton.py")
 
 
 @cache
@@ -129,6 +130,8 @@ def upward_rule(path: str, name: str) -> bool:
         "train",
         "pretrain",
         "pretraining",
+        "planning",
+        "plan",
         "cache_text",
         "export",
         "sample",
