@@ -17,6 +17,7 @@ FAMILY_BLIND = (
     "data/",
     "lora/",
     "metrics/",
+    "planning/",
     "networks.py",
     "optim.py",
     "parallel.py",
@@ -26,7 +27,7 @@ FAMILY_BLIND = (
     "module.py",
     "evaluation.py",
 )
-LIBRARY_EDGE = ("backbones/", "pretraining/", "export.py", "sample.py")
+LIBRARY_EDGE = ("backbones/", "pretraining/", "export.py", "sample.py", "planning/skeleton.py")
 
 
 @cache
@@ -133,6 +134,8 @@ def upward_rule(path: str, name: str) -> bool:
         "train",
         "pretrain",
         "pretraining",
+        "planning",
+        "plan",
         "cache_text",
         "export",
         "sample",

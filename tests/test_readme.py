@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cdm_lightning import export, extract_lora, sample
+from cdm_lightning import export, extract_lora, plan, sample
 from cdm_lightning.config import asset_path, compose
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +32,12 @@ def test_commands_are_understood(command: str, tmp_path: Path) -> None:
     match module:
         case "cdm_lightning.train" | "cdm_lightning.pretrain":
             assert_composes(module.removeprefix("cdm_lightning."), arguments, tmp_path)
+        case "cdm_lightning.plan":
+            own, overrides = plan.split(arguments)
+            assert "gpus" in own
+            assert_composes("train", overrides, tmp_path)
+        case "benchmarks.plan_check":
+            assert_composes("train", arguments, tmp_path)
         case "cdm_lightning.cache_text":
             assert_composes("train", arguments, tmp_path)
         case "cdm_lightning.export":

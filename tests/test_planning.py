@@ -1,0 +1,278 @@
+"""The planner's arithmetic, exactly; its memory and FLOPs against a real training step, within 10 %."""
+
+import json
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from cdm_lightning import plan as planner
+from cdm_lightning.config import build, compose
+from cdm_lightning.core.lengths import (
+    CategoricalLength,
+    FixedLength,
+    GeometricLength,
+    LogUniformLength,
+    UniformLength,
+)
+from cdm_lightning.data.datamodule import PromptDataModule
+from cdm_lightning.errors import UserError
+from cdm_lightning.planning.advice import remedies
+from cdm_lightning.planning.layout import GPUs, Layout, make_layout, read_gpus
+from cdm_lightning.planning.live import LiveBytes, Timeline, storages
+from cdm_lightning.planning.memory import Sizes, checkpoint_bytes, gathered, largest_batch, phase_peaks, resting, total
+from cdm_lightning.planning.recipe import optimizer_bytes, read_recipe
+from cdm_lightning.planning.step import every_network
+from cdm_lightning.planning.work import expected_calls, hours, work_of
+
+BATCH = 6
+PROMPTS = ["a red circle"] * 12
+
+# ---- arithmetic
+
+STEP = Timeline(fixed=(0, 10, 100), sample=(0, 50, 5), gradient=(0, 0, 80))
+ROLE = 100.0
+
+
+def sizes(**changes) -> Sizes:
+    given = {
+        "networks": {"student": ROLE, "fake_score": ROLE, "student_ema": ROLE, "teacher": 50.0},
+        "trained": {"student": ROLE, "fake_score": ROLE},
+        "states": 400.0,
+        "step_copies": 100.0,
+        "text": 30.0,
+        "vae": 7.0,
+        "largest_block": 4,
+        "outside_blocks": 5,
+        "compute": 2,
+        "phases": {"rollout": Timeline((0, 3), (0, 1), (0, 0)), "fake score": STEP, "student": STEP},
+    }
+    return Sizes(**{**given, **changes})
+
+
+def test_a_timeline_is_affine_in_the_batch_at_each_moment() -> None:
+    assert STEP.peak(1) == 105
+    assert STEP.peak(3) == 160  # another moment is the worst
+    assert STEP.peak(1, gradient_share=0.5, fixed_share=0.0) == 50
+
+
+def test_one_gpu() -> None:
+    single = Layout("single")
+    assert sum(resting(sizes(), single).values()) == 350 + 400 + 30 + 7
+    assert phase_peaks(sizes(), single, 3) == {"rollout": 6, "fake score": 160, "student": 160, "optimizer step": 200}
+    assert total(sizes(), single, 3) == 787 + 200
+    assert largest_batch(sizes(), single, 787 + 260) == 5  # 10 + 50 B <= 260
+    assert largest_batch(sizes(), single, 787) == 0
+    assert checkpoint_bytes(sizes()) == 700
+
+
+def test_shards() -> None:
+    layout = make_layout("fsdp2", 4, ["student_ema"])
+    rest = resting(sizes(), layout)
+    assert rest["weights: student"] == 25 and rest["weights: student_ema"] == 0 and rest["optimizer states"] == 100
+    assert gathered(sizes(), layout) == (5 + 8) * 2 + 8 * 4
+    assert phase_peaks(sizes(), layout, 1)["student"] == max(50, 80 / 4 + 5) + 58
+    hybrid = make_layout("hsdp", 16)
+    assert (hybrid.replicas, hybrid.shards) == (2, 8)
+
+
+def test_remedies_say_what_they_save() -> None:
+    found = {r.overrides.split(" ")[0]: r for r in remedies(sizes(), Layout("ddp", replicas=2), GPUs(2, 1), 3, True)}
+    assert found["strategy.on_cpu=[student_ema]"].saves == ROLE
+    assert found["text_cache.folder=DIR"].saves == 30
+    assert found["strategy=fsdp2"].saves > 350
+    assert found["optim=adamw8bit"].saves == pytest.approx(400 * (1 - 2.03 / 8))
+
+
+def test_work() -> None:
+    assert expected_calls(14.5, full=False) == 7.75
+    assert expected_calls(14.5, full=True) == 14.5
+    work = work_of(7.75, call=2.0, fake_score=6.0, student=20.0, fake_score_steps=2, student_every=4)
+    assert (work.rollout, work.fake_score, work.student, work.total) == (15.5, 12.0, 5.0, 32.5)
+    assert hours(1e12, batch=10, iterations=360, peak_tflops=2, utilisation=0.5) == 1.0
+
+
+@pytest.mark.parametrize(
+    "length", [UniformLength(1, 28), FixedLength(4), GeometricLength(), LogUniformLength(), CategoricalLength()]
+)
+def test_mean_lengths_are_those_of_the_draws(length) -> None:
+    rng = torch.Generator().manual_seed(0)
+    draws = torch.tensor([length.sample(rng) for _ in range(4000)], dtype=torch.float64)
+    assert abs(draws.mean() - length.mean) < 4 * max(draws.std().item(), 1e-9) / 4000**0.5
+
+
+@pytest.mark.parametrize("text", ["8", "0x80", "ax80", "8x", "8x-1"])
+def test_gpus_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match="COUNTxGB"):
+        read_gpus(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["experiment=sd3_cdm"], "gpus is missing"),
+        (["gpus=2x80", "strategy=single"], "one GPU"),
+        (["gpus=12x80", "strategy=hsdp"], "nodes of 8"),
+        (["gpus=1x80", "strategy=magic"], "is none of"),
+        (["gpus=1x80", "utilisation=much"], "positive number"),
+        (["gpus=1x80", "--multirun"], "overrides"),
+        (["gpus=1x80", "backbone.pretrained=some/model"], "pass its folder"),
+        (["gpus=1x80", "experiment=toy2d_cdm"], "pipelines of diffusers"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        planner.plan(arguments)
+
+
+# ---- against a real step
+
+
+class Remembered:
+    """A text cache of one text, so that no text encoder runs in the step that is measured."""
+
+    def __init__(self, cond) -> None:
+        self.cond = cond
+
+    def encode(self, prompts):
+        return {name: value.repeat_interleave(len(prompts), 0) for name, value in self.cond.items()}
+
+    def to(self, device) -> None:
+        pass
+
+
+class Meter(L.Callback):
+    """Peak bytes and FLOPs of each iteration, beside all that rests between iterations."""
+
+    def __init__(self) -> None:
+        self.peaks, self.flops = [], []
+
+    def on_train_batch_start(self, trainer, module, *_) -> None:
+        known = [tensor for network in every_network(module.networks) for tensor in storages(network)]
+        for optimizer in trainer.optimizers:
+            known += [v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
+        self.live, self.counter = LiveBytes(known), FlopCounterMode(display=False)
+        self.live.__enter__()
+        self.counter.__enter__()
+
+    def on_train_batch_end(self, trainer, module, *_) -> None:
+        self.counter.__exit__(None, None, None)
+        self.live.__exit__(None, None, None)
+        self.peaks.append(self.live.timeline.peak(0))
+        self.flops.append(self.counter.get_total_flops())
+
+
+def measure(config) -> Meter:
+    module, meter = build(config, "module"), Meter()
+    module.backbone.setup(torch.device("cpu"))
+    module.backbone.use_text_cache(Remembered(module.backbone.encode_prompts(PROMPTS[:1])))
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=4,
+        max_epochs=-1,
+        callbacks=[meter],
+        logger=False,
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(module, PromptDataModule(PROMPTS, PROMPTS, batch_size=BATCH, val_batch_size=2))
+    return meter
+
+
+@pytest.fixture(scope="session")
+def larger_sd3(tmp_path_factory) -> Path:
+    from cdm_lightning.pretraining.tiny_sd3 import build_pipeline
+
+    folder = tmp_path_factory.mktemp("pipelines") / "larger_sd3"
+    build_pipeline(seed=0, heads=4, layers=6).save_pretrained(folder)
+    return folder
+
+
+CHECKPOINTED = "module.gradient_checkpointing=true"
+PLAIN = "module.gradient_checkpointing=false"
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [
+        ("sd3", [PLAIN]),
+        ("sd3", [CHECKPOINTED]),
+        ("larger_sd3", [PLAIN]),
+        ("larger_sd3", [CHECKPOINTED]),
+        ("sd3", [PLAIN, "lora=lora", "lora.student.rank=8", "lora.fake_score.rank=8"]),
+        ("sd3", [PLAIN, "objective=dmd"]),
+        ("longcat", [PLAIN]),
+        ("longcat", [CHECKPOINTED]),
+    ],
+)
+def test_the_plan_is_within_ten_percent_of_a_real_step(
+    family: str, overrides: list[str], tiny_folder, larger_sd3: Path, tmp_path: Path
+) -> None:
+    folder = larger_sd3 if family == "larger_sd3" else tiny_folder(family)
+    config = compose(
+        [
+            f"experiment={'longcat' if family == 'longcat' else 'sd3'}_cdm",
+            f"backbone.pretrained={folder}",
+            "backbone.teacher_dtype=float32",
+            "backbone.text_dtype=float32",
+            "module.compute_dtype=float32",
+            "schedule=fixed",
+            "schedule.sigmas=[1.0]",
+            f"output_dir={tmp_path}",
+            *overrides,
+        ]
+    )
+    meter = measure(config)
+    recipe = read_recipe(build(config, "module"), text_cached=True)
+    planned = {name: timeline.peak(BATCH) for name, timeline in recipe.sizes.phases.items()}
+    between, student = max(planned["rollout"], planned["fake score"]), max(planned.values())
+    print(family, overrides, "memory", between / meter.peaks[2], student / meter.peaks[3])
+    assert between == pytest.approx(meter.peaks[2], rel=0.1)
+    assert student == pytest.approx(meter.peaks[3], rel=0.1)
+    work = recipe.work
+    print("flops", BATCH * (work.rollout + work.fake_score) / meter.flops[2])
+    assert BATCH * (work.rollout + work.fake_score) == pytest.approx(meter.flops[2], rel=0.01)
+    assert BATCH * (work.rollout + work.fake_score + 2 * work.student) == pytest.approx(meter.flops[3], rel=0.01)
+
+
+def test_optimizers_show_what_they_keep() -> None:
+    config = compose(["experiment=sd3_cdm", "output_dir=."])
+    state, copies = optimizer_bytes(build(config, "module").recipes["student"])
+    assert state == pytest.approx(8, rel=1e-3) and copies == 4
+
+
+def test_the_command_plans_a_folder_and_writes_json(tiny_folder, tmp_path: Path, monkeypatch, capsys) -> None:
+    file = tmp_path / "plan.json"
+    arguments = ["experiment=sd3_cdm", f"backbone.pretrained={tiny_folder('sd3')}", "gpus=1x24,8x80", f"json={file}"]
+    monkeypatch.setattr("sys.argv", ["plan", *arguments])
+    planner.main()
+    text, plans = capsys.readouterr().out, json.loads(file.read_text())
+    assert "fits" in text and [p["strategy"] for p in plans] == ["single", "fsdp2"]
+    for one in plans:
+        assert sum(one["bytes_by_part"].values()) == pytest.approx(one["bytes"], abs=10)
+        assert one["rollout_calls"] == 7.75
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("overrides", [[PLAIN], [CHECKPOINTED]])
+def test_the_plan_is_within_ten_percent_of_a_real_gpu(dtype: str, overrides: list[str], larger_sd3: Path) -> None:
+    from benchmarks.plan_check import check
+
+    found = check(
+        [
+            "experiment=sd3_cdm",
+            f"backbone.pretrained={larger_sd3}",
+            f"module.compute_dtype={dtype}",
+            "data.num_workers=0",
+            "data.batch_size=64",
+            *overrides,
+        ]
+    )
+    assert found.planned == pytest.approx(found.measured, rel=0.1), found
