@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from cdm_lightning.errors import UserError
 
 PACKAGE = Path(__file__).parent
+QUESTIONS = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
 SIMPLE = (int, float, bool, NoneType)
 LONGEST_NAME = 120  # of a sweep job's folder, well below what file systems take
 SECRET_KEY = re.compile(r"token|secret|password|api_?key|credential", re.IGNORECASE)
@@ -141,6 +142,16 @@ def masked_command(arguments: Sequence[str]) -> list[str]:
     """Command-line arguments with the values of keys like `token` or `api_key` masked."""
     pairs = [argument.partition("=") for argument in arguments]
     return [f"{key}=***" if sign and SECRET_KEY.search(key) else key + sign + value for key, sign, value in pairs]
+
+
+def answer_questions(config_name: str) -> None:
+    """Answer a command line that asks Hydra for help or for the configuration, and exit; else return.
+
+    An entry point calls it before it imports torch and the like: no answer needs them.
+    """
+    if any(argument.partition("=")[0] in QUESTIONS for argument in sys.argv[1:]):
+        run_cli(lambda config: None, config_name)
+        sys.exit()
 
 
 def run_cli(task: Callable[[DictConfig], object], config_name: str) -> None:
