@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from cdm_lightning.config import build, run_cli
+from cdm_lightning.config import answer_questions, build, run_cli
 from cdm_lightning.console import Progress
 from cdm_lightning.errors import UserError
 
@@ -210,7 +210,8 @@ def writing(folder: Path) -> Iterator[None]:
 
 def main() -> None:
     """The command line."""
-    from cdm_lightning.train import quiet_libraries
+    answer_questions("train")
+    from cdm_lightning.train import quiet_libraries  # imports torch
 
     quiet_libraries()
     run_cli(cache_text, "train")

@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from cdm_lightning.errors import Preempted, UserError
 
 PACKAGE = Path(__file__).parent
+QUESTIONS = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
 SIMPLE = (int, float, bool, NoneType)
 OTHERS_WAIT = 5.0  # seconds that all processes but the first wait before they speak of a mistake
 LONGEST_NAME = 120  # of a sweep job's folder, well below what file systems take
@@ -159,6 +160,16 @@ def masked_text(text: str) -> str:
         if SECRET_KEY.search(name) and len(value) >= SHORTEST_SECRET:
             text = text.replace(value, "***")
     return ACCESS_TOKEN.sub("***", text)
+
+
+def answer_questions(config_name: str) -> None:
+    """Answer a command line that asks Hydra for help or for the configuration, and exit; else return.
+
+    An entry point calls it before it imports torch and the like: no answer needs them.
+    """
+    if any(argument.partition("=")[0] in QUESTIONS for argument in sys.argv[1:]):
+        run_cli(lambda config: None, config_name)
+        sys.exit()
 
 
 def run_cli(task: Callable[[DictConfig], object], config_name: str) -> None:

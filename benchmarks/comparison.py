@@ -1,0 +1,186 @@
+"""The two orders of work on one set of networks: whether they compute the same, and what each costs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from benchmarks.authors_order import AuthorsOrder
+from benchmarks.machine import flops_of, matrix_ceiling, peak_bytes, seconds_of
+from benchmarks.set_up import Bare, attach, batch, build_module
+from benchmarks.sizes import Size
+from cdm_lightning.callbacks.ema import StudentEMA
+
+TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # relative, of losses and gradients
+
+
+@dataclass
+class Recorder:
+    """In an optimizer's place: keeps the gradients (on the CPU) and changes nothing."""
+
+    optimizer: Optimizer
+    gradients: list[Tensor] = field(default_factory=list)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Those of the optimizer."""
+        return self.optimizer.param_groups
+
+    def step(self) -> None:
+        """Keep the gradients, zeros for those that there are not."""
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        self.gradients = [
+            torch.zeros(parameter.shape) if parameter.grad is None else parameter.grad.detach().float().cpu().clone()
+            for parameter in parameters
+        ]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As the optimizer does it."""
+        self.optimizer.zero_grad(set_to_none)
+
+
+class Comparison:
+    """The orders "ours", the real `CDMModule.training_step` with `StudentEMA`, and "authors" on the networks of a size."""
+
+    def __init__(self, size: Size) -> None:
+        self.size = size
+        self.module = build_module(size)
+        self.module.time_phases = True
+        self.optimizers = dict(zip(("fake_score", "student"), self.module.configure_optimizers()))
+        attach(self.module, optimizers=list(self.optimizers.values()))
+        self.ema = StudentEMA()
+        shared = size.device != "cpu"  # a second set of Adam states would not fit beside the networks of a large model
+        self.authors = AuthorsOrder(self.module, self.optimizers if shared else self._plain_optimizers())
+        self.calls = 0  # of a network, by one sample; one with gradient counts three times: backward is two more
+        self._forwards = self._counting()
+
+    def run(self, order: str, iteration: int) -> None:
+        """One iteration of an order."""
+        prompts = batch(iteration, self.size.batch)
+        if order == "authors":
+            self.authors.iteration(prompts, iteration)
+            return
+        self.module.iteration = iteration
+        self.ema.on_train_batch_start(None, self.module)
+        self.module.training_step(prompts, 0)
+        self.ema.on_train_batch_end(None, self.module)
+
+    def check(self) -> dict[str, float]:
+        """The relative differences of losses and gradients in one iteration; RuntimeError if they are more than rounding.
+
+        Nothing is changed by it: optimizers only record, the fake score is not merged, and the average of equals is equal.
+        """
+        iteration, merge = self.module.student_every - 1, self.module.fake_score_merge
+        self.module.fake_score_merge = 0.0
+        recorded = {name: Recorder(optimizer) for name, optimizer in self.optimizers.items()}
+        kept, self.authors.optimizers = self.authors.optimizers, recorded
+        self.run("authors", iteration)
+        theirs = {name: recorder.gradients for name, recorder in recorded.items()}
+        attach(self.module, Bare, list(recorded.values()))
+        self.run("ours", iteration)
+        differences = {}
+        for name, recorder in recorded.items():
+            loss = self.module._health[f"{name}/loss"]
+            differences[f"{name}_loss"] = float(abs(loss / self.authors.losses[name] - 1))
+            differences[f"{name}_gradient"] = relative(recorder.gradients, theirs[name])
+        self.module.fake_score_merge, self.authors.optimizers = merge, kept
+        self.module.ema_updates = self.authors.ema_updates = 0
+        attach(self.module, optimizers=list(self.optimizers.values()))
+        worst = max(differences.values())
+        if not worst <= TOLERANCE[self.size.compute_dtype]:
+            raise RuntimeError(f"the two orders do not compute the same: {differences}")
+        return differences
+
+    def measure(self) -> dict[str, Any]:
+        """Times, calls, FLOP/s and memory of both orders, and the ratios."""
+        every, size = self.module.student_every, self.size
+        for order in ("authors", "ours"):  # whatever is set up at first
+            self.cycle(order, 0)
+        self.authors.seconds.clear()
+        self.module.phase_seconds.clear()
+        seconds, calls = {"authors": [], "ours": []}, {}
+        ceiling = matrix_ceiling(size.device, self.module.compute_dtype)
+        for number in range(size.cycles):
+            orders = ("authors", "ours") if number % 2 else ("ours", "authors")
+            for order in orders:
+                before = self.calls
+                seconds[order].append(seconds_of(partial(self.cycle, order, number), size.device) / every)
+                calls[order] = calls.get(order, 0) + self.calls - before
+        flops = self.forward_flops()
+        phases = {"authors": self.authors.seconds, "ours": self.module.phase_seconds}
+        iterations = size.cycles * every
+        result: dict[str, Any] = {"ceiling": ceiling, "forward_flops": flops}
+        for order, times in seconds.items():
+            total = sum(times) * every
+            result[order] = {
+                "seconds": times,
+                "samples_per_second": iterations * size.batch / total,
+                "calls_per_sample": calls[order] / iterations / size.batch,
+                "flops_per_second": calls[order] * flops / total,
+                "phases": {name: value / iterations for name, value in phases[order].items()},
+                "peak_bytes": self.static_bytes() + peak_bytes(partial(self.cycle, order, self.longest()), size.device),
+            }
+        ours = result["ours"]
+        ours["phases"]["text"] = sum(seconds["ours"]) / size.cycles - sum(ours["phases"].values())  # and the average
+        result["ratios"] = [a / b for a, b in zip(seconds["authors"], seconds["ours"])]
+        result["speed_ratio"] = ours["samples_per_second"] / result["authors"]["samples_per_second"]
+        result["memory_ratio"] = ours["peak_bytes"] / result["authors"]["peak_bytes"]
+        return result
+
+    def cycle(self, order: str, number: int) -> None:
+        """As many iterations as it takes to update the student once."""
+        for iteration in range(number * self.module.student_every, (number + 1) * self.module.student_every):
+            self.run(order, iteration)
+
+    def longest(self) -> int:
+        """The cycle after those that were timed: memory is measured on it."""
+        return self.size.cycles
+
+    def static_bytes(self) -> int:
+        """On a CPU, whose peak is counted from zero: networks, average, teacher and one pair of optimizers."""
+        if self.size.device != "cpu":
+            return 0
+        networks = self.module.networks
+        tensors = [*networks.parameters(), *networks.teacher.parameters()]
+        tensors += [
+            value for one in self.optimizers.values() for state in one.state.values() for value in state.values()
+        ]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def forward_flops(self) -> int:
+        """FLOPs of one call of the network by one sample."""
+        backbone, network = self.module.backbone, self.module.networks.teacher
+        x = torch.randn(1, *backbone.latent_shape, device=self.module.device)
+        cond = backbone.encode_prompts(["a"])
+        with torch.no_grad():
+            return flops_of(lambda: self._forwards(network, x, torch.full((1,), 0.5, device=x.device), cond))
+
+    def _plain_optimizers(self) -> dict[str, Optimizer]:
+        """AdamW as torch makes it where it is told nothing."""
+        networks, rates = self.module.networks, {"fake_score": 5e-6, "student": 1e-5}
+        return {
+            name: AdamW(getattr(networks, name).parameters(), lr=rate, weight_decay=1e-4)
+            for name, rate in rates.items()
+        }
+
+    def _counting(self) -> Callable[..., Tensor]:
+        """Let the backbone count the samples of each call; its own function."""
+        velocity = self.module.backbone.velocity
+
+        def counted(network: Any, x: Tensor, sigma: Tensor, cond: Any) -> Tensor:
+            trained = torch.is_grad_enabled() and next(network.parameters()).requires_grad
+            self.calls += len(x) * (3 if trained else 1)
+            return velocity(network, x, sigma, cond)
+
+        self.module.backbone.velocity = counted
+        return velocity
+
+
+def relative(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """The norm of the difference of two lists of tensors in units of the second's norm."""
+    difference = sum((a - b).double().square().sum() for a, b in zip(ours, theirs, strict=True))
+    return float((difference / sum(b.double().square().sum() for b in theirs)).sqrt())

@@ -1,0 +1,127 @@
+"""Modules to be timed: the real `CDMModule` with its optimizers, on networks of any size with random weights."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from benchmarks.sizes import Size
+from cdm_lightning.backbones.base import Backbone, Conditioning
+from cdm_lightning.backbones.longcat import LongCatBackbone
+from cdm_lightning.backbones.sd3 import SD3Backbone
+from cdm_lightning.config import asset_path
+from cdm_lightning.core.lengths import UniformLength
+from cdm_lightning.core.objective import CDMObjective
+from cdm_lightning.core.rng import stream
+from cdm_lightning.core.schedules import RandomSchedule
+from cdm_lightning.data.batches import PromptBatch
+from cdm_lightning.data.prompts import PromptFile
+from cdm_lightning.data.text_memory import RememberedText
+from cdm_lightning.module import CDMModule
+from cdm_lightning.networks import Networks
+from cdm_lightning.optim import LearningRate, OptimizerRecipe
+
+VAE_OF_FACTOR_8 = {"block_out_channels": [1, 1, 1, 1]}
+PROMPTS = 64  # distinct ones
+
+
+@dataclass(frozen=True)
+class Bare:
+    """An optimizer as Lightning would wrap it, with nothing around it."""
+
+    optimizer: Optimizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.optimizer, name)
+
+
+def build_backbone(size: Size) -> Backbone:
+    """The family with a random network of this size (weights a function of nothing but the size)."""
+    dtypes = {"teacher_dtype": size.teacher_dtype}
+    if size.family == "longcat":
+        backbone = LongCatBackbone(asset_path("tiny_sd3"), **dtypes)
+        backbone.shared |= {"scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)}
+        backbone.shared |= {"vae_config": VAE_OF_FACTOR_8, "network_config": {"in_channels": 64, **size.network}}
+        backbone.height = backbone.width = size.side * backbone.vae_factor
+    else:
+        backbone = SD3Backbone(asset_path("tiny_sd3"), compact_text=8 if size.text is None else None, **dtypes)
+        if size.network is not None:
+            backbone.shared |= {"network_config": {**size.network, "sample_size": size.side}}
+    if size.network is not None:
+        backbone._load_pretrained = partial(random_network, backbone)
+    if size.text is not None:
+        backbone.setup = lambda device: None
+        backbone.encode_prompts = lambda prompts: random_text(size.text, prompts, size.device)
+    return backbone
+
+
+def random_network(backbone: Backbone, dtype: torch.dtype) -> nn.Module:
+    """The transformer with the random start of its class, alike at each call."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return backbone.transformer_class(**backbone.network_config).to(dtype)
+
+
+def random_text(shapes: dict[str, tuple[int, ...]], prompts: Sequence[str], device: str) -> Conditioning:
+    """Normal conditioning of B prompts, as a cache of text embeddings would give it."""
+    return {
+        name: torch.stack([_row(prompt, name, shape, device) for prompt in prompts]) for name, shape in shapes.items()
+    }
+
+
+@cache
+def _row(prompt: str, name: str, shape: tuple[int, ...], device: str) -> Tensor:
+    return torch.randn(shape, generator=stream(0, f"{name} of {prompt}")).to(device)
+
+
+def build_module(size: Size) -> CDMModule:
+    """The module with the published recipe on the networks of this size, ready for `training_step` without a `Trainer`."""
+    backbone = build_backbone(size)
+    adamw = partial(AdamW, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4, fused=True)
+    module = CDMModule(
+        backbone,
+        CDMObjective(),
+        RandomSchedule(UniformLength(1, size.longest_rollout)),
+        OptimizerRecipe(adamw, LearningRate(1e-5)),
+        OptimizerRecipe(adamw, LearningRate(5e-6)),
+        compute_dtype=size.compute_dtype,
+        gradient_checkpointing=size.gradient_checkpointing,
+    )
+    device = torch.device(size.device)
+    module.networks = Networks(backbone, size.gradient_checkpointing).to(device)
+    module.networks.place(device)
+    module.to(device)
+    backbone.setup(device)
+    if size.text is None:  # as `train` does for few prompts
+        backbone.use_text_memory(RememberedText(backbone.encode_prompts, prompts(), 10**9))
+    return module
+
+
+def attach(module: CDMModule, wrap: Callable[[Optimizer], Any] = Bare, optimizers: Sequence[Optimizer] = ()) -> None:
+    """Put a stand-in for a `Trainer` under the module that does what Lightning's strategy does, and nothing else."""
+    wrapped = [wrap(optimizer) for optimizer in optimizers or module.configure_optimizers()]
+    strategy = SimpleNamespace(
+        backward=lambda loss, optimizer, *args, **kwargs: loss.backward(*args, **kwargs),
+        _lightning_optimizers=wrapped,
+    )
+    module._trainer = SimpleNamespace(strategy=strategy, log_every_n_steps=10**9, world_size=1, global_rank=0)
+
+
+def batch(number: int, size: int) -> PromptBatch:
+    """Batch `number` of `size` bundled captions."""
+    texts = prompts()
+    chosen = [texts[(number * size + slot) % len(texts)] for slot in range(size)]
+    return PromptBatch(chosen, torch.arange(size))
+
+
+@cache
+def prompts() -> list[str]:
+    """Some bundled captions."""
+    file = PromptFile(asset_path("prompts/shapes_train.txt"))
+    return list(dict.fromkeys(file[number] for number in range(4 * PROMPTS)))[:PROMPTS]

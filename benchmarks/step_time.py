@@ -1,0 +1,123 @@
+"""`python -m benchmarks.step_time --size small`: an iteration against the authors' order of work, and the frame's cost.
+
+Both orders train the same networks in one process, in turn, on the same random numbers; a check of losses and gradients comes
+first. Results go to benchmarks/results/ with date, hardware, commit and command. benchmarks/README.md says what they mean.
+"""
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from benchmarks.sizes import SIZES, Size
+
+PHASES = ("text", "rollout", "fake_score", "student")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's arguments; what is not given is as in `benchmarks/sizes.py`."""
+    made = argparse.ArgumentParser(
+        prog="python -m benchmarks.step_time", description="Step times against the authors' order."
+    )
+    made.add_argument("--size", choices=SIZES, default="tiny", help="which networks (default: tiny)")
+    made.add_argument("--batch", type=int, metavar="B", help="samples an iteration")
+    made.add_argument("--side", type=int, metavar="N", help="latents along one side: 128 is 1024 pixels")
+    made.add_argument("--cycles", type=int, metavar="N", help="cycles of two iterations of each order")
+    made.add_argument("--longest-rollout", type=int, metavar="K", help="rollouts have 1 to K steps")
+    made.add_argument("--precision", choices=["float32", "bfloat16"], help="what networks compute in")
+    made.add_argument("--device", metavar="NAME", help="cpu or cuda")
+    made.add_argument("--threads", type=int, metavar="N", help="of torch on the CPU")
+    made.add_argument(
+        "--frame", type=int, default=0, metavar="N", help="also compare N iterations of Trainer.fit, tiny"
+    )
+    made.add_argument("--name", metavar="NAME", help="of the result files (default: step_time_SIZE)")
+    return made
+
+
+def chosen_size(options: argparse.Namespace) -> Size:
+    """The size with what the command line changes in it."""
+    given = {
+        "batch": options.batch,
+        "side": options.side,
+        "cycles": options.cycles,
+        "longest_rollout": options.longest_rollout,
+        "compute_dtype": options.precision,
+        "device": options.device,
+    }
+    return replace(SIZES[options.size], **{name: value for name, value in given.items() if value is not None})
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Check, time, measure memory, write the results; the result as written."""
+    import torch
+
+    from benchmarks.comparison import Comparison
+    from benchmarks.frame import frame_cost
+    from benchmarks.machine import command_of, facts, write_results
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    size = chosen_size(options)
+    where = facts(size.device, command_of("benchmarks.step_time"))
+    comparison = Comparison(size)
+    result = {"facts": where, "size": asdict(size), "check": comparison.check()}
+    result |= comparison.measure()
+    tables = {"Against the authors' order of work": main_rows(result), "Seconds an iteration": phase_rows(result)}
+    if options.frame:
+        result["frame"] = frame_cost(options.frame)
+        tables["Cost of the frame"] = [{name: f"{value:.4g}" for name, value in result["frame"].items()}]
+    write_results(options.name or f"step_time_{options.size}", f"Step time: {options.size}", result, tables)
+    return result
+
+
+def main_rows(result: dict[str, Any]) -> list[dict[str, str]]:
+    """One row an order, and one of ratios."""
+    rows = []
+    for order in ("authors", "ours"):
+        one = result[order]
+        rows.append(
+            {
+                "order": order,
+                "samples/s": f"{one['samples_per_second']:.3g}",
+                "iteration, s": spread(one["seconds"]),
+                "peak memory, GB": f"{one['peak_bytes'] / 1e9:.3g}",
+                "network calls a sample": f"{one['calls_per_sample']:.3g}",
+                "model TFLOP/s": f"{one['flops_per_second'] / 1e12:.3g}",
+                "of the ceiling": f"{one['flops_per_second'] / result['ceiling']:.0%}",
+            }
+        )
+    rows.append(
+        {
+            "order": "ours / authors",
+            "samples/s": f"{result['speed_ratio']:.3g}",
+            "iteration, s": "ratio " + spread(result["ratios"]),
+            "peak memory, GB": f"{result['memory_ratio']:.3g}",
+            "network calls a sample": f"{result['ours']['calls_per_sample'] / result['authors']['calls_per_sample']:.3g}",
+            "model TFLOP/s": "",
+            "of the ceiling": "",
+        }
+    )
+    return rows
+
+
+def phase_rows(result: dict[str, Any]) -> list[dict[str, str]]:
+    """Mean seconds of each phase by order."""
+    return [
+        {"order": order, **{phase: f"{result[order]['phases'].get(phase, 0.0):.4g}" for phase in PHASES}}
+        for order in ("authors", "ours")
+    ]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median and range."""
+    return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    run(parser().parse_args(arguments))
+
+
+if __name__ == "__main__":
+    main()

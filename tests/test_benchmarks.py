@@ -1,0 +1,81 @@
+"""The step-time benchmark: the authors' order computes what ours does, costs are counted rightly, results are written."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import machine, step_time
+from benchmarks.comparison import Comparison
+from benchmarks.sizes import SIZES, Size
+
+
+@pytest.fixture(scope="module")
+def comparison() -> Comparison:
+    return Comparison(Size(batch=3, cycles=1, longest_rollout=4))
+
+
+def test_the_authors_order_gives_the_same_losses_and_gradients(comparison):
+    before = [parameter.clone() for parameter in comparison.module.networks.parameters()]
+    differences = comparison.check()
+    assert set(differences) == {f"{name}_{what}" for name in ("student", "fake_score") for what in ("loss", "gradient")}
+    assert max(differences.values()) < 1e-4
+    assert all(map(torch.equal, before, comparison.module.networks.parameters()))
+
+
+def test_an_order_that_computes_something_else_is_refused(comparison, monkeypatch):
+    real = comparison.authors._student_loss
+    monkeypatch.setattr(comparison.authors, "_student_loss", lambda *arguments: 1.01 * real(*arguments))
+    with pytest.raises(RuntimeError, match="do not compute the same"):
+        comparison.check()
+
+
+def test_costs_are_counted_as_the_mathematics_says(comparison):
+    comparison.calls = 0
+    comparison.run("authors", 1)
+    steps = (
+        comparison.module.schedule.sample(torch_rng(comparison, 1), comparison.module.backbone.shift_steps).shape[1] - 1
+    )
+    assert comparison.calls == 3 * (steps + 3 + 3 * 3 + 6)  # rollout, fake score, three student passes, six scores
+    comparison.calls = 0
+    comparison.run("ours", 1)
+    assert comparison.calls <= 3 * (steps + 3 + 2 * 3 + 6)
+    assert comparison.forward_flops() > 1e7
+
+
+def torch_rng(comparison, iteration):
+    from cdm_lightning.core.rng import StepRandom
+
+    return StepRandom(comparison.module.seed, iteration, range(3), "cpu")
+
+
+def test_peak_memory_is_that_of_live_tensors():
+    def work() -> None:
+        kept = torch.zeros(1000, 250)
+        for _ in range(3):
+            _ = torch.zeros(2000, 250)
+        del kept
+
+    assert machine.peak_bytes(work, "cpu") == pytest.approx(5 * 10**6, rel=0.5)
+
+
+def test_the_command_writes_its_tables(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(machine, "RESULTS", tmp_path)
+    step_time.main(["--size", "tiny", "--batch", "2", "--cycles", "2", "--longest-rollout", "3", "--frame", "2"])
+    result = json.loads((tmp_path / "step_time_tiny.json").read_text())
+    assert result["ours"]["samples_per_second"] > 0
+    assert result["ours"]["calls_per_sample"] < result["authors"]["calls_per_sample"]
+    assert 0 < result["memory_ratio"] < 1.2
+    assert result["frame"]["bare_seconds"] > 0
+    assert len(result["ratios"]) == 2
+    text = (tmp_path / "step_time_tiny.md").read_text()
+    assert "| ours / authors |" in text
+    assert text.strip() in capsys.readouterr().out
+
+
+def test_the_published_size_has_two_billion_weights():
+    from diffusers import SD3Transformer2DModel
+
+    with torch.device("meta"):
+        network = SD3Transformer2DModel(**SIZES["sd3_medium"].network)
+    assert sum(parameter.numel() for parameter in network.parameters()) == pytest.approx(2.03e9, rel=0.01)
