@@ -141,7 +141,8 @@ def test_a_signal_to_one_or_all_stops_all(started, layouts, tmp_path, layout, nu
 
 def test_a_rank_that_dies_does_not_leave_the_other_waiting(started, layouts, tmp_path):
     run = started("fsdp2", "trainer.max_steps=2000", "checkpoint.every=5").wait_for_training()
-    run.processes[0].join(1)
+    while not checkpoints_in(tmp_path / "run/checkpoints"):
+        run.processes[0].join(0.05)
     run.kill(signal.SIGKILL, 1)
     codes = run.wait(60)
     assert codes[1] == -signal.SIGKILL
