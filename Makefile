@@ -9,7 +9,7 @@ DEMO_ARGS ?=
 export MALLOC_MMAP_THRESHOLD_ := 4294967295
 export MALLOC_TRIM_THRESHOLD_ := 4294967295
 
-.PHONY: help setup demo test test-slow lint lock clean
+.PHONY: help setup demo test test-slow soak lint lock clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,6 +32,9 @@ test: setup  ## run all tests that a 2-core CPU can (under 15 minutes)
 
 test-slow: setup  ## run the tests that take minutes each
 	$(BIN)/python -m pytest -m slow
+
+soak: setup  ## kill runs at random moments and count what is lost (SOAK_SEED=n for other moments)
+	$(BIN)/python -m pytest -m slow tests/test_faults.py tests/test_resume_spread.py
 
 lint: setup  ## check the style
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ import torch
 
 from cdm_lightning.backbones.base import Backbone
 from cdm_lightning.backbones.pipeline_folder import hash_part
-from cdm_lightning.checkpoint import network_weights, read_checkpoint
+from cdm_lightning.checkpoint.stored import read_checkpoint
 from cdm_lightning.config import asset_path, build, compose
 from cdm_lightning.ladder import STEPS, LadderEvaluation, LadderResult, LadderRow
 from cdm_lightning.report import markdown_table, save_report
@@ -92,7 +92,7 @@ def measure_student(seeds: list[int], extra: list[str]) -> None:
         ladder, backbone = evaluation(extra, names)
         backbone.setup(torch.device("cpu"))
         student = backbone.build_network()
-        student.load_state_dict(network_weights(read_checkpoint(run.checkpoint), "student_ema"))
+        student.load_state_dict(read_checkpoint(run.checkpoint).network_weights("student_ema"))
         networks = {"student": student.eval(), "teacher": backbone.build_teacher().eval()}
         result = ladder.run(backbone, networks, known=known)
         known = {names[0]: result.measured[names[0]]}  # the teacher is the same for all seeds

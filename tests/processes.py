@@ -40,7 +40,7 @@ def together(
     processes: int, task: Callable[..., None], arguments: tuple[Any, ...] = (), time_limit: float = TIME_LIMIT
 ) -> None:
     """Call `task(*arguments)` in that many processes that torch.distributed can connect."""
-    port, reports = _free_port(), FORKS.SimpleQueue()
+    port, reports = free_port(), FORKS.SimpleQueue()
     started = [
         FORKS.Process(target=_rank, args=(rank, processes, port, time_limit, reports, task, arguments), daemon=True)
         for rank in range(processes)
@@ -88,7 +88,7 @@ def _train(overrides: list[str], prepare: Callable[[], None] | None) -> None:
     entry.train(compose(overrides))
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]

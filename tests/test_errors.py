@@ -2,13 +2,13 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from cdm_lightning.backbones.toy2d import Toy2DBackbone
-from cdm_lightning.checkpoint import read_checkpoint
+from cdm_lightning.checkpoint.stored import read_checkpoint
 from cdm_lightning.errors import UserError
 from cdm_lightning.parallel import device_count, single_process
 from cdm_lightning.train import main
@@ -103,19 +103,31 @@ def test_a_run_folder_of_another_backbone(refused, toy_run, tmp_path):
 
 def test_a_truncated_checkpoint(refused, toy_run):
     checkpoint = toy_run("trainer.max_steps=2", folder="other").checkpoint
-    checkpoint.write_bytes(checkpoint.read_bytes()[:-5000])
-    assert "iteration_0000002.ckpt: truncated, or no checkpoint at all" in refused(f"resume={checkpoint}")
-    assert "no.ckpt: no such checkpoint file" in refused("resume=no.ckpt")
+    shard = next(checkpoint.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-500])
+    assert f"iteration_0000002: {shard.name} is truncated" in refused(f"resume={checkpoint}")
+    assert "no_such: no such checkpoint" in refused("resume=no_such")
+
+
+def test_checkpoints_of_older_versions(refused, toy_run, tmp_path):
+    checkpoint = toy_run("trainer.max_steps=2", folder="outputs/mine").checkpoint
+    (checkpoint.parent / "iteration_0000001.ckpt").write_bytes(b"old")
+    assert "iteration_0000001.ckpt was written by an older version and cannot be read" in refused()
+    assert "of an older version, or of another program" in refused(
+        f"resume={checkpoint.parent / 'iteration_0000001.ckpt'}", "run_name=new"
+    )
 
 
 def test_foreign_checkpoints(tmp_path):
-    torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
-    torch.save({"code": Path("x")}, tmp_path / "pickled.ckpt")
-    (tmp_path / "text.ckpt").write_text("hello")
-    unreadable = "no checkpoint at all"
-    for name, message in (("foreign", "not a checkpoint of"), ("pickled", unreadable), ("text", unreadable)):
+    torch.save({"state_dict": {}}, tmp_path / "foreign.pt")
+    (tmp_path / "text.safetensors").write_text("hello")
+    save_file({"weight": torch.zeros(2)}, tmp_path / "weights.safetensors")
+    (tmp_path / "empty").mkdir()
+    foreign = {"foreign.pt": "no checkpoint of", "text.safetensors": "no checkpoint of"}
+    foreign |= {"weights.safetensors": "no checkpoint of", "empty": "not a finished checkpoint"}
+    for name, message in foreign.items():
         with pytest.raises(UserError, match=message):
-            read_checkpoint(tmp_path / f"{name}.ckpt")
+            read_checkpoint(tmp_path / name)
 
 
 def test_metrics_without_their_weights(refused):
@@ -127,5 +139,5 @@ def test_metrics_without_their_weights(refused):
 def test_arguments_out_of_range(refused):
     assert "student_every must be at least 1" in refused("module.student_every=0")
     assert "a rollout has at least 1 step" in refused("schedule.length.low=0")
-    assert "every and keep must be at least 1" in refused("checkpoint.every=0")
+    assert "every, keep and max_skipped must be at least 1" in refused("checkpoint.every=0")
     assert "batch_size" in refused("data.batch_size=0")

@@ -12,6 +12,8 @@ from cdm_lightning import export
 from cdm_lightning.backbones.baked_schedule import bake
 from cdm_lightning.backbones.base import BoundField
 from cdm_lightning.backbones.sd3 import SD3Backbone
+from cdm_lightning.checkpoint.save import save_checkpoint
+from cdm_lightning.checkpoint.stored import read_checkpoint
 from cdm_lightning.core.rng import evaluation_noise
 from cdm_lightning.core.rollout import sample
 from cdm_lightning.core.schedules import inference_sigmas, uniform_sigmas
@@ -77,12 +79,9 @@ def write_run(folder: Path, pretrained: Path, ema_updates: int = 3) -> tuple[Pat
     networks = Networks(backbone)
     perturbed(networks.student, seed=2)
     perturbed(networks.student_ema, seed=3)
-    content = {
-        "state_dict": {f"networks.{name}": value for name, value in networks.state_dict().items()},
-        "cdm": {"fingerprint": backbone.fingerprint, "iteration": 10, "ema_updates": ema_updates},
-    }
-    (folder / "checkpoints").mkdir(parents=True)
-    torch.save(content, folder / "checkpoints/iteration_0000010.ckpt")
+    tensors = {f"networks.{name}": value for name, value in networks.state_dict().items()}
+    record = {"fingerprint": backbone.fingerprint, "iteration": 10, "ema_updates": ema_updates}
+    save_checkpoint(folder / "checkpoints", tensors, record, {})
     config = {
         "backbone": {
             "_target_": "cdm_lightning.backbones.sd3.SD3Backbone",
@@ -228,7 +227,7 @@ def test_no_path_of_this_machine_is_exported(exported, tiny_pipeline_folder, tmp
 def test_the_running_average_is_exported_by_default(run, tmp_path):
     folder, networks = run
     assert same_weights(export.export_checkpoint(folder, tmp_path / "ema"), networks.student_ema)
-    checkpoint = folder / "checkpoints/iteration_0000010.ckpt"
+    checkpoint = folder / "checkpoints/iteration_0000010"
     assert same_weights(export.export_checkpoint(checkpoint, tmp_path / "s", weights="student"), networks.student)
     marker = json.loads((tmp_path / "ema" / export.MARKER).read_text())
     assert marker["weights"] == "student_ema"
@@ -356,18 +355,18 @@ def test_sources_that_are_no_run(tmp_path, run):
 
 def test_truncated_checkpoint(tmp_path, tiny_pipeline_folder):
     folder, _ = write_run(tmp_path / "run", tiny_pipeline_folder)
-    checkpoint = folder / "checkpoints/iteration_0000010.ckpt"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
+    checkpoint = folder / "checkpoints/iteration_0000010"
+    shard = next(checkpoint.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:5000])
     assert "truncated" in refusal(checkpoint, tmp_path / "student")
     assert not (tmp_path / "student").exists()
 
 
 def test_checkpoint_of_another_backbone(tmp_path, tiny_pipeline_folder):
     folder, _ = write_run(tmp_path / "run", tiny_pipeline_folder)
-    checkpoint = folder / "checkpoints/iteration_0000010.ckpt"
-    content = torch.load(checkpoint, weights_only=True)
-    content["cdm"]["fingerprint"] = "toy2d-0123"
-    torch.save(content, checkpoint)
+    checkpoint = folder / "checkpoints/iteration_0000010"
+    stored = read_checkpoint(checkpoint)
+    save_checkpoint(checkpoint.parent, stored.tensors(), {**stored.record, "fingerprint": "toy2d-0123"}, {})
     assert "toy2d-0123" in refusal(checkpoint, tmp_path / "student")
 
 

@@ -14,7 +14,7 @@ import yaml
 from processes import command, environment
 
 from cdm_lightning import config as configuration
-from cdm_lightning.checkpoint import newest_checkpoint
+from cdm_lightning.checkpoint.stored import newest_checkpoint
 from cdm_lightning.errors import UserError
 from cdm_lightning.launch import forwarded_signals, is_launched, run_processes
 
@@ -123,10 +123,10 @@ def test_one_command_runs_a_sweep_of_jobs_with_two_processes_each(toy_overrides,
     jobs = sorted((tmp_path / "outputs/swept/multirun").glob("*"))
     assert len(jobs) == 2
     for seed, job in zip((1, 2), jobs):
-        assert newest_checkpoint(job / "checkpoints").stem == "iteration_0000002"
+        assert newest_checkpoint(job / "checkpoints").path.name == "iteration_0000002"
         saved = yaml.safe_load((job / "config.yaml").read_text())
         assert (saved["seed"], saved["secret_token"]) == (seed, "***")
-        assert "trainer.devices=2" in json.loads((job / "run.json").read_text())["command"]
+        assert "trainer.devices=2" in json.loads((job / "starts.jsonl").read_text())["command"]
         assert len(list((job / "logs").iterdir())) == 1
     assert list(tmp_path.iterdir()) == [tmp_path / "outputs"]
     wrong = command([*start, "run_name=wrong", "module.student_every=0"], tmp_path)

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "cdm_lightning"
 NAME = PACKAGE.name
 ENTRY_POINTS = {"train.py", "pretrain.py", "cache_text.py", "config.py", "launch.py"}
 FAMILY_BLIND = (
+    "checkpoint/",
     "core/",
     "data/",
     "lora/",
@@ -124,7 +125,7 @@ def callback_rule(path: str, name: str) -> bool:
 
 def upward_rule(path: str, name: str) -> bool:
     """The lower layers do not import the module, callbacks or entry points that are built from them."""
-    lower = path.startswith(("core/", "backbones/", "data/", "metrics/"))
+    lower = path.startswith(("checkpoint/", "core/", "backbones/", "data/", "metrics/"))
     higher = (
         "module",
         "callbacks",
@@ -162,6 +163,7 @@ def test_no_import_crosses_a_layer(rule):
         (family_rule, "module.py", "from cdm_lightning.backbones.toy2d import Toy2DBackbone"),
         (callback_rule, "callbacks/ema.py", "from . import other"),
         (upward_rule, "metrics/energy.py", "from cdm_lightning.module import CDMModule"),
+        (upward_rule, "checkpoint/callback.py", "from cdm_lightning.networks import Networks"),
     ],
 )
 def test_each_rule_can_fail(rule, path, line):

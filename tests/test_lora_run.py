@@ -16,7 +16,7 @@ from diffusers import (
 from cdm_lightning import export, sample
 from cdm_lightning.backbones.lora_file import WEIGHTS, read_lora_file, write_lora_file
 from cdm_lightning.backbones.sd3 import SD3Backbone
-from cdm_lightning.checkpoint import read_checkpoint
+from cdm_lightning.checkpoint.stored import read_checkpoint
 from cdm_lightning.config import compose
 from cdm_lightning.core.rng import evaluation_noise
 from cdm_lightning.errors import UserError
@@ -91,21 +91,18 @@ def assert_same_images(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 
 def test_a_checkpoint_holds_adapters_and_their_optimizer_states_alone(run, tiny_pipeline_folder):
-    content = read_checkpoint(run.checkpoint)
-    names = list(content["state_dict"])
-    roles = {name.split(".")[1] for name in names}
-    assert roles == {"student", "fake_score", "student_ema"}
-    assert all(name.startswith("networks.") and ".lora_" in name for name in names)
-    adapter = sum(value.numel() for name, value in content["state_dict"].items() if ".student." in name)
-    tensors = list(content["state_dict"].values())
-    for state in content["optimizer_states"]:
-        tensors += [value for moments in state["state"].values() for key, value in moments.items() if key != "step"]
-    assert sum(value.numel() for value in tensors) == (3 + 2 * 2) * adapter
-    assert run.checkpoint.stat().st_size < 4 * 7 * adapter + 600_000
-    assert content["cdm"]["fingerprint"].endswith(
+    stored = read_checkpoint(run.checkpoint)
+    weights = stored.tensors("networks.")
+    assert {name.split(".")[0] for name in weights} == {"student", "fake_score", "student_ema"}
+    assert all(".lora_" in name for name in weights)
+    adapter = sum(value.numel() for name, value in weights.items() if name.startswith("student."))
+    tensors = {name: value for name, value in stored.tensors().items() if not name.endswith(".step")}
+    assert sum(value.numel() for value in tensors.values()) == (3 + 2 * 2) * adapter
+    assert sum(file.stat().st_size for file in run.checkpoint.iterdir()) < 4 * 7 * adapter + 600_000
+    assert stored.record["fingerprint"].endswith(
         "+lora(student=4:128:attention_feed_forward, fake_score=4:128:attention_feed_forward)"
     )
-    assert content["cdm"]["ema_updates"] == 2
+    assert stored.ema_updates == 2
 
 
 def test_a_checkpoint_of_other_adapters_is_refused(run, overrides, tmp_path):
@@ -174,7 +171,7 @@ def test_mixed_modes_train_and_export(mode, overrides, tmp_path):
     adapter = mode.removeprefix("lora_")
     mixed = [f"lora={mode}", f"lora.{adapter}.rank=2", "module.fake_score_merge=0"]
     result = train(compose([f"output_dir={tmp_path / 'run'}", *overrides, *mixed]))
-    names = list(read_checkpoint(result.checkpoint)["state_dict"])
+    names = list(read_checkpoint(result.checkpoint).sizes)
     for role in ("student", "fake_score", "student_ema"):
         is_adapter = all(".lora_" in name for name in names if name.startswith(f"networks.{role}."))
         assert is_adapter == (role.removesuffix("_ema") == adapter)
@@ -234,8 +231,10 @@ def test_the_recipe_of_24_gb_runs_on_a_tiny_folder(tiny_pipeline_folder, prompt_
     result = train(
         compose(["experiment=sd3_cdm_lora", *paths, f"data.val.path={prompt_file}", *sizes, "callbacks=ema"])
     )
-    tensors = read_checkpoint(result.checkpoint)["state_dict"]
+    tensors = read_checkpoint(result.checkpoint).tensors("networks.")
     assert all(".lora_" in name and value.dtype == torch.float32 for name, value in tensors.items())
-    assert any(value.any() for name, value in tensors.items() if ".student.transformer" in name and ".lora_B." in name)
+    assert any(
+        value.any() for name, value in tensors.items() if name.startswith("student.transformer") and ".lora_B." in name
+    )
     exported = export.export_checkpoint(tmp_path, tmp_path / "student", form="lora", dtype="bfloat16")
     assert with_lora(tiny_pipeline_folder, exported).get_active_adapters()

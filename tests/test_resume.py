@@ -1,13 +1,13 @@
 """A run that is stopped and resumed equals one that is not, bit for bit, through the real entry point."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from cdm_lightning.checkpoint import checkpoints_in, network_weights, newest_checkpoint, read_checkpoint
+from cdm_lightning.checkpoint.folder import checkpoints_in
+from cdm_lightning.checkpoint.stored import read_checkpoint
 from cdm_lightning.config import compose
 from cdm_lightning.errors import UserError
 from cdm_lightning.module import CDMModule
@@ -33,27 +33,14 @@ ROLES = (  # all weights, two adapters on one base, an adapter beside a whole ne
 )
 
 
-def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value of nested containers with its place."""
-    if isinstance(node, dict):
-        node = list(node.items())
-    elif isinstance(node, (list, tuple)):
-        node = list(enumerate(node))
-    else:
-        yield path, node
-        return
-    for key, child in node:
-        yield from leaves(child, f"{path}/{key}")
-
-
 def assert_equal_states(a: Path, b: Path) -> None:
     """Weights of all networks, both optimizers and all counters of two checkpoints are equal bit for bit."""
-    for part in ("state_dict", "optimizer_states", "cdm", "global_step"):
-        left, right = (dict(leaves(read_checkpoint(path)[part], part)) for path in (a, b))
-        assert left.keys() == right.keys()
-        for name, value in left.items():
-            same = torch.equal(value, right[name]) if isinstance(value, torch.Tensor) else value == right[name]
-            assert same, name
+    left, right = (read_checkpoint(path) for path in (a, b))
+    assert left.record == right.record
+    tensors, others = left.tensors(), right.tensors()
+    assert tensors.keys() == others.keys()
+    for name, value in tensors.items():
+        assert torch.equal(value, others[name]), name
 
 
 @pytest.fixture
@@ -89,12 +76,14 @@ def test_ten_iterations_equal_five_and_five(toy_run, seen, workers):
         return toy_run(f"data.num_workers={workers}", *overrides, folder=folder)
 
     assert_resume_is_exact(run, seen)
-    content = read_checkpoint(toy_run("trainer.max_steps=10", folder="straight").checkpoint)
-    assert content["cdm"]["ema_updates"] == 5
+    stored = read_checkpoint(toy_run("trainer.max_steps=10", folder="straight").checkpoint)
+    assert stored.ema_updates == 5
     for name in ("student", "fake_score", "student_ema"):
-        assert network_weights(content, name)
-    steps = [state["step"].item() for optimizer in content["optimizer_states"] for state in optimizer["state"].values()]
-    assert set(steps) == {10.0, 5.0}  # Adam's own count: fake score, student
+        assert stored.network_weights(name)
+    for name, steps in (("student", 5.0), ("fake_score", 10.0)):  # Adam's own count
+        counts = {key: value for key, value in stored.tensors(f"optimizers.{name}.").items() if key.endswith(".step")}
+        assert counts
+        assert {count.item() for count in counts.values()} == {steps}
 
 
 @pytest.mark.parametrize("roles", ROLES, ids=lambda roles: roles[0])
@@ -172,21 +161,10 @@ def test_a_checkpoint_given_by_path_is_taken(toy_run, tmp_path):
 def test_old_checkpoints_are_dropped(toy_run):
     result = toy_run("checkpoint.every=2", "checkpoint.keep=2")
     kept = checkpoints_in(result.folder / "checkpoints")
-    assert [path.name for path in kept] == ["iteration_0000008.ckpt", "iteration_0000010.ckpt"]
+    assert [path.name for path in kept] == ["iteration_0000008", "iteration_0000010"]
     everything = toy_run("checkpoint.every=2", "checkpoint.keep=null", folder="all")
     assert len(checkpoints_in(everything.folder / "checkpoints")) == 5
-    assert list((result.folder / "checkpoints").glob("*.tmp")) == []
-
-
-def test_an_unreadable_newest_checkpoint_is_passed_over(toy_run):
-    result = toy_run("checkpoint.every=5")
-    older, newest = checkpoints_in(result.folder / "checkpoints")
-    newest.write_bytes(newest.read_bytes()[:-1000])
-    with pytest.warns(UserWarning, match="passed over: .*iteration_0000010.ckpt: truncated"):
-        assert newest_checkpoint(newest.parent) == older
-    older.write_bytes(b"")
-    with pytest.warns(UserWarning, match="passed over"), pytest.raises(UserError, match="none of its 2 checkpoints"):
-        newest_checkpoint(newest.parent)
+    assert sorted(path.name for path in (result.folder / "checkpoints").iterdir()) == [path.name for path in kept]
 
 
 def test_another_configuration_is_refused_but_a_longer_run_is_not(toy_run):

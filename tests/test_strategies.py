@@ -8,7 +8,7 @@ import pytest
 import torch
 from processes import train_together
 
-from cdm_lightning.checkpoint import newest_checkpoint, read_checkpoint
+from cdm_lightning.checkpoint.stored import newest_checkpoint
 from cdm_lightning.config import build, compose
 from cdm_lightning.errors import UserError
 from cdm_lightning.train import TrainResult, train
@@ -58,7 +58,7 @@ def shared(overrides: list[str], folder: Path, strategy: str, *more: str, proces
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return read_checkpoint(newest_checkpoint(folder / "checkpoints"))["state_dict"]
+    return newest_checkpoint(folder / "checkpoints").tensors("networks.")
 
 
 def furthest(a: Path, b: Path) -> float:

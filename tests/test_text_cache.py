@@ -16,7 +16,7 @@ from cdm_lightning.backbones.pipeline_folder import hash_part
 from cdm_lightning.backbones.sd3 import SD3Backbone
 from cdm_lightning.backbones.toy2d import Toy2DBackbone
 from cdm_lightning.cache_text import cache_text, fill_cache, main
-from cdm_lightning.checkpoint import read_checkpoint
+from cdm_lightning.checkpoint.stored import read_checkpoint
 from cdm_lightning.config import compose
 from cdm_lightning.data import text_shards
 from cdm_lightning.data.prompts import PromptList
@@ -303,7 +303,7 @@ def test_a_cached_run_equals_an_uncached_one_and_loads_no_text_encoder(arguments
     def run(folder: str, *overrides: str) -> dict:
         result = train(compose([*arguments, f"output_dir={tmp_path / folder}", *overrides]))
         assert result.iteration == 4
-        return read_checkpoint(result.checkpoint)["state_dict"]
+        return read_checkpoint(result.checkpoint).tensors()
 
     cache = [f"text_cache.folder={tmp_path / 'cache'}", "text_cache.dtype=float32"]
     plain = run("plain")

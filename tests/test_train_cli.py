@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import yaml
 
-from cdm_lightning.checkpoint import read_checkpoint
+from cdm_lightning import export
+from cdm_lightning.checkpoint.stored import read_checkpoint
 from cdm_lightning.config import compose
 from cdm_lightning.train import main, train
 
@@ -39,11 +41,20 @@ def test_a_run_leaves_its_configuration_command_and_checkpoint(cli):
     assert config["seed"] == config["module"]["seed"] == config["data"]["seed"] == 5
     assert config["output_dir"] == str(folder)
     assert config["backbone"]["_target_"] == "cdm_lightning.backbones.toy2d.Toy2DBackbone"
-    run = json.loads((folder / "run.json").read_text())
-    assert run["command"][0] == "train"
-    assert "seed=5" in run["command"]
-    assert read_checkpoint(folder / "checkpoints/iteration_0000002.ckpt")["cdm"]["iteration"] == 2
-    assert {path.name for path in folder.iterdir()} == {"config.yaml", "run.json", "checkpoints", "logs"}
+    start = json.loads((folder / "starts.jsonl").read_text())
+    assert start["command"][0] == "train"
+    assert "seed=5" in start["command"]
+    assert start["config"] == config
+    assert start["packages"]["torch"] == version("torch")
+    assert start["hardware"]["cores"] == os.cpu_count()
+    assert start["commit"].removesuffix("-dirty") == head_of_this_checkout()
+    assert read_checkpoint(folder / "checkpoints/iteration_0000002").iteration == 2
+    assert {path.name for path in folder.iterdir()} == {"config.yaml", "starts.jsonl", "checkpoints", "logs"}
+
+
+def head_of_this_checkout() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def test_no_environment_and_no_token_is_written(cli, monkeypatch):
@@ -54,10 +65,45 @@ def test_no_environment_and_no_token_is_written(cli, monkeypatch):
     assert os.environ["USER" if "USER" in os.environ else "PATH"] not in written
 
 
+def test_planted_secrets_are_in_no_output(cli, monkeypatch, tmp_path, capfd):
+    secrets = {
+        "HF_TOKEN": "hf_abcdefghijklmnopqrstuvwx",
+        "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
+        "MY_PASSWORD": "correct-horse",
+    }
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    planted = [
+        f"+hub_token={secrets['HF_TOKEN']}",  # under a key that says what it is
+        "+note=${oc.env:MY_PASSWORD}",  # the value of such a variable under another key
+        "+mirror=https://me:secret-in-an-address@example.org/models",
+        "+text=ghp_abcdefghij0123456789",  # what looks like a token
+        "+account.api_key=1234567890",
+    ]
+    folder = cli(["run_name=planted", *planted]) / "outputs/planted"
+    cli(["run_name=planted", *planted, "trainer.max_steps=3"])
+    weights = {"nfe": 4, "weights": "student", "iteration": 3, "dtype": "float32"}
+    (tmp_path / "card.md").write_text(export.model_card("student", weights, folder))
+    export.export_checkpoint(folder, tmp_path / "all.safetensors", form="checkpoint")
+    said = capfd.readouterr()
+    outputs = {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    outputs |= {"stdout": said.out.encode(), "stderr": said.err.encode()}
+    assert len(outputs) > 10
+    hidden = [*secrets.values(), "secret-in-an-address", "ghp_abcdefghij0123456789", "1234567890"]
+    found = [(name, text) for name, content in outputs.items() for text in hidden if text.encode() in content]
+    assert found == []
+    assert b"hub_token: '***'" in outputs[str(folder / "config.yaml")]
+    with pytest.raises(SystemExit):
+        cli(["run_name=planted", f"data.batch_size={secrets['HF_TOKEN']}"])
+    assert secrets["HF_TOKEN"] not in capfd.readouterr().err
+
+
 def test_the_same_command_again_resumes(cli):
     folder = cli(["run_name=again"]) / "outputs/again"
     cli(["run_name=again", "trainer.max_steps=4"])
-    assert read_checkpoint(folder / "checkpoints/iteration_0000004.ckpt")["cdm"]["iteration"] == 4
+    assert read_checkpoint(folder / "checkpoints/iteration_0000004").iteration == 4
+    starts = [json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines()]
+    assert ["trainer.max_steps=4" in start["command"] for start in starts] == [False, True]
     assert len(list((folder / "logs").iterdir())) == 2
 
 
@@ -67,7 +113,7 @@ def test_a_sweep_gives_each_job_its_folder(cli):
     assert len(jobs) == 3
     lengths = {yaml.safe_load(job.read_text())["schedule"]["length"]["_target_"].rpartition(".")[2] for job in jobs}
     assert lengths == {"UniformLength", "GeometricLength", "FixedLength"}
-    assert all((job.parent / "checkpoints/iteration_0000002.ckpt").is_file() for job in jobs)
+    assert all((job.parent / "checkpoints/iteration_0000002/COMPLETE.json").is_file() for job in jobs)
 
 
 def test_fields_of_a_nested_group_are_swept(cli):

@@ -20,13 +20,15 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cdm_lightning.errors import UserError
+from cdm_lightning.errors import Preempted, UserError
 
 PACKAGE = Path(__file__).parent
 SIMPLE = (int, float, bool, NoneType)
 OTHERS_WAIT = 5.0  # seconds that all processes but the first wait before they speak of a mistake
 LONGEST_NAME = 120  # of a sweep job's folder, well below what file systems take
 SECRET_KEY = re.compile(r"token|secret|password|api_?key|credential", re.IGNORECASE)
+ACCESS_TOKEN = re.compile(r"\b(hf|ghp|gho|glpat|sk|xox[abp])[-_][A-Za-z0-9_-]{16,}|(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
+SHORTEST_SECRET = 6  # characters; shorter ones are switches and counts
 WRONG_ARGUMENTS = re.compile(r"unexpected keyword argument|required (positional|keyword-only) argument|multiple values")
 
 
@@ -127,7 +129,7 @@ def _annotations(target: Any) -> dict[str, Any]:
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
-    """The configuration as plain containers, resolved; texts under keys like `token` or `api_key` are masked."""
+    """The configuration as plain containers, resolved; secrets are masked: see `masked_text`, and all under such keys."""
     return _masked(OmegaConf.to_container(config, resolve=True))
 
 
@@ -136,17 +138,34 @@ def _masked(node: Any, key: str = "") -> Any:
         return {name: _masked(child, str(name)) for name, child in node.items()}
     if isinstance(node, list):
         return [_masked(child, key) for child in node]
-    return "***" if isinstance(node, str) and SECRET_KEY.search(key) else node
+    is_number = isinstance(node, (int, float)) and len(str(node)) >= SHORTEST_SECRET  # a token may be all digits
+    if SECRET_KEY.search(key) and (isinstance(node, str) or is_number):
+        return "***"
+    return masked_text(node) if isinstance(node, str) else node
 
 
 def masked_command(arguments: Sequence[str]) -> list[str]:
-    """Command-line arguments with the values of keys like `token` or `api_key` masked."""
+    """Command-line arguments, secrets masked: see `masked_text`, and the values of keys like `token` or `api_key`."""
     pairs = [argument.partition("=") for argument in arguments]
-    return [f"{key}=***" if sign and SECRET_KEY.search(key) else key + sign + value for key, sign, value in pairs]
+    return [
+        f"{key}=***" if sign and SECRET_KEY.search(key) else masked_text(key + sign + value)
+        for key, sign, value in pairs
+    ]
+
+
+def masked_text(text: str) -> str:
+    """`text` without what looks like an access token, and without the values of environment variables named like one."""
+    for name, value in os.environ.items():
+        if SECRET_KEY.search(name) and len(value) >= SHORTEST_SECRET:
+            text = text.replace(value, "***")
+    return ACCESS_TOKEN.sub("***", text)
 
 
 def run_cli(task: Callable[[DictConfig], object], config_name: str) -> None:
-    """Run `task` on the command line's configuration; a mistake of the user is one line on stderr and exit status 2."""
+    """Run `task` on the command line's configuration; a mistake of the user is one line on stderr and exit status 2.
+
+    A run that a signal stopped has status 75.
+    """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra prints its own several lines and exits with 1
     register_resolvers()
 
@@ -156,6 +175,8 @@ def run_cli(task: Callable[[DictConfig], object], config_name: str) -> None:
             task(config)
         except UserError as error:
             fail(error)  # from inside the job: Hydra would first print a line of its own
+        except Preempted as stop:
+            sys.exit(stop.exit_code)
 
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(job)()
@@ -180,4 +201,4 @@ def one_line(error: BaseException) -> str:
     """The text of an error in one line; Hydra's list of search paths, which is the same for all, is left out."""
     text = str(error).partition("Config search path:")[0]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return re.sub(r"([.:,]); ", r"\1 ", "; ".join(lines))
+    return masked_text(re.sub(r"([.:,]); ", r"\1 ", "; ".join(lines)))

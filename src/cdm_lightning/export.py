@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cdm_lightning.checkpoint.folder import MARKER as COMPLETE
+from cdm_lightning.checkpoint.folder import PATTERN
 from cdm_lightning.errors import UserError
 
 if TYPE_CHECKING:  # torch and the rest take seconds to import: --help and mistakes should not wait for them
@@ -28,7 +30,8 @@ MARKER = "cdm_lightning_export.json"  # stands in every folder that `export_pipe
 CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.json", "checkpoints"
 WEIGHTS = ("student_ema", "student")
 DTYPES = ("float32", "float16", "bfloat16")
-FORMS = ("pipeline", "lora")
+FORMS = ("pipeline", "lora", "weights", "checkpoint")
+FILES = ("weights", "checkpoint")  # forms that are one file
 
 
 def export_pipeline(
@@ -101,11 +104,14 @@ def export_checkpoint(
     pretrained: str | None = None,
     form: str = "pipeline",
 ) -> Path:
-    """Export the student of a checkpoint file, or of the newest checkpoint of a run folder.
+    """Export the student of a checkpoint, or of the newest one of a run folder.
 
     `weights="auto"` is the average if there is one. `pretrained` replaces the pretrained pipeline of the run's
-    configuration, which may have moved since. `form` is "pipeline" or, for a student that is a LoRA, "lora".
+    configuration, which may have moved since. `form` is "pipeline", for a student that is a LoRA "lora", or a .safetensors
+    file: "weights" of the student alone, "checkpoint" of everything, in the precision of training.
     """
+    if form in FILES:
+        return export_file(Path(source), Path(output), weights, dtype, form)
     check_output(Path(output))
     from cdm_lightning.trained import open_student
 
@@ -114,6 +120,22 @@ def export_checkpoint(
         require_adapter(found.plan.student is not None)
     return export_pipeline(
         found.backbone, found.network(), output, nfe, found.weights, found.iteration, dtype, found.run, form
+    )
+
+
+def export_file(source: Path, output: Path, weights: str, dtype: str, form: str) -> Path:
+    """The student's weights, or a whole checkpoint, as one file; the pretrained pipeline is not needed for it."""
+    import torch
+
+    from cdm_lightning.checkpoint.single_file import check_file, write_checkpoint, write_weights
+    from cdm_lightning.trained import open_checkpoint
+
+    check_file(output)
+    stored = open_checkpoint(*find_run(source))
+    if form == "checkpoint":
+        return write_checkpoint(stored, output)
+    return write_weights(
+        stored, choose_weights(weights, stored.ema_updates, stored.path), getattr(torch, dtype), output
     )
 
 
@@ -130,10 +152,11 @@ def find_run(source: Path) -> tuple[Path, Path | None]:
     """(run folder, checkpoint or None for the newest); UserError if `source` belongs to no run."""
     if not source.exists():
         raise UserError(f"{source} does not exist; pass a run folder or one of its checkpoints")
-    run, checkpoint = (source, None) if source.is_dir() else (source.absolute().parent.parent, source)
+    is_checkpoint = not source.is_dir() or (source / COMPLETE).is_file() or PATTERN.fullmatch(source.name) is not None
+    run, checkpoint = (source.absolute().parent.parent, source) if is_checkpoint else (source, None)
     if not (run / CONFIG).is_file():
         raise UserError(
-            f"{run} is no run folder: it has no {CONFIG}; pass outputs/RUN or a file in outputs/RUN/{CHECKPOINTS}"
+            f"{run} is no run folder: it has no {CONFIG}; pass outputs/RUN or a folder in outputs/RUN/{CHECKPOINTS}"
         )
     return run, checkpoint
 
@@ -198,9 +221,9 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m cdm_lightning.export", description="Student to pipeline folder or LoRA."
     )
-    made.add_argument("source", metavar="RUN", help="run folder (its newest checkpoint) or checkpoint file")
+    made.add_argument("source", metavar="RUN", help="run folder (its newest checkpoint) or a checkpoint")
     made.add_argument(
-        "--output", required=True, metavar="FOLDER", help="folder to write; an earlier export is replaced"
+        "--output", required=True, metavar="PATH", help="folder to write (an earlier export is replaced), or new file"
     )
     made.add_argument("--nfe", type=int, default=4, metavar="N", help="steps to export for (default: %(default)s)")
     made.add_argument(
@@ -208,7 +231,11 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--dtype", choices=DTYPES, default="float32", help="of the network's file (default: %(default)s)")
     made.add_argument(
-        "--form", choices=FORMS, default="pipeline", help="pipeline: a LoRA is fused in; lora: its file alone"
+        "--form",
+        choices=FORMS,
+        default="pipeline",
+        help="pipeline: a LoRA is fused in; lora: its file alone; weights: the student as a .safetensors file; "
+        "checkpoint: all of a checkpoint as a .safetensors file",
     )
     made.add_argument("--pretrained", metavar="FOLDER", help="the pretrained pipeline, if it has moved since the run")
     return made
@@ -217,11 +244,12 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; a mistake of the user is one line on stderr and exit status 2."""
     try:
-        folder = export_checkpoint(**vars(parser().parse_args(arguments)))
+        options = parser().parse_args(arguments)
+        written = export_checkpoint(**vars(options))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"exported pipeline: {folder}")
+    print(f"exported {'pipeline' if options.form not in FILES else options.form}: {written}")
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def main(arguments: Sequence[str]) -> None:
     from omegaconf import OmegaConf
 
     from cdm_lightning.config import fail, register_resolvers
-    from cdm_lightning.errors import UserError
+    from cdm_lightning.errors import Preempted, UserError
     from cdm_lightning.train import quiet_libraries, train
 
     quiet_libraries()
@@ -132,6 +132,8 @@ def main(arguments: Sequence[str]) -> None:
         train(OmegaConf.load(folder / CONFIG))
     except UserError as error:
         fail(error)
+    except Preempted as stop:
+        sys.exit(stop.exit_code)
 
 
 if __name__ == "__main__":

@@ -55,8 +55,8 @@ class CDMModule(L.LightningModule):
     iteration, slot in the global batch).
 
     `iteration` counts the finished iterations, `ema_updates` those of `networks.student_ema` (made by the callback
-    `StudentEMA`), `skipped_steps` the updates left out for a gradient that was not finite. Raises `UserError` for an
-    argument out of its range.
+    `StudentEMA`), `skipped_steps` the updates left out for a loss or gradient that was not finite, `skipped_in_a_row` those
+    since the last one that was not left out. Raises `UserError` for an argument out of its range.
     """
 
     def __init__(
@@ -102,6 +102,7 @@ class CDMModule(L.LightningModule):
         self.iteration = 0
         self.ema_updates = 0
         self.skipped_steps = {"student": 0, "fake_score": 0}
+        self.skipped_in_a_row = {"student": 0, "fake_score": 0}
         self.time_phases = False  # set by a monitor: wait for the device around each phase, so that times are true
         self.phase_seconds: dict[str, float] = {}  # in all, since the start of this process
         self._health: dict[str, Tensor] = {}
@@ -180,14 +181,16 @@ class CDMModule(L.LightningModule):
         recipe.set_learning_rate(optimizer, self.iteration)
         figures: dict[str, Tensor] = {}
         for share, one in losses:
-            self.manual_backward(one.total * share)
+            self.manual_backward(one.total * share * unless_infinite(one.total))
             terms = one.terms if len(one.terms) > 1 else {}  # a single one is the total
             for key, value in {"loss": one.total, **terms, **one.logs}.items():
                 figures[key] = figures.get(key, 0.0) + share * value.detach()
         parameters = list(getattr(self.networks, name).parameters())
         average_whole_gradients(parameters)
         norm = whole(nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm))
-        if not torch.isfinite(norm):
+        finite = bool(torch.isfinite(norm))
+        self.skipped_in_a_row[name] = 0 if finite else self.skipped_in_a_row[name] + 1
+        if not finite:
             self.skipped_steps[name] += 1
             optimizer.zero_grad(set_to_none=True)  # a step without gradients changes nothing, but Lightning counts it
         optimizer.step()
@@ -202,6 +205,12 @@ class CDMModule(L.LightningModule):
         networks = self.networks
         trained = {"fake_score": networks.fake_score, "student": networks.student}
         return [self.recipes[name].build(network.parameters()) for name, network in trained.items()]
+
+    @property
+    def optimizers_by_role(self) -> dict[str, Optimizer]:
+        """Each trained network's optimizer, itself."""
+        fake_score, student = self.trainer.optimizers
+        return {"fake_score": fake_score, "student": student}
 
     def _optimizer(self, name: str, counts: bool = False) -> Optimizer:
         """A network's optimizer: wrapped, so that Lightning counts its step, or bare."""
@@ -241,6 +250,7 @@ class CDMModule(L.LightningModule):
             "iteration": self.iteration,
             "ema_updates": self.ema_updates,
             "skipped_steps": dict(self.skipped_steps),
+            "skipped_in_a_row": dict(self.skipped_in_a_row),
         }
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
@@ -248,6 +258,7 @@ class CDMModule(L.LightningModule):
         state = checkpoint["cdm"]
         self.iteration, self.ema_updates = state["iteration"], state["ema_updates"]
         self.skipped_steps = dict(state["skipped_steps"])
+        self.skipped_in_a_row = dict(state["skipped_in_a_row"])
 
     # ---- evaluation
 
@@ -306,3 +317,8 @@ class CDMModule(L.LightningModule):
         if wait:
             torch.cuda.synchronize(self.device)
         self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def unless_infinite(loss: Tensor) -> Tensor:
+    """1, or NaN for a loss that is not finite: then so are all gradients, and all processes leave the update out."""
+    return torch.where(loss.detach().isfinite(), 1.0, float("nan"))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cdm_lightning.checkpoint.folder import MARKER as COMPLETE
 from cdm_lightning.errors import UserError
 
 if TYPE_CHECKING:  # torch and the rest take seconds to import: --help and mistakes should not wait for them
@@ -66,9 +67,10 @@ def sample_images(
 
 
 def is_run(model: str) -> bool:
-    """Whether it is a run's folder or a checkpoint file."""
+    """Whether it is a run's folder or a checkpoint."""
     path = Path(model)
-    return path.suffix == ".ckpt" or ((path / "config.yaml").is_file() and not (path / "model_index.json").exists())
+    is_checkpoint = (path / COMPLETE).is_file() or path.suffix in (".safetensors", ".ckpt")
+    return is_checkpoint or ((path / "config.yaml").is_file() and not (path / "model_index.json").exists())
 
 
 def open_run(model: str, lora: str | None) -> "Opened":

@@ -1,18 +1,15 @@
 """`python -m cdm_lightning.train experiment=...`: compose the configuration, build its objects, train.
 
-A run lives in one folder, `outputs/RUN_NAME`: `config.yaml` (as resolved), `run.json` (the command and versions),
-`checkpoints/`, and what loggers and callbacks write. The same command again resumes it.
+A run lives in one folder, `outputs/RUN_NAME`: `config.yaml` (as resolved), `starts.jsonl` (command, versions and
+hardware of each start), `checkpoints/`, and what loggers and callbacks write. The same command again resumes it.
 """
 
-import json
 import logging
-import os
-import platform
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +17,17 @@ import lightning as L
 from omegaconf import DictConfig, OmegaConf
 
 from cdm_lightning.backbones.base import Backbone
-from cdm_lightning.checkpoint import (
-    IterationCheckpoint,
-    StreamedCheckpointIO,
-    checkpoints_in,
-    newest_checkpoint,
-    read_checkpoint,
-)
-from cdm_lightning.config import build, masked_command, plain, run_cli
+from cdm_lightning.checkpoint.callback import IterationCheckpoint
+from cdm_lightning.checkpoint.folder import checkpoints_in, refuse_old_files
+from cdm_lightning.checkpoint.stored import read_checkpoint
+from cdm_lightning.config import build, plain, run_cli
 from cdm_lightning.data.datamodule import PromptDataModule
 from cdm_lightning.data.text_cache import StoredText, TextCacheSettings
 from cdm_lightning.errors import UserError
 from cdm_lightning.launch import is_launched, launch
 from cdm_lightning.parallel import device_count
+from cdm_lightning.run_record import CONFIG_FILE, record_start
 
-CONFIG_FILE = "config.yaml"
 FREE_KEYS = (
     "run_name",
     "output_dir",
@@ -45,6 +38,9 @@ FREE_KEYS = (
     "callbacks",
     "logger",
     "module.samplers",
+    "module.accumulate",  # these three change how it is computed, not what
+    "module.gradient_checkpointing",
+    "module.compile_backend",
     "data.num_workers",
     "data.val",
     "data.val_batch_size",
@@ -80,18 +76,22 @@ def train(config: DictConfig) -> TrainResult:
     L.seed_everything(config.seed, verbose=False)
     strategy, module, data = (build(config, key) for key in ("strategy", "module", "data"))
     checkpoint = build(config, "checkpoint")
-    start = find_start(config, folder, checkpoint, module.fingerprint)
+    checkpoint.begin_with = find_beginning(config, folder, checkpoint, module.fingerprint)
     callbacks = build(config, "callbacks")
     use_text_cache(build(config, "text_cache"), module.backbone, data, callbacks)
     trainer = build(config, "trainer")(
         strategy=strategy,
         callbacks=[*callbacks, checkpoint],
         logger=build(config, "logger"),
-        plugins=[StreamedCheckpointIO()],
     )
     if trainer.is_global_zero:
-        describe_run(config, folder)
-    trainer.fit(module, data, ckpt_path=start, weights_only=True)
+        record_start(plain(config), folder, trainer.world_size)
+    try:
+        trainer.fit(module, data)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(f"{str(error).splitlines()[0]} (out of memory?); the same command goes on") from error
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return TrainResult(folder, next(reversed(checkpoints_in(checkpoint.folder)), None), module.iteration, metrics)
 
@@ -117,35 +117,50 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
-def find_start(config: DictConfig, folder: Path, checkpoint: IterationCheckpoint, fingerprint: str) -> Path | None:
-    """The checkpoint to go on from, None for a fresh start; UserError if it does not belong to this configuration.
+def find_beginning(config: DictConfig, folder: Path, checkpoint: IterationCheckpoint, fingerprint: str) -> Path | None:
+    """The checkpoint of another run to begin with, if `resume` names one; UserError if nothing can come of this start.
 
-    `resume` is "auto" (the newest good one of this run, if there is one), "never" (a fresh start in a folder without
-    checkpoints) or the path of a checkpoint, whose configuration is not compared but whose backbone is.
+    `resume` is "auto" (go on from this run's newest good checkpoint, if there is one), "never" (refuse a folder with
+    checkpoints) or the path of a checkpoint, taken while the run has none of its own; its backbone must be the same,
+    its configuration need not.
     """
-    if config.resume not in ("auto", "never"):
-        path = Path(config.resume)
-        read_checkpoint(path, fingerprint)
-        return path
-    if config.resume == "never" and checkpoints_in(checkpoint.folder):
+    refuse_old_files(checkpoint.folder)
+    own = checkpoints_in(checkpoint.folder)
+    if config.resume == "never" and own:
         raise UserError(f"{folder} holds checkpoints, but resume=never; set another run_name or remove the folder")
-    path = newest_checkpoint(checkpoint.folder)
-    if path is not None:
-        read_checkpoint(path, fingerprint)
+    if own:
+        require_same_backbone(own, fingerprint)
         require_same_configuration(config, folder)
-    return path
+    if config.resume in ("auto", "never"):
+        return None
+    return read_checkpoint(Path(config.resume), fingerprint).path
+
+
+def require_same_backbone(own: Sequence[Path], fingerprint: str) -> None:
+    """UserError if the newest checkpoint that can be opened has another fingerprint."""
+    for path in reversed(own):
+        with suppress(UserError):  # damaged: said when the run looks for a good one
+            stored = read_checkpoint(path)
+            break
+    else:
+        return
+    read_checkpoint(stored.path, fingerprint)
 
 
 def require_same_configuration(config: DictConfig, folder: Path) -> None:
     """UserError if `folder` holds a run whose configuration differs in what decides its weights.
 
     Compared is everything but `FREE_KEYS` (where the run lies, how long it goes on, what is logged and evaluated).
-    `max_steps` is among them: a longer run continues a shorter one, and a decaying learning rate follows the new end
-    from there on.
+    The batch size may change if that of all processes together stays. `max_steps` is free: a longer run continues a
+    shorter one, and a decaying learning rate follows the new end from there on.
     """
     saved_file = folder / CONFIG_FILE
     saved = flatten(OmegaConf.to_container(OmegaConf.load(saved_file))) if saved_file.is_file() else {}
     now = flatten(plain(config))
+    for flat in (saved, now):  # what counts is the batch of all processes
+        if flat:
+            processes = device_count(flat["trainer.devices"]) * flat["trainer.num_nodes"]
+            flat["data.batch_size x processes"] = flat.pop("data.batch_size") * processes
     differing = sorted(key for key in saved.keys() | now.keys() if saved.get(key) != now.get(key) and not is_free(key))
     if saved and differing:
         keys = ", ".join(differing[:5])
@@ -167,21 +182,6 @@ def is_free(key: str) -> bool:
         return any(key == root or key.startswith(root + ".") for root in roots)
 
     return (under(FREE_KEYS) and not under(BOUND_KEYS)) or key.endswith(FREE_ENDINGS)
-
-
-def describe_run(config: DictConfig, folder: Path) -> None:
-    """Write the resolved configuration, and the command with the versions it ran on; nothing of the environment."""
-    packages = {name: version(name) for name in ("cdm-lightning", "torch", "lightning", "diffusers", "transformers")}
-    run = {"command": masked_command(sys.argv), "python": platform.python_version(), "packages": packages}
-    write(folder / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(plain(config))))
-    write(folder / "run.json", json.dumps(run, indent=2) + "\n")
-
-
-def write(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def quiet_libraries() -> None:

@@ -1,0 +1,238 @@
+"""When a run saves, where it goes on from, and when it stops before its end."""
+
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
+
+from cdm_lightning.checkpoint import ranks
+from cdm_lightning.checkpoint.folder import (
+    checkpoints_in,
+    iteration_of,
+    remove,
+    set_aside,
+    sweep,
+    write_synced,
+)
+from cdm_lightning.checkpoint.save import save_checkpoint
+from cdm_lightning.checkpoint.signals import StopSignals
+from cdm_lightning.checkpoint.state import plain_values_of, restore, tensors_of
+from cdm_lightning.checkpoint.stored import StoredCheckpoint, newest_checkpoint, read_checkpoint, require_good
+from cdm_lightning.errors import Preempted, UserError
+
+BEST = "best.json"
+
+
+class IterationCheckpoint(Checkpoint):
+    """Saves to `folder` every `every` iterations, at the last one and when a signal asks the run to stop.
+
+    The newest `keep` checkpoints stay (None: all), and the one with the best value of the validation metric `best`, for
+    which `best_is` says whether small or large is good. A run stops when `max_skipped` updates of a network in a row were
+    left out because their gradient was not finite (None: never). At the start it goes on from the newest good checkpoint
+    in `folder`; if there is none, from `begin_with`. A save that fails for the disk's sake does not stop the run.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        every: int = 500,
+        keep: int | None = 2,
+        best: str | None = None,
+        best_is: Literal["min", "max"] = "min",
+        max_skipped: int | None = 50,
+    ) -> None:
+        if every < 1 or (keep is not None and keep < 1) or (max_skipped is not None and max_skipped < 1):
+            raise UserError("checkpoint: every, keep and max_skipped must be at least 1")
+        if best_is not in ("min", "max"):
+            raise UserError(f"checkpoint: best_is must be min or max, got {best_is!r}")
+        self.folder, self.every, self.keep = Path(folder), every, keep
+        self.best, self.best_is, self.max_skipped = best, best_is, max_skipped
+        self.begin_with: Path | None = None  # a checkpoint of another run
+        self._start: StoredCheckpoint | None = None
+        self._signals = StopSignals()
+        self._trainer_state: dict[str, Any] = {}
+
+    # ---- the start
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Clean up after a killed run and choose the checkpoint to go on from, before any network is built."""
+        if stage == "fit":
+            if ranks.rank() == 0 and (left := sweep(self.folder)):
+                say(f"deleted what an interrupted save left: {', '.join(left)}")
+            ranks.gather(None)  # nobody looks before that is done
+            self._start = self.choose_start(pl_module.fingerprint)
+
+    def choose_start(self, fingerprint: str) -> StoredCheckpoint | None:
+        """The checkpoint to go on from, None for a fresh start; UserError if there are some but none will do."""
+        start = newest_checkpoint(self.folder, lambda path, why: say(f"passed over: {why}"))
+        if start is not None and ranks.rank() == 0:
+            for path in checkpoints_in(self.folder):
+                if iteration_of(path) > start.iteration:
+                    say(f"renamed: {set_aside(path)} (it can be deleted)")
+        if start is None and self.begin_with is not None:
+            start = require_good(read_checkpoint(self.begin_with))
+        if start is None:
+            return None
+        start = read_checkpoint(start.path, fingerprint)
+        _ = start.sizes, start.trainer_state()  # what is no checkpoint at all is refused before networks are built
+        say(f"going on from {start.path} (iteration {start.iteration})")
+        return start
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take back weights, optimizers, counters and the state of loops and callbacks."""
+        if self._start is None:
+            return
+        restore(pl_module.networks, pl_module.optimizers_by_role, self._start)
+        pl_module.on_load_checkpoint({"cdm": self._start.record})
+        state = self._start.trainer_state()
+        trainer.fit_loop.load_state_dict(state["fit_loop"])
+        for callback in trainer.callbacks:
+            if callback.state_key in state["callbacks"]:
+                callback.load_state_dict(state["callbacks"][callback.state_key])
+        self._start = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Listen to signals, in the place of Lightning."""
+        self._signals.install()
+
+    # ---- every iteration
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
+        """Save if this iteration is due; Lightning calls checkpoint callbacks last, when the state is whole."""
+        self._check_health(pl_module)
+        iteration, stop = trainer.global_step, self._signals.asked()
+        last = iteration == trainer.max_steps
+        if self.best is not None:
+            self._trainer_state = trainer_state(trainer)  # a save after validation shall be as one from here
+        if stop or last or trainer.should_stop or iteration % self.every == 0:
+            path = self._save(trainer, pl_module, trainer_state(trainer), needed=last)
+            if stop and not last:
+                saved = f"saved {path}" if path else "the last save failed, the run goes on from an older checkpoint"
+                say(f"stopped at iteration {iteration}: {saved}; the same command goes on")
+                raise Preempted(f"at iteration {iteration}")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the checkpoint of this iteration if it is the best so far."""
+        if self.best is None or trainer.sanity_checking or not self._trainer_state:
+            return
+        found = trainer.callback_metrics.get(self.best)
+        value = ranks.from_first(None if found is None else float(found))
+        if value is None:
+            known = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/")))
+            raise UserError(f"checkpoint.best={self.best}: validation gives no such metric; it gives {known or 'none'}")
+        iteration = trainer.global_step
+        if not ranks.from_first(math.isfinite(value) and self._is_better(value)):
+            return
+        saved = [iteration_of(path) for path in checkpoints_in(self.folder)]
+        if ranks.from_first(iteration in saved) or self._save(trainer, pl_module, self._trainer_state):
+            self._note_best(value, iteration)
+
+    def _is_better(self, value: float) -> bool:
+        best = self.read_best()
+        return best is None or (value < best["value"] if self.best_is == "min" else value > best["value"])
+
+    def _note_best(self, value: float, iteration: int) -> None:
+        if ranks.rank() == 0:
+            temporary = self.folder / (BEST + ".tmp")
+            write_synced(temporary, json.dumps({"metric": self.best, "value": value, "iteration": iteration}).encode())
+            temporary.rename(self.folder / BEST)
+            self._drop_old()
+
+    def read_best(self) -> dict[str, Any] | None:
+        """Metric, value and iteration of the best checkpoint so far; None if there is none, or not of this metric."""
+        try:
+            found = json.loads((self.folder / BEST).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        kept = {iteration_of(path) for path in checkpoints_in(self.folder)}
+        return found if found.get("metric") == self.best and found.get("iteration") in kept else None
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Give the signals back."""
+        self._signals.restore()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Give the signals back."""
+        self._signals.restore()
+
+    # ---- saving
+
+    def _save(
+        self, trainer: L.Trainer, module: L.LightningModule, state: dict[str, Any], needed: bool = False
+    ) -> Path | None:
+        """The new checkpoint; None if the disk did not take it, UserError if it is `needed`."""
+        record: dict[str, Any] = {}
+        module.on_save_checkpoint(record)
+        optimizers = module.optimizers_by_role
+        record = {
+            **record["cdm"],
+            "world_size": trainer.world_size,
+            "optimizers": plain_values_of(module.networks, optimizers),
+        }
+        try:
+            path = save_checkpoint(self.folder, tensors_of(module.networks, optimizers), record, state)
+        except OSError as error:
+            self._report_failure(error, record["iteration"], needed)
+            return None
+        if ranks.rank() == 0:
+            self._drop_old()
+        return path
+
+    def _report_failure(self, error: OSError, iteration: int, needed: bool) -> None:
+        older = checkpoints_in(self.folder)
+        free = shutil.disk_usage(self.folder if self.folder.exists() else Path.cwd()).free / 1e9
+        text = (
+            f"the checkpoint of iteration {iteration} could not be written to {self.folder} "
+            f"({error.strerror or error}; {free:.1f} GB are free); "
+            f"{f'{older[-1].name} is intact' if older else 'there is none before it'}"
+        )
+        if needed:
+            raise UserError(f"{text}; make room, then the same command goes on") from error
+        say(f"WARNING: {text}; the run goes on and tries again at the next one")
+
+    def _drop_old(self) -> None:
+        best = self.read_best()
+        plain = [
+            path for path in checkpoints_in(self.folder) if best is None or iteration_of(path) != best["iteration"]
+        ]
+        for old in plain[: -self.keep] if self.keep is not None else []:
+            try:
+                remove(old)
+            except OSError as error:
+                say(f"WARNING: {old} could not be deleted ({error.strerror or error})")
+
+    def _check_health(self, module: L.LightningModule) -> None:
+        """UserError after too many updates in a row that were left out; the counts are the same on all processes."""
+        for name, count in module.skipped_in_a_row.items():
+            if self.max_skipped is not None and count >= self.max_skipped:
+                good = [path for path in checkpoints_in(self.folder) if not any(skipped_in(path).values())]
+                advice = f"go on from {good[-1]} with other settings" if good else "no checkpoint is older than that"
+                raise UserError(
+                    f"the gradient of {name} was not finite {count} times in a row (checkpoint.max_skipped), "
+                    f"up to iteration {module.iteration}: {advice}"
+                )
+
+
+def trainer_state(trainer: L.Trainer) -> dict[str, Any]:
+    """What Lightning's loop and the callbacks keep."""
+    callbacks = {callback.state_key: state for callback in trainer.callbacks if (state := callback.state_dict())}
+    return {"fit_loop": trainer.fit_loop.state_dict(), "callbacks": callbacks}
+
+
+def skipped_in(path: Path) -> dict[str, int]:
+    """How many updates in a row had been left out when this checkpoint was written."""
+    try:
+        return read_checkpoint(path).record["skipped_in_a_row"]
+    except UserError:
+        return {"unreadable": 1}
+
+
+def say(text: str) -> None:
+    """A line on stderr, from the first process."""
+    if ranks.rank() == 0:
+        print(text, file=sys.stderr, flush=True)

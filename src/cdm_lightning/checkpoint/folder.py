@@ -1,0 +1,146 @@
+"""A checkpoint as a folder on disk: complete or not there at all.
+
+`checkpoints/iteration_0000500/` is written under a name with a dot in front, every file synced; `COMPLETE.json` with the
+size and the checksum of each file comes last; then the folder is renamed. Whatever kills the process or the machine in
+between leaves a folder with a dot, which the next start deletes.
+"""
+
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from cdm_lightning.errors import UserError
+
+NAME = "iteration_{:07d}"
+PATTERN = re.compile(r"iteration_(\d{7,})")
+OLD_FILE = re.compile(r"iteration_\d{7,}\.ckpt")  # what versions before folders wrote
+MARKER = "COMPLETE.json"
+SAVING, REMOVING, UNUSED = ".saving_", ".removing_", "unused_"
+CHUNK = 1 << 24  # bytes read at a time
+
+FileSums = dict[str, dict[str, int]]  # file name: {"bytes": size, "crc32": checksum}
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest iteration first, not verified; none if there is no such folder."""
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := PATTERN.fullmatch(path.name))]
+    return [path for _, path in sorted(found) if path.is_dir()]
+
+
+def iteration_of(path: Path) -> int:
+    """The iteration in a checkpoint folder's name."""
+    return int(PATTERN.fullmatch(path.name)[1])
+
+
+def refuse_old_files(folder: Path) -> None:
+    """UserError if the folder holds single-file checkpoints of an older version, which cannot be read any more."""
+    if folder.is_dir() and (old := [path.name for path in folder.iterdir() if OLD_FILE.fullmatch(path.name)]):
+        raise UserError(f"{folder}: {old[0]} was written by an older version and cannot be read; set another run_name")
+
+
+def begin(folder: Path, iteration: int) -> Path:
+    """A new empty folder to write the checkpoint of `iteration` into; OSError if it cannot be made."""
+    temporary = temporary_path(folder, iteration)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def temporary_path(folder: Path, iteration: int) -> Path:
+    """Where `begin` makes the folder."""
+    return folder / (SAVING + NAME.format(iteration))
+
+
+def commit(temporary: Path, sums: FileSums) -> Path:
+    """Mark the written folder complete, give it its name and return it; one of that name is replaced."""
+    write_synced(temporary / MARKER, json.dumps({"files": sums}, indent=1).encode())
+    sync(temporary)
+    target = temporary.with_name(temporary.name.removeprefix(SAVING))
+    if target.exists():
+        remove(target)
+    os.rename(temporary, target)
+    sync(target.parent)
+    return target
+
+
+def write_synced(path: Path, content: bytes) -> dict[str, int]:
+    """Write a file, wait until it is on the disk, and return its size and checksum."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": len(content), "crc32": zlib.crc32(content)}
+
+
+def sync(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint; its name goes first, so that no half of it is ever taken for one."""
+    doomed = path.with_name(REMOVING + path.name)
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sweep(folder: Path) -> list[str]:
+    """Delete what killed saves left behind and return the names."""
+    if not folder.is_dir():
+        return []
+    left = [path for path in folder.iterdir() if path.name.startswith((SAVING, REMOVING))]
+    for path in left:
+        shutil.rmtree(path, ignore_errors=True)
+    return sorted(path.name for path in left)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a checkpoint that the run does not go on from, so that it is neither found nor counted; the new path."""
+    target = path.with_name(UNUSED + path.name)
+    shutil.rmtree(target, ignore_errors=True)
+    os.rename(path, target)
+    return target
+
+
+def read_marker(path: Path) -> Mapping[str, dict[str, int]]:
+    """The files of a checkpoint folder with their sizes and checksums; UserError if it was never finished."""
+    try:
+        files = json.loads((path / MARKER).read_text(encoding="utf-8"))["files"]
+        return {str(name): {"bytes": int(of["bytes"]), "crc32": int(of["crc32"])} for name, of in files.items()}
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: not a finished checkpoint (it has no {MARKER})") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: {MARKER} cannot be read") from error
+
+
+def find_fault(path: Path, sums: Mapping[str, dict[str, int]], names: Iterable[str]) -> str | None:
+    """What is wrong with the first bad one of the named files of a checkpoint, in a few words; None if all are good."""
+    for name in names:
+        file = path / name
+        if "/" in name or not file.is_file():
+            return f"{name} is missing"
+        if (size := file.stat().st_size) != sums[name]["bytes"]:
+            return f"{name} is truncated: {size} of {sums[name]['bytes']} bytes"
+        if checksum(file) != sums[name]["crc32"]:
+            return f"{name} is damaged: its checksum is wrong"
+    return None
+
+
+def checksum(file: Path) -> int:
+    """CRC-32 of a file's content."""
+    found = 0
+    with file.open("rb") as stream:
+        while chunk := stream.read(CHUNK):
+            found = zlib.crc32(chunk, found)
+    return found

@@ -1,0 +1,57 @@
+"""What the processes of a run tell each other about checkpoints; with one process, nothing."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def is_spread() -> bool:
+    """Whether there is a process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """This process's place, from 0."""
+    return dist.get_rank() if is_spread() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if is_spread() else 1
+
+
+def gather(value: Any) -> list[Any]:
+    """The value of each process, for all of them."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_first(value: Any) -> Any:
+    """The first process's value, for all of them."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def any_of(flag: bool) -> bool:
+    """Whether it is true on any process; a tensor on the CPU carries it, so no graphics card is waited for."""
+    if world_size() == 1:
+        return flag
+    found: Tensor = torch.tensor(int(flag))
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found.item())
+
+
+def agree(error: OSError | None) -> None:
+    """OSError on all processes if any of them met one."""
+    texts = gather(None if error is None else str(error.strerror or error))
+    found = next((text for text in texts if text is not None), None)
+    if found is not None:
+        raise OSError(found) from error

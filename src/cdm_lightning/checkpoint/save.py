@@ -1,0 +1,56 @@
+"""Writing a checkpoint: all processes together, all of it or nothing."""
+
+import io
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cdm_lightning.checkpoint import ranks
+from cdm_lightning.checkpoint.folder import FileSums, begin, commit, temporary_path, write_synced
+from cdm_lightning.checkpoint.stored import RECORD, TRAINER
+from cdm_lightning.checkpoint.tensors import save_tensors
+
+
+def save_checkpoint(
+    folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any], trainer_state: Mapping[str, Any]
+) -> Path:
+    """Write the checkpoint of iteration `record["iteration"]` into `folder` and return its path.
+
+    Raises OSError, on all processes alike, if it cannot be written; what was there before is as it was.
+    """
+    temporary = temporary_path(folder, record["iteration"])
+    try:
+        _on_first(lambda: begin(folder, record["iteration"]))
+        sums: FileSums = {}
+        for of_rank in ranks.gather(save_tensors(tensors, temporary)):
+            sums |= of_rank
+        return Path(_on_first(lambda: _finish(temporary, sums, record, trainer_state)))
+    except OSError:
+        if ranks.rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _finish(temporary: Path, sums: FileSums, record: Mapping[str, Any], trainer_state: Mapping[str, Any]) -> str:
+    packed = io.BytesIO()
+    torch.save(dict(trainer_state), packed)
+    sums[TRAINER] = write_synced(temporary / TRAINER, packed.getvalue())
+    sums[RECORD] = write_synced(temporary / RECORD, json.dumps(record, indent=1).encode())
+    return str(commit(temporary, sums))
+
+
+def _on_first(work: Any) -> Any:
+    """What the first process's `work` returns, for all; OSError on all if it cannot."""
+    result, error = None, None
+    if ranks.rank() == 0:
+        try:
+            result = work()
+        except OSError as caught:
+            error = caught
+    ranks.agree(error)
+    return ranks.from_first(result)
