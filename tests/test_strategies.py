@@ -123,8 +123,8 @@ def test_options_of_speed_and_memory_train_alike_on_shards(toy_overrides, option
     toy = [*toy_overrides, *rates, *even, "trainer.max_steps=4"]
     size = [option for option in options if option.startswith("backbone")]
     plain = alone([*toy, *size], tmp_path / "plain").folder
-    one = alone([*options[:1], *toy, *options[1:]], tmp_path / "one").folder
-    two = shared([*options[:1], *toy, *options[1:]], tmp_path / "two", "fsdp2")
+    one = alone([*toy, *options], tmp_path / "one").folder
+    two = shared([*toy, *options], tmp_path / "two", "fsdp2")
     untrained = alone([*toy, *size, *(rate.replace("1e-3", "0") for rate in rates)], tmp_path / "untrained").folder
     moved = furthest(untrained, plain)
     assert furthest(two, one) < 0.02 * moved
