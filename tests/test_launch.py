@@ -117,8 +117,8 @@ def test_other_processes_leave_it_to_the_first_to_tell_of_a_mistake(monkeypatch,
 def test_one_command_runs_a_sweep_of_jobs_with_two_processes_each(toy_overrides, tmp_path):
     """And then refuses what its processes find wrong, in one line."""
     two = ["trainer.devices=2", "strategy=fsdp2", "trainer.accelerator=cpu", "trainer.max_steps=2", "run_name=swept"]
-    start = ["-m", "cdm_lightning.train", *toy_overrides, *two]
-    done = command([*start, "-m", "seed=1,2", "+secret_token=hidden"], tmp_path)
+    train, settings = ["-m", "cdm_lightning.train"], [*toy_overrides, *two]
+    done = command([*train, "-m", *settings, "seed=1,2", "+secret_token=hidden"], tmp_path)  # Hydra wants flags first
     assert done.returncode == 0, done.stderr
     jobs = sorted((tmp_path / "outputs/swept/multirun").glob("*"))
     assert len(jobs) == 2
@@ -129,7 +129,7 @@ def test_one_command_runs_a_sweep_of_jobs_with_two_processes_each(toy_overrides,
         assert "trainer.devices=2" in json.loads((job / "starts.jsonl").read_text())["command"]
         assert len(list((job / "logs").iterdir())) == 1
     assert list(tmp_path.iterdir()) == [tmp_path / "outputs"]
-    wrong = command([*start, "run_name=wrong", "module.student_every=0"], tmp_path)
+    wrong = command([*train, *settings, "run_name=wrong", "module.student_every=0"], tmp_path)
     assert wrong.returncode == 2
     assert len(wrong.stderr.splitlines()) == 1
     assert wrong.stderr.startswith("error: module: student_every")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cdm_lightning.errors import UserError
@@ -60,6 +60,10 @@ class OptimizerRecipe:
         return self.optimizer(parameters, lr=self.learning_rate.at(0))
 
     def set_learning_rate(self, optimizer: Optimizer, iteration: int) -> None:
-        """Give `optimizer` the rate of `iteration`."""
+        """Give `optimizer` the rate of `iteration`; one that keeps its rate in a tensor, as torchao's do, keeps the tensor."""
+        rate = self.learning_rate.at(iteration)
         for group in optimizer.param_groups:
-            group["lr"] = self.learning_rate.at(iteration)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
