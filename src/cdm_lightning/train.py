@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from cdm_lightning.backbones.base import Backbone
@@ -27,7 +28,7 @@ from cdm_lightning.checkpoint import (
     newest_checkpoint,
     read_checkpoint,
 )
-from cdm_lightning.config import build, masked_command, plain, run_cli
+from cdm_lightning.config import build, masked_command, one_line, plain, run_cli
 from cdm_lightning.data.datamodule import PromptDataModule
 from cdm_lightning.data.text_cache import StoredText, TextCacheSettings
 from cdm_lightning.errors import UserError
@@ -73,6 +74,8 @@ def train(config: DictConfig) -> TrainResult:
 
     All checks come before networks are built.
     """
+    if not isinstance(config.seed, int) or not 0 <= config.seed < 2**32:
+        raise UserError(f"seed={config.seed}: give a whole number from 0 to {2**32 - 1}")
     folder = make_folder(Path(config.output_dir))
     L.seed_everything(config.seed, verbose=False)
     strategy, module, data = (build(config, key) for key in ("strategy", "module", "data"))
@@ -83,16 +86,22 @@ def train(config: DictConfig) -> TrainResult:
     start = find_start(config, folder, checkpoint, module.fingerprint)
     callbacks = build(config, "callbacks")
     use_text_cache(build(config, "text_cache"), module.backbone, data, callbacks)
-    trainer = build(config, "trainer")(
-        strategy=strategy,
-        callbacks=[*callbacks, checkpoint],
-        logger=build(config, "logger"),
-        plugins=[StreamedCheckpointIO()],
+    trainer = make_trainer(
+        config, strategy=strategy, callbacks=[*callbacks, checkpoint], logger=build(config, "logger")
     )
     describe_run(config, folder)
     trainer.fit(module, data, ckpt_path=start, weights_only=True)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return TrainResult(folder, next(reversed(checkpoints_in(checkpoint.folder)), None), module.iteration, metrics)
+
+
+def make_trainer(config: DictConfig, **parts: Any) -> L.Trainer:
+    """Lightning's trainer with these parts; UserError for values that it refuses and devices that are not there."""
+    make = build(config, "trainer")
+    try:
+        return make(plugins=[StreamedCheckpointIO()], **parts)
+    except (MisconfigurationException, ValueError) as error:
+        raise UserError(f"trainer: {one_line(error)}") from error
 
 
 def use_text_cache(
