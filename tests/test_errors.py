@@ -136,6 +136,7 @@ def test_arguments_out_of_range(refused):
     assert "a rollout has at least 1 step" in refused("schedule.length.low=0")
     assert "every and keep must be at least 1" in refused("checkpoint.every=0")
     assert "batch_size" in refused("data.batch_size=0")
+    assert "data.num_workers=-1 must be at least 0" in refused("data.num_workers=-1")
 
 
 def test_what_lightning_refuses(refused):
@@ -144,3 +145,5 @@ def test_what_lightning_refuses(refused):
     )
     assert "error: trainer: " in refused("trainer.max_steps=-5")
     assert "error: trainer: " in refused("trainer.limit_val_batches=-1")
+    assert "trainer.log_every_n_steps=0 must be above 0" in refused("trainer.log_every_n_steps=0")
+    assert "trainer.val_check_interval=0 must be above 0" in refused("trainer.val_check_interval=0")

@@ -98,6 +98,10 @@ def train(config: DictConfig) -> TrainResult:
 def make_trainer(config: DictConfig, **parts: Any) -> L.Trainer:
     """Lightning's trainer with these parts; UserError for values that it refuses and devices that are not there."""
     make = build(config, "trainer")
+    for name in ("log_every_n_steps", "val_check_interval"):  # Lightning would divide by them
+        value = config.trainer.get(name)
+        if isinstance(value, (int, float)) and value <= 0:
+            raise UserError(f"trainer.{name}={value} must be above 0; trainer.limit_val_batches=0 turns validation off")
     try:
         return make(plugins=[StreamedCheckpointIO()], **parts)
     except (MisconfigurationException, ValueError) as error:
