@@ -44,10 +44,17 @@ def test_unknown_keys(refused):
     assert "got an unexpected keyword argument 'beta'" in refused("+optim.student.optimizer.beta=0")
 
 
+def test_a_group_that_is_null(refused):
+    assert "Config group override must be a string" in refused("resolution=null")
+
+
 def test_texts_in_the_place_of_numbers(refused):
     assert "data.batch_size=abc must be int" in refused("data.batch_size=abc")
     assert "data.val_prompts=many must be int or null" in refused("data.val_prompts=many")
     assert "student_optim.learning_rate.peak=high must be float" in refused("optim.student.learning_rate.peak=high")
+    assert "module.samplers.0.height=wide must be int or null" in refused("+module.samplers.0.height=wide")
+    for seed in ("-1", "null", "abc"):
+        assert f"seed={seed}: give a whole number from 0 to".replace("null", "None") in refused(f"seed={seed}")
     assert "module.gradient_checkpointing=maybe must be bool" in refused("module.gradient_checkpointing=maybe")
 
 
@@ -141,3 +148,14 @@ def test_arguments_out_of_range(refused):
     assert "a rollout has at least 1 step" in refused("schedule.length.low=0")
     assert "every, keep and max_skipped must be at least 1" in refused("checkpoint.every=0")
     assert "batch_size" in refused("data.batch_size=0")
+    assert "data.num_workers=-1 must be at least 0" in refused("data.num_workers=-1")
+
+
+def test_what_lightning_refuses(refused):
+    assert "error: trainer: You selected an invalid accelerator name: `accelerator='foo'`" in refused(
+        "trainer.accelerator=foo"
+    )
+    assert "error: trainer: " in refused("trainer.max_steps=-5")
+    assert "error: trainer: " in refused("trainer.limit_val_batches=-1")
+    assert "trainer.log_every_n_steps=0 must be above 0" in refused("trainer.log_every_n_steps=0")
+    assert "trainer.val_check_interval=0 must be above 0" in refused("trainer.val_check_interval=0")

@@ -8,7 +8,7 @@ import torch
 from tiny_pipelines import FAMILIES
 
 from cdm_lightning.cache_text import cache_text
-from cdm_lightning.checkpoint import read_checkpoint
+from cdm_lightning.checkpoint.stored import read_checkpoint
 from cdm_lightning.config import compose
 from cdm_lightning.core.rng import StepRandom
 from cdm_lightning.errors import UserError

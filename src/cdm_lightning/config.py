@@ -17,7 +17,7 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import hydra
 from hydra.errors import HydraException, InstantiationException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cdm_lightning.errors import Preempted, UserError
@@ -68,7 +68,7 @@ def compose(overrides: Sequence[str] = (), config_name: str = "train") -> DictCo
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
         try:
             return hydra.compose(config_name, overrides=list(overrides))
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, ValueError) as error:  # the last for a `group=null`
             raise UserError(one_line(error)) from error
 
 
@@ -107,6 +107,9 @@ def _instantiate(node: DictConfig, key: str) -> Any:
 
 def _check_numbers(node: Any, key: str) -> None:
     """Refuse a text where a constructor below `node` asks for a number or a truth value: it would fail somewhere inside."""
+    if isinstance(node, ListConfig):
+        for number, child in enumerate(node):
+            _check_numbers(child, f"{key}.{number}")
     if not isinstance(node, DictConfig):
         return
     hints = _annotations(node.get("_target_"))
@@ -179,9 +182,12 @@ def run_cli(task: Callable[[DictConfig], object], config_name: str) -> None:
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra prints its own several lines and exits with 1
     register_resolvers()
+    composed = False
 
     @wraps(task)
     def job(config: DictConfig) -> None:
+        nonlocal composed
+        composed = True
         try:
             task(config)
         except UserError as error:
@@ -192,6 +198,12 @@ def run_cli(task: Callable[[DictConfig], object], config_name: str) -> None:
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(job)()
     except (HydraException, OmegaConfBaseException, FileExistsError, NotADirectoryError, PermissionError) as error:
+        fail(error)
+    except (
+        ValueError
+    ) as error:  # Hydra's own for a `group=null`; one from inside the task is a bug, and keeps its trace
+        if composed:
+            raise
         fail(error)
 
 

@@ -96,7 +96,7 @@ class CDMModule(L.LightningModule):
         self.recipes = {"student": student_optim, "fake_score": fake_score_optim}
         self.student_every, self.fake_score_steps = student_every, fake_score_steps
         self.fake_score_merge = fake_score_merge
-        self.samplers, self.seed = list(samplers), seed
+        self.samplers, self.seed = list(samplers or ()), seed
         self.compute_dtype = COMPUTE_DTYPES[compute_dtype]
         self.gradient_checkpointing = gradient_checkpointing
         self.accumulate, self.compile_backend = accumulate, compile_backend

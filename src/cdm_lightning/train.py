@@ -19,13 +19,14 @@ if __name__ == "__main__":
     answer_questions("train")  # before the imports below, which take seconds
 
 import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from cdm_lightning.backbones.base import Backbone
 from cdm_lightning.checkpoint.callback import IterationCheckpoint
 from cdm_lightning.checkpoint.folder import checkpoints_in, refuse_old_files
 from cdm_lightning.checkpoint.stored import read_checkpoint
-from cdm_lightning.config import build, plain, run_cli
+from cdm_lightning.config import build, one_line, plain, run_cli
 from cdm_lightning.data.datamodule import PromptDataModule
 from cdm_lightning.data.text_cache import StoredText, TextCacheSettings
 from cdm_lightning.data.text_memory import RememberedText
@@ -78,6 +79,8 @@ def train(config: DictConfig) -> TrainResult:
 
     All checks come before networks are built.
     """
+    if not isinstance(config.seed, int) or not 0 <= config.seed < 2**32:
+        raise UserError(f"seed={config.seed}: give a whole number from 0 to {2**32 - 1}")
     folder = make_folder(Path(config.output_dir))
     L.seed_everything(config.seed, verbose=False)
     strategy, module, data = (build(config, key) for key in ("strategy", "module", "data"))
@@ -88,10 +91,8 @@ def train(config: DictConfig) -> TrainResult:
     checkpoint.begin_with = find_beginning(config, folder, checkpoint, module.fingerprint)
     callbacks = build(config, "callbacks")
     use_text_cache(build(config, "text_cache"), module.backbone, data, callbacks)
-    trainer = build(config, "trainer")(
-        strategy=strategy,
-        callbacks=[*callbacks, checkpoint],
-        logger=build(config, "logger"),
+    trainer = make_trainer(
+        config, strategy=strategy, callbacks=[*callbacks, checkpoint], logger=build(config, "logger")
     )
     if trainer.is_global_zero:
         record_start(plain(config), folder, trainer.world_size)
@@ -103,6 +104,19 @@ def train(config: DictConfig) -> TrainResult:
         raise UserError(f"{str(error).splitlines()[0]} (out of memory?); the same command goes on") from error
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return TrainResult(folder, next(reversed(checkpoints_in(checkpoint.folder)), None), module.iteration, metrics)
+
+
+def make_trainer(config: DictConfig, **parts: Any) -> L.Trainer:
+    """Lightning's trainer with these parts; UserError for values that it refuses and devices that are not there."""
+    make = build(config, "trainer")
+    for name in ("log_every_n_steps", "val_check_interval"):  # Lightning would divide by them
+        value = config.trainer.get(name)
+        if isinstance(value, (int, float)) and value <= 0:
+            raise UserError(f"trainer.{name}={value} must be above 0; trainer.limit_val_batches=0 turns validation off")
+    try:
+        return make(**parts)
+    except (MisconfigurationException, ValueError) as error:
+        raise UserError(f"trainer: {one_line(error)}") from error
 
 
 def use_text_cache(

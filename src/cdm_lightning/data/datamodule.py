@@ -35,6 +35,8 @@ class PromptDataModule(L.LightningDataModule):
         self.val_prompts = len(val) if val_prompts is None else min(val_prompts, len(val))
         if min(self.batch_size, self.val_batch_size, self.val_prompts) < 1:
             raise UserError("data: batch_size, val_batch_size and val_prompts must be at least 1")
+        if num_workers < 0:
+            raise UserError(f"data.num_workers={num_workers} must be at least 0; 0 reads prompts in the process itself")
 
     def prepare_data(self) -> None:
         """Say once what was left out of the sets and what is mixed."""
