@@ -52,7 +52,9 @@ def hollow(backbone: Backbone, mode: FakeTensorMode) -> FrozenParts:
 
     def load(dtype: torch.dtype) -> nn.Module:
         with mode:
-            return cast(copy.deepcopy(built), dtype)
+            network = cast(copy.deepcopy(built), dtype)
+        network.float = lambda: network  # it is asked of networks that are float32; `nn.Module.float` cannot do fake ones
+        return network
 
     backbone._load_pretrained = load
     return frozen
