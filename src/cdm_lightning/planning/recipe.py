@@ -36,7 +36,8 @@ def read_recipe(module: CDMModule, text_cached: bool) -> Recipe:
     """Trace an iteration of `module` without weights; UserError for an architecture or a schedule that is not known."""
     backbone, mode = module.backbone, FakeTensorMode()
     frozen = hollow(backbone)
-    networks = Networks(backbone, module.gradient_checkpointing, module.lora, module.seed)
+    with torch.device("meta"):  # adapters too
+        networks = Networks(backbone, module.gradient_checkpointing, module.lora, module.seed)
     roots = every_network(networks)
     to_mode([*roots, *(view.shared.network for view in roots if isinstance(view, RoleView))], mode)
     last = max(module.student_every - 1, 0)

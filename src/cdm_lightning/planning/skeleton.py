@@ -57,7 +57,7 @@ def hollow(backbone: Backbone) -> FrozenParts:
 
 
 def to_mode(roots: Iterable[nn.Module], mode: FakeTensorMode) -> None:
-    """Put blank CPU tensors of `mode` in place of all meta tensors of the networks, in place; shared ones stay shared."""
+    """Put blank CPU tensors of `mode` in place of all tensors of the networks, in place; shared ones stay shared."""
     done: dict[int, tuple[Tensor, Tensor]] = {}
 
     def blank(tensor: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def to_mode(roots: Iterable[nn.Module], mode: FakeTensorMode) -> None:
     for module in dict.fromkeys(module for root in roots for module in root.modules()):
         for holder in (module._parameters, module._buffers, module.__dict__):  # some keep tables in plain attributes
             for name, tensor in list(holder.items()):
-                if isinstance(tensor, Tensor) and tensor.is_meta and not isinstance(tensor, FakeTensor):
+                if isinstance(tensor, Tensor) and not isinstance(tensor, FakeTensor):
                     holder[name] = blank(tensor)
 
 
