@@ -1,6 +1,7 @@
 """The planner's arithmetic, exactly; its memory and FLOPs against a real training step, within 10 %."""
 
 import json
+import re
 from pathlib import Path
 
 import lightning as L
@@ -17,7 +18,6 @@ from cdm_lightning.core.lengths import (
     LogUniformLength,
     UniformLength,
 )
-from cdm_lightning.data.datamodule import PromptDataModule
 from cdm_lightning.errors import UserError
 from cdm_lightning.planning.advice import remedies
 from cdm_lightning.planning.layout import GPUs, Layout, make_layout, read_gpus
@@ -28,7 +28,6 @@ from cdm_lightning.planning.step import every_network
 from cdm_lightning.planning.work import expected_calls, hours, work_of
 
 BATCH = 6
-PROMPTS = ["a red circle"] * 12
 
 # ---- arithmetic
 
@@ -167,7 +166,7 @@ class Meter(L.Callback):
 def measure(config) -> Meter:
     module, meter = build(config, "module"), Meter()
     module.backbone.setup(torch.device("cpu"))
-    module.backbone.use_text_cache(Remembered(module.backbone.encode_prompts(PROMPTS[:1])))
+    module.backbone.use_text_cache(Remembered(module.backbone.encode_prompts(["a red circle"])))
     trainer = L.Trainer(
         accelerator="cpu",
         max_steps=4,
@@ -180,7 +179,7 @@ def measure(config) -> Meter:
         enable_model_summary=False,
         enable_checkpointing=False,
     )
-    trainer.fit(module, PromptDataModule(PROMPTS, PROMPTS, batch_size=BATCH, val_batch_size=2))
+    trainer.fit(module, build(config, "data"))
     return meter
 
 
@@ -223,6 +222,8 @@ def test_the_plan_is_within_ten_percent_of_a_real_step(
             "module.compute_dtype=float32",
             "schedule=fixed",
             "schedule.sigmas=[1.0]",
+            f"data.batch_size={BATCH}",
+            "data.num_workers=0",
             f"output_dir={tmp_path}",
             *overrides,
         ]
@@ -276,3 +277,14 @@ def test_the_plan_is_within_ten_percent_of_a_real_gpu(dtype: str, overrides: lis
         ]
     )
     assert found.planned == pytest.approx(found.measured, rel=0.1), found
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "planning.md"
+
+
+@pytest.mark.slow
+def test_the_page_shows_what_the_planner_prints() -> None:
+    blocks = re.findall(r"^    (python -m cdm_lightning\.plan .*)\n\n```text\n(.*?)\n```", PAGE.read_text(), re.M | re.S)
+    assert len(blocks) == 2
+    for command, shown in blocks:
+        assert "\n\n".join(map(str, planner.plan(command.split()[3:]))) == shown

@@ -5,15 +5,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
 from cdm_lightning.core.schedules import FixedSchedule
 from cdm_lightning.errors import UserError
+from cdm_lightning.lora.views import RoleView
 from cdm_lightning.module import CDMModule
 from cdm_lightning.networks import Networks
 from cdm_lightning.optim import OptimizerRecipe
 from cdm_lightning.planning.memory import Sizes
-from cdm_lightning.planning.skeleton import BlankMode, conditioning, hollow, text_bytes
+from cdm_lightning.planning.skeleton import conditioning, hollow, text_bytes, to_mode
 from cdm_lightning.planning.step import Step, every_network, trace_step
 from cdm_lightning.planning.work import Work, expected_calls, work_of
 
@@ -32,10 +34,12 @@ class Recipe:
 
 def read_recipe(module: CDMModule, text_cached: bool) -> Recipe:
     """Trace an iteration of `module` without weights; UserError for an architecture or a schedule that is not known."""
-    backbone, mode = module.backbone, BlankMode()
-    frozen = hollow(backbone, mode)
-    with mode, torch.device("cpu"):
+    backbone, mode = module.backbone, FakeTensorMode()
+    frozen = hollow(backbone)
+    with torch.device("meta"):  # adapters too
         networks = Networks(backbone, module.gradient_checkpointing, module.lora, module.seed)
+    roots = every_network(networks)
+    to_mode([*roots, *(view.shared.network for view in roots if isinstance(view, RoleView))], mode)
     last = max(module.student_every - 1, 0)
     step = trace_step(module, networks, mode, conditioning(backbone), last)
     text = 0 if text_cached else text_bytes(frozen, backbone.text_dtype)

@@ -3,11 +3,10 @@
 Shapes: B batch, N text tokens, D their width.
 """
 
-import copy
 import inspect
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +15,8 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors import safe_open
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from cdm_lightning.backbones.base import Backbone, Conditioning
 from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone
@@ -41,40 +40,40 @@ class FrozenParts:
     source: str
 
 
-def hollow(backbone: Backbone, mode: FakeTensorMode) -> FrozenParts:
-    """Let `backbone` build networks of `mode` in place of loaded ones; UserError if its architecture is not known here."""
+def hollow(backbone: Backbone) -> FrozenParts:
+    """Let `backbone` build networks on the meta device in place of loaded ones; UserError if its architecture is not known here."""
     if not isinstance(backbone, PipelineBackbone):
         raise UserError(f"the planner plans pipelines of diffusers; {type(backbone).__name__} is none")
     frozen = _from_folder(backbone) if Path(backbone.pretrained).expanduser().is_dir() else _from_shipped(backbone)
     backbone.teacher_lora = None  # fused into the weights: it changes no size
-    with mode, torch.device("cpu"):
-        built = backbone.transformer_class(**backbone.network_config)
+    _ = backbone.scheduler, backbone.latent_shape  # read now: inside a mode their numbers would be blank
 
     def load(dtype: torch.dtype) -> nn.Module:
-        with mode:
-            return cast(copy.deepcopy(built), dtype)
+        with torch.device("meta"):
+            return backbone.transformer_class(**backbone.network_config).to(dtype)
 
     backbone._load_pretrained = load
     return frozen
 
 
-def cast(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """`network` with its floating-point weights in `dtype`; `nn.Module.to` would want to swap tensors, which fake ones refuse."""
-    for module in network.modules():
-        for name, weight in module.named_parameters(recurse=False):
-            if weight.is_floating_point() and weight.dtype != dtype:
-                setattr(module, name, nn.Parameter(weight.detach().to(dtype)))
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_floating_point():
-                module._buffers[name] = buffer.to(dtype)
-    return network
+def to_mode(roots: Iterable[nn.Module], mode: FakeTensorMode) -> None:
+    """Put blank CPU tensors of `mode` in place of all tensors of the networks, in place; shared ones stay shared."""
+    done: dict[int, tuple[Tensor, Tensor]] = {}
 
+    def blank(tensor: Tensor) -> Tensor:
+        if id(tensor) not in done:
+            with mode:
+                new = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                if isinstance(tensor, nn.Parameter):
+                    new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+            done[id(tensor)] = (tensor, new)  # the old one is kept, so that its id is not given to another
+        return done[id(tensor)][1]
 
-class BlankMode(FakeTensorMode):
-    """A mode that is not copied along with a network: tensors of two modes do not mix."""
-
-    def __deepcopy__(self, memo: dict) -> "BlankMode":
-        return self
+    for module in dict.fromkeys(module for root in roots for module in root.modules()):
+        for holder in (module._parameters, module._buffers, module.__dict__):  # some keep tables in plain attributes
+            for name, tensor in list(holder.items()):
+                if isinstance(tensor, Tensor) and not isinstance(tensor, FakeTensor):
+                    holder[name] = blank(tensor)
 
 
 def _from_folder(backbone: PipelineBackbone) -> FrozenParts:

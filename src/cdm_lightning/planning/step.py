@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import _engine_run_backward
 from torch.utils.flop_counter import FlopCounterMode
 
 from cdm_lightning.backbones.base import BoundField, Conditioning
@@ -117,10 +118,16 @@ def _record(
     with mode, LiveBytes(known, parameters, PROBE) as live, flops, GPUAutocast():
         losses = run()
         if losses is not None:
-            torch.autograd.backward([losses.total])  # Tensor.backward would switch `GPUAutocast` off
+            _run_backward(losses.total)
     for parameter in parameters:
         parameter.grad = None
     return Phase(live.timeline, flops.get_total_flops() / PROBE)
+
+
+def _run_backward(loss: Tensor) -> None:
+    """The engine itself: `torch.autograd.backward` would switch `GPUAutocast` off, which recomputed blocks need on."""
+    seed = (torch.ones_like(loss),)
+    _engine_run_backward((loss,), seed, False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 def every_network(networks: Networks) -> tuple[nn.Module, ...]:
