@@ -3,6 +3,7 @@
 import inspect
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from tiny_pipelines import FAMILIES
 
 from cdm_lightning import config as config_module
 from cdm_lightning.config import asset_path, build, compose, conf_dir, job_folder, masked_command, plain
+from cdm_lightning.core.lengths import FixedLength
+from cdm_lightning.core.rng import StepRandom
 from cdm_lightning.errors import UserError
 from cdm_lightning.module import CDMModule
 
@@ -122,6 +125,19 @@ def test_yaml_repeats_the_published_defaults_of_the_constructors(tmp_path):
     assert (config["trainer"]["max_steps"], config["data"]["batch_size"]) == (4000, 16)
     assert config["module"]["compute_dtype"] == "bfloat16"
     assert config["module"]["gradient_checkpointing"]
+
+
+def test_longcats_sigmas_are_those_of_the_release_unless_asked_for_otherwise(tmp_path):
+    """The authors' configuration names 0.02 to 0.98; their code does not read it and runs 0.25 to 0.95."""
+    for override, low, high in (
+        ("experiment=longcat_cdm", 0.25, 0.95),
+        ("schedule=longcat_as_released", 0.25, 0.95),
+        ("schedule=longcat_as_meant", 0.02, 0.98),
+    ):
+        schedule = build(composed(tmp_path, override), "schedule")
+        rng = StepRandom(0, 1, range(400), "cpu")
+        inner = replace(schedule, length=FixedLength(20)).sample(rng, lambda sigmas: sigmas)[:, 1:-1]
+        assert low <= inner.min() < low + 0.001 < high - 0.001 < inner.max() <= high
 
 
 def test_ablations_differ_in_what_they_name(tmp_path):

@@ -6,7 +6,9 @@ from tiny_pipelines.family import TinyFamily
 FAMILIES: dict[str, TinyFamily] = {
     family.name: family
     for family in (
-        sd3.FAMILY,
+        sd3.MEDIUM,
+        sd3.MEDIUM_35,
+        sd3.LARGE_35,
         longcat.FAMILY,
         flux.DEV,
         flux.SCHNELL,
