@@ -120,12 +120,11 @@ def test_one_command_runs_a_sweep_of_jobs_with_two_processes_each(toy_overrides,
     train, settings = ["-m", "cdm_lightning.train"], [*toy_overrides, *two]
     done = command([*train, "-m", *settings, "seed=1,2", "+secret_token=hidden"], tmp_path)  # Hydra wants flags first
     assert done.returncode == 0, done.stderr
-    jobs = sorted((tmp_path / "outputs/swept/multirun").glob("*"))
-    assert len(jobs) == 2
-    for seed, job in zip((1, 2), jobs):
+    jobs = [path.parent for path in (tmp_path / "outputs/swept/multirun").glob("*/config.yaml")]
+    configs = [yaml.safe_load((job / "config.yaml").read_text()) for job in jobs]
+    assert sorted((config["seed"], config["secret_token"]) for config in configs) == [(1, "***"), (2, "***")]
+    for job in jobs:
         assert newest_checkpoint(job / "checkpoints").path.name == "iteration_0000002"
-        saved = yaml.safe_load((job / "config.yaml").read_text())
-        assert (saved["seed"], saved["secret_token"]) == (seed, "***")
         assert "trainer.devices=2" in json.loads((job / "starts.jsonl").read_text())["command"]
         assert len(list((job / "logs").iterdir())) == 1
     assert list(tmp_path.iterdir()) == [tmp_path / "outputs"]
