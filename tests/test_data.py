@@ -278,7 +278,9 @@ def test_loaders_start_after_the_finished_iterations_with_and_without_workers(pr
 
 def test_validation_uses_the_first_prompts(prompt_file):
     prompts = PromptFile(prompt_file)
-    batches = list(PromptDataModule(prompts, prompts, batch_size=4, val_batch_size=3, val_prompts=5).val_dataloader())
+    data = PromptDataModule(prompts, prompts, batch_size=4, val_batch_size=3, val_prompts=5)
+    data.trainer = SimpleNamespace(global_rank=0, world_size=1)
+    batches = list(data.val_dataloader())
     assert [batch.prompts for batch in batches] == [[prompts[i] for i in part] for part in ([0, 1, 2], [3, 4])]
     assert [batch.indices.tolist() for batch in batches] == [[0, 1, 2], [3, 4]]
 

@@ -68,10 +68,18 @@ class QwenImageBackbone(PipelineBackbone):
 
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> Conditioning:
-        """{"prompt_embeds": (B, N, D) float32, "mask": (B, N) bool}, padded to N = `max_sequence_length`."""
+        """{"prompt_embeds": (B, N, D) float32, "mask": (B, N) bool}, padded to N = `max_sequence_length`.
+
+        One prompt at a time: the pipeline pads a batch to its longest prompt, so that the last bits of one would depend on
+        the others, and cached text would not be exactly what training encodes.
+        """
+        encoded = [self._encode_one(prompt) for prompt in prompts]
+        return {name: torch.cat([one[name] for one in encoded]) for name in encoded[0]}
+
+    def _encode_one(self, prompt: str) -> Conditioning:
         length = self.max_sequence_length
-        embeds, mask = self._text_parts.encode_prompt(prompts, max_sequence_length=length)
-        if mask is None:  # no prompt of this batch is shorter than another
+        embeds, mask = self._text_parts.encode_prompt([prompt], max_sequence_length=length)
+        if mask is None:  # nothing is padding
             mask = torch.ones(embeds.shape[:2], device=embeds.device)
         padding = length - embeds.shape[1]
         return {"prompt_embeds": F.pad(embeds.float(), (0, 0, 0, padding)), "mask": F.pad(mask.bool(), (0, padding))}
