@@ -70,7 +70,9 @@ def test_one_gpu() -> None:
 def test_shards() -> None:
     layout = make_layout("fsdp2", 4, ["student_ema"])
     rest = resting(sizes(), layout)
-    assert rest["weights: student"] == 25 and rest["weights: student_ema"] == 0 and rest["optimizer states"] == 100
+    assert rest["weights: student"] == 25
+    assert rest["weights: student_ema"] == 0
+    assert rest["optimizer states"] == 100
     assert gathered(sizes(), layout) == (5 + 8) * 2 + 8 * 4
     assert phase_peaks(sizes(), layout, 1)["student"] == max(50, 80 / 4 + 5) + 58
     hybrid = make_layout("hsdp", 16)
@@ -244,7 +246,8 @@ def test_the_plan_is_within_ten_percent_of_a_real_step(
 def test_optimizers_show_what_they_keep() -> None:
     config = compose(["experiment=sd3_cdm", "output_dir=."])
     state, copies = optimizer_bytes(build(config, "module").recipes["student"])
-    assert state == pytest.approx(8, rel=1e-3) and copies == 4
+    assert state == pytest.approx(8, rel=1e-3)
+    assert copies == 4
 
 
 def test_the_command_plans_a_folder_and_writes_json(tiny_folder, tmp_path: Path, monkeypatch, capsys) -> None:
@@ -253,7 +256,8 @@ def test_the_command_plans_a_folder_and_writes_json(tiny_folder, tmp_path: Path,
     monkeypatch.setattr("sys.argv", ["plan", *arguments])
     planner.main()
     text, plans = capsys.readouterr().out, json.loads(file.read_text())
-    assert "fits" in text and [p["strategy"] for p in plans] == ["single", "fsdp2"]
+    assert "fits" in text
+    assert [p["strategy"] for p in plans] == ["single", "fsdp2"]
     for one in plans:
         assert sum(one["bytes_by_part"].values()) == pytest.approx(one["bytes"], abs=10)
         assert one["rollout_calls"] == 7.75
@@ -284,7 +288,9 @@ PAGE = Path(__file__).parents[1] / "docs" / "planning.md"
 
 @pytest.mark.slow
 def test_the_page_shows_what_the_planner_prints() -> None:
-    blocks = re.findall(r"^    (python -m cdm_lightning\.plan .*)\n\n```text\n(.*?)\n```", PAGE.read_text(), re.M | re.S)
+    blocks = re.findall(
+        r"^    (python -m cdm_lightning\.plan .*)\n\n```text\n(.*?)\n```", PAGE.read_text(), re.M | re.S
+    )
     assert len(blocks) == 2
     for command, shown in blocks:
         assert "\n\n".join(map(str, planner.plan(command.split()[3:]))) == shown

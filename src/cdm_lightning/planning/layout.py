@@ -30,7 +30,7 @@ class GPUs:
 
 
 def read_gpus(text: str, reserve: float = 0.08) -> GPUs:
-    """"8x80" -> eight cards of 80 GB; UserError for anything else."""
+    """ "8x80" -> eight cards of 80 GB; UserError for anything else."""
     match = re.fullmatch(r"(\d+)x(\d+(?:\.\d+)?)", str(text).strip())
     if not match or int(match[1]) < 1 or float(match[2]) <= 0:
         raise UserError(f"gpus={text}: write COUNTxGB, for example gpus=1x24 or gpus=8x80")

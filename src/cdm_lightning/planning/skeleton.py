@@ -120,7 +120,8 @@ def count_parameters(folder: Path) -> int:
     for file in sorted(folder.glob("*.safetensors")):
         if not TWIN.search(file.name):
             with safe_open(file, "pt") as content:
-                total += sum(_size(content.get_slice(name).get_shape()) for name in content.keys())
+                names = list(content.keys())
+                total += sum(_size(content.get_slice(name).get_shape()) for name in names)
     if not total:
         raise UserError(f"{folder} holds no safetensors files; pass a complete pipeline folder")
     return total

@@ -133,4 +133,3 @@ def _run_backward(loss: Tensor) -> None:
 def every_network(networks: Networks) -> tuple[nn.Module, ...]:
     """All networks, with the frozen base that adapters sit on."""
     return (networks.student, networks.fake_score, networks.student_ema, *networks._unregistered)
-

@@ -84,7 +84,8 @@ class Plan:
         )
         if verdict != "fits":
             lines += [
-                f"  {r.overrides}: saves {r.saves / GB:.1f} GB, then the largest batch is {r.batch}" for r in self.remedies
+                f"  {r.overrides}: saves {r.saves / GB:.1f} GB, then the largest batch is {r.batch}"
+                for r in self.remedies
             ]
             lines += [f"  {override}: plan again with it" for override in self.further]
         return "\n".join([*lines, f"  architecture: {self.source}"])
