@@ -291,7 +291,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "planning.md"
 @pytest.mark.slow
 def test_the_page_shows_what_the_planner_prints() -> None:
     blocks = re.findall(
-        r"^    (python -m cdm_lightning\.plan .*)\n\n```text\n(.*?)\n```", PAGE.read_text(), re.M | re.S
+        r"^```sh\n(python -m cdm_lightning\.plan .*)\n```\n\n```text\n(.*?)\n```", PAGE.read_text(), re.M | re.S
     )
     assert len(blocks) == 2
     for command, shown in blocks:
