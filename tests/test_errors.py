@@ -144,7 +144,7 @@ def test_metrics_without_their_weights(refused):
 
 
 def test_arguments_out_of_range(refused):
-    assert "student_every must be at least 1" in refused("module.student_every=0")
+    assert "student_every and fake_score_steps must be at least 1" in refused("module.student_every=0")
     assert "a rollout has at least 1 step" in refused("schedule.length.low=0")
     assert "every, keep and max_skipped must be at least 1" in refused("checkpoint.every=0")
     assert "batch_size" in refused("data.batch_size=0")

@@ -39,6 +39,7 @@ def sizes(**changes) -> Sizes:
     given = {
         "networks": {"student": ROLE, "fake_score": ROLE, "student_ema": ROLE, "teacher": 50.0},
         "trained": {"student": ROLE, "fake_score": ROLE},
+        "buffers": {"student": 2.0, "teacher": 1.0},
         "states": 400.0,
         "step_copies": 100.0,
         "text": 30.0,
@@ -59,12 +60,12 @@ def test_a_timeline_is_affine_in_the_batch_at_each_moment() -> None:
 
 def test_one_gpu() -> None:
     single = Layout("single")
-    assert sum(resting(sizes(), single).values()) == 350 + 400 + 30 + 7
+    assert sum(resting(sizes(), single).values()) == 350 + 3 + 400 + 30 + 7
     assert phase_peaks(sizes(), single, 3) == {"rollout": 6, "fake score": 160, "student": 160, "optimizer step": 200}
-    assert total(sizes(), single, 3) == 787 + 200
-    assert largest_batch(sizes(), single, 787 + 260) == 5  # 10 + 50 B <= 260
-    assert largest_batch(sizes(), single, 787) == 0
-    assert checkpoint_bytes(sizes()) == 700
+    assert total(sizes(), single, 3) == 790 + 200
+    assert largest_batch(sizes(), single, 790 + 260) == 5  # 10 + 50 B <= 260
+    assert largest_batch(sizes(), single, 790) == 0
+    assert checkpoint_bytes(sizes()) == 702
 
 
 def test_shards() -> None:
@@ -145,7 +146,10 @@ class Remembered:
 
 
 class Meter(L.Callback):
-    """Peak bytes and FLOPs of each iteration, beside all that rests between iterations."""
+    """Peak bytes of iterations 0 to 3, beside all that rests between iterations, and FLOPs of 4 and 5.
+
+    Not both at once: hooks of `FlopCounterMode` keep recomputed activations alive.
+    """
 
     def __init__(self) -> None:
         self.peaks, self.flops = [], []
@@ -155,12 +159,11 @@ class Meter(L.Callback):
         for optimizer in trainer.optimizers:
             known += [v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
         self.live, self.counter = LiveBytes(known), FlopCounterMode(display=False)
-        self.live.__enter__()
-        self.counter.__enter__()
+        self.mode = self.live if len(self.peaks) < 4 else self.counter
+        self.mode.__enter__()
 
     def on_train_batch_end(self, trainer, module, *_) -> None:
-        self.counter.__exit__(None, None, None)
-        self.live.__exit__(None, None, None)
+        self.mode.__exit__(None, None, None)
         self.peaks.append(self.live.timeline.peak(0))
         self.flops.append(self.counter.get_total_flops())
 
@@ -171,7 +174,7 @@ def measure(config) -> Meter:
     module.backbone.use_text_cache(Remembered(module.backbone.encode_prompts(["a red circle"])))
     trainer = L.Trainer(
         accelerator="cpu",
-        max_steps=4,
+        max_steps=6,
         max_epochs=-1,
         callbacks=[meter],
         logger=False,
@@ -222,6 +225,7 @@ def test_the_plan_is_within_ten_percent_of_a_real_step(
             "backbone.teacher_dtype=float32",
             "backbone.text_dtype=float32",
             "module.compute_dtype=float32",
+            *(["backbone.height=64", "backbone.width=64"] if family == "longcat" else []),
             "schedule=fixed",
             "schedule.sigmas=[1.0]",
             f"data.batch_size={BATCH}",
@@ -238,9 +242,17 @@ def test_the_plan_is_within_ten_percent_of_a_real_step(
     assert between == pytest.approx(meter.peaks[2], rel=0.1)
     assert student == pytest.approx(meter.peaks[3], rel=0.1)
     work = recipe.work
-    print("flops", BATCH * (work.rollout + work.fake_score) / meter.flops[2])
-    assert BATCH * (work.rollout + work.fake_score) == pytest.approx(meter.flops[2], rel=0.01)
-    assert BATCH * (work.rollout + work.fake_score + 2 * work.student) == pytest.approx(meter.flops[3], rel=0.01)
+    print("flops", BATCH * (work.rollout + work.fake_score) / meter.flops[4])
+    assert BATCH * (work.rollout + work.fake_score) == pytest.approx(meter.flops[4], rel=0.01)
+    assert BATCH * (work.rollout + work.fake_score + 2 * work.student) == pytest.approx(meter.flops[5], rel=0.01)
+
+
+def test_tables_of_positions_are_counted_apart(larger_sd3: Path) -> None:
+    for overrides, roles in ([], 4), (["lora=lora"], 1):
+        config = compose(["experiment=sd3_cdm", f"backbone.pretrained={larger_sd3}", "output_dir=.", *overrides])
+        config.backbone.teacher_dtype = "float32"
+        sizes_now = read_recipe(build(config, "module"), text_cached=True).sizes
+        assert sum(sizes_now.buffers.values()) == roles * 4 * 8 * 8 * 128  # (side of the table)^2, heads * 32
 
 
 def test_optimizers_show_what_they_keep() -> None:
@@ -289,7 +301,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "planning.md"
 @pytest.mark.slow
 def test_the_page_shows_what_the_planner_prints() -> None:
     blocks = re.findall(
-        r"^    (python -m cdm_lightning\.plan .*)\n\n```text\n(.*?)\n```", PAGE.read_text(), re.M | re.S
+        r"^```sh\n(python -m cdm_lightning\.plan .*)\n```\n\n```text\n(.*?)\n```", PAGE.read_text(), re.M | re.S
     )
     assert len(blocks) == 2
     for command, shown in blocks:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
 
 PROBE = 1009  # a batch size that divides the sizes of no weight: what it divides grows with the batch
 
@@ -43,7 +44,9 @@ class LiveBytes(TorchDispatchMode):
     """Inside the block, records the bytes of all tensors made in it; what `known` modules hold is left out.
 
     `probe` is the batch size that the code runs at: a tensor whose bytes it divides is taken to grow with the batch; None
-    counts everything as fixed. Gradients of `trained` parameters are told apart once they are accumulated.
+    counts everything as fixed. Gradients of `trained` parameters are told apart once they are accumulated. `flops` are those of
+    the block, by the formulas of `torch.utils.flop_counter`; its `FlopCounterMode` itself hangs hooks on modules, which keep
+    recomputed activations alive and would spoil the count of bytes.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class LiveBytes(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self.probe = probe
+        self.flops = 0
         self._kind: dict[int, str] = {tensor.untyped_storage()._cdata: "known" for tensor in known}
         self._live = {"fixed": 0, "sample": 0, "gradient": 0}
         self._moments: list[tuple[int, int, int]] = [(0, 0, 0)]
@@ -71,13 +75,11 @@ class LiveBytes(TorchDispatchMode):
         """What was recorded until now."""
         return Timeline(*zip(*self._moments))
 
-    def start(self) -> None:
-        """Forget the moments up to now; what is live stays so."""
-        self._moments = []
-        self._note()
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.flops += count(*args, **(kwargs or {}), out_val=result)
         for tensor in tree_iter(result):
             if isinstance(tensor, Tensor):
                 self._see(tensor)

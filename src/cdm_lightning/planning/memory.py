@@ -13,6 +13,7 @@ MOST = 1_000_000  # no batch is larger
 class Sizes:
     """What a run holds in all, whole: bytes of each network, of optimizer states and of the frozen parts.
 
+    `buffers` are bytes of tables in a network that are no weights and are never cut into shards, such as SD3's of positions.
     `states` are those of both optimizers after their first step, `step_copies` what an optimizer's step takes beside them
     (the larger of the two). `largest_block` and `outside_blocks` are numbers of weights of one network, `compute` the bytes
     of one in computing. `phases` are the timelines of rollout, fake score and student.
@@ -20,6 +21,7 @@ class Sizes:
 
     networks: Mapping[str, float]
     trained: Mapping[str, float]
+    buffers: Mapping[str, float]
     states: float
     step_copies: float
     text: float
@@ -36,6 +38,7 @@ def resting(sizes: Sizes, layout: Layout) -> dict[str, float]:
     share = 1 / layout.shards
     moved = sum(size for role, size in sizes.trained.items() if role in layout.on_cpu) / sum(sizes.trained.values())
     return parts | {
+        "tables of the networks": sum(size for role, size in sizes.buffers.items() if role not in layout.on_cpu),
         "optimizer states": sizes.states * share * (1 - moved),
         "text encoders": sizes.text,
         "image codec (VAE)": sizes.vae,
@@ -87,4 +90,4 @@ def largest_batch(sizes: Sizes, layout: Layout, usable: float) -> int:
 def checkpoint_bytes(sizes: Sizes) -> float:
     """A resumable checkpoint: trained networks, the student's average and optimizer states; the teacher is not in it."""
     roles = ("student", "fake_score", "student_ema")
-    return sum(sizes.networks[role] for role in roles) + sizes.states
+    return sum(sizes.networks[role] + sizes.buffers.get(role, 0) for role in roles) + sizes.states

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from cdm_lightning.core.schedules import FixedSchedule
 from cdm_lightning.errors import UserError
-from cdm_lightning.lora.views import RoleView
+from cdm_lightning.lora.views import BaseView, RoleView
 from cdm_lightning.module import CDMModule
 from cdm_lightning.networks import Networks
 from cdm_lightning.optim import OptimizerRecipe
@@ -63,6 +63,7 @@ def _sizes(module: CDMModule, networks: Networks, step: Step, text: float, vae: 
     return Sizes(
         networks=weights,
         trained=trained,
+        buffers=_buffers(networks),
         states=sum(kept[name][0] * trained[name] / 4 for name in trained),
         step_copies=max(kept[name][1] * trained[name] / 4 for name in trained),
         text=text,
@@ -118,6 +119,19 @@ def _stored(value: Tensor) -> int:
         names, _ = value.__tensor_flatten__()
         return sum(_stored(getattr(value, name)) for name in names)
     return value.numel() * value.element_size()
+
+
+def _buffers(networks: Networks) -> dict[str, int]:
+    """Bytes of the buffers of each network; those of a base that several share count once, for the teacher."""
+    roles = {role: getattr(networks, role) for role in ("student", "fake_score", "student_ema", "teacher")}
+    roles["base of the adapters"] = networks._unregistered[0]
+    seen, sizes = set(), {}
+    for role, network in roles.items():
+        holder = network.shared.network if isinstance(network, BaseView) else network
+        new = [buffer for buffer in holder.buffers() if id(buffer) not in seen]
+        seen |= {id(buffer) for buffer in new}
+        sizes[role] = sum(buffer.numel() * buffer.element_size() for buffer in new)
+    return sizes
 
 
 def _bytes(network: nn.Module) -> int:

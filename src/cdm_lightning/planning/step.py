@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import _engine_run_backward
-from torch.utils.flop_counter import FlopCounterMode
 
 from cdm_lightning.backbones.base import BoundField, Conditioning
 from cdm_lightning.core.objective import TermLosses, VelocityFields
@@ -114,14 +113,14 @@ def _record(
     """Run a part and, where it has a loss, its backward pass; gradients are dropped afterwards."""
     known = [t for network in every_network(networks) for t in storages(network)]
     parameters = [] if trained is None else list(trained.parameters())
-    flops = FlopCounterMode(display=False)
-    with mode, LiveBytes(known, parameters, PROBE) as live, flops, GPUAutocast():
+    with mode, LiveBytes(known, parameters, PROBE) as live, GPUAutocast():
         losses = run()
         if losses is not None:
             _run_backward(losses.total)
+            del losses
     for parameter in parameters:
         parameter.grad = None
-    return Phase(live.timeline, flops.get_total_flops() / PROBE)
+    return Phase(live.timeline, live.flops / PROBE)
 
 
 def _run_backward(loss: Tensor) -> None:
