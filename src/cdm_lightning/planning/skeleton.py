@@ -120,12 +120,8 @@ def count_parameters(folder: Path) -> int:
     for file in sorted(folder.glob("*.safetensors")):
         if not TWIN.search(file.name):
             with safe_open(file, "pt") as content:
-<<<<<<< .merge_file_CnTDhX
-                total += sum(_size(content.get_slice(name).get_shape()) for name in content.keys())  # noqa: SIM118
-=======
                 names = list(content.keys())
                 total += sum(_size(content.get_slice(name).get_shape()) for name in names)
->>>>>>> .merge_file_eqSUFH
     if not total:
         raise UserError(f"{folder} holds no safetensors files; pass a complete pipeline folder")
     return total
