@@ -256,10 +256,12 @@ def test_tables_of_positions_are_counted_apart(larger_sd3: Path) -> None:
 
 
 def test_optimizers_show_what_they_keep() -> None:
-    config = compose(["experiment=sd3_cdm", "output_dir=."])
-    state, copies = optimizer_bytes(build(config, "module").recipes["student"])
-    assert state == pytest.approx(8, rel=1e-3)
-    assert copies == 4
+    """Adam keeps two numbers a weight; it steps on a copy of all weights unless it is fused."""
+    for fused, copy in (("true", 0), ("null", 4)):
+        config = compose(["experiment=sd3_cdm", "output_dir=.", f"optim.student.optimizer.fused={fused}"])
+        state, copies = optimizer_bytes(build(config, "module").recipes["student"])
+        assert state == pytest.approx(8, rel=1e-3)
+        assert copies == copy
 
 
 def test_the_command_plans_a_folder_and_writes_json(tiny_folder, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -53,7 +53,7 @@ def read_recipe(module: CDMModule, text_cached: bool) -> Recipe:
 
 def _sizes(module: CDMModule, networks: Networks, step: Step, text: float, vae: float) -> Sizes:
     weights = {role: _bytes(getattr(networks, role)) for role in ("student", "fake_score", "student_ema", "teacher")}
-    base, teacher = networks._unregistered
+    base, teacher = networks.unregistered[0], networks.teacher
     if {id(p) for p in base.parameters()} != {id(p) for p in teacher.parameters()}:
         weights["base of the adapters"] = _bytes(base)
     kept = {name: optimizer_bytes(recipe) for name, recipe in module.recipes.items()}
@@ -124,7 +124,7 @@ def _stored(value: Tensor) -> int:
 def _buffers(networks: Networks) -> dict[str, int]:
     """Bytes of the buffers of each network; those of a base that several share count once, for the teacher."""
     roles = {role: getattr(networks, role) for role in ("student", "fake_score", "student_ema", "teacher")}
-    roles["base of the adapters"] = networks._unregistered[0]
+    roles["base of the adapters"] = networks.unregistered[0]
     seen, sizes = set(), {}
     for role, network in roles.items():
         holder = network.shared.network if isinstance(network, BaseView) else network

@@ -131,4 +131,4 @@ def _run_backward(loss: Tensor) -> None:
 
 def every_network(networks: Networks) -> tuple[nn.Module, ...]:
     """All networks, with the frozen base that adapters sit on."""
-    return (networks.student, networks.fake_score, networks.student_ema, *networks._unregistered)
+    return (networks.student, networks.fake_score, networks.student_ema, *networks.unregistered)
