@@ -121,6 +121,7 @@ def test_gpus_that_are_none_are_refused(text: str) -> None:
         (["gpus=1x80", "utilisation=much"], "positive number"),
         (["gpus=1x80", "--multirun"], "overrides"),
         (["gpus=1x80", "backbone.pretrained=some/model"], "pass its folder"),
+        (["gpus=1x80", "experiment=z_image_cdm"], "Z-Image cannot be planned"),
         (["gpus=1x80", "experiment=toy2d_cdm"], "pipelines of diffusers"),
     ],
 )
@@ -303,7 +304,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "planning.md"
 @pytest.mark.slow
 def test_the_page_shows_what_the_planner_prints() -> None:
     blocks = re.findall(
-        r"^```sh\n(python -m cdm_lightning\.plan .*)\n```\n\n```text\n(.*?)\n```", PAGE.read_text(), re.M | re.S
+        r"^```sh\n(python -m cdm_lightning\.plan [^\n]*)\n```\n\n```text\n(.*?)\n```", PAGE.read_text(), re.M | re.S
     )
     assert len(blocks) == 2
     for command, shown in blocks:

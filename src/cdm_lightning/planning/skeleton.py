@@ -44,6 +44,10 @@ def hollow(backbone: Backbone) -> FrozenParts:
     """Let `backbone` build networks on the meta device in place of loaded ones; UserError if its architecture is not known here."""
     if not isinstance(backbone, PipelineBackbone):
         raise UserError(f"the planner plans pipelines of diffusers; {type(backbone).__name__} is none")
+    if backbone.title == "Z-Image":  # it asks for numbers, and blank tensors have none
+        raise UserError(
+            "Z-Image cannot be planned: its network cuts each text to its own length, which is not known here"
+        )
     frozen = _from_folder(backbone) if Path(backbone.pretrained).expanduser().is_dir() else _from_shipped(backbone)
     backbone.teacher_lora = None  # fused into the weights: it changes no size
     _ = backbone.scheduler, backbone.latent_shape  # read now: inside a mode their numbers would be blank
@@ -137,7 +141,7 @@ def _size(shape: list[int]) -> int:
 def conditioning(backbone: PipelineBackbone) -> Callable[[int], Conditioning]:
     """A function that makes the conditioning of B prompts, without contents, as the family's `encode_prompts` shapes it."""
     config, tokens = backbone.network_config, backbone.max_sequence_length
-    width = next(config[key] for key in ("joint_attention_dim", "caption_channels", "cap_feat_dim") if key in config)
+    width = next(config[key] for key in ("joint_attention_dim", "caption_channels") if key in config)
     if backbone.title == "SD3":
         tokens = clip_tokens_of(backbone) + (tokens if backbone.compact_text is None else backbone.compact_text + 1)
 
