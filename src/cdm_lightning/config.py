@@ -199,10 +199,8 @@ def run_cli(task: Callable[[DictConfig], object], config_name: str) -> None:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(job)()
     except (HydraException, OmegaConfBaseException, FileExistsError, NotADirectoryError, PermissionError) as error:
         fail(error)
-    except (
-        ValueError
-    ) as error:  # Hydra's own for a `group=null`; one from inside the task is a bug, and keeps its trace
-        if composed:
+    except ValueError as error:  # Hydra's own for a `group=null`
+        if composed:  # one from inside the task is a bug, and keeps its trace
             raise
         fail(error)
 

@@ -215,6 +215,10 @@ def quiet_libraries() -> None:
     """Keep Lightning's advice off the terminal; its warnings stay, but for those that do not apply here."""
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
+    for library in ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
+        logging.getLogger(library).setLevel(
+            logging.ERROR
+        )  # what diffusers says of torchao, which no model here is stored in
     for message in UNFIT_WARNINGS:
         warnings.filterwarnings("ignore", message)
 

@@ -139,8 +139,13 @@ class IterationCheckpoint(Checkpoint):
     def _note_best(self, value: float, iteration: int) -> None:
         if ranks.rank() == 0:
             temporary = self.folder / (BEST + ".tmp")
-            write_synced(temporary, json.dumps({"metric": self.best, "value": value, "iteration": iteration}).encode())
-            temporary.rename(self.folder / BEST)
+            noted = {"metric": self.best, "value": value, "iteration": iteration}
+            try:
+                write_synced(temporary, json.dumps(noted).encode())
+                temporary.rename(self.folder / BEST)
+            except OSError as error:  # the disk is full: as with a checkpoint, the run goes on
+                say(f"WARNING: {self.folder / BEST} could not be written ({error.strerror or error}); the run goes on")
+                return
             self._drop_old()
 
     def read_best(self) -> dict[str, Any] | None:
