@@ -21,6 +21,7 @@ FAMILY_BLIND = (
     "networks.py",
     "optim.py",
     "parallel.py",
+    "ranks.py",
     "sharding.py",
     "launch.py",
     "resolution.py",

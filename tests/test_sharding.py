@@ -24,7 +24,8 @@ def look_at_shards(folder: str) -> None:
     from cdm_lightning.backbones.base import BoundField
     from cdm_lightning.backbones.sd3 import SD3Backbone
     from cdm_lightning.networks import Networks
-    from cdm_lightning.sharding import distribute, from_all, put_together
+    from cdm_lightning.ranks import gather
+    from cdm_lightning.sharding import distribute, put_together
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -53,7 +54,7 @@ def look_at_shards(folder: str) -> None:
         assert torch.equal(network.pos_embed.pos_embed, pretrained.pos_embed.pos_embed)
     rows = {name: len(parameter.to_local()) for name, parameter in networks.student.named_parameters()}
     assert read == {name: 4 * count for name, count in rows.items()}
-    total = from_all(sum(rows.values()))
+    total = gather(sum(rows.values()))
     assert sum(total) == sum(len(parameter) for parameter in whole.parameters())
 
     widths = {"prompt_embeds": (20, whole.config.joint_attention_dim), "pooled": (whole.config.pooled_projection_dim,)}

@@ -28,8 +28,9 @@ from cdm_lightning.lora.plan import LoRAPlan
 from cdm_lightning.networks import Networks
 from cdm_lightning.optim import OptimizerRecipe
 from cdm_lightning.parallel import MeshStrategy
+from cdm_lightning.ranks import largest
 from cdm_lightning.resolution import OwnSize, Resolution
-from cdm_lightning.sharding import average_figures, average_whole_gradients, distribute, largest, whole
+from cdm_lightning.sharding import average_figures, average_whole_gradients, distribute, whole
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

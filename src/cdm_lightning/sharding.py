@@ -6,7 +6,6 @@ does in one process, and timesteps stay float32.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +16,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from cdm_lightning import ranks
 from cdm_lightning.backbones.base import Backbone
 from cdm_lightning.core.ema import local
 from cdm_lightning.networks import Networks
@@ -101,48 +101,25 @@ def fill(network: nn.Module, read_rows: Callable[[str, int, int], Tensor], devic
 # ---- sums over processes; in one process all of them return what they are given
 
 
-def process_count() -> int:
-    """Number of processes that train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def largest(count: int) -> int:
-    """The largest of all processes' counts."""
-    if process_count() == 1:
-        return count
-    shared = torch.tensor(count, device="cpu")
-    dist.all_reduce(shared, dist.ReduceOp.MAX)
-    return int(shared)
-
-
-def from_all(value: Any) -> list[Any]:
-    """Every process's value, in the order of their ranks."""
-    if process_count() == 1:
-        return [value]
-    values: list[Any] = [None] * process_count()
-    dist.all_gather_object(values, value)
-    return values
-
-
 def average_whole_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Average over all processes the gradients of parameters that each holds whole (those of shards FSDP2 has averaged)."""
     gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
-    if process_count() == 1 or not gradients:
+    if ranks.world_size() == 1 or not gradients:
         return
     together = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(together)
-    together /= process_count()
+    together /= ranks.world_size()
     for gradient, summed in zip(gradients, together.split([gradient.numel() for gradient in gradients])):
         gradient.copy_(summed.view_as(gradient))
 
 
 def average_figures(figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The mean over all processes of 0-d figures, which all processes name alike."""
-    if process_count() == 1:
+    if ranks.world_size() == 1:
         return dict(figures)
     together = torch.stack([value.float() for value in figures.values()])
     dist.all_reduce(together)
-    return dict(zip(figures, together / process_count()))
+    return dict(zip(figures, together / ranks.world_size()))
 
 
 def put_together(network: nn.Module, build: Callable[[], nn.Module]) -> nn.Module | None:
@@ -153,7 +130,7 @@ def put_together(network: nn.Module, build: Callable[[], nn.Module]) -> nn.Modul
     if not any(isinstance(parameter, DTensor) for parameter in network.parameters()):
         return network
     state = get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if dist.get_rank():
+    if ranks.rank():
         return None
     copy = build()
     copy.load_state_dict(state)

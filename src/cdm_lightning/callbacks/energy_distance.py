@@ -6,7 +6,7 @@ from torch import Tensor
 
 from cdm_lightning.backbones.toy2d import Toy2DBackbone
 from cdm_lightning.metrics.energy import energy_distance
-from cdm_lightning.sharding import from_all
+from cdm_lightning.ranks import gather
 
 
 class EnergyDistance(L.Callback):
@@ -36,7 +36,7 @@ class EnergyDistance(L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the distances, of the points of all processes."""
         backbone: Toy2DBackbone = pl_module.backbone
-        gathered = from_all((self._prompts, {sampler: torch.cat(points) for sampler, points in self._points.items()}))
+        gathered = gather((self._prompts, {sampler: torch.cat(points) for sampler, points in self._points.items()}))
         prompts = [prompt for share, _ in gathered for prompt in share]
         exact = backbone.exact_samples(prompts, self.seed).flatten(1)
         for sampler in self._points:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
-from cdm_lightning.checkpoint import ranks
+from cdm_lightning import ranks
 from cdm_lightning.checkpoint.folder import (
     checkpoints_in,
     iteration_of,

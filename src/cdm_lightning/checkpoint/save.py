@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cdm_lightning.checkpoint import ranks
+from cdm_lightning import ranks
 from cdm_lightning.checkpoint.folder import FileSums, begin, commit, temporary_path, write_synced
 from cdm_lightning.checkpoint.stored import RECORD, TRAINER
 from cdm_lightning.checkpoint.tensors import save_tensors

@@ -9,7 +9,7 @@ import sys
 import threading
 from types import FrameType
 
-from cdm_lightning.checkpoint.ranks import any_of
+from cdm_lightning.ranks import any_of
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 

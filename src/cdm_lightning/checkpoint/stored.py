@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cdm_lightning.checkpoint import ranks
+from cdm_lightning import ranks
 from cdm_lightning.checkpoint.folder import checkpoints_in, find_fault, read_marker
 from cdm_lightning.checkpoint.tensors import load_tensors, stored_sizes
 from cdm_lightning.errors import UserError

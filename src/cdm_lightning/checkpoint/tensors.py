@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from cdm_lightning.checkpoint.folder import FileSums
-from cdm_lightning.checkpoint.ranks import is_spread, world_size
+from cdm_lightning.ranks import is_spread, world_size
 
 FILE_BYTES = 1 << 29  # a file is put together in memory: about so much of it at a time
 

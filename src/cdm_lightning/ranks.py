@@ -1,10 +1,9 @@
-"""What the processes of a run tell each other about checkpoints; with one process, nothing."""
+"""What the processes of a run tell each other; with one process all of these return what they are given."""
 
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 
 def is_spread() -> bool:
@@ -40,13 +39,18 @@ def from_first(value: Any) -> Any:
     return box[0]
 
 
-def any_of(flag: bool) -> bool:
-    """Whether it is true on any process; a tensor on the CPU carries it, so no graphics card is waited for."""
+def largest(count: int) -> int:
+    """The largest of all processes' counts; a tensor on the CPU carries it, so no graphics card is waited for."""
     if world_size() == 1:
-        return flag
-    found: Tensor = torch.tensor(int(flag))
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return bool(found.item())
+        return count
+    shared = torch.tensor(count, device="cpu")
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    return int(shared)
+
+
+def any_of(flag: bool) -> bool:
+    """Whether it is true on any process."""
+    return bool(largest(int(flag)))
 
 
 def agree(error: OSError | None) -> None:
