@@ -13,7 +13,7 @@ from cdm_lightning.config import build, compose
 from cdm_lightning.core.ema import lerp_parameters_
 from cdm_lightning.core.flow import evaluate_together
 from cdm_lightning.core.lengths import UniformLength
-from cdm_lightning.core.objective import CDMObjective
+from cdm_lightning.core.objective import CDMObjective, summed
 from cdm_lightning.core.rng import StepRandom
 from cdm_lightning.core.schedules import RandomSchedule
 from cdm_lightning.errors import UserError
@@ -206,7 +206,7 @@ def losses(module: CDMModule, slots: list[int]) -> tuple[Tensor, Tensor]:
     rng = StepRandom(0, 0, slots, "cpu")
     point = module.draw_point(fields, rng)
     shift = module.backbone.shift_sigmas
-    student = module.objective.student_loss(fields, point, rng, shift, 0).total
+    student = summed(module.objective.student_losses(fields, point, rng, shift, 0)).total
     return student, module.objective.fake_score_loss(fields, point, rng, shift).total
 
 

@@ -12,7 +12,7 @@ from cdm_lightning.backbones.toy2d import MODES, RADIUS, WIDTH, MixtureVelocity,
 from cdm_lightning.core.ema import lerp_parameters_
 from cdm_lightning.core.flow import evaluate_together
 from cdm_lightning.core.lengths import UniformLength
-from cdm_lightning.core.objective import CDMObjective, VelocityFields
+from cdm_lightning.core.objective import CDMObjective, VelocityFields, summed
 from cdm_lightning.core.rng import StepRandom, evaluation_noise
 from cdm_lightning.core.rollout import sample, simulate_to_anchor
 from cdm_lightning.core.schedules import RandomSchedule, inference_sigmas
@@ -226,7 +226,7 @@ def distil(backbone: Toy2DBackbone, iterations: int, batch: int = 256) -> nn.Mod
         update(fake_score_optim, objective.fake_score_loss(fields, point, rng, backbone.shift_sigmas).total)
         lerp_parameters_(fake_score, student, 1e-3)
         if iteration % 2:
-            update(student_optim, objective.student_loss(fields, point, rng, backbone.shift_sigmas, iteration).total)
+            update(student_optim, summed(objective.student_losses(fields, point, rng, backbone.shift_sigmas, iteration)).total)
             lerp_parameters_(average, student, 0.02)
     return average
 

@@ -117,7 +117,8 @@ class CDMModule(L.LightningModule):
         """One iteration: rollout, anchor, fake score, merge and, in its turn, student; each in `accumulate` parts."""
         parts = [self._part(part, len(part.prompts) / len(batch.prompts)) for part in batch.split(self.accumulate)]
         with self._phase("rollout"):
-            points = [self.draw_point(part.fields, part.rng, part.backbone) for part in parts]
+            with_grad = self.trains_at_anchor(self.iteration)
+            points = [self.draw_point(part.fields, part.rng, part.backbone, with_grad) for part in parts]
         with self._phase("fake_score"):
             for step in range(self.fake_score_steps):
                 losses = self._fake_score_losses(parts, points, step)
@@ -145,10 +146,11 @@ class CDMModule(L.LightningModule):
     def _student_losses(
         self, parts: Sequence[_Part], points: Sequence[TrajectoryPoint]
     ) -> Iterator[tuple[float, TermLosses]]:
-        """(share of the batch, loss) of each part, computed when it is asked for."""
+        """(share of the batch, summand of the loss) of each part, computed when it is asked for."""
         for part, point in zip(parts, points):
             shift = part.backbone.shift_sigmas
-            yield part.share, self.objective.student_loss(part.fields, point, part.rng, shift, self.iteration)
+            for one in self.objective.student_losses(part.fields, point, part.rng, shift, self.iteration):
+                yield part.share, one
 
     def bind(self, prompts: Sequence[str], backbone: Backbone | None = None) -> VelocityFields:
         """The networks as velocity fields of these prompts, at the image size of `backbone` (default: the own one)."""
@@ -162,15 +164,20 @@ class CDMModule(L.LightningModule):
             teacher_uncond=BoundField(backbone, networks.teacher, no_text, self.compute_dtype),
         )
 
-    def draw_point(self, fields: VelocityFields, rng: StepRandom, backbone: Backbone | None = None) -> TrajectoryPoint:
-        """Backward simulation with the student and one anchor a sample, run no further than the objective needs."""
+    def draw_point(
+        self, fields: VelocityFields, rng: StepRandom, backbone: Backbone | None = None, with_grad: bool = False
+    ) -> TrajectoryPoint:
+        """Backward simulation with the student and one anchor a sample, run no further than the objective needs.
+
+        `with_grad`: the call at the anchor is one that the student can be trained on (not in full rollouts).
+        """
         backbone = backbone or self.backbone
         sigmas = self.schedule.sample(rng, backbone.shift_steps)
         noise = rng.normal("rollout.noise", backbone.latent_shape)
         anchor = rng.index("rollout.anchor", sigmas.shape[1] - 1)
-        if self.objective.needs_full_rollout:
+        if self.objective.needs_full_rollout:  # keeps no graph: the student is asked anew
             return simulate(fields.student, noise, sigmas).at(anchor)
-        return simulate_to_anchor(fields.student, noise, sigmas, anchor, self._agree_on_calls)
+        return simulate_to_anchor(fields.student, noise, sigmas, anchor, self._agree_on_calls, with_grad)
 
     def _agree_on_calls(self, calls: int) -> int:
         """How many network calls a rollout makes: as many as the longest of the processes that share one network."""
@@ -179,16 +186,26 @@ class CDMModule(L.LightningModule):
     @property
     def is_student_turn(self) -> bool:
         """Whether the student is updated in the current iteration."""
-        return self.iteration % self.student_every == self.student_every - 1
+        return self._is_turn(self.iteration)
+
+    def _is_turn(self, iteration: int) -> bool:
+        return iteration % self.student_every == self.student_every - 1
+
+    def trains_at_anchor(self, iteration: int) -> bool:
+        """Whether the student is trained on its rollout's call at the anchor in this iteration (counted from 0).
+
+        Not where the batch is computed in parts: each would keep its graph until its turn.
+        """
+        return self._is_turn(iteration) and self.accumulate == 1 and self.objective.trains_at_anchor(iteration)
 
     def _merge_fake_score(self) -> None:
         if self.fake_score_merge:
             lerp_parameters_(self.networks.fake_score, self.networks.student, self.fake_score_merge)
 
     def _update(self, name: str, losses: Iterable[tuple[float, TermLosses]], counts: bool = False) -> None:
-        """One clipped step of a network on (share, loss) of the batch's parts; left out if its gradient is not finite.
+        """One clipped step of a network on (share, summand) of the batch's parts; left out if its gradient is not finite.
 
-        Each part's backward pass runs before the next part's loss is computed. Steps left out are counted. The one update
+        Each summand's backward pass runs before the next one is computed. Steps left out are counted. The one update
         of an iteration that `counts` is made where Lightning sees and counts it. Whether the gradient is finite is the one
         thing that the host waits for in each update.
         """
@@ -197,8 +214,7 @@ class CDMModule(L.LightningModule):
         figures: dict[str, Tensor] = {}
         for share, one in losses:
             self.manual_backward(one.total * share * unless_infinite(one.total))
-            terms = one.terms if len(one.terms) > 1 else {}  # a single one is the total
-            for key, value in {"loss": one.total, **terms, **one.logs}.items():
+            for key, value in {"loss": one.total, **one.terms, **one.logs}.items():
                 figures[key] = figures.get(key, 0.0) + share * value.detach()
         parameters = list(getattr(self.networks, name).parameters())
         average_whole_gradients(parameters)

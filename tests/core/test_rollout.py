@@ -60,8 +60,8 @@ def test_stopping_at_the_anchor_gives_the_points_of_full_rollouts(batch, steps):
     assert torch.equal(stopped.sigma, full.sigma)
     torch.testing.assert_close(stopped.x, full.x, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(stopped.v, full.v, rtol=1e-5, atol=1e-5)
-    expected = [int((anchor >= n).sum()) for n in range(int(anchor.max()) + 1)]
-    assert student.network.batches == expected
+    walking = [int((anchor > n).sum()) for n in range(int(anchor.max()))]
+    assert student.network.batches == [*walking, batch]  # the call at the anchor is one for all
     assert not any(call.with_grad for call in student.network.calls)
     assert stopped.x0_next is None
     assert stopped.x0_final is None
@@ -108,3 +108,16 @@ def test_no_gradients_are_kept():
     assert not simulate(student, noise, sigmas).final.requires_grad
     assert not simulate_to_anchor(student, noise, sigmas, anchor).v.requires_grad
     assert not sample(student, noise, sigmas[0]).requires_grad
+
+
+def test_the_call_at_the_anchor_can_be_trained_on():
+    weight = torch.full((), 0.5, requires_grad=True)
+    student = FunctionField(lambda x, sigma: weight * x)
+    _, noise, sigmas, anchor = setting(3, 3)
+    point = simulate_to_anchor(student, noise, sigmas, anchor, with_grad=True)
+    assert not point.x.requires_grad  # no gradient through the steps before it
+    assert not point.v.requires_grad
+    assert torch.equal(point.v, point.v_with_grad)
+    (gradient,) = torch.autograd.grad(point.v_with_grad.sum(), weight)
+    torch.testing.assert_close(gradient, point.x.sum())
+    assert simulate_to_anchor(student, noise, sigmas, anchor).v_with_grad is None

@@ -6,7 +6,7 @@ Both losses see velocity fields only. Shapes: B samples of shape * = (C, H, W). 
   cdm  the same off the trajectory, at a point that the student's rollout did not visit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, get_args
 
@@ -42,8 +42,18 @@ class TermLosses:
     """A loss, its weighted terms and detached health figures by name: all 0-d."""
 
     total: Tensor
-    terms: dict[str, Tensor]
+    terms: dict[str, Tensor] = field(default_factory=dict)
     logs: dict[str, Tensor] = field(default_factory=dict)
+
+
+def summed(losses: Iterable[TermLosses]) -> TermLosses:
+    """All of them as one loss, for one backward pass; figures of the same name are added."""
+    total, terms, logs = 0.0, {}, {}
+    for one in losses:
+        total = total + one.total
+        terms |= one.terms
+        logs |= {name: logs.get(name, 0.0) + value for name, value in one.logs.items()}
+    return TermLosses(total, terms, logs)
 
 
 class Objective(Protocol):
@@ -53,15 +63,18 @@ class Objective(Protocol):
     def needs_full_rollout(self) -> bool:
         """Whether points must come from full rollouts, since what follows the anchor is used."""
 
+    def trains_at_anchor(self, iteration: int) -> bool:
+        """Whether the student is trained on its own call at the anchor: then the rollout makes it with gradient."""
+
     def fake_score_loss(
         self, fields: VelocityFields, point: TrajectoryPoint, rng: StepRandom, shift: Shift
     ) -> TermLosses:
         """The fake score's loss, at every iteration."""
 
-    def student_loss(
+    def student_losses(
         self, fields: VelocityFields, point: TrajectoryPoint, rng: StepRandom, shift: Shift, iteration: int
-    ) -> TermLosses:
-        """The student's loss, in its turns; `iteration` counts from 0."""
+    ) -> Iterator[TermLosses]:
+        """The student's loss in its turns, as summands; `iteration` counts from 0."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +126,10 @@ class CDMObjective:
         """Whether points must come from full rollouts, since what follows the anchor is used."""
         return self.teacher_base != "online"
 
+    def trains_at_anchor(self, iteration: int) -> bool:
+        """Whether a term that is on at this iteration (counted from 0) asks the student at the anchor."""
+        return bool(self._at_anchor(self._weights(iteration)))
+
     def fake_score_loss(
         self, fields: VelocityFields, point: TrajectoryPoint, rng: StepRandom, shift: Shift
     ) -> TermLosses:
@@ -121,23 +138,28 @@ class CDMObjective:
         sigma = self.fake_score_levels.sample(rng, "fake_score.sigma", point.sigma, shift)
         noise = rng.normal("fake_score.noise", x0.shape[1:])
         loss = flow_matching_loss(fields.fake_score(interpolate(x0, noise, sigma), sigma), x0, noise)
-        return TermLosses(loss, {"fake_score": loss})
+        return TermLosses(loss)
 
-    def student_loss(
+    def student_losses(
         self, fields: VelocityFields, point: TrajectoryPoint, rng: StepRandom, shift: Shift, iteration: int
-    ) -> TermLosses:
-        """The weighted sum of the terms that have a weight at this iteration (counted from 0)."""
+    ) -> Iterator[TermLosses]:
+        """The weighted terms that are on at this iteration (counted from 0): first those at the anchor, then CDM.
+
+        Each summand has one student's call. With its backward pass run before the next is asked for, there is one graph in
+        memory at a time.
+        """
         weights = self._weights(iteration)
-        looks = self._looks(fields.student, point, rng, shift, list(weights))
-        teacher, fake, uncond = self._judge(fields, looks)
-        deltas = {term: teacher[term] - fake[term] for term in fake}
-        if "ca" in looks:
-            deltas["ca"] = self.guidance_scale * (teacher["ca"] - uncond)
-        terms = {
-            term: weight * directed_loss(looks[term].x0, deltas[term], teacher[term], self.norm_floor)
-            for term, weight in weights.items()
-        }
-        return TermLosses(sum(terms.values()), terms, _health(looks, deltas))
+        at_anchor = self._at_anchor(weights)
+        if at_anchor:
+            v = fields.student(point.x, point.sigma) if point.v_with_grad is None else point.v_with_grad
+            x0 = denoise(point.x.float(), v.float(), point.sigma)
+            looks = {term: self._look(term, x0, point.sigma, point, rng, shift) for term in at_anchor}
+            yield self._term_losses(fields, looks, weights, x0)
+        if "cdm" in weights and "cdm" not in at_anchor:
+            x, seen = self._off_trajectory(point, rng, shift)
+            x0 = predict_x0(fields.student, x, seen)
+            look = self._look("cdm", x0, seen, point, rng, shift)
+            yield self._term_losses(fields, {"cdm": look}, weights, None if at_anchor else x0)
 
     def _weights(self, iteration: int) -> dict[str, float]:
         """The terms that are on, with their weights."""
@@ -145,23 +167,32 @@ class CDMObjective:
         now = {term: weight_at(weight, iteration) for term, weight in weights.items()}
         return {term: weight for term, weight in now.items() if weight != 0}
 
-    def _looks(
-        self, student: VelocityField, point: TrajectoryPoint, rng: StepRandom, shift: Shift, terms: Sequence[str]
-    ) -> dict[str, _Look]:
-        """What each term looks at. Terms with the same student input share one forward pass of the student."""
-        levels = {"ca": self.ca_levels, "dm": self.dm_levels, "cdm": self.cdm_levels}
-        x0_at_anchor, looks = None, {}
-        for term in terms:
-            if term == "cdm" and self.cdm_input != "trajectory":
-                x, seen = self._off_trajectory(point, rng, shift)
-                x0 = predict_x0(student, x, seen)
-            else:
-                seen = point.sigma
-                x0 = x0_at_anchor = predict_x0(student, point.x, seen) if x0_at_anchor is None else x0_at_anchor
-            base = self._base(x0, point)
-            sigma = levels[term].sample(rng, f"{term}.sigma", seen, shift)
-            looks[term] = _Look(x0, interpolate(base, rng.normal(f"{term}.noise", base.shape[1:]), sigma), sigma)
-        return looks
+    def _at_anchor(self, terms: Iterable[str]) -> list[str]:
+        """Those of the terms that ask the student at the anchor."""
+        return [term for term in terms if term != "cdm" or self.cdm_input == "trajectory"]
+
+    def _look(
+        self, term: str, x0: Tensor, seen: Tensor, point: TrajectoryPoint, rng: StepRandom, shift: Shift
+    ) -> _Look:
+        """What a term looks at, where the student predicted x0 (B, *) at sigma `seen` (B,)."""
+        levels = {"ca": self.ca_levels, "dm": self.dm_levels, "cdm": self.cdm_levels}[term]
+        base = self._base(x0, point)
+        sigma = levels.sample(rng, f"{term}.sigma", seen, shift)
+        return _Look(x0, interpolate(base, rng.normal(f"{term}.noise", base.shape[1:]), sigma), sigma)
+
+    def _term_losses(
+        self, fields: VelocityFields, looks: dict[str, _Look], weights: dict[str, float], predicted: Tensor | None
+    ) -> TermLosses:
+        """The weighted sum of the terms that look, with figures of the student's `predicted` x0 (B, *)."""
+        teacher, fake, uncond = self._judge(fields, looks)
+        deltas = {term: teacher[term] - fake[term] for term in fake}
+        if "ca" in looks:
+            deltas["ca"] = self.guidance_scale * (teacher["ca"] - uncond)
+        terms = {
+            term: weights[term] * directed_loss(look.x0, deltas[term], teacher[term], self.norm_floor)
+            for term, look in looks.items()
+        }
+        return TermLosses(sum(terms.values()), terms, _health(deltas, predicted))
 
     def _base(self, x0: Tensor, point: TrajectoryPoint) -> Tensor:
         """The clean sample (B, *) that is re-noised for the scores."""
@@ -198,12 +229,12 @@ def _predict_together(calls: Sequence[tuple[VelocityField, _Look]]) -> list[Tens
 
 
 @torch.no_grad()
-def _health(looks: dict[str, _Look], deltas: dict[str, Tensor]) -> dict[str, Tensor]:
+def _health(deltas: dict[str, Tensor], x0: Tensor | None) -> dict[str, Tensor]:
     """Figures that tell a run going wrong before its pictures do: the losses themselves do not."""
     logs = {f"{term}_delta_rms": delta.square().mean().sqrt() for term, delta in deltas.items()}
     if "ca" in deltas and "dm" in deltas:
         logs["ca_dm_cosine"] = F.cosine_similarity(deltas["ca"].flatten(1), deltas["dm"].flatten(1)).mean()
-    x0 = next(iter(looks.values())).x0
-    logs |= {"x0_mean": x0.mean(), "x0_std": x0.std()}
+    if x0 is not None:
+        logs |= {"x0_mean": x0.mean(), "x0_std": x0.std()}
     logs["nonfinite_deltas"] = sum((~delta.isfinite()).sum() for delta in deltas.values()).float()
     return logs

@@ -1,6 +1,7 @@
 """Backward simulation: the student's own deterministic path from noise, and the one point of it that is trained on.
 
-Shapes: B samples of shape * = (C, H, W), K steps, sigmas (B, K + 1) falling from 1 to 0. Nothing here keeps gradients.
+Shapes: B samples of shape * = (C, H, W), K steps, sigmas (B, K + 1) falling from 1 to 0. Nothing here keeps gradients, but for
+the call at the anchor where that is asked for.
 """
 
 from collections.abc import Callable
@@ -22,6 +23,7 @@ class TrajectoryPoint:
     sigma: Tensor  # (B,)
     x0_next: Tensor | None = None  # (B, *), the clean prediction one step later; from full rollouts only
     x0_final: Tensor | None = None  # (B, *), the end of the rollout; from full rollouts only
+    v_with_grad: Tensor | None = None  # (B, *), v with the student's graph, where the student is trained on this call
 
     @property
     def x0(self) -> Tensor:
@@ -68,40 +70,56 @@ def simulate(student: VelocityField, noise: Tensor, sigmas: Tensor) -> Trajector
     return Trajectory(torch.stack(xs), torch.stack(vs), sigmas, x)
 
 
-@torch.no_grad()
 def simulate_to_anchor(
     student: VelocityField,
     noise: Tensor,
     sigmas: Tensor,
     anchor: Tensor,
     agree_on_calls: Callable[[int], int] = lambda calls: calls,
+    with_grad: bool = False,
 ) -> TrajectoryPoint:
     """What `simulate(...).at(anchor)` gives, to float rounding, without the steps after each sample's anchor.
 
-    Step n runs for the samples with anchor >= n only. Sorted by falling anchor these are a prefix of the batch, so a
-    step drops rows from its end; those dropped are finished. The only wait for the device is that for the anchors.
+    All samples walk to their anchors first; the call there is one for the whole batch, `with_grad` as a call that the
+    student can be trained on (`v_with_grad`).
 
     Processes that hold shards of one network must all call it equally often: `agree_on_calls` is told how many calls
     these anchors take and says how many to make. Those beyond run on one sample, and nothing comes of them.
     """
+    x = _walk(student, noise, sigmas, anchor, agree_on_calls)
+    sigma = sigmas.gather(1, anchor[:, None]).squeeze(1)
+    with torch.set_grad_enabled(with_grad):
+        v = student(x, sigma)
+    return TrajectoryPoint(x, v.detach(), sigma, v_with_grad=v if with_grad else None)
+
+
+@torch.no_grad()
+def _walk(
+    student: VelocityField, noise: Tensor, sigmas: Tensor, anchor: Tensor, agree_on_calls: Callable[[int], int]
+) -> Tensor:
+    """The states (B, *) at the anchors (B,).
+
+    Step n runs for the samples with anchor > n only. Sorted by falling anchor these are a prefix of the batch, so a
+    step drops rows from its end; those dropped are there. The only wait for the device is that for the anchors.
+    """
     order = anchor.argsort(descending=True)
     last = anchor.cpu()
-    active = [int((last >= n).sum()) for n in range(int(last.max()) + 2)]  # samples that run step n; 0 at the end
-    idle = agree_on_calls(len(active) - 1) - (len(active) - 1)  # asked before the first: nobody waits in between
-    field, x, sorted_sigmas = student.select(order), noise[order], sigmas[order]
-    done_x, done_v = [], []
+    steps = int(last.max())
+    active = [int((last > n).sum()) for n in range(steps + 1)]  # samples that take step n; 0 at the end
+    idle = agree_on_calls(steps + 1) - (steps + 1)  # asked before the first: nobody waits in between
+    x, sorted_sigmas = noise[order], sigmas[order]
+    arrived = [x[active[0] :]]
+    x = x[: active[0]]
+    field = student.select(order[: active[0]]) if steps else student
     for n, (rows, staying) in enumerate(pairwise(active)):
-        v = field(x, sorted_sigmas[:rows, n])
-        done_x.append(x[staying:])
-        done_v.append(v[staying:])
-        x = move(x[:staying], v[:staying], sorted_sigmas[:staying, n], sorted_sigmas[:staying, n + 1])
+        x = move(x, field(x, sorted_sigmas[:rows, n]), sorted_sigmas[:rows, n], sorted_sigmas[:rows, n + 1])
+        arrived.append(x[staying:])
+        x = x[:staying]
         if 0 < staying < rows:
             field = field.select(torch.arange(staying, device=order.device))
     for _ in range(idle):
         student.select(order[:1])(noise[:1], sigmas[:1, 0])
-    back = order.argsort()  # those with the highest anchors finish last and stand first in the order
-    x, v = (torch.cat(done[::-1])[back] for done in (done_x, done_v))
-    return TrajectoryPoint(x, v, sigmas.gather(1, anchor[:, None]).squeeze(1))
+    return torch.cat(arrived[::-1])[order.argsort()]  # those with the highest anchors arrive last and stand first
 
 
 @torch.no_grad()

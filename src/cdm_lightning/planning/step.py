@@ -4,8 +4,8 @@ Nothing is estimated here: `Networks`, `BoundField` and the objective are those 
 and their floating-point operations are those of the code that will run.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import _engine_run_backward
 
 from cdm_lightning.backbones.base import BoundField, Conditioning
+from cdm_lightning.core.flow import VelocityField
 from cdm_lightning.core.objective import TermLosses, VelocityFields
 from cdm_lightning.core.rollout import TrajectoryPoint
 from cdm_lightning.module import CDMModule
@@ -30,7 +31,11 @@ class Phase:
 
 @dataclass(frozen=True)
 class Step:
-    """An iteration's parts: a student's call of the rollout, an update of the fake score, one of the student."""
+    """An iteration's parts: a student's call of the rollout, an update of the fake score, one of the student.
+
+    The student's memory is that of its whole turn: its call at the anchor waits for its backward pass while the fake score is
+    updated. Its operations are those beyond a rollout and that update.
+    """
 
     rollout: Phase
     fake_score: Phase
@@ -82,40 +87,47 @@ def trace_step(
         ]
         return VelocityFields(*bound)
 
-    def point() -> TrajectoryPoint:
+    trains_at_anchor = module.trains_at_anchor(iteration)
+
+    def point(field: VelocityField | None = None) -> TrajectoryPoint:
         x, v, first, last = (rng.normal("point", backbone.latent_shape) for _ in range(4))
         ahead = (first, last) if module.objective.needs_full_rollout else (None, None)
-        return TrajectoryPoint(x, v, rng.uniform("sigma"), *ahead)
+        made = TrajectoryPoint(x, v, rng.uniform("sigma"), *ahead)
+        return made if field is None else replace(made, v_with_grad=field(x, made.sigma))
 
     def same(sigmas: Tensor) -> Tensor:
         return sigmas
 
-    def rollout() -> None:
+    def rollout() -> Iterator[TermLosses]:
         with torch.no_grad():
             fields().student(rng.normal("noise", backbone.latent_shape), rng.uniform("sigma"))
+        yield from ()
 
-    def fake_score() -> TermLosses:
-        return module.objective.fake_score_loss(fields(), point(), rng, same)
+    def fake_score() -> Iterator[TermLosses]:
+        yield module.objective.fake_score_loss(fields(), point(), rng, same)
 
-    def student() -> TermLosses:
-        return module.objective.student_loss(fields(), point(), rng, same, iteration)
+    def turn() -> Iterator[TermLosses]:
+        seen = fields()
+        at = point(seen.student if trains_at_anchor else None)
+        yield module.objective.fake_score_loss(seen, at, rng, same)
+        networks.fake_score.zero_grad(set_to_none=True)
+        yield from module.objective.student_losses(seen, at, rng, same, iteration)
 
-    return Step(
-        rollout=_record(rollout, networks, None, mode),
-        fake_score=_record(fake_score, networks, networks.fake_score, mode),
-        student=_record(student, networks, networks.student, mode),
-    )
+    call = _record(rollout, networks, (), mode)
+    update = _record(fake_score, networks, (networks.fake_score,), mode)
+    both = _record(turn, networks, (networks.fake_score, networks.student), mode)
+    before = update.flops + (call.flops if trains_at_anchor else 0.0)
+    return Step(rollout=call, fake_score=update, student=replace(both, flops=both.flops - before))
 
 
 def _record(
-    run: Callable[[], TermLosses | None], networks: Networks, trained: nn.Module | None, mode: FakeTensorMode
+    run: Callable[[], Iterable[TermLosses]], networks: Networks, trained: Sequence[nn.Module], mode: FakeTensorMode
 ) -> Phase:
-    """Run a part and, where it has a loss, its backward pass; gradients are dropped afterwards."""
+    """Run a part with the backward pass of each loss that it gives; gradients are dropped afterwards."""
     known = [t for network in every_network(networks) for t in storages(network)]
-    parameters = [] if trained is None else list(trained.parameters())
+    parameters = [parameter for network in trained for parameter in network.parameters()]
     with mode, LiveBytes(known, parameters, PROBE) as live, GPUAutocast():
-        losses = run()
-        if losses is not None:
+        for losses in run():
             _run_backward(losses.total)
             del losses
     for parameter in parameters:
