@@ -59,7 +59,7 @@ GPU = {"compute_dtype": "bfloat16", "teacher_dtype": "bfloat16", "gradient_check
 
 SIZES = {
     "tiny": Size(batch=16, cycles=6),
-    "small": Size(network=SMALL, batch=4, cycles=4),
+    "small": Size(network=SMALL, batch=16, cycles=4),
     "sd3_medium": Size(
         network=SD3_MEDIUM,
         text={"prompt_embeds": (333, 4096), "pooled": (2048,)},

@@ -300,7 +300,7 @@ def test_the_student_is_trained_on_the_call_that_its_rollout_makes_anyway(monkey
     """One call less in each student's turn, and the same weights."""
 
     def trained() -> tuple[Tensor, int]:
-        module = make_module()
+        module = make_module(gradient_checkpointing=True)
         calls, velocity = [], module.backbone.velocity
 
         def counted(network, x, sigma, cond):

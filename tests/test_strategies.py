@@ -82,7 +82,7 @@ def test_the_plane_on_two_and_four_processes(toy_overrides, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("roles", "strategy"), [("full", "fsdp2"), ("lora", "fsdp2"), ("lora", "ddp"), ("lora_student", "fsdp2")]
+    ("roles", "strategy"), [("full", "fsdp2"), ("lora", "fsdp2"), ("lora", "ddp"), ("lora_student", "fsdp2"), ("lora_fake_score", "fsdp2")]
 )
 def test_the_sd3_classes_on_two_processes(sd3, roles, strategy, tmp_path):
     overrides = [*sd3, *ROLES[roles]]
@@ -92,9 +92,10 @@ def test_the_sd3_classes_on_two_processes(sd3, roles, strategy, tmp_path):
 
 
 def test_a_batch_in_parts_is_the_whole_batch(toy_overrides, tmp_path):
-    one = alone(toy_overrides, tmp_path / "one")
+    toy = [*toy_overrides, "module.gradient_checkpointing=true"]
+    one = alone(toy, tmp_path / "one")
     for parts in (2, 3):  # of 4 samples: equal and unequal
-        accumulated = alone(toy_overrides, tmp_path / f"in_{parts}", f"module.accumulate={parts}")
+        accumulated = alone(toy, tmp_path / f"in_{parts}", f"module.accumulate={parts}")
         assert furthest(accumulated.folder, one.folder) < ROUNDING
         for name in ("student/loss", "fake_score/loss", "student/grad_norm"):
             assert accumulated.metrics[name] == pytest.approx(one.metrics[name], rel=1e-4)

@@ -194,9 +194,11 @@ class CDMModule(L.LightningModule):
     def trains_at_anchor(self, iteration: int) -> bool:
         """Whether the student is trained on its rollout's call at the anchor in this iteration (counted from 0).
 
-        Not where the batch is computed in parts: each would keep its graph until its turn.
+        That saves a call, and keeps its graph while the fake score is updated. So not where graphs are large, without
+        gradient checkpointing, nor where the batch is computed in parts, each of which would keep one.
         """
-        return self._is_turn(iteration) and self.accumulate == 1 and self.objective.trains_at_anchor(iteration)
+        small = self.gradient_checkpointing and self.accumulate == 1
+        return small and self._is_turn(iteration) and self.objective.trains_at_anchor(iteration)
 
     def _merge_fake_score(self) -> None:
         if self.fake_score_merge:
