@@ -20,7 +20,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batch", type=int, metavar="B", help="images at a time")
     made.add_argument("--device", metavar="NAME", help="cpu or cuda")
     made.add_argument("--repeats", type=int, default=3, metavar="N", help="how often each is timed (default: 3)")
-    made.add_argument("--compile", action="store_true", help="also with torch.compile of the blocks (needs a compiler)")
+    made.add_argument(
+        "--compile",
+        nargs="?",
+        const="inductor",
+        metavar="BACKEND",
+        help="also with torch.compile of the blocks (default backend: inductor, which needs a C++ compiler)",
+    )
     made.add_argument("--name", metavar="NAME", help="of the result files (default: inference_SIZE)")
     return made
 
@@ -29,8 +35,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Time and write the results; the result as written."""
     import torch
 
+    from cdm_lightning.train import quiet_libraries
+
+    quiet_libraries()  # before what libraries say when they are imported
     from benchmarks.machine import command_of, facts, write_results
     from benchmarks.set_up import build_backbone
+    from cdm_lightning.networks import compile_blocks
 
     given = {"batch": options.batch, "device": options.device}
     size = replace(SIZES[options.size], **{name: value for name, value in given.items() if value is not None})
@@ -41,7 +51,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     networks = {"": backbone.build_teacher().to(device)}
     if options.compile:
         compiled = backbone.build_teacher().to(device)
-        compiled.compile_repeated_blocks()
+        compile_blocks(compiled, backbone.block_types, options.compile)
         networks[", compiled"] = compiled
     seconds = {name + kind: [] for kind in networks for name in (STUDENT, TEACHER)}
     for repeat in range(options.repeats + 1):
@@ -52,7 +62,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                     seconds[name + kind].append(taken / size.batch)
     result = {"facts": where, "size": asdict(size), "seconds_per_image": seconds}
     write_results(
-        options.name or f"inference_{options.size}", f"Inference: {options.size}", result, {"": rows(seconds)}
+        options.name or f"inference_{options.size}",
+        f"Inference: {options.size}",
+        result,
+        {"Seconds an image": rows(seconds)},
     )
     return result
 

@@ -52,6 +52,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Check, time, measure memory, write the results; the result as written."""
     import torch
 
+    from cdm_lightning.train import quiet_libraries
+
+    quiet_libraries()  # before what libraries say when they are imported
     from benchmarks.comparison import Comparison
     from benchmarks.frame import frame_cost
     from benchmarks.machine import command_of, facts, write_results

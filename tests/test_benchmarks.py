@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 
-from benchmarks import machine, step_time
+from benchmarks import inference, machine, step_time
 from benchmarks.comparison import Comparison
 from benchmarks.sizes import SIZES, Size
 
 
-@pytest.fixture(scope="module")
-def comparison() -> Comparison:
-    return Comparison(Size(batch=3, cycles=1, longest_rollout=4))
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "checkpointed"])
+def comparison(request) -> Comparison:
+    return Comparison(Size(batch=3, cycles=1, longest_rollout=4, gradient_checkpointing=request.param))
 
 
 def test_the_authors_order_gives_the_same_losses_and_gradients(comparison):
@@ -39,7 +39,10 @@ def test_costs_are_counted_as_the_mathematics_says(comparison):
     assert comparison.calls == 3 * (steps + 3 + 3 * 3 + 6)  # rollout, fake score, three student passes, six scores
     comparison.calls = 0
     comparison.run("ours", 1)
-    assert comparison.calls <= 3 * (steps + 3 + 2 * 3 + 6)
+    shared = int(
+        comparison.size.gradient_checkpointing
+    )  # then the rollout's last call is one of the two that are trained
+    assert comparison.calls <= 3 * (steps + 3 + 2 * 3 + 6 - shared)
     assert comparison.forward_flops() > 1e7
 
 
@@ -79,3 +82,13 @@ def test_the_published_size_has_two_billion_weights():
     with torch.device("meta"):
         network = SD3Transformer2DModel(**SIZES["sd3_medium"].network)
     assert sum(parameter.numel() for parameter in network.parameters()) == pytest.approx(2.03e9, rel=0.01)
+
+
+def test_seconds_of_images_with_compiled_blocks(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "RESULTS", tmp_path)
+    inference.main(["--size", "tiny", "--batch", "2", "--repeats", "1", "--compile", "aot_eager"])
+    seconds = json.loads((tmp_path / "inference_tiny.json").read_text())["seconds_per_image"]
+    assert set(seconds) == {
+        name + kind for name in (inference.STUDENT, inference.TEACHER) for kind in ("", ", compiled")
+    }
+    assert all(len(times) == 1 and times[0] > 0 for times in seconds.values())

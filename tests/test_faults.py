@@ -84,6 +84,21 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_status_75(started, toy_run,
     assert_equal_states(straight.checkpoint, resumed.checkpoint)
 
 
+# ---- two at once
+
+
+def test_a_second_run_in_the_same_folder_is_refused(started, toy_run, tmp_path):
+    first = started("trainer.max_steps=4000", "checkpoint.every=1000").wait_for_training()
+    config = (tmp_path / "run/config.yaml").read_bytes()
+    with pytest.raises(
+        UserError, match=rf"another run is at work in this folder \(process {first.processes[0].pid} on"
+    ):
+        toy_run("seed=1")
+    assert (tmp_path / "run/config.yaml").read_bytes() == config
+    first.kill(signal.SIGKILL).wait()  # however it ends, the folder is free again
+    assert toy_run().iteration == 10
+
+
 # ---- numbers that are not finite
 
 

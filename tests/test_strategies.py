@@ -82,7 +82,8 @@ def test_the_plane_on_two_and_four_processes(toy_overrides, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("roles", "strategy"), [("full", "fsdp2"), ("lora", "fsdp2"), ("lora", "ddp"), ("lora_student", "fsdp2"), ("lora_fake_score", "fsdp2")]
+    ("roles", "strategy"),
+    [("full", "fsdp2"), ("lora", "fsdp2"), ("lora", "ddp"), ("lora_student", "fsdp2"), ("lora_fake_score", "fsdp2")],
 )
 def test_the_sd3_classes_on_two_processes(sd3, roles, strategy, tmp_path):
     overrides = [*sd3, *ROLES[roles]]

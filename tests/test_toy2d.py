@@ -226,7 +226,10 @@ def distil(backbone: Toy2DBackbone, iterations: int, batch: int = 256) -> nn.Mod
         update(fake_score_optim, objective.fake_score_loss(fields, point, rng, backbone.shift_sigmas).total)
         lerp_parameters_(fake_score, student, 1e-3)
         if iteration % 2:
-            update(student_optim, summed(objective.student_losses(fields, point, rng, backbone.shift_sigmas, iteration)).total)
+            update(
+                student_optim,
+                summed(objective.student_losses(fields, point, rng, backbone.shift_sigmas, iteration)).total,
+            )
             lerp_parameters_(average, student, 0.02)
     return average
 

@@ -49,7 +49,7 @@ def test_a_run_leaves_its_configuration_command_and_checkpoint(cli):
     assert start["hardware"]["cores"] == os.cpu_count()
     assert start["commit"].removesuffix("-dirty") == head_of_this_checkout()
     assert read_checkpoint(folder / "checkpoints/iteration_0000002").iteration == 2
-    assert {path.name for path in folder.iterdir()} == {"config.yaml", "starts.jsonl", "checkpoints", "logs"}
+    assert {path.name for path in folder.iterdir()} == {"config.yaml", "starts.jsonl", "checkpoints", "logs", ".lock"}
 
 
 def head_of_this_checkout() -> str:

@@ -211,11 +211,16 @@ def fail(error: BaseException) -> NoReturn:
     Of several processes all mostly meet the same mistake: the first says it, and its launcher ends the rest while they
     wait. One that is left over says its own.
     """
-    process = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+    process = process_number()
     if process:
         time.sleep(OTHERS_WAIT)
     print(f"error: {f'process {process}: ' if process else ''}{one_line(error)}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def process_number() -> int:
+    """This process's place among those of its run as its launcher numbered them, from 0."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
 def one_line(error: BaseException) -> str:

@@ -96,11 +96,9 @@ class Networks(nn.Module):
         return [network for network in (self._base_view, self.teacher) if network is not None]
 
     def compile_blocks(self, block_types: tuple[type[nn.Module], ...], backend: str) -> None:
-        """Compile every block by torch.compile, in place: names of weights stay, and all blocks of a kind share the code."""
+        """Compile the blocks of every network, each once."""
         for network in [*self.whole.values(), *([self.base] if self.base is not None else [])]:
-            for block in network.modules():
-                if isinstance(block, block_types):
-                    block.compile(backend=backend)
+            compile_blocks(network, block_types, backend)
 
     def place(self, device: torch.device) -> None:
         """Move the teacher, and a shared base, to `device`; the other networks are moved as parts of the module."""
@@ -112,3 +110,10 @@ class Networks(nn.Module):
         super().train(mode)
         self.student_ema.eval()
         return self
+
+
+def compile_blocks(network: nn.Module, block_types: tuple[type[nn.Module], ...], backend: str) -> None:
+    """Compile every block by torch.compile, in place: names of weights stay, and all blocks of a kind share the code."""
+    for block in network.modules():
+        if isinstance(block, block_types):
+            block.compile(backend=backend)

@@ -33,6 +33,7 @@ from cdm_lightning.data.text_memory import RememberedText
 from cdm_lightning.errors import UserError
 from cdm_lightning.launch import is_launched, launch
 from cdm_lightning.parallel import device_count
+from cdm_lightning.run_lock import only_run_in
 from cdm_lightning.run_record import CONFIG_FILE, record_start
 
 FREE_KEYS = (
@@ -82,6 +83,12 @@ def train(config: DictConfig) -> TrainResult:
     if not isinstance(config.seed, int) or not 0 <= config.seed < 2**32:
         raise UserError(f"seed={config.seed}: give a whole number from 0 to {2**32 - 1}")
     folder = make_folder(Path(config.output_dir))
+    with only_run_in(folder):
+        return train_in(folder, config)
+
+
+def train_in(folder: Path, config: DictConfig) -> TrainResult:
+    """`train` in a folder that no other run is at work in."""
     L.seed_everything(config.seed, verbose=False)
     strategy, module, data = (build(config, key) for key in ("strategy", "module", "data"))
     module.resolution.check(module.backbone)
