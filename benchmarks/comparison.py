@@ -57,10 +57,17 @@ class Comparison:
         self.authors = AuthorsOrder(self.module, self.optimizers if shared else self._plain_optimizers())
         self.calls = 0  # of a network, by one sample; one with gradient counts three times: backward is two more
         self._forwards = self._counting()
+        self._compiled = {}
+        if size.compile_backend is not None:
+            self.module.networks.compile_blocks(self.module.backbone.block_types, size.compile_backend)
+            blocks = (b for network in self.module.networks.whole.values() for b in network.modules())
+            self._compiled = {b: b._compiled_call_impl for b in blocks if b._compiled_call_impl is not None}
 
     def run(self, order: str, iteration: int) -> None:
         """One iteration of an order."""
         prompts = batch(iteration, self.size.batch)
+        for block, compiled in self._compiled.items():
+            block._compiled_call_impl = compiled if order == "ours" else None
         if order == "authors":
             self.authors.iteration(prompts, iteration)
             return
@@ -98,8 +105,9 @@ class Comparison:
     def measure(self) -> dict[str, Any]:
         """Times, calls, FLOP/s and memory of both orders, and the ratios."""
         every, size = self.module.student_every, self.size
-        for order in ("authors", "ours"):  # whatever is set up at first
-            self.cycle(order, 0)
+        self.cycle("authors", 0)  # whatever is set up at first
+        for number in range(size.cycles if self._compiled else 1):  # compilation depends on the numbers of rows
+            self.cycle("ours", number)
         self.authors.seconds.clear()
         self.module.phase_seconds.clear()
         seconds, calls = {"authors": [], "ours": []}, {}

@@ -24,6 +24,7 @@ class Size:
     teacher_dtype: str = "float32"
     gradient_checkpointing: bool = False
     device: str = "cpu"
+    compile_backend: str | None = None  # of the blocks, in our order only: the authors' runs them as they are
     notes: tuple[str, ...] = field(default_factory=tuple)
 
 

@@ -27,6 +27,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--longest-rollout", type=int, metavar="K", help="rollouts have 1 to K steps")
     made.add_argument("--precision", choices=["float32", "bfloat16"], help="what networks compute in")
     made.add_argument("--device", metavar="NAME", help="cpu or cuda")
+    made.add_argument(
+        "--compile",
+        nargs="?",
+        const="inductor",
+        metavar="BACKEND",
+        help="our order with torch.compile of the blocks (default backend: inductor, which needs a C++ compiler)",
+    )
     made.add_argument("--threads", type=int, metavar="N", help="of torch on the CPU")
     made.add_argument(
         "--frame", type=int, default=0, metavar="N", help="also compare N iterations of Trainer.fit, tiny"
@@ -44,6 +51,7 @@ def chosen_size(options: argparse.Namespace) -> Size:
         "longest_rollout": options.longest_rollout,
         "compute_dtype": options.precision,
         "device": options.device,
+        "compile_backend": options.compile,
     }
     return replace(SIZES[options.size], **{name: value for name, value in given.items() if value is not None})
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -132,10 +133,9 @@ def bundle() -> str:
 
 def write(name: str, settings: dict, tables: dict[str, list[LadderRow]], verdicts: dict[str, bool]) -> None:
     """JSON and Markdown into benchmarks/results/, and onto the terminal."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     facts = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": git.stdout.strip() or "unknown",
+        "commit": commit(),
         "command": "python -m benchmarks.tiny_sd3 " + " ".join(sys.argv[1:]),
         "machine": f"{os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} threads, torch {torch.__version__}",
         "bundle": bundle(),
@@ -154,8 +154,16 @@ def write(name: str, settings: dict, tables: dict[str, list[LadderRow]], verdict
     print("\n".join(lines))
 
 
+@cache
+def commit() -> str:
+    """What is checked out, as it was at the start: the results that are written change the checkout."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return git.stdout.strip() or "unknown"
+
+
 def main() -> None:
     """The command line."""
+    commit()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["teacher", "student"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])

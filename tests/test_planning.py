@@ -81,11 +81,14 @@ def test_shards() -> None:
 
 
 def test_remedies_say_what_they_save() -> None:
-    found = {r.overrides.split(" ")[0]: r for r in remedies(sizes(), Layout("ddp", replicas=2), GPUs(2, 1), 3, True)}
+    found = {r.overrides.split(" ")[0]: r for r in remedies(sizes(), Layout("ddp", replicas=2), GPUs(2, 1), 3)}
     assert found["strategy.on_cpu=[student_ema]"].saves == ROLE
     assert found["text_cache.folder=DIR"].saves == 30
     assert found["strategy=fsdp2"].saves > 350
     assert found["optim=adamw8bit"].saves == pytest.approx(400 * (1 - 2.03 / 8))
+    together = found["all"]
+    assert together.saves > max(remedy.saves for name, remedy in found.items() if name != "all")
+    assert together.batch >= max(remedy.batch for remedy in found.values())
 
 
 def test_work() -> None:
@@ -306,6 +309,6 @@ def test_the_page_shows_what_the_planner_prints() -> None:
     blocks = re.findall(
         r"^```sh\n(python -m cdm_lightning\.plan [^\n]*)\n```\n\n```text\n(.*?)\n```", PAGE.read_text(), re.M | re.S
     )
-    assert len(blocks) == 2
+    assert len(blocks) == 4
     for command, shown in blocks:
         assert "\n\n".join(map(str, planner.plan(command.split()[3:]))) == shown

@@ -62,7 +62,7 @@ def make_plan(
         hours=hours(recipe.work.total, batch, iterations, peak_tflops, utilisation),
         peak_tflops=peak_tflops,
         utilisation=utilisation,
-        remedies=remedies(recipe.sizes, layout, gpus, batch, checkpointed),
+        remedies=remedies(recipe.sizes, layout, gpus, batch),
         further=further(checkpointed, bool(module.lora.adapters)),
         source=recipe.source,
     )

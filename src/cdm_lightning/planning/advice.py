@@ -17,10 +17,11 @@ class Remedy:
     batch: int
 
 
-def remedies(sizes: Sizes, layout: Layout, gpus: GPUs, batch: int, checkpointed: bool) -> list[Remedy]:
-    """Each way to take less memory that this run does not use yet, the largest saving first."""
+def remedies(sizes: Sizes, layout: Layout, gpus: GPUs, batch: int) -> list[Remedy]:
+    """Each way to take less memory that this run does not use yet, the largest saving first, and last all together."""
     now = total(sizes, layout, batch)
     found = []
+    everything, everywhere = sizes, layout
 
     def consider(overrides: str, other: Sizes, where: Layout, at: int = batch) -> None:
         saves = now - total(other, where, at)
@@ -28,17 +29,25 @@ def remedies(sizes: Sizes, layout: Layout, gpus: GPUs, batch: int, checkpointed:
             found.append(Remedy(overrides, saves, largest_batch(other, where, gpus.usable)))
 
     if layout.shards == 1 and gpus.count > 1:
-        consider("strategy=fsdp2", sizes, make_layout("fsdp2", gpus.count, layout.on_cpu))
+        everywhere = make_layout("fsdp2", gpus.count, layout.on_cpu)
+        consider("strategy=fsdp2", sizes, everywhere)
     if "student_ema" not in layout.on_cpu:
-        consider("strategy.on_cpu=[student_ema]", sizes, replace(layout, on_cpu=(*layout.on_cpu, "student_ema")))
+        moved = (*layout.on_cpu, "student_ema")
+        everywhere = replace(everywhere, on_cpu=moved)
+        consider("strategy.on_cpu=[student_ema]", sizes, replace(layout, on_cpu=moved))
     if sizes.text:
+        everything = replace(everything, text=0)
         consider("text_cache.folder=DIR (after cdm_lightning.cache_text)", replace(sizes, text=0), layout)
     if sizes.states > ADAM_8_BIT / 4 * sum(sizes.trained.values()) * 1.5:
-        small = replace(sizes, states=sizes.states * ADAM_8_BIT / ADAM, step_copies=0)
-        consider("optim=adamw8bit", small, layout)
+        small = {"states": sizes.states * ADAM_8_BIT / ADAM, "step_copies": 0}
+        everything = replace(everything, **small)
+        consider("optim=adamw8bit", replace(sizes, **small), layout)
     if batch > 1:
         consider("data.batch_size=1", sizes, layout, 1)
-    return sorted(found, key=lambda remedy: -remedy.saves)
+    found.sort(key=lambda remedy: -remedy.saves)
+    if len(found) > 1:
+        consider("all of these", everything, everywhere, 1)
+    return found
 
 
 def further(checkpointed: bool, lora: bool) -> list[str]:
