@@ -99,6 +99,12 @@ def test_a_second_run_in_the_same_folder_is_refused(started, toy_run, tmp_path):
     assert toy_run().iteration == 10
 
 
+def test_a_folder_that_cannot_be_locked_is_refused(toy_run, tmp_path):
+    (tmp_path / "run/.lock").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"cannot be written.*set another run_name"):
+        toy_run()
+
+
 # ---- numbers that are not finite
 
 

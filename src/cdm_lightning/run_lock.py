@@ -5,8 +5,9 @@ import fcntl
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from cdm_lightning.config import process_number
 from cdm_lightning.errors import UserError
@@ -26,7 +27,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
     if process_number():
         yield
         return
-    with (folder / LOCK_FILE).open("a+", encoding="utf-8") as file:
+    with locked_file(folder) as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -37,6 +38,14 @@ def only_run_in(folder: Path) -> Iterator[None]:
                     f"{folder}: another run is at work in this folder ({holder}); wait for it, stop it, or set another run_name"
                 ) from error
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        with suppress(OSError):  # a full disk: the lock is held all the same
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
+
+
+def locked_file(folder: Path) -> TextIO:
+    """The file that is locked, open; UserError if it cannot be made."""
+    try:
+        return (folder / LOCK_FILE).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); set another run_name") from error
