@@ -176,3 +176,15 @@ def test_a_worker_that_dies_ends_the_run_with_a_clear_line(toy_run, monkeypatch)
         toy_run("trainer.max_steps=200", "data.num_workers=1", "checkpoint.every=2")
     monkeypatch.setattr(CDMModule, "training_step", original)
     assert toy_run("trainer.max_steps=20", "data.num_workers=1", "checkpoint.every=2").iteration == 20
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError("reset by peer"), EOFError()])
+def test_a_worker_that_dies_while_it_hands_over_a_batch(toy_run, monkeypatch, error):
+    def broken(self, *batch):
+        raise error
+
+    monkeypatch.setattr(CDMModule, "training_step", broken)
+    with pytest.raises(UserError, match=r"DataLoader worker exited unexpectedly \((reset by peer|EOFError); .*goes on"):
+        toy_run("data.num_workers=1")
+    with pytest.raises(type(error)):  # without workers it is no fault of theirs
+        toy_run("data.num_workers=0", folder="other")

@@ -109,6 +109,12 @@ def train_in(folder: Path, config: DictConfig) -> TrainResult:
         if "DataLoader worker" not in str(error):
             raise
         raise UserError(f"{str(error).splitlines()[0]} (out of memory?); the same command goes on") from error
+    except (ConnectionError, EOFError) as error:  # it died while it handed a batch over, before torch saw it
+        if not config.data.num_workers:
+            raise
+        raise UserError(
+            f"DataLoader worker exited unexpectedly ({str(error) or type(error).__name__}; out of memory?); the same command goes on"
+        ) from error
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return TrainResult(folder, next(reversed(checkpoints_in(checkpoint.folder)), None), module.iteration, metrics)
 
