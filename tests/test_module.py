@@ -294,6 +294,9 @@ def test_objectives_that_need_it_get_full_rollouts():
     module = make_module(objective=CDMObjective(teacher_base="final"), student_every=1)
     fit(module, 2)
     assert flat(module.networks.student).isfinite().all()
+    for base, expected in (("final", False), ("online", True)):  # whether the rollout's last call is trained on
+        objective = CDMObjective(teacher_base=base)
+        assert make_module(objective=objective, gradient_checkpointing=True).trains_at_anchor(1) is expected
 
 
 def test_the_student_is_trained_on_the_call_that_its_rollout_makes_anyway(monkeypatch):

@@ -195,9 +195,9 @@ class CDMModule(L.LightningModule):
         """Whether the student is trained on its rollout's call at the anchor in this iteration (counted from 0).
 
         That saves a call, and keeps its graph while the fake score is updated. So not where graphs are large, without
-        gradient checkpointing, nor where the batch is computed in parts, each of which would keep one.
+        gradient checkpointing, nor where the batch is computed in parts, each of which would keep one. Full rollouts keep none.
         """
-        small = self.gradient_checkpointing and self.accumulate == 1
+        small = self.gradient_checkpointing and self.accumulate == 1 and not self.objective.needs_full_rollout
         return small and self._is_turn(iteration) and self.objective.trains_at_anchor(iteration)
 
     def _merge_fake_score(self) -> None:
