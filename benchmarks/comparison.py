@@ -14,6 +14,7 @@ from benchmarks.machine import flops_of, matrix_ceiling, peak_bytes, seconds_of
 from benchmarks.set_up import Bare, attach, batch, build_module
 from benchmarks.sizes import Size
 from cdm_lightning.callbacks.ema import StudentEMA
+from cdm_lightning.recomputation import Recomputation
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # relative, of losses and gradients
 
@@ -66,8 +67,7 @@ class Comparison:
     def run(self, order: str, iteration: int) -> None:
         """One iteration of an order."""
         prompts = batch(iteration, self.size.batch)
-        for block, compiled in self._compiled.items():
-            block._compiled_call_impl = compiled if order == "ours" else None
+        self._put_blocks_as_they_are_in(order)
         if order == "authors":
             self.authors.iteration(prompts, iteration)
             return
@@ -75,6 +75,18 @@ class Comparison:
         self.ema.on_train_batch_start(None, self.module)
         self.module.training_step(prompts, 0)
         self.ema.on_train_batch_end(None, self.module)
+
+    def _put_blocks_as_they_are_in(self, order: str) -> None:
+        """Compiled in ours only, checkpointed as each order does it."""
+        for block, compiled in self._compiled.items():
+            block._compiled_call_impl = compiled if order == "ours" else None
+        backbone, networks = self.module.backbone, self.module.networks
+        whole = Recomputation(float(self.size.gradient_checkpointing))
+        recomputation = whole if order == "authors" else self.module.recomputation
+        if whole.share or recomputation.share:
+            for network in (networks.student, networks.fake_score):
+                function = recomputation.function(network, backbone.block_types)
+                backbone.enable_gradient_checkpointing(network, function)
 
     def check(self) -> dict[str, float]:
         """The relative differences of losses and gradients in one iteration; RuntimeError if they are more than rounding.

@@ -91,10 +91,12 @@ def build_module(size: Size) -> CDMModule:
         OptimizerRecipe(adamw, LearningRate(1e-5)),
         OptimizerRecipe(adamw, LearningRate(5e-6)),
         compute_dtype=size.compute_dtype,
-        gradient_checkpointing=size.gradient_checkpointing,
+        gradient_checkpointing=size.gradient_checkpointing if size.recompute is None else size.recompute,
+        recompute_attention=size.recompute_attention,
+        accumulate=size.accumulate,
     )
     device = torch.device(size.device)
-    module.networks = Networks(backbone, size.gradient_checkpointing).to(device)
+    module.networks = Networks(backbone, module.recomputation).to(device)
     module.networks.place(device)
     module.to(device)
     backbone.setup(device)

@@ -22,9 +22,14 @@ class Size:
     side: int = 16
     compute_dtype: str = "float32"
     teacher_dtype: str = "float32"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False  # of all blocks, in both orders; but for `recompute`
     device: str = "cpu"
     compile_backend: str | None = None  # of the blocks, in our order only: the authors' runs them as they are
+    recompute: float | None = (
+        None  # the share of the blocks that our order checkpoints, if it is not that of the authors'
+    )
+    recompute_attention: bool = True  # in our order
+    accumulate: int = 1  # parts of our order's batch
     notes: tuple[str, ...] = field(default_factory=tuple)
 
 

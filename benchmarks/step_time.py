@@ -7,11 +7,13 @@ first. Results go to benchmarks/results/ with date, hardware, commit and command
 import argparse
 import statistics
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
 from benchmarks.sizes import SIZES, Size
 
+ATTENTION = ("flash", "cudnn", "efficient")
 PHASES = ("text", "rollout", "fake_score", "student")
 
 
@@ -34,6 +36,21 @@ def parser() -> argparse.ArgumentParser:
         metavar="BACKEND",
         help="our order with torch.compile of the blocks (default backend: inductor, which needs a C++ compiler)",
     )
+    made.add_argument(
+        "--recompute",
+        type=float,
+        metavar="SHARE",
+        help="our order with gradient checkpointing of this share of the blocks",
+    )
+    made.add_argument(
+        "--keep-attention",
+        action="store_true",
+        help="our order with attention's results kept where blocks are recomputed",
+    )
+    made.add_argument("--accumulate", type=int, metavar="N", help="our order with the batch in N parts")
+    made.add_argument(
+        "--attention", choices=ATTENTION, help="which of torch's attentions both orders run (default: torch's choice)"
+    )
     made.add_argument("--threads", type=int, metavar="N", help="of torch on the CPU")
     made.add_argument(
         "--frame", type=int, default=0, metavar="N", help="also compare N iterations of Trainer.fit, tiny"
@@ -52,6 +69,9 @@ def chosen_size(options: argparse.Namespace) -> Size:
         "compute_dtype": options.precision,
         "device": options.device,
         "compile_backend": options.compile,
+        "recompute": options.recompute,
+        "recompute_attention": False if options.keep_attention else None,
+        "accumulate": options.accumulate,
     }
     return replace(SIZES[options.size], **{name: value for name, value in given.items() if value is not None})
 
@@ -72,14 +92,22 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     size = chosen_size(options)
     where = facts(size.device, command_of("benchmarks.step_time"))
     comparison = Comparison(size)
-    result = {"facts": where, "size": asdict(size), "check": comparison.check()}
-    result |= comparison.measure()
+    with attention(options.attention):
+        result = {"facts": where, "size": asdict(size), "check": comparison.check()}
+        result |= comparison.measure()
     tables = {"Against the authors' order of work": main_rows(result), "Seconds an iteration": phase_rows(result)}
     if options.frame:
         result["frame"] = frame_cost(options.frame)
         tables["Cost of the frame"] = [{name: f"{value:.4g}" for name, value in result["frame"].items()}]
     write_results(options.name or f"step_time_{options.size}", f"Step time: {options.size}", result, tables)
     return result
+
+
+def attention(name: str | None) -> AbstractContextManager[Any]:
+    """Inside the block torch runs this attention alone; None leaves the choice to torch."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return nullcontext() if name is None else sdpa_kernel(getattr(SDPBackend, f"{name.upper()}_ATTENTION"))
 
 
 def main_rows(result: dict[str, Any]) -> list[dict[str, str]]:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import inference, machine, step_time
+from benchmarks import gpu_tables, inference, machine, step_time
 from benchmarks.comparison import Comparison
 from benchmarks.sizes import SIZES, Size
 
@@ -39,9 +39,7 @@ def test_costs_are_counted_as_the_mathematics_says(comparison):
     assert comparison.calls == 3 * (steps + 3 + 3 * 3 + 6)  # rollout, fake score, three student passes, six scores
     comparison.calls = 0
     comparison.run("ours", 1)
-    shared = int(
-        comparison.size.gradient_checkpointing
-    )  # then the rollout's last call is one of the two that are trained
+    shared = 1  # the rollout's last call is one of the two that are trained
     assert comparison.calls <= 3 * (steps + 3 + 2 * 3 + 6 - shared)
     assert comparison.forward_flops() > 1e7
 
@@ -50,6 +48,44 @@ def torch_rng(comparison, iteration):
     from cdm_lightning.core.rng import StepRandom
 
     return StepRandom(comparison.module.seed, iteration, range(3), "cpu")
+
+
+def test_each_order_recomputes_what_it_is_told():
+    """Ours half of the blocks, and no attention; the authors' all: the same losses and gradients."""
+    size = Size(
+        batch=2, cycles=1, longest_rollout=2, gradient_checkpointing=True, recompute=0.5, recompute_attention=False
+    )
+    assert max(Comparison(size).check().values()) < 1e-4
+
+
+def test_all_gpu_tables_are_made_one_after_another(capfd):
+    """With a size that a CPU can run; a run that fails leaves a row that says why."""
+    failing = gpu_tables.Candidate("never_written", "too much", "--size tiny --batch none")
+    working = gpu_tables.Candidate(
+        "rehearsal", "as it is", "--size tiny --batch 2 --cycles 1 --longest-rollout 2 --attention flash"
+    )
+    files = [machine.RESULTS / f"rehearsal.{ending}" for ending in ("json", "md")]
+    try:
+        rows = gpu_tables.run([failing, working])
+    finally:
+        for file in files:
+            file.unlink(missing_ok=True)
+    assert "invalid int value" in rows[0]["failed"]
+    assert float(rows[1]["samples/s"]) > 0
+    assert rows[1]["failed"] == ""
+    assert "too much" in capfd.readouterr().out
+
+
+def test_the_gpu_tables_are_refused_without_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        gpu_tables.main([])
+    assert "no GPU here" in capsys.readouterr().err
+    for candidate in gpu_tables.CANDIDATES:  # the arguments of each are known
+        options = (inference.parser() if "inference" in candidate.module else step_time.parser()).parse_args(
+            candidate.command[3:]
+        )
+        assert options.size in SIZES
 
 
 def test_peak_memory_is_that_of_live_tensors():

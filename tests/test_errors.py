@@ -55,7 +55,7 @@ def test_texts_in_the_place_of_numbers(refused):
     assert "module.samplers.0.height=wide must be int or null" in refused("+module.samplers.0.height=wide")
     for seed in ("-1", "null", "abc"):
         assert f"seed={seed}: give a whole number from 0 to".replace("null", "None") in refused(f"seed={seed}")
-    assert "module.gradient_checkpointing=maybe must be bool" in refused("module.gradient_checkpointing=maybe")
+    assert "module.gradient_checkpointing=maybe must be float or bool" in refused("module.gradient_checkpointing=maybe")
 
 
 def test_prompt_files(refused, tmp_path):

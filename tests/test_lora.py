@@ -23,6 +23,7 @@ from cdm_lightning.lora.weights import AdapterWeights
 from cdm_lightning.module import CDMModule
 from cdm_lightning.networks import Networks
 from cdm_lightning.optim import LearningRate, OptimizerRecipe
+from cdm_lightning.recomputation import Recomputation
 
 PROMPTS = ["a large red circle", "a small blue square above a green ring", "a ring", "a star"]
 ROLES = ("student", "fake_score", "student_ema")
@@ -52,8 +53,9 @@ def moved(networks: Networks, *roles: str) -> Networks:
     return networks
 
 
-def built(backbone, plan: LoRAPlan = BOTH, checkpointing: bool = False, seed: int = 0) -> Networks:
-    return moved(Networks(backbone, checkpointing, plan, seed), *plan.adapters)
+def built(backbone, plan: LoRAPlan = BOTH, checkpointing: bool | Recomputation = False, seed: int = 0) -> Networks:
+    recomputation = checkpointing if isinstance(checkpointing, Recomputation) else Recomputation(float(checkpointing))
+    return moved(Networks(backbone, recomputation, plan, seed), *plan.adapters)
 
 
 def inputs(backbone, count: int = 4) -> tuple[Tensor, Tensor, dict]:
@@ -233,7 +235,7 @@ def separate(backbone) -> dict[str, dict[str, Tensor]]:
     return {role: gradients(network) for role, network in apart.items()}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, Recomputation(0.5), Recomputation(1.0, attention=False)])
 def test_gradients_are_those_of_separate_networks(backbone, separate, checkpointing):
     networks = built(backbone, checkpointing=checkpointing)
     student, fake_score = losses(make_module(backbone, networks), [0, 1, 2, 3])
@@ -250,7 +252,7 @@ def test_gradients_are_those_of_separate_networks(backbone, separate, checkpoint
 
 
 def test_unguarded_checkpointing_would_give_other_gradients(backbone, separate):
-    """The reason for `SharedBase.checkpoint`, and the proof that the test above can fail."""
+    """The reason for `SharedBase.with_its_adapter`, and the proof that the test above can fail."""
     networks = built(backbone)
     backbone.enable_gradient_checkpointing(networks.student.shared.network)
     student, _ = losses(make_module(backbone, networks), [0, 1, 2, 3])
@@ -341,7 +343,7 @@ def test_the_toy_has_its_closed_form_teacher_beside_the_shared_base(tmp_path):
     from cdm_lightning.backbones.toy2d import MixtureVelocity, Toy2DBackbone
 
     adapter = Adapter(rank=2, targets="blocks")
-    networks = Networks(Toy2DBackbone(hidden=16, depth=2, fit_steps=5), True, LoRAPlan(adapter, adapter))
+    networks = Networks(Toy2DBackbone(hidden=16, depth=2, fit_steps=5), Recomputation(1.0), LoRAPlan(adapter, adapter))
     assert isinstance(networks.teacher, MixtureVelocity)
     networks.place(torch.device("cpu"))
     x, sigma, weights = torch.randn(3, 2), torch.rand(3), torch.full((3, 8), 1 / 8)

@@ -14,6 +14,7 @@ from cdm_lightning.core.rng import evaluation_noise
 from cdm_lightning.evaluation import SamplerSpec, generate
 from cdm_lightning.lora.plan import Adapter, LoRAPlan
 from cdm_lightning.networks import Networks
+from cdm_lightning.recomputation import Recomputation
 from cdm_lightning.sample import sample_images
 
 PROMPTS = ["a large red circle", "a small blue square above a green ring", "a ring"]
@@ -49,7 +50,7 @@ def test_checkpointing_recomputes_with_the_adapter_of_the_forward_pass(case):
     cond, sigma = backbone.encode_prompts(PROMPTS), torch.tensor([0.2, 0.6, 0.9])
     x, found = evaluation_noise(0, range(3), backbone.latent_shape, "cpu"), []
     for checkpointing in (False, True):
-        networks = moved(Networks(backbone, checkpointing, LoRAPlan(ADAPTER, ADAPTER)))
+        networks = moved(Networks(backbone, Recomputation(float(checkpointing)), LoRAPlan(ADAPTER, ADAPTER)))
         loss = BoundField(backbone, networks.student, cond)(x, sigma).square().mean()
         with torch.no_grad():
             other = BoundField(backbone, networks.fake_score, cond)(x, sigma).square().mean()

@@ -107,7 +107,7 @@ def test_several_fake_score_steps_share_one_rollout_with_fresh_draws():
             return super().fake_score_loss(fields, point, rng, shift)
 
     sgd = recipe(lr=1e-2, optimizer=torch.optim.SGD, max_grad_norm=math.inf)
-    settings = {"fake_score_optim": sgd, "fake_score_merge": 0.25, "student_every": 2}
+    settings = {"fake_score_optim": sgd, "fake_score_merge": 0.25, "student_every": 2, "gradient_checkpointing": True}
     module = make_module(objective=Watching(), fake_score_steps=3, **settings)
     snapshots = Snapshots("fake_score", "student")
     trainer = fit(module, 2, snapshots)
@@ -280,7 +280,13 @@ def test_lightnings_own_precision_is_refused():
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"student_every": 0}, {"fake_score_steps": 0}, {"fake_score_merge": 2.0}, {"compute_dtype": "float16"}],
+    [
+        {"student_every": 0},
+        {"fake_score_steps": 0},
+        {"fake_score_merge": 2.0},
+        {"compute_dtype": "float16"},
+        {"gradient_checkpointing": 2},
+    ],
 )
 def test_arguments_out_of_range_are_refused(arguments):
     with pytest.raises(UserError, match=next(iter(arguments))):
@@ -296,14 +302,15 @@ def test_objectives_that_need_it_get_full_rollouts():
     assert flat(module.networks.student).isfinite().all()
     for base, expected in (("final", False), ("online", True)):  # whether the rollout's last call is trained on
         objective = CDMObjective(teacher_base=base)
-        assert make_module(objective=objective, gradient_checkpointing=True).trains_at_anchor(1) is expected
+        assert make_module(objective=objective).trains_at_anchor(1) is expected
 
 
-def test_the_student_is_trained_on_the_call_that_its_rollout_makes_anyway(monkeypatch):
-    """One call less in each student's turn, and the same weights."""
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_the_student_is_trained_on_the_call_that_its_rollout_makes_anyway(share, monkeypatch):
+    """One call less in each student's turn, and the same weights; the fake score learns in halves beside large graphs."""
 
     def trained() -> tuple[Tensor, int]:
-        module = make_module(gradient_checkpointing=True)
+        module = make_module(gradient_checkpointing=share)
         calls, velocity = [], module.backbone.velocity
 
         def counted(network, x, sigma, cond):
@@ -312,15 +319,18 @@ def test_the_student_is_trained_on_the_call_that_its_rollout_makes_anyway(monkey
 
         module.backbone.velocity = counted
         fit(module, 4)
-        return flat(module.networks.student), sum(network is module.networks.student for network in calls)
+        networks = module.networks
+        counts = [sum(network is one for network in calls) for one in (networks.student, networks.fake_score)]
+        return torch.cat([flat(networks.student), flat(networks.fake_score)]), counts
 
-    shared, calls = trained()
+    shared, (calls, fake_score_calls) = trained()
     monkeypatch.setattr(CDMModule, "trains_at_anchor", lambda self, iteration: False)
-    apart, more_calls = trained()
+    apart, (more_calls, whole_fake_score_calls) = trained()
     assert more_calls == calls + 2
+    assert fake_score_calls == whole_fake_score_calls + (0 if share == 1 else 2)
     torch.testing.assert_close(shared, apart, rtol=0, atol=1e-6)
     start = flat(make_module().backbone.build_network())
-    assert (shared - start).abs().max() > 1e-4
+    assert (shared[: len(start)] - start).abs().max() > 1e-4
 
 
 def test_an_iteration_is_the_same_for_any_split_of_the_batch():

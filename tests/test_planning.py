@@ -19,13 +19,23 @@ from cdm_lightning.core.lengths import (
     UniformLength,
 )
 from cdm_lightning.errors import UserError
-from cdm_lightning.planning.advice import remedies
+from cdm_lightning.planning.advice import faster, further, remedies
 from cdm_lightning.planning.layout import GPUs, Layout, make_layout, read_gpus
 from cdm_lightning.planning.live import LiveBytes, Timeline, storages
-from cdm_lightning.planning.memory import Sizes, checkpoint_bytes, gathered, largest_batch, phase_peaks, resting, total
+from cdm_lightning.planning.memory import (
+    Sizes,
+    at_once,
+    checkpoint_bytes,
+    gathered,
+    largest_batch,
+    phase_peaks,
+    resting,
+    total,
+)
 from cdm_lightning.planning.recipe import optimizer_bytes, read_recipe
 from cdm_lightning.planning.step import every_network
 from cdm_lightning.planning.work import expected_calls, hours, work_of
+from cdm_lightning.recomputation import Recomputation
 
 BATCH = 6
 
@@ -68,6 +78,16 @@ def test_one_gpu() -> None:
     assert checkpoint_bytes(sizes()) == 702
 
 
+def test_memory_that_is_left_is_spoken_of() -> None:
+    parts = "module.gradient_checkpointing=false module.accumulate=8"
+    assert faster(Recomputation(1.0), 0.5, batch=16) == ["module.recompute_attention=false", parts]
+    assert faster(Recomputation(0.5, attention=False), 0.5, batch=16) == [parts]
+    assert faster(Recomputation(1.0), 0.1, batch=16) == []
+    assert faster(Recomputation(0.0), 0.5, batch=16) == []
+    assert further(Recomputation(0.5), lora=True) == ["module.gradient_checkpointing=true"]
+    assert further(Recomputation(1.0), lora=False) == ["lora=lora"]
+
+
 def test_shards() -> None:
     layout = make_layout("fsdp2", 4, ["student_ema"])
     rest = resting(sizes(), layout)
@@ -89,6 +109,20 @@ def test_remedies_say_what_they_save() -> None:
     together = found["all"]
     assert together.saves > max(remedy.saves for name, remedy in found.items() if name != "all")
     assert together.batch >= max(remedy.batch for remedy in found.values())
+
+
+def test_a_batch_in_parts_takes_the_memory_of_the_largest() -> None:
+    single, gpu = Layout("single"), GPUs(1, 1.2e-6, reserve=0.0)
+    assert at_once(10, 3) == 4
+    assert largest_batch(sizes(), single, 790 + 240 + 100, accumulate=4) == 4 * 5  # 10 + 50 B + 80 <= 340
+    assert STEP.peak(1, repeated=True) == 140  # 10 + 50 with all 80 of the gradients, where it was 105
+    assert phase_peaks(sizes(), single, 3, accumulate=3)["student"] == 140
+    found = {r.overrides: r for r in remedies(sizes(), single, gpu, 30, accumulate=2)}
+    whole, parts = total(sizes(), single, 30, 2), total(sizes(), single, 30, 30)
+    assert found["module.accumulate=30"].saves == whole - parts
+    assert found["module.accumulate=30"].batch % 30 == 0
+    assert total(sizes(), single, found["module.accumulate=30"].batch, 30) <= gpu.usable
+    assert "module.accumulate=30" not in {r.overrides for r in remedies(sizes(), single, gpu, 30, accumulate=30)}
 
 
 def test_work() -> None:
@@ -212,8 +246,10 @@ PLAIN = "module.gradient_checkpointing=false"
         ("sd3", [CHECKPOINTED]),
         ("larger_sd3", [PLAIN]),
         ("larger_sd3", [CHECKPOINTED]),
+        ("larger_sd3", ["module.gradient_checkpointing=0.5", "module.recompute_attention=false"]),
         ("sd3", [PLAIN, "lora=lora", "lora.student.rank=8", "lora.fake_score.rank=8"]),
         ("sd3", [PLAIN, "objective=dmd"]),
+        ("larger_sd3", [PLAIN, "module.accumulate=2"]),
         ("longcat", [PLAIN]),
         ("longcat", [CHECKPOINTED]),
     ],
@@ -240,7 +276,7 @@ def test_the_plan_is_within_ten_percent_of_a_real_step(
     )
     meter = measure(config)
     recipe = read_recipe(build(config, "module"), text_cached=True)
-    planned = {name: timeline.peak(BATCH) for name, timeline in recipe.sizes.phases.items()}
+    planned = phase_peaks(recipe.sizes, Layout("single"), BATCH, config.module.accumulate)
     between, student = max(planned["rollout"], planned["fake score"]), max(planned.values())
     print(family, overrides, "memory", between / meter.peaks[2], student / meter.peaks[3])
     assert between == pytest.approx(meter.peaks[2], rel=0.1)

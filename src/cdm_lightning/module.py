@@ -8,7 +8,7 @@ checkpoints and logs all count that.
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import lightning as L
 import torch
@@ -21,7 +21,7 @@ from cdm_lightning.core.objective import Objective, TermLosses, VelocityFields
 from cdm_lightning.core.rng import StepRandom
 from cdm_lightning.core.rollout import TrajectoryPoint, simulate, simulate_to_anchor
 from cdm_lightning.core.schedules import SigmaSchedule
-from cdm_lightning.data.batches import PADDING, PromptBatch
+from cdm_lightning.data.batches import PADDING, PromptBatch, spans
 from cdm_lightning.errors import UserError
 from cdm_lightning.evaluation import SamplerSpec, generate
 from cdm_lightning.lora.plan import LoRAPlan
@@ -29,6 +29,7 @@ from cdm_lightning.networks import Networks
 from cdm_lightning.optim import OptimizerRecipe
 from cdm_lightning.parallel import MeshStrategy
 from cdm_lightning.ranks import largest
+from cdm_lightning.recomputation import Recomputation
 from cdm_lightning.resolution import OwnSize, Resolution
 from cdm_lightning.sharding import average_figures, average_whole_gradients, distribute, whole
 
@@ -36,13 +37,23 @@ COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class _Part:
-    """What is computed at once: the networks bound to some samples of the batch, their draws, their share of the batch."""
+class Part:
+    """What is computed at once: the networks bound to some samples of the batch, their draws, their points."""
 
     fields: VelocityFields
     rng: StepRandom
     backbone: Backbone  # at the image size of this iteration
-    share: float
+    share: float  # of the batch
+    point: TrajectoryPoint | None = None  # known after the rollout
+
+    def split(self, count: int) -> list["Part"]:
+        """This in `count` parts whose sizes differ by 1 at most, or in single samples if there are fewer."""
+        return [self._select(span) for span in spans(len(self.rng), count)]
+
+    def _select(self, rows: slice) -> "Part":
+        rng = self.rng.select(rows)
+        share = self.share * len(rng) / len(self.rng)
+        return Part(self.fields.select(rows), rng, self.backbone, share, self.point.select(rows))
 
 
 class CDMModule(L.LightningModule):
@@ -54,6 +65,8 @@ class CDMModule(L.LightningModule):
     images. Networks compute in `compute_dtype` ("float32", "bfloat16"); trained weights, gradients, sigmas and losses are
     float32 always. `lora` says which of the networks are adapters on a frozen base, `resolution` at which sizes of image
     they are trained. A batch is computed in `accumulate` parts, one after another, with the result of the whole.
+    The share `gradient_checkpointing` of the blocks recompute their activations in the backward pass, that of attention
+    only with `recompute_attention`.
     `compile_backend` (of torch.compile, for example "inductor") compiles the networks' blocks. All random draws are
     functions of (`seed`, iteration, slot in the global batch).
 
@@ -75,11 +88,12 @@ class CDMModule(L.LightningModule):
         samplers: Sequence[SamplerSpec] = (),
         seed: int = 0,
         compute_dtype: str = "float32",
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: float | bool = False,
         lora: LoRAPlan | None = None,
         resolution: Resolution | None = None,
         accumulate: int = 1,
         compile_backend: str | None = None,
+        recompute_attention: bool = True,
     ) -> None:
         super().__init__()
         if accumulate < 1:
@@ -87,6 +101,10 @@ class CDMModule(L.LightningModule):
         if student_every < 1 or fake_score_steps < 1 or not 0 <= fake_score_merge <= 1:
             raise UserError(
                 "module: student_every and fake_score_steps must be at least 1, fake_score_merge must lie in [0, 1]"
+            )
+        if not 0 <= gradient_checkpointing <= 1:
+            raise UserError(
+                f"module: gradient_checkpointing is a share of the blocks, from 0 to 1, got {gradient_checkpointing}"
             )
         if compute_dtype not in COMPUTE_DTYPES:
             raise UserError(f"module: compute_dtype must be one of {', '.join(COMPUTE_DTYPES)}, got {compute_dtype!r}")
@@ -99,7 +117,7 @@ class CDMModule(L.LightningModule):
         self.fake_score_merge = fake_score_merge
         self.samplers, self.seed = list(samplers or ()), seed
         self.compute_dtype = COMPUTE_DTYPES[compute_dtype]
-        self.gradient_checkpointing = gradient_checkpointing
+        self.recomputation = Recomputation(float(gradient_checkpointing), recompute_attention)
         self.accumulate, self.compile_backend = accumulate, compile_backend
         self.networks: Networks | None = None  # built by `configure_model`, when the device is known
         self.is_sharded = False
@@ -117,39 +135,44 @@ class CDMModule(L.LightningModule):
         """One iteration: rollout, anchor, fake score, merge and, in its turn, student; each in `accumulate` parts."""
         parts = [self._part(part, len(part.prompts) / len(batch.prompts)) for part in batch.split(self.accumulate)]
         with self._phase("rollout"):
-            with_grad = self.trains_at_anchor(self.iteration)
-            points = [self.draw_point(part.fields, part.rng, part.backbone, with_grad) for part in parts]
+            parts = [self._with_point(part) for part in parts]
         with self._phase("fake_score"):
             for step in range(self.fake_score_steps):
-                losses = self._fake_score_losses(parts, points, step)
+                losses = self.fake_score_losses(parts, step)
                 self._update("fake_score", losses, counts=step == self.fake_score_steps - 1)
                 self._merge_fake_score()
         if self.is_student_turn:
             with self._phase("student"):
-                self._update("student", self._student_losses(parts, points))
+                self._update("student", self._student_losses(parts))
         self.iteration += 1
         self._log_health()
 
-    def _part(self, batch: PromptBatch, share: float) -> "_Part":
+    def _part(self, batch: PromptBatch, share: float) -> Part:
         rng = StepRandom(self.seed, self.iteration, batch.indices.tolist(), self.device)
         backbone = self.resolution.draw(self.backbone, rng)
-        return _Part(self.bind(batch.prompts, backbone), rng, backbone, share)
+        return Part(self.bind(batch.prompts, backbone), rng, backbone, share)
 
-    def _fake_score_losses(
-        self, parts: Sequence[_Part], points: Sequence[TrajectoryPoint], step: int
-    ) -> Iterator[tuple[float, TermLosses]]:
-        """(share of the batch, loss) of each part, computed when it is asked for."""
-        for part, point in zip(parts, points):
-            rng, shift = part.rng.again(step), part.backbone.shift_sigmas
-            yield part.share, self.objective.fake_score_loss(part.fields, point, rng, shift)
+    def _with_point(self, part: Part) -> Part:
+        with_grad = self.trains_at_anchor(self.iteration)
+        return replace(part, point=self.draw_point(part.fields, part.rng, part.backbone, with_grad))
 
-    def _student_losses(
-        self, parts: Sequence[_Part], points: Sequence[TrajectoryPoint]
-    ) -> Iterator[tuple[float, TermLosses]]:
+    def fake_score_losses(self, parts: Sequence[Part], step: int) -> Iterator[tuple[float, TermLosses]]:
+        """(share of the batch, loss) of each part, computed when it is asked for, in the `step`-th update of an iteration.
+
+        Beside a graph of the student's that waits for its turn, a part is computed in halves: one graph and a half in memory,
+        not two. With every block recomputed graphs are small.
+        """
+        for part in parts:
+            waiting = part.point.v_with_grad is not None and self.recomputation.share < 1
+            for one in part.split(2) if waiting else [part]:
+                rng, shift = one.rng.again(step), one.backbone.shift_sigmas
+                yield one.share, self.objective.fake_score_loss(one.fields, one.point, rng, shift)
+
+    def _student_losses(self, parts: Sequence[Part]) -> Iterator[tuple[float, TermLosses]]:
         """(share of the batch, summand of the loss) of each part, computed when it is asked for."""
-        for part, point in zip(parts, points):
+        for part in parts:
             shift = part.backbone.shift_sigmas
-            for one in self.objective.student_losses(part.fields, point, part.rng, shift, self.iteration):
+            for one in self.objective.student_losses(part.fields, part.point, part.rng, shift, self.iteration):
                 yield part.share, one
 
     def bind(self, prompts: Sequence[str], backbone: Backbone | None = None) -> VelocityFields:
@@ -194,11 +217,11 @@ class CDMModule(L.LightningModule):
     def trains_at_anchor(self, iteration: int) -> bool:
         """Whether the student is trained on its rollout's call at the anchor in this iteration (counted from 0).
 
-        That saves a call, and keeps its graph while the fake score is updated. So not where graphs are large, without
-        gradient checkpointing, nor where the batch is computed in parts, each of which would keep one. Full rollouts keep none.
+        That saves a call, and keeps its graph while the fake score is updated. So not where the batch is computed in parts,
+        each of which would keep one. Full rollouts keep none.
         """
-        small = self.gradient_checkpointing and self.accumulate == 1 and not self.objective.needs_full_rollout
-        return small and self._is_turn(iteration) and self.objective.trains_at_anchor(iteration)
+        possible = self.accumulate == 1 and not self.objective.needs_full_rollout
+        return possible and self._is_turn(iteration) and self.objective.trains_at_anchor(iteration)
 
     def _merge_fake_score(self) -> None:
         if self.fake_score_merge:
@@ -261,7 +284,7 @@ class CDMModule(L.LightningModule):
         device = self.trainer.strategy.root_device
         with torch.device("cpu"):  # Lightning sets the default device here; weights shall not depend on it
             empty = isinstance(self.trainer.strategy, MeshStrategy)  # each process then reads its own rows
-            self.networks = Networks(self.backbone, self.gradient_checkpointing, self.lora, self.seed, empty)
+            self.networks = Networks(self.backbone, self.recomputation, self.lora, self.seed, empty)
         if self.compile_backend is not None:
             self.networks.compile_blocks(self.backbone.block_types, self.compile_backend)
         if isinstance(self.trainer.strategy, MeshStrategy):

@@ -7,6 +7,7 @@ from torch import nn
 
 from cdm_lightning.backbones.base import Backbone
 from cdm_lightning.lora.plan import LoRAPlan
+from cdm_lightning.recomputation import Guard, Recomputation
 
 
 class Networks(nn.Module):
@@ -18,6 +19,7 @@ class Networks(nn.Module):
     The teacher is kept out of the module tree: it never changes, so it is in no checkpoint and in no optimizer; the
     backbone builds it anew, always the same. `place` moves it along.
 
+    `recomputation` says which activations the backward pass computes anew (default: none).
     With `empty`, whole networks stay on the meta device where the backbone can fill them later, shard by shard.
     """
 
@@ -26,28 +28,28 @@ class Networks(nn.Module):
     def __init__(
         self,
         backbone: Backbone,
-        gradient_checkpointing: bool = False,
+        recomputation: Recomputation | None = None,
         lora: LoRAPlan | None = None,
         seed: int = 0,
         empty: bool = False,
     ) -> None:
         super().__init__()
         self._empty = empty
+        self._recomputation = recomputation or Recomputation()
         lora = lora or LoRAPlan()
         shared = None
         if lora.adapters:
             from cdm_lightning.lora.shared import SharedBase  # imports peft
 
             shared = SharedBase(backbone.build_base(), lora.adapters, backbone.lora_targets, seed)
-            if gradient_checkpointing:
-                backbone.enable_gradient_checkpointing(shared.network, shared.checkpoint)
-        self._build_trained(backbone, lora, shared, gradient_checkpointing)
+            self._checkpoint(backbone, shared.network, shared.with_its_adapter)
+        self._build_trained(backbone, lora, shared)
         self.student_ema.requires_grad_(False).eval()
         own_teacher = None if shared and backbone.teacher_is_base else self._build(backbone, teacher=True)
         self._keep_unregistered(shared=shared, own_teacher=own_teacher)
         self.view_base()
 
-    def _build_trained(self, backbone: Backbone, lora: LoRAPlan, shared: object, gradient_checkpointing: bool) -> None:
+    def _build_trained(self, backbone: Backbone, lora: LoRAPlan, shared: object) -> None:
         def full() -> nn.Module:
             return self._build(backbone, teacher=False).float().requires_grad_(True)
 
@@ -58,8 +60,13 @@ class Networks(nn.Module):
             self.fake_score = full() if lora.student else copy.deepcopy(self.student)
         self.student_ema = shared.view("student_ema") if lora.student else copy.deepcopy(self.student)
         for network, adapter in ((self.student, lora.student), (self.fake_score, lora.fake_score)):
-            if gradient_checkpointing and adapter is None:
-                backbone.enable_gradient_checkpointing(network)
+            if adapter is None:
+                self._checkpoint(backbone, network)
+
+    def _checkpoint(self, backbone: Backbone, network: nn.Module, guard: Guard | None = None) -> None:
+        if self._recomputation.share:
+            function = self._recomputation.function(network, backbone.block_types, guard)
+            backbone.enable_gradient_checkpointing(network, function)
 
     def _build(self, backbone: Backbone, teacher: bool) -> nn.Module:
         made = backbone.build_empty(teacher) if self._empty else None

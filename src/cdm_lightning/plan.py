@@ -43,27 +43,30 @@ def make_plan(
     config: Any, module: Any, recipe: Any, gpus: Any, layout: Any, peak_tflops: float, utilisation: float
 ) -> Any:
     """The plan for these gpus."""
-    from cdm_lightning.planning.advice import further, remedies
-    from cdm_lightning.planning.memory import largest_batch
+    from cdm_lightning.planning.advice import faster, further, remedies
+    from cdm_lightning.planning.memory import largest_batch, total
     from cdm_lightning.planning.table import Plan
     from cdm_lightning.planning.work import hours
 
     batch, iterations = config.data.batch_size, config.trainer.max_steps
-    checkpointed = module.gradient_checkpointing
+    recomputation, accumulate = module.recomputation, module.accumulate
+    taken = total(recipe.sizes, layout, batch, accumulate) / gpus.usable
     return Plan(
         name=config.run_name,
         gpus=gpus,
         layout=layout,
         batch=batch,
+        accumulate=accumulate,
         iterations=iterations,
         sizes=recipe.sizes,
         work=recipe.work,
-        fits=largest_batch(recipe.sizes, layout, gpus.usable),
+        fits=largest_batch(recipe.sizes, layout, gpus.usable, accumulate),
         hours=hours(recipe.work.total, batch, iterations, peak_tflops, utilisation),
         peak_tflops=peak_tflops,
         utilisation=utilisation,
-        remedies=remedies(recipe.sizes, layout, gpus, batch),
-        further=further(checkpointed, bool(module.lora.adapters)),
+        remedies=remedies(recipe.sizes, layout, gpus, batch, accumulate),
+        further=further(recomputation, bool(module.lora.adapters)),
+        faster=faster(recomputation, 1 - taken, batch),
         source=recipe.source,
     )
 

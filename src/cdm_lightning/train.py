@@ -46,8 +46,9 @@ FREE_KEYS = (
     "callbacks",
     "logger",
     "module.samplers",
-    "module.accumulate",  # these three change how it is computed, not what
+    "module.accumulate",  # these four change how it is computed, not what
     "module.gradient_checkpointing",
+    "module.recompute_attention",
     "module.compile_backend",
     "data.num_workers",
     "data.val",

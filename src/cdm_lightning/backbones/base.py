@@ -13,15 +13,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from cdm_lightning.core.flow import VelocityField, plain_guidance
+from cdm_lightning.core.flow import Rows, VelocityField, plain_guidance
 from cdm_lightning.errors import UserError
 
 CheckpointFunction = Callable[..., Any]  # (block, *arguments) -> its result, recomputed in the backward pass
 Conditioning = dict[str, Tensor]  # what a network is told besides x and sigma: batch first, keys its backbone's own
 
 
-def select_rows(cond: Conditioning, rows: Tensor) -> Conditioning:
-    """The conditioning of the samples `rows` (M,)."""
+def select_rows(cond: Conditioning, rows: Rows) -> Conditioning:
+    """The conditioning of some samples; without a copy if they are consecutive."""
+    if isinstance(rows, slice):
+        return {name: value[rows] for name, value in cond.items()}
     return {name: value.index_select(0, rows.to(value.device)) for name, value in cond.items()}
 
 
@@ -195,8 +197,8 @@ class BoundField(VelocityField):
         with torch.autocast(x.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
             return self.backbone.velocity(self.network, x, sigma, self.cond).float()
 
-    def select(self, rows: Tensor) -> VelocityField:
-        """The field of the samples `rows` (M,)."""
+    def select(self, rows: Rows) -> VelocityField:
+        """The field of some samples."""
         return BoundField(self.backbone, self.network, select_rows(self.cond, rows), self.compute_dtype)
 
     def join(self, others: Sequence[VelocityField]) -> VelocityField | None:

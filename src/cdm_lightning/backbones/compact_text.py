@@ -50,6 +50,8 @@ class CompactPaddingAttention:
     def bias(self, image_tokens: int, text_tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """(1, 1, 1, image + text) added to the logits: log of how often each key counts; None for a text of full length."""
         key = (image_tokens, text_tokens, dtype, device)
+        if torch.compiler.is_compiling():  # a second call that finds what the first one made would be another program
+            return self._make_bias(*key)
         if key not in self._biases:
             self._biases[key] = self._make_bias(*key)
         return self._biases[key]

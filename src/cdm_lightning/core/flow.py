@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+Rows = Tensor | slice  # samples of a batch: their numbers (M,), or consecutive ones
+
 
 def per_sample(sigma: Tensor, x: Tensor) -> Tensor:
     """Sigma (B,) as (B, 1, 1, 1), to multiply `x` (B, *); a 0-d sigma passes through."""
@@ -43,8 +45,8 @@ class VelocityField(ABC):
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """The velocity noise - x0 at x (B, *) and sigma (B,), as (B, *)."""
 
-    def select(self, rows: Tensor) -> "VelocityField":
-        """The field of the samples `rows` (M,) of its batch; a field that treats all samples alike is its own."""
+    def select(self, rows: Rows) -> "VelocityField":
+        """The field of some samples of its batch; a field that treats all samples alike is its own."""
         return self
 
     def join(self, others: Sequence["VelocityField"]) -> "VelocityField | None":
@@ -90,8 +92,8 @@ class GuidedField(VelocityField):
         uncond, cond = evaluate_together([(self.uncond, x, sigma), (self.cond, x, sigma)])
         return self.guide(cond, uncond, self.scale)
 
-    def select(self, rows: Tensor) -> VelocityField:
-        """The guided field of the samples `rows` (M,)."""
+    def select(self, rows: Rows) -> VelocityField:
+        """The guided field of some samples."""
         return GuidedField(self.cond.select(rows), self.uncond.select(rows), self.scale, self.guide)
 
 

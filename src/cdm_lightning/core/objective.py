@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cdm_lightning.core.flow import VelocityField, denoise, evaluate_together, interpolate, predict_x0
+from cdm_lightning.core.flow import Rows, VelocityField, denoise, evaluate_together, interpolate, predict_x0
 from cdm_lightning.core.levels import CappedUniformLevels, SigmaLevels, UniformLevels
 from cdm_lightning.core.losses import directed_loss, flow_matching_loss
 from cdm_lightning.core.ramps import LinearRamp, weight_at
@@ -35,6 +35,11 @@ class VelocityFields:
     fake_score: VelocityField
     teacher: VelocityField
     teacher_uncond: VelocityField
+
+    def select(self, rows: Rows) -> "VelocityFields":
+        """The networks of some samples."""
+        networks = (self.student, self.fake_score, self.teacher, self.teacher_uncond)
+        return VelocityFields(*(network.select(rows) for network in networks))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cdm_lightning.core.flow import Rows
+
 GAMMA, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # the constants of SplitMix64
 ELEMENTS = 1 << 32  # a slot's share of the sequence
 SHUFFLED_IN_MEMORY = 1 << 16  # orders of more than this many numbers are computed one by one
@@ -88,6 +90,10 @@ class StepRandom:
     def again(self, repeat: int) -> "StepRandom":
         """Other numbers for the same purposes of this iteration, for what is done more than once in it; 0 is the first time."""
         return StepRandom(self.seed, self.iteration, self.slots, self.device, repeat)
+
+    def select(self, rows: Rows) -> "StepRandom":
+        """The numbers of some of these samples."""
+        return StepRandom(self.seed, self.iteration, self.slots[rows], self.device, self.repeat)
 
     def shared(self, purpose: str) -> torch.Generator:
         """A generator alike for all slots and processes: for whatever changes the number of network calls."""

@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from cdm_lightning.core.flow import VelocityField, denoise, move, per_sample
+from cdm_lightning.core.flow import Rows, VelocityField, denoise, move, per_sample
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,11 @@ class TrajectoryPoint:
     x0_next: Tensor | None = None  # (B, *), the clean prediction one step later; from full rollouts only
     x0_final: Tensor | None = None  # (B, *), the end of the rollout; from full rollouts only
     v_with_grad: Tensor | None = None  # (B, *), v with the student's graph, where the student is trained on this call
+
+    def select(self, rows: Rows) -> "TrajectoryPoint":
+        """The points of some samples."""
+        parts = (self.x, self.v, self.sigma, self.x0_next, self.x0_final, self.v_with_grad)
+        return TrajectoryPoint(*(None if part is None else part[rows] for part in parts))
 
     @property
     def x0(self) -> Tensor:

@@ -28,9 +28,14 @@ class PromptBatch(NamedTuple):
 
     def split(self, count: int) -> list["PromptBatch"]:
         """The batch in `count` parts of sizes that differ by 1 at most, or in single samples if there are fewer."""
-        edges = [len(self.prompts) * n // count for n in range(count + 1)]
-        spans = [slice(first, end) for first, end in pairwise(edges) if end > first]
-        return [self._replace(prompts=self.prompts[span], indices=self.indices[span]) for span in spans]
+        parts = spans(len(self.prompts), count)
+        return [self._replace(prompts=self.prompts[span], indices=self.indices[span]) for span in parts]
+
+
+def spans(size: int, count: int) -> list[slice]:
+    """0..size-1 in `count` runs whose lengths differ by 1 at most, or in single numbers if there are fewer."""
+    edges = [size * n // count for n in range(count + 1)]
+    return [slice(first, end) for first, end in pairwise(edges) if end > first]
 
 
 class Draw(NamedTuple):

@@ -8,15 +8,15 @@ in their forward pass, and nothing else.
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from cdm_lightning.core.rng import stream
 from cdm_lightning.errors import UserError
@@ -66,13 +66,13 @@ class SharedBase:
         finally:
             self._switch(before)
 
-    def checkpoint(self, block: nn.Module, *args: Any) -> Any:
-        """Gradient checkpointing of a block whose recomputation sees the adapter that is on now.
+    def with_its_adapter(self, block: nn.Module) -> Callable[..., Any]:
+        """The block as a function that runs with the adapter that is on now, whenever it is called.
 
-        The recomputation happens in the backward pass, when other roles may have run; unguarded, the gradients would
-        be those of another network without any sign of it.
+        Gradient checkpointing recomputes in the backward pass, when other roles may have run; unguarded, the gradients
+        would be those of another network without any sign of it.
         """
-        return checkpoint(self._rerun, self._role, block, *args, use_reentrant=False)
+        return partial(self._rerun, self._role, block)
 
     def _rerun(self, role: str | None, block: nn.Module, *args: Any) -> Any:
         with self.running(role):

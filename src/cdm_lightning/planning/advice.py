@@ -4,8 +4,10 @@ from dataclasses import dataclass, replace
 
 from cdm_lightning.planning.layout import GPUs, Layout, make_layout
 from cdm_lightning.planning.memory import Sizes, largest_batch, total
+from cdm_lightning.recomputation import Recomputation
 
 ADAM, ADAM_8_BIT = 8.0, 2.03  # bytes of state for each weight
+WORTH_A_TRY = 0.15  # of a GPU's memory: with less left over there is nothing to gain
 
 
 @dataclass(frozen=True)
@@ -17,16 +19,16 @@ class Remedy:
     batch: int
 
 
-def remedies(sizes: Sizes, layout: Layout, gpus: GPUs, batch: int) -> list[Remedy]:
+def remedies(sizes: Sizes, layout: Layout, gpus: GPUs, batch: int, accumulate: int = 1) -> list[Remedy]:
     """Each way to take less memory that this run does not use yet, the largest saving first, and last all together."""
-    now = total(sizes, layout, batch)
+    now = total(sizes, layout, batch, accumulate)
     found = []
     everything, everywhere = sizes, layout
 
-    def consider(overrides: str, other: Sizes, where: Layout, at: int = batch) -> None:
-        saves = now - total(other, where, at)
+    def consider(overrides: str, other: Sizes, where: Layout, parts: int = accumulate) -> None:
+        saves = now - total(other, where, batch, parts)
         if saves > 0:
-            found.append(Remedy(overrides, saves, largest_batch(other, where, gpus.usable)))
+            found.append(Remedy(overrides, saves, largest_batch(other, where, gpus.usable, parts)))
 
     if layout.shards == 1 and gpus.count > 1:
         everywhere = make_layout("fsdp2", gpus.count, layout.on_cpu)
@@ -42,15 +44,23 @@ def remedies(sizes: Sizes, layout: Layout, gpus: GPUs, batch: int) -> list[Remed
         small = {"states": sizes.states * ADAM_8_BIT / ADAM, "step_copies": 0}
         everything = replace(everything, **small)
         consider("optim=adamw8bit", replace(sizes, **small), layout)
-    if batch > 1:
-        consider("data.batch_size=1", sizes, layout, 1)
+    if batch > accumulate:
+        consider(f"module.accumulate={batch}", sizes, layout, batch)
     found.sort(key=lambda remedy: -remedy.saves)
     if len(found) > 1:
-        consider("all of these", everything, everywhere, 1)
+        consider("all of these", everything, everywhere, max(batch, accumulate))
     return found
 
 
-def further(checkpointed: bool, lora: bool) -> list[str]:
-    """What changes the run itself: to be planned with those overrides, since what it saves must be traced anew."""
-    lines = [] if checkpointed else ["module.gradient_checkpointing=true"]
+def further(recomputation: Recomputation, lora: bool) -> list[str]:
+    """What makes it smaller and changes the run itself: to be planned anew, since what it saves must be traced."""
+    lines = [] if recomputation.share == 1 else ["module.gradient_checkpointing=true"]
     return lines if lora else [*lines, "lora=lora"]
+
+
+def faster(recomputation: Recomputation, free: float, batch: int) -> list[str]:
+    """What makes it faster where a share of the memory is `free`: to be planned anew, too."""
+    if not recomputation.share or free < WORTH_A_TRY:
+        return []
+    first = ["module.recompute_attention=false"] if recomputation.attention else []
+    return [*first, f"module.gradient_checkpointing=false module.accumulate={max(batch // 2, 1)}"]

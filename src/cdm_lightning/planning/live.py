@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
-PROBE = 1009  # a batch size that divides the sizes of no weight: what it divides grows with the batch
+PROBE = 2 * 1009  # a batch size that divides the sizes of no weight: what it, or its half, divides grows with the batch
 
 
 @dataclass(frozen=True)
@@ -25,17 +25,23 @@ class Timeline:
     Gradients are part of `fixed`. Every list has one entry for each moment.
     """
 
-    fixed: tuple[int, ...]
-    sample: tuple[int, ...]
-    gradient: tuple[int, ...]
+    fixed: tuple[float, ...]
+    sample: tuple[float, ...]
+    gradient: tuple[float, ...]
 
-    def peak(self, batch: int, gradient_share: float = 1.0, fixed_share: float = 1.0) -> float:
-        """The most bytes at any moment, where so much of the gradients and of what else is fixed lies on this device."""
+    def peak(self, batch: int, gradient_share: float = 1.0, fixed_share: float = 1.0, repeated: bool = False) -> float:
+        """The most bytes at any moment, where so much of the gradients and of what else is fixed lies on this device.
+
+        `repeated`: this happens more than once before gradients are used, so that all of them are there from the first time.
+        """
+        if not self.fixed:
+            return 0.0
+        most = max(self.gradient) if repeated else 0.0
         moments = zip(self.fixed, self.sample, self.gradient)
-        return max((gradient_share * g + fixed_share * (f - g) + batch * s for f, s, g in moments), default=0.0)
+        return max(gradient_share * max(g, most) + fixed_share * (f - g) + batch * s for f, s, g in moments)
 
     @property
-    def largest_sample(self) -> int:
+    def largest_sample(self) -> float:
         """The most bytes that one more sample of the batch takes at any moment."""
         return max(self.sample, default=0)
 
@@ -43,7 +49,8 @@ class Timeline:
 class LiveBytes(TorchDispatchMode):
     """Inside the block, records the bytes of all tensors made in it; what `known` modules hold is left out.
 
-    `probe` is the batch size that the code runs at: a tensor whose bytes it divides is taken to grow with the batch; None
+    `probe` is the batch size that the code runs at, an even number: a tensor whose bytes are divided by it, or by its half
+    (a part of the batch), is taken to grow with the batch; None
     counts everything as fixed. Gradients of `trained` parameters are told apart once they are accumulated. `flops` are those of
     the block, by the formulas of `torch.utils.flop_counter`; its `FlopCounterMode` itself hangs hooks on modules, which keep
     recomputed activations alive and would spoil the count of bytes.
@@ -57,7 +64,7 @@ class LiveBytes(TorchDispatchMode):
         self.flops = 0
         self._kind: dict[int, str] = {tensor.untyped_storage()._cdata: "known" for tensor in known}
         self._live = {"fixed": 0, "sample": 0, "gradient": 0}
-        self._moments: list[tuple[int, int, int]] = [(0, 0, 0)]
+        self._moments: list[tuple[float, float, float]] = [(0, 0, 0)]
         self._trained = list(trained)
         self._hooks: list[Any] = []
 
@@ -90,12 +97,12 @@ class LiveBytes(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()
         if key in self._kind or not size:
             return
-        grows = self.probe is not None and size % self.probe == 0
+        grows = self.probe is not None and size % (self.probe // 2) == 0
         self._kind[key] = "sample" if grows else "fixed"
-        self._add(key, size // self.probe if grows else size)
+        self._add(key, size / self.probe if grows else size)
         weakref.finalize(storage, self._freed, key, size)
 
-    def _add(self, key: int, amount: int) -> None:
+    def _add(self, key: int, amount: float) -> None:
         kind = self._kind[key]
         self._live[kind] += amount
         if kind == "gradient":
@@ -105,7 +112,7 @@ class LiveBytes(TorchDispatchMode):
 
     def _freed(self, key: int, size: int) -> None:
         grows = self._kind[key] == "sample"
-        self._add(key, -(size // self.probe if grows else size))
+        self._add(key, -(size / self.probe if grows else size))
         del self._kind[key]
 
     def _accumulated(self, parameter: Tensor) -> None:

@@ -55,11 +55,12 @@ def gathered(sizes: Sizes, layout: Layout) -> float:
     return (sizes.outside_blocks + 2 * sizes.largest_block) * sizes.compute + 2 * sizes.largest_block * 4
 
 
-def phase_peaks(sizes: Sizes, layout: Layout, batch: int) -> dict[str, float]:
-    """The most that each part of an iteration takes beside what rests, with its gradients."""
+def phase_peaks(sizes: Sizes, layout: Layout, batch: int, accumulate: int = 1) -> dict[str, float]:
+    """The most that each part of an iteration takes beside what rests, with its gradients; the batch is computed in parts."""
+    part, repeated = at_once(batch, accumulate), accumulate > 1
     fixed = 0.0 if layout.gathers else 1.0  # a copy of all weights by autocast, or blocks gathered in its place
     peaks = {
-        name: timeline.peak(batch, 1 / layout.shards, fixed) + gathered(sizes, layout)
+        name: timeline.peak(part, 1 / layout.shards, fixed, repeated) + gathered(sizes, layout)
         for name, timeline in sizes.phases.items()
     }
     peaks["optimizer step"] = gradients(sizes, layout) + sizes.step_copies / layout.shards
@@ -71,19 +72,24 @@ def gradients(sizes: Sizes, layout: Layout) -> float:
     return max(sizes.trained.values()) / layout.shards
 
 
-def total(sizes: Sizes, layout: Layout, batch: int) -> float:
+def total(sizes: Sizes, layout: Layout, batch: int, accumulate: int = 1) -> float:
     """The most bytes of tensors on a GPU in training."""
-    return sum(resting(sizes, layout).values()) + max(phase_peaks(sizes, layout, batch).values())
+    return sum(resting(sizes, layout).values()) + max(phase_peaks(sizes, layout, batch, accumulate).values())
 
 
-def largest_batch(sizes: Sizes, layout: Layout, usable: float) -> int:
-    """The largest batch of a GPU whose `total` is at most `usable`; 0 if a single sample is too much."""
-    low, high = 0, 1
-    while high < MOST and total(sizes, layout, high) <= usable:
+def at_once(batch: int, accumulate: int) -> int:
+    """Samples of the largest of the parts that a batch is computed in."""
+    return -(-batch // accumulate)
+
+
+def largest_batch(sizes: Sizes, layout: Layout, usable: float, accumulate: int = 1) -> int:
+    """The largest batch of a GPU, in so many parts, whose `total` is at most `usable`; 0 if a single sample is too much."""
+    low, high = 0, accumulate  # multiples of it: parts of one size
+    while high < MOST and total(sizes, layout, high, accumulate) <= usable:
         low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if total(sizes, layout, middle) <= usable else (low, middle)
+    while high - low > accumulate:
+        middle = (low + high) // 2 // accumulate * accumulate
+        low, high = (middle, high) if total(sizes, layout, middle, accumulate) <= usable else (low, middle)
     return low
 
 

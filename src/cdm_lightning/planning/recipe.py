@@ -37,7 +37,7 @@ def read_recipe(module: CDMModule, text_cached: bool) -> Recipe:
     backbone, mode = module.backbone, FakeTensorMode()
     frozen = hollow(backbone)
     with torch.device("meta"):  # adapters too
-        networks = Networks(backbone, module.gradient_checkpointing, module.lora, module.seed)
+        networks = Networks(backbone, module.recomputation, module.lora, module.seed)
     roots = every_network(networks)
     to_mode([*roots, *(view.shared.network for view in roots if isinstance(view, RoleView))], mode)
     last = max(module.student_every - 1, 0)

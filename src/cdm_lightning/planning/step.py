@@ -6,6 +6,7 @@ and their floating-point operations are those of the code that will run.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from cdm_lightning.backbones.base import BoundField, Conditioning
 from cdm_lightning.core.flow import VelocityField
 from cdm_lightning.core.objective import TermLosses, VelocityFields
 from cdm_lightning.core.rollout import TrajectoryPoint
-from cdm_lightning.module import CDMModule
+from cdm_lightning.module import CDMModule, Part
 from cdm_lightning.networks import Networks
 from cdm_lightning.planning.live import PROBE, GPUAutocast, LiveBytes, Timeline, storages
 
@@ -54,6 +55,10 @@ class BlankRandom:
     def again(self, repeat: int) -> "BlankRandom":
         """Itself."""
         return self
+
+    def select(self, rows: slice) -> "BlankRandom":
+        """As many draws as there are rows."""
+        return BlankRandom(len(range(self.batch)[rows]))
 
     def uniform(self, purpose: str, n: int | None = None) -> Tensor:
         """(B,), or (B, n)."""
@@ -109,7 +114,10 @@ def trace_step(
     def turn() -> Iterator[TermLosses]:
         seen = fields()
         at = point(seen.student if trains_at_anchor else None)
-        yield module.objective.fake_score_loss(seen, at, rng, same)
+        whole = Part(seen, rng, SimpleNamespace(shift_sigmas=same), 1.0, at)
+        for _, losses in module.fake_score_losses([whole], step=0):
+            yield losses
+            del losses
         networks.fake_score.zero_grad(set_to_none=True)
         yield from module.objective.student_losses(seen, at, rng, same, iteration)
 

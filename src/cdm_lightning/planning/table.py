@@ -12,12 +12,13 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is printed; `fits` is the largest batch of a GPU."""
+    """All that is printed; `fits` is the largest batch of a GPU, `accumulate` in how many parts one is computed."""
 
     name: str
     gpus: GPUs
     layout: Layout
     batch: int
+    accumulate: int
     iterations: int
     sizes: Sizes
     work: Work
@@ -27,16 +28,17 @@ class Plan:
     utilisation: float
     remedies: list[Remedy]
     further: list[str]
+    faster: list[str]
     source: str
 
     @property
     def total(self) -> float:
         """Bytes on a GPU at the most."""
-        return total(self.sizes, self.layout, self.batch)
+        return total(self.sizes, self.layout, self.batch, self.accumulate)
 
     def parts(self) -> dict[str, float]:
         """Bytes on a GPU by part; they add up to `total`."""
-        peaks = phase_peaks(self.sizes, self.layout, self.batch)
+        peaks = phase_peaks(self.sizes, self.layout, self.batch, self.accumulate)
         worst = max(peaks, key=peaks.get)
         timeline = self.sizes.phases.get(worst)
         held = max(timeline.gradient) if timeline else max(self.sizes.trained.values())
@@ -59,7 +61,9 @@ class Plan:
             "usable_bytes": round(self.gpus.usable),
             "largest_batch": self.fits,
             "checkpoint_bytes": round(checkpoint_bytes(self.sizes)),
-            "phase_bytes": {k: round(v) for k, v in phase_peaks(self.sizes, self.layout, self.batch).items()},
+            "phase_bytes": {
+                k: round(v) for k, v in phase_peaks(self.sizes, self.layout, self.batch, self.accumulate).items()
+            },
             "flops_per_sample": self.work.total,
             "rollout_calls": self.work.rollout_calls,
             "hours": self.hours,
@@ -68,11 +72,12 @@ class Plan:
 
     def __str__(self) -> str:
         verdict = "fits" if self.total <= self.gpus.usable else "does NOT fit"
-        lines = [f"{self.name} on {self.gpus} GB, strategy={self.layout.strategy}, {self.batch} prompts a GPU"]
+        parts = f" in {self.accumulate} parts" if self.accumulate > 1 else ""
+        lines = [f"{self.name} on {self.gpus} GB, strategy={self.layout.strategy}, {self.batch} prompts a GPU{parts}"]
         lines += [f"  {part:<34}{size / GB:9.2f} GB" for part, size in self.parts().items() if size]
         lines.append(f"  {'sum':<34}{self.total / GB:9.2f} GB of {self.gpus.usable / GB:.2f} usable: {verdict}")
         lines.append(f"  largest batch of a GPU {self.fits}; a checkpoint {checkpoint_bytes(self.sizes) / GB:.1f} GB")
-        others = phase_peaks(self.sizes, self.layout, self.batch).items()
+        others = phase_peaks(self.sizes, self.layout, self.batch, self.accumulate).items()
         lines.append("  at the most beside what rests: " + ", ".join(f"{k} {v / GB:.2f}" for k, v in others))
         work = self.work
         lines.append(
@@ -88,4 +93,6 @@ class Plan:
                 for r in self.remedies
             ]
             lines += [f"  {override}: plan again with it" for override in self.further]
+        elif self.faster:
+            lines.append(f"  memory is left to recompute less: plan again with {' or '.join(self.faster)}")
         return "\n".join([*lines, f"  architecture: {self.source}"])
