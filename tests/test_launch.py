@@ -53,7 +53,7 @@ def test_a_process_that_is_killed_is_named_and_the_others_are_stopped(tmp_path, 
 
 
 def test_signals_reach_all_processes(tmp_path):
-    program = write_program(tmp_path, WAITING)
+    program, before = write_program(tmp_path, WAITING), signal.getsignal(signal.SIGTERM)
 
     def interrupt() -> None:
         while len(list(tmp_path.glob("*.pid"))) < 2:
@@ -63,7 +63,7 @@ def test_signals_reach_all_processes(tmp_path):
     threading.Thread(target=interrupt, daemon=True).start()
     with forwarded_signals(tmp_path):
         assert run_processes(tmp_path, 2, program, grace=2) == 75
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_signal_that_comes_before_a_process_is_up_ends_it(tmp_path):
