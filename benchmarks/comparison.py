@@ -1,6 +1,7 @@
 """The two orders of work on one set of networks: whether they compute the same, and what each costs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,7 +17,8 @@ from benchmarks.sizes import Size
 from cdm_lightning.callbacks.ema import StudentEMA
 from cdm_lightning.recomputation import Recomputation
 
-TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # relative, of losses and gradients
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}  # relative, of losses and gradients: see `Comparison.check`
+SAMPLES_IN_FLOAT32 = 2
 
 
 @dataclass
@@ -64,9 +66,9 @@ class Comparison:
             blocks = (b for network in self.module.networks.whole.values() for b in network.modules())
             self._compiled = {b: b._compiled_call_impl for b in blocks if b._compiled_call_impl is not None}
 
-    def run(self, order: str, iteration: int) -> None:
-        """One iteration of an order."""
-        prompts = batch(iteration, self.size.batch)
+    def run(self, order: str, iteration: int, samples: int | None = None) -> None:
+        """One iteration of an order, on the size's batch or on so many samples."""
+        prompts = batch(iteration, samples or self.size.batch)
         self._put_blocks_as_they_are_in(order)
         if order == "authors":
             self.authors.iteration(prompts, iteration)
@@ -88,8 +90,38 @@ class Comparison:
                 function = recomputation.function(network, backbone.block_types)
                 backbone.enable_gradient_checkpointing(network, function)
 
-    def check(self) -> dict[str, float]:
-        """The relative differences of losses and gradients in one iteration; RuntimeError if they are more than rounding.
+    def check(self) -> dict[str, dict[str, float]]:
+        """The relative differences of losses and gradients by dtype; RuntimeError if they are more than rounding.
+
+        Always in float32; a size that computes in less is compared in that too, on its whole batch. There rounding itself is
+        large: the student is moved along differences of predictions that are nearly equal before training.
+        """
+        dtype = self.size.compute_dtype
+        found = {dtype: self._differences(self.size.batch)}
+        if dtype != "float32":
+            with self._in_float32():
+                found["float32"] = self._differences(min(self.size.batch, SAMPLES_IN_FLOAT32))
+        for name, differences in found.items():
+            if not max(differences.values()) <= TOLERANCE[name]:
+                raise RuntimeError(f"the two orders do not compute the same in {name}: {differences}")
+        return found
+
+    @contextmanager
+    def _in_float32(self) -> Iterator[None]:
+        """Inside the block both orders compute in float32 with blocks that are not compiled."""
+        module, compiled = self.module, self._compiled
+        dtype, teacher = module.compute_dtype, module.networks.teacher
+        stored = next(teacher.parameters()).dtype
+        module.compute_dtype, self._compiled = torch.float32, dict.fromkeys(compiled)
+        teacher.float()
+        try:
+            yield
+        finally:
+            teacher.to(stored)  # what was rounded before loses nothing
+            module.compute_dtype, self._compiled = dtype, compiled
+
+    def _differences(self, samples: int) -> dict[str, float]:
+        """Relative differences of losses and gradients in one iteration of so many samples.
 
         Nothing is changed by it: optimizers only record, the fake score is not merged, and the average of equals is equal.
         """
@@ -97,10 +129,10 @@ class Comparison:
         self.module.fake_score_merge = 0.0
         recorded = {name: Recorder(optimizer) for name, optimizer in self.optimizers.items()}
         kept, self.authors.optimizers = self.authors.optimizers, recorded
-        self.run("authors", iteration)
+        self.run("authors", iteration, samples)
         theirs = {name: recorder.gradients for name, recorder in recorded.items()}
         attach(self.module, Bare, list(recorded.values()))
-        self.run("ours", iteration)
+        self.run("ours", iteration, samples)
         differences = {}
         for name, recorder in recorded.items():
             loss = self.module._health[f"{name}/loss"]
@@ -109,9 +141,6 @@ class Comparison:
         self.module.fake_score_merge, self.authors.optimizers = merge, kept
         self.module.ema_updates = self.authors.ema_updates = 0
         attach(self.module, optimizers=list(self.optimizers.values()))
-        worst = max(differences.values())
-        if not worst <= TOLERANCE[self.size.compute_dtype]:
-            raise RuntimeError(f"the two orders do not compute the same: {differences}")
         return differences
 
     def measure(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ def comparison(request) -> Comparison:
 
 def test_the_authors_order_gives_the_same_losses_and_gradients(comparison):
     before = [parameter.clone() for parameter in comparison.module.networks.parameters()]
-    differences = comparison.check()
+    differences = comparison.check()["float32"]
     assert set(differences) == {f"{name}_{what}" for name in ("student", "fake_score") for what in ("loss", "gradient")}
     assert max(differences.values()) < 1e-4
     assert all(map(torch.equal, before, comparison.module.networks.parameters()))
@@ -55,7 +55,16 @@ def test_each_order_recomputes_what_it_is_told():
     size = Size(
         batch=2, cycles=1, longest_rollout=2, gradient_checkpointing=True, recompute=0.5, recompute_attention=False
     )
-    assert max(Comparison(size).check().values()) < 1e-4
+    assert max(Comparison(size).check()["float32"].values()) < 1e-4
+
+
+def test_a_size_in_bfloat16_is_checked_in_float32_too():
+    size = Size(batch=3, cycles=1, longest_rollout=2, compute_dtype="bfloat16", teacher_dtype="bfloat16")
+    compared = Comparison(size)
+    found = compared.check()
+    assert max(found["float32"].values()) < 1e-4 < max(found["bfloat16"].values())
+    assert next(compared.module.networks.teacher.parameters()).dtype == torch.bfloat16
+    assert compared.module.compute_dtype == torch.bfloat16
 
 
 def test_all_gpu_tables_are_made_one_after_another(capfd):
