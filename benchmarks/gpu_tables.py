@@ -86,25 +86,31 @@ def row(candidate: Candidate, result: dict[str, Any] | None, failure: str = "") 
     return {"candidate": candidate.tries, **figures, "failed": failure.replace("|", " ")}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line's arguments."""
+    made = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_tables", description="All tables that need a GPU, some minutes each."
     )
+    names = ", ".join(candidate.name for candidate in CANDIDATES)
+    made.add_argument("only", nargs="*", metavar="NAME", help=f"some of them: {names} (default: all)")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    only = parser().parse_args(arguments).only
     names = [candidate.name for candidate in CANDIDATES]
-    parser.add_argument("only", nargs="*", metavar="NAME", help=f"some of them: {', '.join(names)} (default: all)")
-    only = parser.parse_args(arguments).only or names
     for name in only:
         if name not in names:
-            parser.error(f"there is no table {name}; those that there are: {', '.join(names)}")
+            parser().error(f"there is no table {name}; those that there are: {', '.join(names)}")
     import torch
 
     from benchmarks.machine import command_of, facts, write_results
 
     if not torch.cuda.is_available():
-        parser.error("there is no GPU here; for a CPU take python -m benchmarks.step_time --size small")
+        parser().error("there is no GPU here; for a CPU take python -m benchmarks.step_time --size small")
     where = facts("cuda", command_of("benchmarks.gpu_tables"))
-    rows = run([candidate for candidate in CANDIDATES if candidate.name in only])
+    rows = run([candidate for candidate in CANDIDATES if not only or candidate.name in only])
     if rows:
         write_results("gpu_candidates", "Candidates on a GPU", {"facts": where, "rows": rows}, {"Step time": rows})
 
