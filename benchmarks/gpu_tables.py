@@ -8,7 +8,7 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,26 +54,36 @@ CANDIDATES = (
 )
 
 
-def run(candidates: Sequence[Candidate]) -> list[dict[str, str]]:
-    """Run them in turn; a row for each that measures a step."""
-    from benchmarks.machine import RESULTS
-
-    rows = []
+def run(candidates: Sequence[Candidate]) -> dict[str, str]:
+    """Run them in turn; why those that failed did, by name. Each writes its own files, whole or not at all."""
+    failures = {}
     for candidate in candidates:
         print(f"{candidate.name}: {candidate.tries}", flush=True)
         done = subprocess.run(candidate.command, capture_output=True, text=True, check=False)
         if done.returncode:
-            said = done.stderr.strip().splitlines() or ["nothing said"]
-            print(f"  failed: {said[-1]}", flush=True)
-            rows.append(row(candidate, None, said[-1]))
-        elif candidate.module == "benchmarks.step_time":
-            rows.append(row(candidate, json.loads((RESULTS / f"{candidate.name}.json").read_text(encoding="utf-8"))))
+            failures[candidate.name] = (done.stderr.strip().splitlines() or ["nothing said"])[-1]
+            print(f"  failed: {failures[candidate.name]}", flush=True)
+    return failures
+
+
+def table(candidates: Sequence[Candidate], failures: Mapping[str, str]) -> list[dict[str, str]]:
+    """A row for each that measures a step and has failed now or left its file, now or at an earlier time."""
+    from benchmarks.machine import RESULTS
+
+    rows = []
+    for candidate in candidates:
+        file = RESULTS / f"{candidate.name}.json"
+        if candidate.name in failures:
+            rows.append(row(candidate, None, failures[candidate.name]))
+        elif candidate.module == "benchmarks.step_time" and file.is_file():
+            rows.append(row(candidate, json.loads(file.read_text(encoding="utf-8"))))
     return rows
 
 
 def row(candidate: Candidate, result: dict[str, Any] | None, failure: str = "") -> dict[str, str]:
     """A candidate's figures, or why there are none."""
-    figures = dict.fromkeys(("samples/s", "times the authors'", "memory, GB", "of theirs", "of the ceiling"), "")
+    names = ("samples/s", "times the authors'", "memory, GB", "of theirs", "of the ceiling", "commit")
+    figures = dict.fromkeys(names, "")
     if result is not None:
         ours = result["ours"]
         figures = {
@@ -82,6 +92,7 @@ def row(candidate: Candidate, result: dict[str, Any] | None, failure: str = "") 
             "memory, GB": f"{ours['peak_bytes'] / 1e9:.3g}",
             "of theirs": f"{result['memory_ratio']:.3g}",
             "of the ceiling": f"{ours['flops_per_second'] / result['ceiling']:.0%}",
+            "commit": result["facts"]["commit"],
         }
     return {"candidate": candidate.tries, **figures, "failed": failure.replace("|", " ")}
 
@@ -110,9 +121,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not torch.cuda.is_available():
         parser().error("there is no GPU here; for a CPU take python -m benchmarks.step_time --size small")
     where = facts("cuda", command_of("benchmarks.gpu_tables"))
-    rows = run([candidate for candidate in CANDIDATES if not only or candidate.name in only])
-    if rows:
-        write_results("gpu_candidates", "Candidates on a GPU", {"facts": where, "rows": rows}, {"Step time": rows})
+    failures: dict[str, str] = {}
+    for candidate in CANDIDATES:
+        if not only or candidate.name in only:
+            failures |= run([candidate])
+            rows = table(CANDIDATES, failures)  # anew after each: a lease may end at any time
+            if rows:
+                write_results(
+                    "gpu_candidates", "Candidates on a GPU", {"facts": where, "rows": rows}, {"Step time": rows}
+                )
 
 
 if __name__ == "__main__":

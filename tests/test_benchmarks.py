@@ -73,15 +73,20 @@ def test_all_gpu_tables_are_made_one_after_another(capfd):
     working = gpu_tables.Candidate(
         "rehearsal", "as it is", "--size tiny --batch 2 --cycles 1 --longest-rollout 2 --attention flash"
     )
+    other = gpu_tables.Candidate("never_run", "another time", "--size tiny")
     files = [machine.RESULTS / f"rehearsal.{ending}" for ending in ("json", "md")]
     try:
-        rows = gpu_tables.run([failing, working])
+        failures = gpu_tables.run([failing, working])
+        now = gpu_tables.table([failing, working, other], failures)
+        later = gpu_tables.table([failing, working, other], {})  # what an earlier run has left
     finally:
         for file in files:
             file.unlink(missing_ok=True)
-    assert "invalid int value" in rows[0]["failed"]
-    assert float(rows[1]["samples/s"]) > 0
-    assert rows[1]["failed"] == ""
+    assert "invalid int value" in now[0]["failed"]
+    assert float(now[1]["samples/s"]) > 0
+    assert now[1]["commit"]
+    assert now[1]["failed"] == ""
+    assert later == now[1:]
     assert "too much" in capfd.readouterr().out
 
 
