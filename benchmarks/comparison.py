@@ -68,7 +68,7 @@ class Comparison:
 
     def run(self, order: str, iteration: int, samples: int | None = None) -> None:
         """One iteration of an order, on the size's batch or on so many samples."""
-        prompts = batch(iteration, samples or self.size.batch)
+        prompts = batch(iteration, samples or self.size.batch, self.module.rolled_out_together(iteration))
         self._put_blocks_as_they_are_in(order)
         if order == "authors":
             self.authors.iteration(prompts, iteration)
@@ -121,18 +121,20 @@ class Comparison:
             module.compute_dtype, self._compiled = dtype, compiled
 
     def _differences(self, samples: int) -> dict[str, float]:
-        """Relative differences of losses and gradients in one iteration of so many samples.
+        """Relative differences of losses and gradients in the last iteration of a student's turn, of so many samples.
 
         Nothing is changed by it: optimizers only record, the fake score is not merged, and the average of equals is equal.
         """
-        iteration, merge = self.module.student_every - 1, self.module.fake_score_merge
+        turn, merge = range(self.module.student_every), self.module.fake_score_merge
         self.module.fake_score_merge = 0.0
         recorded = {name: Recorder(optimizer) for name, optimizer in self.optimizers.items()}
         kept, self.authors.optimizers = self.authors.optimizers, recorded
-        self.run("authors", iteration, samples)
+        for iteration in turn:
+            self.run("authors", iteration, samples)
         theirs = {name: recorder.gradients for name, recorder in recorded.items()}
         attach(self.module, Bare, list(recorded.values()))
-        self.run("ours", iteration, samples)
+        for iteration in turn:  # rollouts of all of them may be made in the first
+            self.run("ours", iteration, samples)
         differences = {}
         for name, recorder in recorded.items():
             loss = self.module._health[f"{name}/loss"]

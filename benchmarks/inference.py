@@ -76,7 +76,7 @@ def seconds_of_images(backbone: Any, network: Any, size: Any, guided: bool) -> f
 
     from benchmarks.machine import seconds_of
     from benchmarks.set_up import batch
-    from cdm_lightning.backbones.base import BoundField
+    from cdm_lightning.backbones.base import BoundField, repeat_rows
     from cdm_lightning.core.flow import GuidedField
     from cdm_lightning.core.rng import evaluation_noise
     from cdm_lightning.core.rollout import sample
@@ -86,7 +86,7 @@ def seconds_of_images(backbone: Any, network: Any, size: Any, guided: bool) -> f
     prompts, dtype = batch(0, size.batch).prompts, COMPUTE_DTYPES[size.compute_dtype]
     field = BoundField(backbone, network, backbone.encode_prompts(prompts), dtype)
     if guided:
-        no_text = BoundField(backbone, network, backbone.encode_prompts([""] * size.batch), dtype)
+        no_text = BoundField(backbone, network, repeat_rows(backbone.encode_prompts([""]), size.batch), dtype)
         field = GuidedField(field, no_text, 4.5, backbone.guide)
     noise = evaluation_noise(0, range(size.batch), backbone.latent_shape, torch.device(size.device))
     sigmas = inference_sigmas(50 if guided else 4, backbone.shift_steps).to(noise.device)

@@ -94,6 +94,7 @@ def build_module(size: Size) -> CDMModule:
         gradient_checkpointing=size.gradient_checkpointing if size.recompute is None else size.recompute,
         recompute_attention=size.recompute_attention,
         accumulate=size.accumulate,
+        rollouts_together=size.rollouts_together,
     )
     device = torch.device(size.device)
     module.networks = Networks(backbone, module.recomputation).to(device)
@@ -115,11 +116,12 @@ def attach(module: CDMModule, wrap: Callable[[Optimizer], Any] = Bare, optimizer
     module._trainer = SimpleNamespace(strategy=strategy, log_every_n_steps=10**9, world_size=1, global_rank=0)
 
 
-def batch(number: int, size: int) -> PromptBatch:
-    """Batch `number` of `size` bundled captions."""
+def batch(number: int, size: int, together: range = range(0)) -> PromptBatch:
+    """Batch `number` of `size` bundled captions; if it is the first of those `together`, with all of them."""
     texts = prompts()
     chosen = [texts[(number * size + slot) % len(texts)] for slot in range(size)]
-    return PromptBatch(chosen, torch.arange(size))
+    all_of_them = tuple(batch(one, size) for one in together) if number in together[:1] and len(together) > 1 else ()
+    return PromptBatch(chosen, torch.arange(size), all_of_them)
 
 
 @cache

@@ -30,6 +30,7 @@ class Size:
     )
     recompute_attention: bool = True  # in our order
     accumulate: int = 1  # parts of our order's batch
+    rollouts_together: int = 2  # in our order: iterations whose rollouts walk as one batch
     notes: tuple[str, ...] = field(default_factory=tuple)
 
 

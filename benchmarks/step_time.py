@@ -49,6 +49,9 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--accumulate", type=int, metavar="N", help="our order with the batch in N parts")
     made.add_argument(
+        "--rollouts-together", type=int, metavar="N", help="our order with the rollouts of N iterations as one batch"
+    )
+    made.add_argument(
         "--attention", choices=ATTENTION, help="which of torch's attentions both orders run (default: torch's choice)"
     )
     made.add_argument("--threads", type=int, metavar="N", help="of torch on the CPU")
@@ -72,6 +75,7 @@ def chosen_size(options: argparse.Namespace) -> Size:
         "recompute": options.recompute,
         "recompute_attention": False if options.keep_attention else None,
         "accumulate": options.accumulate,
+        "rollouts_together": options.rollouts_together,
     }
     return replace(SIZES[options.size], **{name: value for name, value in given.items() if value is not None})
 

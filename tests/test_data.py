@@ -258,8 +258,8 @@ def test_evaluation_batches_keep_the_order_of_the_file():
 # ---- loaders
 
 
-def take(module: PromptDataModule, iteration: int, count: int) -> list[PromptBatch]:
-    module.trainer = SimpleNamespace(global_step=iteration, global_rank=0, world_size=1)
+def take(module: PromptDataModule, iteration: int, count: int, trained: object = None) -> list[PromptBatch]:
+    module.trainer = SimpleNamespace(global_step=iteration, global_rank=0, world_size=1, lightning_module=trained)
     loader = iter(module.train_dataloader())
     return [next(loader) for _ in range(count)]
 
@@ -274,6 +274,24 @@ def test_loaders_start_after_the_finished_iterations_with_and_without_workers(pr
     assert torch.equal(straight[0].indices, torch.arange(4))
     order = EndlessBatches(len(prompts), 4, 5).batch(0)
     assert straight[0].prompts == [prompts[draw.prompt] for draw in order]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_first_batch_that_is_read_brings_those_rolled_out_with_it(prompt_file, num_workers):
+    prompts = PromptFile(prompt_file)
+    data = PromptDataModule(prompts, prompts, batch_size=4, seed=5, num_workers=num_workers)
+    alone = take(data, 0, 9)
+    assert all(batch.together == () for batch in alone)
+    threes = SimpleNamespace(rolled_out_together=lambda n: range(n - n % 3, n - n % 3 + 3))
+
+    for start in (0, 4, 5):
+        found = take(data, start, 9 - start, threes)
+        assert [batch.prompts for batch in found] == [batch.prompts for batch in alone[start:]]
+        for number, batch in enumerate(found, start):
+            told = number % 3 == 0 or number == start
+            group = alone[number - number % 3 :][:3] if told else []
+            assert [one.prompts for one in batch.together] == [one.prompts for one in group]
+            assert all(torch.equal(one.indices, torch.arange(4)) for one in (batch, *batch.together))
 
 
 def test_validation_uses_the_first_prompts(prompt_file):

@@ -15,6 +15,7 @@ from cdm_lightning.core.flow import evaluate_together
 from cdm_lightning.core.lengths import UniformLength
 from cdm_lightning.core.objective import CDMObjective, summed
 from cdm_lightning.core.rng import StepRandom
+from cdm_lightning.core.rollout import walk
 from cdm_lightning.core.schedules import RandomSchedule
 from cdm_lightning.errors import UserError
 from cdm_lightning.evaluation import device_of
@@ -206,7 +207,7 @@ def losses(module: CDMModule, slots: list[int]) -> tuple[Tensor, Tensor]:
     """(student's, fake score's) of one iteration with the prompts of these slots."""
     fields = module.bind([PROMPTS[i] for i in slots])
     rng = StepRandom(0, 0, slots, "cpu")
-    point = module.draw_point(fields, rng)
+    point = walk([module.draw_rollout(fields.student, rng)])[0].point()
     shift = module.backbone.shift_sigmas
     student = summed(module.objective.student_losses(fields, point, rng, shift, 0)).total
     return student, module.objective.fake_score_loss(fields, point, rng, shift).total

@@ -108,7 +108,7 @@ def test_resume_is_exact_with_workers(tmp_path, workers):
         module = PromptDataModule(
             MixedPrompts(sources, {"a": 3, "b": 1}), named("v", 2), batch_size=4, seed=5, num_workers=num_workers
         )
-        module.trainer = SimpleNamespace(global_step=start, global_rank=0, world_size=1)
+        module.trainer = SimpleNamespace(global_step=start, global_rank=0, world_size=1, lightning_module=None)
         loader = iter(module.train_dataloader())
         return [next(loader) for _ in range(count)]
 

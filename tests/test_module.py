@@ -17,6 +17,7 @@ from cdm_lightning.core.ema import lerp_parameters_
 from cdm_lightning.core.lengths import UniformLength
 from cdm_lightning.core.objective import CDMObjective, TermLosses
 from cdm_lightning.core.rng import StepRandom
+from cdm_lightning.core.rollout import walk
 from cdm_lightning.core.schedules import RandomSchedule
 from cdm_lightning.data.batches import EndlessBatches
 from cdm_lightning.data.datamodule import PromptDataModule
@@ -122,7 +123,7 @@ def test_several_fake_score_steps_share_one_rollout_with_fresh_draws():
     fit(by_hand, 0)
     rng = StepRandom(by_hand.seed, 0, [0, 1, 2], "cpu")
     fields = by_hand.bind(first_prompts())
-    point = by_hand.draw_point(fields, rng)
+    point = walk([by_hand.draw_rollout(fields.student, rng)])[0].point()
     network = by_hand.networks.fake_score
     for step in range(3):
         loss = by_hand.objective.fake_score_loss(fields, point, rng.again(step), by_hand.backbone.shift_sigmas).total
@@ -333,17 +334,62 @@ def test_the_student_is_trained_on_the_call_that_its_rollout_makes_anyway(share,
     assert (shared[: len(start)] - start).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_rollouts_between_two_student_steps_walk_together(accumulate):
+    """The same weights, in fewer calls of more samples."""
+
+    def trained(together: int) -> tuple[Tensor, list[int]]:
+        settings = {"student_every": 3, "accumulate": accumulate, "rollouts_together": together}
+        module, rows = make_module(schedule=RandomSchedule(UniformLength(3, 6)), **settings), []
+        velocity = module.backbone.velocity
+
+        def counted(network, x, sigma, cond):
+            if not torch.is_grad_enabled() and network is module.networks.student:
+                rows.append(len(x))
+            return velocity(network, x, sigma, cond)
+
+        module.backbone.velocity = counted
+        fit(module, 6)
+        return torch.cat([flat(module.networks.student), flat(module.networks.fake_score)]), rows
+
+    alone, small = trained(1)
+    for together in (2, 3, 9):  # at most as many as there are between two updates
+        weights, rows = trained(together)
+        torch.testing.assert_close(weights, alone, rtol=0, atol=1e-6)
+        assert sum(rows) == sum(small)
+        assert len(rows) < len(small)
+        assert max(rows) > max(small)
+    start = flat(make_module().backbone.build_network())
+    assert (alone[: len(start)] - start).abs().max() > 1e-4
+
+
+def test_which_rollouts_walk_together():
+    groups = [make_module(student_every=5, rollouts_together=2).rolled_out_together(n) for n in range(10)]
+    pairs = [range(0, 2), range(2, 4), range(4, 5), range(5, 7), range(7, 9), range(9, 10)]
+    assert groups == [pairs[n] for n in (0, 0, 1, 1, 2, 3, 3, 4, 4, 5)]
+    assert make_module(student_every=2).rolled_out_together(3) == range(2, 4)
+    assert make_module(student_every=1).rolled_out_together(3) == range(3, 4)
+    full = make_module(objective=CDMObjective(teacher_base="final"))  # keeps all states: one batch at a time
+    assert full.rolled_out_together(3) == range(3, 4)
+
+
+def test_rollouts_of_an_earlier_training_are_forgotten():
+    module = make_module()
+    fit(module, 1)
+    assert set(module._walked) == {1}
+    module.on_train_start()
+    assert not module._walked
+
+
 def test_an_iteration_is_the_same_for_any_split_of_the_batch():
     """The points of a batch are those of its parts: draws belong to slots, K to the iteration."""
-    from cdm_lightning.core.rng import StepRandom
-
     module = make_module()
     fit(module, 1)
     prompts = [PROMPTS[i] for i in range(4)]
 
     def points(slots: list[int]) -> Tensor:
         rng = StepRandom(0, 5, slots, "cpu")
-        return module.draw_point(module.bind([prompts[i] for i in slots]), rng).x
+        return walk([module.draw_rollout(module.bind([prompts[i] for i in slots]).student, rng)])[0].x
 
     assert torch.allclose(points([0, 1, 2, 3]), torch.cat([points([0, 1]), points([2, 3])]), atol=1e-6)
 

@@ -14,7 +14,7 @@ from cdm_lightning.core.flow import evaluate_together
 from cdm_lightning.core.lengths import UniformLength
 from cdm_lightning.core.objective import CDMObjective, VelocityFields, summed
 from cdm_lightning.core.rng import StepRandom, evaluation_noise
-from cdm_lightning.core.rollout import sample, simulate_to_anchor
+from cdm_lightning.core.rollout import Rollout, sample, walk
 from cdm_lightning.core.schedules import RandomSchedule, inference_sigmas
 from cdm_lightning.metrics.energy import energy_distance
 
@@ -222,7 +222,8 @@ def distil(backbone: Toy2DBackbone, iterations: int, batch: int = 256) -> nn.Mod
         rng = StepRandom(0, iteration, range(batch), "cpu")
         sigmas = schedule.sample(rng, backbone.shift_sigmas)
         anchor = rng.index("anchor", sigmas.shape[1] - 1)
-        point = simulate_to_anchor(fields.student, rng.normal("rollout", backbone.latent_shape), sigmas, anchor)
+        noise = rng.normal("rollout", backbone.latent_shape)
+        point = walk([Rollout(fields.student, noise, sigmas, anchor)])[0].point()
         update(fake_score_optim, objective.fake_score_loss(fields, point, rng, backbone.shift_sigmas).total)
         lerp_parameters_(fake_score, student, 1e-3)
         if iteration % 2:

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from cdm_lightning.backbones.base import Backbone, BoundField, select_rows
+from cdm_lightning.backbones.base import Backbone, BoundField, repeat_rows
 from cdm_lightning.core.flow import GuidedField, VelocityField
 from cdm_lightning.core.rng import evaluation_noise
 from cdm_lightning.core.rollout import sample
@@ -86,7 +86,7 @@ def _bind(
     field = BoundField(backbone, network, backbone.encode_prompts(prompts), compute_dtype)
     if spec.guidance_scale == 1:
         return field
-    no_text = select_rows(backbone.encode_prompts([""]), torch.zeros(len(prompts), dtype=torch.int64))
+    no_text = repeat_rows(backbone.encode_prompts([""]), len(prompts))
     unguided = BoundField(backbone, network, no_text, compute_dtype)
     return GuidedField(field, unguided, spec.guidance_scale, backbone.guide)
 

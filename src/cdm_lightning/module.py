@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cdm_lightning.backbones.base import Backbone, BoundField
+from cdm_lightning.backbones.base import Backbone, BoundField, repeat_rows
 from cdm_lightning.core.ema import lerp_parameters_
+from cdm_lightning.core.flow import VelocityField
 from cdm_lightning.core.objective import Objective, TermLosses, VelocityFields
 from cdm_lightning.core.rng import StepRandom
-from cdm_lightning.core.rollout import TrajectoryPoint, simulate, simulate_to_anchor
+from cdm_lightning.core.rollout import Rollout, TrajectoryPoint, simulate, walk
 from cdm_lightning.core.schedules import SigmaSchedule
 from cdm_lightning.data.batches import PADDING, PromptBatch, spans
 from cdm_lightning.errors import UserError
@@ -38,12 +39,13 @@ COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Part:
-    """What is computed at once: the networks bound to some samples of the batch, their draws, their points."""
+    """What is computed at once: the networks bound to some samples of the batch, their draws, rollouts and points."""
 
     fields: VelocityFields
     rng: StepRandom
     backbone: Backbone  # at the image size of this iteration
     share: float  # of the batch
+    rollout: Rollout | None = None
     point: TrajectoryPoint | None = None  # known after the rollout
 
     def split(self, count: int) -> list["Part"]:
@@ -53,7 +55,7 @@ class Part:
     def _select(self, rows: slice) -> "Part":
         rng = self.rng.select(rows)
         share = self.share * len(rng) / len(self.rng)
-        return Part(self.fields.select(rows), rng, self.backbone, share, self.point.select(rows))
+        return Part(self.fields.select(rows), rng, self.backbone, share, point=self.point.select(rows))
 
 
 class CDMModule(L.LightningModule):
@@ -94,10 +96,12 @@ class CDMModule(L.LightningModule):
         accumulate: int = 1,
         compile_backend: str | None = None,
         recompute_attention: bool = True,
+        rollouts_together: int = 2,
     ) -> None:
         super().__init__()
-        if accumulate < 1:
-            raise UserError(f"module: accumulate must be at least 1, got {accumulate}")
+        for name, count in (("accumulate", accumulate), ("rollouts_together", rollouts_together)):
+            if count < 1:
+                raise UserError(f"module: {name} must be at least 1, got {count}")
         if student_every < 1 or fake_score_steps < 1 or not 0 <= fake_score_merge <= 1:
             raise UserError(
                 "module: student_every and fake_score_steps must be at least 1, fake_score_merge must lie in [0, 1]"
@@ -119,6 +123,8 @@ class CDMModule(L.LightningModule):
         self.compute_dtype = COMPUTE_DTYPES[compute_dtype]
         self.recomputation = Recomputation(float(gradient_checkpointing), recompute_attention)
         self.accumulate, self.compile_backend = accumulate, compile_backend
+        self.rollouts_together = rollouts_together
+        self._walked: dict[int, list[Part]] = {}  # by iteration: parts at their anchors that wait for their turn
         self.networks: Networks | None = None  # built by `configure_model`, when the device is known
         self.is_sharded = False
         self.iteration = 0
@@ -131,9 +137,13 @@ class CDMModule(L.LightningModule):
 
     # ---- the algorithm
 
+    def on_train_start(self) -> None:
+        """Forget rollouts of an earlier training, of other prompts or another student."""
+        self._walked = {}
+
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """One iteration: rollout, anchor, fake score, merge and, in its turn, student; each in `accumulate` parts."""
-        parts = [self._part(part, len(part.prompts) / len(batch.prompts)) for part in batch.split(self.accumulate)]
+        parts = self._parts_at_anchors(batch)
         with self._phase("rollout"):
             parts = [self._with_point(part) for part in parts]
         with self._phase("fake_score"):
@@ -147,14 +157,44 @@ class CDMModule(L.LightningModule):
         self.iteration += 1
         self._log_health()
 
-    def _part(self, batch: PromptBatch, share: float) -> Part:
-        rng = StepRandom(self.seed, self.iteration, batch.indices.tolist(), self.device)
+    def _parts_at_anchors(self, batch: PromptBatch) -> list[Part]:
+        """The batch's parts, walked to their anchors; with the first batch of those that are rolled out together, all walk."""
+        if self.iteration not in self._walked:
+            iterations = self.rolled_out_together(self.iteration)
+            batches = dict(zip(iterations, batch.together, strict=True)) if batch.together else {self.iteration: batch}
+            drawn = [self._parts(one, iteration) for iteration, one in batches.items()]
+            with self._phase("rollout"):
+                walked = zip(
+                    *(self._walk(parts) for parts in zip(*drawn))
+                )  # the first parts of all, then the second ones
+            self._walked = dict(zip(batches, map(list, walked)))
+        return self._walked.pop(self.iteration)
+
+    def _parts(self, batch: PromptBatch, iteration: int) -> list[Part]:
+        return [
+            self._part(part, len(part.prompts) / len(batch.prompts), iteration) for part in batch.split(self.accumulate)
+        ]
+
+    def _part(self, batch: PromptBatch, share: float, iteration: int) -> Part:
+        rng = StepRandom(self.seed, iteration, batch.indices.tolist(), self.device)
         backbone = self.resolution.draw(self.backbone, rng)
-        return Part(self.bind(batch.prompts, backbone), rng, backbone, share)
+        fields = self.bind(batch.prompts, backbone)
+        return Part(fields, rng, backbone, share, self.draw_rollout(fields.student, rng, backbone))
+
+    def _walk(self, parts: Sequence[Part]) -> list[Part]:
+        if self.objective.needs_full_rollout:
+            return list(parts)
+        walked = walk([part.rollout for part in parts], self._agree_on_calls)
+        return [replace(part, rollout=rollout) for part, rollout in zip(parts, walked)]
 
     def _with_point(self, part: Part) -> Part:
-        with_grad = self.trains_at_anchor(self.iteration)
-        return replace(part, point=self.draw_point(part.fields, part.rng, part.backbone, with_grad))
+        """The part at its point, where the student may have been called with gradient; full rollouts keep no graph."""
+        rollout = part.rollout
+        if self.objective.needs_full_rollout:
+            point = simulate(rollout.student, rollout.noise, rollout.sigmas).at(rollout.anchor)
+        else:
+            point = rollout.point(with_grad=self.trains_at_anchor(self.iteration))
+        return replace(part, rollout=None, point=point)
 
     def fake_score_losses(self, parts: Sequence[Part], step: int) -> Iterator[tuple[float, TermLosses]]:
         """(share of the batch, loss) of each part, computed when it is asked for, in the `step`-th update of an iteration.
@@ -178,7 +218,7 @@ class CDMModule(L.LightningModule):
     def bind(self, prompts: Sequence[str], backbone: Backbone | None = None) -> VelocityFields:
         """The networks as velocity fields of these prompts, at the image size of `backbone` (default: the own one)."""
         backbone = backbone or self.backbone
-        text, no_text = backbone.encode_prompts(prompts), backbone.encode_prompts([""] * len(prompts))
+        text, no_text = backbone.encode_prompts(prompts), repeat_rows(backbone.encode_prompts([""]), len(prompts))
         networks = self.networks
         return VelocityFields(
             student=BoundField(backbone, networks.student, text, self.compute_dtype),
@@ -187,24 +227,27 @@ class CDMModule(L.LightningModule):
             teacher_uncond=BoundField(backbone, networks.teacher, no_text, self.compute_dtype),
         )
 
-    def draw_point(
-        self, fields: VelocityFields, rng: StepRandom, backbone: Backbone | None = None, with_grad: bool = False
-    ) -> TrajectoryPoint:
-        """Backward simulation with the student and one anchor a sample, run no further than the objective needs.
-
-        `with_grad`: the call at the anchor is one that the student can be trained on (not in full rollouts).
-        """
+    def draw_rollout(self, student: VelocityField, rng: StepRandom, backbone: Backbone | None = None) -> Rollout:
+        """Backward simulation with the student and one anchor a sample, as drawn: nothing is walked yet."""
         backbone = backbone or self.backbone
         sigmas = self.schedule.sample(rng, backbone.shift_steps)
         noise = rng.normal("rollout.noise", backbone.latent_shape)
-        anchor = rng.index("rollout.anchor", sigmas.shape[1] - 1)
-        if self.objective.needs_full_rollout:  # keeps no graph: the student is asked anew
-            return simulate(fields.student, noise, sigmas).at(anchor)
-        return simulate_to_anchor(fields.student, noise, sigmas, anchor, self._agree_on_calls, with_grad)
+        return Rollout(student, noise, sigmas, rng.index("rollout.anchor", sigmas.shape[1] - 1))
 
     def _agree_on_calls(self, calls: int) -> int:
         """How many network calls a rollout makes: as many as the longest of the processes that share one network."""
         return largest(calls) if self.is_sharded else calls
+
+    def rolled_out_together(self, iteration: int) -> range:
+        """The iterations whose rollouts walk as one batch with that of `iteration`: between two updates of the student.
+
+        Each for itself where points come from full rollouts, which keep all their states.
+        """
+        if self.objective.needs_full_rollout:
+            return range(iteration, iteration + 1)
+        in_turn = iteration % self.student_every
+        first = iteration - in_turn % self.rollouts_together
+        return range(first, min(first + self.rollouts_together, iteration - in_turn + self.student_every))
 
     @property
     def is_student_turn(self) -> bool:

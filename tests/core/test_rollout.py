@@ -1,5 +1,8 @@
 """Rollouts: exact end points, and stopping at the anchor changes nothing but the number of calls."""
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 from closed_form import BatchField, Network, point_mass
@@ -7,7 +10,7 @@ from closed_form import BatchField, Network, point_mass
 from cdm_lightning.core.flow import FunctionField, interpolate
 from cdm_lightning.core.lengths import FixedLength
 from cdm_lightning.core.rng import StepRandom
-from cdm_lightning.core.rollout import sample, simulate, simulate_to_anchor
+from cdm_lightning.core.rollout import Rollout, TrajectoryPoint, sample, simulate, walk
 from cdm_lightning.core.schedules import RandomSchedule, uniform_sigmas
 
 SHAPE = (3, 4, 4)
@@ -20,6 +23,11 @@ def setting(batch: int, steps: int):
     network = Network(lambda x, sigma: torch.tanh(2 * x.roll(1, dims=1) - x) * sigma.view(-1, 1, 1, 1))
     student = BatchField(network, rng.uniform("offset"))
     return student, rng.normal("noise", SHAPE), sigmas, rng.index("anchor", steps)
+
+
+def stop_at(student, noise, sigmas, anchor, with_grad=False) -> TrajectoryPoint:
+    """The point of one rollout that stops at its anchors."""
+    return walk([Rollout(student, noise, sigmas, anchor)])[0].point(with_grad)
 
 
 def test_a_point_mass_is_reached_from_anywhere():
@@ -56,7 +64,7 @@ def test_stopping_at_the_anchor_gives_the_points_of_full_rollouts(batch, steps):
     student, noise, sigmas, anchor = setting(batch, steps)
     full = simulate(student, noise, sigmas).at(anchor)
     student.network.calls.clear()
-    stopped = simulate_to_anchor(student, noise, sigmas, anchor)
+    stopped = stop_at(student, noise, sigmas, anchor)
     assert torch.equal(stopped.sigma, full.sigma)
     torch.testing.assert_close(stopped.x, full.x, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(stopped.v, full.v, rtol=1e-5, atol=1e-5)
@@ -71,15 +79,50 @@ def test_stopping_at_the_anchor_gives_the_points_of_full_rollouts(batch, steps):
 def test_any_pattern_of_anchors(anchors):
     student, noise, sigmas, _ = setting(3, 3)
     anchor = torch.tensor(anchors)
-    full, stopped = simulate(student, noise, sigmas).at(anchor), simulate_to_anchor(student, noise, sigmas, anchor)
+    full, stopped = simulate(student, noise, sigmas).at(anchor), stop_at(student, noise, sigmas, anchor)
     torch.testing.assert_close(stopped.x, full.x)
     torch.testing.assert_close(stopped.v, full.v)
     assert torch.equal(stopped.sigma, full.sigma)
 
 
+@pytest.mark.parametrize("steps", [(5, 2), (2, 5), (1, 4, 1), (1, 1)])
+def test_rollouts_of_several_lengths_walk_as_one_batch(steps):
+    """The same states, in as many calls as the longest of them takes."""
+    rollouts = [Rollout(*setting(4 + n, k)) for n, k in enumerate(steps)]
+    networks = [rollout.student.network for rollout in rollouts]
+    alone = [walk([rollout])[0].x for rollout in rollouts]
+    for network in networks:
+        network.calls.clear()
+    students = [BatchField(networks[0], rollout.student.offset) for rollout in rollouts]
+    together = walk([replace(rollout, student=student) for rollout, student in zip(rollouts, students)])
+    longest = max(int(rollout.anchor.max()) for rollout in rollouts)
+    walking = [sum(int((rollout.anchor > n).sum()) for rollout in rollouts) for n in range(longest)]
+    assert networks[0].batches == walking
+    for rollout, x in zip(together, alone):
+        torch.testing.assert_close(rollout.x, x)
+        assert rollout.sigmas.shape[1] in {k + 1 for k in steps}  # its own
+
+
+def agree(asked: list[int], calls: int) -> int:
+    """As many calls as there are to make, noted."""
+    asked.append(calls)
+    return calls
+
+
+def test_rollouts_that_one_call_cannot_serve_walk_one_by_one():
+    first, other = (Rollout(*setting(3, 4)) for _ in range(2))  # of two networks
+    larger = replace(first, noise=first.noise.repeat(1, 1, 2, 1))
+    for pair in ((first, other), (first, larger)):
+        asked: list[int] = []
+        walked = walk(pair, partial(agree, asked))
+        assert asked == [int(rollout.anchor.max()) for rollout in pair]
+        for one, rollout in zip(walked, pair):
+            torch.testing.assert_close(one.x, walk([rollout])[0].x)
+
+
 def test_half_of_the_calls_are_saved():
     student, noise, sigmas, anchor = setting(400, 28)
-    simulate_to_anchor(student, noise, sigmas, anchor)
+    stop_at(student, noise, sigmas, anchor)
     mean_calls = sum(student.network.batches) / 400
     assert mean_calls == pytest.approx((28 + 1) / 2, rel=0.05)
 
@@ -106,7 +149,7 @@ def test_no_gradients_are_kept():
     student = FunctionField(lambda x, sigma: weight * x)
     _, noise, sigmas, anchor = setting(3, 3)
     assert not simulate(student, noise, sigmas).final.requires_grad
-    assert not simulate_to_anchor(student, noise, sigmas, anchor).v.requires_grad
+    assert not stop_at(student, noise, sigmas, anchor).v.requires_grad
     assert not sample(student, noise, sigmas[0]).requires_grad
 
 
@@ -114,10 +157,10 @@ def test_the_call_at_the_anchor_can_be_trained_on():
     weight = torch.full((), 0.5, requires_grad=True)
     student = FunctionField(lambda x, sigma: weight * x)
     _, noise, sigmas, anchor = setting(3, 3)
-    point = simulate_to_anchor(student, noise, sigmas, anchor, with_grad=True)
+    point = stop_at(student, noise, sigmas, anchor, with_grad=True)
     assert not point.x.requires_grad  # no gradient through the steps before it
     assert not point.v.requires_grad
     assert torch.equal(point.v, point.v_with_grad)
     (gradient,) = torch.autograd.grad(point.v_with_grad.sum(), weight)
     torch.testing.assert_close(gradient, point.x.sum())
-    assert simulate_to_anchor(student, noise, sigmas, anchor).v_with_grad is None
+    assert stop_at(student, noise, sigmas, anchor).v_with_grad is None

@@ -27,6 +27,11 @@ def select_rows(cond: Conditioning, rows: Rows) -> Conditioning:
     return {name: value.index_select(0, rows.to(value.device)) for name, value in cond.items()}
 
 
+def repeat_rows(cond: Conditioning, times: int) -> Conditioning:
+    """The conditioning of one prompt as that of so many samples; takes no memory."""
+    return {name: value.expand(times, *value.shape[1:]) for name, value in cond.items()}
+
+
 def concat(conds: Sequence[Conditioning]) -> Conditioning:
     """The conditioning of the batches one after the other; KeyError if their keys differ."""
     return {name: torch.cat([cond[name] for cond in conds]) for name in conds[0]}

@@ -4,11 +4,12 @@ Shapes: B samples of shape * = (C, H, W), K steps, sigmas (B, K + 1) falling fro
 the call at the anchor where that is asked for.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cdm_lightning.core.flow import Rows, VelocityField, denoise, move, per_sample
@@ -75,43 +76,61 @@ def simulate(student: VelocityField, noise: Tensor, sigmas: Tensor) -> Trajector
     return Trajectory(torch.stack(xs), torch.stack(vs), sigmas, x)
 
 
-def simulate_to_anchor(
-    student: VelocityField,
-    noise: Tensor,
-    sigmas: Tensor,
-    anchor: Tensor,
-    agree_on_calls: Callable[[int], int] = lambda calls: calls,
-    with_grad: bool = False,
-) -> TrajectoryPoint:
-    """What `simulate(...).at(anchor)` gives, to float rounding, without the steps after each sample's anchor.
+@dataclass(frozen=True)
+class Rollout:
+    """What a rollout is drawn as, and, once it has been walked, the states at the anchors; it ends there."""
 
-    All samples walk to their anchors first; the call there is one for the whole batch, `with_grad` as a call that the
-    student can be trained on (`v_with_grad`).
+    student: VelocityField
+    noise: Tensor  # (B, *)
+    sigmas: Tensor  # (B, K + 1)
+    anchor: Tensor  # (B,) of [0, K)
+    x: Tensor | None = None  # (B, *), the states at the anchors
+
+    def point(self, with_grad: bool = False) -> TrajectoryPoint:
+        """The points at the anchors, by one call for the whole batch; `with_grad`: the student can be trained on that call."""
+        sigma = self.sigmas.gather(1, self.anchor[:, None]).squeeze(1)
+        with torch.set_grad_enabled(with_grad):
+            v = self.student(self.x, sigma)
+        return TrajectoryPoint(self.x, v.detach(), sigma, v_with_grad=v if with_grad else None)
+
+
+def walk(rollouts: Sequence[Rollout], agree_on_calls: Callable[[int], int] = lambda calls: calls) -> list[Rollout]:
+    """The rollouts at their anchors; they walk as one batch where one call of the student can serve them all.
+
+    Their `point()` is what `simulate(...).at(anchor)` gives, to float rounding, without the steps after each anchor.
 
     Processes that hold shards of one network must all call it equally often: `agree_on_calls` is told how many calls
-    these anchors take and says how many to make. Those beyond run on one sample, and nothing comes of them.
+    a walk takes and says how many to make. Those beyond run on one sample, and nothing comes of them.
     """
-    x = _walk(student, noise, sigmas, anchor, agree_on_calls)
-    sigma = sigmas.gather(1, anchor[:, None]).squeeze(1)
-    with torch.set_grad_enabled(with_grad):
-        v = student(x, sigma)
-    return TrajectoryPoint(x, v.detach(), sigma, v_with_grad=v if with_grad else None)
+    first, *others = rollouts
+    one_shape = all(other.noise.shape[1:] == first.noise.shape[1:] for other in others)
+    student = first.student.join([other.student for other in others]) if others and one_shape else None
+    if student is None:
+        return [replace(one, x=_walk(one, agree_on_calls)) for one in rollouts]
+    longest = max(one.sigmas.shape[1] for one in rollouts)
+    together = Rollout(
+        student,
+        torch.cat([one.noise for one in rollouts]),
+        torch.cat([F.pad(one.sigmas, (0, longest - one.sigmas.shape[1])) for one in rollouts]),
+        torch.cat([one.anchor for one in rollouts]),
+    )
+    arrived = _walk(together, agree_on_calls).split([len(one.noise) for one in rollouts])
+    return [replace(one, x=x) for one, x in zip(rollouts, arrived)]
 
 
 @torch.no_grad()
-def _walk(
-    student: VelocityField, noise: Tensor, sigmas: Tensor, anchor: Tensor, agree_on_calls: Callable[[int], int]
-) -> Tensor:
-    """The states (B, *) at the anchors (B,).
+def _walk(rollout: Rollout, agree_on_calls: Callable[[int], int]) -> Tensor:
+    """The states (B, *) at the anchors.
 
     Step n runs for the samples with anchor > n only. Sorted by falling anchor these are a prefix of the batch, so a
     step drops rows from its end; those dropped are there. The only wait for the device is that for the anchors.
     """
-    order = anchor.argsort(descending=True)
-    last = anchor.cpu()
+    student, noise, sigmas = rollout.student, rollout.noise, rollout.sigmas
+    order = rollout.anchor.argsort(descending=True)
+    last = rollout.anchor.cpu()
     steps = int(last.max())
     active = [int((last > n).sum()) for n in range(steps + 1)]  # samples that take step n; 0 at the end
-    idle = agree_on_calls(steps + 1) - (steps + 1)  # asked before the first: nobody waits in between
+    idle = agree_on_calls(steps) - steps  # asked before the first: nobody waits in between
     x, sorted_sigmas = noise[order], sigmas[order]
     arrived = [x[active[0] :]]
     x = x[: active[0]]

@@ -20,16 +20,18 @@ class PromptBatch(NamedTuple):
     """Prompts with the number that keys their random draws.
 
     `indices` (B,) int64 on the CPU: in training the slot of each sample within the global batch (over all ranks), in
-    validation the number of the prompt in its file.
+    validation the number of the prompt in its file. `together` are the batches of all iterations whose rollouts are made
+    at once, in their order and with this one among them: told with the first of them that is read, else empty.
     """
 
     prompts: list[str]
     indices: Tensor
+    together: tuple["PromptBatch", ...] = ()
 
     def split(self, count: int) -> list["PromptBatch"]:
         """The batch in `count` parts of sizes that differ by 1 at most, or in single samples if there are fewer."""
         parts = spans(len(self.prompts), count)
-        return [self._replace(prompts=self.prompts[span], indices=self.indices[span]) for span in parts]
+        return [PromptBatch(self.prompts[span], self.indices[span]) for span in parts]
 
 
 def spans(size: int, count: int) -> list[slice]:
@@ -39,10 +41,11 @@ def spans(size: int, count: int) -> list[slice]:
 
 
 class Draw(NamedTuple):
-    """One sample asked of the loader: the prompt's number in its file and the number that keys its random draws."""
+    """One sample asked of the loader: the prompt's number in its file, the number that keys its random draws, its batch's."""
 
     prompt: int
     key: int
+    batch: int = 0
 
 
 class DrawnPrompts(Dataset):
@@ -51,8 +54,8 @@ class DrawnPrompts(Dataset):
     def __init__(self, prompts: Dataset) -> None:
         self.prompts = prompts
 
-    def __getitem__(self, draw: Draw) -> tuple[str, int]:
-        return self.prompts[draw.prompt], draw.key
+    def __getitem__(self, draw: Draw) -> tuple[str, int, int]:
+        return self.prompts[draw.prompt], draw.key, draw.batch
 
 
 class ShuffledEpochs:
@@ -73,6 +76,9 @@ class ShuffledEpochs:
 class EndlessBatches(Sampler):
     """Batches `start`, `start + 1`, ... without end, each a list of `batch_size` draws of this rank.
 
+    `together(n)` are the batches whose rollouts are made with that of batch n: the first of them that is read brings the
+    draws of the others, after its own.
+
     The `size` prompts come in `order`, by default in shuffled epochs; a batch may span two of them. Together the ranks
     take `world_size * batch_size` consecutive prompts a batch, so the global batch is the same for each split of it
     over ranks.
@@ -87,21 +93,24 @@ class EndlessBatches(Sampler):
         rank: int = 0,
         world_size: int = 1,
         order: Order | None = None,
+        together: Callable[[int], range] | None = None,
     ) -> None:
         self.batch_size, self.start, self.rank, self.world_size = batch_size, start, rank, world_size
-        self.prompt_at = order or ShuffledEpochs(size, seed)
+        self.prompt_at, self.together = order or ShuffledEpochs(size, seed), together
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        batch = self.start
+        number = self.start
         while True:
-            yield self.batch(batch)
-            batch += 1
+            group = self.together(number) if self.together else range(number, number + 1)
+            others = [other for other in group if other != number] if number in (self.start, group.start) else []
+            yield [draw for one in (number, *others) for draw in self.batch(one)]
+            number += 1
 
     def batch(self, number: int) -> list[Draw]:
         """Draws of batch `number`, counted from 0; the key of each is its slot in the global batch."""
         first = number * self.batch_size * self.world_size
         slots = range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
-        return [Draw(self.prompt_at(first + slot), slot) for slot in slots]
+        return [Draw(self.prompt_at(first + slot), slot, number) for slot in slots]
 
 
 def evaluation_batches(size: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[Draw]]:
@@ -119,7 +128,16 @@ def evaluation_batches(size: int, batch_size: int, rank: int = 0, world_size: in
     return batches
 
 
-def collate(samples: list[tuple[str, int]]) -> PromptBatch:
-    """Samples of the loader as one `PromptBatch`."""
-    prompts, keys = zip(*samples, strict=True)
+def collate(samples: list[tuple[str, int, int]]) -> PromptBatch:
+    """Samples of the loader as the `PromptBatch` that the first of them belongs to."""
+    batches = {number: [] for number in dict.fromkeys(number for *_, number in samples)}
+    for prompt, key, number in samples:
+        batches[number].append((prompt, key))
+    whole = {number: _batch(drawn) for number, drawn in batches.items()}
+    own = whole[samples[0][-1]]
+    return own._replace(together=tuple(whole[number] for number in sorted(whole))) if len(whole) > 1 else own
+
+
+def _batch(drawn: list[tuple[str, int]]) -> PromptBatch:
+    prompts, keys = zip(*drawn, strict=True)
     return PromptBatch(list(prompts), torch.tensor(keys, dtype=torch.int64))

@@ -55,6 +55,7 @@ class PromptDataModule(L.LightningDataModule):
             rank=trainer.global_rank,
             world_size=trainer.world_size,
             order=self.train.order(self.seed),
+            together=getattr(trainer.lightning_module, "rolled_out_together", None),  # of any other module: none
         )
         return self._loader(self.train, batches, self.num_workers)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import _engine_run_backward
 
-from cdm_lightning.backbones.base import BoundField, Conditioning
+from cdm_lightning.backbones.base import BoundField, Conditioning, repeat_rows
 from cdm_lightning.core.flow import VelocityField
 from cdm_lightning.core.objective import TermLosses, VelocityFields
 from cdm_lightning.core.rollout import TrajectoryPoint
@@ -34,6 +34,7 @@ class Phase:
 class Step:
     """An iteration's parts: a student's call of the rollout, an update of the fake score, one of the student.
 
+    Rollouts that walk together are one call, and the text of those whose iteration comes later lies beside the first update.
     The student's memory is that of its whole turn: its call at the anchor waits for its backward pass while the fake score is
     updated. Its operations are those beyond a rollout and that update.
     """
@@ -80,7 +81,7 @@ def trace_step(
     rng = BlankRandom(batch)
 
     def fields() -> VelocityFields:
-        text, no_text = cond(batch), cond(batch)
+        text, no_text = cond(batch), repeat_rows(cond(1), batch)
         bound = [
             BoundField(backbone, network, words, module.compute_dtype)
             for network, words in (
@@ -93,6 +94,7 @@ def trace_step(
         return VelocityFields(*bound)
 
     trains_at_anchor = module.trains_at_anchor(iteration)
+    together = len(module.rolled_out_together(iteration))
 
     def point(field: VelocityField | None = None) -> TrajectoryPoint:
         x, v, first, last = (rng.normal("point", backbone.latent_shape) for _ in range(4))
@@ -104,17 +106,24 @@ def trace_step(
         return sigmas
 
     def rollout() -> Iterator[TermLosses]:
+        students = [fields().student for _ in range(together)]
+        everyone = BlankRandom(together * batch)
         with torch.no_grad():
-            fields().student(rng.normal("noise", backbone.latent_shape), rng.uniform("sigma"))
+            student = students[0].join(students[1:]) if together > 1 else students[0]
+            walking = student.select(
+                torch.empty(len(everyone), dtype=torch.int64)
+            )  # a copy of the text, in another order
+            walking(everyone.normal("noise", backbone.latent_shape), everyone.uniform("sigma"))
         yield from ()
 
     def fake_score() -> Iterator[TermLosses]:
+        _waiting = [fields().student for _ in range(together - 1)]
         yield module.objective.fake_score_loss(fields(), point(), rng, same)
 
     def turn() -> Iterator[TermLosses]:
         seen = fields()
         at = point(seen.student if trains_at_anchor else None)
-        whole = Part(seen, rng, SimpleNamespace(shift_sigmas=same), 1.0, at)
+        whole = Part(seen, rng, SimpleNamespace(shift_sigmas=same), 1.0, point=at)
         for _, losses in module.fake_score_losses([whole], step=0):
             yield losses
             del losses
@@ -122,6 +131,7 @@ def trace_step(
         yield from module.objective.student_losses(seen, at, rng, same, iteration)
 
     call = _record(rollout, networks, (), mode)
+    call = replace(call, flops=call.flops / together)
     update = _record(fake_score, networks, (networks.fake_score,), mode)
     both = _record(turn, networks, (networks.fake_score, networks.student), mode)
     before = update.flops + (call.flops if trains_at_anchor else 0.0)
