@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cdm_lightning.backbones.toy2d import Toy2DBackbone
 from cdm_lightning.callbacks.ema import StudentEMA
 from cdm_lightning.core.ema import lerp_parameters_
-from cdm_lightning.core.lengths import UniformLength
+from cdm_lightning.core.lengths import FixedLength, UniformLength
 from cdm_lightning.core.objective import CDMObjective, TermLosses
 from cdm_lightning.core.rng import StepRandom
 from cdm_lightning.core.rollout import walk
@@ -361,6 +361,18 @@ def test_rollouts_between_two_student_steps_walk_together(accumulate):
         assert max(rows) > max(small)
     start = flat(make_module().backbone.build_network())
     assert (alone[: len(start)] - start).abs().max() > 1e-4
+
+
+def test_anchors_can_be_spread_over_the_batch():
+    """Of 8 slots in rollouts of 8 steps, one at each step; independent draws leave some out."""
+    schedule, rng = RandomSchedule(FixedLength(8)), StepRandom(0, 3, range(8), "cpu")
+    plain, spread = (
+        make_module(schedule=schedule, spread_anchors=chosen).draw_rollout(None, rng) for chosen in (False, True)
+    )
+    assert sorted(spread.anchor.tolist()) == list(range(8))
+    assert sorted(plain.anchor.tolist()) != list(range(8))
+    assert torch.equal(plain.noise, spread.noise)
+    assert torch.equal(plain.sigmas, spread.sigmas)
 
 
 def test_which_rollouts_walk_together():

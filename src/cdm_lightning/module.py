@@ -97,6 +97,7 @@ class CDMModule(L.LightningModule):
         compile_backend: str | None = None,
         recompute_attention: bool = True,
         rollouts_together: int = 2,
+        spread_anchors: bool = False,
     ) -> None:
         super().__init__()
         for name, count in (("accumulate", accumulate), ("rollouts_together", rollouts_together)):
@@ -123,7 +124,7 @@ class CDMModule(L.LightningModule):
         self.compute_dtype = COMPUTE_DTYPES[compute_dtype]
         self.recomputation = Recomputation(float(gradient_checkpointing), recompute_attention)
         self.accumulate, self.compile_backend = accumulate, compile_backend
-        self.rollouts_together = rollouts_together
+        self.rollouts_together, self.spread_anchors = rollouts_together, spread_anchors
         self._walked: dict[int, list[Part]] = {}  # by iteration: parts at their anchors that wait for their turn
         self.networks: Networks | None = None  # built by `configure_model`, when the device is known
         self.is_sharded = False
@@ -232,7 +233,8 @@ class CDMModule(L.LightningModule):
         backbone = backbone or self.backbone
         sigmas = self.schedule.sample(rng, backbone.shift_steps)
         noise = rng.normal("rollout.noise", backbone.latent_shape)
-        return Rollout(student, noise, sigmas, rng.index("rollout.anchor", sigmas.shape[1] - 1))
+        draw = rng.spread_index if self.spread_anchors else rng.index
+        return Rollout(student, noise, sigmas, draw("rollout.anchor", sigmas.shape[1] - 1))
 
     def _agree_on_calls(self, calls: int) -> int:
         """How many network calls a rollout makes: as many as the longest of the processes that share one network."""

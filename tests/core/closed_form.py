@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cdm_lightning.core.flow import VelocityField, per_sample
+from cdm_lightning.core.flow import Rows, VelocityField, per_sample
 
 
 class Call(NamedTuple):
@@ -47,7 +47,7 @@ class BatchField(VelocityField):
         assert len(x) == len(sigma) == len(self.offset)
         return self.network(x, sigma, self.offset)
 
-    def select(self, rows: Tensor) -> "BatchField":
+    def select(self, rows: Rows) -> "BatchField":
         return BatchField(self.network, self.offset[rows])
 
     def join(self, others: Sequence[VelocityField]) -> "BatchField | None":

@@ -16,6 +16,7 @@ def draws(rng: StepRandom) -> list[torch.Tensor]:
         rng.normal("c", (4, 8, 8)),
         rng.normal("d", ()),
         rng.index("e", 1000),
+        rng.spread_index("f", 1000),
     ]
 
 
@@ -52,7 +53,7 @@ def test_each_argument_changes_all_draws(other):
 
 
 def test_shapes_types_and_ranges():
-    uniform, rows, normal, scalar, index = draws(StepRandom(1, 7, range(3), "cpu"))
+    uniform, rows, normal, scalar, index, _ = draws(StepRandom(1, 7, range(3), "cpu"))
     assert (uniform.shape, rows.shape, normal.shape, scalar.shape, index.shape) == (
         (3,),
         (3, 5),
@@ -78,6 +79,28 @@ def test_distributions():
     counts = torch.bincount(index, minlength=7)
     assert counts.numel() == 7
     assert ((counts - 4000 / 7).abs() < 4 * (4000 / 7) ** 0.5).all()
+
+
+def test_spread_numbers_are_each_equally_likely():
+    """In each slot alone, over iterations."""
+    drawn = torch.stack([StepRandom(0, i, [0, 5, 6], "cpu").spread_index("a", 7) for i in range(4000)])
+    for slot in drawn.T:
+        counts = torch.bincount(slot, minlength=7)
+        assert counts.numel() == 7
+        assert ((counts - 4000 / 7).abs() < 4 * (4000 / 7) ** 0.5).all()
+
+
+@pytest.mark.parametrize("high", [1, 3, 16, 28])
+@pytest.mark.parametrize("first", [0, 16, 48])
+def test_spread_numbers_are_even_over_consecutive_slots(first, high):
+    """Below every bound there are as many of 16 as its share, but for one at most."""
+    for iteration in range(20):
+        drawn = StepRandom(0, iteration, range(first, first + 16), "cpu").spread_index("a", high)
+        assert drawn.min() >= 0
+        assert drawn.max() < high
+        for bound in range(high + 1):
+            assert abs(int((drawn < bound).sum()) - 16 * bound / high) <= 1
+    assert len({int(StepRandom(0, i, [first], "cpu").spread_index("a", 28)) for i in range(200)}) > 20
 
 
 def test_keys_are_told_apart():

@@ -109,9 +109,17 @@ class StepRandom:
         return _normal(self._key(purpose), self.slots, shape).to(self.device)
 
     def index(self, purpose: str, high: int) -> Tensor:
-        """Whole numbers of [0, high), each equally likely (high far below 2^31): (B,) int64."""
+        """Whole numbers of [0, high), each equally likely (high far below 2^31): (B,) int64 on the CPU, to steer by."""
         draws = _bits(self._key(purpose), self.slots, 1)[:, 0] >> 33 & 0x7FFFFFFF
-        return (draws * high >> 31).to(self.device)
+        return draws * high >> 31
+
+    def spread_index(self, purpose: str, high: int) -> Tensor:
+        """The same, but any consecutive slots have them evenly spread over [0, high): (B,) int64 on the CPU.
+
+        Van der Corput's sequence (1935), moved by one uniform draw for all slots (Cranley and Patterson, 1976).
+        """
+        shift = torch.rand((), generator=self.shared(purpose), dtype=torch.float64, device="cpu")
+        return ((_radical_inverse(self.slots) + shift) % 1 * high).long().clamp(max=high - 1)
 
     def _key(self, purpose: str) -> int:
         return _hash(self.seed, purpose, *self._count)
@@ -154,6 +162,12 @@ def _bits(key: int, rows: Tensor, n: int) -> Tensor:
         z ^= z >> shift & (1 << 64 - shift) - 1  # >> keeps the sign, the mask drops it
         z *= _signed(factor)
     return z
+
+
+def _radical_inverse(numbers: Tensor) -> Tensor:
+    """The binary digits of whole numbers (B,) below 2^32 mirrored at the point: (B,) float64 in [0, 1)."""
+    digits = torch.arange(32, device="cpu")
+    return ((numbers[:, None] >> digits & 1) * 2.0 ** -(digits + 1).double()).sum(1)
 
 
 def _normal(key: int, rows: Tensor, shape: Sequence[int]) -> Tensor:

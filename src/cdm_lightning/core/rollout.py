@@ -56,6 +56,7 @@ class Trajectory:
 
     def at(self, anchor: Tensor) -> TrajectoryPoint:
         """The point with index anchor (B,) of [0, K) for each sample; after the last comes the final state."""
+        anchor = anchor.to(self.final.device)
         samples = torch.arange(len(anchor), device=anchor.device)
         point = TrajectoryPoint(self.x[anchor, samples], self.v[anchor, samples], self.sigmas[samples, anchor])
         following = (anchor + 1).clamp(max=len(self) - 1)
@@ -83,12 +84,12 @@ class Rollout:
     student: VelocityField
     noise: Tensor  # (B, *)
     sigmas: Tensor  # (B, K + 1)
-    anchor: Tensor  # (B,) of [0, K)
+    anchor: Tensor  # (B,) of [0, K), on the CPU: which calls are made depends on it
     x: Tensor | None = None  # (B, *), the states at the anchors
 
     def point(self, with_grad: bool = False) -> TrajectoryPoint:
         """The points at the anchors, by one call for the whole batch; `with_grad`: the student can be trained on that call."""
-        sigma = self.sigmas.gather(1, self.anchor[:, None]).squeeze(1)
+        sigma = self.sigmas.gather(1, self.anchor.to(self.sigmas.device)[:, None]).squeeze(1)
         with torch.set_grad_enabled(with_grad):
             v = self.student(self.x, sigma)
         return TrajectoryPoint(self.x, v.detach(), sigma, v_with_grad=v if with_grad else None)
@@ -123,27 +124,27 @@ def _walk(rollout: Rollout, agree_on_calls: Callable[[int], int]) -> Tensor:
     """The states (B, *) at the anchors.
 
     Step n runs for the samples with anchor > n only. Sorted by falling anchor these are a prefix of the batch, so a
-    step drops rows from its end; those dropped are there. The only wait for the device is that for the anchors.
+    step drops rows from its end; those dropped are there. Nothing here waits for the device.
     """
-    student, noise, sigmas = rollout.student, rollout.noise, rollout.sigmas
-    order = rollout.anchor.argsort(descending=True)
-    last = rollout.anchor.cpu()
-    steps = int(last.max())
-    active = [int((last > n).sum()) for n in range(steps + 1)]  # samples that take step n; 0 at the end
+    student, noise, sigmas, anchor = rollout.student, rollout.noise, rollout.sigmas, rollout.anchor
+    order = anchor.argsort(descending=True)
+    steps = int(anchor.max())
+    active = [int((anchor > n).sum()) for n in range(steps + 1)]  # samples that take step n; 0 at the end
     idle = agree_on_calls(steps) - steps  # asked before the first: nobody waits in between
-    x, sorted_sigmas = noise[order], sigmas[order]
+    by_anchor = order.to(noise.device)
+    x, sorted_sigmas = noise[by_anchor], sigmas[by_anchor]
     arrived = [x[active[0] :]]
     x = x[: active[0]]
-    field = student.select(order[: active[0]]) if steps else student
+    field = student.select(by_anchor[: active[0]]) if steps else student
     for n, (rows, staying) in enumerate(pairwise(active)):
         x = move(x, field(x, sorted_sigmas[:rows, n]), sorted_sigmas[:rows, n], sorted_sigmas[:rows, n + 1])
         arrived.append(x[staying:])
         x = x[:staying]
         if 0 < staying < rows:
-            field = field.select(torch.arange(staying, device=order.device))
+            field = field.select(slice(staying))
     for _ in range(idle):
-        student.select(order[:1])(noise[:1], sigmas[:1, 0])
-    return torch.cat(arrived[::-1])[order.argsort()]  # those with the highest anchors arrive last and stand first
+        student.select(slice(1))(noise[:1], sigmas[:1, 0])
+    return torch.cat(arrived[::-1])[by_anchor.argsort()]  # those with the highest anchors arrive last and stand first
 
 
 @torch.no_grad()
