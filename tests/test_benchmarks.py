@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import gpu_tables, inference, machine, step_time
+from benchmarks import gpu_tables, inference, machine, step_time, waiting
 from benchmarks.comparison import Comparison
 from benchmarks.sizes import SIZES, Size
 from cdm_lightning.planning.live import LiveBytes
@@ -158,3 +158,12 @@ def test_seconds_of_images_with_compiled_blocks(monkeypatch, tmp_path):
         name + kind for name in (inference.STUDENT, inference.TEACHER) for kind in ("", ", compiled")
     }
     assert all(len(times) == 1 and times[0] > 0 for times in seconds.values())
+
+
+def test_processes_wait_less_where_anchors_are_spread():
+    alone, spread = (waiting.rollout_times(8, 16, chosen, turns=40) for chosen in (False, True))
+    mean = 16 * 27 / 4  # steps before an anchor uniform below a K uniform on 1..28: (K - 1) / 2 on average
+    for without, even in zip(alone, spread):
+        assert even < 0.95 * without
+        assert even > 0.85 * mean
+    assert alone[0] > alone[1]  # to wait at each call is worse than to wait at the end

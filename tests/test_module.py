@@ -385,6 +385,17 @@ def test_which_rollouts_walk_together():
     assert full.rolled_out_together(3) == range(3, 4)
 
 
+def test_the_teacher_without_text_sees_the_empty_prompt_in_every_sample():
+    module = make_module()
+    fit(module, 0)
+    fields = module.bind(["north", "west"])
+    expected = module.backbone.encode_prompts(["", ""])
+    assert fields.teacher_uncond.cond.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(fields.teacher_uncond.cond[name], value)
+        assert not torch.equal(fields.teacher.cond[name], value)
+
+
 def test_rollouts_of_an_earlier_training_are_forgotten():
     module = make_module()
     fit(module, 1)
