@@ -16,7 +16,7 @@ from cdm_lightning.config import build, compose
 from cdm_lightning.data.text_memory import RememberedText
 from cdm_lightning.module import CDMModule
 from cdm_lightning.networks import Networks
-from cdm_lightning.train import quiet_libraries
+from cdm_lightning.quiet import quiet_libraries
 
 WARM_UP = 4  # iterations, not counted
 SETTINGS = (

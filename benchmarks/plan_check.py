@@ -18,7 +18,8 @@ from cdm_lightning.errors import UserError
 from cdm_lightning.planning.layout import Layout
 from cdm_lightning.planning.memory import total
 from cdm_lightning.planning.recipe import Recipe, read_recipe
-from cdm_lightning.train import quiet_libraries, use_text_cache
+from cdm_lightning.quiet import quiet_libraries
+from cdm_lightning.train import use_text_cache
 
 ITERATIONS = 6  # of which the first two also make the optimizers' states
 

@@ -25,8 +25,9 @@ from cdm_lightning.backbones.pipeline_folder import hash_part
 from cdm_lightning.checkpoint.stored import read_checkpoint
 from cdm_lightning.config import asset_path, build, compose
 from cdm_lightning.ladder import STEPS, LadderEvaluation, LadderResult, LadderRow
+from cdm_lightning.quiet import quiet_libraries
 from cdm_lightning.report import markdown_table, save_report
-from cdm_lightning.train import quiet_libraries, train
+from cdm_lightning.train import train
 
 RESULTS = Path(__file__).parent / "results"
 COUNT, REFERENCE = 2048, 8192

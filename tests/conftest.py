@@ -10,7 +10,8 @@ import torch
 
 from cdm_lightning.backbones.toy2d import MODES
 from cdm_lightning.config import compose
-from cdm_lightning.train import TrainResult, quiet_libraries, train
+from cdm_lightning.quiet import quiet_libraries
+from cdm_lightning.train import TrainResult, train
 
 torch.set_num_threads(1)
 

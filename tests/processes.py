@@ -80,9 +80,10 @@ def _train(overrides: list[str], prepare: Callable[[], None] | None) -> None:
 
     from cdm_lightning import train as entry
     from cdm_lightning.config import compose
+    from cdm_lightning.quiet import quiet_libraries
 
     torch.set_num_threads(1)
-    entry.quiet_libraries()
+    quiet_libraries()
     if prepare is not None:
         prepare()
     entry.train(compose(overrides))

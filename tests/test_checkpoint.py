@@ -22,7 +22,8 @@ from cdm_lightning.checkpoint.stored import newest_checkpoint, read_checkpoint
 from cdm_lightning.config import compose
 from cdm_lightning.errors import UserError
 from cdm_lightning.module import CDMModule
-from cdm_lightning.train import quiet_libraries, train
+from cdm_lightning.quiet import quiet_libraries
+from cdm_lightning.train import train
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
 

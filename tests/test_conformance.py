@@ -32,8 +32,9 @@ from cdm_lightning.data.prompts import PromptList
 from cdm_lightning.data.text_cache import StoredText, TextCacheSettings
 from cdm_lightning.errors import UserError
 from cdm_lightning.evaluation import SamplerSpec, generate
+from cdm_lightning.quiet import quiet_libraries
 from cdm_lightning.sample import sample_images
-from cdm_lightning.train import quiet_libraries, train
+from cdm_lightning.train import train
 
 PROMPTS = ["a large red circle", "a small blue square above a green ring", "a ring"]
 EXACT = {"rtol": 0, "atol": 1e-6}

@@ -13,9 +13,10 @@ from cdm_lightning.config import compose
 from cdm_lightning.core.rng import StepRandom
 from cdm_lightning.errors import UserError
 from cdm_lightning.export import export_checkpoint
+from cdm_lightning.quiet import quiet_libraries
 from cdm_lightning.resolution import Buckets
 from cdm_lightning.sample import sample_images
-from cdm_lightning.train import TrainResult, quiet_libraries, train
+from cdm_lightning.train import TrainResult, train
 
 WIDE, TALL = (32, 64), (64, 32)  # pixels
 PROMPTS = [f"a {size} {colour} ring" for size in ("small", "large") for colour in ("red", "green", "blue", "white")]

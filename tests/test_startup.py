@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+from cdm_lightning.config import asset_path
+
 COMMANDS = [
     "cdm_lightning.train",
     "cdm_lightning.sample",
@@ -35,3 +37,12 @@ def test_help_of_each_command_imports_neither_torch_nor_lightning():
     for command, (text, modules) in said.items():
         assert "usage:" in text or "powered by Hydra" in text, f"{command} --help says nothing"
         assert not HEAVY & set(modules), f"{command} --help imports {HEAVY & set(modules)}"
+
+
+def test_a_command_says_nothing_of_its_libraries(tmp_path):
+    """Only what a user can use: the picture's path."""
+    picture = tmp_path / "grid.png"
+    options = ["--model", asset_path("tiny_sd3"), "--prompt", "a red circle", "--output", str(picture)]
+    command = [sys.executable, "-m", "cdm_lightning.sample", *options]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (run.stdout, run.stderr) == (f"picture: {picture}\n", "")

@@ -211,7 +211,7 @@ def writing(folder: Path) -> Iterator[None]:
 def main() -> None:
     """The command line."""
     answer_questions("train")
-    from cdm_lightning.train import quiet_libraries  # imports torch
+    from cdm_lightning.quiet import quiet_libraries
 
     quiet_libraries()
     run_cli(cache_text, "train")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from cdm_lightning.checkpoint.folder import MARKER as COMPLETE
 from cdm_lightning.checkpoint.folder import PATTERN
 from cdm_lightning.errors import UserError
+from cdm_lightning.quiet import quiet_libraries
 
 if TYPE_CHECKING:  # torch and the rest take seconds to import: --help and mistakes should not wait for them
     import torch
@@ -249,6 +250,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; a mistake of the user is one line on stderr and exit status 2."""
+    quiet_libraries()
     try:
         options = parser().parse_args(arguments)
         written = export_checkpoint(**vars(options))

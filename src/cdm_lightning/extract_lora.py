@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cdm_lightning.errors import UserError
+from cdm_lightning.quiet import quiet_libraries
 
 if TYPE_CHECKING:  # torch and the rest take seconds to import: --help and mistakes should not wait for them
     from torch import Tensor
@@ -88,6 +89,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; a mistake of the user is one line on stderr and exit status 2."""
     options = parser().parse_args(arguments)
+    quiet_libraries()
     try:
         found = extract_lora(**vars(options))
     except UserError as error:

@@ -124,7 +124,8 @@ def main(arguments: Sequence[str]) -> None:
 
     from cdm_lightning.config import fail, register_resolvers
     from cdm_lightning.errors import Preempted, UserError
-    from cdm_lightning.train import quiet_libraries, train
+    from cdm_lightning.quiet import quiet_libraries
+    from cdm_lightning.train import train
 
     quiet_libraries()
     register_resolvers()

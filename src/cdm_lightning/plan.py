@@ -14,6 +14,7 @@ from typing import Any
 
 from cdm_lightning.config import build, compose, fail
 from cdm_lightning.errors import UserError
+from cdm_lightning.quiet import quiet_libraries
 
 OWN = ("gpus", "strategy", "strategy.on_cpu", "peak_tflops", "utilisation", "reserve", "json")
 
@@ -117,6 +118,7 @@ def write_json(path: Path, plans: Sequence[Any]) -> None:
 
 def main() -> None:
     """The command line."""
+    quiet_libraries()
     try:
         plans = plan(sys.argv[1:])
         print("\n\n".join(map(str, plans)))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from cdm_lightning.checkpoint.folder import MARKER as COMPLETE
 from cdm_lightning.errors import UserError
+from cdm_lightning.quiet import quiet_libraries
 
 if TYPE_CHECKING:  # torch and the rest take seconds to import: --help and mistakes should not wait for them
     import torch
@@ -208,6 +209,7 @@ def run(options: argparse.Namespace) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; a mistake of the user is one line on stderr and exit status 2."""
+    quiet_libraries()
     try:
         output = run(parser().parse_args(arguments))
     except UserError as error:

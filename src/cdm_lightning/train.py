@@ -4,9 +4,7 @@ A run lives in one folder, `outputs/RUN_NAME`: `config.yaml` (as resolved), `sta
 hardware of each start), `checkpoints/`, and what loggers and callbacks write. The same command again resumes it.
 """
 
-import logging
 import sys
-import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,6 +31,7 @@ from cdm_lightning.data.text_memory import RememberedText
 from cdm_lightning.errors import UserError
 from cdm_lightning.launch import is_launched, launch
 from cdm_lightning.parallel import device_count
+from cdm_lightning.quiet import quiet_libraries
 from cdm_lightning.run_lock import only_run_in
 from cdm_lightning.run_record import CONFIG_FILE, record_start
 
@@ -58,12 +57,6 @@ FREE_KEYS = (
 )
 FREE_ENDINGS = (".learning_rate.total", ".cache_folder")  # the first follows max_steps
 BOUND_KEYS = ("callbacks.ema",)
-UNFIT_WARNINGS = (
-    ".*does not have many workers.*",  # reading a line of text needs none
-    ".*in eval mode at the start of training.*",  # the student's average is meant to be
-    ".*sync_dist=True.*",  # callbacks put together what the processes measured before they log it
-    ".*LeafSpec.*is deprecated.*",  # Lightning's own use of torch
-)
 
 
 @dataclass(frozen=True)
@@ -223,18 +216,6 @@ def is_free(key: str) -> bool:
         return any(key == root or key.startswith(root + ".") for root in roots)
 
     return (under(FREE_KEYS) and not under(BOUND_KEYS)) or key.endswith(FREE_ENDINGS)
-
-
-def quiet_libraries() -> None:
-    """Keep Lightning's advice off the terminal; its warnings stay, but for those that do not apply here."""
-    for library in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(library).setLevel(logging.WARNING)
-    for library in ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
-        logging.getLogger(library).setLevel(
-            logging.ERROR
-        )  # what diffusers says of torchao, which no model here is stored in
-    for message in UNFIT_WARNINGS:
-        warnings.filterwarnings("ignore", message)
 
 
 def start(config: DictConfig) -> None:
