@@ -37,11 +37,18 @@ def rollout_times(processes: int, samples: int, spread: bool, turns: int) -> tup
     return sharded / turns / 2, whole / turns / 2
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command line's arguments."""
+    made = argparse.ArgumentParser(
+        prog="python -m benchmarks.waiting", description="How long processes wait for one another, by their draws."
+    )
+    made.add_argument("--turns", type=int, default=2000, metavar="N", help="student's turns that are drawn")
+    return made
+
+
 def main() -> None:
     """Print a row for each shape."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.waiting", description=__doc__.splitlines()[0])
-    parser.add_argument("--turns", type=int, default=2000, metavar="N", help="student's turns that are drawn")
-    turns = parser.parse_args().turns
+    turns = parser().parse_args().turns
     print("| processes x samples | a shorter iteration by, sharded | whole networks (`ddp`) |\n| --- | --- | --- |")
     for processes, samples in SHAPES:
         other = OTHER_CALLS * samples
