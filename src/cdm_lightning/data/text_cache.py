@@ -93,14 +93,14 @@ class StoredText:
         """The conditioning of B prompts as the text encoders gave it, in their dtype; UserError for one that is not there."""
         distinct = list(dict.fromkeys(prompts))
         rows = [self._unconditional if prompt == "" else self._row(prompt) for prompt in distinct]
-        which = torch.tensor([distinct.index(prompt) for prompt in prompts], device=self.device)
-        return {
-            name: torch.stack([row[name] for row in rows])
-            .to(self.device)
-            .to(self.manifest.given(name))
-            .index_select(0, which)
+        cond = {
+            name: torch.stack([row[name] for row in rows]).to(self.device).to(self.manifest.given(name))
             for name in self.manifest.tensors
         }
+        if len(distinct) == len(prompts):
+            return cond
+        which = torch.tensor([distinct.index(prompt) for prompt in prompts], device=self.device)
+        return {name: value.index_select(0, which) for name, value in cond.items()}
 
     def require(self, sets: Mapping[str, Sequence[str]], check_up_to: int) -> None:
         """UserError, with the number and the first of them, if prompts of these named sets are not in the cache.
