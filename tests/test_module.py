@@ -287,6 +287,8 @@ def test_lightnings_own_precision_is_refused():
         {"fake_score_merge": 2.0},
         {"compute_dtype": "float16"},
         {"gradient_checkpointing": 2},
+        {"accumulate": 0},
+        {"rollouts_together": 0},
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments):

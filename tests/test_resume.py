@@ -178,6 +178,19 @@ def test_another_configuration_is_refused_but_a_longer_run_is_not(toy_run):
     assert toy_run("trainer.max_steps=4", "data.num_workers=1", "trainer.log_every_n_steps=2").iteration == 4
 
 
+def test_a_run_from_before_an_option_goes_on_while_the_option_is_off(toy_run):
+    """Options that a new version adds are off by default, and must not end the runs of the old one."""
+    saved = toy_run("trainer.max_steps=1").folder / "config.yaml"
+    lines = saved.read_text().splitlines(keepends=True)
+    older = [line for line in lines if line.split(":")[0].strip() not in ("rollouts_together", "spread_anchors")]
+    assert len(older) == len(lines) - 2
+    saved.write_text("".join(older))
+    with pytest.raises(UserError, match=r"\(it differs in module.spread_anchors\)"):
+        toy_run("trainer.max_steps=2", "module.spread_anchors=true")
+    assert toy_run("trainer.max_steps=2").iteration == 2
+    assert toy_run("trainer.max_steps=3", "module.rollouts_together=1").iteration == 3
+
+
 def test_never_resume_refuses_a_folder_with_checkpoints(toy_run):
     toy_run("trainer.max_steps=2", "resume=never")
     with pytest.raises(UserError, match="resume=never"):

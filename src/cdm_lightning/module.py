@@ -138,10 +138,6 @@ class CDMModule(L.LightningModule):
 
     # ---- the algorithm
 
-    def on_train_start(self) -> None:
-        """Forget rollouts of an earlier training, of other prompts or another student."""
-        self._walked = {}
-
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """One iteration: rollout, anchor, fake score, merge and, in its turn, student; each in `accumulate` parts."""
         parts = self._parts_at_anchors(batch)
@@ -165,9 +161,7 @@ class CDMModule(L.LightningModule):
             batches = dict(zip(iterations, batch.together, strict=True)) if batch.together else {self.iteration: batch}
             drawn = [self._parts(one, iteration) for iteration, one in batches.items()]
             with self._phase("rollout"):
-                walked = zip(
-                    *(self._walk(parts) for parts in zip(*drawn))
-                )  # the first parts of all, then the second ones
+                walked = zip(*(self._walk(parts) for parts in zip(*drawn)))  # the first parts of all, then the second
             self._walked = dict(zip(batches, map(list, walked)))
         return self._walked.pop(self.iteration)
 
@@ -338,6 +332,10 @@ class CDMModule(L.LightningModule):
         else:
             self.networks.place(device)
         self.backbone.setup(device)
+
+    def on_train_start(self) -> None:
+        """Forget rollouts of an earlier training, of other prompts or another student."""
+        self._walked = {}
 
     @property
     def fingerprint(self) -> str:

@@ -45,10 +45,11 @@ FREE_KEYS = (
     "callbacks",
     "logger",
     "module.samplers",
-    "module.accumulate",  # these four change how it is computed, not what
+    "module.accumulate",  # these five change how it is computed, not what
     "module.gradient_checkpointing",
     "module.recompute_attention",
     "module.compile_backend",
+    "module.rollouts_together",
     "data.num_workers",
     "data.val",
     "data.val_batch_size",
@@ -186,7 +187,8 @@ def require_same_configuration(config: DictConfig, folder: Path) -> None:
 
     Compared is everything but `FREE_KEYS` (where the run lies, how long it goes on, what is logged and evaluated).
     The batch size may change if that of all processes together stays. `max_steps` is free: a longer run continues a
-    shorter one, and a decaying learning rate follows the new end from there on.
+    shorter one, and a decaying learning rate follows the new end from there on. An option that the run's version did not
+    have yet is no difference while it is off (false or null).
     """
     saved_file = folder / CONFIG_FILE
     saved = flatten(OmegaConf.to_container(OmegaConf.load(saved_file))) if saved_file.is_file() else {}
@@ -196,6 +198,7 @@ def require_same_configuration(config: DictConfig, folder: Path) -> None:
             processes = device_count(flat["trainer.devices"]) * flat["trainer.num_nodes"]
             flat["data.batch_size x processes"] = flat.pop("data.batch_size") * processes
     differing = sorted(key for key in saved.keys() | now.keys() if saved.get(key) != now.get(key) and not is_free(key))
+    differing = [key for key in differing if key in saved or now[key] is not False]
     if saved and differing:
         keys = ", ".join(differing[:5])
         raise UserError(f"{folder} holds a run of another configuration (it differs in {keys}); set another run_name")

@@ -81,17 +81,7 @@ def trace_step(
     rng = BlankRandom(batch)
 
     def fields() -> VelocityFields:
-        text, no_text = cond(batch), repeat_rows(cond(1), batch)
-        bound = [
-            BoundField(backbone, network, words, module.compute_dtype)
-            for network, words in (
-                (networks.student, text),
-                (networks.fake_score, text),
-                (networks.teacher, text),
-                (networks.teacher, no_text),
-            )
-        ]
-        return VelocityFields(*bound)
+        return _bind(module, networks, cond(batch), repeat_rows(cond(1), batch))
 
     trains_at_anchor = module.trains_at_anchor(iteration)
     together = len(module.rolled_out_together(iteration))
@@ -112,7 +102,7 @@ def trace_step(
             student = students[0].join(students[1:]) if together > 1 else students[0]
             walking = student.select(
                 torch.empty(len(everyone), dtype=torch.int64)
-            )  # a copy of the text, in another order
+            )  # its text is copied in another order
             walking(everyone.normal("noise", backbone.latent_shape), everyone.uniform("sigma"))
         yield from ()
 
@@ -136,6 +126,20 @@ def trace_step(
     both = _record(turn, networks, (networks.fake_score, networks.student), mode)
     before = update.flops + (call.flops if trains_at_anchor else 0.0)
     return Step(rollout=call, fake_score=update, student=replace(both, flops=both.flops - before))
+
+
+def _bind(module: CDMModule, networks: Networks, text: Conditioning, no_text: Conditioning) -> VelocityFields:
+    """What `CDMModule.bind` gives, of networks that the module does not own and text that nothing encodes."""
+    bound = [
+        BoundField(module.backbone, network, words, module.compute_dtype)
+        for network, words in (
+            (networks.student, text),
+            (networks.fake_score, text),
+            (networks.teacher, text),
+            (networks.teacher, no_text),
+        )
+    ]
+    return VelocityFields(*bound)
 
 
 def _record(
