@@ -15,8 +15,10 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import FAMILIES, TinyFamily
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cdm_lightning import export
+from cdm_lightning.backbones.anatomy import unwrapped
 from cdm_lightning.backbones.base import BoundField
 from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone
 from cdm_lightning.backbones.families import FAMILIES as REGISTERED
@@ -32,7 +34,10 @@ from cdm_lightning.data.prompts import PromptList
 from cdm_lightning.data.text_cache import StoredText, TextCacheSettings
 from cdm_lightning.errors import UserError
 from cdm_lightning.evaluation import SamplerSpec, generate
+from cdm_lightning.lora.plan import Adapter, LoRAPlan
+from cdm_lightning.networks import Networks
 from cdm_lightning.quiet import quiet_libraries
+from cdm_lightning.recomputation import Recomputation
 from cdm_lightning.sample import sample_images
 from cdm_lightning.train import train
 
@@ -50,6 +55,10 @@ class Case:
     stock: DiffusionPipeline
     backbone: PipelineBackbone
     network: torch.nn.Module
+
+    def fresh(self, **options) -> PipelineBackbone:
+        """A backbone on the same folder that has loaded nothing."""
+        return self.family.backbone(str(self.folder), **self.family.options, **options)
 
     def field(self, prompts: list[str], network: torch.nn.Module | None = None, **options) -> BoundField:
         return BoundField(self.backbone, network or self.network, self.backbone.encode_prompts(prompts), **options)
@@ -322,32 +331,29 @@ def test_four_iterations_train_export_and_sample(case, tmp_path, prompt_file):
 # ---- what single families do
 
 
-TIME_PARTS = {"longcat": "time_embed", "flux_dev": "time_text_embed", "qwen_image": "time_text_embed"}
-
-
-def seen_timesteps(network: torch.nn.Module, part: str, run) -> torch.Tensor:
-    """The first argument that the network's time embedding `part` is given while `run()` runs."""
+def seen_timesteps(part: torch.nn.Module, run) -> torch.Tensor:
+    """The first argument that a network's time embedding `part` is given while `run()` runs."""
     seen = []
-    hook = network.get_submodule(part).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    hook = part.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     with torch.no_grad():
         run()
     hook.remove()
     return torch.stack([value.flatten()[0].float() for value in seen])
 
 
-@only(*TIME_PARTS)  # the others are given float32 timesteps
+@only("longcat", "flux_dev", "qwen_image")  # the others are given float32 timesteps
 def test_bfloat16_timesteps_are_those_of_the_bfloat16_pipeline(case):
     """Sigma 0.9045 is timestep 904 there; casting sigma itself would make it 908."""
-    part, sigmas = TIME_PARTS[case.family.name], [0.9045, 0.8261, 0.7595, 0.5128]
+    part, sigmas = case.backbone.time_module, [0.9045, 0.8261, 0.7595, 0.5128]
     stock = load(case.folder).to(torch.bfloat16)
     stock.scheduler = FlowMatchEulerDiscreteScheduler()
     latents = pack(case.noise())
     call = {**case.family.options, **case.family.call, "num_inference_steps": 4, "sigmas": sigmas}
     theirs = seen_timesteps(
-        stock.transformer, part, lambda: stock(list(PROMPTS), latents=latents, output_type="latent", **call)
+        part(stock.transformer), lambda: stock(list(PROMPTS), latents=latents, output_type="latent", **call)
     )
     bound, x = case.field(PROMPTS[:1], compute_dtype=torch.bfloat16), case.noise(1)
-    ours = seen_timesteps(case.network, part, lambda: [bound(x, torch.tensor([sigma])) for sigma in sigmas])
+    ours = seen_timesteps(part(case.network), lambda: [bound(x, torch.tensor([sigma])) for sigma in sigmas])
     assert torch.equal(ours, theirs)
     scale = 1 if ours[0] > 1 else 1000
     assert (scale * theirs - 1000 * torch.tensor(sigmas)).abs().max() < 4
@@ -462,3 +468,173 @@ def test_a_network_that_is_not_in_one_file_is_never_empty(case, tmp_path):
     save_file({name: value for name, value in load_file(weights).items() if "proj_out.bias" not in name}, weights)
     with pytest.raises(UserError, match=r"lacks the weights proj_out\.bias"):
         case.family.backbone(str(broken), **case.family.options).build_empty(False)
+
+
+# ---- sizes without weights
+
+
+def shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple]:
+    return {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
+
+
+def test_blank_conditioning_is_shaped_like_encoded_prompts_and_loads_nothing(case):
+    backbone = case.fresh()
+    if case.family.name == "z_image":
+        with pytest.raises(UserError, match="Z-Image cannot be planned: its network cuts each text to its own length"):
+            backbone.blank_conditioning(3)
+        return
+    with FakeTensorMode():
+        blank = backbone.blank_conditioning(3)
+    assert shapes(blank) == shapes(case.backbone.encode_prompts(PROMPTS))
+    assert backbone.shared.keys() <= {"folder", "network_config", "tokenizer_config"}
+
+
+@only("sd3")
+@pytest.mark.parametrize("keep", [12, 23, 100])
+def test_blank_conditioning_knows_compact_text(case, keep):
+    backbone = case.fresh(compact_text=keep)
+    backbone.setup(torch.device("cpu"))
+    assert shapes(backbone.blank_conditioning(1)) == shapes(backbone.encode_prompts([PROMPTS[2]]))
+
+
+def test_networks_without_weights_have_the_sizes_of_the_loaded_ones(case, monkeypatch):
+    backbone = case.fresh(teacher_dtype="bfloat16")
+    monkeypatch.setattr(backbone, "_load_pretrained", lambda *_: pytest.fail("weights were read"))
+    view = backbone.at(64, 32)
+    backbone.leave_weights_out()
+    trained, teacher = backbone.build_network(), view.build_teacher()
+    assert all(tensor.is_meta for network in (trained, teacher) for tensor in network.state_dict().values())
+    assert shapes(dict(trained.named_parameters())) == shapes(dict(case.network.named_parameters()))
+    assert all(parameter.requires_grad for parameter in trained.parameters())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert next(teacher.parameters()).dtype == torch.bfloat16
+    assert backbone.build_empty(teacher=False) is None
+    assert not {"_codec", "_text_parts"} & backbone.shared.keys()
+
+
+def test_an_architecture_stands_in_for_the_folder(case):
+    backbone = case.family.backbone("no/such-model", **case.family.options)
+    known = {name: value for name, value in case.backbone.network_config.items() if not isinstance(value, bool)}
+    backbone.leave_weights_out({"transformer": known, "vae": case.backbone.vae_config})
+    assert backbone.latent_shape == case.backbone.latent_shape
+    assert backbone.feature_width == case.backbone.feature_width
+    assert len(backbone.blocks_of(backbone.build_network())) == len(case.backbone.blocks_of(case.network))
+    assert "folder" not in backbone.shared
+
+
+@only("sd3")
+def test_a_lora_of_the_teachers_own_changes_no_size(case, tmp_path):
+    factors = {"proj_out.lora_A.weight": torch.ones(1, 64), "proj_out.lora_B.weight": torch.ones(8, 1)}
+    backbone = case.fresh(teacher_lora=write_lora_file(case.family.backbone.pipeline_class, factors, tmp_path))
+    backbone.leave_weights_out()
+    assert shapes(backbone.build_base().state_dict()) == shapes(case.network.state_dict())
+
+
+# ---- time embeddings and hidden features
+
+
+def test_what_is_added_to_the_time_embedding_reaches_the_velocity(case):
+    x, sigma, seen = case.noise(), torch.tensor([0.2, 0.6, 0.9]), []
+    field, added = case.field(PROMPTS), torch.tensor(0.0)
+
+    def add(_module, _inputs, output):
+        seen.append(output)
+        return output + added
+
+    with torch.no_grad():
+        plain = field(x, sigma)
+        with case.backbone.time_module(case.network).register_forward_hook(add):
+            same = field(x, sigma)
+            added = torch.randn(case.backbone.time_embedding_width, generator=torch.Generator().manual_seed(0))
+            moved = field(x, sigma)
+    assert [output.shape for output in seen] == [(3, case.backbone.time_embedding_width)] * 2
+    assert torch.equal(same, plain)
+    assert ((moved - plain).flatten(1).abs().amax(dim=1) > 1e-4).all()
+    assert not torch.equal(seen[0][0], seen[0][1])  # each sample has its own time
+
+
+def test_features_after_every_block(case):
+    x, sigma, field = case.noise(), torch.tensor([0.2, 0.6, 0.9]), case.field(PROMPTS)
+    blocks = case.backbone.blocks_of(case.network)
+    with torch.no_grad():
+        plain = field(x, sigma)
+        velocity, features = field.with_features(x, sigma, range(len(blocks)))
+    tokens = x[0, 0].numel() // case.backbone.patch**2
+    for feature in features:
+        assert feature.shape[::2] == (3, case.backbone.feature_width)
+        assert feature.dtype == torch.float32
+        if case.family.name != "z_image":  # its tokens are also those of the text
+            assert feature.shape[1] == tokens
+    assert features[-1].shape[1] >= tokens
+    assert not torch.equal(features[-1][0], features[-1][1])
+    assert torch.equal(velocity, plain)
+    assert not any(block._forward_hooks for block in blocks)
+    with pytest.raises(
+        UserError, match=rf"after block {len(blocks)}: the network has the blocks 0 to {len(blocks) - 1}"
+    ):
+        field.with_features(x, sigma, [0, len(blocks)])
+
+
+UNUSED = {"allow_unused": True, "materialize_grads": True}  # the last text stream reaches nothing
+
+
+def weights(network: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+
+@only("sd3", "flux_dev", "sana")
+@pytest.mark.parametrize("checkpointing", [0.0, 1.0])
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
+def test_features_are_those_of_a_hook_and_carry_gradients(case, checkpointing, lora):
+    adapter = Adapter(rank=2, alpha=4) if lora else None
+    student = Networks(case.backbone, Recomputation(checkpointing), LoRAPlan(adapter, adapter)).student
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():  # adapters start at nothing
+            parameter += 0.1 * ("lora_B" in name)
+    field, sigma, seen = case.field(PROMPTS, student), torch.tensor([0.2, 0.6, 0.9]), []
+    x = case.noise().requires_grad_(True)
+    last = case.backbone.blocks_of(student)[-1]
+    with last.register_forward_hook(lambda _module, _inputs, output: seen.append(output)), torch.no_grad():
+        plain = field(x, sigma)
+    velocity, (feature, again) = field.with_features(x, sigma, [-1, len(case.backbone.blocks_of(student)) - 1])
+    assert torch.equal(velocity.detach(), plain)
+    assert torch.equal(feature.detach(), seen[0][-1] if isinstance(seen[0], tuple) else seen[0])
+    assert again is feature
+    ours = torch.autograd.grad((feature.square().mean() + velocity.square().mean()), [x, *weights(student)], **UNUSED)
+    with last.register_forward_hook(lambda _module, _inputs, output: seen.append(output)):
+        velocity = field(x, sigma)
+        made = seen[1][-1] if isinstance(seen[1], tuple) else seen[1]
+    theirs = torch.autograd.grad((made.square().mean() + velocity.square().mean()), [x, *weights(student)], **UNUSED)
+    assert ours[0].abs().max() > 0
+    assert sum(gradient.abs().max() > 0 for gradient in ours[1:]) > len(ours) / 2
+    for one, other in zip(ours, theirs):
+        assert torch.equal(one, other)
+
+
+@only("sd3")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_features_of_blocks_that_are_compiled(case, checkpointing):
+    network = case.backbone.build_network()
+    if checkpointing:
+        case.backbone.enable_gradient_checkpointing(network)
+    x, sigma, field = case.noise(), torch.tensor([0.2, 0.6, 0.9]), case.field(PROMPTS, network)
+    expected = field.with_features(x, sigma, [0, 1])
+    for block in case.backbone.blocks_of(network):
+        block.compile(backend="eager")
+    for _ in range(2):  # the compiled call, before and after there is a program
+        velocity, features = field.with_features(x, sigma, [0, 1])
+        torch.testing.assert_close(velocity, expected[0], **EXACT)
+        torch.testing.assert_close(features, expected[1], **EXACT)
+        assert torch.equal(field(x, sigma), velocity)
+        features[1].square().mean().backward()
+    assert network.transformer_blocks[0].ff.net[2].weight.grad.abs().max() > 0
+
+
+@only("sd3")
+def test_bfloat16_features_are_given_in_float32(case):
+    networks = Networks(case.backbone, lora=LoRAPlan(Adapter(rank=2), Adapter(rank=2)))
+    assert case.backbone.time_module(networks.teacher) is unwrapped(networks.student).time_text_embed
+    field = case.field(PROMPTS, networks.student, compute_dtype=torch.bfloat16)
+    _, (feature,) = field.with_features(case.noise(), torch.full((3,), 0.5), [-1])
+    assert feature.dtype == torch.float32
+    assert feature.grad_fn is not None

@@ -34,6 +34,7 @@ from cdm_lightning.planning.memory import (
     total,
 )
 from cdm_lightning.planning.recipe import optimizer_bytes, read_recipe
+from cdm_lightning.planning.skeleton import hollow
 from cdm_lightning.planning.step import every_network
 from cdm_lightning.planning.work import expected_calls, hours, work_of
 from cdm_lightning.recomputation import Recomputation
@@ -166,6 +167,21 @@ def test_gpus_that_are_none_are_refused(text: str) -> None:
 def test_mistakes_are_one_line(arguments: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         planner.plan(arguments)
+
+
+def test_a_shipped_architecture_tells_all_sizes() -> None:
+    """Nothing is asked of the hub: 77 tokens of CLIP and 256 of T5, and SD3-Medium's 2.03 billion weights."""
+    backbone = build(compose(["experiment=sd3_cdm", "output_dir=."]), "module").backbone
+    frozen = hollow(backbone)
+    blank, network = backbone.blank_conditioning(2), backbone.build_network()
+    assert {name: value.shape for name, value in blank.items()} == {
+        "prompt_embeds": (2, 333, 4096),
+        "pooled": (2, 2048),
+    }
+    assert sum(parameter.numel() for parameter in network.parameters()) == pytest.approx(2.03e9, rel=0.01)
+    assert backbone.time_embedding_width == backbone.feature_width == 1536
+    assert frozen.vae == 83819683
+    assert "folder" not in backbone.shared
 
 
 # ---- against a real step

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cdm_lightning.backbones.base import BoundField, concat, select_rows
+from cdm_lightning.backbones.base import Backbone, BoundField, concat, select_rows
 from cdm_lightning.backbones.toy2d import MODES, RADIUS, WIDTH, MixtureVelocity, Toy2DBackbone, VelocityMLP
 from cdm_lightning.core.ema import lerp_parameters_
 from cdm_lightning.core.flow import evaluate_together
@@ -16,7 +16,11 @@ from cdm_lightning.core.objective import CDMObjective, VelocityFields, summed
 from cdm_lightning.core.rng import StepRandom, evaluation_noise
 from cdm_lightning.core.rollout import Rollout, sample, walk
 from cdm_lightning.core.schedules import RandomSchedule, inference_sigmas
+from cdm_lightning.errors import UserError
+from cdm_lightning.lora.plan import Adapter, LoRAPlan
 from cdm_lightning.metrics.energy import energy_distance
+from cdm_lightning.networks import Networks
+from cdm_lightning.recomputation import Recomputation
 
 SAMPLES = 2048
 
@@ -200,6 +204,140 @@ def test_conditioning_helpers():
     assert rows["b"].tolist() == [2, 0]
     assert rows["a"].tolist() == [[4, 5], [0, 1]]
     assert concat([rows, cond])["b"].tolist() == [2, 0, 0, 1, 2]
+
+
+# ---- features and time
+
+
+def asked(backbone: Toy2DBackbone, network: nn.Module) -> tuple[BoundField, Tensor, Tensor]:
+    """A field of three prompts, points that take gradients, and sigmas."""
+    x = torch.randn(3, 2, 1, 1, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+    return (
+        BoundField(backbone, network, backbone.encode_prompts(["north", "", "east"])),
+        x,
+        torch.tensor([0.1, 0.5, 1.0]),
+    )
+
+
+def by_hand(block: nn.Module, field: BoundField, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """The velocity and what the block gave, by a hook."""
+    seen = []
+    with block.register_forward_hook(lambda _module, _inputs, output: seen.append(output)):
+        velocity = field(x, sigma)
+    return velocity, seen[0]
+
+
+@pytest.mark.parametrize("recomputed", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("adapter", [None, Adapter(rank=4, targets="blocks")], ids=["whole", "lora"])
+def test_features_are_those_of_a_hook_and_carry_gradients(recomputed, adapter):
+    backbone = Toy2DBackbone(hidden=16, depth=3, fit_steps=5)
+    networks = Networks(backbone, Recomputation(recomputed), LoRAPlan(adapter, adapter))
+    field, x, sigma = asked(backbone, networks.student)
+    trained = [parameter for parameter in networks.student.parameters() if parameter.requires_grad]
+    found = []
+    for _ in range(2):
+        velocity, (middle, first) = field.with_features(x, sigma, [-2, 0])
+        loss = velocity.sum() + middle.square().sum() + 3 * first.sum()
+        with torch.no_grad():
+            field.with_features(2 * x, sigma, [1])  # another call before the backward pass changes nothing
+        found.append(torch.autograd.grad(loss, [x, *trained], allow_unused=True, materialize_grads=True))
+    blocks = backbone.blocks_of(networks.student)
+    expected, middle_by_hand = by_hand(blocks[1], field, x, sigma)
+    _, first_by_hand = by_hand(blocks[0], field, x, sigma)
+    assert len(blocks) == 3
+    assert torch.equal(velocity, expected)
+    assert torch.equal(middle, middle_by_hand[:, None])
+    assert torch.equal(first, first_by_hand[:, None])
+    assert middle.shape == (3, 1, backbone.feature_width)
+    loss = expected.sum() + middle_by_hand.square().sum() + 3 * first_by_hand.sum()
+    theirs = torch.autograd.grad(loss, [x, *trained], allow_unused=True, materialize_grads=True)
+    for one, again, other in zip(*found, theirs):
+        assert torch.equal(one, again)
+        torch.testing.assert_close(one, other)
+        assert adapter is not None or one.abs().max() > 0
+    assert found[0][0].abs().max() > 0
+    assert not any(block._forward_hooks for block in blocks)
+
+
+def test_features_of_no_gradient_carry_none(backbone):
+    field, x, sigma = asked(backbone, backbone.build_network())
+    with torch.no_grad():
+        _, features = field.with_features(x, sigma, [0, 0, -3])
+    assert not any(feature.requires_grad for feature in features)
+    assert torch.equal(features[0], features[1])
+    assert torch.equal(features[0], features[2])
+    assert field.with_features(x, sigma, [])[1] == []
+
+
+@pytest.mark.parametrize("number", [3, -4])
+def test_a_block_that_there_is_not_is_refused(backbone, number):
+    network = backbone.build_network()
+    field, x, sigma = asked(backbone, network)
+    with pytest.raises(UserError, match=rf"after block {number}: the network has the blocks 0 to 2, or -3 to -1"):
+        field.with_features(x, sigma, [0, number])
+    exact, _, _ = asked(backbone, backbone.build_teacher())
+    with pytest.raises(UserError, match="the network has no blocks"):
+        exact.with_features(x, sigma, [0])
+    assert not any(block._forward_hooks for block in backbone.blocks_of(network))
+
+
+def test_a_block_that_the_network_does_not_run_is_told(backbone):
+    network = backbone.build_network()
+    network.spare = nn.ModuleList([type(network.blocks[0])(64)])
+    field, x, sigma = asked(backbone, network)
+    with pytest.raises(UserError, match="after block -1: the network did not run it"):
+        field.with_features(x, sigma, [0, -1])
+
+
+def test_hooks_are_gone_after_a_call_that_fails(backbone):
+    network = backbone.build_network()
+    field, x, _ = asked(backbone, network)
+    with pytest.raises(RuntimeError):
+        field.with_features(x, torch.ones(7), [0])
+    assert not any(block._forward_hooks for block in backbone.blocks_of(network))
+
+
+def test_what_is_added_to_the_time_embedding_reaches_the_velocity(backbone):
+    networks = Networks(backbone, lora=LoRAPlan(Adapter(rank=4, targets="blocks"), Adapter(rank=4, targets="blocks")))
+    for network in (backbone.build_network(), networks.student):
+        field, x, sigma = asked(backbone, network)
+        plain, added = field(x, sigma), torch.zeros(3, backbone.time_embedding_width)
+        with backbone.time_module(network).register_forward_hook(lambda _m, _i, output: output + added):  # noqa: B023
+            assert torch.equal(field(x, sigma), plain)
+            added[1] = 1.0
+            moved = (field(x, sigma) - plain).flatten(1).abs().amax(dim=1)
+        assert moved[1] > 1e-3
+        assert moved[[0, 2]].max() == 0
+    with pytest.raises(UserError, match="MixtureVelocity has no time embedding enter"):
+        backbone.time_module(backbone.build_teacher())
+
+
+def test_blank_conditioning_is_shaped_like_encoded_prompts(backbone):
+    blank, encoded = backbone.blank_conditioning(2)["weights"], backbone.encode_prompts(["", "north"])["weights"]
+    assert (blank.shape, blank.dtype) == (encoded.shape, encoded.dtype)
+
+
+class Silent(Toy2DBackbone):
+    """A family that says nothing about its networks."""
+
+    time_embedding = None
+    blank_conditioning = Backbone.blank_conditioning
+    feature_width = Backbone.feature_width
+    time_embedding_width = Backbone.time_embedding_width
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda family: family.blank_conditioning(1), "Silent cannot be planned: it does not tell the shapes of its"),
+        (lambda family: family.feature_width, "Silent does not tell the width of its hidden features"),
+        (lambda family: family.time_embedding_width, "Silent does not tell the width of its time embedding"),
+        (lambda family: family.time_module(nn.Module()), "Silent does not tell where its networks embed the time"),
+    ],
+)
+def test_a_family_that_says_nothing_is_told_so(ask, message):
+    with pytest.raises(UserError, match=message):
+        ask(Silent())
 
 
 # ---- the algorithm box, with core alone

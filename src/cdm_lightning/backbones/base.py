@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from cdm_lightning.backbones.anatomy import Anatomy, outputs_of, pick_blocks
 from cdm_lightning.core.flow import Rows, VelocityField, plain_guidance
 from cdm_lightning.errors import UserError
 
@@ -57,14 +58,14 @@ class TextMemory(Protocol):
         """Encode anew at the next call."""
 
 
-class Backbone(ABC):
+class Backbone(Anatomy, ABC):
     """A family of pretrained flow models: its networks, text encoding, noise shift, latents and pipeline format."""
 
     text_cache: TextCache | None = None  # see `use_text_cache`
     text_memory: TextMemory | None = None  # see `use_text_memory`
-    block_types: tuple[type[nn.Module], ...] = ()  # the repeated blocks: units of checkpointing and of sharding
     lora_targets: Mapping[str, tuple[str, ...]] = {}  # presets of LoRA targets: ends of the names of linear layers
     teacher_is_base: bool = True  # the teacher is the network of `build_base`: adapters off, it serves as one
+    unplannable: str | None = None  # why the planner cannot plan the family, a sentence; said before any file is read
 
     @property
     @abstractmethod
@@ -145,6 +146,16 @@ class Backbone(ABC):
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """The conditioning of B prompts; "" is the unconditional one."""
 
+    def blank_conditioning(self, batch: int) -> Conditioning:
+        """What `encode_prompts` gives for `batch` prompts, in keys, shapes and dtypes, without contents, on torch's default device.
+
+        Only configuration files are read. UserError for a family that cannot tell.
+        """
+        raise UserError(
+            self.unplannable
+            or f"{type(self).__name__} cannot be planned: it does not tell the shapes of its conditioning"
+        )
+
     @abstractmethod
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """The network's velocity, noise - x0, (B, C, H, W) in float32."""
@@ -201,6 +212,20 @@ class BoundField(VelocityField):
         """The velocity (B, C, H, W), float32; x and sigma reach the network in float32 whatever it computes in."""
         with torch.autocast(x.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
             return self.backbone.velocity(self.network, x, sigma, self.cond).float()
+
+    def with_features(self, x: Tensor, sigma: Tensor, blocks: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+        """The velocity as of a plain call, and the features (B, N, D), float32, after the blocks with these numbers.
+
+        Blocks are counted as `Backbone.blocks_of` lists them, negative numbers from the end. Features carry gradients where
+        the call does. UserError for a number that there is not, and for a block that the call does not run.
+        """
+        picked = pick_blocks(self.backbone.blocks_of(self.network), blocks)
+        with outputs_of(picked) as outputs:
+            velocity = self(x, sigma)
+        idle = [number for number, block in zip(blocks, picked) if block not in outputs]
+        if idle:
+            raise UserError(f"there are no features after block {idle[0]}: the network did not run it")
+        return velocity, [self.backbone.features_after(outputs[block]).float() for block in picked]
 
     def select(self, rows: Rows) -> VelocityField:
         """The field of some samples."""

@@ -42,7 +42,6 @@ class PipelineBackbone(PipelineSettings):
     The arguments are those of `PipelineSettings`.
     """
 
-    codec_needs: ClassVar[tuple[str, ...]] = ()  # text parts without which the pipeline's class cannot be made
     unguided: ClassVar[Mapping[str, Any]] = {"guidance_scale": 1.0}  # what the plain call needs to call once a step
     notes: ClassVar[tuple[str, ...]] = ("`guidance_scale` is 0 or 1: one network call a step.",)  # in the model card
 
@@ -62,7 +61,7 @@ class PipelineBackbone(PipelineSettings):
 
     def build_empty(self, teacher: bool) -> nn.Module | None:
         """The transformer without its weights, but with its buffers; None with a `teacher_lora` fused in."""
-        if self.teacher_lora is not None or self.transformer_class._keep_in_fp32_modules:
+        if not self.has_weights or self.teacher_lora is not None or self.transformer_class._keep_in_fp32_modules:
             return None
         with torch.device("cpu"), init_empty_weights(include_buffers=False):
             network = self._skeleton()
@@ -84,6 +83,9 @@ class PipelineBackbone(PipelineSettings):
         return self._files.rows(name, first, end)
 
     def _load_network(self, dtype: torch.dtype) -> nn.Module:
+        if not self.has_weights:
+            with torch.device("meta"):
+                return self._skeleton().to(dtype)
         if self.teacher_lora is None:
             return self._load_pretrained(dtype)
         sizes = (self.teacher_lora, self.teacher_lora_scale, dtype)
@@ -146,7 +148,7 @@ class PipelineBackbone(PipelineSettings):
     @shared_property
     def _codec(self) -> DiffusionPipeline:
         """Image codec and processor, without the text encoders."""
-        return self._load_parts(part for part in self.text_parts if part not in self.codec_needs)
+        return self._load_parts(self.text_parts)
 
     @shared_property
     def _text_parts(self) -> DiffusionPipeline:

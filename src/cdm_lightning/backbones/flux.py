@@ -35,6 +35,7 @@ class FluxBackbone(PipelineBackbone):
     block_types = (FluxTransformerBlock, FluxSingleTransformerBlock)
     lora_targets = presets(JOINT_ATTENTION, (*JOINT_FEED_FORWARD, "proj_mlp"))
     parts = ("transformer", "scheduler", "vae", *TEXT_PARTS)
+    time_embedding = "time_text_embed"
     unguided: ClassVar[Mapping[str, Any]] = {}  # the pipeline guides where it is given a negative prompt
 
     guidance_embed: float = 3.5
@@ -64,6 +65,14 @@ class FluxBackbone(PipelineBackbone):
             return_dict=False,
         )[0]
         return unpack(output.float(), height, width)
+
+    def blank_conditioning(self, batch: int) -> Conditioning:
+        """{"prompt_embeds": (B, N, D), "pooled": (B, P)} float32, without contents."""
+        config = self.network_config
+        return {
+            "prompt_embeds": torch.empty(batch, self.max_sequence_length, config["joint_attention_dim"]),
+            "pooled": torch.empty(batch, config["pooled_projection_dim"]),
+        }
 
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> Conditioning:

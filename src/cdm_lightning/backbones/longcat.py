@@ -30,6 +30,7 @@ class LongCatBackbone(PipelineBackbone):
     block_types = (LongCatImageTransformerBlock, LongCatImageSingleTransformerBlock)
     lora_targets = presets(JOINT_ATTENTION, (*JOINT_FEED_FORWARD, "proj_mlp"))
     parts = ("transformer", "scheduler", "vae", "text_encoder", "tokenizer", "text_processor")
+    time_embedding = "time_embed"
     text_tokens = range(512, 513)  # fixed by the pipeline
     unguided: Mapping[str, Any] = {"guidance_scale": 1.0, "enable_prompt_rewrite": False}
     notes = (
@@ -59,6 +60,11 @@ class LongCatBackbone(PipelineBackbone):
     def guide(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
         """Classifier-free guidance that makes no token's velocity longer than the conditional one: the pipeline's default."""
         return renormalised(cond, super().guide(cond, uncond, scale), low=0.0, high=1.0)
+
+    def blank_conditioning(self, batch: int) -> Conditioning:
+        """{"prompt_embeds": (B, 512, D)} float32, without contents."""
+        width = self.network_config["joint_attention_dim"]
+        return {"prompt_embeds": torch.empty(batch, self.max_sequence_length, width)}
 
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> Conditioning:

@@ -44,6 +44,12 @@ class shared_property:
         backbone.shared[self.name] = value
 
 
+def constructor_defaults(network: type[Any]) -> dict[str, Any]:
+    """The arguments of a class's constructor that have defaults, with these."""
+    parameters = inspect.signature(network.__init__).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
+
+
 @dataclass(eq=False)
 class PipelineSettings(Backbone):
     """Where a pipeline lies, how it shall be used and what its configuration files say.
@@ -113,6 +119,31 @@ class PipelineSettings(Backbone):
         """Arguments of the constructor of the image codec."""
         return self._config("vae")
 
+    @shared_property
+    def tokenizer_config(self) -> dict[str, Any]:
+        """What the folder says about its first tokenizer; nothing if it has no such file."""
+        file = self.folder / "tokenizer" / "tokenizer_config.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+    @shared_property
+    def has_weights(self) -> bool:
+        """Whether networks are loaded; after `leave_weights_out` they are built on the meta device."""
+        return True
+
+    def leave_weights_out(self, architecture: Mapping[str, Any] | None = None) -> None:
+        """Build networks on the meta device from now on, for all image sizes: they have sizes and dtypes, and no contents.
+
+        The configuration files of `folder` are read now; or none, if `architecture` says what they would say:
+        {"transformer": arguments of its constructor that are no defaults, "vae": likewise}, with a scheduler that shifts
+        nothing. A `teacher_lora` is left out, since it changes no size. UserError for a folder that is unfit.
+        """
+        self.has_weights = False
+        if architecture is not None:
+            self.network_config = constructor_defaults(self.transformer_class) | dict(architecture["transformer"])
+            self.vae_config, self.tokenizer_config = dict(architecture["vae"]), {}
+            self.scheduler = FlowMatchEulerDiscreteScheduler()
+        _ = self.scheduler, self.tokenizer_config, self.latent_shape  # under `FakeTensorMode` numbers would be blank
+
     def _config(self, part: str) -> dict[str, Any]:
         with loading(self.folder / part):
             config = self.transformer_class.load_config(self.folder, subfolder=part)
@@ -175,6 +206,16 @@ class PipelineSettings(Backbone):
         """(C, h, w)."""
         height, width = self.image_size
         return self.latent_channels, height // self.vae_factor, width // self.vae_factor
+
+    @property
+    def feature_width(self) -> int:
+        """D of the hidden states (B, N, D) after a block."""
+        return self.network_config["num_attention_heads"] * self.network_config["attention_head_dim"]
+
+    @property
+    def time_embedding_width(self) -> int:
+        """D of the output (B, D) of `time_embedding`."""
+        return self.feature_width
 
     @property
     def fingerprint(self) -> str:

@@ -34,6 +34,7 @@ class QwenImageBackbone(PipelineBackbone):
     block_types = (QwenImageTransformerBlock,)
     lora_targets = presets(JOINT_ATTENTION, FEED_FORWARD)
     parts = ("transformer", "scheduler", "vae", "text_encoder", "tokenizer")
+    time_embedding = "time_text_embed"
     text_tokens = range(1, 1025)
     shift_options = ("use_dynamic_shifting", "shift_terminal")
     unguided: Mapping[str, Any] = {"true_cfg_scale": 1.0}
@@ -65,6 +66,14 @@ class QwenImageBackbone(PipelineBackbone):
     def guide(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
         """Classifier-free guidance that keeps the length of each token's conditional velocity, as the pipeline has it."""
         return renormalised(cond, super().guide(cond, uncond, scale))
+
+    def blank_conditioning(self, batch: int) -> Conditioning:
+        """{"prompt_embeds": (B, N, D) float32, "mask": (B, N) bool}, without contents."""
+        tokens, width = self.max_sequence_length, self.network_config["joint_attention_dim"]
+        return {
+            "prompt_embeds": torch.empty(batch, tokens, width),
+            "mask": torch.empty(batch, tokens, dtype=torch.bool),
+        }
 
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> Conditioning:

@@ -30,6 +30,7 @@ class SanaBackbone(PipelineBackbone):
     block_types = (SanaTransformerBlock,)
     lora_targets = presets(("to_q", "to_k", "to_v", "to_out.0"), ())  # its feed-forward layers are convolutions
     parts = ("transformer", "scheduler", "vae", "text_encoder", "tokenizer")
+    time_embedding = "time_embed.emb"  # what follows it there, a layer of all modulations, returns a tuple
     text_tokens = range(1, 301)
     shift_options = ()
     unguided: ClassVar[Mapping[str, Any]] = {"guidance_scale": 1.0, "use_resolution_binning": False}
@@ -91,6 +92,14 @@ class SanaBackbone(PipelineBackbone):
             return_dict=False,
         )[0]
         return output.float()
+
+    def blank_conditioning(self, batch: int) -> Conditioning:
+        """{"prompt_embeds": (B, N, D) float32, "mask": (B, N) int64}, without contents."""
+        tokens, width = self.max_sequence_length, self.network_config["caption_channels"]
+        return {
+            "prompt_embeds": torch.empty(batch, tokens, width),
+            "mask": torch.empty(batch, tokens, dtype=torch.int64),
+        }
 
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> Conditioning:

@@ -18,6 +18,7 @@ from cdm_lightning.backbones.lora_file import JOINT_ATTENTION, JOINT_FEED_FORWAR
 from cdm_lightning.backbones.pipeline_settings import shared_property
 from cdm_lightning.backbones.sd3_text import PromptEncoder
 
+CLIP_TOKENS = 77  # of every published pipeline
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 
 
@@ -36,7 +37,7 @@ class SD3Backbone(PipelineBackbone):
     lora_targets = presets(JOINT_ATTENTION, JOINT_FEED_FORWARD)
     parts = ("transformer", "scheduler", "vae", *TEXT_PARTS)
     shift_options = ()
-    codec_needs = ("tokenizer",)  # it says how many tokens CLIP gives
+    time_embedding = "time_text_embed"
 
     compact_text: int | None = None
 
@@ -61,7 +62,7 @@ class SD3Backbone(PipelineBackbone):
 
     def _finished(self, network: nn.Module) -> nn.Module:
         if self.compact_text is not None:
-            use_compact_padding(network, self._codec.tokenizer_max_length + self.max_sequence_length)
+            use_compact_padding(network, self.clip_tokens + self.max_sequence_length)
         return network
 
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
@@ -81,6 +82,21 @@ class SD3Backbone(PipelineBackbone):
         return bake(self.scheduler, nfe)
 
     # ---- text
+
+    @property
+    def clip_tokens(self) -> int:
+        """Text tokens of CLIP, before those of T5."""
+        return int(self.tokenizer_config.get("model_max_length", CLIP_TOKENS))
+
+    def blank_conditioning(self, batch: int) -> Conditioning:
+        """{"prompt_embeds": (B, N, D), "pooled": (B, P)} float32 without contents; N for texts that `compact_text` makes short."""
+        config, t5_tokens = self.network_config, self.max_sequence_length
+        if self.compact_text is not None:
+            t5_tokens = min(t5_tokens, self.compact_text + 1)
+        return {
+            "prompt_embeds": torch.empty(batch, self.clip_tokens + t5_tokens, config["joint_attention_dim"]),
+            "pooled": torch.empty(batch, config["pooled_projection_dim"]),
+        }
 
     @shared_property
     def _text(self) -> PromptEncoder:

@@ -95,6 +95,7 @@ class Toy2DBackbone(Backbone):
     """The mixture as a backbone; `hidden`, `depth` are the size of the MLP, `fit_steps` how long it is fitted."""
 
     block_types = (Block,)
+    time_embedding = "enter"  # the layer of point, time and text together: there is no other of the time
     lora_targets = {"blocks": ("linear",)}  # noqa: RUF012
     teacher_is_base = False
 
@@ -120,6 +121,20 @@ class Toy2DBackbone(Backbone):
         config = json.dumps(self._network_config(), sort_keys=True)
         return f"toy2d-{hashlib.blake2b(config.encode(), digest_size=8).hexdigest()}"
 
+    @property
+    def feature_width(self) -> int:
+        """Numbers after a block, all of the one token that a point is."""
+        return self.hidden
+
+    @property
+    def time_embedding_width(self) -> int:
+        """Numbers that `enter` gives."""
+        return self.hidden
+
+    def features_after(self, block_output: Tensor) -> Tensor:
+        """(B, hidden) -> (B, 1, hidden): a point is one token."""
+        return block_output[:, None]
+
     def build_network(self) -> nn.Module:
         """The fitted MLP, a new copy."""
         return copy.deepcopy(_fitted_network(self.hidden, self.depth, self.fit_steps))
@@ -141,6 +156,10 @@ class Toy2DBackbone(Backbone):
         named = torch.tensor([[mode in _words(prompt) for mode in MODES] for prompt in prompts], dtype=torch.float32)
         named[named.sum(dim=1) == 0] = 1.0
         return {"weights": (named / named.sum(dim=1, keepdim=True)).to(self.device)}
+
+    def blank_conditioning(self, batch: int) -> Conditioning:
+        """{"weights": (B, 8)} float32, without contents."""
+        return {"weights": torch.empty(batch, len(MODES))}
 
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """x (B, 2, 1, 1), sigma (B,) -> velocity (B, 2, 1, 1), float32."""

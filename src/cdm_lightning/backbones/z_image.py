@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from diffusers import ZImagePipeline, ZImageTransformer2DModel
-from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
+from diffusers.models.transformers.transformer_z_image import ADALN_EMBED_DIM, ZImageTransformerBlock
 from torch import Tensor, nn
 
 from cdm_lightning.backbones.base import Conditioning
@@ -21,7 +21,10 @@ from cdm_lightning.backbones.lora_file import presets
 class ZImageBackbone(PipelineBackbone):
     """A `ZImagePipeline`; the arguments are those of `PipelineBackbone`.
 
-    Texts are stored padded to `max_sequence_length` tokens; the network sees each without its padding.
+    Texts are stored padded to `max_sequence_length` tokens; the network sees each without its padding. Its blocks are, in
+    their order, those of the image alone, those of the text alone and those of both, whose features are the image's tokens,
+    then the text's; each of the two sequences ends in padding to a multiple of 32 tokens, and a joint one in padding to the
+    longest of the batch.
     """
 
     title = "Z-Image"
@@ -30,6 +33,8 @@ class ZImageBackbone(PipelineBackbone):
     block_types = (ZImageTransformerBlock,)
     lora_targets = presets(("to_q", "to_k", "to_v", "to_out.0"), ("w1", "w2", "w3"))
     parts = ("transformer", "scheduler", "vae", "text_encoder", "tokenizer")
+    time_embedding = "t_embedder"
+    unplannable = "Z-Image cannot be planned: its network cuts each text to its own length, which is not known here"
     unguided: ClassVar[Mapping[str, Any]] = {"guidance_scale": 0.0}
     notes = ("`guidance_scale` is 0, not 1: this pipeline adds the guidance to the conditional velocity.",)
 
@@ -42,6 +47,16 @@ class ZImageBackbone(PipelineBackbone):
     def largest_side(self) -> int:
         """The most pixels along one side: the network has a table of positions."""
         return min(self.network_config["axes_lens"][1:]) * self.patch * self.vae_factor
+
+    @property
+    def feature_width(self) -> int:
+        """D of the hidden states (B, N, D) after a block."""
+        return self.network_config["dim"]
+
+    @property
+    def time_embedding_width(self) -> int:
+        """D of the output (B, D) of `time_embedding`."""
+        return min(self.feature_width, ADALN_EMBED_DIM)
 
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """x (B, C, h, w), sigma (B,) -> velocity (B, C, h, w) float32."""

@@ -15,7 +15,7 @@ from cdm_lightning.module import CDMModule
 from cdm_lightning.networks import Networks
 from cdm_lightning.optim import OptimizerRecipe
 from cdm_lightning.planning.memory import Sizes
-from cdm_lightning.planning.skeleton import conditioning, hollow, text_bytes, to_mode
+from cdm_lightning.planning.skeleton import hollow, text_bytes, to_mode
 from cdm_lightning.planning.step import Step, every_network, trace_step
 from cdm_lightning.planning.work import Work, expected_calls, work_of
 
@@ -41,7 +41,7 @@ def read_recipe(module: CDMModule, text_cached: bool) -> Recipe:
     roots = every_network(networks)
     to_mode([*roots, *(view.shared.network for view in roots if isinstance(view, RoleView))], mode)
     last = max(module.student_every - 1, 0)
-    step = trace_step(module, networks, mode, conditioning(backbone), last)
+    step = trace_step(module, networks, mode, backbone.blank_conditioning, last)
     text = 0 if text_cached else text_bytes(frozen, backbone.text_dtype)
     return Recipe(
         sizes=_sizes(module, networks, step, text, 4 * frozen.vae),
