@@ -28,7 +28,7 @@ FAMILY_BLIND = (
     "module.py",
     "evaluation.py",
 )
-LIBRARY_EDGE = ("backbones/", "pretraining/", "export.py", "sample.py", "planning/skeleton.py")
+LIBRARY_EDGE = ("backbones/", "pretraining/", "export.py", "sample.py")
 
 
 @cache
@@ -176,8 +176,56 @@ def test_each_rule_can_fail(rule, path, line):
     assert not all(rule(path, name) for name in imports(ast.parse(line), path))
 
 
+# ---- names of families
+
+
+@cache
+def family_names() -> frozenset[str]:
+    """The `title`s of the families and the names of their classes, from their source."""
+    names = set()
+    for family in families():
+        for node in ast.walk(sources()[f"backbones/{family}.py"]):
+            if isinstance(node, ast.ClassDef) and node.name.endswith("Backbone"):
+                names.add(node.name)
+                names |= {
+                    item.value.value
+                    for item in node.body
+                    if isinstance(item, ast.Assign) and [target.id for target in item.targets] == ["title"]
+                }
+    return frozenset(names)
+
+
+def told_names(tree: ast.Module) -> list[str]:
+    """Names of families among a module's texts, whole and in whatever case; docstrings are sentences, and so none is."""
+    known = {name.lower() for name in family_names()}
+    texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return [text for text in texts if text.strip().lower() in known]
+
+
+def test_nothing_but_a_family_tells_families_apart_by_name():
+    found = {path: told_names(tree) for path, tree in sources().items() if not path.startswith("backbones/")}
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'if backbone.title == "SD3": pass',
+        'wide = title in ("FLUX", other)',
+        'tokens = {"Z-Image": 1}[title]',
+        'fingerprint.startswith("qwen-image")',
+        'type(backbone).__name__ == "SanaBackbone"',
+        'match title:\n    case "LongCat": pass',
+    ],
+)
+def test_a_name_of_a_family_is_seen(line):
+    assert told_names(ast.parse(line))
+    assert not told_names(ast.parse(f"def f():\n    {chr(34) * 3}What SD3 does.{chr(34) * 3}"))
+
+
 def test_the_families_are_found():
     assert families() == {"sd3", "toy2d", "longcat", "flux", "qwen_image", "sana", "z_image"}
+    assert {"SD3", "FLUX", "Z-Image", "Qwen-Image", "SANA", "LongCat", "Toy2DBackbone"} <= family_names()
 
 
 def test_there_is_no_drawer_for_odd_things():
