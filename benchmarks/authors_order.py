@@ -8,7 +8,7 @@ computes on the same random numbers equals `CDMModule.training_step` to float ro
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from cdm_lightning.core.rng import StepRandom
 from cdm_lightning.core.rollout import TrajectoryPoint, simulate
 from cdm_lightning.data.batches import PromptBatch
 from cdm_lightning.module import CDMModule
+from cdm_lightning.objectives.cdm import CDMObjective
 
 
 @dataclass
@@ -37,7 +38,7 @@ class AuthorsOrder:
 
     def iteration(self, batch: PromptBatch, number: int) -> None:
         """Iteration `number`, from text to average."""
-        module, networks = self.module, self.module.networks
+        module, networks, objective = self.module, self.module.networks, self.module.objective
         rng = StepRandom(module.seed, number, batch.indices.tolist(), module.device)
         with self._phase("text"):
             fields = self._bind(batch.prompts)
@@ -46,8 +47,8 @@ class AuthorsOrder:
         with self._phase("fake_score"):
             self._update("fake_score", self._fake_score_loss(fields["fake_score"], point, rng), number)
             for target, source in zip(networks.fake_score.parameters(), networks.student.parameters(), strict=True):
-                target.data.mul_(1 - module.fake_score_merge).add_(source.data, alpha=module.fake_score_merge)
-        if number % module.student_every == module.student_every - 1:
+                target.data.mul_(1 - objective.fake_score_merge).add_(source.data, alpha=objective.fake_score_merge)
+        if number % objective.student_every == objective.student_every - 1:
             with self._phase("student"):
                 self._update("student", self._student_loss(fields, point, rng), number)
                 decay = warmed_up_decay(self.ema_updates, self.ema_decay)
@@ -100,7 +101,7 @@ class AuthorsOrder:
         return total
 
     def _update(self, name: str, loss: Tensor, number: int) -> None:
-        recipe, optimizer = self.module.recipes[name], self.optimizers[name]
+        recipe, optimizer = self.module.updates.recipes[name], self.optimizers[name]
         recipe.set_learning_rate(optimizer, number)
         loss.backward()
         parameters = getattr(self.module.networks, name).parameters()
@@ -119,3 +120,8 @@ class AuthorsOrder:
         if self.module.device.type == "cuda":
             torch.cuda.synchronize()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def without_merge(objective: CDMObjective) -> CDMObjective:
+    """The objective with a fake score that is not averaged with the student."""
+    return replace(objective, fake_score_merge=0.0)

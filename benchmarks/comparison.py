@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from benchmarks.authors_order import AuthorsOrder
+from benchmarks.authors_order import AuthorsOrder, without_merge
 from benchmarks.machine import flops_of, matrix_ceiling, peak_bytes, seconds_of
 from benchmarks.set_up import Bare, attach, batch, build_module
 from benchmarks.sizes import Size
 from cdm_lightning.callbacks.ema import StudentEMA
+from cdm_lightning.objectives.cdm import CDMObjective
 from cdm_lightning.recomputation import Recomputation
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}  # relative, of losses and gradients: see `Comparison.check`
@@ -52,8 +53,8 @@ class Comparison:
     def __init__(self, size: Size) -> None:
         self.size = size
         self.module = build_module(size)
-        self.module.time_phases = True
-        self.optimizers = dict(zip(("fake_score", "student"), self.module.configure_optimizers()))
+        self.module.timer.device = torch.device(size.device)
+        self.optimizers = dict(zip(self.module.networks.trained, self.module.configure_optimizers(), strict=True))
         attach(self.module, optimizers=list(self.optimizers.values()))
         self.ema = StudentEMA()
         shared = size.device != "cpu"  # a second set of Adam states would not fit beside the networks of a large model
@@ -66,15 +67,19 @@ class Comparison:
             blocks = (b for network in self.module.networks.whole.values() for b in network.modules())
             self._compiled = {b: b._compiled_call_impl for b in blocks if b._compiled_call_impl is not None}
 
+    @property
+    def objective(self) -> CDMObjective:
+        """The module's."""
+        return self.module.objective
+
     def run(self, order: str, iteration: int, samples: int | None = None) -> None:
         """One iteration of an order, on the size's batch or on so many samples."""
-        prompts = batch(iteration, samples or self.size.batch, self.module.rolled_out_together(iteration))
+        prompts = batch(iteration, samples or self.size.batch, self.module.groups.of(iteration))
         self._put_blocks_as_they_are_in(order)
         if order == "authors":
             self.authors.iteration(prompts, iteration)
             return
         self.module.iteration = iteration
-        self.ema.on_train_batch_start(None, self.module)
         self.module.training_step(prompts, 0)
         self.ema.on_train_batch_end(None, self.module)
 
@@ -86,7 +91,7 @@ class Comparison:
         whole = Recomputation(float(self.size.gradient_checkpointing))
         recomputation = whole if order == "authors" else self.module.recomputation
         if whole.share or recomputation.share:
-            for network in (networks.student, networks.fake_score):
+            for network in (network for role, network in networks.whole.items() if role in networks.trained):
                 function = recomputation.function(network, backbone.block_types)
                 backbone.enable_gradient_checkpointing(network, function)
 
@@ -123,10 +128,10 @@ class Comparison:
     def _differences(self, samples: int) -> dict[str, float]:
         """Relative differences of losses and gradients in the last iteration of a student's turn, of so many samples.
 
-        Nothing is changed by it: optimizers only record, the fake score is not merged, and the average of equals is equal.
+        Nothing is changed by it: optimizers only record, nothing is merged, and the average of equals is equal.
         """
-        turn, merge = range(self.module.student_every), self.module.fake_score_merge
-        self.module.fake_score_merge = 0.0
+        turn, published = range(self.objective.student_every), self.objective
+        self.module.objective = without_merge(published)
         recorded = {name: Recorder(optimizer) for name, optimizer in self.optimizers.items()}
         kept, self.authors.optimizers = self.authors.optimizers, recorded
         for iteration in turn:
@@ -137,22 +142,22 @@ class Comparison:
             self.run("ours", iteration, samples)
         differences = {}
         for name, recorder in recorded.items():
-            loss = self.module._health[f"{name}/loss"]
+            loss = self.module._figures[f"{name}/loss"]
             differences[f"{name}_loss"] = float(abs(loss / self.authors.losses[name] - 1))
             differences[f"{name}_gradient"] = relative(recorder.gradients, theirs[name])
-        self.module.fake_score_merge, self.authors.optimizers = merge, kept
+        self.module.objective, self.authors.optimizers = published, kept
         self.module.ema_updates = self.authors.ema_updates = 0
         attach(self.module, optimizers=list(self.optimizers.values()))
         return differences
 
     def measure(self) -> dict[str, Any]:
         """Times, calls, FLOP/s and memory of both orders, and the ratios."""
-        every, size = self.module.student_every, self.size
+        every, size = self.objective.student_every, self.size
         self.cycle("authors", 0)  # whatever is set up at first
         for number in range(size.cycles if self._compiled else 1):  # compilation depends on the numbers of rows
             self.cycle("ours", number)
         self.authors.seconds.clear()
-        self.module.phase_seconds.clear()
+        self.module.timer.seconds.clear()
         seconds, calls = {"authors": [], "ours": []}, {}
         ceiling = matrix_ceiling(size.device, self.module.compute_dtype)
         for number in range(size.cycles):
@@ -162,7 +167,7 @@ class Comparison:
                 seconds[order].append(seconds_of(partial(self.cycle, order, number), size.device) / every)
                 calls[order] = calls.get(order, 0) + self.calls - before
         flops = self.forward_flops()
-        phases = {"authors": self.authors.seconds, "ours": self.module.phase_seconds}
+        phases = {"authors": self.authors.seconds, "ours": self.module.timer.seconds}
         iterations = size.cycles * every
         result: dict[str, Any] = {"ceiling": ceiling, "forward_flops": flops}
         for order, times in seconds.items():
@@ -184,7 +189,7 @@ class Comparison:
 
     def cycle(self, order: str, number: int) -> None:
         """As many iterations as it takes to update the student once."""
-        for iteration in range(number * self.module.student_every, (number + 1) * self.module.student_every):
+        for iteration in range(number * self.objective.student_every, (number + 1) * self.objective.student_every):
             self.run(order, iteration)
 
     def longest(self) -> int:
@@ -211,12 +216,9 @@ class Comparison:
             return flops_of(lambda: self._forwards(network, x, torch.full((1,), 0.5, device=x.device), cond))
 
     def _plain_optimizers(self) -> dict[str, Optimizer]:
-        """AdamW as torch makes it where it is told nothing."""
-        networks, rates = self.module.networks, {"fake_score": 5e-6, "student": 1e-5}
-        return {
-            name: AdamW(getattr(networks, name).parameters(), lr=rate, weight_decay=1e-4)
-            for name, rate in rates.items()
-        }
+        """AdamW as torch makes it where it is told nothing; each update sets the recipe's learning rate."""
+        trained = self.module.networks.trained
+        return {role: AdamW(network.parameters(), weight_decay=1e-4) for role, network in trained.items()}
 
     def _counting(self) -> Callable[..., Tensor]:
         """Let the backbone count the samples of each call; its own function."""

@@ -10,12 +10,11 @@ import time
 import lightning as L
 import torch
 
-from benchmarks.set_up import attach
+from benchmarks.set_up import attach, build_networks
 from cdm_lightning.callbacks.ema import StudentEMA
 from cdm_lightning.config import build, compose
 from cdm_lightning.data.text_memory import RememberedText
 from cdm_lightning.module import CDMModule
-from cdm_lightning.networks import Networks
 from cdm_lightning.quiet import quiet_libraries
 
 WARM_UP = 4  # iterations, not counted
@@ -48,7 +47,6 @@ class BareBeside(L.Callback):
         """The trainer's iteration is over: note it, run the bare one, start the clock anew."""
         start = time.perf_counter()
         self.framed.append(start - self._last)
-        self.ema.on_train_batch_start(None, self.module)
         self.module.training_step(batch, 0)
         self.ema.on_train_batch_end(None, self.module)
         self._last = time.perf_counter()
@@ -60,7 +58,8 @@ def frame_cost(iterations: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         config = compose([*SETTINGS, f"output_dir={folder}", f"trainer.max_steps={iterations + WARM_UP}"])
         quiet_libraries()
-        module, data, beside = build(config, "module"), build(config, "data"), BareBeside(bare_module(config))
+        module, beside = build(config, "module"), BareBeside(bare_module(config))
+        data = build(config, "data", groups=module.groups.of)
         texts = [data.train[number] for number in range(len(data.train))]
         module.backbone.use_text_memory(RememberedText(module.backbone.encode_prompts, texts, 10**9))
         trainer = build(config, "trainer")(
@@ -83,11 +82,9 @@ def frame_cost(iterations: int) -> dict[str, float]:
 def bare_module(config: object) -> CDMModule:
     """Another module of the configuration, ready for `training_step` without a trainer."""
     module, data = build(config, "module"), build(config, "data")
-    module.networks = Networks(module.backbone)
+    build_networks(module, torch.device("cpu"))
     module.train()
-    module.backbone.setup(torch.device("cpu"))
     texts = [data.train[number] for number in range(len(data.train))]
     module.backbone.use_text_memory(RememberedText(module.backbone.encode_prompts, texts, 10**9))
-    module.time_phases = True
     attach(module)
     return module

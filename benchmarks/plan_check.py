@@ -67,7 +67,8 @@ def check(overrides: list[str]) -> Check:
     quiet_libraries()
     with TemporaryDirectory() as folder:
         config = compose([*overrides, f"output_dir={Path(folder)}"])
-        module, data, peak = build(config, "module"), build(config, "data"), Peak()
+        module, peak = build(config, "module"), Peak()
+        data = build(config, "data", groups=module.groups.of, images=module.objective.needs_latents)
         use_text_cache(build(config, "text_cache"), module.backbone, data, [])
         trainer = L.Trainer(
             accelerator="gpu",
@@ -84,7 +85,7 @@ def check(overrides: list[str]) -> Check:
         )
         trainer.fit(module, data)
     recipe: Recipe = read_recipe(build(config, "module"), config.text_cache.folder is not None)
-    planned = total(recipe.sizes, Layout("single"), config.data.batch_size)
+    planned = total(recipe.sizes, Layout("single"), config.data.batch_size, config.module.accumulate)
     flops = recipe.work.total * config.data.batch_size * (ITERATIONS - 2)
     return Check(planned, peak.bytes, flops / peak.seconds)
 

@@ -17,7 +17,6 @@ from cdm_lightning.backbones.longcat import LongCatBackbone
 from cdm_lightning.backbones.sd3 import SD3Backbone
 from cdm_lightning.config import asset_path
 from cdm_lightning.core.lengths import UniformLength
-from cdm_lightning.core.objective import CDMObjective
 from cdm_lightning.core.rng import stream
 from cdm_lightning.core.schedules import RandomSchedule
 from cdm_lightning.data.batches import PromptBatch
@@ -25,6 +24,7 @@ from cdm_lightning.data.prompts import PromptFile
 from cdm_lightning.data.text_memory import RememberedText
 from cdm_lightning.module import CDMModule
 from cdm_lightning.networks import Networks
+from cdm_lightning.objectives.cdm import CDMObjective
 from cdm_lightning.optim import LearningRate, OptimizerRecipe
 
 VAE_OF_FACTOR_8 = {"block_out_channels": [1, 1, 1, 1]}
@@ -82,28 +82,35 @@ def _row(prompt: str, name: str, shape: tuple[int, ...], device: str) -> Tensor:
 
 def build_module(size: Size) -> CDMModule:
     """The module with the published recipe on the networks of this size, ready for `training_step` without a `Trainer`."""
-    backbone = build_backbone(size)
+    backbone, objective = build_backbone(size), CDMObjective()
     adamw = partial(AdamW, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4, fused=True)
+    rates = {"student": 1e-5, **{role.name: 5e-6 for role in objective.roles}}
     module = CDMModule(
         backbone,
-        CDMObjective(),
+        objective,
         RandomSchedule(UniformLength(1, size.longest_rollout)),
-        OptimizerRecipe(adamw, LearningRate(1e-5)),
-        OptimizerRecipe(adamw, LearningRate(5e-6)),
+        {role: OptimizerRecipe(adamw, LearningRate(rate)) for role, rate in rates.items()},
         compute_dtype=size.compute_dtype,
         gradient_checkpointing=size.gradient_checkpointing if size.recompute is None else size.recompute,
         recompute_attention=size.recompute_attention,
         accumulate=size.accumulate,
         rollouts_together=size.rollouts_together,
     )
-    device = torch.device(size.device)
-    module.networks = Networks(backbone, module.recomputation).to(device)
-    module.networks.place(device)
-    module.to(device)
-    backbone.setup(device)
+    build_networks(module, torch.device(size.device))
     if size.text is None:  # as `train` does for few prompts
         backbone.use_text_memory(RememberedText(backbone.encode_prompts, prompts(), 10**9))
     return module
+
+
+def build_networks(module: CDMModule, device: torch.device) -> None:
+    """What a `Trainer` would have the module build on `device`: networks, frozen parts, rollouts."""
+    module.networks = Networks(
+        module.backbone, module.objective.roles, module.recomputation, module.lora, module.seed
+    ).to(device)
+    module.networks.place(device)
+    module.to(device)
+    module.backbone.setup(device)
+    module.rollouts = module.make_rollouts(device)
 
 
 def attach(module: CDMModule, wrap: Callable[[Optimizer], Any] = Bare, optimizers: Sequence[Optimizer] = ()) -> None:
@@ -116,12 +123,12 @@ def attach(module: CDMModule, wrap: Callable[[Optimizer], Any] = Bare, optimizer
     module._trainer = SimpleNamespace(strategy=strategy, log_every_n_steps=10**9, world_size=1, global_rank=0)
 
 
-def batch(number: int, size: int, together: range = range(0)) -> PromptBatch:
-    """Batch `number` of `size` bundled captions; if it is the first of those `together`, with all of them."""
+def batch(number: int, size: int, group: range = range(0)) -> PromptBatch:
+    """Batch `number` of `size` bundled captions; if it is the first of a `group`, with all of that."""
     texts = prompts()
     chosen = [texts[(number * size + slot) % len(texts)] for slot in range(size)]
-    all_of_them = tuple(batch(one, size) for one in together) if number in together[:1] and len(together) > 1 else ()
-    return PromptBatch(chosen, torch.arange(size), all_of_them)
+    whole_group = tuple(batch(one, size) for one in group) if number in group[:1] and len(group) > 1 else ()
+    return PromptBatch(chosen, torch.arange(size), group=whole_group)
 
 
 @cache

@@ -10,7 +10,7 @@ class Size:
 
     `text` are the shapes of one prompt's conditioning, drawn at random; None: the bundled pipeline's text encoders, which the
     authors' order runs in every iteration. `side` is that of a square latent. `cycles` is how often each order runs
-    `student_every` iterations.
+    the objective's `student_every` iterations.
     """
 
     family: str = "sd3"

@@ -37,7 +37,7 @@ COMMON = (
     "trainer.log_every_n_steps=1",
 )
 TOY = ("experiment=toy2d_cdm", "backbone.hidden=32", "backbone.fit_steps=50", "data.batch_size=16")
-SD3 = ("experiment=tiny_sd3_cdm", "data.batch_size=8", "module.student_every=2", "module.fake_score_steps=2")
+SD3 = ("experiment=tiny_sd3_cdm", "data.batch_size=8", "objective.student_every=2", "objective.fake_score_steps=2")
 LORA = ("lora=lora", "lora.student.rank=4", "lora.fake_score.rank=4")
 PARTS = ("module.accumulate=2",)
 BLOCKS = ("lora.student.targets=blocks", "lora.fake_score.targets=blocks")

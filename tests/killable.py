@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from processes import FORKS, free_port
 
+from cdm_lightning import module
 from cdm_lightning.checkpoint import callback, folder, tensors
 from cdm_lightning.module import CDMModule
 from cdm_lightning.train import main
@@ -153,7 +154,7 @@ def die_at(rank: int, point: str, count: int, of_rank: int = 0) -> None:
         os.rename = renaming
         return
     holder, name = {
-        "step": (CDMModule, "_merge_fake_score"),  # between the two updates of an iteration
+        "step": (module, "lerp_parameters_"),  # between the two updates of an iteration
         "marker": (folder, "sync"),  # all is written, the folder does not have its name yet
         "rename": (callback.IterationCheckpoint, "_drop_old"),  # it has its name, old ones are still there
     }[point]

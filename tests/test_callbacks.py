@@ -30,7 +30,6 @@ from cdm_lightning.callbacks.progress import TrainingProgress
 from cdm_lightning.callbacks.sample_grid import SampleGrid
 from cdm_lightning.callbacks.throughput import ThroughputMonitor
 from cdm_lightning.core.lengths import UniformLength
-from cdm_lightning.core.objective import CDMObjective
 from cdm_lightning.core.schedules import RandomSchedule
 from cdm_lightning.data.datamodule import PromptDataModule
 from cdm_lightning.data.prompts import PromptFile
@@ -44,6 +43,7 @@ from cdm_lightning.metrics.frechet import FeatureStatistics, FrechetDistance
 from cdm_lightning.metrics.references import ShapesRenderings, render_prompts
 from cdm_lightning.metrics.shapes_classifier import ShapesClassifier
 from cdm_lightning.module import CDMModule
+from cdm_lightning.objectives.cdm import CDMObjective
 from cdm_lightning.optim import LearningRate, OptimizerRecipe
 from cdm_lightning.report import picture
 
@@ -96,8 +96,7 @@ def fit(
         backbone or Toy2DBackbone(hidden=16, depth=1, fit_steps=20),
         CDMObjective(ca_weight=0.0),
         RandomSchedule(UniformLength(1, 3)),
-        student_optim=recipe(1e-2),
-        fake_score_optim=recipe(1e-2),
+        {"student": recipe(1e-2), "fake_score": recipe(1e-2)},
         samplers=SAMPLERS,
     )
     data = PromptDataModule(
@@ -274,7 +273,7 @@ def test_throughput_leaves_validation_out(tmp_path: Path, monkeypatch: pytest.Mo
     for phase in ("rollout", "fake_score", "student"):
         seconds = [2 * float(row[f"throughput/{phase}_seconds"]) for row in rows]  # two iterations each
         assert min(seconds) > 0
-        assert sum(seconds) == pytest.approx(module.phase_seconds[phase], rel=1e-3)
+        assert sum(seconds) == pytest.approx(module.timer.seconds[phase], rel=1e-3)
 
 
 # ---- progress

@@ -65,7 +65,7 @@ def test_every_experiment_composes_and_builds(tmp_path, local_overrides, experim
     assert build(config, "strategy") == "auto"
     trainer = build(config, "trainer")(logger=False, accelerator="cpu", enable_checkpointing=False)
     assert trainer.max_steps == config.trainer.max_steps
-    assert module.recipes["student"].learning_rate.total == config.trainer.max_steps
+    assert module.updates.recipes["student"].learning_rate.total == config.trainer.max_steps
     assert config.run_name == experiment  # else two experiments would share a folder
 
 
@@ -79,7 +79,7 @@ def test_every_experiment_composes_and_builds(tmp_path, local_overrides, experim
 )
 def test_every_choice_of_the_algorithm_builds(tmp_path, override):
     config = composed(tmp_path, "experiment=toy2d_cdm", override)
-    assert build(config, "objective").needs_full_rollout == ("final" in override)
+    assert build(config, "objective").rollout == ("full" if "final" in override else "to_anchor")
     assert build(config, "schedule")
 
 

@@ -36,10 +36,13 @@ from cdm_lightning.errors import UserError
 from cdm_lightning.evaluation import SamplerSpec, generate
 from cdm_lightning.lora.plan import Adapter, LoRAPlan
 from cdm_lightning.networks import Networks
+from cdm_lightning.objectives.cdm import CDMObjective
 from cdm_lightning.quiet import quiet_libraries
 from cdm_lightning.recomputation import Recomputation
 from cdm_lightning.sample import sample_images
 from cdm_lightning.train import train
+
+CDM_ROLES = CDMObjective().roles
 
 PROMPTS = ["a large red circle", "a small blue square above a green ring", "a ring"]
 EXACT = {"rtol": 0, "atol": 1e-6}
@@ -587,7 +590,9 @@ def weights(network: torch.nn.Module) -> list[torch.nn.Parameter]:
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
 def test_features_are_those_of_a_hook_and_carry_gradients(case, checkpointing, lora):
     adapter = Adapter(rank=2, alpha=4) if lora else None
-    student = Networks(case.backbone, Recomputation(checkpointing), LoRAPlan(adapter, adapter)).student
+    student = Networks(
+        case.backbone, CDM_ROLES, Recomputation(checkpointing), LoRAPlan(student=adapter, fake_score=adapter)
+    ).student
     with torch.no_grad():
         for name, parameter in student.named_parameters():  # adapters start at nothing
             parameter += 0.1 * ("lora_B" in name)
@@ -632,7 +637,7 @@ def test_features_of_blocks_that_are_compiled(case, checkpointing):
 
 @only("sd3")
 def test_bfloat16_features_are_given_in_float32(case):
-    networks = Networks(case.backbone, lora=LoRAPlan(Adapter(rank=2), Adapter(rank=2)))
+    networks = Networks(case.backbone, CDM_ROLES, lora=LoRAPlan(student=Adapter(rank=2), fake_score=Adapter(rank=2)))
     assert case.backbone.time_module(networks.teacher) is unwrapped(networks.student).time_text_embed
     field = case.field(PROMPTS, networks.student, compute_dtype=torch.bfloat16)
     _, (feature,) = field.with_features(case.noise(), torch.full((3,), 0.5), [-1])

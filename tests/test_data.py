@@ -258,8 +258,8 @@ def test_evaluation_batches_keep_the_order_of_the_file():
 # ---- loaders
 
 
-def take(module: PromptDataModule, iteration: int, count: int, trained: object = None) -> list[PromptBatch]:
-    module.trainer = SimpleNamespace(global_step=iteration, global_rank=0, world_size=1, lightning_module=trained)
+def take(module: PromptDataModule, iteration: int, count: int) -> list[PromptBatch]:
+    module.trainer = SimpleNamespace(global_step=iteration, global_rank=0, world_size=1)
     loader = iter(module.train_dataloader())
     return [next(loader) for _ in range(count)]
 
@@ -281,17 +281,16 @@ def test_the_first_batch_that_is_read_brings_those_rolled_out_with_it(prompt_fil
     prompts = PromptFile(prompt_file)
     data = PromptDataModule(prompts, prompts, batch_size=4, seed=5, num_workers=num_workers)
     alone = take(data, 0, 9)
-    assert all(batch.together == () for batch in alone)
-    threes = SimpleNamespace(rolled_out_together=lambda n: range(n - n % 3, n - n % 3 + 3))
-
+    assert all(batch.group == () for batch in alone)
+    data.groups = lambda n: range(n - n % 3, n - n % 3 + 3)
     for start in (0, 4, 5):
-        found = take(data, start, 9 - start, threes)
+        found = take(data, start, 9 - start)
         assert [batch.prompts for batch in found] == [batch.prompts for batch in alone[start:]]
         for number, batch in enumerate(found, start):
             told = number % 3 == 0 or number == start
-            group = alone[number - number % 3 :][:3] if told else []
-            assert [one.prompts for one in batch.together] == [one.prompts for one in group]
-            assert all(torch.equal(one.indices, torch.arange(4)) for one in (batch, *batch.together))
+            expected = alone[number - number % 3 :][:3] if told else []
+            assert [other.prompts for other in batch.group] == [other.prompts for other in expected]
+            assert all(torch.equal(one.indices, torch.arange(4)) for one in (batch, *batch.group))
 
 
 def test_validation_uses_the_first_prompts(prompt_file):

@@ -39,6 +39,7 @@ def refused(tmp_path, monkeypatch, capsys, toy_overrides) -> Refused:
 
 def test_unknown_keys(refused):
     assert "Could not override 'objective.cdm_wieght'" in refused("objective.cdm_wieght=0")
+    assert "module.student_every is objective.student_every now" in refused("module.student_every=3")
     assert "got an unexpected keyword argument 'wieght'" in refused("+objective.wieght=0")
     assert "got an unexpected keyword argument 'gradient_clip'" in refused("+trainer.gradient_clip=1")
     assert "got an unexpected keyword argument 'beta'" in refused("+optim.student.optimizer.beta=0")
@@ -51,7 +52,7 @@ def test_a_group_that_is_null(refused):
 def test_texts_in_the_place_of_numbers(refused):
     assert "data.batch_size=abc must be int" in refused("data.batch_size=abc")
     assert "data.val_prompts=many must be int or null" in refused("data.val_prompts=many")
-    assert "student_optim.learning_rate.peak=high must be float" in refused("optim.student.learning_rate.peak=high")
+    assert "optim.student.learning_rate.peak=high must be float" in refused("optim.student.learning_rate.peak=high")
     assert "module.samplers.0.height=wide must be int or null" in refused("+module.samplers.0.height=wide")
     for seed in ("-1", "null", "abc"):
         assert f"seed={seed}: give a whole number from 0 to".replace("null", "None") in refused(f"seed={seed}")
@@ -144,7 +145,7 @@ def test_metrics_without_their_weights(refused):
 
 
 def test_arguments_out_of_range(refused):
-    assert "student_every and fake_score_steps must be at least 1" in refused("module.student_every=0")
+    assert "student_every and fake_score_steps must be at least 1" in refused("objective.student_every=0")
     assert "a rollout has at least 1 step" in refused("schedule.length.low=0")
     assert "every, keep and max_skipped must be at least 1" in refused("checkpoint.every=0")
     assert "batch_size" in refused("data.batch_size=0")

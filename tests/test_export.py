@@ -21,6 +21,9 @@ from cdm_lightning.errors import UserError
 from cdm_lightning.evaluation import SamplerSpec, generate
 from cdm_lightning.model_card import metrics_table, recipe
 from cdm_lightning.networks import Networks
+from cdm_lightning.objectives.cdm import CDMObjective
+
+CDM_ROLES = CDMObjective().roles
 
 PROMPTS = ["a large red circle", "a small blue square above a green ring", "a ring"]
 
@@ -76,7 +79,7 @@ def noise_for(backbone) -> torch.Tensor:
 def write_run(folder: Path, pretrained: Path, ema_updates: int = 3) -> tuple[Path, Networks]:
     """A run folder as training leaves it, whose student and running average are two different networks."""
     backbone = SD3Backbone(str(pretrained), compact_text=20)
-    networks = Networks(backbone)
+    networks = Networks(backbone, CDM_ROLES)
     perturbed(networks.student, seed=2)
     perturbed(networks.student_ema, seed=3)
     tensors = {f"networks.{name}": value for name, value in networks.state_dict().items()}

@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,9 +13,10 @@ from soak import Losses, look, soak
 from test_resume import assert_equal_states
 
 from cdm_lightning.checkpoint.folder import checkpoints_in, iteration_of
-from cdm_lightning.core.objective import CDMObjective, TermLosses
 from cdm_lightning.errors import UserError
 from cdm_lightning.module import CDMModule
+from cdm_lightning.objectives.base import TermLosses
+from cdm_lightning.objectives.cdm import CDMObjective
 
 Started = Callable[..., Run]
 LENGTH = 40
@@ -110,19 +111,19 @@ def test_a_folder_that_cannot_be_locked_is_refused(toy_run, tmp_path):
 
 def poisoned(monkeypatch: pytest.MonkeyPatch, iterations: range, factor: float) -> None:
     """Add `factor` to the fake score's loss in these iterations: its gradient stays what it was."""
-    original, module = CDMObjective.fake_score_loss, CDMModule.training_step
+    original, module = CDMObjective.fake_score_losses, CDMModule.training_step
     now = [0]
 
     def step(self, *batch):
         now[0] = self.iteration
         module(self, *batch)
 
-    def loss(self, *arguments) -> TermLosses:
-        losses = original(self, *arguments)
-        return TermLosses(losses.total + factor, losses.terms, losses.logs) if now[0] in iterations else losses
+    def losses(self, sample) -> Iterator[TermLosses]:
+        for loss in original(self, sample):
+            yield TermLosses(loss.total + factor, loss.terms, loss.logs) if now[0] in iterations else loss
 
     monkeypatch.setattr(CDMModule, "training_step", step)
-    monkeypatch.setattr(CDMObjective, "fake_score_loss", loss)
+    monkeypatch.setattr(CDMObjective, "fake_score_losses", losses)
 
 
 @pytest.mark.parametrize("factor", [float("inf"), float("nan")])

@@ -128,7 +128,7 @@ def test_one_command_runs_a_sweep_of_jobs_with_two_processes_each(toy_overrides,
         assert "trainer.devices=2" in json.loads((job / "starts.jsonl").read_text())["command"]
         assert len(list((job / "logs").iterdir())) == 1
     assert list(tmp_path.iterdir()) == [tmp_path / "outputs"]
-    wrong = command([*train, *settings, "run_name=wrong", "module.student_every=0"], tmp_path)
+    wrong = command([*train, *settings, "run_name=wrong", "objective.student_every=0"], tmp_path)
     assert wrong.returncode == 2
     assert len(wrong.stderr.splitlines()) == 1
-    assert wrong.stderr.startswith("error: module: student_every")
+    assert wrong.stderr.startswith("error: module.objective: student_every")

@@ -28,6 +28,7 @@ FAMILY_BLIND = (
     "module.py",
     "evaluation.py",
 )
+TYPE_CHECKING = ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 LIBRARY_EDGE = ("backbones/", "pretraining/", "export.py", "sample.py")
 
 
@@ -37,10 +38,19 @@ def sources() -> dict[str, ast.Module]:
     return {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 
 
+def executed(node: ast.AST) -> Iterator[ast.AST]:
+    """A node and all below it but the bodies of `if TYPE_CHECKING:`, which are read by type checkers alone."""
+    yield node
+    skipped = node.body if isinstance(node, ast.If) and ast.unparse(node.test) in TYPE_CHECKING else []
+    for child in ast.iter_child_nodes(node):
+        if child not in skipped:
+            yield from executed(child)
+
+
 def imports(tree: ast.Module, path: str) -> Iterator[str]:
-    """Dotted names of all that a module imports, at whatever depth; `from a import b` counts as a.b."""
+    """Dotted names of all that a module imports when it runs, at whatever depth; `from a import b` counts as a.b."""
     package = [NAME, *Path(path).parts[:-1]]
-    for node in ast.walk(tree):
+    for node in executed(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -174,6 +184,16 @@ def test_no_import_crosses_a_layer(rule):
 )
 def test_each_rule_can_fail(rule, path, line):
     assert not all(rule(path, name) for name in imports(ast.parse(line), path))
+
+
+def test_imports_for_type_checkers_do_not_count_and_all_others_do():
+    tree = ast.parse(
+        "import a\n"
+        "if TYPE_CHECKING:\n    import unseen\n    if True:\n        import unseen\nelse:\n    import b\n"
+        "if not TYPE_CHECKING:\n    import c\n"
+        "def f():\n    import d\n    if flag:\n        from e import g\n"
+    )
+    assert list(imports(tree, "module.py")) == ["a", "b", "c", "d", "e.g"]
 
 
 # ---- names of families

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from core.samples import summed
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -13,23 +14,25 @@ from cdm_lightning.config import build, compose
 from cdm_lightning.core.ema import lerp_parameters_
 from cdm_lightning.core.flow import evaluate_together
 from cdm_lightning.core.lengths import UniformLength
-from cdm_lightning.core.objective import CDMObjective, summed
 from cdm_lightning.core.rng import StepRandom
-from cdm_lightning.core.rollout import walk
 from cdm_lightning.core.schedules import RandomSchedule
+from cdm_lightning.data.batches import PromptBatch
 from cdm_lightning.errors import UserError
 from cdm_lightning.evaluation import device_of
 from cdm_lightning.lora.plan import Adapter, LoRAPlan
 from cdm_lightning.lora.weights import AdapterWeights
 from cdm_lightning.module import CDMModule
 from cdm_lightning.networks import Networks
+from cdm_lightning.objectives.cdm import CDMObjective
 from cdm_lightning.optim import LearningRate, OptimizerRecipe
 from cdm_lightning.recomputation import Recomputation
+
+CDM_ROLES = CDMObjective().roles
 
 PROMPTS = ["a large red circle", "a small blue square above a green ring", "a ring", "a star"]
 ROLES = ("student", "fake_score", "student_ema")
 ADAPTER = Adapter(rank=3, alpha=6)
-BOTH = LoRAPlan(ADAPTER, ADAPTER)
+BOTH = LoRAPlan(student=ADAPTER, fake_score=ADAPTER)
 KINDS = [
     ADAPTER,
     Adapter(rank=4, alpha=2, use_rslora=True, targets="attention"),
@@ -56,7 +59,9 @@ def moved(networks: Networks, *roles: str) -> Networks:
 
 def built(backbone, plan: LoRAPlan = BOTH, checkpointing: bool | Recomputation = False, seed: int = 0) -> Networks:
     recomputation = checkpointing if isinstance(checkpointing, Recomputation) else Recomputation(float(checkpointing))
-    return moved(Networks(backbone, recomputation, plan, seed), *plan.adapters)
+    return moved(
+        Networks(backbone, CDM_ROLES, recomputation, plan, seed), *plan.among(("student", "fake_score", "student_ema"))
+    )
 
 
 def inputs(backbone, count: int = 4) -> tuple[Tensor, Tensor, dict]:
@@ -75,7 +80,7 @@ def velocity(backbone, network: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize("adapter", KINDS, ids=lambda adapter: adapter.tag)
 def test_all_roles_start_as_the_base_and_the_base_stays_the_teacher(backbone, adapter):
-    networks = Networks(backbone, lora=LoRAPlan(adapter, adapter))
+    networks = Networks(backbone, CDM_ROLES, lora=LoRAPlan(student=adapter, fake_score=adapter))
     pretrained = velocity(backbone, backbone.build_teacher())
     assert torch.equal(velocity(backbone, networks.teacher), pretrained)
     for role in ROLES:
@@ -136,9 +141,9 @@ def test_an_error_in_a_call_leaves_the_adapters_off(backbone):
 
 def test_the_start_depends_on_the_seed_and_not_on_the_global_generator(backbone):
     torch.manual_seed(1)
-    one = Networks(backbone, lora=BOTH, seed=5)
+    one = Networks(backbone, CDM_ROLES, lora=BOTH, seed=5)
     torch.manual_seed(2)
-    same, other = Networks(backbone, lora=BOTH, seed=5), Networks(backbone, lora=BOTH, seed=6)
+    same, other = Networks(backbone, CDM_ROLES, lora=BOTH, seed=5), Networks(backbone, CDM_ROLES, lora=BOTH, seed=6)
     for name, value in one.student.named_parameters():
         assert torch.equal(value, same.student.get_parameter(name))
         assert torch.equal(value, one.fake_score.get_parameter(name))
@@ -162,7 +167,7 @@ def test_averages_are_of_factors(backbone):
 def test_adapters_stay_float32_on_a_bfloat16_base(tiny_pipeline_folder):
     backbone = SD3Backbone(str(tiny_pipeline_folder), max_sequence_length=8, teacher_dtype="bfloat16")
     backbone.setup(torch.device("cpu"))
-    networks = built(backbone, LoRAPlan(Adapter(rank=2, use_dora=True), None), checkpointing=True)
+    networks = built(backbone, LoRAPlan(student=Adapter(rank=2, use_dora=True), fake_score=None), checkpointing=True)
     assert networks.student.dtype == networks.teacher.dtype == torch.bfloat16
     assert next(networks.fake_score.parameters()).dtype == torch.float32
     x, sigma, cond = inputs(backbone, count=1)
@@ -198,19 +203,19 @@ class LowRankNetwork(nn.Module):
 
 def make_module(backbone, networks) -> CDMModule:
     recipe = OptimizerRecipe(torch.optim.SGD, LearningRate(1.0))
-    module = CDMModule(backbone, CDMObjective(), RandomSchedule(UniformLength(2, 3)), recipe, recipe)
+    optim = {"student": recipe, "fake_score": recipe}
+    module = CDMModule(backbone, CDMObjective(), RandomSchedule(UniformLength(2, 3)), optim)
     object.__setattr__(module, "networks", networks)
+    module.rollouts = module.make_rollouts(torch.device("cpu"))
     return module
 
 
 def losses(module: CDMModule, slots: list[int]) -> tuple[Tensor, Tensor]:
     """(student's, fake score's) of one iteration with the prompts of these slots."""
-    fields = module.bind([PROMPTS[i] for i in slots])
-    rng = StepRandom(0, 0, slots, "cpu")
-    point = walk([module.draw_rollout(fields.student, rng)])[0].point()
-    shift = module.backbone.shift_sigmas
-    student = summed(module.objective.student_losses(fields, point, rng, shift, 0)).total
-    return student, module.objective.fake_score_loss(fields, point, rng, shift).total
+    (sample,) = module.rollouts.samples(PromptBatch([PROMPTS[i] for i in slots], torch.tensor(slots)), 0)
+    losses = (module.objective.student_losses, module.objective.fake_score_losses)
+    student, fake_score = (summed(of_role(sample)).total for of_role in losses)
+    return student, fake_score
 
 
 def gradients(network: nn.Module) -> dict[str, Tensor]:
@@ -231,7 +236,10 @@ def separate(backbone) -> dict[str, dict[str, Tensor]]:
     """Gradients of student and fake score as three networks that share nothing."""
     networks = built(backbone)
     apart = {role: LowRankNetwork(backbone.build_network(), getattr(networks, role).weights) for role in ROLES[:2]}
-    for loss in losses(make_module(backbone, SimpleNamespace(**apart, teacher=backbone.build_teacher())), [0, 1, 2, 3]):
+    parts = SimpleNamespace(
+        **apart, student_ema=apart["student"], teacher=backbone.build_teacher(), trained=apart, built_roles=()
+    )
+    for loss in losses(make_module(backbone, parts), [0, 1, 2, 3]):
         loss.backward()
     return {role: gradients(network) for role, network in apart.items()}
 
@@ -264,12 +272,16 @@ def test_unguarded_checkpointing_would_give_other_gradients(backbone, separate):
         assert_close(found, separate["student"])
 
 
-@pytest.mark.parametrize("plan", [LoRAPlan(ADAPTER, None), LoRAPlan(None, ADAPTER)], ids=["student", "fake_score"])
+@pytest.mark.parametrize(
+    "plan",
+    [LoRAPlan(student=ADAPTER, fake_score=None), LoRAPlan(student=None, fake_score=ADAPTER)],
+    ids=["student", "fake_score"],
+)
 def test_mixed_modes_learn_as_separate_networks(backbone, separate, plan):
     networks = built(backbone, checkpointing=True, plan=plan)
     whole = built(backbone)
     for role in ("student", "fake_score"):  # the one that is tuned as a whole starts from the same function
-        if getattr(plan, role) is None:
+        if plan.of(role) is None:
             state = getattr(whole, role).weights.fuse_into(backbone.build_network()).state_dict()
             getattr(networks, role).load_state_dict(state)
         else:
@@ -277,9 +289,9 @@ def test_mixed_modes_learn_as_separate_networks(backbone, separate, plan):
     student, fake_score = losses(make_module(backbone, networks), [0, 1, 2, 3])
     fake_score.backward()
     student.backward()
-    adapted = "student" if plan.student else "fake_score"
+    adapted = "student" if plan.of("student") else "fake_score"
     assert_close(gradients(getattr(networks, adapted)), separate[adapted], tolerance=1e-3)
-    tuned = getattr(networks, "fake_score" if plan.student else "student")
+    tuned = getattr(networks, "fake_score" if plan.of("student") else "student")
     assert all(parameter.grad is not None for parameter in tuned.parameters() if parameter.requires_grad)
 
 
@@ -303,7 +315,7 @@ def test_a_batch_is_the_mean_of_its_halves(backbone):
 
 @pytest.mark.parametrize("adapter", KINDS, ids=lambda adapter: adapter.tag)
 def test_a_fused_network_computes_what_the_view_computes(backbone, adapter):
-    networks = built(backbone, LoRAPlan(adapter, None))
+    networks = built(backbone, LoRAPlan(student=adapter, fake_score=None))
     fused = networks.student.weights.fuse_into(backbone.build_network())
     assert fused.state_dict().keys() == backbone.build_network().state_dict().keys()
     assert not hasattr(fused, "peft_config")
@@ -316,8 +328,8 @@ def test_a_fused_network_computes_what_the_view_computes(backbone, adapter):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["lora=lora_student"], "set module.fake_score_merge=0"),
-        (["lora=lora", "lora.student.rank=8"], "set module.fake_score_merge=0"),
+        (["lora=lora_student"], "set objective.fake_score_merge=0"),
+        (["lora=lora", "lora.student.rank=8"], "set objective.fake_score_merge=0"),
         (["lora=lora", "lora.student.rank=0"], "rank must be at least 1"),
         (["lora=lora", "lora.student.targets=everything"], "it has: attention, attention_feed_forward"),
         (["lora=lora", "lora.student.targets=[]"], "targets is empty"),
@@ -333,8 +345,8 @@ def test_settings_that_cannot_work_are_one_line_before_anything_is_loaded(tmp_pa
 
 def test_layers_that_are_not_there(backbone):
     with pytest.raises(UserError, match="name ending in to_qq"):
-        Networks(backbone, lora=LoRAPlan(Adapter(targets=["to_q", "to_qq"])))
-    listed = Networks(backbone, lora=LoRAPlan(Adapter(rank=1, targets=["attn.to_q", "proj_out"])))
+        Networks(backbone, CDM_ROLES, lora=LoRAPlan(student=Adapter(targets=["to_q", "to_qq"])))
+    listed = Networks(backbone, CDM_ROLES, lora=LoRAPlan(student=Adapter(rank=1, targets=["attn.to_q", "proj_out"])))
     names = list(listed.student.shared.layers)
     assert "proj_out" in names
     assert all(name == "proj_out" or name.endswith(".attn.to_q") for name in names)
@@ -344,7 +356,12 @@ def test_the_toy_has_its_closed_form_teacher_beside_the_shared_base(tmp_path):
     from cdm_lightning.backbones.toy2d import MixtureVelocity, Toy2DBackbone
 
     adapter = Adapter(rank=2, targets="blocks")
-    networks = Networks(Toy2DBackbone(hidden=16, depth=2, fit_steps=5), Recomputation(1.0), LoRAPlan(adapter, adapter))
+    networks = Networks(
+        Toy2DBackbone(hidden=16, depth=2, fit_steps=5),
+        CDM_ROLES,
+        Recomputation(1.0),
+        LoRAPlan(student=adapter, fake_score=adapter),
+    )
     assert isinstance(networks.teacher, MixtureVelocity)
     networks.place(torch.device("cpu"))
     x, sigma, weights = torch.randn(3, 2), torch.rand(3), torch.full((3, 8), 1 / 8)

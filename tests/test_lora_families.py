@@ -14,8 +14,11 @@ from cdm_lightning.core.rng import evaluation_noise
 from cdm_lightning.evaluation import SamplerSpec, generate
 from cdm_lightning.lora.plan import Adapter, LoRAPlan
 from cdm_lightning.networks import Networks
+from cdm_lightning.objectives.cdm import CDMObjective
 from cdm_lightning.recomputation import Recomputation
 from cdm_lightning.sample import sample_images
+
+CDM_ROLES = CDMObjective().roles
 
 PROMPTS = ["a large red circle", "a small blue square above a green ring", "a ring"]
 ADAPTER = Adapter(rank=2, alpha=4)
@@ -50,7 +53,11 @@ def test_checkpointing_recomputes_with_the_adapter_of_the_forward_pass(case):
     cond, sigma = backbone.encode_prompts(PROMPTS), torch.tensor([0.2, 0.6, 0.9])
     x, found = evaluation_noise(0, range(3), backbone.latent_shape, "cpu"), []
     for checkpointing in (False, True):
-        networks = moved(Networks(backbone, Recomputation(float(checkpointing)), LoRAPlan(ADAPTER, ADAPTER)))
+        networks = moved(
+            Networks(
+                backbone, CDM_ROLES, Recomputation(float(checkpointing)), LoRAPlan(student=ADAPTER, fake_score=ADAPTER)
+            )
+        )
         loss = BoundField(backbone, networks.student, cond)(x, sigma).square().mean()
         with torch.no_grad():
             other = BoundField(backbone, networks.fake_score, cond)(x, sigma).square().mean()
@@ -66,7 +73,7 @@ def test_checkpointing_recomputes_with_the_adapter_of_the_forward_pass(case):
 
 def test_an_exported_lora_is_read_by_the_familys_own_loader(case, tmp_path):
     family, folder, backbone = case
-    student = moved(Networks(backbone, lora=LoRAPlan(ADAPTER, ADAPTER))).student
+    student = moved(Networks(backbone, CDM_ROLES, lora=LoRAPlan(student=ADAPTER, fake_score=ADAPTER))).student
     exported = export.export_pipeline(backbone, student, tmp_path / "lora", form="lora")
     spec = SamplerSpec("student", nfe=4)
     ours = generate(backbone, student, spec, PROMPTS, range(3), seed=0, batch_size=3)

@@ -16,6 +16,9 @@ from cdm_lightning.errors import UserError
 from cdm_lightning.lora.extract import truncated_factors
 from cdm_lightning.lora.plan import Adapter, LoRAPlan
 from cdm_lightning.networks import Networks
+from cdm_lightning.objectives.cdm import CDMObjective
+
+CDM_ROLES = CDMObjective().roles
 
 
 def factors_of(network: nn.Module, rank: int, endings: tuple[str, ...] = ("to_q", "ff.net.2")) -> dict[str, Tensor]:
@@ -55,7 +58,7 @@ def test_all_networks_start_from_what_diffusers_fuses(tiny_pipeline_folder, styl
     pipeline.fuse_lora(lora_scale=scale)
     pipeline.unload_lora_weights()
     backbone = SD3Backbone(str(tiny_pipeline_folder), teacher_lora=str(style.parent), teacher_lora_scale=scale)
-    networks = Networks(backbone)
+    networks = Networks(backbone, CDM_ROLES)
     for network in (networks.teacher, networks.student, networks.fake_score, networks.student_ema):
         assert_same_weights(network, pipeline.transformer)
     changed = [name for name, value in networks.teacher.state_dict().items() if not torch.equal(value, before[name])]
@@ -72,7 +75,7 @@ def test_it_is_rounded_once_for_a_bfloat16_teacher(tiny_pipeline_folder, style):
 
 def test_exports_contain_it_or_say_that_it_is_to_be_loaded(tiny_pipeline_folder, style, tmp_path):
     backbone = SD3Backbone(str(tiny_pipeline_folder), teacher_lora=str(style), teacher_lora_scale=0.5)
-    student = Networks(backbone, lora=LoRAPlan(Adapter(rank=1), None)).student
+    student = Networks(backbone, CDM_ROLES, lora=LoRAPlan(student=Adapter(rank=1), fake_score=None)).student
     fused = export.export_pipeline(backbone, student, tmp_path / "fused")
     assert_same_weights(SD3Backbone(str(fused)).build_network(), backbone.build_network())
     card = (export.export_pipeline(backbone, student, tmp_path / "lora", form="lora") / "README.md").read_text()

@@ -23,8 +23,11 @@ from cdm_lightning.errors import UserError
 from cdm_lightning.evaluation import SamplerSpec, generate
 from cdm_lightning.lora.plan import Adapter, LoRAPlan
 from cdm_lightning.networks import Networks
+from cdm_lightning.objectives.cdm import CDMObjective
 from cdm_lightning.train import TrainResult, train
 from cdm_lightning.trained import open_student
+
+CDM_ROLES = CDMObjective().roles
 
 PROMPTS = ["a large red circle", "a small blue square above a green ring", "a ring"]
 KINDS = [Adapter(rank=3, alpha=6), Adapter(rank=2, alpha=1, use_rslora=True), Adapter(rank=2, alpha=2, use_dora=True)]
@@ -34,7 +37,7 @@ SMALL = (
     "callbacks=ema",
     "trainer.limit_val_batches=0",
     "trainer.max_steps=4",
-    "module.student_every=2",
+    "objective.student_every=2",
     "module.gradient_checkpointing=true",
     "data.batch_size=2",
     "schedule.length.high=3",
@@ -117,7 +120,7 @@ def test_a_checkpoint_of_other_adapters_is_refused(run, overrides, tmp_path):
 
 def test_an_exported_run_gives_the_samplers_images_fused_and_as_a_lora(run, tiny_pipeline_folder, tmp_path, capsys):
     found = open_student(run.folder)
-    networks = Networks(found.backbone, lora=found.plan)
+    networks = Networks(found.backbone, CDM_ROLES, lora=found.plan)
     networks.student_ema.load_state_dict(found.network().tensors)
     found.backbone.setup(torch.device("cpu"))
     ours = our_images(found.backbone, networks.student_ema)
@@ -155,7 +158,7 @@ def test_an_exported_run_gives_the_samplers_images_fused_and_as_a_lora(run, tiny
 def test_every_kind_of_adapter_reads_back_in_plain_diffusers(adapter, tiny_pipeline_folder, tmp_path):
     backbone = SD3Backbone(str(tiny_pipeline_folder), max_sequence_length=TOKENS)
     backbone.setup(torch.device("cpu"))
-    networks = Networks(backbone, lora=LoRAPlan(adapter, None))
+    networks = Networks(backbone, CDM_ROLES, lora=LoRAPlan(student=adapter, fake_score=None))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in networks.student.parameters():
@@ -169,7 +172,7 @@ def test_every_kind_of_adapter_reads_back_in_plain_diffusers(adapter, tiny_pipel
 @pytest.mark.parametrize("mode", ["lora_student", "lora_fake_score"])
 def test_mixed_modes_train_and_export(mode, overrides, tmp_path):
     adapter = mode.removeprefix("lora_")
-    mixed = [f"lora={mode}", f"lora.{adapter}.rank=2", "module.fake_score_merge=0"]
+    mixed = [f"lora={mode}", f"lora.{adapter}.rank=2", "objective.fake_score_merge=0"]
     result = train(compose([f"output_dir={tmp_path / 'run'}", *overrides, *mixed]))
     names = list(read_checkpoint(result.checkpoint).sizes)
     for role in ("student", "fake_score", "student_ema"):
@@ -188,7 +191,7 @@ def test_a_family_without_lora_files_says_so(tmp_path):
 
     adapter = Adapter(rank=1, targets="blocks")
     backbone = Toy2DBackbone(hidden=8, depth=1, fit_steps=2)
-    student = Networks(backbone, lora=LoRAPlan(adapter, adapter)).student
+    student = Networks(backbone, CDM_ROLES, lora=LoRAPlan(student=adapter, fake_score=adapter)).student
     with pytest.raises(UserError, match="--form pipeline"):
         export.export_pipeline(backbone, student, tmp_path / "lora", form="lora")
     assert list(tmp_path.iterdir()) == []

@@ -9,23 +9,25 @@ from functools import partial
 import lightning as L
 import pytest
 import torch
+from core.samples import summed
 from torch import Tensor, nn
 
 from cdm_lightning.backbones.toy2d import Toy2DBackbone
 from cdm_lightning.callbacks.ema import StudentEMA
 from cdm_lightning.core.ema import lerp_parameters_
-from cdm_lightning.core.lengths import FixedLength, UniformLength
-from cdm_lightning.core.objective import CDMObjective, TermLosses
-from cdm_lightning.core.rng import StepRandom
+from cdm_lightning.core.lengths import UniformLength
 from cdm_lightning.core.rollout import walk
 from cdm_lightning.core.schedules import RandomSchedule
-from cdm_lightning.data.batches import EndlessBatches
+from cdm_lightning.data.batches import EndlessBatches, PromptBatch
 from cdm_lightning.data.datamodule import PromptDataModule
 from cdm_lightning.data.prompts import PromptList
 from cdm_lightning.errors import UserError
 from cdm_lightning.evaluation import SamplerSpec
 from cdm_lightning.module import CDMModule
+from cdm_lightning.objectives.base import Objective, Role, RolledOutSample, TermLosses, Update
+from cdm_lightning.objectives.cdm import CDMObjective
 from cdm_lightning.optim import LearningRate, OptimizerRecipe
+from cdm_lightning.training.rollouts import RolloutGroups, with_point
 
 PROMPTS = PromptList(["north", "south and east", "west", "anywhere"])
 
@@ -34,13 +36,16 @@ def recipe(lr: float = 1e-3, optimizer=torch.optim.AdamW, max_grad_norm: float =
     return OptimizerRecipe(partial(optimizer, **keywords), LearningRate(lr, warmup=0), max_grad_norm)
 
 
-def make_module(**arguments) -> CDMModule:
+TURNS = ("student_every", "fake_score_steps", "fake_score_merge")  # options of the objective
+
+
+def make_module(student_optim=None, fake_score_optim=None, objective=None, **arguments) -> CDMModule:
+    turns = {name: arguments.pop(name) for name in TURNS if name in arguments}
     defaults = {
         "backbone": Toy2DBackbone(hidden=16, depth=1, fit_steps=20),
-        "objective": CDMObjective(),
+        "objective": replace(objective or CDMObjective(), **turns),
         "schedule": RandomSchedule(UniformLength(1, 4)),
-        "student_optim": recipe(),
-        "fake_score_optim": recipe(),
+        "optim": {"student": student_optim or recipe(), "fake_score": fake_score_optim or recipe()},
     }
     return CDMModule(**{**defaults, **arguments})
 
@@ -57,8 +62,12 @@ def fit(module: CDMModule, iterations: int, *callbacks: L.Callback, **trainer_ar
         enable_checkpointing=False,
         **{"logger": False, "limit_val_batches": 0, **trainer_arguments},
     )
-    trainer.fit(module, PromptDataModule(PROMPTS, PROMPTS, batch_size=3, val_batch_size=2))
+    trainer.fit(module, data_of(module))
     return trainer
+
+
+def data_of(module: CDMModule) -> PromptDataModule:
+    return PromptDataModule(PROMPTS, PROMPTS, batch_size=3, val_batch_size=2, groups=module.groups.of)
 
 
 class Snapshots(L.Callback):
@@ -102,10 +111,11 @@ def test_several_fake_score_steps_share_one_rollout_with_fresh_draws():
     rollouts, sigmas = [], []
 
     class Watching(CDMObjective):
-        def fake_score_loss(self, fields, point, rng, shift):
-            rollouts.append(point.x)
-            sigmas.append(self.fake_score_levels.sample(rng, "fake_score.sigma", point.sigma, shift))
-            return super().fake_score_loss(fields, point, rng, shift)
+        def fake_score_losses(self, sample):
+            rollouts.append(sample.point.x)
+            levels = self.fake_score_levels
+            sigmas.append(levels.sample(sample.rng, "fake_score.sigma", sample.point.sigma, sample.shift))
+            return super().fake_score_losses(sample)
 
     sgd = recipe(lr=1e-2, optimizer=torch.optim.SGD, max_grad_norm=math.inf)
     settings = {"fake_score_optim": sgd, "fake_score_merge": 0.25, "student_every": 2, "gradient_checkpointing": True}
@@ -121,12 +131,12 @@ def test_several_fake_score_steps_share_one_rollout_with_fresh_draws():
 
     by_hand = make_module(fake_score_steps=3, **settings)
     fit(by_hand, 0)
-    rng = StepRandom(by_hand.seed, 0, [0, 1, 2], "cpu")
-    fields = by_hand.bind(first_prompts())
-    point = walk([by_hand.draw_rollout(fields.student, rng)])[0].point()
+    (sample,) = by_hand.rollouts.bound(PromptBatch(first_prompts(), torch.tensor([0, 1, 2])), 0)
+    rollout = by_hand.rollouts.draw(sample)
+    sample = with_point(sample, rollout.point(*walk([rollout])))
     network = by_hand.networks.fake_score
     for step in range(3):
-        loss = by_hand.objective.fake_score_loss(fields, point, rng.again(step), by_hand.backbone.shift_sigmas).total
+        loss = summed(by_hand.objective.fake_score_losses(sample.again(step))).total
         gradients = torch.autograd.grad(loss, list(network.parameters()))
         with torch.no_grad():
             for parameter, gradient in zip(network.parameters(), gradients):
@@ -201,13 +211,13 @@ def test_gradients_are_clipped_for_each_network():
 class Spoiled(CDMObjective):
     """Losses that are not finite at iteration 1 (fake score) and 3 (student)."""
 
-    def fake_score_loss(self, fields, point, rng, shift) -> TermLosses:
-        losses = super().fake_score_loss(fields, point, rng, shift)
-        return replace(losses, total=losses.total * (math.nan if rng.iteration == 1 else 1.0))
+    def fake_score_losses(self, sample) -> Iterator[TermLosses]:
+        for losses in super().fake_score_losses(sample):
+            yield replace(losses, total=losses.total * (math.nan if sample.iteration == 1 else 1.0))
 
-    def student_losses(self, fields, point, rng, shift, iteration) -> Iterator[TermLosses]:
-        for losses in super().student_losses(fields, point, rng, shift, iteration):
-            yield replace(losses, total=losses.total * (math.inf if iteration == 3 else 1.0))
+    def student_losses(self, sample) -> Iterator[TermLosses]:
+        for losses in super().student_losses(sample):
+            yield replace(losses, total=losses.total * (math.inf if sample.iteration == 3 else 1.0))
 
 
 def test_a_step_that_is_not_finite_is_left_out_and_counted():
@@ -215,7 +225,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted():
     trainer = fit(module, 6, snapshots, log_every_n_steps=1)
     assert snapshots.changes("fake_score") == [True, False, True, True, True, True]
     assert snapshots.changes("student") == [False, True, False, False, False, True]
-    assert module.skipped_steps == {"student": 1, "fake_score": 1}
+    assert module.updates.skipped_steps == {"student": 1, "fake_score": 1}
     assert trainer.global_step == 6
     assert trainer.callback_metrics["student/skipped_steps"] == 1
     assert flat(module.networks.student).isfinite().all()
@@ -234,8 +244,9 @@ def test_both_optimizers_follow_their_own_rate():
     student = OptimizerRecipe(partial(torch.optim.AdamW), LearningRate(1e-3, warmup=4))
     fake_score = OptimizerRecipe(partial(torch.optim.AdamW), LearningRate(1e-2, warmup=0, total=8, decay_from=0.5))
     trainer = fit(make_module(student_optim=student, fake_score_optim=fake_score), 8, log_every_n_steps=2)
-    rates = [optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers]  # as last set: iteration 7
-    assert rates == pytest.approx([1e-2 * 0.25, 1e-3])
+    module = trainer.lightning_module
+    rates = {role: optimizer.param_groups[0]["lr"] for role, optimizer in module.optimizers_by_role.items()}
+    assert rates == pytest.approx({"fake_score": 1e-2 * 0.25, "student": 1e-3})  # as last set: iteration 7
 
 
 def test_an_optimizer_keyword_that_does_not_exist_is_refused():
@@ -282,9 +293,6 @@ def test_lightnings_own_precision_is_refused():
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"student_every": 0},
-        {"fake_score_steps": 0},
-        {"fake_score_merge": 2.0},
         {"compute_dtype": "float16"},
         {"gradient_checkpointing": 2},
         {"accumulate": 0},
@@ -303,37 +311,6 @@ def test_objectives_that_need_it_get_full_rollouts():
     module = make_module(objective=CDMObjective(teacher_base="final"), student_every=1)
     fit(module, 2)
     assert flat(module.networks.student).isfinite().all()
-    for base, expected in (("final", False), ("online", True)):  # whether the rollout's last call is trained on
-        objective = CDMObjective(teacher_base=base)
-        assert make_module(objective=objective).trains_at_anchor(1) is expected
-
-
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_the_student_is_trained_on_the_call_that_its_rollout_makes_anyway(share, monkeypatch):
-    """One call less in each student's turn, and the same weights; the fake score learns in halves beside large graphs."""
-
-    def trained() -> tuple[Tensor, int]:
-        module = make_module(gradient_checkpointing=share)
-        calls, velocity = [], module.backbone.velocity
-
-        def counted(network, x, sigma, cond):
-            calls.append(network)
-            return velocity(network, x, sigma, cond)
-
-        module.backbone.velocity = counted
-        fit(module, 4)
-        networks = module.networks
-        counts = [sum(network is one for network in calls) for one in (networks.student, networks.fake_score)]
-        return torch.cat([flat(networks.student), flat(networks.fake_score)]), counts
-
-    shared, (calls, fake_score_calls) = trained()
-    monkeypatch.setattr(CDMModule, "trains_at_anchor", lambda self, iteration: False)
-    apart, (more_calls, whole_fake_score_calls) = trained()
-    assert more_calls == calls + 2
-    assert fake_score_calls == whole_fake_score_calls + (0 if share == 1 else 2)
-    torch.testing.assert_close(shared, apart, rtol=0, atol=1e-6)
-    start = flat(make_module().backbone.build_network())
-    assert (shared[: len(start)] - start).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -365,26 +342,14 @@ def test_rollouts_between_two_student_steps_walk_together(accumulate):
     assert (alone[: len(start)] - start).abs().max() > 1e-4
 
 
-def test_anchors_can_be_spread_over_the_batch():
-    """Of 8 slots in rollouts of 8 steps, one at each step; independent draws leave some out."""
-    schedule, rng = RandomSchedule(FixedLength(8)), StepRandom(0, 3, range(8), "cpu")
-    plain, spread = (
-        make_module(schedule=schedule, spread_anchors=chosen).draw_rollout(None, rng) for chosen in (False, True)
-    )
-    assert sorted(spread.anchor.tolist()) == list(range(8))
-    assert sorted(plain.anchor.tolist()) != list(range(8))
-    assert torch.equal(plain.noise, spread.noise)
-    assert torch.equal(plain.sigmas, spread.sigmas)
-
-
 def test_which_rollouts_walk_together():
-    groups = [make_module(student_every=5, rollouts_together=2).rolled_out_together(n) for n in range(10)]
+    groups = [make_module(student_every=5, rollouts_together=2).groups.of(n) for n in range(10)]
     pairs = [range(0, 2), range(2, 4), range(4, 5), range(5, 7), range(7, 9), range(9, 10)]
     assert groups == [pairs[n] for n in (0, 0, 1, 1, 2, 3, 3, 4, 4, 5)]
-    assert make_module(student_every=2).rolled_out_together(3) == range(2, 4)
-    assert make_module(student_every=1).rolled_out_together(3) == range(3, 4)
+    assert make_module(student_every=2).groups.of(3) == range(2, 4)
+    assert make_module(student_every=1).groups.of(3) == range(3, 4)
     full = make_module(objective=CDMObjective(teacher_base="final"))  # keeps all states: one batch at a time
-    assert full.rolled_out_together(3) == range(3, 4)
+    assert full.groups.of(3) == range(3, 4)
 
 
 def test_the_teacher_without_text_sees_the_empty_prompt_in_every_sample():
@@ -401,9 +366,9 @@ def test_the_teacher_without_text_sees_the_empty_prompt_in_every_sample():
 def test_rollouts_of_an_earlier_training_are_forgotten():
     module = make_module()
     fit(module, 1)
-    assert set(module._walked) == {1}
+    assert set(module.rollouts._waiting) == {1}
     module.on_train_start()
-    assert not module._walked
+    assert not module.rollouts._waiting
 
 
 def test_an_iteration_is_the_same_for_any_split_of_the_batch():
@@ -413,8 +378,8 @@ def test_an_iteration_is_the_same_for_any_split_of_the_batch():
     prompts = [PROMPTS[i] for i in range(4)]
 
     def points(slots: list[int]) -> Tensor:
-        rng = StepRandom(0, 5, slots, "cpu")
-        return walk([module.draw_rollout(module.bind([prompts[i] for i in slots]).student, rng)])[0].x
+        (sample,) = module.rollouts.bound(PromptBatch([prompts[i] for i in slots], torch.tensor(slots)), 5)
+        return walk([module.rollouts.draw(sample)])[0]
 
     assert torch.allclose(points([0, 1, 2, 3]), torch.cat([points([0, 1]), points([2, 3])]), atol=1e-6)
 
@@ -465,8 +430,8 @@ def test_logs_stand_at_the_iteration_and_only_every_nth(tmp_path):
 def test_phases_are_timed():
     module = make_module()
     fit(module, 2)
-    assert set(module.phase_seconds) == {"rollout", "fake_score", "student"}
-    assert all(seconds > 0 for seconds in module.phase_seconds.values())
+    assert set(module.timer.seconds) == {"rollout", "fake_score", "student"}
+    assert all(seconds > 0 for seconds in module.timer.seconds.values())
 
 
 def test_a_module_is_built_once():
@@ -477,3 +442,160 @@ def test_a_module_is_built_once():
     module.configure_model()
     assert module.networks is networks
     assert torch.equal(flat(networks.student), weights)
+
+
+# ---- other objectives
+
+
+class Alone(Objective):
+    """Pulls the student's clean prediction to 0; no network beside it."""
+
+    def updates(self, iteration: int) -> list[Update]:
+        return [Update("student", self.losses)]
+
+    def losses(self, sample: RolledOutSample) -> Iterator[TermLosses]:
+        yield TermLosses(sample.fields.student(sample.point.x, sample.point.sigma).square().mean())
+
+
+def test_an_objective_that_trains_the_student_alone_is_counted_and_logged():
+    module, snapshots = make_module(objective=None), Snapshots("student")
+    module = CDMModule(module.backbone, Alone(), module.schedule, {"student": recipe(), "unused": recipe()})
+    trainer = fit(module, 5, snapshots, log_every_n_steps=1)
+    assert trainer.global_step == module.iteration == 5
+    assert snapshots.changes("student") == [True] * 5
+    assert set(module.optimizers_by_role) == {"student"}
+    assert {name for name in module.state_dict() if not name.startswith("networks.student")} == set()
+    assert {"student/loss", "student/grad_norm", "student/learning_rate"} <= set(trainer.callback_metrics)
+
+
+class Idle(Alone):
+    """Says that nothing is to be trained."""
+
+    def updates(self, iteration: int) -> list[Update]:
+        return []
+
+
+def test_an_iteration_without_an_update_is_an_error_and_not_endless():
+    module = make_module()
+    with pytest.raises(ValueError, match="Idle has no update in iteration 0"):
+        fit(CDMModule(module.backbone, Idle(), module.schedule, {"student": recipe()}), 2)
+
+
+def test_a_role_without_an_optimizer_is_refused():
+    with pytest.raises(UserError, match=r"optim: CDMObjective trains fake_score, .* add optim\.fake_score"):
+        CDMModule(
+            Toy2DBackbone(fit_steps=1), CDMObjective(), RandomSchedule(UniformLength(1, 4)), {"student": recipe()}
+        )
+
+
+class Through(Alone):
+    """The student learns through a head that is never updated, then the head learns by itself in every second iteration."""
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        return (Role("head", build=lambda width: nn.Linear(width, 1)),)
+
+    def updates(self, iteration: int) -> list[Update]:
+        student = Update("student", self.losses, repeat=2)
+        return [student, Update("head", self.losses)] if iteration % 2 else [student]
+
+    def losses(self, sample: RolledOutSample) -> Iterator[TermLosses]:
+        point = sample.point
+        _, (features,) = sample.fields.student.with_features(point.x, point.sigma, [-1])
+        yield TermLosses(sample.fields.heads["head"](features).square().mean())
+
+
+def test_gradients_that_reach_another_role_are_dropped():
+    module, snapshots = make_module(), Snapshots("student", "head")
+    optim = {"student": recipe(), "head": recipe(optimizer=torch.optim.SGD)}
+    module = CDMModule(module.backbone, Through(), module.schedule, optim)
+    fit(module, 4, snapshots)
+    assert snapshots.changes("student") == [True] * 4
+    assert snapshots.changes("head") == [False, True, False, True]
+    assert all(parameter.grad is None for parameter in module.networks.parameters())
+    assert module.updated_roles == ("student", "head")
+
+
+def test_a_built_network_starts_alike_for_a_seed():
+    def start(seed: int) -> Tensor:
+        module = make_module()
+        optim = {"student": recipe(), "head": recipe()}
+        module = CDMModule(module.backbone, Through(), module.schedule, optim, seed=seed)
+        fit(module, 0)
+        return flat(module.networks.head)
+
+    assert torch.equal(start(1), start(1))
+    assert not torch.equal(start(1), start(2))
+
+
+class Following(Objective):
+    """Updates the student until its loss, as all processes measured it, has been seen `patience` times; counts them."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        return (Role("fake_score"),)
+
+    def updates(self, iteration: int) -> list[Update]:
+        return [Update("student" if len(self.seen) < 2 else "fake_score", self.losses)]
+
+    def losses(self, sample: RolledOutSample) -> Iterator[TermLosses]:
+        role = "student" if len(self.seen) < 2 else "fake_score"
+        yield TermLosses(sample.fields[role](sample.point.x, sample.point.sigma).square().mean())
+
+    def observe(self, role: str, figures, made: bool) -> None:
+        assert made
+        self.seen.append(float(figures["loss"]))
+
+
+def test_the_turn_of_an_update_may_follow_what_was_measured():
+    objective, snapshots = Following(), Snapshots("student", "fake_score")
+    module = make_module()
+    module = CDMModule(module.backbone, objective, module.schedule, {"student": recipe(), "fake_score": recipe()})
+    trainer = fit(module, 4, snapshots, log_every_n_steps=1)
+    assert snapshots.changes("student") == [True, True, False, False]
+    assert snapshots.changes("fake_score") == [False, False, True, True]
+    assert len(objective.seen) == 4
+    assert objective.seen[1] == float(trainer.callback_metrics["student/loss"])
+    assert not CDMObjective().observes
+    assert module.groups.of(3) == range(3, 4)  # nobody knows whose turn comes next
+
+
+@pytest.mark.parametrize("period", [1, 2, 3, 5])
+@pytest.mark.parametrize("together", [1, 2, 3, 7])
+def test_groups_of_rollouts_never_span_an_update_of_the_student(period, together):
+    groups = RolloutGroups(together, period)
+    for iteration in range(20):
+        group = groups.of(iteration)
+        assert iteration in group
+        assert len(group) <= together
+        assert all(groups.of(other) == group for other in group)
+        assert len({other // period for other in group}) == 1
+    whole_turns = 20 // period
+    assert len({groups.of(n) for n in range(whole_turns * period)}) == whole_turns * -(-period // together)
+
+
+@pytest.mark.parametrize("name", ["student", "student_ema", "teacher", "no name", ""])
+def test_names_that_no_role_can_have_are_refused(name):
+    with pytest.raises(ValueError, match="a name of its own"):
+        Role(name)
+
+
+class Named(Alone):
+    """Has roles of these names."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        return tuple(Role(name) for name in self.names)
+
+
+@pytest.mark.parametrize("names", [("judge", "judge"), ("train",), ("trained",), ("base",)])
+def test_names_that_are_taken_are_refused_before_anything_is_built(names):
+    optim = {name: recipe() for name in ("student", *names)}
+    with pytest.raises(UserError, match=f"Named calls a role '{names[0]}', which is taken"):
+        CDMModule(Toy2DBackbone(fit_steps=1), Named(*names), RandomSchedule(UniformLength(1, 4)), optim)

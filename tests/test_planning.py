@@ -36,7 +36,7 @@ from cdm_lightning.planning.memory import (
 from cdm_lightning.planning.recipe import optimizer_bytes, read_recipe
 from cdm_lightning.planning.skeleton import hollow
 from cdm_lightning.planning.step import every_network
-from cdm_lightning.planning.work import expected_calls, hours, work_of
+from cdm_lightning.planning.work import Work, expected_calls, hours
 from cdm_lightning.recomputation import Recomputation
 
 BATCH = 6
@@ -52,14 +52,14 @@ def sizes(**changes) -> Sizes:
         "networks": {"student": ROLE, "fake_score": ROLE, "student_ema": ROLE, "teacher": 50.0},
         "trained": {"student": ROLE, "fake_score": ROLE},
         "buffers": {"student": 2.0, "teacher": 1.0},
-        "states": 400.0,
-        "step_copies": 100.0,
+        "states": {"student": 200.0, "fake_score": 200.0},
+        "step_copies": {"student": 100.0, "fake_score": 100.0},
         "text": 30.0,
         "vae": 7.0,
         "largest_block": 4,
         "outside_blocks": 5,
         "compute": 2,
-        "phases": {"rollout": Timeline((0, 3), (0, 1), (0, 0)), "fake score": STEP, "student": STEP},
+        "phases": {"rollout": Timeline((0, 3), (0, 1), (0, 0)), "fake_score": STEP, "student": STEP},
     }
     return Sizes(**{**given, **changes})
 
@@ -73,7 +73,7 @@ def test_a_timeline_is_affine_in_the_batch_at_each_moment() -> None:
 def test_one_gpu() -> None:
     single = Layout("single")
     assert sum(resting(sizes(), single).values()) == 350 + 3 + 400 + 30 + 7
-    assert phase_peaks(sizes(), single, 3) == {"rollout": 6, "fake score": 160, "student": 160, "optimizer step": 200}
+    assert phase_peaks(sizes(), single, 3) == {"rollout": 6, "fake_score": 160, "student": 160, "optimizer step": 200}
     assert total(sizes(), single, 3) == 790 + 200
     assert largest_batch(sizes(), single, 790 + 260) == 5  # 10 + 50 B <= 260
     assert largest_batch(sizes(), single, 790) == 0
@@ -98,6 +98,10 @@ def test_shards() -> None:
     assert rest["optimizer states"] == 100
     assert gathered(sizes(), layout) == (5 + 8) * 2 + 8 * 4
     assert phase_peaks(sizes(), layout, 1)["student"] == max(50, 80 / 4 + 5) + 58
+    adapter = sizes(held_whole=frozenset({"student"}))  # an adapter, or a head, is whole on every GPU
+    assert resting(adapter, layout)["weights: student"] == ROLE
+    assert resting(adapter, layout)["optimizer states"] == 200 + 50
+    assert phase_peaks(adapter, layout, 1)["student"] == max(50, 80 + 5) + 58
     hybrid = make_layout("hsdp", 16)
     assert (hybrid.replicas, hybrid.shards) == (2, 8)
 
@@ -128,10 +132,9 @@ def test_a_batch_in_parts_takes_the_memory_of_the_largest() -> None:
 
 
 def test_work() -> None:
-    assert expected_calls(14.5, full=False) == 7.75
-    assert expected_calls(14.5, full=True) == 14.5
-    work = work_of(7.75, call=2.0, fake_score=6.0, student=20.0, fake_score_steps=2, student_every=4)
-    assert (work.rollout, work.fake_score, work.student, work.total) == (15.5, 12.0, 5.0, 32.5)
+    calls = {kind: expected_calls(14.5, kind) for kind in ("to_anchor", "full", "none")}
+    assert calls == {"to_anchor": 7.75, "full": 14.5, "none": 0.0}
+    assert Work(7.75, 15.5, {"fake_score": 12.0, "student": 5.0}).total == 32.5
     assert hours(1e12, batch=10, iterations=360, peak_tflops=2, utilisation=0.5) == 1.0
 
 
@@ -223,8 +226,14 @@ class Meter(L.Callback):
         self.flops.append(self.counter.get_total_flops())
 
 
+def data_of(config, module):
+    return build(config, "data", groups=module.groups.of, images=module.objective.needs_latents)
+
+
 def measure(config) -> Meter:
     module, meter = build(config, "module"), Meter()
+    shape = module.backbone.latent_shape
+    module.backbone.encode_images = lambda images: torch.zeros(len(images), *shape)  # the plan leaves this work out
     module.backbone.setup(torch.device("cpu"))
     module.backbone.use_text_cache(Remembered(module.backbone.encode_prompts(["a red circle"])))
     trainer = L.Trainer(
@@ -239,7 +248,7 @@ def measure(config) -> Meter:
         enable_model_summary=False,
         enable_checkpointing=False,
     )
-    trainer.fit(module, build(config, "data"))
+    trainer.fit(module, data_of(config, module))
     return meter
 
 
@@ -296,16 +305,65 @@ def test_the_plan_is_within_ten_percent_of_a_real_step(
     meter = measure(config)
     recipe = read_recipe(build(config, "module"), text_cached=True)
     planned = phase_peaks(recipe.sizes, Layout("single"), BATCH, config.module.accumulate)
-    between, student = max(planned["rollout"], planned["fake score"]), max(planned.values())
+    between, student = max(planned["rollout"], planned["fake_score"]), max(planned.values())
     print(family, overrides, "memory", between / meter.peaks[2], student / meter.peaks[3])
     assert between == pytest.approx(meter.peaks[2], rel=0.1)
     assert student == pytest.approx(meter.peaks[3], rel=0.1)
     work = recipe.work
     call = work.rollout / work.rollout_calls
-    expected = [BATCH * (calls * call + work.fake_score) for calls in (3, 1)]  # both walk in the first iteration
-    expected[1] += BATCH * 2 * work.student
+    fake_score, student_turn = work.updates["fake_score"], 2 * work.updates["student"]
+    expected = [BATCH * (calls * call + fake_score) for calls in (3, 1)]  # both walk in the first iteration
+    expected[1] += BATCH * student_turn
     print("flops", [one / measured for one, measured in zip(expected, meter.flops[4:])])
     assert expected == pytest.approx(meter.flops[4:], rel=0.01)
+
+
+OTHERS = {  # what the two iterations of a cycle do: (student's calls of a rollout of two steps, whether it is updated)
+    "consistency": [(2, True), (2, True)],
+    "adversarial": [(3, False), (1, True)],  # both iterations walk in the first
+    "adaptive": [(2, False), (2, True)],  # each walks for itself
+    "level_aware": [(3, False), (1, True)],
+}
+
+
+ADAPTED = (CHECKPOINTED, "lora=lora", "lora.student.rank=8", "lora.fake_score.rank=8")
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), [*((name, (PLAIN,)) for name in OTHERS), ("adversarial", ADAPTED), ("level_aware", ADAPTED)]
+)
+def test_an_objective_that_the_planner_does_not_know_is_planned_as_well(
+    name: str, form: tuple[str, ...], tiny_folder, tmp_path: Path, monkeypatch
+) -> None:
+    """Memory within 10 % and operations within 1 % of real iterations, whatever roles and updates an objective has."""
+    monkeypatch.setattr(StepRandom, "index", lambda rng, purpose, high: torch.full((len(rng),), high - 1))
+    config = compose(
+        [
+            f"hydra.searchpath=[file://{Path(__file__).parent}/other_objectives/conf]",
+            f"experiment={name}",
+            *(["objective.tolerance=0", "objective.longest=2"] if name == "adaptive" else []),
+            "backbone=sd3",
+            f"backbone.pretrained={tiny_folder('sd3')}",
+            "schedule=fixed",
+            "schedule.sigmas=[1.0,0.5]",
+            f"data.batch_size={BATCH}",
+            f"output_dir={tmp_path}",
+            *form,
+        ]
+    )
+    meter = measure(config)
+    recipe = read_recipe(build(config, "module"), text_cached=True)
+    planned = phase_peaks(recipe.sizes, Layout("single"), BATCH)
+    call = recipe.work.rollout / recipe.work.rollout_calls
+    of_student = recipe.work.updates["student"]
+    others = sum(recipe.work.updates.values()) - of_student
+    turns = sum(updated for _, updated in OTHERS[name])
+    for number, (calls, updated) in enumerate(OTHERS[name]):
+        peaks = [peak for phase, peak in planned.items() if updated or phase not in ("student", "optimizer step")]
+        flops = BATCH * (calls * call + others + updated * of_student * 2 / turns)
+        print(name, form, "memory", max(peaks) / meter.peaks[2 + number], "flops", flops / meter.flops[4 + number])
+        assert max(peaks) == pytest.approx(meter.peaks[2 + number], rel=0.1)
+        assert flops == pytest.approx(meter.flops[4 + number], rel=0.01)
 
 
 def test_tables_of_positions_are_counted_apart(larger_sd3: Path) -> None:
@@ -320,7 +378,7 @@ def test_optimizers_show_what_they_keep() -> None:
     """Adam keeps two numbers a weight; it steps on a copy of all weights unless it is fused."""
     for fused, copy in (("true", 0), ("null", 4)):
         config = compose(["experiment=sd3_cdm", "output_dir=.", f"optim.student.optimizer.fused={fused}"])
-        state, copies = optimizer_bytes(build(config, "module").recipes["student"])
+        state, copies = optimizer_bytes(build(config, "module").updates.recipes["student"])
         assert state == pytest.approx(8, rel=1e-3)
         assert copies == copy
 

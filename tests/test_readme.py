@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_tables, step_time, waiting
+from benchmarks import gpu_tables, step_time
 from cdm_lightning import export, extract_lora, plan, sample
 from cdm_lightning.config import asset_path, compose
 
@@ -51,8 +51,6 @@ def test_commands_are_understood(command: str, tmp_path: Path) -> None:
             assert arguments[0] in ("teacher", "student")
         case "benchmarks.step_time":
             step_time.parser().parse_args(arguments)
-        case "benchmarks.waiting":
-            waiting.parser().parse_args(arguments)
         case "benchmarks.gpu_tables":
             gpu_tables.parser().parse_args(arguments)
         case _:

@@ -176,7 +176,7 @@ def test_the_plane_has_one_size(toy_run):
 @pytest.mark.parametrize("name", ["sd3", "longcat", "qwen_image"])  # a static shift, a dynamic one, one with an end
 def test_a_single_bucket_is_a_run_of_that_size(family_run, name):
     """So noise, shift, positions and losses all follow the bucket, whatever size the backbone was configured for."""
-    short = ("trainer.max_steps=2", "module.fake_score_steps=2")
+    short = ("trainer.max_steps=2", "objective.fake_score_steps=2")
     own = family_run(name, "own", *short, f"backbone.height={WIDE[0]}", f"backbone.width={WIDE[1]}")
     larger = ("backbone.height=64", "backbone.width=64", "resolution=buckets", f"resolution.sizes=[{list(WIDE)}]")
     assert_equal(family_run(name, "bucket", *short, *larger), own)

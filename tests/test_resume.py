@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from cdm_lightning.checkpoint.folder import checkpoints_in
 from cdm_lightning.checkpoint.stored import read_checkpoint
@@ -17,7 +18,7 @@ SD3_SMALL = (  # the pipeline's own path, as small as it goes
     "experiment=tiny_sd3_cdm",
     "callbacks=ema",
     "trainer.limit_val_batches=0",
-    "module.student_every=2",
+    "objective.student_every=2",
     "module.gradient_checkpointing=true",
     "data.batch_size=2",
     "schedule.length.high=3",
@@ -29,7 +30,7 @@ SD3_SMALL = (  # the pipeline's own path, as small as it goes
 ROLES = (  # all weights, two adapters on one base, an adapter beside a whole network
     ("lora=none",),
     ("lora=lora", "lora.student.rank=2", "lora.fake_score.rank=2"),
-    ("lora=lora_student", "lora.student.rank=2", "module.fake_score_merge=0"),
+    ("lora=lora_student", "lora.student.rank=2", "objective.fake_score_merge=0"),
 )
 
 
@@ -169,8 +170,8 @@ def test_old_checkpoints_are_dropped(toy_run):
 
 def test_another_configuration_is_refused_but_a_longer_run_is_not(toy_run):
     toy_run("trainer.max_steps=2")
-    with pytest.raises(UserError, match=r"\(it differs in module.student_every\)"):
-        toy_run("module.student_every=3")
+    with pytest.raises(UserError, match=r"\(it differs in objective.student_every\)"):
+        toy_run("objective.student_every=3")
     with pytest.raises(UserError, match=r"callbacks.ema.decay"):
         toy_run("callbacks.ema.decay=0.5")
     with pytest.raises(UserError, match=r"data.batch_size"):
@@ -182,13 +183,40 @@ def test_a_run_from_before_an_option_goes_on_while_the_option_is_off(toy_run):
     """Options that a new version adds are off by default, and must not end the runs of the old one."""
     saved = toy_run("trainer.max_steps=1").folder / "config.yaml"
     lines = saved.read_text().splitlines(keepends=True)
-    older = [line for line in lines if line.split(":")[0].strip() not in ("rollouts_together", "spread_anchors")]
-    assert len(older) == len(lines) - 2
+    older = [line for line in lines if line.split(":")[0].strip() not in ("rollouts_together", "streaming")]
+    assert len(older) < len(lines)
     saved.write_text("".join(older))
-    with pytest.raises(UserError, match=r"\(it differs in module.spread_anchors\)"):
-        toy_run("trainer.max_steps=2", "module.spread_anchors=true")
     assert toy_run("trainer.max_steps=2").iteration == 2
     assert toy_run("trainer.max_steps=3", "module.rollouts_together=1").iteration == 3
+
+
+def as_written_before(saved: Path, **of_module: object) -> None:
+    """Rewrite a run's configuration as versions before 2026-11-27 wrote it, when the turns were the module's options."""
+    config = yaml.safe_load(saved.read_text())
+    module, objective = config["module"], config["objective"]
+    module |= {name: objective.pop(name) for name in ("student_every", "fake_score_steps", "fake_score_merge")}
+    objective["_target_"] = "cdm_lightning.core.objective.CDMObjective"
+    optim = module.pop("optim")
+    module |= {"student_optim": optim["student"], "fake_score_optim": optim["fake_score"], "objective": objective}
+    saved.write_text(yaml.safe_dump({**config, "module": {**module, "spread_anchors": False, **of_module}}))
+
+
+def test_a_run_of_the_version_before_goes_on_although_options_have_moved(toy_run):
+    undisturbed = toy_run("trainer.max_steps=4", folder="undisturbed")
+    saved = toy_run("trainer.max_steps=2").folder / "config.yaml"
+    as_written_before(saved)
+    with pytest.raises(UserError, match=r"\(it differs in objective.student_every\)"):
+        toy_run("trainer.max_steps=4", "objective.student_every=3")
+    with pytest.raises(UserError, match=r"\(it differs in .*optim.student.learning_rate.peak\)"):
+        toy_run("trainer.max_steps=4", "optim.student.learning_rate.peak=1.0")
+    assert_equal_states(toy_run("trainer.max_steps=4").checkpoint, undisturbed.checkpoint)
+
+
+@pytest.mark.parametrize("option", [{"spread_anchors": True}, {"student_every": 5}])
+def test_a_run_of_the_version_before_that_differed_is_refused(toy_run, option):
+    as_written_before(toy_run("trainer.max_steps=2").folder / "config.yaml", **option)
+    with pytest.raises(UserError, match=rf"\(it differs in (module|objective).{next(iter(option))}\)"):
+        toy_run("trainer.max_steps=4")
 
 
 def test_never_resume_refuses_a_folder_with_checkpoints(toy_run):

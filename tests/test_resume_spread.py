@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,8 +16,9 @@ from cdm_lightning.cache_text import cache_text
 from cdm_lightning.checkpoint.folder import checkpoints_in
 from cdm_lightning.checkpoint.stored import read_checkpoint
 from cdm_lightning.config import compose
-from cdm_lightning.core.objective import CDMObjective, TermLosses
 from cdm_lightning.errors import UserError
+from cdm_lightning.objectives.base import TermLosses
+from cdm_lightning.objectives.cdm import CDMObjective
 from cdm_lightning.train import train
 
 LAYOUTS = {  # number of processes and overrides; the batch of all together is the same
@@ -30,7 +31,7 @@ SD3 = (
     "callbacks=ema",
     "trainer.accelerator=cpu",
     "trainer.limit_val_batches=0",
-    "module.student_every=2",
+    "objective.student_every=2",
     "schedule.length.high=3",
     "backbone.max_sequence_length=8",
     "backbone.compact_text=null",
@@ -154,15 +155,15 @@ def test_a_rank_that_dies_does_not_leave_the_other_waiting(started, layouts, tmp
 
 def poison(rank: int) -> None:
     """An infinite loss on the second process alone, its gradient finite."""
-    original, calls = CDMObjective.fake_score_loss, [0]
+    original, calls = CDMObjective.fake_score_losses, [0]
 
-    def loss(self, *arguments) -> TermLosses:
-        losses = original(self, *arguments)
-        calls[0] += 1
-        spoilt = rank == 1 and calls[0] in (3, 4)
-        return TermLosses(losses.total + float("inf"), losses.terms, losses.logs) if spoilt else losses
+    def losses(self, sample) -> Iterator[TermLosses]:
+        for loss in original(self, sample):
+            calls[0] += 1
+            spoilt = rank == 1 and calls[0] in (3, 4)
+            yield TermLosses(loss.total + float("inf"), loss.terms, loss.logs) if spoilt else loss
 
-    CDMObjective.fake_score_loss = loss
+    CDMObjective.fake_score_losses = losses
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])

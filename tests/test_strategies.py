@@ -19,7 +19,7 @@ SD3 = (  # the pipeline's own path, as small as it goes; an optimizer whose step
     "trainer.limit_val_batches=0",
     "trainer.max_steps=4",
     "trainer.log_every_n_steps=1",
-    "module.student_every=2",
+    "objective.student_every=2",
     "module.gradient_checkpointing=true",
     "schedule.length.high=3",
     "backbone.max_sequence_length=8",
@@ -32,8 +32,8 @@ SD3 = (  # the pipeline's own path, as small as it goes; an optimizer whose step
 ROLES = {
     "full": (),
     "lora": ("lora=lora", "lora.student.rank=2", "lora.fake_score.rank=2"),
-    "lora_student": ("lora=lora_student", "lora.student.rank=2", "module.fake_score_merge=0"),
-    "lora_fake_score": ("lora=lora_fake_score", "lora.fake_score.rank=2", "module.fake_score_merge=0"),
+    "lora_student": ("lora=lora_student", "lora.student.rank=2", "objective.fake_score_merge=0"),
+    "lora_fake_score": ("lora=lora_fake_score", "lora.fake_score.rank=2", "objective.fake_score_merge=0"),
 }
 ROUNDING = 2e-6  # of a few steps, in weights that move by 1e-4 and more
 
@@ -243,9 +243,9 @@ def hanging(toy_overrides: list[str], folder: Path) -> list[str]:
 
 def disagree() -> None:
     """Let every rollout make the calls that its own anchors need."""
-    from cdm_lightning.module import CDMModule
+    from cdm_lightning import module
 
-    CDMModule._agree_on_calls = lambda self, calls: calls
+    module.largest = lambda calls: calls
 
 
 # ---- what is refused
@@ -256,12 +256,19 @@ def disagree() -> None:
     [
         (["strategy=single", "trainer.devices=2"], "strategy=single runs one process, 2 were asked for"),
         (["strategy=hsdp", "trainer.devices=3", "strategy.replicas=2"], "3 processes cannot be 2 equal groups"),
-        (["strategy=fsdp2", "strategy.on_cpu=[pupil]"], "pupil is no network; it may list student"),
     ],
 )
 def test_layouts_that_cannot_be_are_refused(overrides, message, tmp_path):
     with pytest.raises(UserError, match=re.escape(message)):
         build(compose([f"output_dir={tmp_path}", "experiment=toy2d_cdm", *overrides]), "strategy")
+
+
+def test_a_network_that_there_is_not_cannot_rest_in_host_memory(toy_overrides, tmp_path):
+    place = ["strategy=ddp", "trainer.devices=1", "strategy.on_cpu=[pupil]", f"output_dir={tmp_path}"]
+    message = "strategy.on_cpu: there is no network pupil; it may list student, fake_score, student_ema, teacher"
+    with pytest.raises(UserError, match=message):
+        train(compose([*toy_overrides, *place]))
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_a_launcher_that_started_another_number_is_refused(monkeypatch, tmp_path):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from core.samples import sample_of, summed
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -12,7 +13,6 @@ from cdm_lightning.backbones.toy2d import MODES, RADIUS, WIDTH, MixtureVelocity,
 from cdm_lightning.core.ema import lerp_parameters_
 from cdm_lightning.core.flow import evaluate_together
 from cdm_lightning.core.lengths import UniformLength
-from cdm_lightning.core.objective import CDMObjective, VelocityFields, summed
 from cdm_lightning.core.rng import StepRandom, evaluation_noise
 from cdm_lightning.core.rollout import Rollout, sample, walk
 from cdm_lightning.core.schedules import RandomSchedule, inference_sigmas
@@ -20,7 +20,11 @@ from cdm_lightning.errors import UserError
 from cdm_lightning.lora.plan import Adapter, LoRAPlan
 from cdm_lightning.metrics.energy import energy_distance
 from cdm_lightning.networks import Networks
+from cdm_lightning.objectives.base import VelocityFields
+from cdm_lightning.objectives.cdm import CDMObjective
 from cdm_lightning.recomputation import Recomputation
+
+CDM_ROLES = CDMObjective().roles
 
 SAMPLES = 2048
 
@@ -231,7 +235,7 @@ def by_hand(block: nn.Module, field: BoundField, x: Tensor, sigma: Tensor) -> tu
 @pytest.mark.parametrize("adapter", [None, Adapter(rank=4, targets="blocks")], ids=["whole", "lora"])
 def test_features_are_those_of_a_hook_and_carry_gradients(recomputed, adapter):
     backbone = Toy2DBackbone(hidden=16, depth=3, fit_steps=5)
-    networks = Networks(backbone, Recomputation(recomputed), LoRAPlan(adapter, adapter))
+    networks = Networks(backbone, CDM_ROLES, Recomputation(recomputed), LoRAPlan(student=adapter, fake_score=adapter))
     field, x, sigma = asked(backbone, networks.student)
     trained = [parameter for parameter in networks.student.parameters() if parameter.requires_grad]
     found = []
@@ -298,7 +302,11 @@ def test_hooks_are_gone_after_a_call_that_fails(backbone):
 
 
 def test_what_is_added_to_the_time_embedding_reaches_the_velocity(backbone):
-    networks = Networks(backbone, lora=LoRAPlan(Adapter(rank=4, targets="blocks"), Adapter(rank=4, targets="blocks")))
+    networks = Networks(
+        backbone,
+        CDM_ROLES,
+        lora=LoRAPlan(student=Adapter(rank=4, targets="blocks"), fake_score=Adapter(rank=4, targets="blocks")),
+    )
     for network in (backbone.build_network(), networks.student):
         field, x, sigma = asked(backbone, network)
         plain, added = field(x, sigma), torch.zeros(3, backbone.time_embedding_width)
@@ -350,7 +358,8 @@ def distil(backbone: Toy2DBackbone, iterations: int, batch: int = 256) -> nn.Mod
     """
     student, fake_score, average = (backbone.build_network() for _ in range(3))
     teacher, cond = backbone.build_teacher(), backbone.encode_prompts([""] * batch)
-    fields = VelocityFields(*(BoundField(backbone, net, cond) for net in (student, fake_score, teacher, teacher)))
+    bound, score, judge = (BoundField(backbone, network, cond) for network in (student, fake_score, teacher))
+    fields = VelocityFields(bound, judge, judge, {"fake_score": score})
     objective, schedule = CDMObjective(ca_weight=0.0), RandomSchedule(UniformLength(high=16))
     student_optim = torch.optim.AdamW(student.parameters(), lr=1e-3, fused=True)
     fake_score_optim = torch.optim.AdamW(fake_score.parameters(), lr=1e-3, fused=True)
@@ -361,14 +370,12 @@ def distil(backbone: Toy2DBackbone, iterations: int, batch: int = 256) -> nn.Mod
         sigmas = schedule.sample(rng, backbone.shift_sigmas)
         anchor = rng.index("anchor", sigmas.shape[1] - 1)
         noise = rng.normal("rollout", backbone.latent_shape)
-        point = walk([Rollout(fields.student, noise, sigmas, anchor)])[0].point()
-        update(fake_score_optim, objective.fake_score_loss(fields, point, rng, backbone.shift_sigmas).total)
+        rollout = Rollout(fields.student, noise, sigmas, anchor)
+        sample = sample_of(fields, rollout.point(*walk([rollout])), rng, iteration=iteration)
+        update(fake_score_optim, summed(objective.fake_score_losses(sample)).total)
         lerp_parameters_(fake_score, student, 1e-3)
         if iteration % 2:
-            update(
-                student_optim,
-                summed(objective.student_losses(fields, point, rng, backbone.shift_sigmas, iteration)).total,
-            )
+            update(student_optim, summed(objective.student_losses(sample)).total)
             lerp_parameters_(average, student, 0.02)
     return average
 

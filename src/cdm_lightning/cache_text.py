@@ -9,11 +9,11 @@ import shutil
 import sys
 import time
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from omegaconf import DictConfig
 
@@ -23,7 +23,8 @@ from cdm_lightning.errors import UserError
 
 if TYPE_CHECKING:  # torch takes seconds to import: mistakes should not wait for it
     from cdm_lightning.backbones.base import Backbone, Conditioning
-    from cdm_lightning.data.text_cache import StoredText, TextCacheSettings
+    from cdm_lightning.data.prompts import Prompts
+    from cdm_lightning.data.text_cache import StoredText, TextCacheSettings, Texts
     from cdm_lightning.data.text_shards import Manifest
 
 LOCK = ".lock"
@@ -59,7 +60,7 @@ def cache_text(config: DictConfig) -> Filled:
 
 
 def fill_cache(
-    backbone: "Backbone", sets: Mapping[str, Sequence[str]], settings: "TextCacheSettings", device: str = "cpu"
+    backbone: "Backbone", sets: "Mapping[str, Texts]", settings: "TextCacheSettings", device: str = "cpu"
 ) -> Filled:
     """Encode those prompts of the named sets, and "", that are not yet in the cache in `settings.folder`.
 
@@ -71,7 +72,7 @@ def fill_cache(
     from cdm_lightning.data.text_cache import StoredText
     from cdm_lightning.data.text_shards import Manifest, read_manifest, require_fingerprint, write_manifest
 
-    folder, fingerprint = Path(settings.folder), backbone.text_fingerprint
+    folder, fingerprint = Path(cast(str, settings.folder)), backbone.text_fingerprint
     with writing(folder):
         manifest = read_manifest(folder)
         if manifest is not None:
@@ -94,13 +95,14 @@ def fill_cache(
 class MissingPrompts:
     """The prompts, each once, that a cache lacks: the empty one first, then those of the named sets; 8 bytes for each."""
 
-    def __init__(self, done: "StoredText", sets: Mapping[str, Sequence[str]]) -> None:
+    def __init__(self, done: "StoredText", sets: "Mapping[str, Texts]") -> None:
         from cdm_lightning.data.mixture import MixedPrompts
         from cdm_lightning.data.prompts import PromptList
         from cdm_lightning.data.selection import first_occurrences
         from cdm_lightning.data.text_shards import prompt_key
 
-        self.prompts = MixedPrompts({"empty": PromptList([""]), **sets})
+        sources = {"empty": PromptList([""]), **sets}  # to be counted and looked up, and so all are enough of a set
+        self.prompts = MixedPrompts(cast("Mapping[str, Prompts]", sources))
         lacking, keys = array("q"), bytearray()
         for number in range(len(self.prompts)):
             prompt = self.prompts[number]
@@ -149,7 +151,7 @@ def encode_missing(
         conds.append(encode_batch(backbone, batch, manifest, settings.batch_size))
         progress.advance(len(batch))
         if len(keys) >= per_shard or progress.done == len(missing):
-            write_shard(Path(settings.folder), manifest, keys, concat(conds))
+            write_shard(Path(cast(str, settings.folder)), manifest, keys, concat(conds))
             keys, conds = [], []
     progress.close()
 
@@ -170,12 +172,12 @@ def encode_batch(backbone: "Backbone", batch: Sequence[str], manifest: "Manifest
     return {name: cond[name][: len(batch)].to("cpu", manifest.stored(name)) for name in manifest.tensors}
 
 
-def callback_prompts(node: DictConfig | None) -> Iterator[Sequence[str]]:
+def callback_prompts(node: DictConfig | None) -> "Iterator[Texts]":
     """The sets of prompts that callbacks make images of: all that stand under a key `prompts` with a `_target_`."""
     for key, child in (node or {}).items():
         if isinstance(child, DictConfig):
             if key == "prompts" and "_target_" in child:
-                yield build(node, key)
+                yield build(cast(DictConfig, node), key)
             else:
                 yield from callback_prompts(child)
 
@@ -188,7 +190,7 @@ def choose_device(accelerator: str) -> str:
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def writing(folder: Path) -> Generator[None]:
     """Make the folder and keep other writers out of it; what a killed one has left half-written is removed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
 from pathlib import Path
 from types import NoneType, UnionType
@@ -30,6 +30,11 @@ LONGEST_NAME = 120  # of a sweep job's folder, well below what file systems take
 SECRET_KEY = re.compile(r"token|secret|password|api_?key|credential", re.IGNORECASE)
 ACCESS_TOKEN = re.compile(r"\b(hf|ghp|gho|glpat|sk|xox[abp])[-_][A-Za-z0-9_-]{16,}|(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
 SHORTEST_SECRET = 6  # characters; shorter ones are switches and counts
+MOVED = {  # options that versions before 2026-11-27 kept elsewhere
+    "module.student_every": "objective.student_every",
+    "module.fake_score_steps": "objective.fake_score_steps",
+    "module.fake_score_merge": "objective.fake_score_merge",
+}
 WRONG_ARGUMENTS = re.compile(r"unexpected keyword argument|required (positional|keyword-only) argument|multiple values")
 
 
@@ -72,8 +77,10 @@ def compose(overrides: Sequence[str] = (), config_name: str = "train") -> DictCo
             raise UserError(one_line(error)) from error
 
 
-def build(config: DictConfig, key: str) -> Any:
+def build(config: DictConfig | Mapping[str, Any], key: str, **more: Any) -> Any:
     """The object that the node `key` describes (a list of them for a node without `_target_`, in its order).
+
+    `more` are arguments that no configuration file can hold, for a node with `_target_`.
 
     Raises `UserError` where a constructor does not take a key, lacks one or refuses a value.
     """
@@ -82,13 +89,13 @@ def build(config: DictConfig, key: str) -> Any:
         return []
     if "_target_" not in node:
         return [_instantiate(child, f"{key}.{name}") for name, child in node.items() if child is not None]
-    return _instantiate(node, key)
+    return _instantiate(node, key, **more)
 
 
-def _instantiate(node: DictConfig, key: str) -> Any:
+def _instantiate(node: Any, key: str, **more: Any) -> Any:
     _check_numbers(node, key)
     try:
-        built = hydra.utils.instantiate(node, _convert_="all")
+        built = hydra.utils.instantiate(node, _convert_="all", **more)
         if isinstance(built, partial):  # its keywords would not be looked at before the call
             inspect.signature(built.func).bind_partial(*built.args, **built.keywords)
         return built
@@ -116,7 +123,7 @@ def _check_numbers(node: Any, key: str) -> None:
     for name in (name for name in node if not OmegaConf.is_missing(node, name)):
         value, where = node[name], f"{key}.{name}"
         hint = hints.get(name)
-        kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        kinds: tuple[Any, ...] = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         if isinstance(value, str) and str not in kinds and all(kind in SIMPLE for kind in kinds):
             wanted = " or ".join("null" if kind is NoneType else kind.__name__ for kind in kinds)
             raise UserError(f"{where}={value} must be {wanted}")
@@ -125,6 +132,8 @@ def _check_numbers(node: Any, key: str) -> None:
 
 def _annotations(target: Any) -> dict[str, Any]:
     """Types of the arguments of a `_target_`; none for one that cannot be found or read: instantiation says why."""
+    if target is None:
+        return {}
     try:
         called = hydra.utils.get_object(target)
         return get_type_hints(called.__init__ if isinstance(called, type) else called)
@@ -227,4 +236,5 @@ def one_line(error: BaseException) -> str:
     """The text of an error in one line; Hydra's list of search paths, which is the same for all, is left out."""
     text = str(error).partition("Config search path:")[0]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines += [f"{old} is {new} now" for old, new in MOVED.items() if f"'{old}'" in text]
     return masked_text(re.sub(r"([.:,]); ", r"\1 ", "; ".join(lines)))

@@ -6,7 +6,7 @@ family's shift, then 0.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -19,6 +19,7 @@ from cdm_lightning.core.flow import GuidedField, VelocityField
 from cdm_lightning.core.rng import evaluation_noise
 from cdm_lightning.core.rollout import sample
 from cdm_lightning.core.schedules import inference_sigmas
+from cdm_lightning.data.batches import PromptBatch
 from cdm_lightning.errors import UserError
 
 
@@ -53,6 +54,22 @@ class SamplerSpec:
     def network_calls(self) -> int:
         """Calls of the network for one image: two a step where guidance needs the unconditional velocity."""
         return self.nfe * (1 if self.guidance_scale == 1 else 2)
+
+
+def generate_all(
+    samplers: Sequence[SamplerSpec],
+    backbone: Backbone,
+    networks: Mapping[str, nn.Module],
+    batch: PromptBatch,
+    seed: int,
+    compute_dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """Images (B, 3, H, W) in [0, 1] of a batch of prompts by each sampler's name; `networks` are "student" and "teacher"."""
+    numbers, size = batch.indices.tolist(), len(batch.prompts)
+    return {
+        spec.name: generate(backbone, networks[spec.network], spec, batch.prompts, numbers, seed, size, compute_dtype)
+        for spec in samplers
+    }
 
 
 def generate(
@@ -111,7 +128,7 @@ def device_of(network: nn.Module) -> torch.device:
 
 
 @contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
+def _evaluating(network: nn.Module) -> Generator[None]:
     """Eval mode inside the block, the former mode after it."""
     training = network.training
     network.eval()

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from cdm_lightning.checkpoint.folder import MARKER as COMPLETE
 from cdm_lightning.checkpoint.folder import PATTERN
@@ -85,11 +85,10 @@ def prepare(
 
     if isinstance(network, AdapterView):
         network = network.weights
-    is_adapter = isinstance(network, AdapterWeights)
     if form == "lora":
-        require_adapter(is_adapter)
-        return partial(backbone.save_lora, network.portable(dtype))
-    if is_adapter:
+        require_adapter(isinstance(network, AdapterWeights))
+        return partial(backbone.save_lora, cast(AdapterWeights, network).portable(dtype))
+    if isinstance(network, AdapterWeights):
         network = network.fuse_into(backbone.build_network())
     elif next(network.parameters()).dtype != dtype:
         network = copy.deepcopy(network)
@@ -121,7 +120,7 @@ def export_checkpoint(
 
     found = open_student(source, weights, pretrained)
     if form == "lora":
-        require_adapter(found.plan.student is not None)
+        require_adapter(found.plan.of("student") is not None)
     backbone = found.backbone.at(height, width)
     return export_pipeline(
         backbone, found.network(), output, nfe, found.weights, found.iteration, dtype, found.run, form

@@ -11,10 +11,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import cast
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 GRACE = 30  # seconds between the end of one process and that of the others by force
@@ -81,7 +82,7 @@ def run_processes(
 
 
 @contextmanager
-def forwarded_signals(folder: Path) -> Iterator[None]:
+def forwarded_signals(folder: Path) -> Generator[None]:
     """Inside the block signals to this process go to the processes that signed on in `folder`."""
 
     def forward(number: int, frame: FrameType | None) -> None:
@@ -120,7 +121,7 @@ def main(arguments: Sequence[str]) -> None:
     folder = Path(arguments[0])
     sign_on(folder)  # before the imports, which take seconds
     sys.argv = json.loads((folder / COMMAND).read_text(encoding="utf-8"))
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, OmegaConf
 
     from cdm_lightning.config import fail, register_resolvers
     from cdm_lightning.errors import Preempted, UserError
@@ -130,7 +131,7 @@ def main(arguments: Sequence[str]) -> None:
     quiet_libraries()
     register_resolvers()
     try:
-        train(OmegaConf.load(folder / CONFIG))
+        train(cast(DictConfig, OmegaConf.load(folder / CONFIG)))
     except UserError as error:
         fail(error)
     except Preempted as stop:

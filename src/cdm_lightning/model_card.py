@@ -8,16 +8,6 @@ from typing import Any
 import yaml
 
 RECIPE_KEYS = ("resolution", "lora", "objective", "schedule", "optim", "module", "data", "seed")
-OWN_SECTIONS = (
-    "backbone",
-    "resolution",
-    "lora",
-    "objective",
-    "schedule",
-    "student_optim",
-    "fake_score_optim",
-    "samplers",
-)
 PAPER = "Continuous-Time Distribution Matching (arXiv:2605.06376)"
 
 HUB_HEADER = "library_name: diffusers\npipeline_tag: text-to-image\n"
@@ -87,11 +77,16 @@ def recipe(config: Mapping[str, Any]) -> dict[str, Any]:
     """The parts of a configuration that decide a run's weights: objects by their class's names, no local folders."""
     chosen = {key: config[key] for key in RECIPE_KEYS if key in config}
     if isinstance(chosen.get("module"), Mapping):
-        chosen["module"] = {key: value for key, value in chosen["module"].items() if key not in OWN_SECTIONS}
+        chosen["module"] = {key: value for key, value in chosen["module"].items() if not is_section(value)}
     for section, key in (("trainer", "max_steps"), ("callbacks", "ema")):
         if key in (config.get(section) or {}):
             chosen[section] = {key: config[section][key]}
     return _readable(chosen)
+
+
+def is_section(value: Any) -> bool:
+    """Whether an option of the module is a copy of a section of its own, or a list of samplers, which decide no weights."""
+    return isinstance(value, Mapping | list)
 
 
 def _readable(node: Any) -> Any:

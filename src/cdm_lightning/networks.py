@@ -1,20 +1,30 @@
-"""The four networks of a distillation, all started from the same pretrained weights."""
+"""The networks of a distillation: student, its average, teacher, and those that the objective names."""
 
 import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
 
-from cdm_lightning.backbones.base import Backbone
+from cdm_lightning.backbones.base import Backbone, BoundField, Conditioning
+from cdm_lightning.backbones.own_inputs import attach_inputs
+from cdm_lightning.core.rng import stream
+from cdm_lightning.errors import UserError
 from cdm_lightning.lora.plan import LoRAPlan
+from cdm_lightning.objectives.base import Objective, Role, VelocityFields
 from cdm_lightning.recomputation import Guard, Recomputation
+
+if TYPE_CHECKING:
+    from cdm_lightning.lora.shared import SharedBase  # imports peft, which takes seconds
 
 
 class Networks(nn.Module):
-    """`student` and `fake_score` (trained, float32), `student_ema` and `teacher` (frozen).
+    """`student` and a network for each of the `roles` (trained, float32), `student_ema` and `teacher` (frozen).
 
-    Roles with an adapter in `lora` share one frozen base and hold the adapter's parameters alone; `seed` decides how
-    adapters start. Where there is such a base, the teacher is that base with all adapters off.
+    All start from the same pretrained weights, but for roles that their objective builds itself. Roles with an adapter in
+    `lora` share one frozen base and hold the adapter's parameters alone; `seed` decides how adapters and built networks
+    start. Where there is such a base, the teacher is that base with all adapters off.
 
     The teacher is kept out of the module tree: it never changes, so it is in no checkpoint and in no optimizer; the
     backbone builds it anew, always the same. `place` moves it along.
@@ -24,65 +34,110 @@ class Networks(nn.Module):
     """
 
     teacher: nn.Module
+    _shared: "SharedBase | None"
+    _base_view: nn.Module | None
+    _own_teacher: nn.Module | None
 
     def __init__(
         self,
         backbone: Backbone,
+        roles: Sequence[Role] = (),
         recomputation: Recomputation | None = None,
         lora: LoRAPlan | None = None,
         seed: int = 0,
         empty: bool = False,
     ) -> None:
         super().__init__()
-        self._empty = empty
+        self._empty, self._backbone = empty, backbone
         self._recomputation = recomputation or Recomputation()
         lora = lora or LoRAPlan()
-        shared = None
-        if lora.adapters:
-            from cdm_lightning.lora.shared import SharedBase  # imports peft
-
-            shared = SharedBase(backbone.build_base(), lora.adapters, backbone.lora_targets, seed)
-            self._checkpoint(backbone, shared.network, shared.with_its_adapter)
-        self._build_trained(backbone, lora, shared)
+        pretrained = [role for role in roles if role.build is None]
+        shared = self._shared_base(lora, ["student", *(role.name for role in pretrained), "student_ema"], seed)
+        self.student = shared.view("student") if shared and lora.of("student") else self._trainable()
+        for role in roles:
+            self.add_module(role.name, self._of_role(role, lora, shared, seed))
+        self.student_ema = shared.view("student_ema") if shared and lora.of("student") else self._copy_of_student()
         self.student_ema.requires_grad_(False).eval()
-        own_teacher = None if shared and backbone.teacher_is_base else self._build(backbone, teacher=True)
+        for name in ("student", *(role.name for role in pretrained)):
+            if lora.of(name) is None:
+                self._checkpoint(getattr(self, name))
+        self.trained_roles = ("student", *(role.name for role in roles))
+        self.built_roles = tuple(role.name for role in roles if role.build is not None)
+        own_teacher = None if shared and backbone.teacher_is_base else self._build(teacher=True)
         self._keep_unregistered(shared=shared, own_teacher=own_teacher)
         self.view_base()
 
-    def _build_trained(self, backbone: Backbone, lora: LoRAPlan, shared: object) -> None:
-        def full() -> nn.Module:
-            return self._build(backbone, teacher=False).float().requires_grad_(True)
+    # ---- the start
 
-        self.student = shared.view("student") if lora.student else full()
-        if lora.fake_score:
-            self.fake_score = shared.view("fake_score")
+    def _shared_base(self, lora: LoRAPlan, roles: Sequence[str], seed: int) -> "SharedBase | None":
+        adapters = lora.among(roles)
+        if not adapters:
+            return None
+        from cdm_lightning.lora.shared import SharedBase  # imports peft
+
+        shared = SharedBase(self._backbone.build_base(), adapters, self._backbone.lora_targets, seed)
+        self._checkpoint(shared.network, shared.with_its_adapter)
+        return shared
+
+    def _of_role(self, role: Role, lora: LoRAPlan, shared: "SharedBase | None", seed: int) -> nn.Module:
+        if role.build is not None:
+            return self._seeded({role.name: role.build}, self._backbone.feature_width, seed)[role.name].train()
+        if shared and lora.of(role.name):
+            network = shared.view(role.name)
         else:
-            self.fake_score = full() if lora.student else copy.deepcopy(self.student)
-        self.student_ema = shared.view("student_ema") if lora.student else copy.deepcopy(self.student)
-        for network, adapter in ((self.student, lora.student), (self.fake_score, lora.fake_score)):
-            if adapter is None:
-                self._checkpoint(backbone, network)
+            network = self._trainable() if shared and lora.of("student") else self._copy_of_student()
+        if role.inputs:
+            modules = self._seeded(role.inputs, self._backbone.time_embedding_width, seed)
+            attach_inputs(network, self._backbone.time_module(network), modules)
+        return network
 
-    def _checkpoint(self, backbone: Backbone, network: nn.Module, guard: Guard | None = None) -> None:
-        if self._recomputation.share:
-            function = self._recomputation.function(network, backbone.block_types, guard)
-            backbone.enable_gradient_checkpointing(network, function)
+    def _seeded(self, makers: Mapping, width: int, seed: int) -> dict[str, nn.Module]:
+        """What the makers make for a width, float32; random starts depend on `seed` and name alone, in all processes."""
+        made = {}
+        with torch.random.fork_rng(devices=[]):
+            for name, make in makers.items():
+                torch.manual_seed(stream(seed, f"start of {name}").initial_seed())
+                made[name] = make(width).float().requires_grad_(True)
+        return made
 
-    def _build(self, backbone: Backbone, teacher: bool) -> nn.Module:
-        made = backbone.build_empty(teacher) if self._empty else None
+    def _trainable(self) -> nn.Module:
+        return self._build(teacher=False).float().requires_grad_(True)
+
+    def _copy_of_student(self) -> nn.Module:
+        return copy.deepcopy(self.student)
+
+    def _build(self, teacher: bool) -> nn.Module:
+        made = self._backbone.build_empty(teacher) if self._empty else None
         if made is not None:
             return made
-        return backbone.build_teacher() if teacher else backbone.build_network()
+        return self._backbone.build_teacher() if teacher else self._backbone.build_network()
+
+    def _checkpoint(self, network: nn.Module, guard: Guard | None = None) -> None:
+        if self._recomputation.share:
+            function = self._recomputation.function(network, self._backbone.block_types, guard)
+            self._backbone.enable_gradient_checkpointing(network, function)
+
+    # ---- views
 
     def view_base(self) -> None:
-        """Make the teacher a view of the shared base as it is now, where the two are one; else freeze it alone."""
+        """Rebuild the teacher: a view of the shared base with all adapters off, or its own frozen network."""
         base_view = self._shared.base_view() if self._shared else None
-        teacher = self._own_teacher or base_view
+        teacher = cast(nn.Module, self._own_teacher or base_view)  # one of them there is
         self._keep_unregistered(base_view=base_view, teacher=teacher.requires_grad_(False).eval())
 
     def _keep_unregistered(self, **attributes: object) -> None:
         for name, value in attributes.items():
             object.__setattr__(self, name if name == "teacher" else f"_{name}", value)
+
+    @property
+    def trained(self) -> dict[str, nn.Module]:
+        """The trained networks by role, the student first."""
+        return {role: getattr(self, role) for role in self.trained_roles}
+
+    @property
+    def by_role(self) -> dict[str, nn.Module]:
+        """All networks by role, also those that are not trained."""
+        return {**self.trained, "student_ema": self.student_ema, "teacher": self.teacher}
 
     @property
     def base(self) -> nn.Module | None:
@@ -91,16 +146,18 @@ class Networks(nn.Module):
 
     @property
     def whole(self) -> dict[str, nn.Module]:
-        """The networks that share no weight with another, by role: all but adapters and the base that is the teacher."""
+        """The pretrained networks that share no weight with another, by role: all but adapters and the teacher's base."""
         from cdm_lightning.lora.views import RoleView
 
-        roles = ("student", "fake_score", "student_ema", "teacher")
-        return {role: getattr(self, role) for role in roles if not isinstance(getattr(self, role), RoleView)}
+        pretrained = {role: network for role, network in self.by_role.items() if role not in self.built_roles}
+        return {role: network for role, network in pretrained.items() if not isinstance(network, RoleView)}
 
     @property
     def unregistered(self) -> list[nn.Module]:
         """A view of the shared base, if there is one, and the teacher: what is outside the module tree."""
         return [network for network in (self._base_view, self.teacher) if network is not None]
+
+    # ---- the device
 
     def compile_blocks(self, block_types: tuple[type[nn.Module], ...], backend: str) -> None:
         """Compile the blocks of every network, each once."""
@@ -117,6 +174,50 @@ class Networks(nn.Module):
         super().train(mode)
         self.student_ema.eval()
         return self
+
+
+def network_names(roles: Iterable[Role]) -> tuple[str, ...]:
+    """The names of the networks that an objective with these roles has, in the order of `Networks.by_role`."""
+    return ("student", *(role.name for role in roles), "student_ema", "teacher")
+
+
+def bind_networks(
+    networks: Networks, backbone: Backbone, text: Conditioning, no_text: Conditioning, compute_dtype: torch.dtype
+) -> VelocityFields:
+    """The networks as velocity fields of B prompts with the conditioning `text`, and of as many empty ones: `no_text`."""
+
+    def field(network: nn.Module, cond: Conditioning = text) -> BoundField:
+        return BoundField(backbone, network, cond, compute_dtype)
+
+    trained = networks.trained
+    return VelocityFields(
+        student=field(networks.student),
+        teacher=field(networks.teacher),
+        teacher_uncond=field(networks.teacher, no_text),
+        by_role={
+            role: field(network)
+            for role, network in {**trained, "student_ema": networks.student_ema}.items()
+            if role not in networks.built_roles
+        },
+        heads={role: trained[role] for role in networks.built_roles},
+    )
+
+
+def check_roles(objective: Objective, lora: LoRAPlan, backbone: Backbone) -> None:
+    """UserError for names that no network can have, unknown LoRA targets, and merges of networks with other parameters."""
+    names = network_names(objective.roles)
+    for name in names[1:-2]:
+        if names.count(name) > 1 or hasattr(Networks, name):
+            raise UserError(
+                f"objective: {type(objective).__name__} calls a role {name!r}, which is taken; use another name"
+            )
+    lora.check(backbone.lora_targets)
+    for update in (update for updates in objective.typical_cycle() for update in updates):
+        if update.merge is not None and lora.of(update.role) != lora.of(update.merge.source):
+            raise UserError(
+                f"objective.{update.merge.option} averages the parameters of {update.merge.source} and {update.role}, but "
+                f"their lora settings differ: set objective.{update.merge.option}=0"
+            )
 
 
 def compile_blocks(network: nn.Module, block_types: tuple[type[nn.Module], ...], backend: str) -> None:

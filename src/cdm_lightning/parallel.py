@@ -6,41 +6,50 @@ All but the first are one strategy, FSDP2 on a mesh (replicas, shards) of proces
 
 import os
 from collections.abc import Sequence
+from typing import cast
 
 import torch
+from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from cdm_lightning.errors import UserError
-
-ROLES = ("student", "fake_score", "student_ema", "teacher")
 
 
 class MeshStrategy(ModelParallelStrategy):
     """Lightning's FSDP2 strategy on `replicas` x `shards` processes; `sharding.distribute` puts the networks on it.
 
     Shards of the networks `on_cpu` rest in host memory and are copied to the device block by block when they compute;
-    those of a trained one are also updated there. UserError for a network that there is not.
+    those of a trained one are also updated there.
     """
 
     def __init__(self, replicas: int, shards: int, on_cpu: Sequence[str] = ()) -> None:
         super().__init__(data_parallel_size=replicas, tensor_parallel_size=shards, save_distributed_checkpoint=False)
         self.replicas, self.shards, self.on_cpu = replicas, shards, tuple(on_cpu)
-        unknown = [name for name in self.on_cpu if name not in ROLES]
-        if unknown:
-            raise UserError(f"strategy.on_cpu: {unknown[0]} is no network; it may list {', '.join(ROLES)}")
+
+    def check(self, networks: Sequence[str]) -> None:
+        """UserError if `on_cpu` names a network that is not one of these."""
+        check_on_cpu(self.on_cpu, networks)
 
     def model_to_device(self) -> None:
         """Nothing: `sharding.distribute` has placed all, and what rests in host memory stays there."""
 
     def _configure_launcher(self) -> None:
         """Processes are started before, by `cdm_lightning.launch`, torchrun or SLURM; Lightning would run the sweep again."""
-        if not self.cluster_environment.creates_processes_externally and self.replicas * self.shards > 1:
+        environment = cast(ClusterEnvironment, self.cluster_environment)
+        if not environment.creates_processes_externally and self.replicas * self.shards > 1:
             raise UserError("several processes are started by python -m cdm_lightning.train, torchrun or srun")
         super()._configure_launcher()
 
     def _get_process_group_backend(self) -> str:
         """Gloo for what lies on the CPU, counters and offloaded shards, beside NCCL for all else."""
         return "cpu:gloo,cuda:nccl" if self.root_device.type == "cuda" else "gloo"
+
+
+def check_on_cpu(on_cpu: Sequence[str], networks: Sequence[str]) -> None:
+    """UserError if `on_cpu` names a network that is not one of `networks`."""
+    unknown = [name for name in on_cpu if name not in networks]
+    if unknown:
+        raise UserError(f"strategy.on_cpu: there is no network {unknown[0]}; it may list {', '.join(networks)}")
 
 
 def single_process(devices: int | str | Sequence[int] = 1, num_nodes: int = 1) -> str:

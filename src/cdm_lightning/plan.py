@@ -10,17 +10,25 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from cdm_lightning.config import build, compose, fail
 from cdm_lightning.errors import UserError
 from cdm_lightning.quiet import quiet_libraries
 
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from cdm_lightning.module import CDMModule
+    from cdm_lightning.planning.layout import GPUs, Layout
+    from cdm_lightning.planning.recipe import Recipe
+    from cdm_lightning.planning.table import Plan
+
 OWN = ("gpus", "strategy", "strategy.on_cpu", "peak_tflops", "utilisation", "reserve", "json")
 
 
-def plan(arguments: Sequence[str]) -> list[Any]:
-    """A `planning.table.Plan` for each of the gpus; UserError for whatever cannot be planned."""
+def plan(arguments: Sequence[str]) -> "list[Plan]":
+    """A plan for each of the gpus; UserError for whatever cannot be planned."""
     own, overrides = split(arguments)
     if "gpus" not in own:
         raise UserError("gpus is missing: say what to plan for, for example gpus=8x80")
@@ -31,18 +39,26 @@ def plan(arguments: Sequence[str]) -> list[Any]:
     wanted = [read_gpus(text, 0.08 if reserve is None else reserve) for text in own["gpus"].split(",")]
     on_cpu = [name.strip() for name in own.get("strategy.on_cpu", "").strip("[]").split(",") if name.strip()]
     layouts = [choose_layout(own.get("strategy"), gpus.count, on_cpu) for gpus in wanted]
+    from cdm_lightning.parallel import check_on_cpu
     from cdm_lightning.planning.recipe import read_recipe
     from cdm_lightning.planning.work import PEAK_TFLOPS, UTILISATION
 
     module = build(config, "module")
+    check_on_cpu(on_cpu, module.network_names)
     recipe = read_recipe(module, config.text_cache.folder is not None)
     rates = (PEAK_TFLOPS if peak is None else peak, UTILISATION if utilisation is None else utilisation)
     return [make_plan(config, module, recipe, gpus, layout, *rates) for gpus, layout in zip(wanted, layouts)]
 
 
 def make_plan(
-    config: Any, module: Any, recipe: Any, gpus: Any, layout: Any, peak_tflops: float, utilisation: float
-) -> Any:
+    config: "DictConfig",
+    module: "CDMModule",
+    recipe: "Recipe",
+    gpus: "GPUs",
+    layout: "Layout",
+    peak_tflops: float,
+    utilisation: float,
+) -> "Plan":
     """The plan for these gpus."""
     from cdm_lightning.planning.advice import faster, further, remedies
     from cdm_lightning.planning.memory import largest_batch, total
@@ -66,13 +82,13 @@ def make_plan(
         peak_tflops=peak_tflops,
         utilisation=utilisation,
         remedies=remedies(recipe.sizes, layout, gpus, batch, accumulate),
-        further=further(recomputation, bool(module.lora.adapters)),
+        further=further(recomputation, bool(module.lora.among(module.network_names))),
         faster=faster(recomputation, 1 - taken, batch),
         source=recipe.source,
     )
 
 
-def choose_layout(strategy: str | None, count: int, on_cpu: Sequence[str]) -> Any:
+def choose_layout(strategy: str | None, count: int, on_cpu: Sequence[str]) -> "Layout":
     """That of `strategy`; without one, a single process on one GPU and fsdp2 on several."""
     from cdm_lightning.planning.layout import make_layout
 
@@ -106,7 +122,7 @@ def number(own: dict[str, str], key: str) -> float | None:
     return value
 
 
-def write_json(path: Path, plans: Sequence[Any]) -> None:
+def write_json(path: Path, plans: "Sequence[Plan]") -> None:
     """All plans as JSON, whole or not at all; UserError if the file cannot be written."""
     temporary = path.with_name(path.name + ".tmp")
     try:

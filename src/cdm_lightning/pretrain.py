@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -25,13 +26,13 @@ def pretrain(cfg: DictConfig) -> Path:
     output, work = Path(cfg.output), Path(cfg.work_dir)
     if output.is_file():
         raise UserError(f"output={output} is a file; give a folder")
-    torch.set_num_threads(cfg.threads or os.cpu_count())
+    torch.set_num_threads(cfg.threads or os.cpu_count() or 1)
     output.mkdir(parents=True, exist_ok=True)
 
     def recipe(stage: str) -> Recipe:
-        return Recipe(
-            **{**OmegaConf.to_container(cfg.recipe[stage]), "betas": tuple(cfg.recipe[stage].betas), "seed": cfg.seed}
-        )
+        settings = cast(dict[str, Any], OmegaConf.to_container(cfg.recipe[stage]))
+        settings |= {"betas": tuple(cfg.recipe[stage].betas), "seed": cfg.seed}
+        return Recipe(**settings)
 
     if "prompts" in cfg.stages:
         prompts.write_prompts(output / "prompts", **cfg.prompts, seed=cfg.seed)

@@ -5,7 +5,7 @@ Shapes: images (P, 3, H, W) in [0, 1].
 
 import json
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -64,7 +64,7 @@ def picture(images: Mapping[str, Tensor], prompts: Sequence[str]) -> "Image":
 
     width = max(batch.shape[-1] for batch in images.values())
     scale = max(1, -(-CELL[0] // width)) if width <= CELL[1] else CELL[1] / width
-    sizes = {name: tuple(round(side * scale) for side in batch.shape[:-3:-1]) for name, batch in images.items()}
+    sizes = {name: (round(batch.shape[-1] * scale), round(batch.shape[-2] * scale)) for name, batch in images.items()}
     cell_w = round(width * scale)
     resample = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
     font = ImageFont.load_default(FONT_SIZE)
@@ -110,7 +110,7 @@ def save_report(result: LadderResult, folder: str | Path) -> dict[str, Path]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Generator[Path]:
     """A temporary name beside `path` to write to; renamed to `path` at the end, removed on an error."""
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     try:

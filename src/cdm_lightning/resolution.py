@@ -7,7 +7,7 @@ follows it where the family's scheduler does so (`Backbone.at`).
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 
@@ -83,4 +83,4 @@ def _is_pair(pair: object) -> bool:
 
 
 def _is_weight(weight: object) -> bool:
-    return isinstance(weight, Real) and not isinstance(weight, bool) and 0 <= weight < float("inf")
+    return isinstance(weight, Real) and not isinstance(weight, bool) and 0 <= cast(float, weight) < float("inf")

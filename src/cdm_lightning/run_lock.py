@@ -4,7 +4,7 @@ import errno
 import fcntl
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
@@ -17,7 +17,7 @@ TAKEN = (errno.EACCES, errno.EAGAIN)
 
 
 @contextmanager
-def only_run_in(folder: Path) -> Iterator[None]:
+def only_run_in(folder: Path) -> Generator[None]:
     """Hold the folder's lock inside the block; UserError if a process of another run holds it.
 
     The first process of a run holds it for all. It is the system's record lock (`fcntl`): it goes with the process however

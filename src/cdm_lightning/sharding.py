@@ -5,10 +5,12 @@ compute dtype before they travel; gradients are summed in float32. Inputs are ne
 does in one process, and timesteps stay float32.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
+from typing import cast
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
@@ -25,11 +27,24 @@ from cdm_lightning.parallel import MeshStrategy
 NO_OFFLOAD = OffloadPolicy()
 
 
+def place(networks: Networks, backbone: Backbone, strategy: Strategy, compute_dtype: torch.dtype) -> bool:
+    """Put all networks where `strategy` wants them, in place; whether several processes share one network's shards.
+
+    UserError if the strategy names a network to rest in host memory that there is not.
+    """
+    if not isinstance(strategy, MeshStrategy):
+        networks.place(strategy.root_device)
+        return False
+    strategy.check(tuple(networks.by_role))
+    distribute(networks, backbone, strategy, compute_dtype)
+    return strategy.shards > 1
+
+
 def distribute(networks: Networks, backbone: Backbone, strategy: MeshStrategy, compute_dtype: torch.dtype) -> None:
     """Put all networks on the strategy's mesh, in place: each rank keeps its rows of each weight.
 
-    Networks without weights are filled, each rank reading its rows alone. Adapters are held whole by every rank; the base
-    under them is sharded where there are shards.
+    Networks without weights are filled, each rank reading its rows alone. Adapters, and networks that the objective builds
+    itself, are held whole by every rank; the base under adapters is sharded where there are shards.
     """
     mesh, device = strategy.device_mesh["data_parallel", "tensor_parallel"], strategy.root_device
     policy, block_types = mixed_precision(compute_dtype), backbone.block_types
@@ -62,12 +77,12 @@ def shard(
     block_types: tuple[type[nn.Module], ...],
     mesh: DeviceMesh,
     policy: MixedPrecisionPolicy,
-    whole: set[nn.Parameter] = frozenset(),
+    whole: Set[nn.Parameter] = frozenset(),
     offload: OffloadPolicy = NO_OFFLOAD,
 ) -> None:
     """Shard a network in place, its blocks each for itself; parameters in `whole` are left alone.
 
-    The rest of the network is let go after a call as the blocks are: weights at rest are always shards.
+    Parameters outside blocks are resharded after the forward pass as well: weights at rest are always shards.
     """
     if all(parameter in whole for parameter in network.parameters()):
         return
@@ -91,7 +106,7 @@ def fill(network: nn.Module, read_rows: Callable[[str, int, int], Tensor], devic
         return
     network._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
     for name in empty:
-        parameter = network.get_parameter(name)
+        parameter = cast(DTensor, network.get_parameter(name))
         sizes, starts = compute_local_shape_and_global_offset(
             parameter.shape, parameter.device_mesh, parameter.placements
         )

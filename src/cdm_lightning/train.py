@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from cdm_lightning.config import answer_questions
 
@@ -30,34 +30,11 @@ from cdm_lightning.data.text_cache import StoredText, TextCacheSettings
 from cdm_lightning.data.text_memory import RememberedText
 from cdm_lightning.errors import UserError
 from cdm_lightning.launch import is_launched, launch
-from cdm_lightning.parallel import device_count
+from cdm_lightning.parallel import MeshStrategy, device_count
 from cdm_lightning.quiet import quiet_libraries
+from cdm_lightning.run.same import require_same_configuration
 from cdm_lightning.run_lock import only_run_in
 from cdm_lightning.run_record import CONFIG_FILE, record_start
-
-FREE_KEYS = (
-    "run_name",
-    "output_dir",
-    "resume",
-    "trainer",
-    "strategy",
-    "checkpoint",
-    "callbacks",
-    "logger",
-    "module.samplers",
-    "module.accumulate",  # these five change how it is computed, not what
-    "module.gradient_checkpointing",
-    "module.recompute_attention",
-    "module.compile_backend",
-    "module.rollouts_together",
-    "data.num_workers",
-    "data.val",
-    "data.val_batch_size",
-    "data.val_prompts",
-    "text_cache",  # holds what the text encoders would give
-)
-FREE_ENDINGS = (".learning_rate.total", ".cache_folder")  # the first follows max_steps
-BOUND_KEYS = ("callbacks.ema",)
 
 
 @dataclass(frozen=True)
@@ -85,7 +62,10 @@ def train(config: DictConfig) -> TrainResult:
 def train_in(folder: Path, config: DictConfig) -> TrainResult:
     """`train` in a folder that no other run is at work in."""
     L.seed_everything(config.seed, verbose=False)
-    strategy, module, data = (build(config, key) for key in ("strategy", "module", "data"))
+    strategy, module = (build(config, key) for key in ("strategy", "module"))
+    if isinstance(strategy, MeshStrategy):
+        strategy.check(module.network_names)
+    data = build(config, "data", groups=module.groups.of, images=module.objective.needs_latents)
     module.resolution.check(module.backbone)
     for sampler in module.samplers:
         sampler.check(module.backbone)
@@ -165,10 +145,16 @@ def find_beginning(config: DictConfig, folder: Path, checkpoint: IterationCheckp
         raise UserError(f"{folder} holds checkpoints, but resume=never; set another run_name or remove the folder")
     if own:
         require_same_backbone(own, fingerprint)
-        require_same_configuration(config, folder)
+        require_same_configuration(read_saved(folder), plain(config), folder)
     if config.resume in ("auto", "never"):
         return None
     return read_checkpoint(Path(config.resume), fingerprint).path
+
+
+def read_saved(folder: Path) -> dict[str, Any]:
+    """The configuration that an earlier start of the run wrote; empty if there is none."""
+    saved = folder / CONFIG_FILE
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(saved))) if saved.is_file() else {}
 
 
 def require_same_backbone(own: Sequence[Path], fingerprint: str) -> None:
@@ -180,45 +166,6 @@ def require_same_backbone(own: Sequence[Path], fingerprint: str) -> None:
     else:
         return
     read_checkpoint(stored.path, fingerprint)
-
-
-def require_same_configuration(config: DictConfig, folder: Path) -> None:
-    """UserError if `folder` holds a run whose configuration differs in what decides its weights.
-
-    Compared is everything but `FREE_KEYS` (where the run lies, how long it goes on, what is logged and evaluated).
-    The batch size may change if that of all processes together stays. `max_steps` is free: a longer run continues a
-    shorter one, and a decaying learning rate follows the new end from there on. An option that the run's version did not
-    have yet is no difference while it is off (false or null).
-    """
-    saved_file = folder / CONFIG_FILE
-    saved = flatten(OmegaConf.to_container(OmegaConf.load(saved_file))) if saved_file.is_file() else {}
-    now = flatten(plain(config))
-    for flat in (saved, now):  # what counts is the batch of all processes
-        if flat:
-            processes = device_count(flat["trainer.devices"]) * flat["trainer.num_nodes"]
-            flat["data.batch_size x processes"] = flat.pop("data.batch_size") * processes
-    differing = sorted(key for key in saved.keys() | now.keys() if saved.get(key) != now.get(key) and not is_free(key))
-    differing = [key for key in differing if key in saved or now[key] is not False]
-    if saved and differing:
-        keys = ", ".join(differing[:5])
-        raise UserError(f"{folder} holds a run of another configuration (it differs in {keys}); set another run_name")
-
-
-def flatten(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, keys joined by dots."""
-    flat: dict[str, Any] = {}
-    for name, child in node.items():
-        flat |= flatten(child, f"{prefix}{name}.") if isinstance(child, dict) else {prefix + str(name): child}
-    return flat
-
-
-def is_free(key: str) -> bool:
-    """Whether a run may go on with another value of this dotted key."""
-
-    def under(roots: tuple[str, ...]) -> bool:
-        return any(key == root or key.startswith(root + ".") for root in roots)
-
-    return (under(FREE_KEYS) and not under(BOUND_KEYS)) or key.endswith(FREE_ENDINGS)
 
 
 def start(config: DictConfig) -> None:

@@ -32,8 +32,9 @@ class TrainedStudent:
     def network(self) -> nn.Module | AdapterWeights:
         """The network in eval mode, or for a LoRA its adapter's weights."""
         tensors = self.stored.network_weights(self.weights)
-        if self.plan.student is not None:
-            return AdapterWeights(self.plan.student, tensors)
+        adapter = self.plan.of("student")
+        if adapter is not None:
+            return AdapterWeights(adapter, tensors)
         network = self.backbone.build_network()
         network.load_state_dict(tensors)
         return network.eval()

@@ -5,13 +5,15 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from closed_form import BatchField, Network, point_mass
+from samples import sample_of, summed
 from torch import Tensor
 
 from cdm_lightning.core.levels import CappedUniformLevels, LogitNormalLevels, UniformLevels
-from cdm_lightning.core.objective import CDMObjective, TermLosses, VelocityFields, summed
 from cdm_lightning.core.ramps import LinearRamp
 from cdm_lightning.core.rng import StepRandom
-from cdm_lightning.core.rollout import TrajectoryPoint
+from cdm_lightning.core.rollout import FullTrajectoryPoint, TrajectoryPoint
+from cdm_lightning.objectives.base import TermLosses, VelocityFields
+from cdm_lightning.objectives.cdm import CDMObjective
 
 B, SHAPE = 8, (3, 8, 8)
 RNG = StepRandom(seed=3, iteration=5, slots=range(B), device="cpu")
@@ -52,10 +54,13 @@ def setting() -> Setting:
     fake_score = Network(lambda x, sigma: torch.sin(x) * (1 - sigma.view(-1, 1, 1, 1)))
     text, none = torch.rand(B, generator=generator), torch.zeros(B)
     fields = VelocityFields(
-        BatchField(student, none), BatchField(fake_score, text), BatchField(teacher, text), BatchField(teacher, none)
+        student=BatchField(student, none),
+        teacher=BatchField(teacher, text),
+        teacher_uncond=BatchField(teacher, none),
+        by_role={"fake_score": BatchField(fake_score, text)},
     )
     x, v = torch.randn(2, B, *SHAPE, generator=generator)
-    point = TrajectoryPoint(
+    point = FullTrajectoryPoint(
         x, v, torch.rand(B, generator=generator) * 0.7 + 0.25, x0_next=x + 100, x0_final=torch.full_like(x, 200.0)
     )
     return Setting(theta, student, teacher, fake_score, fields, point)
@@ -71,7 +76,11 @@ def student_loss(objective: CDMObjective, setting: Setting, iteration: int = 0, 
 
 
 def loss_of(objective: CDMObjective, fields, point, rng=RNG, shift=identity, iteration: int = 0) -> TermLosses:
-    return summed(objective.student_losses(fields, point, rng, shift, iteration))
+    return summed(objective.student_losses(sample_of(fields, point, rng, shift, iteration)))
+
+
+def fake_score_loss(objective: CDMObjective, fields, point, shift=identity) -> TermLosses:
+    return summed(objective.fake_score_losses(sample_of(fields, point, RNG, shift)))
 
 
 def looks(setting: Setting) -> list[Tensor]:
@@ -82,7 +91,8 @@ def looks(setting: Setting) -> list[Tensor]:
 
 
 def constant_fields(student: float, teacher: float, uncond: float, fake: float) -> VelocityFields:
-    return VelocityFields(*(point_mass(value, B) for value in (student, fake, teacher, uncond)))
+    student, teacher, uncond, fake = (point_mass(value, B) for value in (student, teacher, uncond, fake))
+    return VelocityFields(student, teacher, uncond, {"fake_score": fake})
 
 
 # ---- values
@@ -114,9 +124,7 @@ def test_distance_and_floor_divide_the_direction(setting):
 
 def test_fake_score_at_the_optimum_and_off_it(setting):
     point = TrajectoryPoint(torch.ones(B, *SHAPE), torch.zeros(B, *SHAPE), setting.point.sigma)  # its x0 is 1
-    losses = [
-        CDMObjective().fake_score_loss(constant_fields(0, 0, 0, fake), point, RNG, identity) for fake in (1.0, 1.5)
-    ]
+    losses = [fake_score_loss(CDMObjective(), constant_fields(0, 0, 0, fake), point) for fake in (1.0, 1.5)]
     assert losses[0].total.item() == pytest.approx(0.0, abs=1e-6)
     # the velocity error is (x0 - prediction) / sigma
     sigma = UniformLevels().sample(RNG, "fake_score.sigma", point.sigma, identity)
@@ -125,7 +133,7 @@ def test_fake_score_at_the_optimum_and_off_it(setting):
 
 
 def test_fake_score_learns_from_the_students_sample_with_gradient_for_itself_only(setting):
-    losses = CDMObjective().fake_score_loss(setting.fields, setting.point, RNG, identity)
+    losses = fake_score_loss(CDMObjective(), setting.fields, setting.point)
     (call,) = setting.fake_score.calls
     assert call.with_grad
     assert not setting.student.calls
@@ -134,7 +142,7 @@ def test_fake_score_learns_from_the_students_sample_with_gradient_for_itself_onl
     noise = (call.x - (1 - sigma) * setting.point.x0) / sigma
     assert abs(noise.mean()) < 0.2
     assert noise.std() == pytest.approx(1.0, abs=0.1)
-    prediction = setting.fake_score.x0(call.x, call.sigma) + setting.fields.fake_score.offset.view(-1, 1, 1, 1)
+    prediction = setting.fake_score.x0(call.x, call.sigma) + setting.fields["fake_score"].offset.view(-1, 1, 1, 1)
     expected = ((call.x - prediction) / sigma - (noise - setting.point.x0)).square().mean()
     torch.testing.assert_close(losses.total, expected, rtol=1e-3, atol=1e-4)
 
@@ -208,32 +216,12 @@ def test_each_summand_can_be_differentiated_before_the_next_is_computed(setting)
     setting.theta.grad = None
     setting.student.calls.clear()
     terms = []
-    for losses in CDMObjective().student_losses(setting.fields, setting.point, RNG, identity, 0):
+    for losses in CDMObjective().student_losses(sample_of(setting.fields, setting.point, RNG)):
         assert len(setting.student.calls) == len(terms) + 1
         losses.total.backward()
         terms.append(list(losses.terms))
     assert terms == [["ca", "dm"], ["cdm"]]
     torch.testing.assert_close(setting.theta.grad, together)
-
-
-def test_the_call_of_the_rollout_serves_ca_and_dm(setting):
-    """A point that brings the student's graph saves the call at the anchor: the same gradient, one call less."""
-    v = setting.fields.student(setting.point.x, setting.point.sigma)
-    at = replace(setting.point, v=v.detach())
-    without = replace(setting, point=at)
-    student_loss(CDMObjective(), without)
-    expected, batches = setting.theta.grad.clone(), setting.student.batches
-    student_loss(CDMObjective(), replace(setting, point=replace(at, v_with_grad=v)))
-    torch.testing.assert_close(setting.theta.grad, expected)
-    assert (batches, setting.student.batches) == ([B, B], [B])
-
-
-def test_what_asks_the_student_at_the_anchor():
-    assert CDMObjective().trains_at_anchor(0)
-    assert not only("cdm").trains_at_anchor(0)
-    assert only("cdm", cdm_input="trajectory").trains_at_anchor(0)
-    late = CDMObjective(ca_weight=0.0, dm_weight=LinearRamp(1.0, over=4, start=10))
-    assert [late.trains_at_anchor(iteration) for iteration in (9, 11)] == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -295,17 +283,17 @@ def test_student_inputs_of_the_cdm_term(setting):
 def test_what_is_renoised_for_the_teacher(setting, term):
     for base, offset in (("next", setting.point.x + 100), ("final", setting.point.x0_final)):
         objective = only(term, teacher_base=base)
-        assert objective.needs_full_rollout
+        assert objective.rollout == "full"
         student_loss(objective, setting)
         call = setting.teacher.calls[0]
         sigma = call.sigma[:B].view(-1, 1, 1, 1)
         noise = (call.x[:B] - (1 - sigma) * offset) / sigma
         assert noise[call.sigma[:B] > 0.1].std() == pytest.approx(1.0, abs=0.1)
-    assert not only(term).needs_full_rollout
+    assert only(term).rollout == "to_anchor"
 
 
 def test_later_bases_need_a_full_rollout(setting):
-    stopped = replace(setting.point, x0_next=None, x0_final=None)
+    stopped = TrajectoryPoint(setting.point.x, setting.point.v, setting.point.sigma)
     with pytest.raises(ValueError, match="full rollout"):
         loss_of(only("dm", teacher_base="final"), setting.fields, stopped)
 
@@ -335,7 +323,7 @@ def test_target_and_fake_score_levels(setting):
     assert (target <= 0.5).all()
     objective = CDMObjective(fake_score_levels=UniformLevels(low=0.1, high=0.2))
     setting.fake_score.calls.clear()
-    objective.fake_score_loss(setting.fields, setting.point, RNG, identity)
+    fake_score_loss(objective, setting.fields, setting.point)
     assert (setting.fake_score.calls[0].sigma <= 0.2).all()
 
 
@@ -347,7 +335,7 @@ def test_the_shift_reaches_the_levels_that_ask_for_it(setting):
             student_loss(objective, setting, shift=shift)
             dm, target = setting.teacher.calls[0].sigma.split(B)[1], setting.student.calls[1].sigma
             setting.fake_score.calls.clear()
-            objective.fake_score_loss(setting.fields, setting.point, RNG, shift)
+            fake_score_loss(objective, setting.fields, setting.point, shift)
             seen.append((dm, target, setting.fake_score.calls[0].sigma))
         for plain, shifted in zip(*seen):
             expected = shift3(plain) if changes else plain
@@ -394,8 +382,12 @@ def test_two_halves_of_a_batch_give_the_whole_loss(setting):
     whole = student_loss(CDMObjective(), setting).terms
     halves = []
     for rows in (torch.arange(0, 4), torch.arange(4, 8)):
+        whole_batch = setting.fields
         fields = VelocityFields(
-            *(getattr(setting.fields, name).select(rows) for name in VelocityFields.__annotations__)
+            whole_batch.student.select(rows),
+            whole_batch.teacher.select(rows),
+            whole_batch.teacher_uncond.select(rows),
+            {"fake_score": whole_batch["fake_score"].select(rows)},
         )
         point = TrajectoryPoint(setting.point.x[rows], setting.point.v[rows], setting.point.sigma[rows])
         rng = StepRandom(RNG.seed, RNG.iteration, rows.tolist(), "cpu")
@@ -411,6 +403,9 @@ def test_two_halves_of_a_batch_give_the_whole_loss(setting):
         ({"teacher_base": "x0"}, "online, next, final"),
         ({"ca_weight": 0, "dm_weight": 0.0, "cdm_weight": LinearRamp(1.0, over=5, start=1)}, "at least one"),
         ({"norm_floor": 0.0}, "norm_floor"),
+        ({"student_every": 0}, "student_every"),
+        ({"fake_score_steps": 0}, "fake_score_steps"),
+        ({"fake_score_merge": 1.5}, "fake_score_merge"),
     ],
 )
 def test_settings_without_meaning_are_refused(settings, message):

@@ -45,6 +45,12 @@ def test_averages_with_warm_up():
     torch.testing.assert_close(average.weight, torch.full((2, 2), expected))
 
 
-def test_other_networks_are_refused():
+def test_a_network_that_lacks_a_parameter_is_refused():
     with pytest.raises(ValueError, match="bias"):
-        lerp_parameters_(nn.Linear(2, 2), nn.Linear(2, 2, bias=False), 0.5)
+        lerp_parameters_(nn.Linear(2, 2, bias=False), nn.Linear(2, 2), 0.5)
+
+
+def test_what_the_target_alone_has_stays_as_it_is():
+    target = linear(1.0, -1.0)
+    lerp_parameters_(target, nn.Linear(2, 2, bias=False), 1.0)
+    assert torch.equal(target.bias, torch.full((2,), -1.0))

@@ -6,7 +6,10 @@ import time
 import pytest
 import torch
 
+from cdm_lightning.core.lengths import FixedLength
+from cdm_lightning.core.levels import CappedUniformLevels, LogitNormalLevels, UniformLevels
 from cdm_lightning.core.rng import FeistelPermutation, StepRandom, _hash, evaluation_noise, permutation, stream
+from cdm_lightning.core.schedules import FixedSchedule, RandomSchedule
 
 
 def draws(rng: StepRandom) -> list[torch.Tensor]:
@@ -14,9 +17,8 @@ def draws(rng: StepRandom) -> list[torch.Tensor]:
         rng.uniform("a"),
         rng.uniform("b", 5),
         rng.normal("c", (4, 8, 8)),
-        rng.normal("d", ()),
+        rng.gaussian("d"),
         rng.index("e", 1000),
-        rng.spread_index("f", 1000),
     ]
 
 
@@ -53,7 +55,7 @@ def test_each_argument_changes_all_draws(other):
 
 
 def test_shapes_types_and_ranges():
-    uniform, rows, normal, scalar, index, _ = draws(StepRandom(1, 7, range(3), "cpu"))
+    uniform, rows, normal, scalar, index = draws(StepRandom(1, 7, range(3), "cpu"))
     assert (uniform.shape, rows.shape, normal.shape, scalar.shape, index.shape) == (
         (3,),
         (3, 5),
@@ -79,28 +81,6 @@ def test_distributions():
     counts = torch.bincount(index, minlength=7)
     assert counts.numel() == 7
     assert ((counts - 4000 / 7).abs() < 4 * (4000 / 7) ** 0.5).all()
-
-
-def test_spread_numbers_are_each_equally_likely():
-    """In each slot alone, over iterations."""
-    drawn = torch.stack([StepRandom(0, i, [0, 5, 6], "cpu").spread_index("a", 7) for i in range(4000)])
-    for slot in drawn.T:
-        counts = torch.bincount(slot, minlength=7)
-        assert counts.numel() == 7
-        assert ((counts - 4000 / 7).abs() < 4 * (4000 / 7) ** 0.5).all()
-
-
-@pytest.mark.parametrize("high", [1, 3, 16, 28])
-@pytest.mark.parametrize("first", [0, 16, 48])
-def test_spread_numbers_are_even_over_consecutive_slots(first, high):
-    """Below every bound there are as many of 16 as its share, but for one at most."""
-    for iteration in range(20):
-        drawn = StepRandom(0, iteration, range(first, first + 16), "cpu").spread_index("a", high)
-        assert drawn.min() >= 0
-        assert drawn.max() < high
-        for bound in range(high + 1):
-            assert abs(int((drawn < bound).sum()) - 16 * bound / high) <= 1
-    assert len({int(StepRandom(0, i, [first], "cpu").spread_index("a", 28)) for i in range(200)}) > 20
 
 
 def test_keys_are_told_apart():
@@ -199,3 +179,36 @@ def test_orders_depend_on_all_arguments_small_and_large():
         assert all([int(other[place]) for place in range(50)] != base for other in others)
     assert isinstance(permutation(50, 1, "a"), torch.Tensor)
     assert isinstance(permutation(10_000_000, 1, "a"), FeistelPermutation)
+
+
+def test_uniform_and_gaussian_draws_stay_on_the_host_until_they_are_placed():
+    """Sigmas are shifted on the host: a draw that is on the device already would have to come back."""
+    rng = StepRandom(1, 7, range(3), "meta")
+    assert rng.uniform("a").device.type == rng.gaussian("b").device.type == rng.index("c", 4).device.type == "cpu"
+    assert rng.place(rng.uniform("a")).device.type == rng.normal("d", (2,)).device.type == "meta"
+
+
+@pytest.mark.parametrize("space", ["before_shift", "after_shift"])
+def test_a_sigma_is_moved_to_the_device_once(space):
+    placed = []
+
+    class Watched(StepRandom):
+        def place(self, values):
+            placed.append(values)
+            return super().place(values)
+
+    def shift(sigmas):
+        assert sigmas.device.type == "cpu"
+        return 3 * sigmas / (1 + 2 * sigmas)
+
+    rng, ceiling = Watched(1, 7, range(3), "meta"), torch.ones(3, device="meta")
+    draws = [
+        lambda: RandomSchedule(FixedLength(4), space=space).sample(rng, shift),
+        lambda: FixedSchedule(space=space).sample(rng, shift),
+        lambda: UniformLevels(space=space).sample(rng, "a", ceiling, shift),
+        lambda: LogitNormalLevels(space=space).sample(rng, "a", ceiling, shift),
+        lambda: CappedUniformLevels().sample(rng, "a", ceiling, shift),
+    ]
+    for number, draw in enumerate(draws, start=1):
+        assert draw().device.type == "meta"
+        assert len(placed) == number

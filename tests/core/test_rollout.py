@@ -10,7 +10,7 @@ from closed_form import BatchField, Network, point_mass
 from cdm_lightning.core.flow import FunctionField, interpolate
 from cdm_lightning.core.lengths import FixedLength
 from cdm_lightning.core.rng import StepRandom
-from cdm_lightning.core.rollout import Rollout, TrajectoryPoint, sample, simulate, walk
+from cdm_lightning.core.rollout import FullTrajectoryPoint, Rollout, TrajectoryPoint, sample, simulate, walk
 from cdm_lightning.core.schedules import RandomSchedule, uniform_sigmas
 
 SHAPE = (3, 4, 4)
@@ -25,9 +25,10 @@ def setting(batch: int, steps: int):
     return student, rng.normal("noise", SHAPE), sigmas, rng.index("anchor", steps)
 
 
-def stop_at(student, noise, sigmas, anchor, with_grad=False) -> TrajectoryPoint:
+def stop_at(student, noise, sigmas, anchor) -> TrajectoryPoint:
     """The point of one rollout that stops at its anchors."""
-    return walk([Rollout(student, noise, sigmas, anchor)])[0].point(with_grad)
+    rollout = Rollout(student, noise, sigmas, anchor)
+    return rollout.point(*walk([rollout]))
 
 
 def test_a_point_mass_is_reached_from_anywhere():
@@ -71,8 +72,7 @@ def test_stopping_at_the_anchor_gives_the_points_of_full_rollouts(batch, steps):
     walking = [int((anchor > n).sum()) for n in range(int(anchor.max()))]
     assert student.network.batches == [*walking, batch]  # the call at the anchor is one for all
     assert not any(call.with_grad for call in student.network.calls)
-    assert stopped.x0_next is None
-    assert stopped.x0_final is None
+    assert not isinstance(stopped, FullTrajectoryPoint)  # nothing is known of what comes after the anchor
 
 
 @pytest.mark.parametrize("anchors", [[0, 0, 0], [2, 2, 2], [0, 2, 0], [2, 1, 0]])
@@ -90,7 +90,7 @@ def test_rollouts_of_several_lengths_walk_as_one_batch(steps):
     """The same states, in as many calls as the longest of them takes."""
     rollouts = [Rollout(*setting(4 + n, k)) for n, k in enumerate(steps)]
     networks = [rollout.student.network for rollout in rollouts]
-    alone = [walk([rollout])[0].x for rollout in rollouts]
+    alone = [walk([rollout])[0] for rollout in rollouts]
     for network in networks:
         network.calls.clear()
     students = [BatchField(networks[0], rollout.student.offset) for rollout in rollouts]
@@ -98,9 +98,8 @@ def test_rollouts_of_several_lengths_walk_as_one_batch(steps):
     longest = max(int(rollout.anchor.max()) for rollout in rollouts)
     walking = [sum(int((rollout.anchor > n).sum()) for rollout in rollouts) for n in range(longest)]
     assert networks[0].batches == walking
-    for rollout, x in zip(together, alone):
-        torch.testing.assert_close(rollout.x, x)
-        assert rollout.sigmas.shape[1] in {k + 1 for k in steps}  # its own
+    for x, expected in zip(together, alone, strict=True):
+        torch.testing.assert_close(x, expected)
 
 
 def agree(asked: list[int], calls: int) -> int:
@@ -116,8 +115,8 @@ def test_rollouts_that_one_call_cannot_serve_walk_one_by_one():
         asked: list[int] = []
         walked = walk(pair, partial(agree, asked))
         assert asked == [int(rollout.anchor.max()) for rollout in pair]
-        for one, rollout in zip(walked, pair):
-            torch.testing.assert_close(one.x, walk([rollout])[0].x)
+        for x, rollout in zip(walked, pair, strict=True):
+            torch.testing.assert_close(x, walk([rollout])[0])
 
 
 def test_half_of_the_calls_are_saved():
@@ -151,16 +150,3 @@ def test_no_gradients_are_kept():
     assert not simulate(student, noise, sigmas).final.requires_grad
     assert not stop_at(student, noise, sigmas, anchor).v.requires_grad
     assert not sample(student, noise, sigmas[0]).requires_grad
-
-
-def test_the_call_at_the_anchor_can_be_trained_on():
-    weight = torch.full((), 0.5, requires_grad=True)
-    student = FunctionField(lambda x, sigma: weight * x)
-    _, noise, sigmas, anchor = setting(3, 3)
-    point = stop_at(student, noise, sigmas, anchor, with_grad=True)
-    assert not point.x.requires_grad  # no gradient through the steps before it
-    assert not point.v.requires_grad
-    assert torch.equal(point.v, point.v_with_grad)
-    (gradient,) = torch.autograd.grad(point.v_with_grad.sum(), weight)
-    torch.testing.assert_close(gradient, point.x.sum())
-    assert stop_at(student, noise, sigmas, anchor).v_with_grad is None

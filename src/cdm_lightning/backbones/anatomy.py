@@ -3,11 +3,12 @@
 Shapes: B batch, N tokens, D width of a hidden state.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from cdm_lightning.errors import UserError
 from cdm_lightning.lora.views import RoleView
@@ -58,6 +59,16 @@ def unwrapped(network: nn.Module) -> nn.Module:
     return network.shared.network if isinstance(network, RoleView) else network
 
 
+def gather_for_backward(network: nn.Module, features: Tensor) -> None:
+    """Let the backward pass through features of a sharded network gather the weights outside of its blocks.
+
+    FSDP2 does so when it comes to what the network returned, which a loss of features alone does not use.
+    """
+    root = unwrapped(network)
+    if isinstance(root, FSDPModule) and features.requires_grad:
+        features.register_hook(lambda gradient: root.unshard())
+
+
 def pick_blocks(blocks: Sequence[nn.Module], numbers: Sequence[int]) -> list[nn.Module]:
     """The blocks with these numbers, negative ones counted from the end; UserError for a number that there is not."""
     for number in numbers:
@@ -68,7 +79,7 @@ def pick_blocks(blocks: Sequence[nn.Module], numbers: Sequence[int]) -> list[nn.
 
 
 @contextmanager
-def outputs_of(blocks: Sequence[nn.Module]) -> Iterator[dict[nn.Module, Any]]:
+def outputs_of(blocks: Sequence[nn.Module]) -> Generator[dict[nn.Module, Any]]:
     """A dictionary that fills with what each of the blocks returns first inside the `with`, by block.
 
     Nothing is left on the blocks afterwards, so that what gradient checkpointing runs again in the backward pass is not

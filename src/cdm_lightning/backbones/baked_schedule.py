@@ -10,6 +10,7 @@ and the latter is q s^2 - (T - 1)(1 - q) s + (T - 1) = 0 for T training timestep
 
 import math
 from collections.abc import Sequence
+from typing import Any, cast
 
 from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -42,16 +43,23 @@ def require_known_shift(
         )
 
 
+def from_config(config: dict[str, Any], **changes: Any) -> FlowMatchEulerDiscreteScheduler:
+    """A scheduler of this configuration with some values changed."""
+    return cast(FlowMatchEulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler.from_config(config, **changes))
+
+
 def bake(scheduler: FlowMatchEulerDiscreteScheduler, nfe: int) -> FlowMatchEulerDiscreteScheduler:
     """A scheduler that runs the shifted uniform sigmas of `scheduler` when called with `nfe` steps and no sigmas."""
     if nfe < 1:
         raise UserError(f"nfe={nfe} network calls make no image; pass 1 or more")
+    config: Any = scheduler.config  # a FrozenDict: its keys are attributes
     if nfe == 1:  # one step from 1 to 0, whatever the shift
-        baked = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+        baked = from_config(config)
     else:
-        shift, terminal = baked_shift(nfe, scheduler.config.shift, scheduler.config.num_train_timesteps)
-        baked = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, shift=shift, shift_terminal=terminal)
-    scheduler.set_timesteps(sigmas=uniform_sigmas(nfe).numpy())
+        shift, terminal = baked_shift(nfe, config.shift, config.num_train_timesteps)
+        baked = from_config(config, shift=shift, shift_terminal=terminal)
+    sigmas: Any = uniform_sigmas(nfe).numpy()  # declared as a list, used as an array
+    scheduler.set_timesteps(sigmas=sigmas)
     baked.set_timesteps(nfe)
     error = (baked.sigmas - scheduler.sigmas).abs().max()
     if not error < TOLERANCE:

@@ -6,14 +6,15 @@ A new family is one file with a `Backbone`: everything outside speaks these shap
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from cdm_lightning.backbones.anatomy import Anatomy, outputs_of, pick_blocks
+from cdm_lightning.backbones.anatomy import Anatomy, gather_for_backward, outputs_of, pick_blocks
+from cdm_lightning.backbones.own_inputs import giving, join_values
 from cdm_lightning.core.flow import Rows, VelocityField, plain_guidance
 from cdm_lightning.errors import UserError
 
@@ -201,17 +202,28 @@ class Backbone(Anatomy, ABC):
 
 @dataclass(frozen=True, eq=False)
 class BoundField(VelocityField):
-    """A network with the conditioning of its batch, computing in `compute_dtype` (autocast where not float32)."""
+    """A network with the conditioning of its batch, computing in `compute_dtype` (autocast where not float32).
+
+    `inputs` are the values (B,) of inputs of its own, where the network has some.
+    """
 
     backbone: Backbone
     network: nn.Module
     cond: Conditioning
     compute_dtype: torch.dtype = torch.float32
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """The velocity (B, C, H, W), float32; x and sigma reach the network in float32 whatever it computes in."""
-        with torch.autocast(x.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
+        with (
+            torch.autocast(x.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32),
+            giving(self.network, self.inputs),
+        ):
             return self.backbone.velocity(self.network, x, sigma, self.cond).float()
+
+    def given(self, **inputs: Tensor) -> VelocityField:
+        """The field with a value (B,) for each of the network's own inputs."""
+        return replace(self, inputs=inputs)
 
     def with_features(self, x: Tensor, sigma: Tensor, blocks: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         """The velocity as of a plain call, and the features (B, N, D), float32, after the blocks with these numbers.
@@ -225,19 +237,23 @@ class BoundField(VelocityField):
         idle = [number for number, block in zip(blocks, picked) if block not in outputs]
         if idle:
             raise UserError(f"there are no features after block {idle[0]}: the network did not run it")
-        return velocity, [self.backbone.features_after(outputs[block]).float() for block in picked]
+        features = [self.backbone.features_after(outputs[block]).float() for block in picked]
+        for each in features:
+            gather_for_backward(self.network, each)
+        return velocity, features
 
     def select(self, rows: Rows) -> VelocityField:
         """The field of some samples."""
-        return BoundField(self.backbone, self.network, select_rows(self.cond, rows), self.compute_dtype)
+        inputs = {name: values[rows] for name, values in self.inputs.items()}
+        return replace(self, cond=select_rows(self.cond, rows), inputs=inputs)
 
     def join(self, others: Sequence[VelocityField]) -> VelocityField | None:
         """One field for all batches, if they call the same network alike, with conditioning of the same shapes."""
-        if not all(isinstance(other, BoundField) and self._is_like(other) for other in others):
+        fields = [self, *(other for other in others if isinstance(other, BoundField) and self._is_like(other))]
+        inputs = join_values([field.inputs for field in fields])
+        if inputs is None or len(fields) <= len(others):
             return None
-        return BoundField(
-            self.backbone, self.network, concat([self.cond, *(other.cond for other in others)]), self.compute_dtype
-        )
+        return replace(self, cond=concat([field.cond for field in fields]), inputs=inputs)
 
     def _is_like(self, other: "BoundField") -> bool:
         shapes, other_shapes = ({k: v.shape[1:] for k, v in field.cond.items()} for field in (self, other))

@@ -7,11 +7,15 @@ one key whose logit is larger by log n; so keeping one of them is the same mathe
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from diffusers import SD3Transformer2DModel
 
 
 class CompactPaddingAttention:
@@ -27,7 +31,7 @@ class CompactPaddingAttention:
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Any,  # the `Attention` of diffusers, whose parts are declared as modules of no kind
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         attention_mask: Tensor | None = None,
@@ -68,7 +72,7 @@ class CompactPaddingAttention:
         return bias
 
 
-def normalised(x: Tensor, norms: Sequence[nn.Module | None], lengths: Sequence[int]) -> Tensor:
+def normalised(x: Tensor, norms: Sequence[Any], lengths: Sequence[int]) -> Tensor:
     """x (B, T, H, d), the first lengths[0] tokens of it by the `RMSNorm` norms[0] of diffusers and so on: all at once.
 
     A quarter of the operations of one call a norm, which is what a small network's attention spends its time on.
@@ -89,5 +93,6 @@ def compact_text(embeds: Tensor, keep: int) -> Tensor:
 
 def use_compact_padding(network: nn.Module, full_length: int) -> None:
     """Give every attention of an `SD3Transformer2DModel` the compact form; a saved network carries nothing of it."""
-    processors: Mapping[str, object] = network.attn_processors
-    network.set_attn_processor({name: CompactPaddingAttention(full_length) for name in processors})
+    transformer = cast("SD3Transformer2DModel", network)
+    compact: Any = {name: CompactPaddingAttention(full_length) for name in transformer.attn_processors}
+    transformer.set_attn_processor(compact)  # declared to take the processors of diffusers alone

@@ -8,7 +8,7 @@ import sys
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from torch import Tensor, nn
 
+from cdm_lightning.backbones.baked_schedule import from_config
 from cdm_lightning.backbones.base import CheckpointFunction, Conditioning
 from cdm_lightning.backbones.lora_file import fused_network
 from cdm_lightning.backbones.pipeline_folder import hash_part, loading
@@ -33,7 +34,7 @@ def weights_dtype(network: nn.Module) -> torch.dtype:
     """
     if isinstance(network, ModelMixin):
         return next(parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())
-    return network.dtype
+    return cast(torch.dtype, network.dtype)  # of a view of a shared base
 
 
 class PipelineBackbone(PipelineSettings):
@@ -106,7 +107,7 @@ class PipelineBackbone(PipelineSettings):
 
     def enable_gradient_checkpointing(self, network: nn.Module, function: CheckpointFunction | None = None) -> None:
         """Recompute each block in the backward pass, by torch or by a `function` given."""
-        network.enable_gradient_checkpointing(function)
+        cast(ModelMixin, network).enable_gradient_checkpointing(function)
 
     # ---- sigmas
 
@@ -131,7 +132,7 @@ class PipelineBackbone(PipelineSettings):
     @shared_property
     def _shift(self) -> FlowMatchEulerDiscreteScheduler:
         """The scheduler without the terminal sigma, which would make a sigma depend on its neighbours."""
-        return FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config, shift_terminal=None)
+        return from_config(self.scheduler.config, shift_terminal=None)
 
     @property
     def _mu(self) -> float | None:
@@ -232,7 +233,7 @@ class PipelineBackbone(PipelineSettings):
 
     def save_lora(self, tensors: Mapping[str, Tensor], folder: Path, nfe: int, model_card: str) -> None:
         """Write a LoRA file that diffusers loads, the schedule that it was trained for, and how to use both."""
-        own = None if self.teacher_lora is None else OwnLoRA(self.teacher_lora.name, self.teacher_lora_scale)
+        own = None if self.teacher_lora is None else OwnLoRA(Path(self.teacher_lora).name, self.teacher_lora_scale)
         write_lora(self.pipeline_class, tensors, Path(folder), model_card, self._student_call(nfe), own)
 
     def _student_call(self, nfe: int) -> StudentCall:

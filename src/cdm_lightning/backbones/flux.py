@@ -70,7 +70,7 @@ class FluxBackbone(PipelineBackbone):
         """{"prompt_embeds": (B, N, D), "pooled": (B, P)} float32, without contents."""
         config = self.network_config
         return {
-            "prompt_embeds": torch.empty(batch, self.max_sequence_length, config["joint_attention_dim"]),
+            "prompt_embeds": torch.empty(batch, self.text_length, config["joint_attention_dim"]),
             "pooled": torch.empty(batch, config["pooled_projection_dim"]),
         }
 
@@ -78,7 +78,7 @@ class FluxBackbone(PipelineBackbone):
     def _encode(self, prompts: list[str]) -> Conditioning:
         """{"prompt_embeds": (B, N, D), "pooled": (B, P)} float32."""
         embeds, pooled, _ = self._text_parts.encode_prompt(
-            prompts, device=self._text_parts.device, max_sequence_length=self.max_sequence_length
+            prompts, device=self._text_parts.device, max_sequence_length=self.text_length
         )
         return {"prompt_embeds": embeds.float(), "pooled": pooled.float()}
 

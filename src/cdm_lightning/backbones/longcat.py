@@ -5,7 +5,7 @@ pipeline has it. Prompts are taken as they are: the pipeline's rewriting, which 
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import LongCatImagePipeline, LongCatImageTransformer2DModel
@@ -32,7 +32,7 @@ class LongCatBackbone(PipelineBackbone):
     parts = ("transformer", "scheduler", "vae", "text_encoder", "tokenizer", "text_processor")
     time_embedding = "time_embed"
     text_tokens = range(512, 513)  # fixed by the pipeline
-    unguided: Mapping[str, Any] = {"guidance_scale": 1.0, "enable_prompt_rewrite": False}
+    unguided: ClassVar[Mapping[str, Any]] = {"guidance_scale": 1.0, "enable_prompt_rewrite": False}
     notes = (
         "`guidance_scale` is 1: one network call a step.",
         "`enable_prompt_rewrite=False`: the student was trained on prompts as they are, and rewriting runs a language model.",
@@ -64,7 +64,7 @@ class LongCatBackbone(PipelineBackbone):
     def blank_conditioning(self, batch: int) -> Conditioning:
         """{"prompt_embeds": (B, 512, D)} float32, without contents."""
         width = self.network_config["joint_attention_dim"]
-        return {"prompt_embeds": torch.empty(batch, self.max_sequence_length, width)}
+        return {"prompt_embeds": torch.empty(batch, self.text_length, width)}
 
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> Conditioning:

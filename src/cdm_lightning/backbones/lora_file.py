@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from cdm_lightning.backbones.pipeline_folder import first_line
 from cdm_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from diffusers.loaders.peft import PeftAdapterMixin
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # diffusers' name for it
 ADAPTER = "fused"
@@ -88,7 +91,7 @@ def check_fit(tensors: Mapping[str, Tensor], network: nn.Module, file: Path) -> 
             f"not in this {type(network).__name__}"
         )
     for name in layers:
-        out_features, in_features = modules[name].weight.shape[:2]
+        out_features, in_features = cast(Tensor, modules[name].weight).shape[:2]
         a, b = tensors.get(f"{name}.lora_A.weight"), tensors.get(f"{name}.lora_B.weight")
         sizes = [] if a is None or b is None else [b.shape[0], a.shape[1]]
         if sizes and sizes != [out_features, in_features]:
@@ -100,9 +103,10 @@ def check_fit(tensors: Mapping[str, Tensor], network: nn.Module, file: Path) -> 
 
 def fuse_lora(network: nn.Module, tensors: Mapping[str, Tensor], metadata: dict[str, Any] | None, scale: float) -> None:
     """Add `scale` times the LoRA to the weights of a diffusers transformer, in place, by diffusers' own loader."""
-    network.load_lora_adapter(dict(tensors), prefix=None, adapter_name=ADAPTER, metadata=metadata)
-    network.fuse_lora(lora_scale=scale, adapter_names=[ADAPTER])
-    network.unload_lora()
+    adapted = cast("PeftAdapterMixin", network)
+    adapted.load_lora_adapter(dict(tensors), prefix=None, adapter_name=ADAPTER, metadata=metadata)
+    adapted.fuse_lora(lora_scale=scale, adapter_names=[ADAPTER])
+    adapted.unload_lora()
 
 
 def fused_network(

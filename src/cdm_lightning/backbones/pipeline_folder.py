@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -56,7 +56,7 @@ def locate_index(pretrained: str, revision: str | None) -> Path:
 
 
 @contextmanager
-def downloading(hub_id: str) -> Iterator[None]:
+def downloading(hub_id: str) -> Generator[None]:
     """Turn the libraries' errors about a download into one UserError."""
     try:
         yield
@@ -118,7 +118,7 @@ def copy_parts(source: Path, target: Path, without: Sequence[str]) -> None:
 
 
 @contextmanager
-def loading(what: Path) -> Iterator[None]:
+def loading(what: Path) -> Generator[None]:
     """Turn the libraries' errors about missing or broken files of `what` into one UserError.
 
     Weights land on the CPU whatever the default device, without the libraries' progress bars (downloads keep theirs).
@@ -133,7 +133,7 @@ def loading(what: Path) -> Iterator[None]:
 
 
 @contextmanager
-def without_bars(log: ModuleType) -> Iterator[None]:
+def without_bars(log: ModuleType) -> Generator[None]:
     """Switch a library's progress bars off inside the block."""
     shown = log.is_progress_bar_enabled()
     log.disable_progress_bar()

@@ -10,10 +10,11 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
+from diffusers.configuration_utils import ConfigMixin
 
 from cdm_lightning.backbones.baked_schedule import UNBAKED, require_known_shift
 from cdm_lightning.backbones.base import Backbone
@@ -146,7 +147,8 @@ class PipelineSettings(Backbone):
 
     def _config(self, part: str) -> dict[str, Any]:
         with loading(self.folder / part):
-            config = self.transformer_class.load_config(self.folder, subfolder=part)
+            loaded = cast(type[ConfigMixin], self.transformer_class).load_config(self.folder, subfolder=part)
+            config = cast(dict[str, Any], loaded)
         return {key: value for key, value in config.items() if not key.startswith("_")}
 
     @shared_property
@@ -159,7 +161,8 @@ class PipelineSettings(Backbone):
         return scheduler
 
     def _load_scheduler(self, subfolder: str) -> FlowMatchEulerDiscreteScheduler:
-        return FlowMatchEulerDiscreteScheduler.from_pretrained(self.folder, subfolder=subfolder)
+        loaded = FlowMatchEulerDiscreteScheduler.from_pretrained(self.folder, subfolder=subfolder)
+        return cast(FlowMatchEulerDiscreteScheduler, loaded)
 
     @property
     def vae_factor(self) -> int:
@@ -223,10 +226,15 @@ class PipelineSettings(Backbone):
         config = json.dumps(self.network_config, sort_keys=True)
         return f"{self.title.lower()}-{hashlib.blake2b(config.encode(), digest_size=8).hexdigest()}"
 
+    @property
+    def text_length(self) -> int:
+        """N, the text tokens of a prompt: `max_sequence_length`, which is a number once the object is made."""
+        return cast(int, self.max_sequence_length)
+
     def call_sizes(self) -> dict[str, int]:
         """What a call must be told besides the prompt, where the pipeline's default is not what was trained."""
         is_default = self.max_sequence_length == self.default_text_length()
-        sizes = {} if is_default else {"max_sequence_length": self.max_sequence_length}
+        sizes = {} if is_default else {"max_sequence_length": self.text_length}
         if (self.height, self.width) != (None, None):
             sizes["height"], sizes["width"] = self.image_size
         return sizes

@@ -5,7 +5,7 @@ an image is a video of one frame. The scheduler stretches every rollout so that 
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ class QwenImageBackbone(PipelineBackbone):
     time_embedding = "time_text_embed"
     text_tokens = range(1, 1025)
     shift_options = ("use_dynamic_shifting", "shift_terminal")
-    unguided: Mapping[str, Any] = {"true_cfg_scale": 1.0}
+    unguided: ClassVar[Mapping[str, Any]] = {"true_cfg_scale": 1.0}
     notes = ("`true_cfg_scale` is 1: one network call a step.",)
 
     @property
@@ -69,7 +69,7 @@ class QwenImageBackbone(PipelineBackbone):
 
     def blank_conditioning(self, batch: int) -> Conditioning:
         """{"prompt_embeds": (B, N, D) float32, "mask": (B, N) bool}, without contents."""
-        tokens, width = self.max_sequence_length, self.network_config["joint_attention_dim"]
+        tokens, width = self.text_length, self.network_config["joint_attention_dim"]
         return {
             "prompt_embeds": torch.empty(batch, tokens, width),
             "mask": torch.empty(batch, tokens, dtype=torch.bool),
@@ -86,7 +86,7 @@ class QwenImageBackbone(PipelineBackbone):
         return {name: torch.cat([one[name] for one in encoded]) for name in encoded[0]}
 
     def _encode_one(self, prompt: str) -> Conditioning:
-        length = self.max_sequence_length
+        length = self.text_length
         embeds, mask = self._text_parts.encode_prompt([prompt], max_sequence_length=length)
         if mask is None:  # nothing is padding
             mask = torch.ones(embeds.shape[:2], device=embeds.device)
@@ -112,10 +112,11 @@ class QwenImageBackbone(PipelineBackbone):
     def _latent_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the codec's latents, (1, C, 1, 1, 1) each."""
         config = self._codec.vae.config
-        return tuple(
+        mean, std = (
             torch.tensor(values, device=like.device).view(1, -1, 1, 1, 1)
             for values in (config.latents_mean, config.latents_std)
         )
+        return mean, std
 
     def exported_scheduler(self, nfe: int) -> FlowMatchEulerDiscreteScheduler:
         """That of training; for one step without the terminal sigma, by which diffusers would divide 0 by 0."""

@@ -95,7 +95,7 @@ class SanaBackbone(PipelineBackbone):
 
     def blank_conditioning(self, batch: int) -> Conditioning:
         """{"prompt_embeds": (B, N, D) float32, "mask": (B, N) int64}, without contents."""
-        tokens, width = self.max_sequence_length, self.network_config["caption_channels"]
+        tokens, width = self.text_length, self.network_config["caption_channels"]
         return {
             "prompt_embeds": torch.empty(batch, tokens, width),
             "mask": torch.empty(batch, tokens, dtype=torch.int64),
@@ -108,7 +108,7 @@ class SanaBackbone(PipelineBackbone):
         The pipeline puts its long instruction before prompts, but not before the unconditional one.
         """
         pipeline, instruction = self._text_parts, self.call_default("complex_human_instruction")
-        options = {"device": pipeline.device, "max_sequence_length": self.max_sequence_length}
+        options = {"device": pipeline.device, "max_sequence_length": self.text_length}
         options["do_classifier_free_guidance"] = False
         embeds, mask, _, _ = pipeline.encode_prompt(prompts, complex_human_instruction=instruction, **options)
         blank = torch.tensor([not prompt for prompt in prompts], device=embeds.device)

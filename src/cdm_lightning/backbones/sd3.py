@@ -62,7 +62,7 @@ class SD3Backbone(PipelineBackbone):
 
     def _finished(self, network: nn.Module) -> nn.Module:
         if self.compact_text is not None:
-            use_compact_padding(network, self.clip_tokens + self.max_sequence_length)
+            use_compact_padding(network, self.clip_tokens + self.text_length)
         return network
 
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
@@ -90,7 +90,7 @@ class SD3Backbone(PipelineBackbone):
 
     def blank_conditioning(self, batch: int) -> Conditioning:
         """{"prompt_embeds": (B, N, D), "pooled": (B, P)} float32 without contents; N for texts that `compact_text` makes short."""
-        config, t5_tokens = self.network_config, self.max_sequence_length
+        config, t5_tokens = self.network_config, self.text_length
         if self.compact_text is not None:
             t5_tokens = min(t5_tokens, self.compact_text + 1)
         return {
@@ -100,7 +100,7 @@ class SD3Backbone(PipelineBackbone):
 
     @shared_property
     def _text(self) -> PromptEncoder:
-        return PromptEncoder(self._text_parts, self.max_sequence_length, self.compact_text, name=self.pretrained)
+        return PromptEncoder(self._text_parts, self.text_length, self.compact_text, name=self.pretrained)
 
     def setup(self, device: torch.device) -> None:
         """Load VAE and, without a text cache, text encoders onto `device`; UserError for `compact_text` that cannot be."""

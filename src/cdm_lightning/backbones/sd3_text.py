@@ -5,6 +5,7 @@ Shapes: B prompts, N text tokens (CLIP then T5), D their width, P width of the p
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import StableDiffusion3Pipeline
@@ -62,7 +63,8 @@ class PromptEncoder:
 
     @torch.no_grad()
     def _stock_encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        embeds, _, pooled, _ = self.pipeline.encode_prompt(
+        encode: Any = self.pipeline.encode_prompt  # declared without the None that it takes and gives
+        embeds, _, pooled, _ = encode(
             list(prompts),
             None,
             None,

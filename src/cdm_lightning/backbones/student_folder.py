@@ -4,9 +4,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from torch import Tensor, nn
 
 from cdm_lightning.backbones.baked_schedule import UNBAKED
@@ -95,7 +95,8 @@ class StudentCall:
 
     def facts(self) -> dict[str, str]:
         """What the card says of the call."""
-        nfe, config = len(self.sigmas) - 1, self.exported.config
+        nfe = len(self.sigmas) - 1
+        config: Any = self.exported.config  # a FrozenDict: its keys are attributes
         schedule = STOCK if self.exported is self.scheduler else BAKED
         schedule = schedule.format(
             nfe=nfe,
@@ -122,7 +123,7 @@ def write_pipeline(source: Path, network: nn.Module, folder: Path, model_card: s
     """Fill `folder`: `network` and the schedule of `call` anew, all other parts copied from the pipeline `source`."""
     folder.mkdir(parents=True, exist_ok=True)
     copy_parts(source, folder, without=("transformer", "scheduler"))
-    network.save_pretrained(folder / "transformer")
+    cast(ModelMixin, network).save_pretrained(folder / "transformer")
     _tidy(folder / "transformer")
     _name_scheduler(folder / INDEX, type(call.exported).__name__)
     _write_call(folder, call, model_card, call.usage())

@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -192,9 +193,10 @@ class Toy2DBackbone(Backbone):
 
     def enable_gradient_checkpointing(self, network: nn.Module, function: CheckpointFunction | None = None) -> None:
         """Recompute each block in the backward pass."""
-        network.gradient_checkpointing = True
+        velocity = cast(VelocityMLP, network)
+        velocity.gradient_checkpointing = True
         if function is not None:
-            network.checkpoint = function
+            velocity.checkpoint = function
 
     def save_pipeline(self, network: nn.Module, folder: Path, nfe: int, model_card: str) -> None:
         """Write network.safetensors, config.json (arguments of `VelocityMLP`, nfe) and README.md."""

@@ -77,7 +77,7 @@ class ZImageBackbone(PipelineBackbone):
             list(prompts),  # the pipeline writes its template into the list
             device=self._text_parts.device,
             do_classifier_free_guidance=False,
-            max_sequence_length=self.max_sequence_length,
+            max_sequence_length=self.text_length,
         )
-        padded = [F.pad(text.float(), (0, 0, 0, self.max_sequence_length - len(text))) for text in texts]
+        padded = [F.pad(text.float(), (0, 0, 0, self.text_length - len(text))) for text in texts]
         return {"prompt_embeds": torch.stack(padded), "length": torch.tensor([len(text) for text in texts])}

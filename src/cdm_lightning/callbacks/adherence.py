@@ -1,6 +1,7 @@
 """Share of the validation images that show all their prompts ask for."""
 
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor
 
@@ -16,4 +17,4 @@ class AdherenceCallback(ImageScore):
 
     def measure(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """1 where an image adheres, else 0: (B,)."""
-        return self.model.adherence(images, prompts)
+        return cast(AdherenceJudge, self.model).adherence(images, prompts)

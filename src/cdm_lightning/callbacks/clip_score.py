@@ -1,6 +1,7 @@
 """CLIP score of the validation images."""
 
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor
 
@@ -16,4 +17,4 @@ class CLIPScoreCallback(ImageScore):
 
     def measure(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """100 x cosine similarity, (B,)."""
-        return self.model.score(images, prompts)
+        return cast(ImageTextScorer, self.model).score(images, prompts)

@@ -1,8 +1,13 @@
 """The student's moving average: a twin network that is evaluated and exported in the student's place."""
 
+from typing import TYPE_CHECKING
+
 import lightning as L
 
 from cdm_lightning.core.ema import lerp_parameters_, warmed_up_decay
+
+if TYPE_CHECKING:
+    from cdm_lightning.module import CDMModule
 
 
 class StudentEMA(L.Callback):
@@ -16,15 +21,10 @@ class StudentEMA(L.Callback):
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {decay}")
         self.decay = decay
-        self._student_moves = False
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
-        """Note whose turn it is: the module's count has moved on when the batch ends."""
-        self._student_moves = pl_module.is_student_turn
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: "CDMModule", *_: object) -> None:
         """Follow the student if it was updated."""
-        if self._student_moves:
+        if "student" in pl_module.updated_roles:
             networks = pl_module.networks
             weight = 1 - warmed_up_decay(pl_module.ema_updates, self.decay)
             lerp_parameters_(networks.student_ema, networks.student, weight)

@@ -1,11 +1,15 @@
 """Fréchet distance of the validation images to real ones."""
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, cast
 
 import lightning as L
 from torch import Tensor, nn
 
 from cdm_lightning.metrics.frechet import FeatureStatistics, FrechetDistance, extract
+
+if TYPE_CHECKING:
+    from cdm_lightning.module import CDMModule
 
 
 class FIDCallback(L.Callback):
@@ -21,24 +25,22 @@ class FIDCallback(L.Callback):
         self.extractor, self.reference, self.name = extractor, reference, name
         self._distances: dict[str, FrechetDistance] = {}
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
         """Begin anew; go through the reference at the first time."""
         self._distances = {}
         self.extractor.to(pl_module.device)
         if not isinstance(self.reference, FeatureStatistics):
             self.reference = FeatureStatistics.of_images(self.extractor, self.reference)
 
-    def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: dict, *_: object
-    ) -> None:
+    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: "CDMModule", outputs: dict, *_: object) -> None:
         """Add this batch's features."""
         device = pl_module.device if trainer.world_size > 1 else "cpu"  # sums are float64, which not all devices have
         for sampler, images in outputs["images"].items():
             if sampler not in self._distances:
-                self._distances[sampler] = FrechetDistance(self.reference, device)
+                self._distances[sampler] = FrechetDistance(cast(FeatureStatistics, self.reference), device)
             self._distances[sampler].update(extract(self.extractor, images))
 
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
         """Log the distances."""
         if trainer.sanity_checking:
             return

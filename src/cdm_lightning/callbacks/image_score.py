@@ -2,10 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import lightning as L
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from cdm_lightning.module import CDMModule
 
 
 class ImageScore(L.Callback, ABC):
@@ -19,22 +23,20 @@ class ImageScore(L.Callback, ABC):
     def measure(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores (B,) of images (B, 3, H, W) in [0, 1]."""
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
         """Begin anew, with the model where the networks are."""
         self._sums = {}
         if isinstance(self.model, nn.Module):
             self.model.to(pl_module.device)
 
-    def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: dict, *_: object
-    ) -> None:
+    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: "CDMModule", outputs: dict, *_: object) -> None:
         """Add this batch's scores."""
         for sampler, images in outputs["images"].items():
             scores = self.measure(images, outputs["prompts"]).float().cpu()
             both = torch.stack([scores.sum(), torch.tensor(float(len(scores)))])
             self._sums[sampler] = self._sums.get(sampler, 0) + both
 
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
         """Log the means."""
         if trainer.sanity_checking:
             return

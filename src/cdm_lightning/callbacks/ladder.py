@@ -1,6 +1,7 @@
 """The end of a run: teacher and student side by side, in figures and a picture; the student as a pipeline folder."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import lightning as L
 
@@ -8,6 +9,11 @@ from cdm_lightning.ladder import LadderEvaluation
 from cdm_lightning.parallel import MeshStrategy
 from cdm_lightning.report import save_report, table
 from cdm_lightning.sharding import put_together
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+    from cdm_lightning.module import CDMModule
 
 
 class LadderReport(L.Callback):
@@ -21,13 +27,13 @@ class LadderReport(L.Callback):
         self.evaluation, self.export_folder, self.export_nfe = evaluation, export_folder, export_nfe
         self.prompts = evaluation.prompts  # a text cache must hold them
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: "CDMModule", stage: str) -> None:
         """Refuse a folder that the export would refuse hours later."""
         from cdm_lightning.export import check_output
 
         check_output(Path(trainer.default_root_dir) / self.export_folder)
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
         """Evaluate, export and report; all checkpoints are written by now.
 
         Processes that share one network must all run it: each makes all images, and the first reports.
@@ -46,7 +52,7 @@ class LadderReport(L.Callback):
         weights = "student_ema" if pl_module.ema_updates else "student"
         exported = export_pipeline(
             backbone,
-            network,
+            cast("Module", network),  # the first process has all of it
             folder / self.export_folder,
             nfe=self.export_nfe,
             weights=weights,

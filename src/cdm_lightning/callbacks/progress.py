@@ -3,10 +3,15 @@
 import sys
 import time
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, cast
 
 import lightning as L
 
 from cdm_lightning.console import Progress
+
+if TYPE_CHECKING:
+    from cdm_lightning.data.batches import PromptBatch
+    from cdm_lightning.module import CDMModule
 
 
 class TrainingProgress(L.Callback):
@@ -16,30 +21,30 @@ class TrainingProgress(L.Callback):
         self._progress: Progress | None = None
         self._began, self._samples = 0.0, 0
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: "CDMModule", stage: str) -> None:
         """Say that something happens: pretrained weights can take minutes to load."""
         if trainer.is_global_zero:
             print("loading the networks", file=sys.stderr, flush=True)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
         """Start to count."""
         self._progress = Progress("training", trainer.max_steps, trainer.global_step, silent=not trainer.is_global_zero)
         self._began, self._samples = time.perf_counter(), 0
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: tuple, *_: object
+        self, trainer: L.Trainer, pl_module: "CDMModule", outputs: object, batch: "PromptBatch", *_: object
     ) -> None:
         """One iteration more."""
         self._samples += len(batch.prompts) * trainer.world_size
-        self._progress.advance(1, lambda: self._figures(trainer))
+        cast(Progress, self._progress).advance(1, lambda: self._figures(trainer))
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
         """Name the phase and stop the clock."""
         if self._progress is not None:
             self._progress.describe("validating")
             self._began -= time.perf_counter()
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
         """Show the figures of this validation and let the clock go on."""
         if self._progress is not None:
             shown = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
@@ -48,11 +53,11 @@ class TrainingProgress(L.Callback):
             self._progress.describe("training")
             self._began += time.perf_counter()
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
         """Leave the bar as it is."""
-        self._progress.close()
+        cast(Progress, self._progress).close()
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: "CDMModule", exception: BaseException) -> None:
         """Leave the bar as it is, so that the error stands below it."""
         if self._progress is not None:
             self._progress.close()

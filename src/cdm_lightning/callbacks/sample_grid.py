@@ -1,6 +1,7 @@
 """Pictures of the validation images as training goes on: the same prompts and noise at each time."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import lightning as L
 import numpy as np
@@ -9,6 +10,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from cdm_lightning.report import picture, replacing
+
+if TYPE_CHECKING:
+    from cdm_lightning.module import CDMModule
 
 
 class SampleGrid(L.Callback):
@@ -24,13 +28,11 @@ class SampleGrid(L.Callback):
         self._prompts: list[str] = []
         self._images: dict[str, list[Tensor]] = {}
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
         """Begin anew."""
         self._prompts, self._images = [], {}
 
-    def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: dict, *_: object
-    ) -> None:
+    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: "CDMModule", outputs: dict, *_: object) -> None:
         """Keep images until there are enough."""
         wanted = self.num_prompts - len(self._prompts)
         if wanted <= 0 or not trainer.is_global_zero:
@@ -39,7 +41,7 @@ class SampleGrid(L.Callback):
         for sampler, images in outputs["images"].items():
             self._images.setdefault(sampler, []).append(images[:wanted].float().cpu())
 
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
         """Write the picture."""
         if trainer.sanity_checking or not self._images:
             return

@@ -3,17 +3,23 @@
 import resource
 import sys
 import time
+from typing import TYPE_CHECKING
 
 import lightning as L
 import torch
+
+if TYPE_CHECKING:
+    from cdm_lightning.data.batches import PromptBatch
+    from cdm_lightning.module import CDMModule
 
 
 class ThroughputMonitor(L.Callback):
     """Logs `throughput/*` every `log_every_n_steps` iterations, as means over those iterations.
 
-    samples_per_second: prompts trained on by all processes, validation left out; rollout_seconds, fake_score_seconds,
-    student_seconds: of an iteration (a student step is shared out over all of them); peak_memory_gib: of the device, or
-    of the process on a CPU. Makes the module wait for the device around each phase, so that the split is true.
+    samples_per_second: prompts trained on by all processes, validation left out; rollout_seconds, student_seconds, and so on
+    for each trained role: of an iteration (updates that are not made in every one are shared out over all); peak_memory_gib:
+    of the device, or of the process on a CPU. Makes the module wait for the device around each phase, so that the split is
+    true.
     """
 
     def __init__(self) -> None:
@@ -21,39 +27,40 @@ class ThroughputMonitor(L.Callback):
         self._samples = self._iterations = 0
         self._phases: dict[str, float] = {}
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
         """Start the clocks."""
-        pl_module.time_phases = True
+        pl_module.timer.device = pl_module.device
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
         self._start_window(pl_module)
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
         """Stop the clock by setting it to the time gone."""
         self._began -= time.perf_counter()
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
         """Let the clock go on."""
         self._began += time.perf_counter()
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: tuple, *_: object
+        self, trainer: L.Trainer, pl_module: "CDMModule", outputs: object, batch: "PromptBatch", *_: object
     ) -> None:
         """Count the batch; log and start anew where it is time."""
         self._samples += len(batch.prompts) * trainer.world_size
         self._iterations += 1
+        # pyrefly: ignore[missing-attribute]  Lightning sets it from elsewhere
         if pl_module.iteration % trainer.log_every_n_steps:
             return
         seconds = time.perf_counter() - self._began
         figures = {"samples_per_second": self._samples / seconds, "peak_memory_gib": peak_memory_gib(pl_module.device)}
-        for phase, total in pl_module.phase_seconds.items():
+        for phase, total in pl_module.timer.seconds.items():
             figures[f"{phase}_seconds"] = (total - self._phases.get(phase, 0.0)) / self._iterations
         pl_module.log_dict({f"throughput/{name}": value for name, value in figures.items()})
         self._start_window(pl_module)
 
-    def _start_window(self, pl_module: L.LightningModule) -> None:
+    def _start_window(self, pl_module: "CDMModule") -> None:
         self._began, self._samples, self._iterations = time.perf_counter(), 0, 0
-        self._phases = dict(pl_module.phase_seconds)
+        self._phases = dict(pl_module.timer.seconds)
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -5,7 +5,7 @@ import math
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
@@ -24,6 +24,9 @@ from cdm_lightning.checkpoint.signals import StopSignals
 from cdm_lightning.checkpoint.state import plain_values_of, restore, tensors_of
 from cdm_lightning.checkpoint.stored import StoredCheckpoint, newest_checkpoint, read_checkpoint, require_good
 from cdm_lightning.errors import Preempted, UserError
+
+if TYPE_CHECKING:
+    from cdm_lightning.module import CDMModule
 
 BEST = "best.json"
 
@@ -59,7 +62,7 @@ class IterationCheckpoint(Checkpoint):
 
     # ---- the start
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: "CDMModule", stage: str) -> None:
         """Clean up after a killed run and choose the checkpoint to go on from, before any network is built."""
         if stage == "fit":
             if ranks.rank() == 0 and (left := sweep(self.folder)):
@@ -83,40 +86,42 @@ class IterationCheckpoint(Checkpoint):
         say(f"going on from {start.path} (iteration {start.iteration})")
         return start
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
         """Take back weights, optimizers, counters and the state of loops and callbacks."""
         if self._start is None:
             return
         restore(pl_module.networks, pl_module.optimizers_by_role, self._start)
         pl_module.on_load_checkpoint({"cdm": self._start.record})
         state = self._start.trainer_state()
+        pl_module.objective.load_state_dict(state.get("objective", {}))  # of older versions: it had none
         trainer.fit_loop.load_state_dict(state["fit_loop"])
+        # pyrefly: ignore[missing-attribute]  Lightning sets it from elsewhere
         for callback in trainer.callbacks:
             if callback.state_key in state["callbacks"]:
                 callback.load_state_dict(state["callbacks"][callback.state_key])
         self._start = None
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
         """Listen to signals, in the place of Lightning."""
         self._signals.install()
 
     # ---- every iteration
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: "CDMModule", *_: object) -> None:
         """Save if this iteration is due; Lightning calls checkpoint callbacks last, when the state is whole."""
         self._check_health(pl_module)
         iteration, stop = trainer.global_step, self._signals.asked()
         last = iteration == trainer.max_steps
         if self.best is not None:
-            self._trainer_state = trainer_state(trainer)  # a save after validation shall be as one from here
+            self._trainer_state = trainer_state(trainer, pl_module)  # a save after validation shall be as one from here
         if stop or last or trainer.should_stop or iteration % self.every == 0:
-            path = self._save(trainer, pl_module, trainer_state(trainer), needed=last)
+            path = self._save(trainer, pl_module, trainer_state(trainer, pl_module), needed=last)
             if stop and not last:
                 saved = f"saved {path}" if path else "the last save failed, the run goes on from an older checkpoint"
                 say(f"stopped at iteration {iteration}: {saved}; the same command goes on")
                 raise Preempted(f"at iteration {iteration}")
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
         """Keep the checkpoint of this iteration if it is the best so far."""
         if self.best is None or trainer.sanity_checking or not self._trainer_state:
             return
@@ -157,18 +162,18 @@ class IterationCheckpoint(Checkpoint):
         kept = {iteration_of(path) for path in checkpoints_in(self.folder)}
         return found if found.get("metric") == self.best and found.get("iteration") in kept else None
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
         """Give the signals back."""
         self._signals.restore()
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: "CDMModule", exception: BaseException) -> None:
         """Give the signals back."""
         self._signals.restore()
 
     # ---- saving
 
     def _save(
-        self, trainer: L.Trainer, module: L.LightningModule, state: dict[str, Any], needed: bool = False
+        self, trainer: L.Trainer, module: "CDMModule", state: dict[str, Any], needed: bool = False
     ) -> Path | None:
         """The new checkpoint; None if the disk did not take it, UserError if it is `needed`."""
         record: dict[str, Any] = {}
@@ -211,9 +216,9 @@ class IterationCheckpoint(Checkpoint):
             except OSError as error:
                 say(f"WARNING: {old} could not be deleted ({error.strerror or error})")
 
-    def _check_health(self, module: L.LightningModule) -> None:
+    def _check_health(self, module: "CDMModule") -> None:
         """UserError after too many updates in a row that were left out; the counts are the same on all processes."""
-        for name, count in module.skipped_in_a_row.items():
+        for name, count in module.updates.skipped_in_a_row.items():
             if self.max_skipped is not None and count >= self.max_skipped:
                 good = [path for path in checkpoints_in(self.folder) if not any(skipped_in(path).values())]
                 advice = f"go on from {good[-1]} with other settings" if good else "no checkpoint is older than that"
@@ -223,10 +228,12 @@ class IterationCheckpoint(Checkpoint):
                 )
 
 
-def trainer_state(trainer: L.Trainer) -> dict[str, Any]:
-    """What Lightning's loop and the callbacks keep."""
+def trainer_state(trainer: L.Trainer, module: "CDMModule") -> dict[str, Any]:
+    """What Lightning's loop, the callbacks and the objective keep."""
+    # pyrefly: ignore[missing-attribute]  Lightning sets it from elsewhere
     callbacks = {callback.state_key: state for callback in trainer.callbacks if (state := callback.state_dict())}
-    return {"fit_loop": trainer.fit_loop.state_dict(), "callbacks": callbacks}
+    objective = module.objective.state_dict()
+    return {"fit_loop": trainer.fit_loop.state_dict(), "callbacks": callbacks, "objective": objective}
 
 
 def skipped_in(path: Path) -> dict[str, int]:

@@ -12,6 +12,7 @@ import shutil
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import cast
 
 from cdm_lightning.errors import UserError
 
@@ -35,7 +36,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 def iteration_of(path: Path) -> int:
     """The iteration in a checkpoint folder's name."""
-    return int(PATTERN.fullmatch(path.name)[1])
+    return int(cast(re.Match[str], PATTERN.fullmatch(path.name))[1])
 
 
 def refuse_old_files(folder: Path) -> None:

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from types import FrameType
+from typing import Any
 
 from cdm_lightning.ranks import any_of
 
@@ -19,7 +20,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self._asked = False
-        self._before: dict[signal.Signals, object] = {}
+        self._before: dict[signal.Signals, Any] = {}  # a function, a number or None
 
     def install(self) -> None:
         """Take the signals over; in the main thread alone, as Python wants it."""

@@ -36,14 +36,13 @@ def plain_tensors(name: str, value: Tensor) -> dict[str, Tensor]:
 
     Codes have the shape of the parameter and a scale stands for a block of them in a row, so both are cut as it is.
     """
-    is_part = isinstance(value, DTensor)
-    local = value.to_local() if is_part else value
+    local = value.to_local() if isinstance(value, DTensor) else value
     if not hasattr(local, "__tensor_flatten__"):
         return {name: value}
     found = {}
     for part in local.__tensor_flatten__()[0]:
         tensor = getattr(local, part)
-        if is_part and part in ("codes", "scale"):
+        if isinstance(value, DTensor) and part in ("codes", "scale"):
             shape = value.shape if part == "codes" else (value.numel() * tensor.numel() // local.numel(),)
             stride = value.stride() if part == "codes" else (1,)
             tensor = DTensor.from_local(

@@ -73,7 +73,7 @@ class StoredCheckpoint:
         return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
 
     def network_weights(self, name: str) -> dict[str, Tensor]:
-        """State dict of the network `name`: student, fake_score or student_ema."""
+        """State dict of the network `name`: student, student_ema or another trained role."""
         return self.tensors(f"networks.{name}.")
 
     def trainer_state(self) -> dict[str, Any]:
@@ -167,6 +167,6 @@ def _try(path: Path) -> tuple[StoredCheckpoint | None, str | None]:
     except UserError as error:
         why = str(error)
     why = next((text for text in ranks.gather(why) if text), None)
-    if why is None and (fault := stored.find_fault()):
+    if why is None and stored is not None and (fault := stored.find_fault()):
         why = f"{path}: {fault}"
     return stored, why

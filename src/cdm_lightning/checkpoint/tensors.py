@@ -7,16 +7,17 @@ written. There is no pickle in it: unlike torch's own form, which keeps its inde
 import os
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from cdm_lightning.checkpoint.folder import FileSums
 from cdm_lightning.ranks import is_spread, world_size
@@ -46,7 +47,7 @@ class _SummedFiles(FileSystem):
         self.sums: FileSums = {}
 
     @contextmanager
-    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Generator[Any]:
         with Path(path).open(mode) as file:
             summed = _Summed(file)
             yield summed
@@ -93,7 +94,8 @@ def load_tensors(tensors: dict[str, Tensor], files: Sequence[Path], alone: bool 
 def stored_sizes(files: Sequence[Path]) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """(shape, dtype) of each tensor in a checkpoint's files, from their headers."""
     metadata = reader(files).read_metadata().state_dict_metadata
-    return {name: (of.size, of.properties.dtype) for name, of in metadata.items()}
+    tensors = cast(dict[str, TensorStorageMetadata], metadata)  # these files hold nothing else
+    return {name: (of.size, of.properties.dtype) for name, of in tensors.items()}
 
 
 def reader(files: Sequence[Path]) -> dcp.HuggingFaceStorageReader:
@@ -124,7 +126,7 @@ def raise_cause(error: CheckpointException) -> None:
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
+def quietly() -> Generator[None]:
     """Without the warning that there is only one process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed is (disabled|unavailable).*")

@@ -7,20 +7,21 @@ from torch.distributed.tensor import DTensor
 
 @torch.no_grad()
 def lerp_parameters_(target: nn.Module, source: nn.Module, weight: float) -> None:
-    """target <- (1 - weight) target + weight source, in place, for each parameter; ValueError if names differ.
+    """target <- (1 - weight) target + weight source, in place, for each parameter of the source.
 
+    Parameters that the target alone has (inputs of its own) stay as they are; ValueError if it lacks one of the source's.
     Of sharded networks each rank moves its own shards; a target may lie on another device than the source.
     """
     to, of = dict(target.named_parameters()), dict(source.named_parameters())
-    if to.keys() != of.keys():
-        raise ValueError(f"the networks differ in parameters: {sorted(to.keys() ^ of.keys())[:3]}")
-    targets = [local(value) for value in to.values()]
-    sources = [local(of[name]).to(target.device) for name, target in zip(to, targets)]
+    if lacking := of.keys() - to.keys():
+        raise ValueError(f"the networks differ in parameters, the first lacks {sorted(lacking)[:3]}")
+    targets = [local(to[name]) for name in of]
+    sources = [local(value).to(target.device) for value, target in zip(of.values(), targets)]
     torch._foreach_lerp_(targets, sources, weight)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor (a view of it); another tensor is its own."""
+    """This rank's part of a sharded tensor (a view of it); a plain tensor is returned unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

@@ -53,6 +53,21 @@ class VelocityField(ABC):
         """One field for the concatenated batches of self and `others`, or None where one call cannot serve them all."""
         return None
 
+    def given(self, **inputs: Tensor) -> "VelocityField":
+        """The field with a value (B,) for each input that its network has beside x, sigma and text.
+
+        Raises ValueError for a field whose network has no inputs of its own.
+        """
+        raise ValueError(f"{type(self).__name__} has no inputs of its own, it was given {', '.join(inputs)}")
+
+    def with_features(self, x: Tensor, sigma: Tensor, blocks: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+        """The velocity (B, *), and the hidden states (B, N, D) after the network's blocks with these numbers.
+
+        A negative number counts from the last block. Raises ValueError for a field that is no network, UserError for a block
+        that the network does not have.
+        """
+        raise ValueError(f"{type(self).__name__} has no blocks whose hidden states could be returned")
+
 
 @dataclass(frozen=True)
 class FunctionField(VelocityField):
@@ -109,7 +124,7 @@ def evaluate_together(calls: Sequence[tuple[VelocityField, Tensor, Tensor]]) -> 
     while pending:
         group, field = _first_group(calls, pending)
         sizes = [len(calls[i][1]) for i in group]
-        x, sigma = (torch.cat([calls[i][part] for i in group]) for part in (1, 2))
+        x, sigma = torch.cat([calls[i][1] for i in group]), torch.cat([calls[i][2] for i in group])
         results.update(zip(group, field(x, sigma).split(sizes)))
         pending = [i for i in pending if i not in group]
     return [results[i] for i in range(len(calls))]

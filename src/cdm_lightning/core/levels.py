@@ -1,6 +1,7 @@
 """Draws of the sigma at which networks look at a re-noised sample during training.
 
-`ceiling` (B,) is the sigma at which the sample was predicted; a distribution uses it or not. Results are clamped to
+`ceiling` (B,) is the sigma at which the sample was predicted; a distribution uses it or not. Draws are made and shifted on the
+host and moved to the device once. Results are clamped to
 [low, high], not rescaled, as the authors of CDM do: about 2 % of uniform draws lie on each end. Results are as the
 network sees them; `space` says whether the family's shift is applied to the draw (before the clamp).
 """
@@ -34,7 +35,7 @@ class UniformLevels:
 
     def sample(self, rng: StepRandom, purpose: str, ceiling: Tensor, shift: Shift) -> Tensor:
         """(B,) draws."""
-        return _seen(rng.uniform(purpose), self.space, shift).clamp(self.low, self.high)
+        return rng.place(_seen(rng.uniform(purpose), self.space, shift).clamp(self.low, self.high))
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class CappedUniformLevels:
 
     def sample(self, rng: StepRandom, purpose: str, ceiling: Tensor, shift: Shift) -> Tensor:
         """(B,) draws."""
-        return (rng.uniform(purpose) * ceiling).clamp(self.low, self.high)
+        return (rng.place(rng.uniform(purpose)) * ceiling).clamp(self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ class LogitNormalLevels:
 
     def sample(self, rng: StepRandom, purpose: str, ceiling: Tensor, shift: Shift) -> Tensor:
         """(B,) draws."""
-        draws = (self.mean + self.std * rng.normal(purpose, ())).sigmoid()
-        return _seen(draws, self.space, shift).clamp(self.low, self.high)
+        draws = (self.mean + self.std * rng.gaussian(purpose)).sigmoid()
+        return rng.place(_seen(draws, self.space, shift).clamp(self.low, self.high))
 
 
 def _seen(draws: Tensor, space: Space, shift: Shift) -> Tensor:

@@ -1,9 +1,10 @@
 """Random numbers as a function of (seed, purpose, iteration, slot): nothing to save, nothing to restore.
 
 A slot is a sample's index inside the global batch, so the numbers do not depend on how many processes share the batch.
-They are computed on the CPU and moved, so they do not depend on the device either. Element n of a slot's draw is number
-(slot, n) of a SplitMix64 sequence (Steele, Lea and Flood, OOPSLA 2014) whose start is a hash of the rest: a counter, so
-all samples are drawn at once and none needs a generator of its own.
+They are computed on the CPU, so they do not depend on the device either: noise is moved to the device at once, sigmas when
+they have been shifted (`place`), so that the host never waits for the device. Element n of a slot's draw is number (slot, n)
+of a SplitMix64 sequence (Steele, Lea and Flood, OOPSLA 2014) whose start is a hash of the rest: a counter, so all samples are
+drawn at once and none needs a generator of its own.
 """
 
 import hashlib
@@ -75,7 +76,7 @@ class StepRandom:
     """
 
     def __init__(
-        self, seed: int, iteration: int, slots: Sequence[int], device: torch.device | str, repeat: int = 0
+        self, seed: int, iteration: int, slots: Sequence[int] | Tensor, device: torch.device | str, repeat: int = 0
     ) -> None:
         self.seed = seed
         self.iteration = iteration
@@ -89,37 +90,37 @@ class StepRandom:
 
     def again(self, repeat: int) -> "StepRandom":
         """Other numbers for the same purposes of this iteration, for what is done more than once in it; 0 is the first time."""
-        return StepRandom(self.seed, self.iteration, self.slots, self.device, repeat)
+        return type(self)(self.seed, self.iteration, self.slots, self.device, repeat)
 
     def select(self, rows: Rows) -> "StepRandom":
         """The numbers of some of these samples."""
-        return StepRandom(self.seed, self.iteration, self.slots[rows], self.device, self.repeat)
+        return type(self)(self.seed, self.iteration, self.slots[rows], self.device, self.repeat)
 
     def shared(self, purpose: str) -> torch.Generator:
         """A generator alike for all slots and processes: for whatever changes the number of network calls."""
         return stream(self.seed, purpose, *self._count)
 
     def uniform(self, purpose: str, n: int | None = None) -> Tensor:
-        """Draws of U[0, 1), float32: (B,), or (B, n)."""
+        """Draws of U[0, 1), float32, (B,) or (B, n), on the CPU: sigmas are shifted there, then moved once by `place`."""
         draws = _bits(self._key(purpose), self.slots, 1 if n is None else n) >> 40 & 0xFFFFFF
-        return (draws[:, 0] if n is None else draws).float().mul_(2**-24).to(self.device)
+        return (draws[:, 0] if n is None else draws).float().mul_(2**-24)
+
+    def gaussian(self, purpose: str) -> Tensor:
+        """One standard normal draw a sample, float32, (B,), on the CPU as those of `uniform`."""
+        return _normal(self._key(purpose), self.slots, ())
 
     def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
-        """Standard normal draws (B, *shape), float32."""
-        return _normal(self._key(purpose), self.slots, shape).to(self.device)
+        """Standard normal draws (B, *shape), float32, on the device."""
+        return self.place(_normal(self._key(purpose), self.slots, shape))
 
     def index(self, purpose: str, high: int) -> Tensor:
         """Whole numbers of [0, high), each equally likely (high far below 2^31): (B,) int64 on the CPU, to steer by."""
         draws = _bits(self._key(purpose), self.slots, 1)[:, 0] >> 33 & 0x7FFFFFFF
         return draws * high >> 31
 
-    def spread_index(self, purpose: str, high: int) -> Tensor:
-        """The same, but any consecutive slots have them evenly spread over [0, high): (B,) int64 on the CPU.
-
-        Van der Corput's sequence (1935), moved by one uniform draw for all slots (Cranley and Patterson, 1976).
-        """
-        shift = torch.rand((), generator=self.shared(purpose), dtype=torch.float64, device="cpu")
-        return ((_radical_inverse(self.slots) + shift) % 1 * high).long().clamp(max=high - 1)
+    def place(self, values: Tensor) -> Tensor:
+        """The values on the device that networks compute on."""
+        return values.to(self.device)
 
     def _key(self, purpose: str) -> int:
         return _hash(self.seed, purpose, *self._count)
@@ -162,12 +163,6 @@ def _bits(key: int, rows: Tensor, n: int) -> Tensor:
         z ^= z >> shift & (1 << 64 - shift) - 1  # >> keeps the sign, the mask drops it
         z *= _signed(factor)
     return z
-
-
-def _radical_inverse(numbers: Tensor) -> Tensor:
-    """The binary digits of whole numbers (B,) below 2^32 mirrored at the point: (B,) float64 in [0, 1)."""
-    digits = torch.arange(32, device="cpu")
-    return ((numbers[:, None] >> digits & 1) * 2.0 ** -(digits + 1).double()).sum(1)
 
 
 def _normal(key: int, rows: Tensor, shape: Sequence[int]) -> Tensor:

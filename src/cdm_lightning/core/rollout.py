@@ -1,18 +1,17 @@
 """Backward simulation: the student's own deterministic path from noise, and the one point of it that is trained on.
 
-Shapes: B samples of shape * = (C, H, W), K steps, sigmas (B, K + 1) falling from 1 to 0. Nothing here keeps gradients, but for
-the call at the anchor where that is asked for.
+Shapes: B samples of shape * = (C, H, W), K steps, sigmas (B, K + 1) falling from 1 to 0. Nothing here keeps gradients.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cdm_lightning.core.flow import Rows, VelocityField, denoise, move, per_sample
+from cdm_lightning.core.flow import VelocityField, denoise, move, per_sample
 
 
 @dataclass(frozen=True)
@@ -22,14 +21,6 @@ class TrajectoryPoint:
     x: Tensor  # (B, *)
     v: Tensor  # (B, *), the student's velocity at (x, sigma)
     sigma: Tensor  # (B,)
-    x0_next: Tensor | None = None  # (B, *), the clean prediction one step later; from full rollouts only
-    x0_final: Tensor | None = None  # (B, *), the end of the rollout; from full rollouts only
-    v_with_grad: Tensor | None = None  # (B, *), v with the student's graph, where the student is trained on this call
-
-    def select(self, rows: Rows) -> "TrajectoryPoint":
-        """The points of some samples."""
-        parts = (self.x, self.v, self.sigma, self.x0_next, self.x0_final, self.v_with_grad)
-        return TrajectoryPoint(*(None if part is None else part[rows] for part in parts))
 
     @property
     def x0(self) -> Tensor:
@@ -39,6 +30,14 @@ class TrajectoryPoint:
     def move_to(self, sigma: Tensor) -> Tensor:
         """The off-trajectory state at sigma (B,) in the direction of v, (B, *)."""
         return move(self.x, self.v, self.sigma, sigma)
+
+
+@dataclass(frozen=True)
+class FullTrajectoryPoint(TrajectoryPoint):
+    """A point of a rollout that was simulated to its end, with what came after the point."""
+
+    x0_next: Tensor  # (B, *), the clean prediction one step later
+    x0_final: Tensor  # (B, *), the end of the rollout
 
 
 @dataclass(frozen=True)
@@ -54,15 +53,18 @@ class Trajectory:
         """K."""
         return len(self.x)
 
-    def at(self, anchor: Tensor) -> TrajectoryPoint:
+    def at(self, anchor: Tensor) -> FullTrajectoryPoint:
         """The point with index anchor (B,) of [0, K) for each sample; after the last comes the final state."""
         anchor = anchor.to(self.final.device)
-        samples = torch.arange(len(anchor), device=anchor.device)
-        point = TrajectoryPoint(self.x[anchor, samples], self.v[anchor, samples], self.sigmas[samples, anchor])
-        following = (anchor + 1).clamp(max=len(self) - 1)
-        ahead = TrajectoryPoint(self.x[following, samples], self.v[following, samples], self.sigmas[samples, following])
+        point = self._states(anchor)
+        ahead = self._states((anchor + 1).clamp(max=len(self) - 1))
         is_last = per_sample(anchor == len(self) - 1, self.final)
-        return replace(point, x0_next=torch.where(is_last, self.final, ahead.x0), x0_final=self.final)
+        x0_next = torch.where(is_last, self.final, ahead.x0)
+        return FullTrajectoryPoint(point.x, point.v, point.sigma, x0_next=x0_next, x0_final=self.final)
+
+    def _states(self, step: Tensor) -> TrajectoryPoint:
+        samples = torch.arange(len(step), device=step.device)
+        return TrajectoryPoint(self.x[step, samples], self.v[step, samples], self.sigmas[samples, step])
 
 
 @torch.no_grad()
@@ -79,52 +81,59 @@ def simulate(student: VelocityField, noise: Tensor, sigmas: Tensor) -> Trajector
 
 @dataclass(frozen=True)
 class Rollout:
-    """What a rollout is drawn as, and, once it has been walked, the states at the anchors; it ends there."""
+    """The random draws of a rollout, and the student that walks it."""
 
     student: VelocityField
     noise: Tensor  # (B, *)
     sigmas: Tensor  # (B, K + 1)
     anchor: Tensor  # (B,) of [0, K), on the CPU: which calls are made depends on it
-    x: Tensor | None = None  # (B, *), the states at the anchors
 
-    def point(self, with_grad: bool = False) -> TrajectoryPoint:
-        """The points at the anchors, by one call for the whole batch; `with_grad`: the student can be trained on that call."""
+    @torch.no_grad()
+    def point(self, x: Tensor) -> TrajectoryPoint:
+        """The points at the anchors, whose states x (B, *) `walk` returned: one call of the student for the whole batch."""
         sigma = self.sigmas.gather(1, self.anchor.to(self.sigmas.device)[:, None]).squeeze(1)
-        with torch.set_grad_enabled(with_grad):
-            v = self.student(self.x, sigma)
-        return TrajectoryPoint(self.x, v.detach(), sigma, v_with_grad=v if with_grad else None)
+        return TrajectoryPoint(x, self.student(x, sigma), sigma)
 
 
-def walk(rollouts: Sequence[Rollout], agree_on_calls: Callable[[int], int] = lambda calls: calls) -> list[Rollout]:
-    """The rollouts at their anchors; they walk as one batch where one call of the student can serve them all.
+def walk(rollouts: Sequence[Rollout], agree_on_calls: Callable[[int], int] = lambda calls: calls) -> list[Tensor]:
+    """The states (B, *) of each rollout at its anchors; all walk as one batch where one call of the student serves them.
 
-    Their `point()` is what `simulate(...).at(anchor)` gives, to float rounding, without the steps after each anchor.
+    `rollout.point(x)` of a state is what `simulate(...).at(anchor)` gives, to float rounding, without the steps after each
+    anchor.
 
-    Processes that hold shards of one network must all call it equally often: `agree_on_calls` is told how many calls
-    a walk takes and says how many to make. Those beyond run on one sample, and nothing comes of them.
+    Processes that hold shards of one network must all call it equally often: `agree_on_calls` takes the number of calls that
+    this walk needs and returns how many to make. The additional calls run on one sample, and their results are dropped.
     """
+    joined = join_rollouts(rollouts)
+    if joined is None:
+        return [_walk(rollout, agree_on_calls) for rollout in rollouts]
+    return list(_walk(joined, agree_on_calls).split([len(rollout.noise) for rollout in rollouts]))
+
+
+def join_rollouts(rollouts: Sequence[Rollout]) -> Rollout | None:
+    """The rollouts one after the other as one, shorter ones filled up with sigma 0; None where one call cannot serve all."""
     first, *others = rollouts
+    if not others:
+        return first
     one_shape = all(other.noise.shape[1:] == first.noise.shape[1:] for other in others)
-    student = first.student.join([other.student for other in others]) if others and one_shape else None
+    student = first.student.join([other.student for other in others]) if one_shape else None
     if student is None:
-        return [replace(one, x=_walk(one, agree_on_calls)) for one in rollouts]
-    longest = max(one.sigmas.shape[1] for one in rollouts)
-    together = Rollout(
+        return None
+    longest = max(rollout.sigmas.shape[1] for rollout in rollouts)
+    return Rollout(
         student,
-        torch.cat([one.noise for one in rollouts]),
-        torch.cat([F.pad(one.sigmas, (0, longest - one.sigmas.shape[1])) for one in rollouts]),
-        torch.cat([one.anchor for one in rollouts]),
+        torch.cat([rollout.noise for rollout in rollouts]),
+        torch.cat([F.pad(rollout.sigmas, (0, longest - rollout.sigmas.shape[1])) for rollout in rollouts]),
+        torch.cat([rollout.anchor for rollout in rollouts]),
     )
-    arrived = _walk(together, agree_on_calls).split([len(one.noise) for one in rollouts])
-    return [replace(one, x=x) for one, x in zip(rollouts, arrived)]
 
 
 @torch.no_grad()
 def _walk(rollout: Rollout, agree_on_calls: Callable[[int], int]) -> Tensor:
     """The states (B, *) at the anchors.
 
-    Step n runs for the samples with anchor > n only. Sorted by falling anchor these are a prefix of the batch, so a
-    step drops rows from its end; those dropped are there. Nothing here waits for the device.
+    Step n runs only for the samples with anchor > n. Sorted by falling anchor these are a prefix of the batch, so a step
+    drops rows from its end; the dropped rows have reached their anchor. Nothing here waits for the device.
     """
     student, noise, sigmas, anchor = rollout.student, rollout.noise, rollout.sigmas, rollout.anchor
     order = anchor.argsort(descending=True)

@@ -22,8 +22,15 @@ Space = Literal["before_shift", "after_shift"]
 class SigmaSchedule(Protocol):
     """Anything that draws the sigmas of one rollout."""
 
+    @property
+    def mean_length(self) -> float:
+        """The expected number of steps K, for the planner."""
+
     def sample(self, rng: StepRandom, shift: Shift) -> Tensor:
-        """(B, K + 1) float32, strictly decreasing from 1 to 0, with the same K on every process."""
+        """(B, K + 1) float32, strictly decreasing from 1 to 0, with the same K on every process.
+
+        Drawn and shifted on the host, then moved to the device once: nothing waits for the device.
+        """
 
 
 @dataclass(frozen=True)
@@ -45,14 +52,19 @@ class RandomSchedule:
         if not 0 < self.sigma_min < self.sigma_max <= 1:
             raise ValueError(f"need 0 < sigma_min < sigma_max <= 1, got {self.sigma_min} and {self.sigma_max}")
 
+    @property
+    def mean_length(self) -> float:
+        """The expected number of steps."""
+        return float(self.length.mean)
+
     def sample(self, rng: StepRandom, shift: Shift) -> Tensor:
         """(B, K + 1) float32 as the network sees them, strictly decreasing from 1 to 0."""
         inner = self.length.sample(rng.shared("schedule.length")) - 1
         u = rng.uniform("schedule.sigmas", inner)
         if self.stratified:
-            u = (torch.arange(inner, device=u.device) + u) / max(inner, 1)
+            u = (torch.arange(inner, device="cpu") + u) / max(inner, 1)
         sigmas = self.sigma_min + (self.sigma_max - self.sigma_min) * u
-        return _with_ends(sigmas.sort(dim=1, descending=True).values, shift, self.space)
+        return rng.place(_with_ends(sigmas.sort(dim=1, descending=True).values, shift, self.space))
 
 
 @dataclass(frozen=True)
@@ -68,10 +80,15 @@ class FixedSchedule:
         if not self.sigmas or self.sigmas[0] != 1 or not falling:
             raise ValueError(f"sigmas must fall strictly from 1 and stay above 0, got {list(self.sigmas)}")
 
+    @property
+    def mean_length(self) -> float:
+        """The number of steps."""
+        return float(len(self.sigmas))
+
     def sample(self, rng: StepRandom, shift: Shift) -> Tensor:
         """(B, K + 1) float32 as the network sees them: the same row B times."""
-        inner = torch.tensor(self.sigmas[1:], dtype=torch.float32, device=rng.device)
-        return _with_ends(inner.repeat(len(rng), 1), shift, self.space)
+        inner = torch.tensor(self.sigmas[1:], dtype=torch.float32, device="cpu")
+        return rng.place(_with_ends(inner.repeat(len(rng), 1), shift, self.space))
 
 
 def uniform_sigmas(nfe: int) -> Tensor:

@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from cdm_lightning.core.rng import permutation
+
+if TYPE_CHECKING:
+    from cdm_lightning.data.prompts import Prompts
 
 Order = Callable[[int], int]  # position in the endless stream of all ranks -> number of the prompt
 
@@ -20,18 +23,24 @@ class PromptBatch(NamedTuple):
     """Prompts with the number that keys their random draws.
 
     `indices` (B,) int64 on the CPU: in training the slot of each sample within the global batch (over all ranks), in
-    validation the number of the prompt in its file. `together` are the batches of all iterations whose rollouts are made
-    at once, in their order and with this one among them: told with the first of them that is read, else empty.
+    validation the number of the prompt in its file. `images` (B, 3, H, W) in [0, 1] are the prompts' real images, where the
+    objective needs them. `group` are the batches of all iterations that roll out as one batch, in their order and with this
+    one among them: set on the first batch of a group that is read, empty on the others.
     """
 
     prompts: list[str]
     indices: Tensor
-    together: tuple["PromptBatch", ...] = ()
+    images: Tensor | None = None
+    group: tuple["PromptBatch", ...] = ()
 
     def split(self, count: int) -> list["PromptBatch"]:
         """The batch in `count` parts of sizes that differ by 1 at most, or in single samples if there are fewer."""
         parts = spans(len(self.prompts), count)
-        return [PromptBatch(self.prompts[span], self.indices[span]) for span in parts]
+        images = self.images
+        return [
+            PromptBatch(self.prompts[span], self.indices[span], None if images is None else images[span])
+            for span in parts
+        ]
 
 
 def spans(size: int, count: int) -> list[slice]:
@@ -41,21 +50,34 @@ def spans(size: int, count: int) -> list[slice]:
 
 
 class Draw(NamedTuple):
-    """One sample asked of the loader: the prompt's number in its file, the number that keys its random draws, its batch's."""
+    """A request to the loader: the prompt's number in its file, the number that keys its random draws, its batch's number."""
 
     prompt: int
     key: int
     batch: int = 0
 
 
+class Drawn(NamedTuple):
+    """A sample that the loader read: prompt, the number that keys its random draws, its batch's number, its image."""
+
+    prompt: str
+    key: int
+    batch: int
+    image: Tensor | None = None  # (3, H, W)
+
+
 class DrawnPrompts(Dataset):
-    """View of a prompt data set that is addressed by `Draw`, so that each prompt travels with its key."""
+    """View of a prompt data set that is addressed by `Draw`, so that each prompt travels with its key.
 
-    def __init__(self, prompts: Dataset) -> None:
-        self.prompts = prompts
+    With `images`, each brings its image (`Prompts.image`).
+    """
 
-    def __getitem__(self, draw: Draw) -> tuple[str, int, int]:
-        return self.prompts[draw.prompt], draw.key, draw.batch
+    def __init__(self, prompts: "Prompts", images: bool = False) -> None:
+        self.prompts, self.images = prompts, images
+
+    def __getitem__(self, index: Draw) -> Drawn:
+        image = self.prompts.image(index.prompt) if self.images else None
+        return Drawn(self.prompts[index.prompt], index.key, index.batch, image)
 
 
 class ShuffledEpochs:
@@ -76,8 +98,8 @@ class ShuffledEpochs:
 class EndlessBatches(Sampler):
     """Batches `start`, `start + 1`, ... without end, each a list of `batch_size` draws of this rank.
 
-    `together(n)` are the batches whose rollouts are made with that of batch n: the first of them that is read brings the
-    draws of the others, after its own.
+    `groups(n)` are the batches that roll out with batch n: the first of them that is read brings the draws of the others,
+    after its own.
 
     The `size` prompts come in `order`, by default in shuffled epochs; a batch may span two of them. Together the ranks
     take `world_size * batch_size` consecutive prompts a batch, so the global batch is the same for each split of it
@@ -93,15 +115,15 @@ class EndlessBatches(Sampler):
         rank: int = 0,
         world_size: int = 1,
         order: Order | None = None,
-        together: Callable[[int], range] | None = None,
+        groups: Callable[[int], range] | None = None,
     ) -> None:
         self.batch_size, self.start, self.rank, self.world_size = batch_size, start, rank, world_size
-        self.prompt_at, self.together = order or ShuffledEpochs(size, seed), together
+        self.prompt_at, self.groups = order or ShuffledEpochs(size, seed), groups
 
     def __iter__(self) -> Iterator[list[Draw]]:
         number = self.start
         while True:
-            group = self.together(number) if self.together else range(number, number + 1)
+            group = self.groups(number) if self.groups else range(number, number + 1)
             others = [other for other in group if other != number] if number in (self.start, group.start) else []
             yield [draw for one in (number, *others) for draw in self.batch(one)]
             number += 1
@@ -128,16 +150,19 @@ def evaluation_batches(size: int, batch_size: int, rank: int = 0, world_size: in
     return batches
 
 
-def collate(samples: list[tuple[str, int, int]]) -> PromptBatch:
-    """Samples of the loader as the `PromptBatch` that the first of them belongs to."""
-    batches = {number: [] for number in dict.fromkeys(number for *_, number in samples)}
-    for prompt, key, number in samples:
-        batches[number].append((prompt, key))
-    whole = {number: _batch(drawn) for number, drawn in batches.items()}
-    own = whole[samples[0][-1]]
-    return own._replace(together=tuple(whole[number] for number in sorted(whole))) if len(whole) > 1 else own
+def collate(samples: list[Drawn]) -> PromptBatch:
+    """Samples of the loader as the `PromptBatch` that the first of them belongs to, with the others of its group."""
+    by_batch = {number: [] for number in dict.fromkeys(sample.batch for sample in samples)}
+    for sample in samples:
+        by_batch[sample.batch].append(sample)
+    batches = {number: _batch(drawn) for number, drawn in by_batch.items()}
+    own = batches[samples[0].batch]
+    if len(batches) == 1:
+        return own
+    return own._replace(group=tuple(batches[number] for number in sorted(batches)))
 
 
-def _batch(drawn: list[tuple[str, int]]) -> PromptBatch:
-    prompts, keys = zip(*drawn, strict=True)
-    return PromptBatch(list(prompts), torch.tensor(keys, dtype=torch.int64))
+def _batch(drawn: list[Drawn]) -> PromptBatch:
+    keys = torch.tensor([sample.key for sample in drawn], dtype=torch.int64)
+    images = None if drawn[0].image is None else torch.stack([cast(Tensor, sample.image) for sample in drawn])
+    return PromptBatch([sample.prompt for sample in drawn], keys, images)

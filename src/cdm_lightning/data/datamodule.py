@@ -1,6 +1,8 @@
 """The prompts of a run: an endless stream for training and a fixed list for validation."""
 
 import sys
+from collections.abc import Callable
+from typing import cast
 
 import lightning as L
 import torch
@@ -15,7 +17,9 @@ class PromptDataModule(L.LightningDataModule):
     """Loaders of `PromptBatch` from two sets of prompts; without state: a resumed run continues at batch `global_step`.
 
     `batch_size` is per process. The first `val_prompts` prompts of `val` are used, all of them if None. `seed` fixes
-    the order of the training prompts. Raises `UserError` for sizes that are not positive.
+    the order of the training prompts. `groups` names the iterations that roll out with an iteration (default: none with
+    another), so that their batches are read together; `images` asks for the real image of each training prompt. Raises
+    `UserError` for sizes that are not positive, and where images are asked of prompts that have none.
     """
 
     def __init__(
@@ -27,8 +31,16 @@ class PromptDataModule(L.LightningDataModule):
         val_prompts: int | None = None,
         seed: int = 0,
         num_workers: int = 0,
+        groups: Callable[[int], range] | None = None,
+        images: bool = False,
     ) -> None:
         super().__init__()
+        self.groups, self.images = groups, images
+        if images and not train.has_images:
+            raise UserError(
+                "data.train: the objective learns from real images, and these are prompts alone; see docs/prompts.md for "
+                "sets of captioned images"
+            )
         self.train, self.val, self.seed, self.num_workers = train, val, seed, num_workers
         self.batch_size = batch_size
         self.val_batch_size = batch_size if val_batch_size is None else val_batch_size
@@ -46,7 +58,7 @@ class PromptDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Loader that never ends; its first batch is the one that follows the iterations already done."""
-        trainer = self.trainer
+        trainer = cast(L.Trainer, self.trainer)
         batches = EndlessBatches(
             len(self.train),
             self.batch_size,
@@ -55,25 +67,27 @@ class PromptDataModule(L.LightningDataModule):
             rank=trainer.global_rank,
             world_size=trainer.world_size,
             order=self.train.order(self.seed),
-            together=getattr(trainer.lightning_module, "rolled_out_together", None),  # of any other module: none
+            groups=self.groups,
         )
-        return self._loader(self.train, batches, self.num_workers)
+        return self._loader(DrawnPrompts(self.train, self.images), batches, self.num_workers)
 
     def val_dataloader(self) -> DataLoader:
         """Loader of this rank's validation prompts in the order of their file; UserError if some rank would have none."""
-        rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        trainer = cast(L.Trainer, self.trainer)
+        rank, world_size = trainer.global_rank, trainer.world_size
         if self.val_prompts < world_size:
             raise UserError(f"data: {self.val_prompts} validation prompts are too few for {world_size} processes")
-        return self._loader(self.val, evaluation_batches(self.val_prompts, self.val_batch_size, rank, world_size), 0)
+        batches = evaluation_batches(self.val_prompts, self.val_batch_size, rank, world_size)
+        return self._loader(DrawnPrompts(self.val), batches, 0)
 
     def transfer_batch_to_device(self, batch: PromptBatch, device: torch.device, dataloader_idx: int) -> PromptBatch:
         """Leave the batch on the host: prompts are text, and the random draws want their keys there."""
         return batch
 
     @staticmethod
-    def _loader(prompts: Prompts, batches: EndlessBatches | list, num_workers: int) -> DataLoader:
+    def _loader(prompts: DrawnPrompts, batches: EndlessBatches | list, num_workers: int) -> DataLoader:
         return DataLoader(
-            DrawnPrompts(prompts),
+            prompts,
             batch_sampler=batches,
             num_workers=num_workers,
             collate_fn=collate,

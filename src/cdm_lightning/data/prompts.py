@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from cdm_lightning.data.batches import Order, ShuffledEpochs
@@ -18,7 +19,13 @@ MAX_CHARACTERS = 10_000
 
 
 class Prompts(Dataset, ABC):
-    """A set of prompts: `len`, the text of each, and the order in which training takes them."""
+    """A set of prompts: `len`, the text of each, the order in which training takes them, in some sets an image of each."""
+
+    has_images = False  # whether `image` gives something
+
+    def image(self, index: int) -> Tensor:
+        """The real image of prompt number `index`, (3, H, W) in [0, 1]; UserError for a set of prompts alone."""
+        raise UserError(f"{type(self).__name__} holds prompts without images")
 
     @property
     def summary(self) -> str | None:

@@ -10,7 +10,7 @@ import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ class Scene:
     def caption(self) -> str:
         """The prompt, in lower case without punctuation."""
         if self.relation:
-            return f"{self.first.words()} {self.relation} {self.second.words()}"
+            return f"{self.first.words()} {self.relation} {cast(Item, self.second).words()}"
         return f"{self.first.words()} {self.place}" if self.place else self.first.words()
 
     @property
@@ -158,7 +158,7 @@ def lay_out(scenes: Sequence[Scene], seed: int) -> Layout:
     rng = random.Random(seed)
     rows = [_lay_out_one(scene, rng) for scene in scenes]
     columns = list(zip(*rows, strict=True))
-    return Layout(*(torch.tensor(column) for column in columns[:5]), torch.tensor(columns[5]))
+    return Layout(*(torch.tensor(column) for column in columns))
 
 
 def _lay_out_one(scene: Scene, rng: random.Random) -> tuple:
@@ -171,7 +171,7 @@ def _lay_out_one(scene: Scene, rng: random.Random) -> tuple:
         a, centre = attributes(scene.first), PLACES[place]
         return (a[0], -1), (a[1], -1), (a[2], -1), list(PLACES).index(place), 0, (centre, (0.5, 0.5))
     upright = scene.relation in ("above", "below")
-    items = [scene.first, scene.second]
+    items = [scene.first, cast(Item, scene.second)]
     if scene.relation in ("below", "right of"):
         items.reverse()
     a, b = (attributes(item) for item in items)

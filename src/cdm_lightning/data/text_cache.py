@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -53,6 +54,16 @@ class TextCacheSettings:
             raise UserError(f"text_cache.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.batch_size < 1 or self.shard_megabytes <= 0:
             raise UserError("text_cache: batch_size must be at least 1 and shard_megabytes more than 0")
+
+
+class Texts(Protocol):
+    """Prompts by number: a list of them, or a `data.prompts.Prompts`."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def __getitem__(self, index: int, /) -> str:
+        """Prompt number `index`."""
 
 
 class StoredText:
@@ -102,7 +113,7 @@ class StoredText:
         which = torch.tensor([distinct.index(prompt) for prompt in prompts], device=self.device)
         return {name: value.index_select(0, which) for name, value in cond.items()}
 
-    def require(self, sets: Mapping[str, Sequence[str]], check_up_to: int) -> None:
+    def require(self, sets: Mapping[str, Texts], check_up_to: int) -> None:
         """UserError, with the number and the first of them, if prompts of these named sets are not in the cache.
 
         With more than `check_up_to` prompts in all they are looked for when they are used.

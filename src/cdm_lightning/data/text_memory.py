@@ -5,6 +5,7 @@ A few hundred captions in turn are met many times in a run: the text encoders wo
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
+from typing import cast
 
 import torch
 
@@ -32,7 +33,8 @@ class RememberedText:
         """The conditioning of B prompts."""
         if self._place is None:
             self._fill()
-        places = [self._place.get(prompt, -1) for prompt in prompts]
+        known = cast(dict[str, int], self._place)
+        places = [known.get(prompt, -1) for prompt in prompts]
         return self._encode(prompts) if -1 in places else select_rows(self._table, torch.tensor(places))
 
     def forget(self) -> None:

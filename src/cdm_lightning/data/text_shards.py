@@ -13,6 +13,7 @@ import json
 import os
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -88,14 +89,11 @@ def read_manifest(folder: Path) -> Manifest | None:
     path = folder / MANIFEST
     if not path.is_file():
         return None
-    try:
+    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
         manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
-        known = manifest.format == FORMAT and manifest.dtype in DTYPES and manifest.bytes_per_prompt > 0
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        known = False
-    if not known:
-        raise UserError(f"{path}: not a text cache that this version reads; make it anew in another folder")
-    return manifest
+        if manifest.format == FORMAT and manifest.dtype in DTYPES and manifest.bytes_per_prompt > 0:
+            return manifest
+    raise UserError(f"{path}: not a text cache that this version reads; make it anew in another folder")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -181,6 +179,7 @@ def check_sum(cond: Mapping[str, Tensor]) -> int:
     """CRC-32 of the bytes of one prompt's conditioning."""
     value = 0
     for name in sorted(cond):
+        # pyrefly: ignore[bad-argument-type]  numpy declares its buffers for Python 3.12 and later only
         value = zlib.crc32(cond[name].contiguous().reshape(-1).view(torch.uint8).numpy(), value)
     return value
 

@@ -1,7 +1,7 @@
-"""Which of the trained networks is a LoRA, and of what size: plain data, checked before anything is loaded."""
+"""Which of the trained networks are LoRAs, and of what size: plain data, checked before anything is loaded."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from cdm_lightning.errors import UserError
@@ -56,31 +56,34 @@ class Adapter:
         return presets[self.targets]
 
 
-@dataclass(frozen=True)
 class LoRAPlan:
-    """The adapters of the two trained networks; None: all of that network's weights are trained."""
+    """The adapters of trained networks by role, as `LoRAPlan(student=Adapter(...))`; a role without one is trained whole.
 
-    student: Adapter | None = None
-    fake_score: Adapter | None = None
+    Adapters of roles that the objective does not train are not used. Raises UserError for a value that is no adapter.
+    """
 
-    @property
-    def adapters(self) -> dict[str, Adapter]:
-        """The adapter of each role that has one; the student's average is a twin of the student."""
-        roles = {"student": self.student, "student_ema": self.student, "fake_score": self.fake_score}
-        return {role: adapter for role, adapter in roles.items() if adapter is not None}
+    def __init__(self, **adapters: Adapter | None) -> None:
+        wrong = [role for role, adapter in adapters.items() if not isinstance(adapter, Adapter | None)]
+        if wrong:
+            raise UserError(f"lora.{wrong[0]} must be an adapter (see conf/lora/adapter) or null")
+        first = sorted(adapters, key=lambda role: (role != "student", role))
+        self._adapters = {role: adapter for role in first if (adapter := adapters[role]) is not None}
+
+    def of(self, role: str) -> Adapter | None:
+        """The adapter of a role; None: all weights of its network are trained. The student's average is its twin."""
+        return self._adapters.get("student" if role == "student_ema" else role)
+
+    def among(self, roles: Iterable[str]) -> dict[str, Adapter]:
+        """The adapters of those of the roles that have one."""
+        return {role: adapter for role in roles if (adapter := self.of(role)) is not None}
 
     @property
     def tag(self) -> str:
         """Added to a backbone's fingerprint: checkpoints of another plan do not fit. Nothing where all is tuned."""
-        parts = [f"{role}={self.adapters[role].tag}" for role in ("student", "fake_score") if role in self.adapters]
+        parts = [f"{role}={adapter.tag}" for role, adapter in self._adapters.items()]
         return f"+lora({', '.join(parts)})" if parts else ""
 
-    def check(self, presets: Presets, fake_score_merge: float) -> None:
-        """UserError for unknown targets, or where networks shall be merged that do not have the same parameters."""
-        for adapter in self.adapters.values():
+    def check(self, presets: Presets) -> None:
+        """UserError for targets that are no preset of the backbone."""
+        for adapter in self._adapters.values():
             adapter.endings(presets)
-        if fake_score_merge and self.student != self.fake_score:
-            raise UserError(
-                "module.fake_score_merge averages the parameters of student and fake score, but their lora settings "
-                "differ: set module.fake_score_merge=0"
-            )

@@ -8,10 +8,10 @@ in their forward pass, and nothing else.
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -22,6 +22,9 @@ from cdm_lightning.core.rng import stream
 from cdm_lightning.errors import UserError
 from cdm_lightning.lora.plan import Adapter, Presets
 from cdm_lightning.lora.views import AdapterView, BaseView
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
 
 
 class SharedBase:
@@ -57,7 +60,7 @@ class SharedBase:
         return BaseView(self, {name: self.network.get_parameter(place) for name, place in self._place_of.items()})
 
     @contextmanager
-    def running(self, role: str | None) -> Iterator[None]:
+    def running(self, role: str | None) -> Generator[None]:
         """Inside the block the adapter of `role` is on (None: none is); after it, what was on before."""
         before = self._role
         self._switch(role)
@@ -90,12 +93,13 @@ class SharedBase:
         for name, layer in self.layers.items():
             if role not in layer.lora_A:
                 continue
-            a, b = layer.lora_A[role].float().weight, layer.lora_B[role].float().weight
+            a, b = (cast(nn.Linear, pair[role].float()).weight for pair in (layer.lora_A, layer.lora_B))
             nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=stream(seed, f"lora {name}"))  # as peft does
             b.zero_()
             if role in layer.lora_magnitude_vector:  # anew: peft rounded it to the dtype of the base
-                weight = layer.get_base_layer().weight
-                layer.lora_magnitude_vector[role].float().weight.copy_(weight.float().norm(dim=1))
+                weight = cast(Tensor, layer.get_base_layer().weight)
+                magnitude = cast(nn.Parameter, layer.lora_magnitude_vector[role].float().weight)
+                magnitude.copy_(weight.float().norm(dim=1))
         for parameter in adapter_parameters(self.layers, role).values():
             parameter.requires_grad_(True)
 
@@ -116,7 +120,7 @@ def inject(network: nn.Module, role: str, adapter: Adapter, layers: Sequence[str
     """Let peft put the adapter on the layers of these names, in place."""
     config = LoraConfig(
         r=adapter.rank,
-        lora_alpha=adapter.alpha,
+        lora_alpha=adapter.alpha,  # pyrefly: ignore[bad-argument-type]  any number will do for peft
         target_modules="|".join(map(re.escape, layers)),  # a text is matched as a whole, a list by endings
         use_rslora=adapter.use_rslora,
         use_dora=adapter.use_dora,
@@ -126,12 +130,13 @@ def inject(network: nn.Module, role: str, adapter: Adapter, layers: Sequence[str
         inject_adapter_in_model(config, network, role)
 
 
-def tuner_layers(network: nn.Module) -> dict[str, BaseTunerLayer]:
+def tuner_layers(network: nn.Module) -> "dict[str, LoraLayer]":
     """The layers that carry adapters, by the names of the layers that they replaced."""
-    return {name: module for name, module in network.named_modules() if isinstance(module, BaseTunerLayer)}
+    found = {name: module for name, module in network.named_modules() if isinstance(module, BaseTunerLayer)}
+    return cast("dict[str, LoraLayer]", found)
 
 
-def adapter_parameters(layers: Mapping[str, BaseTunerLayer], role: str) -> dict[str, nn.Parameter]:
+def adapter_parameters(layers: "Mapping[str, LoraLayer]", role: str) -> dict[str, nn.Parameter]:
     """The parameters of one adapter: "LAYER.lora_A.weight" (rank, in), "LAYER.lora_B.weight" (out, rank), ..."""
     return {
         f"{name}.{kind}.{key}": parameter

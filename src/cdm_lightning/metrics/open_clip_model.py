@@ -2,11 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from cdm_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from open_clip import CLIP
+    from torchvision.transforms import Compose
 
 LOCAL_DIR = "local-dir:"
 WEIGHTS = ("*.safetensors", "*.bin", "*.pth")  # what open_clip looks for in a local folder
@@ -32,8 +37,8 @@ class OpenClipModel(nn.Module):
             raise UserError(
                 f"cannot load the CLIP model {model} with pretrained={pretrained} ({reason}); give weights that fit it"
             ) from error
-        self.clip = clip.float().eval().requires_grad_(False)
-        *self.geometry, self.normalise = transform.transforms
+        self.clip = cast("CLIP", clip.float().eval().requires_grad_(False))
+        *self.geometry, self.normalise = cast("Compose", transform).transforms
 
     @property
     def device(self) -> torch.device:

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cdm_lightning.data.shapes import COLOURS, PLACES, SHAPES, SIZES, Scene, parse_caption
+from cdm_lightning.data.shapes import COLOURS, PLACES, SHAPES, SIZES, Item, Scene, parse_caption
 from cdm_lightning.errors import UserError
 
 ARRANGEMENTS = ("single", "one above the other", "side by side")
@@ -75,6 +76,6 @@ def expected(scene: Scene) -> dict[str, int]:
 
 
 def _item(scene: Scene, slot: int, turned: bool = False) -> dict[str, int]:
-    item = (scene.first, scene.second)[slot ^ turned]
+    item = cast(Item, (scene.first, scene.second)[slot ^ turned])
     said = (("colour", item.colour, COLOURS), ("shape", item.shape, SHAPES), ("size", item.size, SIZES))
     return {f"{what}_{slot}": list(names).index(name) for what, name, names in said if name is not None}

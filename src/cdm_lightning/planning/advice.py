@@ -40,8 +40,9 @@ def remedies(sizes: Sizes, layout: Layout, gpus: GPUs, batch: int, accumulate: i
     if sizes.text:
         everything = replace(everything, text=0)
         consider("text_cache.folder=DIR (after cdm_lightning.cache_text)", replace(sizes, text=0), layout)
-    if sizes.states > ADAM_8_BIT / 4 * sum(sizes.trained.values()) * 1.5:
-        small = {"states": sizes.states * ADAM_8_BIT / ADAM, "step_copies": 0}
+    if sum(sizes.states.values()) > ADAM_8_BIT / 4 * sum(sizes.trained.values()) * 1.5:
+        states = {role: size * ADAM_8_BIT / ADAM for role, size in sizes.states.items()}
+        small = {"states": states, "step_copies": dict.fromkeys(sizes.step_copies, 0.0)}
         everything = replace(everything, **small)
         consider("optim=adamw8bit", replace(sizes, **small), layout)
     if batch > accumulate:

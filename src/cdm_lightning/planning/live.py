@@ -7,7 +7,7 @@ that made it until it is freed, views count once. Kernels' scratch space and the
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ class LiveBytes(TorchDispatchMode):
         self.probe = probe
         self.flops = 0
         self._kind: dict[int, str] = {tensor.untyped_storage()._cdata: "known" for tensor in known}
-        self._live = {"fixed": 0, "sample": 0, "gradient": 0}
+        self._live: dict[str, float] = {"fixed": 0, "sample": 0, "gradient": 0}
         self._moments: list[tuple[float, float, float]] = [(0, 0, 0)]
         self._trained = list(trained)
         self._hooks: list[Any] = []
@@ -72,8 +72,8 @@ class LiveBytes(TorchDispatchMode):
         self._hooks = [p.register_post_accumulate_grad_hook(self._accumulated) for p in self._trained]
         return super().__enter__()
 
-    def __exit__(self, *exception: object) -> None:
-        super().__exit__(*exception)
+    def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
+        super().__exit__(exc_type, exc_val, exc_tb)
         for hook in self._hooks:
             hook.remove()
 
@@ -99,7 +99,7 @@ class LiveBytes(TorchDispatchMode):
             return
         grows = self.probe is not None and size % (self.probe // 2) == 0
         self._kind[key] = "sample" if grows else "fixed"
-        self._add(key, size / self.probe if grows else size)
+        self._add(key, size / cast(int, self.probe) if grows else size)
         weakref.finalize(storage, self._freed, key, size)
 
     def _add(self, key: int, amount: float) -> None:
@@ -112,11 +112,11 @@ class LiveBytes(TorchDispatchMode):
 
     def _freed(self, key: int, size: int) -> None:
         grows = self._kind[key] == "sample"
-        self._add(key, -(size / self.probe if grows else size))
+        self._add(key, -(size / cast(int, self.probe) if grows else size))
         del self._kind[key]
 
     def _accumulated(self, parameter: Tensor) -> None:
-        storage = parameter.grad.untyped_storage()
+        storage = cast(Tensor, parameter.grad).untyped_storage()
         if self._kind.get(storage._cdata) == "fixed":
             self._kind[storage._cdata] = "gradient"
             self._live["gradient"] += storage.nbytes()

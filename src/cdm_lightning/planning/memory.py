@@ -14,32 +14,40 @@ class Sizes:
     """What a run holds in all, whole: bytes of each network, of optimizer states and of the frozen parts.
 
     `buffers` are bytes of tables in a network that are no weights and are never cut into shards, such as SD3's of positions.
-    `states` are those of both optimizers after their first step, `step_copies` what an optimizer's step takes beside them
-    (the larger of the two). `largest_block` and `outside_blocks` are numbers of weights of one network, `compute` the bytes
-    of one in computing. `phases` are the timelines of rollout, fake score and student.
+    `trained`, `states` (of optimizers after their first step) and `step_copies` (what an optimizer's step takes in addition) are
+    by trained role; the roles `held_whole`, adapters and heads, are never cut into shards. `largest_block` and
+    `outside_blocks` are numbers of weights of one network, `compute` the bytes of one in computing. `phases` are the timelines
+    of the rollout and of each role's updates.
     """
 
     networks: Mapping[str, float]
     trained: Mapping[str, float]
     buffers: Mapping[str, float]
-    states: float
-    step_copies: float
+    states: Mapping[str, float]
+    step_copies: Mapping[str, float]
     text: float
     vae: float
     largest_block: float
     outside_blocks: float
     compute: int
     phases: Mapping[str, Timeline]
+    held_whole: frozenset[str] = frozenset()
+
+    def share(self, role: str, layout: Layout) -> float:
+        """The share of a network that lies on each GPU between its calls."""
+        return 1.0 if role in self.held_whole else layout.share(role)
+
+    def gradient_share(self, role: str, layout: Layout) -> float:
+        """The share of its gradients that lies on each GPU."""
+        return 1.0 if role in self.held_whole else 1 / layout.shards
 
 
 def resting(sizes: Sizes, layout: Layout) -> dict[str, float]:
     """What lies on a GPU all the time, by part."""
-    parts = {f"weights: {role}": size * layout.share(role) for role, size in sizes.networks.items()}
-    share = 1 / layout.shards
-    moved = sum(size for role, size in sizes.trained.items() if role in layout.on_cpu) / sum(sizes.trained.values())
+    parts = {f"weights: {role}": size * sizes.share(role, layout) for role, size in sizes.networks.items()}
     return parts | {
         "tables of the networks": sum(size for role, size in sizes.buffers.items() if role not in layout.on_cpu),
-        "optimizer states": sizes.states * share * (1 - moved),
+        "optimizer states": sum(size * sizes.share(role, layout) for role, size in sizes.states.items()),
         "text encoders": sizes.text,
         "image codec (VAE)": sizes.vae,
     }
@@ -60,16 +68,13 @@ def phase_peaks(sizes: Sizes, layout: Layout, batch: int, accumulate: int = 1) -
     part, repeated = at_once(batch, accumulate), accumulate > 1
     fixed = 0.0 if layout.gathers else 1.0  # a copy of all weights by autocast, or blocks gathered in its place
     peaks = {
-        name: timeline.peak(part, 1 / layout.shards, fixed, repeated) + gathered(sizes, layout)
+        name: timeline.peak(part, sizes.gradient_share(name, layout), fixed, repeated) + gathered(sizes, layout)
         for name, timeline in sizes.phases.items()
     }
-    peaks["optimizer step"] = gradients(sizes, layout) + sizes.step_copies / layout.shards
+    peaks["optimizer step"] = max(  # each network's gradients are dropped before another's are made
+        sizes.gradient_share(role, layout) * (size + sizes.step_copies[role]) for role, size in sizes.trained.items()
+    )
     return peaks
-
-
-def gradients(sizes: Sizes, layout: Layout) -> float:
-    """Those of one network: each network's are dropped before the other's are made."""
-    return max(sizes.trained.values()) / layout.shards
 
 
 def total(sizes: Sizes, layout: Layout, batch: int, accumulate: int = 1) -> float:
@@ -95,5 +100,6 @@ def largest_batch(sizes: Sizes, layout: Layout, usable: float, accumulate: int =
 
 def checkpoint_bytes(sizes: Sizes) -> float:
     """A resumable checkpoint: trained networks, the student's average and optimizer states; the teacher is not in it."""
-    roles = ("student", "fake_score", "student_ema")
-    return sum(sizes.networks[role] + sizes.buffers.get(role, 0) for role in roles) + sizes.states
+    roles = (*sizes.trained, "student_ema")
+    networks = sum(sizes.networks[role] + sizes.buffers.get(role, 0) for role in roles)
+    return networks + sum(sizes.states.values())

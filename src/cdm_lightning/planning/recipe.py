@@ -2,13 +2,15 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
-from cdm_lightning.core.schedules import FixedSchedule
+from cdm_lightning.backbones.pipeline_settings import PipelineSettings
+from cdm_lightning.core.schedules import SigmaSchedule
 from cdm_lightning.errors import UserError
 from cdm_lightning.lora.views import BaseView, RoleView
 from cdm_lightning.module import CDMModule
@@ -17,8 +19,9 @@ from cdm_lightning.optim import OptimizerRecipe
 from cdm_lightning.planning.memory import Sizes
 from cdm_lightning.planning.skeleton import hollow, text_bytes, to_mode
 from cdm_lightning.planning.step import Step, every_network, trace_step
-from cdm_lightning.planning.work import Work, expected_calls, work_of
+from cdm_lightning.planning.work import Work, expected_calls
 
+BASE = "base of the adapters"
 PROBE_WEIGHTS = (256, 256)  # of the weight on which an optimizer shows what it keeps
 
 
@@ -37,62 +40,57 @@ def read_recipe(module: CDMModule, text_cached: bool) -> Recipe:
     backbone, mode = module.backbone, FakeTensorMode()
     frozen = hollow(backbone)
     with torch.device("meta"):  # adapters too
-        networks = Networks(backbone, module.recomputation, module.lora, module.seed)
+        networks = Networks(backbone, module.objective.roles, module.recomputation, module.lora, module.seed)
     roots = every_network(networks)
     to_mode([*roots, *(view.shared.network for view in roots if isinstance(view, RoleView))], mode)
-    last = max(module.student_every - 1, 0)
-    step = trace_step(module, networks, mode, backbone.blank_conditioning, last)
-    text = 0 if text_cached else text_bytes(frozen, backbone.text_dtype)
+    step = trace_step(module, networks, mode)
+    text = 0 if text_cached else text_bytes(frozen, cast(PipelineSettings, backbone).text_dtype)
     return Recipe(
         sizes=_sizes(module, networks, step, text, 4 * frozen.vae),
         work=_work(module, step),
-        parameters={"transformer": _count(every_network(networks)[-1].parameters()), **frozen.text, "vae": frozen.vae},
+        parameters={"transformer": _count(networks.teacher.parameters()), **frozen.text, "vae": frozen.vae},
         source=frozen.source,
     )
 
 
 def _sizes(module: CDMModule, networks: Networks, step: Step, text: float, vae: float) -> Sizes:
-    weights = {role: _bytes(getattr(networks, role)) for role in ("student", "fake_score", "student_ema", "teacher")}
+    weights = {role: _bytes(network) for role, network in networks.by_role.items()}
     base, teacher = networks.unregistered[0], networks.teacher
     if {id(p) for p in base.parameters()} != {id(p) for p in teacher.parameters()}:
-        weights["base of the adapters"] = _bytes(base)
-    kept = {name: optimizer_bytes(recipe) for name, recipe in module.recipes.items()}
-    trained = {name: weights[name] for name in ("student", "fake_score")}
+        weights[BASE] = _bytes(base)
+    kept = {role: optimizer_bytes(recipe) for role, recipe in module.updates.recipes.items()}
+    trained = {role: weights[role] for role in networks.trained}
     blocks = [m for m in every_network(networks)[-1].modules() if isinstance(m, module.backbone.block_types)]
     largest = max((_count(block.parameters()) for block in blocks), default=0)
     return Sizes(
         networks=weights,
         trained=trained,
+        held_whole=frozenset(networks.by_role) - frozenset(networks.whole) - {"teacher"},
         buffers=_buffers(networks),
-        states=sum(kept[name][0] * trained[name] / 4 for name in trained),
-        step_copies=max(kept[name][1] * trained[name] / 4 for name in trained),
+        states={role: kept[role][0] * size / 4 for role, size in trained.items()},
+        step_copies={role: kept[role][1] * size / 4 for role, size in trained.items()},
         text=text,
         vae=vae,
         largest_block=largest,
         outside_blocks=_count(teacher.parameters()) - sum(_count(block.parameters()) for block in blocks),
         compute=module.compute_dtype.itemsize,
-        phases={
-            "rollout": step.rollout.memory,
-            "fake score": step.fake_score.memory,
-            "student": step.student.memory,
-        },
+        phases={"rollout": step.rollout.memory, **{role: phase.memory for role, phase in step.updates.items()}},
     )
 
 
 def _work(module: CDMModule, step: Step) -> Work:
-    calls = expected_calls(mean_length(module.schedule), module.objective.needs_full_rollout)
-    flops = (step.rollout.flops, step.fake_score.flops, step.student.flops)
-    return work_of(calls, *flops, module.fake_score_steps, module.student_every)
+    calls = expected_calls(mean_length(module.schedule), module.objective.rollout)
+    return Work(calls, calls * step.rollout.flops, {role: phase.flops for role, phase in step.updates.items()})
 
 
-def mean_length(schedule: object) -> float:
-    """The expected number of steps of a schedule's rollouts; UserError for one that does not tell it."""
-    if isinstance(schedule, FixedSchedule):
-        return float(len(schedule.sigmas))
-    mean = getattr(getattr(schedule, "length", None), "mean", None)
-    if mean is None:
-        raise UserError(f"schedule: {type(schedule).__name__} does not tell its mean length; give its length a `mean`")
-    return float(mean)
+def mean_length(schedule: SigmaSchedule) -> float:
+    """The expected number of steps of a schedule's rollouts; UserError for one that does not say it."""
+    try:
+        return float(schedule.mean_length)
+    except AttributeError as error:
+        raise UserError(
+            f"schedule: {type(schedule).__name__} does not say its mean_length; give it that property"
+        ) from error
 
 
 def optimizer_bytes(recipe: OptimizerRecipe) -> tuple[float, float]:
@@ -123,10 +121,8 @@ def _stored(value: Tensor) -> int:
 
 def _buffers(networks: Networks) -> dict[str, int]:
     """Bytes of the buffers of each network; those of a base that several share count once, for the teacher."""
-    roles = {role: getattr(networks, role) for role in ("student", "fake_score", "student_ema", "teacher")}
-    roles["base of the adapters"] = networks.unregistered[0]
     seen, sizes = set(), {}
-    for role, network in roles.items():
+    for role, network in {**networks.by_role, BASE: networks.unregistered[0]}.items():
         holder = network.shared.network if isinstance(network, BaseView) else network
         new = [buffer for buffer in holder.buffers() if id(buffer) not in seen]
         seen |= {id(buffer) for buffer in new}

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -55,7 +56,8 @@ def to_mode(roots: Iterable[nn.Module], mode: FakeTensorMode) -> None:
         return done[id(tensor)][1]
 
     for module in dict.fromkeys(module for root in roots for module in root.modules()):
-        for holder in (module._parameters, module._buffers, module.__dict__):  # some keep tables in plain attributes
+        holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module.__dict__)
+        for holder in holders:  # some keep tables in plain attributes
             for name, tensor in list(holder.items()):
                 if isinstance(tensor, Tensor) and not isinstance(tensor, FakeTensor):
                     holder[name] = blank(tensor)

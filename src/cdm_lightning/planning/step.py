@@ -1,156 +1,196 @@
-"""One iteration of a run, done on tensors without contents: the real networks, objective, backward pass and autocast.
+"""One iteration of a run, done on tensors without contents: the objective's own updates, backward pass and autocast.
 
-Nothing is estimated here: `Networks`, `BoundField` and the objective are those of training, on fake tensors, so their memory
+Nothing is estimated here: networks, fields, rollouts' calls and losses are those of training, on fake tensors, so their memory
 and their floating-point operations are those of the code that will run.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from types import SimpleNamespace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import _engine_run_backward
 
-from cdm_lightning.backbones.base import BoundField, Conditioning, repeat_rows
-from cdm_lightning.core.flow import VelocityField
-from cdm_lightning.core.objective import TermLosses, VelocityFields
-from cdm_lightning.core.rollout import TrajectoryPoint
-from cdm_lightning.module import CDMModule, Part
-from cdm_lightning.networks import Networks
+from cdm_lightning.backbones.base import repeat_rows
+from cdm_lightning.core.rng import StepRandom
+from cdm_lightning.core.rollout import FullTrajectoryPoint, Rollout, TrajectoryPoint, join_rollouts
+from cdm_lightning.module import CDMModule
+from cdm_lightning.networks import Networks, bind_networks
+from cdm_lightning.objectives.base import Sample, TermLosses, Update
 from cdm_lightning.planning.live import PROBE, GPUAutocast, LiveBytes, Timeline, storages
+from cdm_lightning.training.rollouts import with_point
+
+LATE = 1_000_000  # cycles: weights that ramp up have arrived
 
 
 @dataclass(frozen=True)
 class Phase:
     """A part of an iteration: its memory by moment, and floating-point operations of one sample."""
 
-    memory: Timeline
-    flops: float
+    memory: Timeline = field(default_factory=lambda: Timeline((), (), ()))
+    flops: float = 0.0
 
 
 @dataclass(frozen=True)
 class Step:
-    """An iteration's parts: a student's call of the rollout, an update of the fake score, one of the student.
+    """An average iteration: a student's call of the rollout, and by role the updates of it.
 
-    Rollouts that walk together are one call, and the text of those whose iteration comes later lies beside the first update.
-    The student's memory is that of its whole turn: its call at the anchor waits for its backward pass while the fake score is
-    updated. Its operations are those beyond a rollout and that update.
+    The operations of a role are those of all of its updates in a cycle, shared out over the cycle's iterations; its memory is
+    that of each of them, one after the other.
     """
 
     rollout: Phase
-    fake_score: Phase
-    student: Phase
+    updates: dict[str, Phase]
 
 
-class BlankRandom:
-    """Stands in for `StepRandom` where no number is looked at: draws of the right shape, without contents."""
+class BlankRandom(StepRandom):
+    """Random draws of the right shape without contents, where no number is looked at."""
 
     def __init__(self, batch: int) -> None:
-        self.batch = batch
-
-    def __len__(self) -> int:
-        return self.batch
+        super().__init__(seed=0, iteration=0, slots=range(batch), device="cpu")
 
     def again(self, repeat: int) -> "BlankRandom":
         """Itself."""
         return self
 
-    def select(self, rows: slice) -> "BlankRandom":
-        """As many draws as there are rows."""
-        return BlankRandom(len(range(self.batch)[rows]))
-
     def uniform(self, purpose: str, n: int | None = None) -> Tensor:
         """(B,), or (B, n)."""
-        return torch.empty(self.batch if n is None else (self.batch, n))
+        return torch.empty(len(self) if n is None else (len(self), n))
+
+    def gaussian(self, purpose: str) -> Tensor:
+        """(B,)."""
+        return torch.empty(len(self))
 
     def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
         """(B, *shape)."""
-        return torch.empty(self.batch, *shape)
+        return torch.empty(len(self), *shape)
+
+    def index(self, purpose: str, high: int) -> Tensor:
+        """(B,) int64."""
+        return torch.empty(len(self), dtype=torch.int64)
 
 
-def trace_step(
-    module: CDMModule, networks: Networks, mode: FakeTensorMode, cond: Callable[[int], Conditioning], iteration: int
-) -> Step:
-    """The parts of `iteration` of `module` on `networks`, all of whose tensors belong to `mode`.
+def trace_step(module: CDMModule, networks: Networks, mode: FakeTensorMode) -> Step:
+    """An average iteration of `module` on `networks`, all of whose tensors belong to `mode`."""
+    cycle = module.objective.typical_cycle()
+    late = LATE * len(cycle)
+    phases: dict[tuple, Phase] = {}
+    updates: dict[str, Phase] = {}
+    for turn, of_iteration in enumerate(cycle):
+        waiting = module.groups.of(turn).stop - turn - 1  # iterations whose text is there already
+        for update in of_iteration:
+            losses = update.losses
+            same = (
+                getattr(losses, "__func__", losses),
+                id(getattr(losses, "__self__", None)),
+            )  # a bound method is new each time
+            key = (update.role, *same, waiting)
+            if key not in phases:
+                phases[key] = _trace_update(module, networks, mode, update, late + turn, waiting)
+            share = update.repeat / len(cycle)
+            updates[update.role] = _together(updates.get(update.role, Phase()), phases[key], share)
+    return Step(_trace_rollout(module, networks, mode), updates)
 
-    `cond` makes the conditioning of a batch.
-    """
-    backbone, batch = module.backbone, PROBE
-    rng = BlankRandom(batch)
 
-    def fields() -> VelocityFields:
-        return _bind(module, networks, cond(batch), repeat_rows(cond(1), batch))
+def _together(before: Phase, after: Phase, share: float) -> Phase:
+    """One phase after another, of which the second is made `share` times in an iteration."""
+    a, b = before.memory, after.memory
+    memory = Timeline(a.fixed + b.fixed, a.sample + b.sample, a.gradient + b.gradient)
+    return Phase(memory, before.flops + share * after.flops)
 
-    trains_at_anchor = module.trains_at_anchor(iteration)
-    together = len(module.rolled_out_together(iteration))
 
-    def point(field: VelocityField | None = None) -> TrajectoryPoint:
-        x, v, first, last = (rng.normal("point", backbone.latent_shape) for _ in range(4))
-        ahead = (first, last) if module.objective.needs_full_rollout else (None, None)
-        made = TrajectoryPoint(x, v, rng.uniform("sigma"), *ahead)
-        return made if field is None else replace(made, v_with_grad=field(x, made.sigma))
+def _trace_update(
+    module: CDMModule, networks: Networks, mode: FakeTensorMode, update: Update, iteration: int, waiting: int
+) -> Phase:
+    def losses() -> Iterator[TermLosses]:
+        _texts = [blank_sample(module, networks, iteration) for _ in range(waiting)]
+        yield from update.losses(_at_a_point(module, blank_sample(module, networks, iteration)))
 
-    def same(sigmas: Tensor) -> Tensor:
-        return sigmas
+    return _record(losses, networks, update.role, mode)
+
+
+def _trace_rollout(module: CDMModule, networks: Networks, mode: FakeTensorMode) -> Phase:
+    """The first call of a walk, when all samples of all iterations of the group take part in it."""
+    if module.objective.rollout == "none":
+        return Phase()
+    together = len(module.groups.of(0))
 
     def rollout() -> Iterator[TermLosses]:
-        students = [fields().student for _ in range(together)]
-        everyone = BlankRandom(together * batch)
+        samples = [blank_sample(module, networks, 0) for _ in range(together)]
+        walking = join_rollouts([_blank_rollout(sample) for sample in samples])
+        if walking is None:  # no call serves all: each iteration walks for itself
+            walking = _blank_rollout(samples[0])
+        states = _states_kept(module, samples[0])
         with torch.no_grad():
-            student = students[0].join(students[1:]) if together > 1 else students[0]
-            walking = student.select(
-                torch.empty(len(everyone), dtype=torch.int64)
-            )  # its text is copied in another order
-            walking(everyone.normal("noise", backbone.latent_shape), everyone.uniform("sigma"))
+            order = torch.empty_like(walking.anchor)  # the text is copied, in the order of the anchors
+            walking.student.select(order)(walking.noise, walking.sigmas[:, 0])
+        del states
         yield from ()
 
-    def fake_score() -> Iterator[TermLosses]:
-        _waiting = [fields().student for _ in range(together - 1)]
-        yield module.objective.fake_score_loss(fields(), point(), rng, same)
-
-    def turn() -> Iterator[TermLosses]:
-        seen = fields()
-        at = point(seen.student if trains_at_anchor else None)
-        whole = Part(seen, rng, SimpleNamespace(shift_sigmas=same), 1.0, point=at)
-        for _, losses in module.fake_score_losses([whole], step=0):
-            yield losses
-            del losses
-        networks.fake_score.zero_grad(set_to_none=True)
-        yield from module.objective.student_losses(seen, at, rng, same, iteration)
-
-    call = _record(rollout, networks, (), mode)
-    call = replace(call, flops=call.flops / together)
-    update = _record(fake_score, networks, (networks.fake_score,), mode)
-    both = _record(turn, networks, (networks.fake_score, networks.student), mode)
-    before = update.flops + (call.flops if trains_at_anchor else 0.0)
-    return Step(rollout=call, fake_score=update, student=replace(both, flops=both.flops - before))
+    phase = _record(rollout, networks, None, mode)
+    return Phase(phase.memory, phase.flops / together)
 
 
-def _bind(module: CDMModule, networks: Networks, text: Conditioning, no_text: Conditioning) -> VelocityFields:
-    """What `CDMModule.bind` gives, of networks that the module does not own and text that nothing encodes."""
-    bound = [
-        BoundField(module.backbone, network, words, module.compute_dtype)
-        for network, words in (
-            (networks.student, text),
-            (networks.fake_score, text),
-            (networks.teacher, text),
-            (networks.teacher, no_text),
-        )
-    ]
-    return VelocityFields(*bound)
+def _blank_rollout(sample: Sample) -> Rollout:
+    noise = sample.rng.normal("noise", sample.latent_shape)
+    return Rollout(sample.fields.student, noise, sample.rng.uniform("sigmas", 2), sample.rng.index("anchor", 1))
+
+
+def _states_kept(module: CDMModule, sample: Sample) -> list[Tensor]:
+    """States and velocities of a rollout that keeps all of them: two latents a step."""
+    if module.objective.rollout != "full":
+        return []
+    steps = round(module.schedule.mean_length)
+    return [sample.rng.normal("states", (2 * steps, *sample.latent_shape))]
+
+
+def blank_sample(module: CDMModule, networks: Networks, iteration: int) -> Sample:
+    """A sample of `PROBE` prompts as training makes it, of networks that the module does not own, without contents."""
+    backbone, rng = module.backbone, BlankRandom(PROBE)
+    text, no_text = backbone.blank_conditioning(PROBE), repeat_rows(backbone.blank_conditioning(1), PROBE)
+    return Sample(
+        prompts=[""] * PROBE,
+        fields=bind_networks(networks, backbone, text, no_text, module.compute_dtype),
+        rng=rng,
+        shift=_unchanged,
+        shift_steps=_unchanged,
+        latent_shape=backbone.latent_shape,
+        iteration=iteration,
+        latents=rng.normal("latents", backbone.latent_shape) if module.objective.needs_latents else None,
+    )
+
+
+def _at_a_point(module: CDMModule, sample: Sample) -> Sample:
+    """The sample with what its objective's kind of rollout adds to it."""
+    x, v, x0_next, x0_final = (sample.rng.normal("point", sample.latent_shape) for _ in range(4))
+    sigma = sample.rng.uniform("sigma")
+    match module.objective.rollout:
+        case "none":
+            return sample
+        case "full":
+            return with_point(sample, FullTrajectoryPoint(x, v, sigma, x0_next=x0_next, x0_final=x0_final))
+        case _:
+            return with_point(sample, TrajectoryPoint(x, v, sigma))
+
+
+def _unchanged(sigmas: Tensor) -> Tensor:
+    return sigmas
 
 
 def _record(
-    run: Callable[[], Iterable[TermLosses]], networks: Networks, trained: Sequence[nn.Module], mode: FakeTensorMode
+    run: Callable[[], Iterable[TermLosses]], networks: Networks, role: str | None, mode: FakeTensorMode
 ) -> Phase:
     """Run a part with the backward pass of each loss that it gives; gradients are dropped afterwards."""
     known = [t for network in every_network(networks) for t in storages(network)]
-    parameters = [parameter for network in trained for parameter in network.parameters()]
-    with mode, LiveBytes(known, parameters, PROBE) as live, GPUAutocast():
+    trained = networks.trained
+    parameters = [parameter for network in trained.values() for parameter in network.parameters()]
+    others = [p for name, network in trained.items() if name != role for p in network.parameters()]
+    with mode, LiveBytes(known, parameters if role else (), PROBE) as live, GPUAutocast():
         for losses in run():
             _run_backward(losses.total)
+            for parameter in others:  # as `Updates.step` does
+                parameter.grad = None
             del losses
     for parameter in parameters:
         parameter.grad = None
@@ -164,5 +204,5 @@ def _run_backward(loss: Tensor) -> None:
 
 
 def every_network(networks: Networks) -> tuple[nn.Module, ...]:
-    """All networks, with the frozen base that adapters sit on."""
-    return (networks.student, networks.fake_score, networks.student_ema, *networks.unregistered)
+    """All networks, the teacher last, with the frozen base that adapters sit on."""
+    return (*networks.children(), *networks.unregistered)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from cdm_lightning.planning.advice import Remedy
 from cdm_lightning.planning.layout import GPUs, Layout
+from cdm_lightning.planning.live import Timeline
 from cdm_lightning.planning.memory import Sizes, checkpoint_bytes, gathered, phase_peaks, resting, total
 from cdm_lightning.planning.work import Work
 
@@ -39,15 +40,23 @@ class Plan:
     def parts(self) -> dict[str, float]:
         """Bytes on a GPU by part; they add up to `total`."""
         peaks = phase_peaks(self.sizes, self.layout, self.batch, self.accumulate)
-        worst = max(peaks, key=peaks.get)
+        worst = max(peaks, key=peaks.__getitem__)
         timeline = self.sizes.phases.get(worst)
-        held = max(timeline.gradient) if timeline else max(self.sizes.trained.values())
-        gradients = held / self.layout.shards
+        gradients = self._gradients(worst, timeline)
         collected = gathered(self.sizes, self.layout) if timeline else 0.0
         parts = {**resting(self.sizes, self.layout), "gradients": gradients}
         if collected:
             parts["gathered blocks"] = collected
         return parts | {f"working memory ({worst})": peaks[worst] - gradients - collected}
+
+    def _gradients(self, phase: str, timeline: Timeline | None) -> float:
+        """Bytes of the gradients in a phase; without a timeline, of the optimizer's step that takes most."""
+        if timeline is not None:
+            return max(timeline.gradient, default=0.0) * self.sizes.gradient_share(phase, self.layout)
+        sizes = self.sizes
+        taken = {r: sizes.gradient_share(r, self.layout) * (s + sizes.step_copies[r]) for r, s in sizes.trained.items()}
+        role = max(taken, key=taken.__getitem__)
+        return sizes.trained[role] * sizes.gradient_share(role, self.layout)
 
     def as_json(self) -> dict[str, object]:
         """The plan as plain data, bytes and FLOPs."""
@@ -78,11 +87,15 @@ class Plan:
         lines.append(f"  {'sum':<34}{self.total / GB:9.2f} GB of {self.gpus.usable / GB:.2f} usable: {verdict}")
         lines.append(f"  largest batch of a GPU {self.fits}; a checkpoint {checkpoint_bytes(self.sizes) / GB:.1f} GB")
         others = phase_peaks(self.sizes, self.layout, self.batch, self.accumulate).items()
-        lines.append("  at the most beside what rests: " + ", ".join(f"{k} {v / GB:.2f}" for k, v in others))
+        lines.append(
+            "  peak of each phase, in GB, in addition to what rests: "
+            + ", ".join(f"{k} {v / GB:.2f}" for k, v in others)
+        )
         work = self.work
         lines.append(
             f"  a sample's iteration {work.total / 1e12:.1f} TFLOP: rollout {work.rollout / 1e12:.1f} "
-            f"({work.rollout_calls:.2f} calls), fake score {work.fake_score / 1e12:.1f}, student {work.student / 1e12:.1f}"
+            f"({work.rollout_calls:.2f} calls), "
+            + ", ".join(f"{role} {flops / 1e12:.1f}" for role, flops in work.updates.items())
         )
         lines.append(
             f"  {self.iterations} iterations: {self.hours:.1f} hours at {self.utilisation:.0%} of {self.peak_tflops:g} TFLOP/s"

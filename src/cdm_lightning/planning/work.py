@@ -1,6 +1,9 @@
 """Network calls, floating-point operations and hours of a run. Plain arithmetic."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from cdm_lightning.objectives.base import RolloutKind
 
 PEAK_TFLOPS = 989.0  # of an H100 or H200 in bfloat16 without sparsity, by NVIDIA's data sheet
 UTILISATION = 0.4  # share of it that is reached; an assumption
@@ -8,29 +11,24 @@ UTILISATION = 0.4  # share of it that is reached; an assumption
 
 @dataclass(frozen=True)
 class Work:
-    """What one sample costs in an iteration, on average: student's calls of a rollout, operations by part."""
+    """What one sample costs in an average iteration: student's calls of a rollout, operations of it and of each role's updates."""
 
     rollout_calls: float
     rollout: float
-    fake_score: float
-    student: float
+    updates: Mapping[str, float]
 
     @property
     def total(self) -> float:
         """Floating-point operations of a sample in an iteration."""
-        return self.rollout + self.fake_score + self.student
+        return self.rollout + sum(self.updates.values())
 
 
-def expected_calls(mean_length: float, full: bool) -> float:
-    """Student's calls of a rollout of K steps: K, or where it stops at an anchor uniform on 1..K, (K + 1) / 2 on average."""
-    return mean_length if full else (mean_length + 1) / 2
+def expected_calls(mean_length: float, rollout: RolloutKind) -> float:
+    """Student's calls of a rollout of K steps on average, its point included.
 
-
-def work_of(
-    calls: float, call: float, fake_score: float, student: float, fake_score_steps: int, student_every: int
-) -> Work:
-    """The work of an average iteration: `call`, `fake_score` and `student` are operations of one call or update."""
-    return Work(calls, calls * call, fake_score_steps * fake_score, student / student_every)
+    K for a full one, (K + 1) / 2 where it stops at an anchor, which is uniform on the K steps, none without rollouts.
+    """
+    return {"full": mean_length, "to_anchor": (mean_length + 1) / 2, "none": 0.0}[rollout]
 
 
 def hours(flops: float, batch: int, iterations: int, peak_tflops: float, utilisation: float) -> float:

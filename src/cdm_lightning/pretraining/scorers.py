@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import cast
 
 import open_clip
 import torch
@@ -39,7 +40,8 @@ def train_classifier(recipe: Recipe, folder: Path, output: Path, pool: int = 491
     def loss(iteration: int, rng: torch.Generator) -> Tensor:
         rows = torch.randint(pool, (recipe.batch_size,), generator=rng)
         logits = model(perturb(images[rows], rng))
-        return sum(F.cross_entropy(logits[name], targets[name][rows], ignore_index=-1) for name in HEADS)
+        losses = (F.cross_entropy(logits[name], targets[name][rows], ignore_index=-1) for name in HEADS)
+        return cast(Tensor, sum(losses))
 
     optimise("classifier", model, loss, recipe, folder=folder)
     save_file(model.state_dict(), output)

@@ -8,6 +8,7 @@ alike and `backbones.compact_text` can fold them.
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -150,7 +151,8 @@ def build_t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
         dropout_rate=0.0,
     )
     encoder = T5EncoderModel(config)
-    torch.nn.init.zeros_(encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight)
+    stack: Any = encoder.encoder
+    torch.nn.init.zeros_(stack.block[0].layer[0].SelfAttention.relative_attention_bias.weight)
     return encoder
 
 
@@ -172,7 +174,7 @@ def build_clip_tokenizer(words: Sequence[str]) -> CLIPTokenizer:
     )
     trained.train_from_iterator([" ".join(words)] * 2, trainer)
     state = json.loads(trained.to_str())["model"]
-    merges = [tuple(merge) for merge in state["merges"]]
+    merges: Any = [tuple(merge) for merge in state["merges"]]  # declared as texts; the tokenizer wants pairs
     return CLIPTokenizer(vocab=state["vocab"], merges=merges, model_max_length=CLIP_TOKENS)
 
 

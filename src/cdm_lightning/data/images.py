@@ -1,0 +1,101 @@
+"""Real images beside their prompts, for objectives that learn from them. Shapes: images (B, 3, H, W) in [0, 1]."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from cdm_lightning.core.rng import stream
+from cdm_lightning.data.prompts import PromptFile, Prompts
+from cdm_lightning.data.shapes import parse_caption, render
+from cdm_lightning.errors import UserError
+
+METADATA = "metadata.jsonl"
+
+
+class CaptionedFolder(Prompts):
+    """A folder of images whose `metadata.jsonl` has a line {"file_name": ..., "text": ...} for each.
+
+    That is the form of the Hugging Face data sets' ImageFolder.
+
+    Each image is resized to cover `image_size` (height, width) in pixels and cropped to its middle. Raises `UserError` for a
+    folder without that file, for a line that is none of this form, and for an image that is missing or cannot be read.
+    """
+
+    has_images = True
+
+    def __init__(self, folder: str | Path, image_size: Sequence[int]) -> None:
+        self.folder, self.image_size = Path(folder), tuple(image_size)
+        listed = self.folder / METADATA
+        if not listed.is_file():
+            raise UserError(f"{folder}: no {METADATA} with lines of file_name and text; write one beside the images")
+        lines = [line for line in listed.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not lines:
+            raise UserError(f"{listed} lists no images")
+        self._entries = [self._entry(line, number) for number, line in enumerate(lines, start=1)]
+
+    def _entry(self, line: str, number: int) -> tuple[Path, str]:
+        where = f"{self.folder / METADATA}, line {number}"
+        try:
+            entry = json.loads(line)
+            name, text = entry["file_name"], entry["text"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f'{where}: must be {{"file_name": "IMAGE", "text": "CAPTION"}}') from error
+        if not isinstance(name, str) or not isinstance(text, str) or not text.strip():
+            raise UserError(f"{where}: file_name and text must be texts that are not empty")
+        path = self.folder / name
+        if not path.is_file():
+            raise UserError(f"{where}: there is no file {path}")
+        return path, text.strip()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, index: int) -> str:
+        """The caption of image number `index`."""
+        return self._entries[index][1]
+
+    def image(self, index: int) -> Tensor:
+        """Image number `index`, (3, H, W) in [0, 1]."""
+        from PIL import Image
+        from torchvision.transforms.functional import pil_to_tensor
+
+        path = self._entries[index][0]
+        try:
+            with Image.open(path) as file:
+                pixels = pil_to_tensor(file.convert("RGB")).float() / 255
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read as an image ({error})") from error
+        return fit_to(pixels[None], self.image_size)[0]
+
+
+class DrawnCaptions(PromptFile):
+    """A file of captions of the bundled shapes set, each with a rendering of its own, a function of (`seed`, its number)."""
+
+    has_images = True
+
+    def __init__(self, path: str | Path, seed: int = 0) -> None:
+        super().__init__(path)
+        self.seed = seed
+
+    def image(self, index: int) -> Tensor:
+        """A rendering (3, 32, 32) of caption number `index`; UserError for a text that is no caption of the set."""
+        try:
+            scene = parse_caption(self[index])
+        except ValueError as error:
+            raise UserError(f"{self.name}: {error}; the shapes set can draw its own captions only") from None
+        return render([scene], stream(self.seed, "image of a caption", index).initial_seed())[0]
+
+
+def fit_to(images: Tensor, size: Sequence[int]) -> Tensor:
+    """The images (B, 3, H, W) resized to cover `size` (height, width) and cropped to its middle; unchanged if they have it."""
+    height, width = size
+    if images.shape[-2:] == (height, width):
+        return images
+    scale = max(height / images.shape[-2], width / images.shape[-1])
+    covering = [max(round(side * scale), least) for side, least in zip(images.shape[-2:], (height, width))]
+    resized = F.interpolate(images, size=covering, mode="bicubic", antialias=True).clamp(0, 1)
+    top, left = (covering[0] - height) // 2, (covering[1] - width) // 2
+    return resized[..., top : top + height, left : left + width]

@@ -1,0 +1,214 @@
+"""The CDM objective (arXiv:2605.06376): what the fake score and the student learn from one point of a rollout.
+
+Its losses see velocity fields only. Shapes: B samples of shape * = (C, H, W). Terms of the student's loss:
+  ca   guidance augmentation: along guidance_scale (T(c) - T(0)), T the teacher's clean prediction, c the text, 0 none;
+  dm   distribution matching: along T(c) - F(c), F the fake score's clean prediction;
+  cdm  the same off the trajectory, at a point that the student's rollout did not visit.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, cast, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cdm_lightning.core.flow import VelocityField, denoise, evaluate_together, interpolate, predict_x0
+from cdm_lightning.core.levels import CappedUniformLevels, SigmaLevels, UniformLevels
+from cdm_lightning.core.losses import directed_loss, flow_matching_loss
+from cdm_lightning.core.ramps import LinearRamp, weight_at
+from cdm_lightning.core.rollout import FullTrajectoryPoint
+from cdm_lightning.objectives.base import Merge, Objective, Role, RolledOutSample, RolloutKind, TermLosses, Update
+
+CDMInput = Literal["extrapolated", "trajectory", "renoised"]
+TeacherBase = Literal["online", "next", "final"]
+Weight = float | LinearRamp
+
+
+@dataclass(frozen=True)
+class _Look:
+    """One term's view: the student's prediction (with gradient) and the re-noised sample that it is judged by."""
+
+    x0: Tensor  # (B, *)
+    seen: Tensor  # (B,), the sigma that the student saw when it made the prediction
+    x: Tensor  # (B, *)
+    sigma: Tensor  # (B,)
+
+
+@dataclass(frozen=True)
+class CDMObjective(Objective):
+    """The three terms with their weights and ablations; a term of weight 0 costs no network call.
+
+    The fake score is updated `fake_score_steps` times in each iteration (once, as published), on the same clean predictions
+    with fresh noise and sigma; after each of its updates it is averaged with the student by the weight `fake_score_merge`
+    (0: not at all). The student is updated in the last of every `student_every` iterations.
+
+    `guidance_scale` is the factor of the CA direction, `norm_floor` the least n that directions are divided by.
+    The `*_levels` draw the sigma at which a term (or the fake score) looks at a re-noised sample; `target_levels` draws
+    the sigma s' at which the student is asked by CDM. `cdm_input` is what it sees there: the anchor point extrapolated
+    along its velocity, the anchor point itself (then s' is its sigma), or its clean prediction with fresh noise.
+    `teacher_base` is what is re-noised for the scores: the student's own new prediction, or the next or the last clean
+    prediction of the rollout. Each level is given the sigma that the student saw as its ceiling. Raises ValueError for an
+    unknown choice, for numbers out of range and where every weight is 0 at the start.
+    """
+
+    ca_weight: Weight = 1.0
+    dm_weight: Weight = 1.0
+    cdm_weight: Weight = 1.0
+    guidance_scale: float = 7.0
+    norm_floor: float = 0.1
+    fake_score_levels: SigmaLevels = field(default_factory=UniformLevels)
+    ca_levels: SigmaLevels = field(default_factory=CappedUniformLevels)
+    dm_levels: SigmaLevels = field(default_factory=UniformLevels)
+    cdm_levels: SigmaLevels = field(default_factory=UniformLevels)
+    target_levels: SigmaLevels = field(default_factory=UniformLevels)
+    cdm_input: CDMInput = "extrapolated"
+    teacher_base: TeacherBase = "online"
+    student_every: int = 2
+    fake_score_steps: int = 1
+    fake_score_merge: float = 1e-3
+
+    def __post_init__(self) -> None:
+        for name, kind in (("cdm_input", CDMInput), ("teacher_base", TeacherBase)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
+        if not self._weights(0):
+            raise ValueError("at least one of ca_weight, dm_weight and cdm_weight must be above 0 from the start")
+        if self.norm_floor <= 0:
+            raise ValueError(f"norm_floor must be positive, got {self.norm_floor}")
+        if self.student_every < 1 or self.fake_score_steps < 1 or not 0 <= self.fake_score_merge <= 1:
+            raise ValueError(
+                "student_every and fake_score_steps must be at least 1, fake_score_merge must lie in [0, 1]"
+            )
+
+    # ---- whom, on what, in which order
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """The fake score, which starts from the pretrained weights and follows the student's distribution."""
+        return (Role("fake_score"),)
+
+    @property
+    def rollout(self) -> RolloutKind:
+        """Full where what follows the anchor is re-noised for the scores, else up to the anchor."""
+        return "to_anchor" if self.teacher_base == "online" else "full"
+
+    @property
+    def student_period(self) -> int:
+        """`student_every`."""
+        return self.student_every
+
+    def updates(self, iteration: int) -> list[Update]:
+        """The fake score in every iteration, then in its turn the student."""
+        merge = Merge("student", self.fake_score_merge, "fake_score_merge") if self.fake_score_merge else None
+        updates = [Update("fake_score", self.fake_score_losses, self.fake_score_steps, merge)]
+        if iteration % self.student_every == self.student_every - 1:
+            updates.append(Update("student", self.student_losses))
+        return updates
+
+    # ---- losses
+
+    def fake_score_losses(self, sample: RolledOutSample) -> Iterator[TermLosses]:
+        """Flow matching of the fake score on the student's clean prediction at the point."""
+        point, rng = sample.point, sample.rng
+        x0 = point.x0
+        sigma = self.fake_score_levels.sample(rng, "fake_score.sigma", point.sigma, sample.shift)
+        noise = rng.normal("fake_score.noise", x0.shape[1:])
+        velocity = self.fake_score(sample, point.sigma)(interpolate(x0, noise, sigma), sigma)
+        yield TermLosses(flow_matching_loss(velocity, x0, noise))
+
+    def student_losses(self, sample: RolledOutSample) -> Iterator[TermLosses]:
+        """The weighted terms that are on in this iteration: first those at the anchor, then CDM; one student call each."""
+        weights = self._weights(sample.iteration)
+        at_anchor = [term for term in weights if term != "cdm" or self.cdm_input == "trajectory"]
+        if at_anchor:
+            point = sample.point
+            x0 = predict_x0(sample.fields.student, point.x, point.sigma)
+            looks = {term: self._look(term, x0, point.sigma, sample) for term in at_anchor}
+            yield self._term_losses(sample, looks, weights, x0)
+        if "cdm" in weights and "cdm" not in at_anchor:
+            x, seen = self._off_trajectory(sample)
+            x0 = predict_x0(sample.fields.student, x, seen)
+            looks = {"cdm": self._look("cdm", x0, seen, sample)}
+            yield self._term_losses(sample, looks, weights, None if at_anchor else x0)
+
+    def fake_score(self, sample: RolledOutSample, seen: Tensor) -> VelocityField:
+        """The fake score that judges predictions made at sigma `seen` (B,): here the same for all."""
+        return sample.fields["fake_score"]
+
+    def _weights(self, iteration: int) -> dict[str, float]:
+        """The terms that are on, with their weights."""
+        weights = {"ca": self.ca_weight, "dm": self.dm_weight, "cdm": self.cdm_weight}
+        now = {term: weight_at(weight, iteration) for term, weight in weights.items()}
+        return {term: weight for term, weight in now.items() if weight != 0}
+
+    def _look(self, term: str, x0: Tensor, seen: Tensor, sample: RolledOutSample) -> _Look:
+        """What a term looks at, where the student predicted x0 (B, *) at sigma `seen` (B,)."""
+        levels = {"ca": self.ca_levels, "dm": self.dm_levels, "cdm": self.cdm_levels}[term]
+        base = self._base(x0, sample)
+        sigma = levels.sample(sample.rng, f"{term}.sigma", seen, sample.shift)
+        noise = sample.rng.normal(f"{term}.noise", base.shape[1:])
+        return _Look(x0, seen, interpolate(base, noise, sigma), sigma)
+
+    def _term_losses(
+        self, sample: RolledOutSample, looks: dict[str, _Look], weights: dict[str, float], predicted: Tensor | None
+    ) -> TermLosses:
+        """The weighted sum of the terms that look, with figures of the student's `predicted` x0 (B, *)."""
+        teacher, fake, uncond = self._judge(sample, looks)
+        deltas = {term: teacher[term] - fake[term] for term in fake}
+        if "ca" in looks:
+            deltas["ca"] = self.guidance_scale * (teacher["ca"] - uncond["ca"])
+        terms = {
+            term: weights[term] * directed_loss(look.x0, deltas[term], teacher[term], self.norm_floor)
+            for term, look in looks.items()
+        }
+        return TermLosses(cast(Tensor, sum(terms.values())), terms, _health(deltas, predicted))
+
+    def _base(self, x0: Tensor, sample: RolledOutSample) -> Tensor:
+        """The clean sample (B, *) that is re-noised for the scores."""
+        point = sample.point
+        if self.teacher_base == "online":
+            return x0.detach()
+        if not isinstance(point, FullTrajectoryPoint):
+            raise ValueError(f"teacher_base {self.teacher_base!r} needs a point of a full rollout")
+        return point.x0_next if self.teacher_base == "next" else point.x0_final
+
+    def _off_trajectory(self, sample: RolledOutSample) -> tuple[Tensor, Tensor]:
+        """The student's input of the CDM term and its sigma s': (B, *), (B,)."""
+        point, rng = sample.point, sample.rng
+        sigma = self.target_levels.sample(rng, "cdm.target", point.sigma, sample.shift)
+        if self.cdm_input == "extrapolated":
+            return point.move_to(sigma), sigma
+        return interpolate(point.x0, rng.normal("cdm.target_noise", point.x.shape[1:]), sigma), sigma
+
+    @torch.no_grad()
+    def _judge(
+        self, sample: RolledOutSample, looks: dict[str, _Look]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """Clean predictions by term: the teacher's, the fake score's (but CA), and the teacher's without text (CA only)."""
+        fields = sample.fields
+        without_text = [term for term in looks if term == "ca"]
+        matched = [term for term in looks if term != "ca"]
+        teacher_calls = [(fields.teacher, looks[term]) for term in looks]
+        judged = _predict_together(teacher_calls + [(fields.teacher_uncond, looks[term]) for term in without_text])
+        fake = _predict_together([(self.fake_score(sample, looks[term].seen), looks[term]) for term in matched])
+        return dict(zip(looks, judged)), dict(zip(matched, fake)), dict(zip(without_text, judged[len(looks) :]))
+
+
+def _predict_together(calls: Sequence[tuple[VelocityField, _Look]]) -> list[Tensor]:
+    """float32 clean predictions (B, *) of each field for its look, in as few network calls as the fields allow."""
+    velocities = evaluate_together([(velocity_field, look.x, look.sigma) for velocity_field, look in calls])
+    return [denoise(look.x, v.float(), look.sigma) for v, (_, look) in zip(velocities, calls)]
+
+
+@torch.no_grad()
+def _health(deltas: dict[str, Tensor], x0: Tensor | None) -> dict[str, Tensor]:
+    """Figures that tell a run going wrong before its pictures do: the losses themselves do not."""
+    logs = {f"{term}_delta_rms": delta.square().mean().sqrt() for term, delta in deltas.items()}
+    if "ca" in deltas and "dm" in deltas:
+        logs["ca_dm_cosine"] = F.cosine_similarity(deltas["ca"].flatten(1), deltas["dm"].flatten(1)).mean()
+    if x0 is not None:
+        logs |= {"x0_mean": x0.mean(), "x0_std": x0.std()}
+    logs["nonfinite_deltas"] = cast(Tensor, sum((~delta.isfinite()).sum() for delta in deltas.values())).float()
+    return logs

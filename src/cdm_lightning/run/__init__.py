@@ -1,0 +1,1 @@
+"""A run on disk: may it be resumed with this configuration?"""

@@ -1,0 +1,1 @@
+"""How an objective is trained: its networks, their rollouts, their optimizer steps."""

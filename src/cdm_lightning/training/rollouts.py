@@ -1,0 +1,193 @@
+"""From a batch of prompts to the samples that an objective's losses get: text, random draws, the student's rollout.
+
+The only file that joins the rollouts of several iterations into one batch; `data/batches.py` reads their prompts together.
+Shapes: B samples, K steps, latents (B, C, H, W).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cdm_lightning.backbones.base import Backbone
+from cdm_lightning.core.rng import StepRandom
+from cdm_lightning.core.rollout import Rollout, TrajectoryPoint, simulate, walk
+from cdm_lightning.core.schedules import SigmaSchedule
+from cdm_lightning.data.batches import PromptBatch
+from cdm_lightning.data.images import fit_to
+from cdm_lightning.errors import UserError
+from cdm_lightning.objectives.base import RolledOutSample, RolloutKind, Sample, VelocityFields
+from cdm_lightning.resolution import Resolution
+from cdm_lightning.training.phases import PhaseTimer
+
+Bind = Callable[[Sequence[str], Backbone], VelocityFields]  # the networks with the conditioning of these prompts
+
+
+@dataclass(frozen=True)
+class RolloutGroups:
+    """Which iterations roll out as one batch: at most `together`, none of them beyond an update of the student.
+
+    Between two updates the student is the same, so that gives the same rollouts with fewer network calls. `period` is the
+    objective's `student_period`, None for an objective that rolls out each iteration alone.
+    """
+
+    together: int = 1
+    period: int | None = None
+
+    def of(self, iteration: int) -> range:
+        """The iterations that roll out with this one, itself among them."""
+        if self.period is None:
+            return range(iteration, iteration + 1)
+        turn = iteration % self.period
+        first = iteration - turn % self.together
+        return range(first, min(first + self.together, iteration - turn + self.period))
+
+
+class Rollouts(ABC):
+    """Makes an iteration's samples; `seed`, iteration and slots in the global batch alone decide their random draws.
+
+    A batch is computed in `accumulate` parts. `agree_on_calls` makes the number of network calls of a walk equal in all
+    processes that share one network.
+    """
+
+    def __init__(
+        self,
+        bind: Bind,
+        backbone: Backbone,
+        resolution: Resolution,
+        schedule: SigmaSchedule,
+        seed: int,
+        device: torch.device,
+        *,
+        groups: RolloutGroups | None = None,
+        accumulate: int = 1,
+        needs_latents: bool = False,
+        agree_on_calls: Callable[[int], int] = lambda calls: calls,
+        timer: PhaseTimer | None = None,
+    ) -> None:
+        self.bind, self.backbone, self.resolution, self.schedule = bind, backbone, resolution, schedule
+        self.seed, self.device = seed, device
+        self.groups, self.accumulate, self.needs_latents = groups or RolloutGroups(), accumulate, needs_latents
+        self.agree_on_calls, self.timer = agree_on_calls, timer or PhaseTimer()
+
+    @abstractmethod
+    def samples(self, batch: PromptBatch, iteration: int) -> Sequence[Sample]:
+        """The samples of an iteration, one for each part of the batch, ready for the objective's losses."""
+
+    def bound(self, batch: PromptBatch, iteration: int) -> list[Sample]:
+        """The parts of a batch with everything but a rollout: text, image size, random draws, real images as latents."""
+        samples = []
+        for part in batch.split(self.accumulate):
+            rng = StepRandom(self.seed, iteration, part.indices.tolist(), self.device)
+            backbone = self.resolution.draw(self.backbone, rng)
+            samples.append(
+                Sample(
+                    prompts=part.prompts,
+                    fields=self.bind(part.prompts, backbone),
+                    rng=rng,
+                    shift=backbone.shift_sigmas,
+                    shift_steps=backbone.shift_steps,
+                    latent_shape=backbone.latent_shape,
+                    iteration=iteration,
+                    latents=self._latents(part, backbone) if self.needs_latents else None,
+                )
+            )
+        return samples
+
+    def _latents(self, part: PromptBatch, backbone: Backbone) -> Tensor:
+        if part.images is None:
+            raise UserError("the objective needs real images, and this batch has none: build the data with images=True")
+        return backbone.encode_images(fit_to(part.images.to(self.device), backbone.image_size))
+
+    def draw(self, sample: Sample) -> Rollout:
+        """The random draws of a rollout: the noise, sigmas of K steps (K is the same for all samples), and an anchor each."""
+        noise = sample.rng.normal("rollout.noise", sample.latent_shape)
+        sigmas = self.schedule.sample(sample.rng, sample.shift_steps)
+        anchor = sample.rng.index("rollout.anchor", sigmas.shape[1] - 1)
+        return Rollout(sample.fields.student, noise, sigmas, anchor)
+
+    def forget(self) -> None:
+        """Drop what an earlier training has computed in advance."""
+        return
+
+
+class NoRollouts(Rollouts):
+    """For objectives that do not look at the student's own path."""
+
+    def samples(self, batch: PromptBatch, iteration: int) -> list[Sample]:
+        """The parts of the batch as they are."""
+        return self.bound(batch, iteration)
+
+
+class FullRollouts(Rollouts):
+    """The student's path to its end, for objectives that use what comes after the anchor."""
+
+    def samples(self, batch: PromptBatch, iteration: int) -> list[RolledOutSample]:
+        """The parts of the batch with a `FullTrajectoryPoint`."""
+        samples = self.bound(batch, iteration)
+        with self.timer("rollout"):
+            return [with_point(sample, self._point(self.draw(sample))) for sample in samples]
+
+    @staticmethod
+    def _point(rollout: Rollout) -> TrajectoryPoint:
+        return simulate(rollout.student, rollout.noise, rollout.sigmas).at(rollout.anchor)
+
+
+@dataclass(frozen=True)
+class _AtAnchor:
+    """A sample whose rollout has reached the anchors: x (B, C, H, W)."""
+
+    sample: Sample
+    rollout: Rollout
+    x: Tensor
+
+    def rolled_out(self) -> RolledOutSample:
+        """The sample with its point, which takes one more call of the student."""
+        return with_point(self.sample, self.rollout.point(self.x))
+
+
+class AnchorRollouts(Rollouts):
+    """The student's path up to each sample's anchor: what comes after it is not computed.
+
+    The first iteration of a group rolls out the whole group, whose batches came with its own; the others wait here.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._waiting: dict[int, list[_AtAnchor]] = {}  # by iteration
+
+    def samples(self, batch: PromptBatch, iteration: int) -> list[RolledOutSample]:
+        """The parts of the batch with the `TrajectoryPoint` at the anchor."""
+        if iteration not in self._waiting:
+            self._roll_out_group(batch, iteration)
+        with self.timer("rollout"):
+            return [part.rolled_out() for part in self._waiting.pop(iteration)]
+
+    def _roll_out_group(self, batch: PromptBatch, iteration: int) -> None:
+        batches = dict(zip(self.groups.of(iteration), batch.group, strict=True)) if batch.group else {iteration: batch}
+        samples = [self.bound(of_iteration, number) for number, of_iteration in batches.items()]
+        with self.timer("rollout"):
+            parts = [self._walked(part) for part in zip(*samples)]  # the first parts of all iterations, then the second
+        by_iteration = dict(zip(batches, map(list, zip(*parts))))
+        # a resumed run rolls out the whole group again, so that it computes the same; finished iterations are dropped
+        self._waiting = {number: waiting for number, waiting in by_iteration.items() if number >= iteration}
+
+    def _walked(self, samples: Sequence[Sample]) -> list[_AtAnchor]:
+        rollouts = [self.draw(sample) for sample in samples]
+        states = walk(rollouts, self.agree_on_calls)
+        return [_AtAnchor(*of_sample) for of_sample in zip(samples, rollouts, states)]
+
+    def forget(self) -> None:
+        """Drop the rollouts of an earlier training, of other prompts or another student."""
+        self._waiting = {}
+
+
+KINDS: dict[RolloutKind, type[Rollouts]] = {"to_anchor": AnchorRollouts, "full": FullRollouts, "none": NoRollouts}
+
+
+def with_point(sample: Sample, point: TrajectoryPoint) -> RolledOutSample:
+    """The sample together with the point of its rollout."""
+    return RolledOutSample(**{field.name: getattr(sample, field.name) for field in fields(Sample)}, point=point)

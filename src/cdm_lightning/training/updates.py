@@ -1,0 +1,91 @@
+"""One optimizer step of a role: its loss in parts, clipped, left out if it is not finite, counted."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from cdm_lightning.errors import UserError
+from cdm_lightning.objectives.base import Objective, TermLosses
+from cdm_lightning.optim import OptimizerRecipe
+from cdm_lightning.sharding import average_whole_gradients, whole
+
+
+class Updates:
+    """Makes the optimizer steps of all roles and counts those that were left out; the counts are part of a checkpoint.
+
+    `skipped_steps` counts in all, `skipped_in_a_row` since the last step that was made. Both are the same in all processes.
+    """
+
+    def __init__(self, recipes: Mapping[str, OptimizerRecipe]) -> None:
+        self.recipes = dict(recipes)
+        self.skipped_steps = dict.fromkeys(recipes, 0)
+        self.skipped_in_a_row = dict.fromkeys(recipes, 0)
+
+    def step(
+        self,
+        role: str,
+        networks: Mapping[str, nn.Module],
+        optimizer: Optimizer,
+        losses: Iterable[tuple[float, TermLosses]],
+        backward: Callable[[Tensor], None],
+        iteration: int,
+    ) -> dict[str, Tensor]:
+        """Step the network of `role` on (share of the batch, summand of the loss); the figures of it, 0-d.
+
+        Each summand's backward pass runs before the next one is computed. Gradients that reach the other `networks` (a head's,
+        that a student's loss passes through) are dropped: they are not theirs to learn from. Whether the gradient is finite is
+        the one thing that the host waits for.
+        """
+        recipe = self.recipes[role]
+        recipe.set_learning_rate(optimizer, iteration)
+        others = [p for name, network in networks.items() if name != role for p in network.parameters()]
+        figures: dict[str, Tensor] = {}
+        for share, loss in losses:
+            backward(loss.total * share * unless_infinite(loss.total))
+            for parameter in others:
+                parameter.grad = None
+            for key, value in {"loss": loss.total, **loss.terms, **loss.logs}.items():
+                figures[key] = figures.get(key, 0.0) + share * value.detach()
+            del loss  # its graph, while the next is computed
+        parameters = list(networks[role].parameters())
+        average_whole_gradients(parameters)
+        norm = whole(nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm))
+        finite = bool(torch.isfinite(norm))
+        self._count(role, finite)
+        if not finite:
+            optimizer.zero_grad(set_to_none=True)  # a step without gradients changes nothing, but Lightning counts it
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return {**figures, "grad_norm": norm.detach()}
+
+    def _count(self, role: str, finite: bool) -> None:
+        self.skipped_in_a_row[role] = 0 if finite else self.skipped_in_a_row[role] + 1
+        self.skipped_steps[role] += 0 if finite else 1
+
+    def state_dict(self) -> dict[str, dict[str, int]]:
+        """The counts."""
+        return {"skipped_steps": dict(self.skipped_steps), "skipped_in_a_row": dict(self.skipped_in_a_row)}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, int]]) -> None:
+        """Take the counts back; those of roles that are not trained any more are left out."""
+        for name, counts in self.state_dict().items():
+            getattr(self, name).update({role: state[name].get(role, 0) for role in counts})
+
+
+def recipes_of(objective: Objective, optim: Mapping[str, OptimizerRecipe]) -> dict[str, OptimizerRecipe]:
+    """The recipes of the roles that the objective trains; UserError if one of them has none. Further ones are not used."""
+    roles = ("student", *(role.name for role in objective.roles))
+    lacking = [role for role in roles if role not in optim]
+    if lacking:
+        raise UserError(
+            f"optim: {type(objective).__name__} trains {lacking[0]}, which has no optimizer; add optim.{lacking[0]} (see "
+            "conf/optim/recipe)"
+        )
+    return {role: optim[role] for role in roles}
+
+
+def unless_infinite(loss: Tensor) -> Tensor:
+    """1, or NaN for a loss that is not finite: then so are all gradients, and all processes leave the update out."""
+    return torch.where(loss.detach().isfinite(), 1.0, float("nan"))

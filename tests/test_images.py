@@ -1,0 +1,114 @@
+"""Real images beside their prompts: what is refused, how they are cut to size, and that they reach the batches."""
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torchvision.utils import save_image
+
+from cdm_lightning.config import asset_path
+from cdm_lightning.data.datamodule import PromptDataModule
+from cdm_lightning.data.images import CaptionedFolder, DrawnCaptions, fit_to
+from cdm_lightning.data.prompts import PromptList
+from cdm_lightning.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three images of one colour each, with captions."""
+    lines = []
+    for number in range(3):
+        save_image(torch.full((3, 8, 16), number / 2), tmp_path / f"{number}.png")
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": f" caption {number} "}))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines) + "\n\n", encoding="utf-8")
+    return tmp_path
+
+
+def test_a_folder_gives_captions_and_images_of_one_size(folder):
+    images = CaptionedFolder(folder, [8, 8])
+    assert [images[n] for n in range(len(images))] == ["caption 0", "caption 1", "caption 2"]
+    assert images.image(1).shape == (3, 8, 8)
+    assert images.image(1).mean() == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("no json", 'line 1: must be {"file_name"'),
+        ('{"file_name": "0.png"}', 'line 1: must be {"file_name"'),
+        ("[1]", 'line 1: must be {"file_name"'),
+        ('{"file_name": "0.png", "text": " "}', "line 1: file_name and text must be texts"),
+        ('{"file_name": 3, "text": "a"}', "line 1: file_name and text must be texts"),
+        ('{"file_name": "9.png", "text": "a"}', "line 1: there is no file"),
+        ("", "lists no images"),
+    ],
+)
+def test_a_list_that_is_wrong_is_refused_in_one_line(folder, line, message):
+    (folder / "metadata.jsonl").write_text(line, encoding="utf-8")
+    with pytest.raises(UserError, match=re.escape(message)) as refused:
+        CaptionedFolder(folder, [8, 8])
+    assert "\n" not in str(refused.value)
+
+
+def test_what_is_no_image_is_refused(folder):
+    (folder / "0.png").write_text("text")
+    with pytest.raises(UserError, match=r"0\.png: cannot be read as an image"):
+        CaptionedFolder(folder, [8, 8]).image(0)
+    (folder / "metadata.jsonl").unlink()
+    with pytest.raises(UserError, match=r"no metadata\.jsonl"):
+        CaptionedFolder(folder, [8, 8])
+
+
+def test_images_are_cut_from_their_middle():
+    wide = torch.zeros(1, 3, 8, 16)
+    wide[..., 4:12] = 1
+    assert torch.equal(fit_to(wide, (8, 8)), torch.ones(1, 3, 8, 8))
+    assert fit_to(wide, (8, 16)) is wide
+    half = fit_to(wide, (4, 8))
+    assert half.shape == (1, 3, 4, 8)
+    assert half.min() >= 0
+    assert half.max() <= 1
+    assert fit_to(torch.rand(2, 3, 5, 7), (10, 3)).shape == (2, 3, 10, 3)
+
+
+def test_drawings_are_a_function_of_seed_and_number():
+    path = asset_path("prompts/shapes_train.txt")
+    one, same, other = DrawnCaptions(path), DrawnCaptions(path), DrawnCaptions(path, seed=1)
+    assert one.image(5).shape == (3, 32, 32)
+    assert torch.equal(one.image(5), same.image(5))
+    assert not torch.equal(one.image(5), other.image(5))
+
+
+def test_texts_that_cannot_be_drawn_are_refused(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("an elephant in the rain\n", encoding="utf-8")
+    with pytest.raises(UserError, match="the shapes set can draw its own captions only"):
+        DrawnCaptions(file).image(0)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_images_travel_with_their_prompts(num_workers):
+    drawn = DrawnCaptions(asset_path("prompts/shapes_train.txt"))
+    pairs = lambda n: range(n - n % 2, n - n % 2 + 2)  # noqa: E731
+    data = PromptDataModule(drawn, drawn, batch_size=3, num_workers=num_workers, groups=pairs, images=True)
+    data.trainer = SimpleNamespace(global_step=0, global_rank=0, world_size=1)
+    batch = next(iter(data.train_dataloader()))
+    texts = [drawn[number] for number in range(len(drawn))]
+    assert len(batch.group) == 2
+    for each in (*batch.group, *batch.split(2)):
+        assert each.images.shape == (len(each.prompts), 3, 32, 32)
+        for prompt, image in zip(each.prompts, each.images):
+            numbers = [n for n, text in enumerate(texts) if text == prompt]
+            assert any(torch.equal(image, drawn.image(n)) for n in numbers)
+    assert next(iter(data.val_dataloader())).images is None
+
+
+def test_prompts_alone_are_refused_where_images_are_needed():
+    prompts = PromptList(["a", "b"])
+    with pytest.raises(UserError, match="the objective learns from real images, and these are prompts alone"):
+        PromptDataModule(prompts, prompts, batch_size=1, images=True)
+    with pytest.raises(UserError, match="PromptList holds prompts without images"):
+        prompts.image(0)
