@@ -36,9 +36,10 @@ test-slow: setup  ## run the tests that take minutes each
 soak: setup  ## kill runs at random moments and count what is lost (SOAK_SEED=n for other moments)
 	$(BIN)/python -m pytest -m slow tests/test_faults.py tests/test_resume_spread.py
 
-lint: setup  ## check the style
+lint: setup  ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
 
 lock: setup  ## resolve the dependencies anew into requirements.lock
 	$(BIN)/uv pip compile --quiet pyproject.toml --extra dev --extra log --extra data --extra lowbit --universal --python-version 3.11 --upgrade -o requirements.lock
