@@ -23,6 +23,7 @@ from cdm_lightning.data.datamodule import PromptDataModule
 from cdm_lightning.data.prompts import PromptList
 from cdm_lightning.errors import UserError
 from cdm_lightning.evaluation import SamplerSpec
+from cdm_lightning.lora.plan import Adapter, LoRAPlan
 from cdm_lightning.module import CDMModule
 from cdm_lightning.objectives.base import Objective, Role, RolledOutSample, TermLosses, Update
 from cdm_lightning.objectives.cdm import CDMObjective
@@ -594,8 +595,73 @@ class Named(Alone):
         return tuple(Role(name) for name in self.names)
 
 
-@pytest.mark.parametrize("names", [("judge", "judge"), ("train",), ("trained",), ("base",)])
+@pytest.mark.parametrize("names", [("judge", "judge"), ("train",), ("trained",), ("base",), ("rollout",), ("_shared",)])
 def test_names_that_are_taken_are_refused_before_anything_is_built(names):
     optim = {name: recipe() for name in ("student", *names)}
     with pytest.raises(UserError, match=f"Named calls a role '{names[0]}', which is taken"):
         CDMModule(Toy2DBackbone(fit_steps=1), Named(*names), RandomSchedule(UniformLength(1, 4)), optim)
+
+
+class Hasty(CDMObjective):
+    """Updates the student in every iteration, but says as CDM does that it stays the same for two."""
+
+    def updates(self, iteration: int) -> list[Update]:
+        return super().updates(self.student_every - 1)
+
+
+def test_a_student_that_moves_while_its_rollouts_wait_is_an_error():
+    with pytest.raises(
+        ValueError, match=r"Hasty updates the student in iteration 0, but its student_period .* iteration 1"
+    ):
+        fit(make_module(objective=Hasty()), 2)
+    fit(make_module(objective=Hasty(), rollouts_together=1), 2)  # nothing waits
+
+
+class Twice(Alone):
+    """Two updates of the student, the first repeated, each noting its draws."""
+
+    def __init__(self) -> None:
+        self.draws: list[float] = []
+
+    def updates(self, iteration: int) -> list[Update]:
+        return [Update("student", self.losses, repeat=2), Update("student", self.losses)]
+
+    def losses(self, sample: RolledOutSample) -> Iterator[TermLosses]:
+        self.draws.append(float(sample.rng.uniform("a")[0]))
+        yield from super().losses(sample)
+
+
+def test_every_update_of_a_role_has_draws_of_its_own_and_the_iteration_counts_once():
+    objective, module = Twice(), make_module()
+    trainer = fit(CDMModule(module.backbone, objective, module.schedule, {"student": recipe()}), 2)
+    assert len(set(objective.draws)) == len(objective.draws) == 6
+    assert trainer.global_step == 2
+
+
+class Misspelt(Alone):
+    """Updates a role that there is not."""
+
+    def updates(self, iteration: int) -> list[Update]:
+        return [Update("studnet", self.losses)]
+
+
+def test_an_update_of_an_unknown_role_is_refused_before_anything_is_built():
+    with pytest.raises(
+        UserError, match="Misspelt updates or merges 'studnet', which it does not train; it trains student"
+    ):
+        CDMModule(Toy2DBackbone(fit_steps=1), Misspelt(), RandomSchedule(UniformLength(1, 4)), {"student": recipe()})
+
+
+@pytest.mark.parametrize("value", [None, 5])
+def test_what_is_no_optimizer_recipe_is_refused(value):
+    optim = {"student": recipe(), "fake_score": value}
+    with pytest.raises(UserError, match=r"optim\.fake_score must be an optimizer recipe"):
+        CDMModule(Toy2DBackbone(fit_steps=1), CDMObjective(), RandomSchedule(UniformLength(1, 4)), optim)
+
+
+def test_an_adapter_on_a_built_network_is_refused_and_one_of_an_unknown_role_is_named():
+    plan = LoRAPlan(head=Adapter(rank=1, targets="blocks"))
+    optim = {"student": recipe(), "head": recipe()}
+    with pytest.raises(UserError, match=r"lora\.head: the objective builds this network itself"):
+        CDMModule(Toy2DBackbone(fit_steps=1), Through(), RandomSchedule(UniformLength(1, 4)), optim, lora=plan)
+    assert LoRAPlan(fake_scroe=Adapter()).unused(["student", "fake_score"]) == ["fake_scroe"]

@@ -29,7 +29,7 @@ from cdm_lightning.resolution import OwnSize, Resolution
 from cdm_lightning.sharding import average_figures, place
 from cdm_lightning.training.phases import PhaseTimer
 from cdm_lightning.training.rollouts import KINDS, RolloutGroups, Rollouts
-from cdm_lightning.training.updates import Updates, recipes_of
+from cdm_lightning.training.updates import Updates, recipes_of, steps_of
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -98,19 +98,16 @@ class CDMModule(L.LightningModule):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """One iteration: noise, sigmas, length, walk to the anchor, point; then the objective's updates in their order."""
         samples = self.rollouts.samples(batch, self.iteration)
-        updates = self.objective.updates(self.iteration)
-        steps = [(update, repeat) for update in updates for repeat in range(update.repeat)]
-        if not steps:  # Lightning would never count this iteration
-            raise ValueError(f"{type(self.objective).__name__} has no update in iteration {self.iteration}")
+        steps = steps_of(self.objective, self.iteration, self.groups.of(self.iteration))
         for left, (update, repeat) in zip(reversed(range(len(steps))), steps):
             with self.timer(update.role):
                 self._make(update, [sample.again(repeat) for sample in samples], counts=left == 0)
-        self.updated_roles = tuple(update.role for update in updates)
+        self.updated_roles = tuple(dict.fromkeys(update.role for update, _ in steps))
         self.iteration += 1
         self._log_figures()
 
     def _make(self, update: Update, samples: Sequence[Sample], counts: bool) -> None:
-        """One optimizer step and the merge after it; the one step of an iteration that `counts` is that which Lightning sees."""
+        """One optimizer step and the merge after it; `counts` marks the last step of an iteration, which Lightning counts."""
         role, trained, size = update.role, self.networks.trained, sum(map(len, samples))
         losses = ((len(sample) / size, loss) for sample in samples for loss in update.losses(sample))
         optimizer = self._optimizer(role, counts)

@@ -154,7 +154,7 @@ class Networks(nn.Module):
 
     @property
     def unregistered(self) -> list[nn.Module]:
-        """A view of the shared base, if there is one, and the teacher: what is outside the module tree."""
+        """Networks that are no submodules: the teacher, and before it a view of the base of adapters if there is one."""
         return [network for network in (self._base_view, self.teacher) if network is not None]
 
     # ---- the device
@@ -204,15 +204,26 @@ def bind_networks(
 
 
 def check_roles(objective: Objective, lora: LoRAPlan, backbone: Backbone) -> None:
-    """UserError for names that no network can have, unknown LoRA targets, and merges of networks with other parameters."""
+    """UserError for roles that cannot be named or trained so, for adapters and merges that do not fit them."""
     names = network_names(objective.roles)
     for name in names[1:-2]:
-        if names.count(name) > 1 or hasattr(Networks, name):
+        if names.count(name) > 1 or hasattr(Networks, name) or name.startswith("_") or name == "rollout":
             raise UserError(
                 f"objective: {type(objective).__name__} calls a role {name!r}, which is taken; use another name"
             )
     lora.check(backbone.lora_targets)
+    built = [role.name for role in objective.roles if role.build is not None]
+    if adapted := lora.among(built):
+        raise UserError(
+            f"lora.{next(iter(adapted))}: the objective builds this network itself, so it cannot be an adapter"
+        )
     for update in (update for updates in objective.typical_cycle() for update in updates):
+        for role in (update.role, *([update.merge.source] if update.merge is not None else [])):
+            if role not in names[:-2]:
+                raise UserError(
+                    f"objective: {type(objective).__name__} updates or merges {role!r}, which it does not train; it trains "
+                    f"{', '.join(names[:-2])}"
+                )
         if update.merge is not None and lora.of(update.role) != lora.of(update.merge.source):
             raise UserError(
                 f"objective.{update.merge.option} averages the parameters of {update.merge.source} and {update.role}, but "

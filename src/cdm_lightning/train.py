@@ -77,6 +77,8 @@ def train_in(folder: Path, config: DictConfig) -> TrainResult:
         config, strategy=strategy, callbacks=[*callbacks, checkpoint], logger=build(config, "logger")
     )
     if trainer.is_global_zero:
+        for role in module.lora.unused(module.network_names):
+            print(f"lora.{role} is not used: the objective trains no {role}", file=sys.stderr, flush=True)
         record_start(plain(config), folder, trainer.world_size)
     try:
         trainer.fit(module, data)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class StudentEMA(L.Callback):
-    """Moves `networks.student_ema` towards the student after each of its steps; decay min(`decay`, (1 + n) / (10 + n)).
+    """Moves `networks.student_ema` towards the student after each iteration that updated it; decay min(`decay`, (1 + n) / (10 + n)).
 
     n counts the updates before this one (`module.ema_updates`, saved with the module). 0.999 is the decay of CDM,
     arXiv:2605.06376; short runs want less.

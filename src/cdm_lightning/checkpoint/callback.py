@@ -19,6 +19,7 @@ from cdm_lightning.checkpoint.folder import (
     sweep,
     write_synced,
 )
+from cdm_lightning.checkpoint.objective_state import class_of, require_readable, restore_objective
 from cdm_lightning.checkpoint.save import save_checkpoint
 from cdm_lightning.checkpoint.signals import StopSignals
 from cdm_lightning.checkpoint.state import plain_values_of, restore, tensors_of
@@ -87,13 +88,18 @@ class IterationCheckpoint(Checkpoint):
         return start
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Take back weights, optimizers, counters and the state of loops and callbacks."""
+        """Take back weights, optimizers, counters and the state of loops, callbacks and the objective.
+
+        UserError for an objective whose state a checkpoint could not give back.
+        """
+        require_readable(pl_module.objective)
         if self._start is None:
             return
         restore(pl_module.networks, pl_module.optimizers_by_role, self._start)
         pl_module.on_load_checkpoint({"cdm": self._start.record})
         state = self._start.trainer_state()
-        pl_module.objective.load_state_dict(state.get("objective", {}))  # of older versions: it had none
+        if note := restore_objective(pl_module.objective, state):
+            say(note)
         trainer.fit_loop.load_state_dict(state["fit_loop"])
         # pyrefly: ignore[missing-attribute]  Lightning sets it from elsewhere
         for callback in trainer.callbacks:
@@ -233,7 +239,12 @@ def trainer_state(trainer: L.Trainer, module: "CDMModule") -> dict[str, Any]:
     # pyrefly: ignore[missing-attribute]  Lightning sets it from elsewhere
     callbacks = {callback.state_key: state for callback in trainer.callbacks if (state := callback.state_dict())}
     objective = module.objective.state_dict()
-    return {"fit_loop": trainer.fit_loop.state_dict(), "callbacks": callbacks, "objective": objective}
+    return {
+        "fit_loop": trainer.fit_loop.state_dict(),
+        "callbacks": callbacks,
+        "objective": objective,
+        "objective_class": class_of(module.objective),
+    }
 
 
 def skipped_in(path: Path) -> dict[str, int]:

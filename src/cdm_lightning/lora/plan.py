@@ -77,6 +77,10 @@ class LoRAPlan:
         """The adapters of those of the roles that have one."""
         return {role: adapter for role in roles if (adapter := self.of(role)) is not None}
 
+    def unused(self, roles: Iterable[str]) -> list[str]:
+        """The roles that have an adapter and are none of `roles`."""
+        return [role for role in self._adapters if role not in set(roles)]
+
     @property
     def tag(self) -> str:
         """Added to a backbone's fingerprint: checkpoints of another plan do not fit. Nothing where all is tuned."""

@@ -45,7 +45,7 @@ class VelocityFields:
     heads: Mapping[str, nn.Module] = field(default_factory=dict)
 
     def __getitem__(self, role: str) -> VelocityField:
-        """The field of "student", "student_ema" or a role of the objective; KeyError for any other name."""
+        """The field of "student", "student_ema" or a pretrained role; KeyError for any other name, heads among them."""
         return self.student if role == "student" else self.by_role[role]
 
 
@@ -127,8 +127,8 @@ class Merge:
 class Update:
     """An optimizer step of `role`, made `repeat` times with fresh draws, each followed by the `merge` of its weights.
 
-    `losses(sample)` yields the summands of the loss: the backward pass of one runs before the next is computed, so that one
-    graph is in memory at a time. Gradients that reach other roles are dropped.
+    `losses(sample)` yields the parts of the loss one by one, which are added up: the backward pass of one runs before the next is
+    computed, so that one graph is in memory at a time. Gradients that reach other roles are dropped.
     """
 
     role: str
@@ -138,7 +138,7 @@ class Update:
 
 
 class Objective(ABC):
-    """Whom is trained beside the student, on what, and in which order.
+    """Which networks are trained beside the student, on what, and in which order.
 
     The defaults are those of a method without further networks and without a state of its own.
     """
@@ -152,8 +152,8 @@ class Objective(ABC):
     def rollout(self) -> RolloutKind:
         """How the student is rolled out before the updates of an iteration.
 
-        "to_anchor" stops each sample at its anchor; "full" simulates to the end, for losses that use what comes after the
-        anchor; "none" makes no rollout (then losses get a plain `Sample`).
+        "to_anchor" stops each sample at its anchor, a randomly chosen step of its path that losses look at; "full" simulates to
+        the end, for losses that use what comes after the anchor; "none" makes no rollout (then losses get a plain `Sample`).
         """
         return "to_anchor"
 
@@ -164,7 +164,7 @@ class Objective(ABC):
 
     @property
     def student_period(self) -> int | None:
-        """The student is updated in the last of every so many iterations; None if that is not known in advance.
+        """The student is updated in the last of every so many iterations and in no other; None if not known in advance.
 
         While the student stays the same, the rollouts of several iterations can be computed as one batch.
         """
@@ -174,11 +174,11 @@ class Objective(ABC):
     def updates(self, iteration: int) -> Sequence[Update]:
         """The updates of an iteration (counted from 0) in their order, at least one; the last one ends the iteration.
 
-        May depend on the objective's state, which must then be the same in all processes.
+        Asking must change nothing. May depend on the objective's state, which must then be the same in all processes.
         """
 
     def typical_cycle(self) -> Sequence[Sequence[Update]]:
-        """The updates of the iterations that a long run repeats, for the planner.
+        """The updates of one representative cycle of iterations, late in a run: the planner multiplies its cost.
 
         By default those of one `student_period` late in the run; override it where updates follow a measured state.
         """
@@ -205,5 +205,5 @@ class Objective(ABC):
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
+        """Take back what `state_dict` of this class returned; not called for a checkpoint that has no such state."""
         return

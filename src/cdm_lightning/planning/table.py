@@ -88,7 +88,7 @@ class Plan:
         lines.append(f"  largest batch of a GPU {self.fits}; a checkpoint {checkpoint_bytes(self.sizes) / GB:.1f} GB")
         others = phase_peaks(self.sizes, self.layout, self.batch, self.accumulate).items()
         lines.append(
-            "  peak of each phase, in GB, in addition to what rests: "
+            "  peak of each phase, in GB, above what is held all the time: "
             + ", ".join(f"{k} {v / GB:.2f}" for k, v in others)
         )
         work = self.work

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cdm_lightning.errors import UserError
-from cdm_lightning.objectives.base import Objective, TermLosses
+from cdm_lightning.objectives.base import Objective, TermLosses, Update
 from cdm_lightning.optim import OptimizerRecipe
 from cdm_lightning.sharding import average_whole_gradients, whole
 
@@ -83,9 +83,34 @@ def recipes_of(objective: Objective, optim: Mapping[str, OptimizerRecipe]) -> di
             f"optim: {type(objective).__name__} trains {lacking[0]}, which has no optimizer; add optim.{lacking[0]} (see "
             "conf/optim/recipe)"
         )
+    wrong = [role for role in roles if not isinstance(optim[role], OptimizerRecipe)]
+    if wrong:
+        raise UserError(
+            f"optim.{wrong[0]} must be an optimizer recipe (see conf/optim/recipe), got {optim[wrong[0]]!r}"
+        )
     return {role: optim[role] for role in roles}
 
 
+def steps_of(objective: Objective, iteration: int, group: range) -> list[tuple[Update, int]]:
+    """The optimizer steps of an iteration in their order, each with its number among those of its role, from 0.
+
+    That number keys its random draws. `group` are the iterations that roll out as one batch with this one. Raises ValueError
+    for an objective that has no update, since Lightning would never count the iteration, and for one that updates the student
+    before the group ends: the rollouts that wait would be those of an older student.
+    """
+    name = type(objective).__name__
+    updates = [update for update in objective.updates(iteration) for _ in range(update.repeat)]
+    if not updates:
+        raise ValueError(f"{name} has no update in iteration {iteration}")
+    if iteration != group[-1] and any(update.role == "student" for update in updates):
+        raise ValueError(
+            f"{name} updates the student in iteration {iteration}, but its student_period says that it stays the same up to "
+            f"iteration {group[-1]}; override student_period to agree with updates (None: not known in advance)"
+        )
+    roles = [update.role for update in updates]
+    return [(update, roles[:number].count(update.role)) for number, update in enumerate(updates)]
+
+
 def unless_infinite(loss: Tensor) -> Tensor:
-    """1, or NaN for a loss that is not finite: then so are all gradients, and all processes leave the update out."""
+    """A factor: 1 for a finite loss, else NaN, so that every gradient is NaN and all processes skip the step."""
     return torch.where(loss.detach().isfinite(), 1.0, float("nan"))
