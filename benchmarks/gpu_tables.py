@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.evidence import add_publish, folder_of
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -54,25 +56,24 @@ CANDIDATES = (
 )
 
 
-def run(candidates: Sequence[Candidate]) -> dict[str, str]:
+def run(candidates: Sequence[Candidate], publish: bool = False) -> dict[str, str]:
     """Run them in turn; why those that failed did, by name. Each writes its own files, whole or not at all."""
+    where = ["--publish"] if publish else []
     failures = {}
     for candidate in candidates:
         print(f"{candidate.name}: {candidate.tries}", flush=True)
-        done = subprocess.run(candidate.command, capture_output=True, text=True, check=False)
+        done = subprocess.run([*candidate.command, *where], capture_output=True, text=True, check=False)
         if done.returncode:
             failures[candidate.name] = (done.stderr.strip().splitlines() or ["nothing said"])[-1]
             print(f"  failed: {failures[candidate.name]}", flush=True)
     return failures
 
 
-def table(candidates: Sequence[Candidate], failures: Mapping[str, str]) -> list[dict[str, str]]:
+def table(candidates: Sequence[Candidate], failures: Mapping[str, str], publish: bool = False) -> list[dict[str, str]]:
     """A row for each that measures a step and has failed now or left its file, now or at an earlier time."""
-    from benchmarks.machine import RESULTS
-
-    rows = []
+    folder, rows = folder_of(publish), []
     for candidate in candidates:
-        file = RESULTS / f"{candidate.name}.json"
+        file = folder / f"{candidate.name}.json"
         if candidate.name in failures:
             rows.append(row(candidate, None, failures[candidate.name]))
         elif candidate.module == "benchmarks.step_time" and file.is_file():
@@ -104,12 +105,14 @@ def parser() -> argparse.ArgumentParser:
     )
     names = ", ".join(candidate.name for candidate in CANDIDATES)
     made.add_argument("only", nargs="*", metavar="NAME", help=f"some of them: {names} (default: all)")
+    add_publish(made)
     return made
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    only = parser().parse_args(arguments).only
+    options = parser().parse_args(arguments)
+    only, publish = options.only, options.publish
     names = [candidate.name for candidate in CANDIDATES]
     for name in only:
         if name not in names:
@@ -124,12 +127,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     failures: dict[str, str] = {}
     for candidate in CANDIDATES:
         if not only or candidate.name in only:
-            failures |= run([candidate])
-            rows = table(CANDIDATES, failures)  # anew after each: a lease may end at any time
+            failures |= run([candidate], publish)
+            rows = table(CANDIDATES, failures, publish)  # anew after each: a lease may end at any time
             if rows:
-                write_results(
-                    "gpu_candidates", "Candidates on a GPU", {"facts": where, "rows": rows}, {"Step time": rows}
-                )
+                result = {"facts": where, "rows": rows}
+                write_results("gpu_candidates", "Candidates on a GPU", result, {"Step time": rows}, publish)
 
 
 if __name__ == "__main__":

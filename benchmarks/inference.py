@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from benchmarks.evidence import add_publish
 from benchmarks.sizes import SIZES
 
 STUDENT, TEACHER = "student, 4 steps", "teacher, 50 steps, guided"
@@ -28,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
         help="also with torch.compile of the blocks (default backend: inductor, which needs a C++ compiler)",
     )
     made.add_argument("--name", metavar="NAME", help="of the result files (default: inference_SIZE)")
+    add_publish(made)
     return made
 
 
@@ -66,6 +68,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         f"Inference: {options.size}",
         result,
         {"Seconds an image": rows(seconds)},
+        options.publish,
     )
     return result
 

@@ -15,7 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks import evidence
 
 
 def synchronize(device: str) -> None:
@@ -114,16 +114,11 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(cell.strip() for cell in line) + " |" for line in lines)
 
 
-def write_results(name: str, title: str, result: dict[str, Any], tables: dict[str, Sequence[dict[str, Any]]]) -> Path:
-    """JSON and Markdown into `benchmarks/results/`, and the Markdown onto the terminal; the path of the latter."""
+def write_results(
+    name: str, title: str, result: dict[str, Any], tables: dict[str, Sequence[dict[str, Any]]], publish: bool
+) -> Path:
+    """Write the result as JSON, and its facts and tables as Markdown, where `evidence.write` does; the latter's path."""
     lines = [f"# {title}", "", *(f"- {key}: {value}" for key, value in result["facts"].items())]
     for heading, rows in tables.items():
         lines += ["", f"## {heading}", "", markdown(rows)]
-    text = "\n".join(lines) + "\n"
-    RESULTS.mkdir(exist_ok=True)
-    for ending, content in ((".json", json.dumps(result, indent=2) + "\n"), (".md", text)):
-        temporary = RESULTS / (name + ending + ".tmp")
-        temporary.write_text(content, encoding="utf-8")
-        temporary.replace(RESULTS / (name + ending))
-    print(text)
-    return RESULTS / f"{name}.md"
+    return evidence.write(name, json.dumps(result, indent=2) + "\n", "\n".join(lines) + "\n", publish)

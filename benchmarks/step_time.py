@@ -1,7 +1,7 @@
 """`python -m benchmarks.step_time --size small`: an iteration against the authors' order of work, and the frame's cost.
 
 Both orders train the same networks in one process, in turn, on the same random numbers; a check of losses and gradients comes
-first. Results go to benchmarks/results/ with date, hardware, commit and command. benchmarks/README.md says what they mean.
+first. Results have date, hardware, commit and command; benchmarks/README.md says where they go and what they mean.
 """
 
 import argparse
@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
+from benchmarks.evidence import add_publish
 from benchmarks.sizes import SIZES, Size
 
 ATTENTION = ("flash", "cudnn", "efficient")
@@ -58,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
         "--frame", type=int, default=0, metavar="N", help="also compare N iterations of Trainer.fit, tiny"
     )
     made.add_argument("--name", metavar="NAME", help="of the result files (default: step_time_SIZE)")
+    add_publish(made)
     return made
 
 
@@ -102,7 +104,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if options.frame:
         result["frame"] = frame_cost(options.frame)
         tables["Cost of the frame"] = [{name: f"{value:.4g}" for name, value in result["frame"].items()}]
-    write_results(options.name or f"step_time_{options.size}", f"Step time: {options.size}", result, tables)
+    name = options.name or f"step_time_{options.size}"
+    write_results(name, f"Step time: {options.size}", result, tables, options.publish)
     return result
 
 

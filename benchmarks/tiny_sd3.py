@@ -2,7 +2,7 @@
 
 Both use 2048 held-out prompts and 8192 real renderings of them, four a prompt. The student is trained by the very
 configuration of `make demo`, once a seed; the seeds are named beforehand on the command line and all of them are reported.
-Results go to benchmarks/results/ with date, machine, commit and command.
+Results have date, machine, commit and command; benchmarks/README.md says where they go.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import evidence
 from cdm_lightning.backbones.base import Backbone
 from cdm_lightning.backbones.pipeline_folder import hash_part
 from cdm_lightning.checkpoint.stored import read_checkpoint
@@ -29,7 +30,6 @@ from cdm_lightning.quiet import quiet_libraries
 from cdm_lightning.report import markdown_table, save_report
 from cdm_lightning.train import train
 
-RESULTS = Path(__file__).parent / "results"
 COUNT, REFERENCE = 2048, 8192
 EVALUATION_SEED = 11  # of the noise; no training uses it
 
@@ -52,7 +52,7 @@ def evaluation(overrides: list[str], samplers: list[str] | None) -> tuple[Ladder
     return ladder, build(config, "backbone")
 
 
-def measure_teacher() -> None:
+def measure_teacher(publish: bool) -> None:
     """The teacher's rows of the ladder and the verdict on its gate."""
     names = [spec.name for spec in STEPS if spec.network == "teacher"]
     ladder, backbone = evaluation([], names)
@@ -67,17 +67,12 @@ def measure_teacher() -> None:
         f"50-step adherence at guidance 2: {guided:.4f} (at least 0.97)": guided >= 0.97,
         f"and above its own 4-step one: {guided:.4f} > {short:.4f}": guided > short,
     }
-    write("tiny_sd3_teacher", result.settings, {"teacher": result.rows}, verdicts)
+    write("tiny_sd3_teacher", result.settings, {"teacher": result.rows}, verdicts, publish)
 
 
-def measure_student(seeds: list[int], extra: list[str]) -> None:
+def measure_student(seeds: list[int], extra: list[str], publish: bool) -> None:
     """Train once a seed, measure all, and give the verdict on the mean; the results are written anew after each seed."""
-    teacher = json.loads((RESULTS / "tiny_sd3_teacher.json").read_text())
-    if teacher["facts"].get("bundle") != bundle():
-        sys.exit(
-            f"error: {RESULTS}/tiny_sd3_teacher.json is of another bundle; run `python -m benchmarks.tiny_sd3 teacher`"
-        )
-    before = {row["sampler"]: row for row in teacher["rows"]["teacher"]}
+    before = measured_teacher(publish)
     names = ["teacher 50 steps, guidance 1.5", *(spec.name for spec in STEPS if spec.network == "student")]
     tables, settings, seconds, known = {}, {}, [], {}
     for seed in seeds:
@@ -102,7 +97,22 @@ def measure_student(seeds: list[int], extra: list[str]) -> None:
         tables[f"seed {seed}"], settings = result.rows, result.settings
         print(markdown_table(result.rows), flush=True)
         four = [next(row for row in rows if row.sampler == "student 4 steps") for rows in tables.values()]
-        write("tiny_sd3_student", {**settings, "training_seconds": seconds}, tables, student_verdicts(four, before))
+        verdicts = student_verdicts(four, before)
+        write("tiny_sd3_student", {**settings, "training_seconds": seconds}, tables, verdicts, publish)
+
+
+def measured_teacher(publish: bool) -> dict[str, dict]:
+    """The teacher's rows by sampler, from a measurement of this bundle; published ones where there is none of one's own.
+
+    What is to be published is compared with what is published alone.
+    """
+    folders = [evidence.PUBLISHED] if publish else [evidence.OUTPUTS, evidence.PUBLISHED]
+    for file in (folder / "tiny_sd3_teacher.json" for folder in folders):
+        teacher = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"facts": {}}
+        if teacher["facts"].get("bundle") == bundle():
+            return {row["sampler"]: row for row in teacher["rows"]["teacher"]}
+    command = "python -m benchmarks.tiny_sd3 teacher" + (" --publish" if publish else "")
+    sys.exit(f"error: {file} has no measurement of the bundled teacher (bundle {bundle()}); run `{command}` first")
 
 
 def student_verdicts(four: list[LadderRow], teacher: dict[str, dict]) -> dict[str, bool]:
@@ -132,8 +142,10 @@ def bundle() -> str:
     return hash_part(Path(asset_path("tiny_sd3")) / "transformer")
 
 
-def write(name: str, settings: dict, tables: dict[str, list[LadderRow]], verdicts: dict[str, bool]) -> None:
-    """JSON and Markdown into benchmarks/results/, and onto the terminal."""
+def write(
+    name: str, settings: dict, tables: dict[str, list[LadderRow]], verdicts: dict[str, bool], publish: bool
+) -> None:
+    """Write facts, verdicts and tables as JSON and Markdown where `evidence.write` does."""
     facts = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": commit(),
@@ -143,16 +155,12 @@ def write(name: str, settings: dict, tables: dict[str, list[LadderRow]], verdict
         **settings,
     }
     rows = {title: [asdict(row) for row in table] for title, table in tables.items()}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(
-        json.dumps({"facts": facts, "verdicts": verdicts, "rows": rows}, indent=2) + "\n"
-    )
     lines = [f"# {name}", "", *(f"- {key}: {value}" for key, value in facts.items()), ""]
     lines += [f"- {'holds' if holds else 'DOES NOT HOLD'}: {text}" for text, holds in verdicts.items()]
     for title, table in tables.items():
         lines += ["", f"## {title}", "", markdown_table(table).rstrip()]
-    (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    result = {"facts": facts, "verdicts": verdicts, "rows": rows}
+    evidence.write(name, json.dumps(result, indent=2) + "\n", "\n".join(lines) + "\n", publish)
 
 
 @cache
@@ -162,19 +170,29 @@ def commit() -> str:
     return git.stdout.strip() or "unknown"
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command line's arguments."""
+    made = argparse.ArgumentParser(
+        prog="python -m benchmarks.tiny_sd3",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("what", choices=["teacher", "student"])
+    made.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    made.add_argument("overrides", nargs="*", help="Hydra overrides of experiment=tiny_sd3_cdm")
+    evidence.add_publish(made)
+    return made
+
+
 def main() -> None:
     """The command line."""
     commit()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["teacher", "student"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides of experiment=tiny_sd3_cdm")
-    arguments = parser.parse_args()
+    arguments = parser().parse_args()
     quiet_libraries()
     if arguments.what == "teacher":
-        measure_teacher()
+        measure_teacher(arguments.publish)
     else:
-        measure_student(arguments.seeds, arguments.overrides)
+        measure_student(arguments.seeds, arguments.overrides, arguments.publish)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,25 @@
 """The step-time benchmark: the authors' order computes what ours does, costs are counted rightly, results are written."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import gpu_tables, inference, machine, step_time
+from benchmarks import evidence, gpu_tables, inference, machine, step_time, tiny_sd3
 from benchmarks.comparison import Comparison
 from benchmarks.sizes import SIZES, Size
 from cdm_lightning.planning.live import LiveBytes
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch) -> tuple[Path, Path]:
+    """Stand-ins for outputs/benchmarks/ and benchmarks/results/, neither of which is there yet."""
+    outputs, published = tmp_path / "outputs", tmp_path / "published"
+    monkeypatch.setattr(evidence, "OUTPUTS", outputs)
+    monkeypatch.setattr(evidence, "PUBLISHED", published)
+    return outputs, published
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "checkpointed"])
@@ -91,7 +102,7 @@ def test_all_gpu_tables_are_made_one_after_another(capfd):
         "rehearsal", "as it is", "--size tiny --batch 2 --cycles 1 --longest-rollout 2 --attention flash"
     )
     other = gpu_tables.Candidate("never_run", "another time", "--size tiny")
-    files = [machine.RESULTS / f"rehearsal.{ending}" for ending in ("json", "md")]
+    files = [evidence.OUTPUTS / f"rehearsal.{ending}" for ending in ("json", "md")]
     try:
         failures = gpu_tables.run([failing, working])
         now = gpu_tables.table([failing, working, other], failures)
@@ -129,18 +140,21 @@ def test_peak_memory_is_that_of_live_tensors():
     assert machine.peak_bytes(work, "cpu") == pytest.approx(5 * 10**6, rel=0.5)
 
 
-def test_the_command_writes_its_tables(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(machine, "RESULTS", tmp_path)
+def test_the_command_writes_its_tables_and_leaves_published_ones_alone(folders, capsys):
+    outputs, published = folders
     step_time.main(["--size", "tiny", "--batch", "2", "--cycles", "2", "--longest-rollout", "3", "--frame", "2"])
-    result = json.loads((tmp_path / "step_time_tiny.json").read_text())
+    result = json.loads((outputs / "step_time_tiny.json").read_text())
     assert result["ours"]["samples_per_second"] > 0
     assert result["ours"]["calls_per_sample"] < result["authors"]["calls_per_sample"]
     assert 0 < result["memory_ratio"] < 1.2
     assert result["frame"]["bare_seconds"] > 0
     assert len(result["ratios"]) == 2
-    text = (tmp_path / "step_time_tiny.md").read_text()
+    text = (outputs / "step_time_tiny.md").read_text()
+    said = capsys.readouterr().out
     assert "| ours / authors |" in text
-    assert text.strip() in capsys.readouterr().out
+    assert text.strip() in said
+    assert f"written to: {outputs / 'step_time_tiny.md'}" in said
+    assert not published.exists()
 
 
 def test_the_published_size_has_two_billion_weights():
@@ -151,11 +165,49 @@ def test_the_published_size_has_two_billion_weights():
     assert sum(parameter.numel() for parameter in network.parameters()) == pytest.approx(2.03e9, rel=0.01)
 
 
-def test_seconds_of_images_with_compiled_blocks(monkeypatch, tmp_path):
-    monkeypatch.setattr(machine, "RESULTS", tmp_path)
-    inference.main(["--size", "tiny", "--batch", "2", "--repeats", "1", "--compile", "aot_eager"])
-    seconds = json.loads((tmp_path / "inference_tiny.json").read_text())["seconds_per_image"]
+def test_seconds_of_images_with_compiled_blocks_are_published_on_demand(folders):
+    outputs, published = folders
+    inference.main(["--size", "tiny", "--batch", "2", "--repeats", "1", "--compile", "aot_eager", "--publish"])
+    assert not outputs.exists()
+    seconds = json.loads((published / "inference_tiny.json").read_text())["seconds_per_image"]
     assert set(seconds) == {
         name + kind for name in (inference.STUDENT, inference.TEACHER) for kind in ("", ", compiled")
     }
     assert all(len(times) == 1 and times[0] > 0 for times in seconds.values())
+
+
+def test_all_gpu_tables_are_published_on_demand(monkeypatch):
+    """The switch reaches each process, and the table of all is made of published figures."""
+    commands: list[list[str]] = []
+    written: list[bool] = []
+
+    def note(command: list[str], **_: object) -> SimpleNamespace:
+        commands.append(command)
+        return SimpleNamespace(returncode=1, stderr="error: rehearsal")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(machine, "facts", lambda *_: {})
+    monkeypatch.setattr(gpu_tables.subprocess, "run", note)
+    monkeypatch.setattr(machine, "write_results", lambda *arguments: written.append(arguments[-1]))
+    for switch in ([], ["--publish"]):
+        gpu_tables.main(["step_time_longcat", *switch])
+    assert ["--publish" in command for command in commands] == written == [False, True]
+
+
+def test_a_published_student_is_compared_with_the_published_teacher_alone(folders, monkeypatch):
+    outputs, published = folders
+    monkeypatch.setattr(tiny_sd3, "bundle", lambda: "now")
+
+    def measure(folder: Path, bundle: str) -> None:
+        folder.mkdir(exist_ok=True)
+        teacher = {"facts": {"bundle": bundle}, "rows": {"teacher": [{"sampler": folder.name}]}}
+        (folder / "tiny_sd3_teacher.json").write_text(json.dumps(teacher))
+
+    measure(outputs, "now")
+    assert list(tiny_sd3.measured_teacher(publish=False)) == ["outputs"]
+    with pytest.raises(SystemExit, match=r"no measurement of the bundled teacher .*teacher --publish` first"):
+        tiny_sd3.measured_teacher(publish=True)
+    measure(published, "now")
+    assert list(tiny_sd3.measured_teacher(publish=True)) == ["published"]
+    measure(outputs, "of another bundle")
+    assert list(tiny_sd3.measured_teacher(publish=False)) == ["published"]

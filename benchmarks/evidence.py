@@ -1,0 +1,37 @@
+"""Where benchmarks write: into `outputs/benchmarks/`, and with --publish into `benchmarks/results/`, which git tracks.
+
+No other file of this folder writes results, so that no measurement replaces a published one unasked; see tests/test_habits.py.
+"""
+
+import argparse
+from pathlib import Path
+
+OUTPUTS = Path(__file__).parents[1] / "outputs" / "benchmarks"
+PUBLISHED = Path(__file__).parent / "results"
+
+
+def add_publish(parser: argparse.ArgumentParser) -> None:
+    """Give a command the switch `--publish`, which is off by default."""
+    parser.add_argument(
+        "--publish",
+        action="store_true",
+        help="write into benchmarks/results/, which git tracks (default: outputs/benchmarks/)",
+    )
+
+
+def folder_of(publish: bool) -> Path:
+    """The folder that a command writes into."""
+    return PUBLISHED if publish else OUTPUTS
+
+
+def write(name: str, json_text: str, markdown_text: str, publish: bool) -> Path:
+    """Write `name`.json and `name`.md, each whole or not at all, and print the latter; the path of the latter."""
+    folder = folder_of(publish)
+    folder.mkdir(parents=True, exist_ok=True)
+    for ending, text in ((".json", json_text), (".md", markdown_text)):
+        temporary = folder / (name + ending + ".tmp")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(folder / (name + ending))
+    path = folder / f"{name}.md"
+    print(f"{markdown_text}\nwritten to: {path}")
+    return path
