@@ -1,4 +1,4 @@
-"""Every command that the README and docs/ show is executed or taken apart here."""
+"""Every command that the README, CONTRIBUTING.md and docs/ show is executed or taken apart here."""
 
 import re
 import shlex
@@ -11,7 +11,7 @@ from cdm_lightning import export, extract_lora, plan, sample
 from cdm_lightning.config import asset_path, compose
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(r"(?:^|`)((?:make|python -m) [^`\n]+)", re.MULTILINE)
 COMMANDS = sorted({match.strip() for page in PAGES for match in COMMAND.findall(page.read_text(encoding="utf-8"))})
 
