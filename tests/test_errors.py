@@ -59,6 +59,35 @@ def test_texts_in_the_place_of_numbers(refused):
     assert "module.gradient_checkpointing=maybe must be float or bool" in refused("module.gradient_checkpointing=maybe")
 
 
+def test_values_of_another_kind_than_the_constructors_take(refused):
+    assert "objective.student_every=1.5 must be int" in refused("objective.student_every=1.5")
+    assert "objective.student_every=True must be int" in refused("objective.student_every=true")
+    assert "objective.dm_weight=null must be float or LinearRamp" in refused("objective.dm_weight=null")
+    assert "objective.dm_weight=True must be float or LinearRamp" in refused("objective.dm_weight=true")
+    assert "objective.dm_weight=[1, 2] must be float or LinearRamp" in refused("objective.dm_weight=[1,2]")
+    assert "objective.dm_levels=null must be SigmaLevels" in refused("objective.dm_levels=null")
+    assert "optim.student.learning_rate.warmup=1.5 must be int" in refused("optim.student.learning_rate.warmup=1.5")
+    assert "module.samplers.0.nfe=null must be int" in refused("module.samplers.0.nfe=null")
+    assert "module.samplers.0={'name': 'x'} must be SamplerSpec" in refused("module.samplers=[{name: x}]")
+    assert "data.train=null must be Prompts" in refused("data.train=null")
+    assert "trainer.max_steps=2.5 must be int" in refused("trainer.max_steps=2.5")
+
+
+def test_arguments_that_a_data_set_does_not_take(refused):
+    assert "data.train: PromptFile.__init__() got an unexpected keyword" in refused("+data.train.image_size=32")
+    images = ["experiment=toy2d_cdm", "data=captioned_images", "data.train.folder=images"]
+    assert "data.train.image_size=32 must be a list of int" in refused("data.train.image_size=32", base=images)
+    assert "data.train.image_size.1=big must be int" in refused("data.train.image_size=[32,big]", base=images)
+    assert "image_size must be height and width" in refused("data.train.image_size=[32]", base=images)
+
+
+def test_callbacks_that_are_none(refused):
+    message = "callbacks.foo has no _target_: set callbacks.foo._target_=CLASS, or callbacks.foo=null to leave it out"
+    assert message in refused("+callbacks.foo.bar=1")
+    assert message in refused("+callbacks.foo=3")
+    assert "checkpoint=3 must be a mapping with a _target_" in refused("checkpoint=3")
+
+
 def test_prompt_files(refused, tmp_path):
     empty, latin, lines = tmp_path / "empty.txt", tmp_path / "latin.txt", tmp_path / "lines.jsonl"
     empty.touch()
@@ -139,8 +168,9 @@ def test_foreign_checkpoints(tmp_path):
 
 
 def test_metrics_without_their_weights(refused):
-    assert "Missing mandatory value: callbacks.clip_score.scorer.pretrained" in refused("callbacks=clip_score")
-    missing = refused("callbacks=clip_score", "callbacks.clip_score.scorer.pretrained=/no/weights.pt")
+    score = ("callbacks=clip_score", "callbacks.ema=null")  # the toy's experiment sets its decay
+    assert "Missing mandatory value: callbacks.clip_score.scorer.pretrained" in refused(*score)
+    missing = refused(*score, "callbacks.clip_score.scorer.pretrained=/no/weights.pt")
     assert "/no/weights.pt" in missing
 
 

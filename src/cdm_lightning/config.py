@@ -12,19 +12,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn
 
 import hydra
 from hydra.errors import HydraException, InstantiationException
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from cdm_lightning.arguments import check_arguments
 from cdm_lightning.errors import Preempted, UserError
 
 PACKAGE = Path(__file__).parent
 QUESTIONS = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
-SIMPLE = (int, float, bool, NoneType)
 OTHERS_WAIT = 5.0  # seconds that all processes but the first wait before they speak of a mistake
 LONGEST_NAME = 120  # of a sweep job's folder, well below what file systems take
 SECRET_KEY = re.compile(r"token|secret|password|api_?key|credential", re.IGNORECASE)
@@ -82,18 +81,25 @@ def build(config: DictConfig | Mapping[str, Any], key: str, **more: Any) -> Any:
 
     `more` are arguments that no configuration file can hold, for a node with `_target_`.
 
-    Raises `UserError` where a constructor does not take a key, lacks one or refuses a value.
+    Raises `UserError` where a constructor does not take a key, lacks one or refuses a value, and where a node of such a list
+    has no `_target_`.
     """
     node = config[key]
     if node is None:
         return []
-    if "_target_" not in node:
-        return [_instantiate(child, f"{key}.{name}") for name, child in node.items() if child is not None]
-    return _instantiate(node, key, **more)
+    if not isinstance(node, Mapping | DictConfig):
+        raise UserError(f"{key}={node} must be a mapping with a _target_; see conf")
+    if "_target_" in node:
+        return _instantiate(node, key, **more)
+    children = {f"{key}.{name}": child for name, child in node.items() if child is not None}
+    for name, child in children.items():
+        if not isinstance(child, Mapping | DictConfig) or "_target_" not in child:
+            raise UserError(f"{name} has no _target_: set {name}._target_=CLASS, or {name}=null to leave it out")
+    return [_instantiate(child, name) for name, child in children.items()]
 
 
 def _instantiate(node: Any, key: str, **more: Any) -> Any:
-    _check_numbers(node, key)
+    check_arguments(node, key)
     try:
         built = hydra.utils.instantiate(node, _convert_="all", **more)
         if isinstance(built, partial):  # its keywords would not be looked at before the call
@@ -110,35 +116,6 @@ def _instantiate(node: Any, key: str, **more: Any) -> Any:
         raise UserError(f"{where[1] if where else key}: {one_line(cause or error)}") from error
     except (OmegaConfBaseException, TypeError) as error:
         raise UserError(f"{key}: {one_line(error)}") from error
-
-
-def _check_numbers(node: Any, key: str) -> None:
-    """Refuse a text where a constructor below `node` asks for a number or a truth value: it would fail somewhere inside."""
-    if isinstance(node, ListConfig):
-        for number, child in enumerate(node):
-            _check_numbers(child, f"{key}.{number}")
-    if not isinstance(node, DictConfig):
-        return
-    hints = _annotations(node.get("_target_"))
-    for name in (name for name in node if not OmegaConf.is_missing(node, name)):
-        value, where = node[name], f"{key}.{name}"
-        hint = hints.get(name)
-        kinds: tuple[Any, ...] = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-        if isinstance(value, str) and str not in kinds and all(kind in SIMPLE for kind in kinds):
-            wanted = " or ".join("null" if kind is NoneType else kind.__name__ for kind in kinds)
-            raise UserError(f"{where}={value} must be {wanted}")
-        _check_numbers(value, where)
-
-
-def _annotations(target: Any) -> dict[str, Any]:
-    """Types of the arguments of a `_target_`; none for one that cannot be found or read: instantiation says why."""
-    if target is None:
-        return {}
-    try:
-        called = hydra.utils.get_object(target)
-        return get_type_hints(called.__init__ if isinstance(called, type) else called)
-    except Exception:
-        return {}
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

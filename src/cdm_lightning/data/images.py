@@ -21,13 +21,16 @@ class CaptionedFolder(Prompts):
     That is the form of the Hugging Face data sets' ImageFolder.
 
     Each image is resized to cover `image_size` (height, width) in pixels and cropped to its middle. Raises `UserError` for a
-    folder without that file, for a line that is none of this form, and for an image that is missing or cannot be read.
+    folder without that file, for an `image_size` that is no size, for a line that is none of this form, and for an image
+    that is missing or cannot be read.
     """
 
     has_images = True
 
     def __init__(self, folder: str | Path, image_size: Sequence[int]) -> None:
         self.folder, self.image_size = Path(folder), tuple(image_size)
+        if len(self.image_size) != 2 or min(self.image_size) < 1:
+            raise UserError(f"{folder}: image_size must be height and width in pixels, got {list(self.image_size)}")
         listed = self.folder / METADATA
         if not listed.is_file():
             raise UserError(f"{folder}: no {METADATA} with lines of file_name and text; write one beside the images")
