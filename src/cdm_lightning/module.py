@@ -19,7 +19,7 @@ from cdm_lightning.data.batches import PADDING, PromptBatch
 from cdm_lightning.errors import UserError
 from cdm_lightning.evaluation import SamplerSpec, generate_all
 from cdm_lightning.lora.plan import LoRAPlan
-from cdm_lightning.networks import Networks, bind_networks, check_roles, network_names
+from cdm_lightning.networks import Networks, bind_networks, check_roles, network_names, trainable
 from cdm_lightning.objectives.base import Objective, Sample, Update, VelocityFields
 from cdm_lightning.optim import OptimizerRecipe
 from cdm_lightning.parallel import MeshStrategy
@@ -127,10 +127,13 @@ class CDMModule(L.LightningModule):
     # ---- optimizers
 
     def configure_optimizers(self) -> list[Optimizer]:
-        """An optimizer for each trained role, in the order of `networks.trained`."""
-        return [
-            self.updates.recipes[role].build(network.parameters()) for role, network in self.networks.trained.items()
-        ]
+        """An optimizer for each trained role, in the order of `networks.trained`; UserError for a role that is all frozen."""
+        parameters = {role: trainable(network) for role, network in self.networks.trained.items()}
+        if frozen := [role for role, those in parameters.items() if not those]:
+            raise UserError(
+                f"objective: the network {frozen[0]} has no weight to train; leave some unfrozen in Role.build"
+            )
+        return [self.updates.recipes[role].build(those) for role, those in parameters.items()]
 
     @property
     def optimizers_by_role(self) -> dict[str, Optimizer]:

@@ -87,17 +87,22 @@ class Networks(nn.Module):
         else:
             network = self._trainable() if shared and lora.of("student") else self._copy_of_student()
         if role.inputs:
-            modules = self._seeded(role.inputs, self._backbone.time_embedding_width, seed)
-            attach_inputs(network, self._backbone.time_module(network), modules)
+            makers = {f"{role.name}.{name}": make for name, make in role.inputs.items()}
+            modules = self._seeded(makers, self._backbone.time_embedding_width, seed)
+            own = dict(zip(role.inputs, modules.values(), strict=True))
+            attach_inputs(network, self._backbone.time_module(network), own)
         return network
 
     def _seeded(self, makers: Mapping, width: int, seed: int) -> dict[str, nn.Module]:
-        """What the makers make for a width, float32; random starts depend on `seed` and name alone, in all processes."""
+        """What the makers make for a width, float32; random starts depend on `seed` and name alone, in all processes.
+
+        What a maker froze stays frozen.
+        """
         made = {}
         with torch.random.fork_rng(devices=[]):
             for name, make in makers.items():
                 torch.manual_seed(stream(seed, f"start of {name}").initial_seed())
-                made[name] = make(width).float().requires_grad_(True)
+                made[name] = make(width).float()
         return made
 
     def _trainable(self) -> nn.Module:
@@ -179,6 +184,11 @@ class Networks(nn.Module):
 def network_names(roles: Iterable[Role]) -> tuple[str, ...]:
     """The names of the networks that an objective with these roles has, in the order of `Networks.by_role`."""
     return ("student", *(role.name for role in roles), "student_ema", "teacher")
+
+
+def trainable(network: nn.Module) -> list[nn.Parameter]:
+    """Its parameters but for those that are frozen."""
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]
 
 
 def bind_networks(

@@ -45,12 +45,12 @@ class OwnInputs(nn.Module):
 
 
 def attach_inputs(network: nn.Module, time_embedding: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Give `network` inputs of its own, trained with it, which act on the output of `time_embedding`.
+    """Give `network` inputs of its own, trained with it but for what is frozen, which act on the output of `time_embedding`.
 
     That is a module of the network, or of the base that it shares with other roles.
     """
     own = OwnInputs(modules)
-    setattr(network, NAME, own.requires_grad_(True))
+    setattr(network, NAME, own)
     time_embedding.register_forward_hook(own.add_to)
 
 

@@ -90,12 +90,12 @@ class Role:
     """A network that is trained beside the student.
 
     It starts from the pretrained weights and may be a LoRA; or `build(D)` makes it, a head on hidden states of width D
-    (`VelocityField.with_features`). Its random start is seeded by the run's seed and its name.
+    (`VelocityField.with_features`). Its random start is seeded by the run's seed and its name; what it freezes stays frozen.
 
     `inputs` are inputs of its own beside x, sigma and text, by name. Each is a function of a width D that makes a module from
     values (B,) to (B, D), whose output is added to the network's time embedding; `fields[role].given(NAME=values)` passes the
     values. With zeros in its last layer the network starts as the pretrained one. Such modules are trained with the network,
-    also beside a LoRA. Pretrained roles only.
+    also beside a LoRA; their random starts are seeded by the run's seed, the role and the input. Pretrained roles only.
     """
 
     name: str

@@ -14,7 +14,7 @@ from cdm_lightning.core.schedules import SigmaSchedule
 from cdm_lightning.errors import UserError
 from cdm_lightning.lora.views import BaseView, RoleView
 from cdm_lightning.module import CDMModule
-from cdm_lightning.networks import Networks
+from cdm_lightning.networks import Networks, trainable
 from cdm_lightning.optim import OptimizerRecipe
 from cdm_lightning.planning.memory import Sizes
 from cdm_lightning.planning.skeleton import hollow, text_bytes, to_mode
@@ -54,12 +54,12 @@ def read_recipe(module: CDMModule, text_cached: bool) -> Recipe:
 
 
 def _sizes(module: CDMModule, networks: Networks, step: Step, text: float, vae: float) -> Sizes:
-    weights = {role: _bytes(network) for role, network in networks.by_role.items()}
+    weights = {role: _bytes(network.parameters()) for role, network in networks.by_role.items()}
     base, teacher = networks.unregistered[0], networks.teacher
     if {id(p) for p in base.parameters()} != {id(p) for p in teacher.parameters()}:
-        weights[BASE] = _bytes(base)
+        weights[BASE] = _bytes(base.parameters())
     kept = {role: optimizer_bytes(recipe) for role, recipe in module.updates.recipes.items()}
-    trained = {role: weights[role] for role in networks.trained}
+    trained = {role: _bytes(trainable(network)) for role, network in networks.trained.items()}
     blocks = [m for m in every_network(networks)[-1].modules() if isinstance(m, module.backbone.block_types)]
     largest = max((_count(block.parameters()) for block in blocks), default=0)
     return Sizes(
@@ -130,8 +130,8 @@ def _buffers(networks: Networks) -> dict[str, int]:
     return sizes
 
 
-def _bytes(network: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in network.parameters())
+def _bytes(parameters: Iterable[Tensor]) -> int:
+    return sum(p.numel() * p.element_size() for p in parameters)
 
 
 def _count(parameters: Iterable[Tensor]) -> int:

@@ -16,7 +16,7 @@ from cdm_lightning.backbones.base import repeat_rows
 from cdm_lightning.core.rng import StepRandom
 from cdm_lightning.core.rollout import FullTrajectoryPoint, Rollout, TrajectoryPoint, join_rollouts
 from cdm_lightning.module import CDMModule
-from cdm_lightning.networks import Networks, bind_networks
+from cdm_lightning.networks import Networks, bind_networks, trainable
 from cdm_lightning.objectives.base import Sample, TermLosses, Update
 from cdm_lightning.planning.live import PROBE, GPUAutocast, LiveBytes, Timeline, storages
 from cdm_lightning.training.rollouts import with_point
@@ -184,7 +184,7 @@ def _record(
     """Run a part with the backward pass of each loss that it gives; gradients are dropped afterwards."""
     known = [t for network in every_network(networks) for t in storages(network)]
     trained = networks.trained
-    parameters = [parameter for network in trained.values() for parameter in network.parameters()]
+    parameters = [parameter for network in trained.values() for parameter in trainable(network)]
     others = [p for name, network in trained.items() if name != role for p in network.parameters()]
     with mode, LiveBytes(known, parameters if role else (), PROBE) as live, GPUAutocast():
         for losses in run():
