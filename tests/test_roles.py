@@ -14,12 +14,17 @@ from cdm_lightning.core.schedules import RandomSchedule
 from cdm_lightning.data.datamodule import PromptDataModule
 from cdm_lightning.data.prompts import PromptList
 from cdm_lightning.errors import UserError
+from cdm_lightning.lora.plan import Adapter, LoRAPlan
 from cdm_lightning.module import CDMModule
-from cdm_lightning.networks import Networks
+from cdm_lightning.networks import Networks, whole_names
 from cdm_lightning.objectives.base import Objective, Role, RolledOutSample, TermLosses, Update
 from cdm_lightning.optim import LearningRate, OptimizerRecipe
+from cdm_lightning.parallel import check_on_cpu
 
 PROMPTS = PromptList(["north", "south and east", "west", "anywhere"])
+
+
+TARGETS = {"rank": 2, "targets": "blocks"}
 
 
 def half_frozen(width: int) -> nn.Module:
@@ -50,12 +55,12 @@ class Judged(Objective):
         yield TermLosses(sample.fields.heads["head"](features).square().mean())
 
 
-def make_module(objective: Objective) -> CDMModule:
+def make_module(objective: Objective, **adapters: Adapter) -> CDMModule:
     recipe = OptimizerRecipe(partial(torch.optim.AdamW, weight_decay=0.1), LearningRate(1e-2, warmup=0))
     backbone = Toy2DBackbone(hidden=16, depth=1, fit_steps=20)
-    return CDMModule(
-        backbone, objective, RandomSchedule(UniformLength(1, 4)), {"student": recipe, "head": recipe, "other": recipe}
-    )
+    optim = {"student": recipe, "head": recipe}
+    schedule = RandomSchedule(UniformLength(1, 4))
+    return CDMModule(backbone, objective, schedule, optim, lora=LoRAPlan(**adapters))
 
 
 def fit(module: CDMModule, iterations: int) -> None:
@@ -111,3 +116,38 @@ def test_own_inputs_of_two_roles_start_apart_and_keep_what_is_frozen():
     assert torch.equal(first["seen"][2].weight, again.first.own_inputs.embeddings["seen"][2].weight)
     assert not first["seen"][1].weight.requires_grad
     assert first["seen"][2].weight.requires_grad
+
+
+def test_adapters_that_are_not_used_are_not_in_the_fingerprint():
+    adapter, other = Adapter(**TARGETS), Adapter(rank=3, targets="blocks")
+    plain, used = make_module(Judged()), make_module(Judged(), student=adapter)
+    assert make_module(Judged(), fake_score=other, teacher=other).fingerprint == plain.fingerprint
+    assert make_module(Judged(), student=adapter, fake_score=other).fingerprint == used.fingerprint
+    assert used.fingerprint == f"{plain.fingerprint}+lora(student=2:128:blocks)"
+    plan = LoRAPlan(judge=other, student=adapter)
+    assert plan.tag(["student", "judge"]) == "+lora(student=2:128:blocks, judge=3:128:blocks)"
+
+
+@pytest.mark.parametrize("is_base", [False, True])
+@pytest.mark.parametrize("adapted", [(), ("judge",), ("student",), ("student", "judge")])
+def test_the_names_of_whole_networks_are_those_that_are_built(monkeypatch, is_base, adapted):
+    backbone, roles = Toy2DBackbone(hidden=16, depth=1, fit_steps=1), (Role("judge"), Role("head", build=half_frozen))
+    monkeypatch.setattr(Toy2DBackbone, "teacher_is_base", is_base)
+    lora = LoRAPlan(**{role: Adapter(**TARGETS) for role in adapted})
+    assert whole_names(roles, lora, backbone) == tuple(Networks(backbone, roles, lora=lora).whole)
+
+
+def test_what_is_no_whole_network_cannot_rest_in_host_memory():
+    module = make_module(Judged(), student=Adapter(**TARGETS))
+    assert module.whole_names == ("teacher",)
+    for name in ("student", "student_ema", "head"):
+        with pytest.raises(UserError, match=f"on_cpu: {name} is an adapter, .* or a head, .*; it may list teacher$"):
+            check_on_cpu(["teacher", name], module.network_names, module.whole_names)
+    with pytest.raises(UserError, match=r"on_cpu: there is no network pupil; it may list teacher$"):
+        check_on_cpu(["pupil"], module.network_names, module.whole_names)
+
+
+@pytest.mark.parametrize("period", [0, -1, 1.5])
+def test_a_student_period_that_is_no_count_is_refused(period):
+    with pytest.raises(UserError, match=rf"Judged says student_period={period}; it must be a whole number from 1 on"):
+        make_module(Judged(period=period))

@@ -19,7 +19,7 @@ from cdm_lightning.data.batches import PADDING, PromptBatch
 from cdm_lightning.errors import UserError
 from cdm_lightning.evaluation import SamplerSpec, generate_all
 from cdm_lightning.lora.plan import LoRAPlan
-from cdm_lightning.networks import Networks, bind_networks, check_roles, network_names, trainable
+from cdm_lightning.networks import Networks, bind_networks, check_roles, network_names, trainable, whole_names
 from cdm_lightning.objectives.base import Objective, Sample, Update, VelocityFields
 from cdm_lightning.optim import OptimizerRecipe
 from cdm_lightning.parallel import MeshStrategy
@@ -153,6 +153,11 @@ class CDMModule(L.LightningModule):
         """The names of all networks, before they are built."""
         return network_names(self.objective.roles)
 
+    @property
+    def whole_names(self) -> tuple[str, ...]:
+        """The names of those that will be whole pretrained networks of their own (`Networks.whole`)."""
+        return whole_names(self.objective.roles, self.lora, self.backbone)
+
     def configure_model(self) -> None:
         """Build the networks and load the frozen parts; called by Lightning before weights are restored.
 
@@ -195,8 +200,8 @@ class CDMModule(L.LightningModule):
 
     @property
     def fingerprint(self) -> str:
-        """That of the backbone and the LoRA settings: checkpoints of another fingerprint do not fit."""
-        return self.backbone.fingerprint + self.lora.tag
+        """That of the backbone and the adapters in use: checkpoints of another fingerprint do not fit."""
+        return self.backbone.fingerprint + self.lora.tag(self.updates.recipes)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Add the counters, and the fingerprint of the networks that all of it belongs to."""

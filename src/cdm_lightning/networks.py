@@ -186,6 +186,16 @@ def network_names(roles: Iterable[Role]) -> tuple[str, ...]:
     return ("student", *(role.name for role in roles), "student_ema", "teacher")
 
 
+def whole_names(roles: Iterable[Role], lora: LoRAPlan, backbone: Backbone) -> tuple[str, ...]:
+    """The names that `Networks.whole` will have, in the order of `network_names`."""
+    roles = list(roles)
+    built = [role.name for role in roles if role.build is not None]
+    pretrained = [name for name in network_names(roles) if name not in built]
+    adapted = lora.among(name for name in pretrained if name != "teacher")
+    on_base = {*adapted, *(["teacher"] if adapted and backbone.teacher_is_base else [])}
+    return tuple(name for name in pretrained if name not in on_base)
+
+
 def trainable(network: nn.Module) -> list[nn.Parameter]:
     """Its parameters but for those that are frozen."""
     return [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -226,6 +236,11 @@ def check_roles(objective: Objective, lora: LoRAPlan, backbone: Backbone) -> Non
     if adapted := lora.among(built):
         raise UserError(
             f"lora.{next(iter(adapted))}: the objective builds this network itself, so it cannot be an adapter"
+        )
+    period = objective.student_period
+    if period is not None and (not isinstance(period, int) or period < 1):
+        raise UserError(
+            f"objective: {type(objective).__name__} says student_period={period}; it must be a whole number from 1 on, or None"
         )
     for update in (update for updates in objective.typical_cycle() for update in updates):
         for role in (update.role, *([update.merge.source] if update.merge is not None else [])):

@@ -26,9 +26,9 @@ class MeshStrategy(ModelParallelStrategy):
         super().__init__(data_parallel_size=replicas, tensor_parallel_size=shards, save_distributed_checkpoint=False)
         self.replicas, self.shards, self.on_cpu = replicas, shards, tuple(on_cpu)
 
-    def check(self, networks: Sequence[str]) -> None:
-        """UserError if `on_cpu` names a network that is not one of these."""
-        check_on_cpu(self.on_cpu, networks)
+    def check(self, networks: Sequence[str], whole: Sequence[str]) -> None:
+        """UserError if `on_cpu` names none of these networks, or one that is not `whole`."""
+        check_on_cpu(self.on_cpu, networks, whole)
 
     def model_to_device(self) -> None:
         """Nothing: `sharding.distribute` has placed all, and what rests in host memory stays there."""
@@ -45,11 +45,13 @@ class MeshStrategy(ModelParallelStrategy):
         return "cpu:gloo,cuda:nccl" if self.root_device.type == "cuda" else "gloo"
 
 
-def check_on_cpu(on_cpu: Sequence[str], networks: Sequence[str]) -> None:
-    """UserError if `on_cpu` names a network that is not one of `networks`."""
-    unknown = [name for name in on_cpu if name not in networks]
-    if unknown:
-        raise UserError(f"strategy.on_cpu: there is no network {unknown[0]}; it may list {', '.join(networks)}")
+def check_on_cpu(on_cpu: Sequence[str], networks: Sequence[str], whole: Sequence[str]) -> None:
+    """UserError if `on_cpu` names none of `networks`, or one that is not `whole`: an adapter, its base, or a head."""
+    refused = [name for name in on_cpu if name not in whole]
+    if refused:
+        what = f"{refused[0]} is an adapter, the base of adapters or a head, which stay on the device"
+        wrong = what if refused[0] in networks else f"there is no network {refused[0]}"
+        raise UserError(f"strategy.on_cpu: {wrong}; it may list {', '.join(whole) or 'nothing here'}")
 
 
 def single_process(devices: int | str | Sequence[int] = 1, num_nodes: int = 1) -> str:

@@ -44,7 +44,7 @@ def plan(arguments: Sequence[str]) -> "list[Plan]":
     from cdm_lightning.planning.work import PEAK_TFLOPS, UTILISATION
 
     module = build(config, "module")
-    check_on_cpu(on_cpu, module.network_names)
+    check_on_cpu(on_cpu, module.network_names, module.whole_names)
     recipe = read_recipe(module, config.text_cache.folder is not None)
     rates = (PEAK_TFLOPS if peak is None else peak, UTILISATION if utilisation is None else utilisation)
     return [make_plan(config, module, recipe, gpus, layout, *rates) for gpus, layout in zip(wanted, layouts)]

@@ -35,7 +35,7 @@ def place(networks: Networks, backbone: Backbone, strategy: Strategy, compute_dt
     if not isinstance(strategy, MeshStrategy):
         networks.place(strategy.root_device)
         return False
-    strategy.check(tuple(networks.by_role))
+    strategy.check(tuple(networks.by_role), tuple(networks.whole))
     distribute(networks, backbone, strategy, compute_dtype)
     return strategy.shards > 1
 

@@ -64,7 +64,7 @@ def train_in(folder: Path, config: DictConfig) -> TrainResult:
     L.seed_everything(config.seed, verbose=False)
     strategy, module = (build(config, key) for key in ("strategy", "module"))
     if isinstance(strategy, MeshStrategy):
-        strategy.check(module.network_names)
+        strategy.check(module.network_names, module.whole_names)
     data = build(config, "data", groups=module.groups.of, images=module.objective.needs_latents)
     module.resolution.check(module.backbone)
     for sampler in module.samplers:
@@ -77,7 +77,7 @@ def train_in(folder: Path, config: DictConfig) -> TrainResult:
         config, strategy=strategy, callbacks=[*callbacks, checkpoint], logger=build(config, "logger")
     )
     if trainer.is_global_zero:
-        for role in module.lora.unused(module.network_names):
+        for role in module.lora.unused(module.updates.recipes):
             print(f"lora.{role} is not used: the objective trains no {role}", file=sys.stderr, flush=True)
         record_start(plain(config), folder, trainer.world_size)
     try:

@@ -48,7 +48,8 @@ def open_student(source: str | Path, weights: str = "auto", pretrained: str | No
         config["backbone"]["pretrained"] = pretrained
     backbone = build(config, "backbone")
     plan = build(config, "lora") if config.get("lora") else LoRAPlan()  # runs of older versions do not have it
-    stored = read_checkpoint(open_checkpoint(run, checkpoint).path, backbone.fingerprint + plan.tag)
+    found = open_checkpoint(run, checkpoint)
+    stored = read_checkpoint(found.path, backbone.fingerprint + plan.tag(found.trained_roles))
     weights = choose_weights(weights, stored.ema_updates, stored.path)
     return TrainedStudent(backbone, plan, stored, weights, run)
 

@@ -49,6 +49,11 @@ class StoredCheckpoint:
         """Updates of the student's average; 0: it holds none."""
         return self.record["ema_updates"]
 
+    @property
+    def trained_roles(self) -> tuple[str, ...]:
+        """The roles whose networks were trained."""
+        return tuple(self.record.get("optimizers", ()))
+
     @cached_property
     def sizes(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """(shape, dtype) of each tensor by name; UserError if the files are none of safetensors."""

@@ -81,10 +81,10 @@ class LoRAPlan:
         """The roles that have an adapter and are none of `roles`."""
         return [role for role in self._adapters if role not in set(roles)]
 
-    @property
-    def tag(self) -> str:
-        """Added to a backbone's fingerprint: checkpoints of another plan do not fit. Nothing where all is tuned."""
-        parts = [f"{role}={adapter.tag}" for role, adapter in self._adapters.items()]
+    def tag(self, roles: Iterable[str]) -> str:
+        """Added to a backbone's fingerprint: checkpoints of other adapters of the trained `roles` do not fit; "" without any."""
+        used = set(roles)
+        parts = [f"{role}={adapter.tag}" for role, adapter in self._adapters.items() if role in used]
         return f"+lora({', '.join(parts)})" if parts else ""
 
     def check(self, presets: Presets) -> None:

@@ -33,7 +33,7 @@ def remedies(sizes: Sizes, layout: Layout, gpus: GPUs, batch: int, accumulate: i
     if layout.shards == 1 and gpus.count > 1:
         everywhere = make_layout("fsdp2", gpus.count, layout.on_cpu)
         consider("strategy=fsdp2", sizes, everywhere)
-    if "student_ema" not in layout.on_cpu:
+    if "student_ema" not in (*layout.on_cpu, *sizes.held_whole):
         moved = (*layout.on_cpu, "student_ema")
         everywhere = replace(everywhere, on_cpu=moved)
         consider("strategy.on_cpu=[student_ema]", sizes, replace(layout, on_cpu=moved))
