@@ -12,6 +12,7 @@ from torchvision.utils import save_image
 from cdm_lightning.config import asset_path
 from cdm_lightning.data.datamodule import PromptDataModule
 from cdm_lightning.data.images import CaptionedFolder, DrawnCaptions, fit_to
+from cdm_lightning.data.mixture import MixedPrompts
 from cdm_lightning.data.prompts import PromptList
 from cdm_lightning.errors import UserError
 
@@ -53,8 +54,41 @@ def test_a_list_that_is_wrong_is_refused_in_one_line(folder, line, message):
     assert "\n" not in str(refused.value)
 
 
-def test_what_is_no_image_is_refused(folder):
-    (folder / "0.png").write_text("text")
+def test_images_are_turned_as_their_cameras_say(folder):
+    from PIL import Image
+
+    wide = Image.new("RGB", (16, 8), "red")
+    wide.paste("blue", (8, 0, 16, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn it by 90 degrees clockwise: what was on the left comes to the top
+    wide.save(folder / "0.png", exif=exif)
+    image = CaptionedFolder(folder, [16, 8]).image(0)
+    assert image.shape == (3, 16, 8)
+    red, _, blue = image
+    assert torch.equal(red, torch.cat([torch.ones(8, 8), torch.zeros(8, 8)]))
+    assert torch.equal(blue, 1 - red)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_what_is_no_image_is_refused_in_one_line(folder, num_workers):
+    for number in range(3):
+        (folder / f"{number}.png").write_text("text")
+    images = CaptionedFolder(folder, [8, 8])
+    data = PromptDataModule(images, images, batch_size=1, num_workers=num_workers, images=True)
+    data.trainer = SimpleNamespace(global_step=0, global_rank=0, world_size=1)
+    with pytest.raises(UserError) as refused:
+        next(iter(data.train_dataloader()))
+    begin, path, end = str(refused.value).partition(".png")
+    assert path
+    assert begin[:-1] == f"{folder}/"
+    assert end == (
+        ": cannot be read as an image (cannot identify image file); replace it or take its line out of metadata.jsonl"
+    )
+
+
+def test_half_an_image_and_no_list_are_refused(folder):
+    whole = (folder / "0.png").read_bytes()
+    (folder / "0.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"0\.png: cannot be read as an image"):
         CaptionedFolder(folder, [8, 8]).image(0)
     (folder / "metadata.jsonl").unlink()
@@ -104,6 +138,27 @@ def test_images_travel_with_their_prompts(num_workers):
             numbers = [n for n, text in enumerate(texts) if text == prompt]
             assert any(torch.equal(image, drawn.image(n)) for n in numbers)
     assert next(iter(data.val_dataloader())).images is None
+
+
+def test_a_mixture_of_sets_of_images_has_images(folder):
+    drawn, small = DrawnCaptions(asset_path("prompts/shapes_heldout.txt")), CaptionedFolder(folder, [32, 32])
+    mixed = MixedPrompts({"drawn": drawn, "mine": small}, {"drawn": 1, "mine": 1})
+    assert mixed.has_images
+    assert torch.equal(mixed.image(2), drawn.image(2))
+    assert torch.equal(mixed.image(len(drawn) + 2), small.image(2))
+    data = PromptDataModule(mixed, drawn, batch_size=4, images=True)
+    data.trainer = SimpleNamespace(global_step=0, global_rank=0, world_size=1)
+    assert next(iter(data.train_dataloader())).images.shape == (4, 3, 32, 32)
+
+
+def test_a_mixture_that_lacks_images_or_one_size_of_them_is_refused(folder):
+    drawn, alone = DrawnCaptions(asset_path("prompts/shapes_heldout.txt")), PromptList(["a"])
+    mixed = MixedPrompts({"drawn": drawn, "alone": alone})
+    with pytest.raises(UserError, match="learns from real images, and alone are prompts alone"):
+        PromptDataModule(mixed, drawn, batch_size=1, images=True)
+    mixed = MixedPrompts({"drawn": drawn, "mine": CaptionedFolder(folder, [8, 16])})
+    with pytest.raises(UserError, match="images of drawn have 32 x 32 pixels, those of mine 8 x 16"):
+        mixed.image(len(drawn))
 
 
 def test_prompts_alone_are_refused_where_images_are_needed():

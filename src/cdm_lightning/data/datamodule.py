@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from cdm_lightning.data.batches import DrawnPrompts, EndlessBatches, PromptBatch, collate, evaluation_batches
+from cdm_lightning.data.mixture import MixedPrompts
 from cdm_lightning.data.prompts import Prompts
 from cdm_lightning.errors import UserError
 
@@ -38,8 +39,8 @@ class PromptDataModule(L.LightningDataModule):
         self.groups, self.images = groups, images
         if images and not train.has_images:
             raise UserError(
-                "data.train: the objective learns from real images, and these are prompts alone; see docs/prompts.md for "
-                "sets of captioned images"
+                f"data.train: the objective learns from real images, and {_without_images(train)} are prompts alone; see "
+                "docs/prompts.md for sets of captioned images"
             )
         self.train, self.val, self.seed, self.num_workers = train, val, seed, num_workers
         self.batch_size = batch_size
@@ -93,3 +94,9 @@ class PromptDataModule(L.LightningDataModule):
             collate_fn=collate,
             persistent_workers=num_workers > 0,
         )
+
+
+def _without_images(prompts: Prompts) -> str:
+    """What has none: "these", or the names of a mixture's sources."""
+    sources = prompts.sources if isinstance(prompts, MixedPrompts) else {}
+    return ", ".join(name for name, source in sources.items() if not source.has_images) or "these"

@@ -20,9 +20,9 @@ class CaptionedFolder(Prompts):
 
     That is the form of the Hugging Face data sets' ImageFolder.
 
-    Each image is resized to cover `image_size` (height, width) in pixels and cropped to its middle. Raises `UserError` for a
-    folder without that file, for an `image_size` that is no size, for a line that is none of this form, and for an image
-    that is missing or cannot be read.
+    Each image is turned upright as its EXIF says, resized to cover `image_size` (height, width) in pixels and cropped to its
+    middle. Raises `UserError` for a folder without that file, for an `image_size` that is no size, for a line that is none of
+    this form, and for an image that is missing or cannot be read.
     """
 
     has_images = True
@@ -62,15 +62,19 @@ class CaptionedFolder(Prompts):
 
     def image(self, index: int) -> Tensor:
         """Image number `index`, (3, H, W) in [0, 1]."""
-        from PIL import Image
+        from PIL import Image, ImageOps
         from torchvision.transforms.functional import pil_to_tensor
 
         path = self._entries[index][0]
         try:
             with Image.open(path) as file:
-                pixels = pil_to_tensor(file.convert("RGB")).float() / 255
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read as an image ({error})") from error
+                upright = ImageOps.exif_transpose(file)  # cameras turn no pixels, they say how to
+                pixels = pil_to_tensor(upright.convert("RGB")).float() / 255
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all of them of broken files
+            why = str(error).partition(str(path))[0].removesuffix(" '") or type(error).__name__
+            raise UserError(
+                f"{path}: cannot be read as an image ({why}); replace it or take its line out of {METADATA}"
+            ) from error
         return fit_to(pixels[None], self.image_size)[0]
 
 

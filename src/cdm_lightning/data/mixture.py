@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from itertools import accumulate
 
+from torch import Size, Tensor
+
 from cdm_lightning.core.rng import permutation
 from cdm_lightning.data.batches import Order, ShuffledEpochs
 from cdm_lightning.data.prompts import Prompts
@@ -22,7 +24,8 @@ class MixedPrompts(Prompts):
     share is exact over any number of blocks. Each source is dealt out in its own shuffled epochs. Without `weights` each
     counts as much as it has prompts.
 
-    Raises `UserError` for weights that are missing, not positive, or add up to more than 10,000 as whole numbers.
+    It has images where all its sources do. Raises `UserError` for weights that are missing, not positive, or add up to more
+    than 10,000 as whole numbers, and for images of different sizes.
     """
 
     def __init__(self, sources: Mapping[str, Prompts], weights: Mapping[str, float] | None = None) -> None:
@@ -32,6 +35,8 @@ class MixedPrompts(Prompts):
         self.sizes = [len(source) for source in self.sources.values()]
         self.shares = self.sizes if weights is None else whole_shares(list(self.sources), weights)
         self._ends = list(accumulate(self.sizes))
+        self.has_images = all(source.has_images for source in self.sources.values())
+        self._image_size: Size | None = None  # of the first source's images
 
     @property
     def summary(self) -> str:
@@ -50,8 +55,27 @@ class MixedPrompts(Prompts):
         """Prompt number `index`, counted through the sources one after the other."""
         if not 0 <= index < len(self):
             raise IndexError(f"prompt {index} of {len(self)}")
+        source, place = self._at(index)
+        return self.sources[source][place]
+
+    def image(self, index: int) -> Tensor:
+        """The image (3, H, W) of prompt number `index`; UserError if the first source's images have another size."""
+        source, place = self._at(index)
+        image = self.sources[source].image(place)
+        if self._image_size is None:
+            self._image_size = next(iter(self.sources.values())).image(0).shape[-2:]
+        if image.shape[-2:] != self._image_size:
+            sizes = [" x ".join(map(str, size)) for size in (self._image_size, image.shape[-2:])]
+            first = next(iter(self.sources))
+            raise UserError(
+                f"data: the images of {first} have {sizes[0]} pixels, those of {source} {sizes[1]}; give all one image_size"
+            )
+        return image
+
+    def _at(self, index: int) -> tuple[str, int]:
+        """The name of the source of prompt number `index`, and its number there."""
         number = bisect_right(self._ends, index)
-        return list(self.sources.values())[number][index - self._ends[number] + self.sizes[number]]
+        return list(self.sources)[number], index - self._ends[number] + self.sizes[number]
 
     def order(self, seed: int) -> Order:
         """Position -> number of the prompt."""
