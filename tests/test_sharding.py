@@ -6,6 +6,7 @@ import torch
 from processes import together
 from torch import Tensor
 
+from cdm_lightning import sharding
 from cdm_lightning.core.flow import VelocityField
 from cdm_lightning.core.rollout import Rollout, walk
 from cdm_lightning.data.batches import PADDING, PromptBatch, evaluation_batches
@@ -115,3 +116,15 @@ def test_a_batch_is_split_into_parts_in_order():
     assert [prompt for part in parts for prompt in part.prompts] == batch.prompts
     assert torch.equal(torch.cat([part.indices for part in parts]), batch.indices)
     assert len(batch.split(9)) == 5
+
+
+def test_figures_of_several_devices_are_averaged_on_the_device(monkeypatch):
+    """The meta device stands for a GPU: a loss lies there, the gradient norm of a network that rests in host memory not."""
+    reduced = []
+    monkeypatch.setattr(sharding.ranks, "world_size", lambda: 2)
+    monkeypatch.setattr(sharding.dist, "all_reduce", reduced.append)
+    norm, loss = torch.tensor(3.0), torch.zeros((), device="meta", dtype=torch.bfloat16)
+    figures = sharding.average_figures({"grad_norm": norm, "loss": loss})
+    assert [(value.device.type, value.dtype) for value in figures.values()] == [("meta", torch.float32)] * 2
+    assert [together.shape for together in reduced] == [(2,)]
+    assert sharding.average_figures({"grad_norm": norm, "again": norm}) == {"grad_norm": 1.5, "again": 1.5}

@@ -129,10 +129,14 @@ def average_whole_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def average_figures(figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The mean over all processes of 0-d figures, which all processes name alike."""
+    """The mean over all processes of 0-d figures, which all processes name alike, on the device if some lie there.
+
+    The gradient norm of a network that rests in host memory lies there too, beside losses on the device.
+    """
     if ranks.world_size() == 1:
         return dict(figures)
-    together = torch.stack([value.float() for value in figures.values()])
+    device = max((value.device for value in figures.values()), key=lambda device: device.type != "cpu")
+    together = torch.stack([value.to(device, torch.float32) for value in figures.values()])
     dist.all_reduce(together)
     return dict(zip(figures, together / ranks.world_size()))
 

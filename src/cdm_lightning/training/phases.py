@@ -19,12 +19,14 @@ class PhaseTimer:
 
     @contextmanager
     def __call__(self, phase: str) -> Generator[None]:
-        """Add the time of the block to `seconds[phase]`."""
+        """Add the time of the block to `seconds[phase]`, also of one that raises."""
         self._wait()
         start = time.perf_counter()
-        yield
-        self._wait()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+        try:
+            yield
+            self._wait()  # not after an error: the device may be what failed, and would hide why
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def _wait(self) -> None:
         if self.device is not None and self.device.type == "cuda":
