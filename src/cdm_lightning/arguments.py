@@ -1,13 +1,10 @@
 """Whether the values of a configuration are what the constructors that take them say they want, before anything is built."""
 
 import inspect
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import PurePath
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
-
-import hydra
-from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from cdm_lightning.errors import UserError
 
@@ -16,42 +13,43 @@ NUMBERS = {bool: (bool,), int: (int,), float: (int, float)}  # what each takes: 
 VAR_POSITIONAL, VAR_KEYWORD = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 
 
-def check_arguments(node: Any, key: str) -> None:
-    """Raise UserError for a value below `node` (called `key`) that does not fit its parameter's annotation.
+def annotated(called: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
+    """Type and default of each argument that has a type, by name; none for a callable whose types cannot be read."""
+    try:
+        function = called.__init__ if isinstance(called, type) else called
+        hints, parameters = get_type_hints(function), inspect.signature(function).parameters
+    except Exception:
+        return {}
+    one = [parameter for parameter in parameters.values() if parameter.kind not in (VAR_POSITIONAL, VAR_KEYWORD)]
+    return {parameter.name: (hints[parameter.name], parameter.default) for parameter in one if parameter.name in hints}
 
-    What has no annotation, or one that says nothing about plain values, is left to the constructor.
+
+def require_fit(value: Any, hint: Any, default: Any, where: str) -> None:
+    """Raise UserError for the value of a key `where` that does not fit its argument's type `hint`.
+
+    What is of its default's type is let through: many libraries write `name: int = None`.
     """
-    if isinstance(node, ListConfig):
-        for number, child in enumerate(node):
-            check_arguments(child, f"{key}.{number}")
-    if not isinstance(node, DictConfig):
-        return
-    annotated = _annotated(node.get("_target_"))
-    for name in (name for name in node if not OmegaConf.is_missing(node, name)):
-        value, where = node[name], f"{key}.{name}"
-        hint, default = annotated.get(str(name), (Any, None))
-        if type(value) is not type(default):  # many libraries write `name: int = None`
-            _check_value(value, _kinds(hint), where)
-        check_arguments(value, where)
+    if type(value) is not type(default):
+        _require_kinds(value, _kinds(hint), where)
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
-def _check_value(value: Any, kinds: Sequence[Any], where: str) -> None:
+def _require_kinds(value: Any, kinds: Sequence[Any], where: str) -> None:
     if not any(_fits(value, kind) for kind in kinds):
         told = "null" if value is None else value
         raise UserError(f"{where}={told} must be {' or '.join(dict.fromkeys(map(_told, kinds)))}")
     items = [of for kind in kinds if get_origin(kind) in LISTS for of in _kinds(get_args(kind)[0])]
-    if isinstance(value, ListConfig) and items:
+    if _is_list(value) and items:
         for number, child in enumerate(value):
-            _check_value(child, items, f"{where}.{number}")
+            _require_kinds(child, items, f"{where}.{number}")
 
 
 def _fits(value: Any, kind: Any) -> bool:
     """Whether a value may be given to a parameter of this kind; True where that cannot be told."""
-    if isinstance(value, DictConfig) and "_target_" in value:
+    if isinstance(value, Mapping) and "_target_" in value:
         return True  # only the call shows what it gives
     asked = get_origin(kind) or kind
     if asked is Literal:  # the constructor says which ones there are
@@ -62,13 +60,17 @@ def _fits(value: Any, kind: Any) -> bool:
         return type(value) in NUMBERS[asked]
     if asked is str:  # a name may look like a number
         return isinstance(value, (str, bool, int, float))
-    if issubclass(asked, PurePath) or (isinstance(value, ListConfig) and issubclass(asked, tuple | set | frozenset)):
+    if issubclass(asked, PurePath) or (_is_list(value) and issubclass(asked, tuple | set | frozenset)):
         return value is not None
-    plain = [] if isinstance(value, ListConfig) else {} if isinstance(value, DictConfig) else value
+    plain = [] if _is_list(value) else {} if isinstance(value, Mapping) else value
     try:
         return isinstance(plain, asked)
     except TypeError:  # a protocol, or a mapping of certain keys
         return plain == {}
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def _told(kind: Any) -> str:
@@ -81,17 +83,3 @@ def _told(kind: Any) -> str:
     if asked in LISTS or issubclass(asked, tuple):
         return "a list" + (f" of {_told(get_args(kind)[0])}" if get_args(kind) else "")
     return "a mapping" if issubclass(asked, Mapping) else asked.__name__
-
-
-def _annotated(target: Any) -> dict[str, tuple[Any, Any]]:
-    """Type and default of the arguments of a `_target_`; none for one that cannot be found or read: instantiation says why."""
-    if target is None:
-        return {}
-    try:
-        called = hydra.utils.get_object(target)
-        function = called.__init__ if isinstance(called, type) else called
-        hints, parameters = get_type_hints(function), inspect.signature(function).parameters
-    except Exception:
-        return {}
-    one = [parameter for parameter in parameters.values() if parameter.kind not in (VAR_POSITIONAL, VAR_KEYWORD)]
-    return {parameter.name: (hints[parameter.name], parameter.default) for parameter in one if parameter.name in hints}

@@ -16,10 +16,10 @@ from typing import Any, NoReturn
 
 import hydra
 from hydra.errors import HydraException, InstantiationException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cdm_lightning.arguments import check_arguments
+from cdm_lightning.arguments import annotated, require_fit
 from cdm_lightning.errors import Preempted, UserError
 
 PACKAGE = Path(__file__).parent
@@ -99,7 +99,7 @@ def build(config: DictConfig | Mapping[str, Any], key: str, **more: Any) -> Any:
 
 
 def _instantiate(node: Any, key: str, **more: Any) -> Any:
-    check_arguments(node, key)
+    _check_arguments(node, key)
     try:
         built = hydra.utils.instantiate(node, _convert_="all", **more)
         if isinstance(built, partial):  # its keywords would not be looked at before the call
@@ -116,6 +116,29 @@ def _instantiate(node: Any, key: str, **more: Any) -> Any:
         raise UserError(f"{where[1] if where else key}: {one_line(cause or error)}") from error
     except (OmegaConfBaseException, TypeError) as error:
         raise UserError(f"{key}: {one_line(error)}") from error
+
+
+def _check_arguments(node: Any, key: str) -> None:
+    """Refuse values that do not fit the constructors below `node`: they would fail somewhere inside."""
+    if isinstance(node, ListConfig):
+        for number, child in enumerate(node):
+            _check_arguments(child, f"{key}.{number}")
+    if not isinstance(node, DictConfig):
+        return
+    types = _annotated(node.get("_target_"))
+    for name in (name for name in node if not OmegaConf.is_missing(node, name)):
+        value, where = node[name], f"{key}.{name}"
+        if name in types:
+            require_fit(value, *types[str(name)], where)
+        _check_arguments(value, where)
+
+
+def _annotated(target: Any) -> dict[str, tuple[Any, Any]]:
+    """`annotated` of a `_target_`; nothing for one that cannot be found: instantiation says why."""
+    try:
+        return annotated(hydra.utils.get_object(target)) if target is not None else {}
+    except Exception:
+        return {}
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
