@@ -4,14 +4,15 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO_ARGS ?=
+TEST_WORKERS ?= 2
 
-# Keep freed memory instead of giving it back at every step: a fifth faster on the CPU (glibc; no effect elsewhere).
+# The process keeps freed memory instead of returning it at every step. This is a fifth faster on the CPU (glibc; no effect elsewhere).
 export MALLOC_MMAP_THRESHOLD_ := 4294967295
 export MALLOC_TRIM_THRESHOLD_ := 4294967295
 
 .PHONY: help setup demo test test-slow soak lint lock clean
 
-help:  ## say what there is
+help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: $(VENV)/.ready  ## make .venv with everything that demo and test need (a few minutes, some GB)
@@ -24,16 +25,16 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	touch $@
 
-demo: setup  ## distil the bundled tiny Stable Diffusion 3 to 4 steps and look at the result (minutes, CPU)
+demo: setup  ## distil the bundled tiny Stable Diffusion 3 to 4 steps and show the result (minutes, CPU)
 	$(BIN)/python -m cdm_lightning.train experiment=tiny_sd3_cdm $(DEMO_ARGS)
 
-test: setup  ## run all tests that a 2-core CPU can (under 15 minutes)
-	$(BIN)/python -m pytest
+test: setup  ## run all tests that a 2-core CPU can run (under 15 minutes)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 test-slow: setup  ## run the tests that take minutes each
 	$(BIN)/python -m pytest -m slow
 
-soak: setup  ## kill runs at random moments and count what is lost (SOAK_SEED=n for other moments)
+soak: setup  ## kill runs at random moments and count what is lost (SOAK_SEED=n chooses other moments)
 	$(BIN)/python -m pytest -m slow tests/test_faults.py tests/test_resume_spread.py
 
 lint: setup  ## check style and types
@@ -41,8 +42,8 @@ lint: setup  ## check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check
 
-lock: setup  ## resolve the dependencies anew into requirements.lock
+lock: setup  ## resolve the dependencies again into requirements.lock
 	$(BIN)/uv pip compile --quiet pyproject.toml --extra dev --extra log --extra data --extra lowbit --universal --python-version 3.11 --upgrade -o requirements.lock
 
-clean:  ## delete outputs and caches, not the environment
+clean:  ## delete outputs and caches, but not the environment
 	rm -rf outputs runs .pytest_cache .ruff_cache dist

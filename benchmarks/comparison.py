@@ -14,9 +14,8 @@ from benchmarks.authors_order import AuthorsOrder, without_merge
 from benchmarks.machine import flops_of, matrix_ceiling, peak_bytes, seconds_of
 from benchmarks.set_up import Bare, attach, batch, build_module
 from benchmarks.sizes import Size
-from cdm_lightning.callbacks.ema import StudentEMA
 from cdm_lightning.objectives.cdm import CDMObjective
-from cdm_lightning.recomputation import Recomputation
+from cdm_lightning.training.gradient_checkpointing import Recomputation
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}  # relative, of losses and gradients: see `Comparison.check`
 SAMPLES_IN_FLOAT32 = 2
@@ -48,7 +47,7 @@ class Recorder:
 
 
 class Comparison:
-    """The orders "ours", the real `CDMModule.training_step` with `StudentEMA`, and "authors" on the networks of a size."""
+    """The orders "ours", the real `CDMModule.training_step`, and "authors" on the networks of a size."""
 
     def __init__(self, size: Size) -> None:
         self.size = size
@@ -56,7 +55,6 @@ class Comparison:
         self.module.timer.device = torch.device(size.device)
         self.optimizers = dict(zip(self.module.networks.trained, self.module.configure_optimizers(), strict=True))
         attach(self.module, optimizers=list(self.optimizers.values()))
-        self.ema = StudentEMA()
         shared = size.device != "cpu"  # a second set of Adam states would not fit beside the networks of a large model
         self.authors = AuthorsOrder(self.module, self.optimizers if shared else self._plain_optimizers())
         self.calls = 0  # of a network, by one sample; one with gradient counts three times: backward is two more
@@ -81,7 +79,6 @@ class Comparison:
             return
         self.module.iteration = iteration
         self.module.training_step(prompts, 0)
-        self.ema.on_train_batch_end(None, self.module)
 
     def _put_blocks_as_they_are_in(self, order: str) -> None:
         """Compiled in ours only, checkpointed as each order does it."""
@@ -89,7 +86,7 @@ class Comparison:
             block._compiled_call_impl = compiled if order == "ours" else None
         backbone, networks = self.module.backbone, self.module.networks
         whole = Recomputation(float(self.size.gradient_checkpointing))
-        recomputation = whole if order == "authors" else self.module.recomputation
+        recomputation = whole if order == "authors" else self.module.compute.recomputation
         if whole.share or recomputation.share:
             for network in (network for role, network in networks.whole.items() if role in networks.trained):
                 function = recomputation.function(network, backbone.block_types)

@@ -11,11 +11,11 @@ import lightning as L
 import torch
 
 from benchmarks.set_up import attach, build_networks
-from cdm_lightning.callbacks.ema import StudentEMA
 from cdm_lightning.config import build, compose
 from cdm_lightning.data.text_memory import RememberedText
+from cdm_lightning.metrics.suite import MetricSuite
 from cdm_lightning.module import CDMModule
-from cdm_lightning.quiet import quiet_libraries
+from cdm_lightning.terminal.quiet import quiet_libraries
 
 WARM_UP = 4  # iterations, not counted
 SETTINGS = (
@@ -32,7 +32,7 @@ class BareBeside(L.Callback):
     """After each iteration of the trainer, the same one of `module` without it; the seconds of both."""
 
     def __init__(self, module: CDMModule) -> None:
-        self.module, self.ema = module, StudentEMA()
+        self.module = module
         self.framed: list[float] = []
         self.bare: list[float] = []
         self._last = 0.0
@@ -48,7 +48,6 @@ class BareBeside(L.Callback):
         start = time.perf_counter()
         self.framed.append(start - self._last)
         self.module.training_step(batch, 0)
-        self.ema.on_train_batch_end(None, self.module)
         self._last = time.perf_counter()
         self.bare.append(self._last - start)
 
@@ -62,8 +61,9 @@ def frame_cost(iterations: int) -> dict[str, float]:
         data = build(config, "data", groups=module.groups.of)
         texts = [data.train[number] for number in range(len(data.train))]
         module.backbone.use_text_memory(RememberedText(module.backbone.encode_prompts, texts, 10**9))
+        callbacks = build(config, "callbacks", offered={"metrics": MetricSuite})
         trainer = build(config, "trainer")(
-            callbacks=[*build(config, "callbacks"), beside], logger=build(config, "logger"), enable_checkpointing=False
+            callbacks=[*callbacks, beside], logger=build(config, "logger"), enable_checkpointing=False
         )
         trainer.fit(module, data)
     same = all(map(torch.equal, module.networks.student.parameters(), beside.module.networks.student.parameters()))

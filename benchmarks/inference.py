@@ -37,12 +37,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Time and write the results; the result as written."""
     import torch
 
-    from cdm_lightning.quiet import quiet_libraries
+    from cdm_lightning.terminal.quiet import quiet_libraries
 
     quiet_libraries()  # before what libraries say when they are imported
     from benchmarks.machine import command_of, facts, write_results
     from benchmarks.set_up import build_backbone
-    from cdm_lightning.networks import compile_blocks
+    from cdm_lightning.training.networks import compile_blocks
 
     given = {"batch": options.batch, "device": options.device}
     size = replace(SIZES[options.size], **{name: value for name, value in given.items() if value is not None})

@@ -18,7 +18,7 @@ from cdm_lightning.errors import UserError
 from cdm_lightning.planning.layout import Layout
 from cdm_lightning.planning.memory import total
 from cdm_lightning.planning.recipe import Recipe, read_recipe
-from cdm_lightning.quiet import quiet_libraries
+from cdm_lightning.terminal.quiet import quiet_libraries
 from cdm_lightning.train import use_text_cache
 
 ITERATIONS = 6  # of which the first two also make the optimizers' states
@@ -85,7 +85,7 @@ def check(overrides: list[str]) -> Check:
         )
         trainer.fit(module, data)
     recipe: Recipe = read_recipe(build(config, "module"), config.text_cache.folder is not None)
-    planned = total(recipe.sizes, Layout("single"), config.data.batch_size, config.module.accumulate)
+    planned = total(recipe.sizes, Layout("single"), config.data.batch_size, config.compute.accumulate)
     flops = recipe.work.total * config.data.batch_size * (ITERATIONS - 2)
     return Check(planned, peak.bytes, flops / peak.seconds)
 

@@ -23,9 +23,11 @@ from cdm_lightning.data.batches import PromptBatch
 from cdm_lightning.data.prompts import PromptFile
 from cdm_lightning.data.text_memory import RememberedText
 from cdm_lightning.module import CDMModule
-from cdm_lightning.networks import Networks
 from cdm_lightning.objectives.cdm import CDMObjective
-from cdm_lightning.optim import LearningRate, OptimizerRecipe
+from cdm_lightning.training.compute import Compute
+from cdm_lightning.training.ema import EMA
+from cdm_lightning.training.networks import Networks
+from cdm_lightning.training.optim import LearningRate, OptimizerRecipe
 
 VAE_OF_FACTOR_8 = {"block_out_channels": [1, 1, 1, 1]}
 PROMPTS = 64  # distinct ones
@@ -91,10 +93,13 @@ def build_module(size: Size) -> CDMModule:
         RandomSchedule(UniformLength(1, size.longest_rollout)),
         {role: OptimizerRecipe(adamw, LearningRate(rate)) for role, rate in rates.items()},
         compute_dtype=size.compute_dtype,
-        gradient_checkpointing=size.gradient_checkpointing if size.recompute is None else size.recompute,
-        recompute_attention=size.recompute_attention,
-        accumulate=size.accumulate,
-        rollouts_together=size.rollouts_together,
+        ema=EMA(),
+        compute=Compute(
+            gradient_checkpointing=size.gradient_checkpointing if size.recompute is None else size.recompute,
+            recompute_attention=size.recompute_attention,
+            accumulate=size.accumulate,
+            rollouts_together=size.rollouts_together,
+        ),
     )
     build_networks(module, torch.device(size.device))
     if size.text is None:  # as `train` does for few prompts
@@ -105,7 +110,12 @@ def build_module(size: Size) -> CDMModule:
 def build_networks(module: CDMModule, device: torch.device) -> None:
     """What a `Trainer` would have the module build on `device`: networks, frozen parts, rollouts."""
     module.networks = Networks(
-        module.backbone, module.objective.roles, module.recomputation, module.lora, module.seed
+        module.backbone,
+        module.objective.roles,
+        module.compute.recomputation,
+        module.lora,
+        module.seed,
+        average=module.ema.is_on,
     ).to(device)
     module.networks.place(device)
     module.to(device)

@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Check, time, measure memory, write the results; the result as written."""
     import torch
 
-    from cdm_lightning.quiet import quiet_libraries
+    from cdm_lightning.terminal.quiet import quiet_libraries
 
     quiet_libraries()  # before what libraries say when they are imported
     from benchmarks.comparison import Comparison

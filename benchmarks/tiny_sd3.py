@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -24,44 +24,41 @@ from benchmarks import evidence
 from cdm_lightning.backbones.base import Backbone
 from cdm_lightning.backbones.pipeline_folder import hash_part
 from cdm_lightning.checkpoint.stored import read_checkpoint
-from cdm_lightning.config import asset_path, build, compose
-from cdm_lightning.ladder import STEPS, LadderEvaluation, LadderResult, LadderRow
-from cdm_lightning.quiet import quiet_libraries
-from cdm_lightning.report import markdown_table, save_report
+from cdm_lightning.config import asset_path, build, build_named, compose
+from cdm_lightning.evaluation.ladder import STEPS, LadderEvaluation, LadderResult, Row
+from cdm_lightning.evaluation.report import markdown_table, save_report
+from cdm_lightning.metrics.suite import MetricSuite
+from cdm_lightning.terminal.quiet import quiet_libraries
 from cdm_lightning.train import train
 
 COUNT, REFERENCE = 2048, 8192
 EVALUATION_SEED = 11  # of the noise; no training uses it
 
 
-def evaluation(overrides: list[str], samplers: list[str] | None) -> tuple[LadderEvaluation, Backbone]:
-    """The demo's evaluation at full size, for the named samplers (None: all)."""
-    sizes = [f"callbacks.ladder.evaluation.{name}" for name in ("count", "reference.count", "seed")]
-    values = (COUNT, REFERENCE, EVALUATION_SEED)
-    config = compose(
-        [
-            "experiment=tiny_sd3_cdm",
-            "output_dir=outputs/unused",
-            *overrides,
-            *(f"{k}={v}" for k, v in zip(sizes, values)),
-        ]
-    )
-    ladder = next(callback.evaluation for callback in build(config, "callbacks") if hasattr(callback, "evaluation"))
+def evaluation(overrides: list[str], samplers: list[str] | None) -> tuple[LadderEvaluation, MetricSuite, Backbone]:
+    """The demo's evaluation at full size, for the named samplers (None: all), its metrics, and the backbone."""
+    ladder = "callbacks.ladder.evaluation"
+    sizes = {f"{ladder}.count": COUNT, f"{ladder}.seed": EVALUATION_SEED}
+    sizes |= {f"metric.frechet_real.reference.{name}": n for name, n in (("captions", COUNT), ("count", REFERENCE))}
+    size_overrides = [f"{name}={value}" for name, value in sizes.items()]
+    config = compose(["experiment=tiny_sd3_cdm", "output_dir=outputs/unused", *overrides, *size_overrides])
+    found = build(config, ladder)
     if samplers is not None:
-        ladder = replace(ladder, samplers=[spec for spec in STEPS if spec.name in samplers])
-    return ladder, build(config, "backbone")
+        found = replace(found, samplers=[spec for spec in STEPS if spec.name in samplers])
+    metrics = MetricSuite(build_named(config, "metric"), build_named(config, "feature"))
+    return found, metrics, build(config, "backbone")
 
 
 def measure_teacher(publish: bool) -> None:
     """The teacher's rows of the ladder and the verdict on its gate."""
     names = [spec.name for spec in STEPS if spec.network == "teacher"]
-    ladder, backbone = evaluation([], names)
+    ladder, metrics, backbone = evaluation([], names)
     backbone.setup(torch.device("cpu"))
-    result = ladder.run(backbone, {"teacher": backbone.build_teacher().requires_grad_(False).eval()})
+    result = ladder.run(metrics, backbone, {"teacher": backbone.build_teacher().requires_grad_(False).eval()})
     save_report(result, Path("outputs/benchmark_teacher"))
     row = rows_by_name(result)
-    ratio = row["teacher 50 steps"].frechet_real / row["teacher 4 steps"].frechet_real
-    guided, short = row["teacher 50 steps, guidance 2"].adherence, row["teacher 4 steps, guidance 2"].adherence
+    ratio = row["teacher 50 steps"]["frechet_real"] / row["teacher 4 steps"]["frechet_real"]
+    guided, short = (row[f"teacher {steps} steps, guidance 2"]["adherence"] for steps in (50, 4))
     verdicts = {
         f"50-step / 4-step distance, no guidance: {ratio:.3f} (at most 0.5)": ratio <= 0.5,
         f"50-step adherence at guidance 2: {guided:.4f} (at least 0.97)": guided >= 0.97,
@@ -82,21 +79,21 @@ def measure_student(seeds: list[int], extra: list[str], publish: bool) -> None:
             f"run_name={folder.name}",
             f"seed={seed}",
         ]  # a finished run is not trained again
-        config = compose(["experiment=tiny_sd3_cdm", *place, "~callbacks.ladder", *extra])
+        config = compose(["experiment=tiny_sd3_cdm", *place, "~callbacks.ladder", "~callbacks.metrics", *extra])
         began = time.perf_counter()
         run = train(config)
         seconds.append(time.perf_counter() - began)
-        ladder, backbone = evaluation(extra, names)
+        ladder, metrics, backbone = evaluation(extra, names)
         backbone.setup(torch.device("cpu"))
         student = backbone.build_network()
         student.load_state_dict(read_checkpoint(run.checkpoint).network_weights("student_ema"))
         networks = {"student": student.eval(), "teacher": backbone.build_teacher().eval()}
-        result = ladder.run(backbone, networks, known=known)
+        result = ladder.run(metrics, backbone, networks, known=known)
         known = {names[0]: result.measured[names[0]]}  # the teacher is the same for all seeds
         save_report(result, folder)
         tables[f"seed {seed}"], settings = result.rows, result.settings
         print(markdown_table(result.rows), flush=True)
-        four = [next(row for row in rows if row.sampler == "student 4 steps") for rows in tables.values()]
+        four = [next(row for row in rows if row["sampler"] == "student 4 steps") for rows in tables.values()]
         verdicts = student_verdicts(four, before)
         write("tiny_sd3_student", {**settings, "training_seconds": seconds}, tables, verdicts, publish)
 
@@ -115,12 +112,10 @@ def measured_teacher(publish: bool) -> dict[str, dict]:
     sys.exit(f"error: {file} has no measurement of the bundled teacher (bundle {bundle()}); run `{command}` first")
 
 
-def student_verdicts(four: list[LadderRow], teacher: dict[str, dict]) -> dict[str, bool]:
+def student_verdicts(four: list[Row], teacher: dict[str, dict]) -> dict[str, bool]:
     """The student's gate at 4 steps, no guidance, on the mean over seeds."""
-    distance, adherence = (
-        statistics.mean(getattr(row, name) for row in four) for name in ("frechet_real", "adherence")
-    )
-    spread = ", ".join(f"{row.frechet_real:.3f}" for row in four)
+    distance, adherence = (statistics.mean(row[name] for row in four) for name in ("frechet_real", "adherence"))
+    spread = ", ".join(f"{row['frechet_real']:.3f}" for row in four)
     short = teacher["teacher 4 steps"]["frechet_real"]
     best = teacher["teacher 50 steps, guidance 1.5"]["frechet_real"]
     plain = teacher["teacher 50 steps"]["adherence"]
@@ -132,9 +127,9 @@ def student_verdicts(four: list[LadderRow], teacher: dict[str, dict]) -> dict[st
     }
 
 
-def rows_by_name(result: LadderResult) -> dict[str, LadderRow]:
+def rows_by_name(result: LadderResult) -> dict[str, Row]:
     """The rows of a ladder by sampler."""
-    return {row.sampler: row for row in result.rows}
+    return {row["sampler"]: row for row in result.rows}
 
 
 def bundle() -> str:
@@ -142,9 +137,7 @@ def bundle() -> str:
     return hash_part(Path(asset_path("tiny_sd3")) / "transformer")
 
 
-def write(
-    name: str, settings: dict, tables: dict[str, list[LadderRow]], verdicts: dict[str, bool], publish: bool
-) -> None:
+def write(name: str, settings: dict, tables: dict[str, list[Row]], verdicts: dict[str, bool], publish: bool) -> None:
     """Write facts, verdicts and tables as JSON and Markdown where `evidence.write` does."""
     facts = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -154,7 +147,7 @@ def write(
         "bundle": bundle(),
         **settings,
     }
-    rows = {title: [asdict(row) for row in table] for title, table in tables.items()}
+    rows = {title: list(table) for title, table in tables.items()}
     lines = [f"# {name}", "", *(f"- {key}: {value}" for key, value in facts.items()), ""]
     lines += [f"- {'holds' if holds else 'DOES NOT HOLD'}: {text}" for text, holds in verdicts.items()]
     for title, table in tables.items():

@@ -10,7 +10,7 @@ import torch
 
 from cdm_lightning.backbones.toy2d import MODES
 from cdm_lightning.config import compose
-from cdm_lightning.quiet import quiet_libraries
+from cdm_lightning.terminal.quiet import quiet_libraries
 from cdm_lightning.train import TrainResult, train
 
 torch.set_num_threads(1)
@@ -20,7 +20,7 @@ TINY_TOY = (  # the plane with a small network that is hardly fitted: 10 ms an i
     "backbone.hidden=16",
     "backbone.depth=1",
     "backbone.fit_steps=20",
-    "callbacks=ema",
+    "callbacks=none",
     "trainer.limit_val_batches=0",
     "trainer.max_steps=10",
     "trainer.log_every_n_steps=1",

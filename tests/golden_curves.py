@@ -21,7 +21,7 @@ import torch
 
 from cdm_lightning.checkpoint.stored import newest_checkpoint
 from cdm_lightning.config import compose
-from cdm_lightning.quiet import quiet_libraries
+from cdm_lightning.terminal.quiet import quiet_libraries
 from cdm_lightning.train import train
 
 FOLDER = Path(__file__).parent / "golden"
@@ -29,7 +29,7 @@ COMMAND = "python tests/golden_curves.py --write"
 ITERATIONS = 20
 FIGURES = ("/loss", "/grad_norm")
 COMMON = (
-    "callbacks=ema",
+    "callbacks=none",
     "logger=csv",
     "data.num_workers=0",
     "trainer.limit_val_batches=0",
@@ -39,7 +39,7 @@ COMMON = (
 TOY = ("experiment=toy2d_cdm", "backbone.hidden=32", "backbone.fit_steps=50", "data.batch_size=16")
 SD3 = ("experiment=tiny_sd3_cdm", "data.batch_size=8", "objective.student_every=2", "objective.fake_score_steps=2")
 LORA = ("lora=lora", "lora.student.rank=4", "lora.fake_score.rank=4")
-PARTS = ("module.accumulate=2",)
+PARTS = ("compute.accumulate=2",)
 BLOCKS = ("lora.student.targets=blocks", "lora.fake_score.targets=blocks")
 CURVES: dict[str, tuple[str, ...]] = {
     "toy2d_full": TOY,

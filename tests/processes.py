@@ -80,7 +80,7 @@ def _train(overrides: list[str], prepare: Callable[[], None] | None) -> None:
 
     from cdm_lightning import train as entry
     from cdm_lightning.config import compose
-    from cdm_lightning.quiet import quiet_libraries
+    from cdm_lightning.terminal.quiet import quiet_libraries
 
     torch.set_num_threads(1)
     quiet_libraries()

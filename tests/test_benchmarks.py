@@ -95,6 +95,7 @@ def test_a_size_in_bfloat16_is_checked_in_float32_too():
     assert compared.module.compute_dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_all_gpu_tables_are_made_one_after_another(capfd):
     """With a size that a CPU can run; a run that fails leaves a row that says why."""
     failing = gpu_tables.Candidate("never_written", "too much", "--size tiny --batch none")

@@ -12,7 +12,7 @@ from cdm_lightning.config import asset_path
 from cdm_lightning.core.rng import evaluation_noise
 from cdm_lightning.data.prompts import PromptFile
 from cdm_lightning.data.shapes import draw_scenes, render
-from cdm_lightning.evaluation import SamplerSpec, generate
+from cdm_lightning.evaluation.samplers import SamplerSpec, generate
 from cdm_lightning.metrics.shapes_classifier import ShapesClassifier
 
 LARGEST = 12 * 2**20  # bytes

@@ -21,11 +21,8 @@ from torch import Tensor, nn
 from cdm_lightning.backbones.base import Backbone
 from cdm_lightning.backbones.sd3 import SD3Backbone
 from cdm_lightning.backbones.toy2d import Toy2DBackbone
-from cdm_lightning.callbacks.adherence import AdherenceCallback
-from cdm_lightning.callbacks.clip_score import CLIPScoreCallback
-from cdm_lightning.callbacks.ema import StudentEMA
-from cdm_lightning.callbacks.fid import FIDCallback
 from cdm_lightning.callbacks.ladder import LadderReport
+from cdm_lightning.callbacks.metrics import ValidationMetrics
 from cdm_lightning.callbacks.progress import TrainingProgress
 from cdm_lightning.callbacks.sample_grid import SampleGrid
 from cdm_lightning.callbacks.throughput import ThroughputMonitor
@@ -35,17 +32,22 @@ from cdm_lightning.data.datamodule import PromptDataModule
 from cdm_lightning.data.prompts import PromptFile
 from cdm_lightning.data.shapes import draw_scenes
 from cdm_lightning.errors import UserError
-from cdm_lightning.evaluation import SamplerSpec
-from cdm_lightning.ladder import LadderEvaluation
-from cdm_lightning.metrics.clip_score import CLIPScorer
+from cdm_lightning.evaluation.ladder import LadderEvaluation
+from cdm_lightning.evaluation.pictures import picture
+from cdm_lightning.evaluation.samplers import SamplerSpec
+from cdm_lightning.metrics.adherence import Adherence
+from cdm_lightning.metrics.base import ImageBatch, Metric
+from cdm_lightning.metrics.clip_score import CLIPScore
+from cdm_lightning.metrics.diversity import Diversity
 from cdm_lightning.metrics.extractors import OpenClipFeatures
-from cdm_lightning.metrics.frechet import FeatureStatistics, FrechetDistance
+from cdm_lightning.metrics.frechet import FeatureStatistics, Frechet, FrechetToSampler, frechet_distance
 from cdm_lightning.metrics.references import ShapesRenderings, render_prompts
 from cdm_lightning.metrics.shapes_classifier import ShapesClassifier
+from cdm_lightning.metrics.suite import MetricSuite
 from cdm_lightning.module import CDMModule
 from cdm_lightning.objectives.cdm import CDMObjective
-from cdm_lightning.optim import LearningRate, OptimizerRecipe
-from cdm_lightning.report import picture
+from cdm_lightning.training.ema import EMA
+from cdm_lightning.training.optim import LearningRate, OptimizerRecipe
 
 SAMPLERS = (SamplerSpec("student_2", "student", 2), SamplerSpec("teacher_1", "teacher", 1))
 TRAIN_BATCH, VAL_PROMPTS = 4, 5
@@ -86,6 +88,7 @@ def fit(
     callbacks: Sequence[L.Callback],
     backbone: Backbone | None = None,
     max_steps: int = 6,
+    ema: EMA | None = None,
     **settings: object,
 ) -> tuple[L.Trainer, CDMModule]:
     """A run of `max_steps` iterations with a validation of 5 prompts, in batches of 2, after each third."""
@@ -98,6 +101,7 @@ def fit(
         RandomSchedule(UniformLength(1, 3)),
         {"student": recipe(1e-2), "fake_score": recipe(1e-2)},
         samplers=SAMPLERS,
+        ema=ema,
     )
     data = PromptDataModule(
         PromptFile(prompts), PromptFile(prompts), TRAIN_BATCH, val_batch_size=2, val_prompts=VAL_PROMPTS
@@ -129,7 +133,7 @@ def fit(
 
 def test_ema_follows_each_student_step(tmp_path: Path) -> None:
     recorder = Recorder()
-    _, module = fit(tmp_path, [recorder, StudentEMA(decay=0.2)])
+    _, module = fit(tmp_path, [recorder], ema=EMA(decay=0.2))
     first = weights_of(module.backbone.build_network())
     expected = first
     for n, iteration in enumerate((1, 3, 5)):  # the student moves in the last of each two iterations
@@ -147,13 +151,15 @@ def test_ema_follows_each_student_step(tmp_path: Path) -> None:
 def test_without_ema_the_student_is_evaluated(tmp_path: Path) -> None:
     _, module = fit(tmp_path, [], max_steps=2)
     assert module.ema_updates == 0
+    assert module.networks.student_ema is None  # nor is memory spent on it
+    assert "student_ema" not in module.network_names
     assert module.evaluated_network is module.networks.student
 
 
 @pytest.mark.parametrize("decay", [1.0, -0.1])
 def test_unfit_decays_are_refused(decay: float) -> None:
-    with pytest.raises(ValueError, match="decay"):
-        StudentEMA(decay)
+    with pytest.raises(UserError, match="decay"):
+        EMA(decay)
 
 
 # ---- metrics of validation
@@ -173,49 +179,100 @@ class Points(nn.Module):
 def test_frechet_distance_is_that_of_the_validation_images(tmp_path: Path) -> None:
     recorder = Recorder()
     real = Toy2DBackbone().decode_latents(Toy2DBackbone().exact_samples([""] * 60, 0))
-    callback = FIDCallback(Points(), real.split(16))
+    callback = ValidationMetrics(MetricSuite({"frechet": Frechet(real.split(16), "points")}, {"points": Points()}))
     trainer, _ = fit(tmp_path, [recorder, callback])
     assert len(recorder.validations) == 2
     for sampler in ("student_2", "teacher_1"):
-        by_hand = FrechetDistance(FeatureStatistics.of_features([Points()(real)]))
-        by_hand.update(Points()(recorder.images(sampler)))
-        assert by_hand.metric.fake_features_num_samples == VAL_PROMPTS
-        assert float(trainer.callback_metrics[f"val/frechet/{sampler}"]) == pytest.approx(by_hand.compute(), rel=1e-4)
+        images = recorder.images(sampler)
+        assert len(images) == VAL_PROMPTS
+        by_hand = frechet_distance(FeatureStatistics.of_features([Points()(real)]), Points()(images))
+        assert float(trainer.callback_metrics[f"val/frechet/{sampler}"]) == pytest.approx(by_hand, rel=1e-4)
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     content = torch.load(tmp_path / "run.ckpt", weights_only=True)
     assert not [name for name in content["state_dict"] if "scale" in name]
-    assert "FIDCallback" not in str(content["callbacks"])
+    assert "ValidationMetrics" not in str(content["callbacks"])
 
 
-class BrightJudge(nn.Module):
-    """Scores and judges by the mean of an image's right half."""
+class RightHalf(Metric):
+    """The mean of an image's right half."""
 
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        assert len(images) == len(prompts)
-        return images[..., 16:].mean((1, 2, 3))
+    def score(self, batch: ImageBatch) -> Tensor:
+        assert len(batch.images) == len(batch.prompts) == len(batch.indices)
+        return batch.images[..., 16:].mean((1, 2, 3))
+
+
+class RightJudge:
+    """Adherence is a right half that is brighter than the whole image."""
 
     def adherence(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.score(images, prompts) > images.mean((1, 2, 3))
+        return images[..., 16:].mean((1, 2, 3)) > images.mean((1, 2, 3))
 
 
-def test_scores_are_means_over_images_not_batches(tmp_path: Path) -> None:
+def right_halves() -> ValidationMetrics:
+    return ValidationMetrics(MetricSuite({"right_half": RightHalf(), "adherence": Adherence(RightJudge())}))
+
+
+def test_scores_are_means_over_images_not_batches_and_are_kept_by_prompt(tmp_path: Path) -> None:
     recorder = Recorder()
-    trainer, _ = fit(tmp_path, [recorder, CLIPScoreCallback(BrightJudge()), AdherenceCallback(BrightJudge())])
+    trainer, _ = fit(tmp_path, [recorder, right_halves()])
+    files = sorted((tmp_path / "scores").iterdir())
+    assert [file.name for file in files] == ["iteration_0000003.csv", "iteration_0000006.csv"]
+    with files[1].open(newline="") as file:
+        rows = list(csv.DictReader(file))
     for sampler in ("student_2", "teacher_1"):
         images = recorder.images(sampler)
-        assert len(images) == VAL_PROMPTS
-        expected = images[..., 16:].mean()
-        assert float(trainer.callback_metrics[f"val/clip_score/{sampler}"]) == pytest.approx(float(expected), rel=1e-5)
-        share = (images[..., 16:].mean((1, 2, 3)) > images.mean((1, 2, 3))).float().mean()
+        expected = images[..., 16:].mean((1, 2, 3))
+        found = float(trainer.callback_metrics[f"val/right_half/{sampler}"])
+        assert found == pytest.approx(float(expected.mean()), rel=1e-5)
+        share = (expected > images.mean((1, 2, 3))).float().mean()
         assert float(trainer.callback_metrics[f"val/adherence/{sampler}"]) == pytest.approx(float(share))
+        kept = [row for row in rows if row["sampler"] == sampler]
+        assert [int(row["prompt_index"]) for row in kept] == list(range(VAL_PROMPTS))
+        assert [float(row["right_half"]) for row in kept] == pytest.approx(expected.tolist(), rel=1e-5)
+        prompts = [prompt for outputs in recorder.validations[1] for prompt in outputs["prompts"]]
+        assert [row["prompt"] for row in kept] == prompts
+
+
+class Counting(nn.Module):
+    """Features that count how often they are computed, of images and of texts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images = self.texts = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.images += 1
+        return images.flatten(1)[:, ::100]
+
+    def encode_texts(self, prompts: Sequence[str]) -> Tensor:
+        self.texts += 1
+        return torch.ones(len(prompts), 31)
+
+
+def test_an_extractor_runs_once_a_batch_for_all_metrics(tmp_path: Path) -> None:
+    counting, real = Counting(), torch.rand(6, 3, 32, 32)
+    metrics = {"clip_score": CLIPScore("f"), "frechet": Frechet([real], "f"), "another": Frechet([real], "f")}
+    fit(tmp_path, [ValidationMetrics(MetricSuite(metrics, {"f": counting}))], max_steps=3)
+    batches = 3  # of 5 prompts, two at a time
+    assert counting.images == batches * len(SAMPLERS) + 2  # and once for each reference
+    assert counting.texts == batches  # the same prompts for all samplers
+
+
+def test_a_metric_without_its_extractor_is_refused() -> None:
+    with pytest.raises(UserError, match=r"metric.fid needs the feature extractor feature.inception, but there is clip"):
+        MetricSuite({"fid": Frechet([], "inception")}, {"clip": Points()})
+    with pytest.raises(UserError, match=r"metric.fid is a Points; it must be a cdm_lightning Metric"):
+        MetricSuite({"fid": Points()})
 
 
 def test_sanity_checks_are_not_measured(tmp_path: Path) -> None:
     real = torch.rand(4, 3, 32, 32)
-    callbacks = [FIDCallback(Points(), [real]), CLIPScoreCallback(BrightJudge()), SampleGrid(), TrainingProgress()]
+    metrics = MetricSuite({"frechet": Frechet([real], "points"), "right_half": RightHalf()}, {"points": Points()})
+    callbacks = [ValidationMetrics(metrics), SampleGrid(), TrainingProgress()]
     trainer, _ = fit(tmp_path, callbacks, max_steps=2, num_sanity_val_steps=1, val_check_interval=3)
     assert not [name for name in trainer.callback_metrics if name.startswith("val/")]
     assert not (tmp_path / "samples").exists()
+    assert not (tmp_path / "scores").exists()
 
 
 # ---- pictures
@@ -282,8 +339,8 @@ def test_throughput_leaves_validation_out(tmp_path: Path, monkeypatch: pytest.Mo
 def test_progress_prints_lines_without_a_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cdm_lightning.console.LINE_EVERY", 0.0)
-    fit(tmp_path, [CLIPScoreCallback(BrightJudge()), TrainingProgress()])
+    monkeypatch.setattr("cdm_lightning.terminal.progress.LINE_EVERY", 0.0)
+    fit(tmp_path, [right_halves(), TrainingProgress()])
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "loading the networks"
     training = [line for line in lines if line.startswith("training: ")]
@@ -291,7 +348,7 @@ def test_progress_prints_lines_without_a_terminal(
     assert training[-1].startswith("training: 6/6, ") or "training: 6/6" in "\n".join(training)
     assert any("fake_score loss" in line and "student loss" in line and " left" in line for line in training)
     assert any(line.startswith("validating: 3/6") for line in lines)
-    assert any(line.startswith("iteration 3: clip_score/student_2 ") for line in lines)
+    assert any(line.startswith("iteration 3: right_half/student_2 ") for line in lines)
 
 
 def test_progress_draws_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,35 +366,39 @@ def test_progress_draws_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.
 # ---- the end of a run
 
 
-def small_ladder(folder: Path) -> LadderEvaluation:
+def small_ladder(folder: Path) -> tuple[LadderEvaluation, MetricSuite]:
     clip = f"local-dir:{write_clip_folder(folder / 'clip')}"
     with torch.random.fork_rng():
         torch.manual_seed(0)
         save_file(ShapesClassifier().state_dict(), folder / "classifier.safetensors")
     prompts = [scene.caption for scene in draw_scenes(6, 1)]
-    return LadderEvaluation(
+    metrics = MetricSuite(
+        {
+            "frechet_real": Frechet(ShapesRenderings(prompts, count=20)),
+            "frechet_teacher": FrechetToSampler("teacher 2 steps, guidance 2"),
+            "clip_score": CLIPScore(),
+            "adherence": Adherence(ShapesClassifier.load(folder / "classifier.safetensors")),
+            "diversity": Diversity(prompts=2, images_per_prompt=2),
+        },
+        {"clip": OpenClipFeatures(clip)},
+    )
+    evaluation = LadderEvaluation(
         prompts=prompts,
-        reference=ShapesRenderings(prompts, count=20),
-        extractor=OpenClipFeatures(clip),
-        scorer=CLIPScorer(clip),
-        judge=ShapesClassifier.load(folder / "classifier.safetensors"),
         samplers=[SamplerSpec("teacher 2 steps, guidance 2", "teacher", 2, 2.0), SamplerSpec("student 1 step", nfe=1)],
-        teacher_reference="teacher 2 steps, guidance 2",
         real_images=render_prompts,
         count=6,
         batch_size=4,
-        diversity_prompts=2,
-        images_per_prompt=2,
         shown=3,
     )
+    return evaluation, metrics
 
 
 def test_ladder_report_leaves_table_picture_and_student(
     tmp_path: Path, tiny_pipeline_folder: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    report = LadderReport(small_ladder(tmp_path), export_nfe=2)
+    report = LadderReport(*small_ladder(tmp_path), export_nfe=2)
     backbone = SD3Backbone(str(tiny_pipeline_folder))
-    fit(tmp_path, [StudentEMA(), report], backbone, max_steps=2, limit_val_batches=0)
+    trainer, module = fit(tmp_path, [report], backbone, max_steps=2, ema=EMA(), limit_val_batches=0)
     printed = capsys.readouterr().out
     for name in ("table.md", "metrics.json", "samples.png", "student"):
         assert str(tmp_path / name) in printed
@@ -353,12 +414,24 @@ def test_ladder_report_leaves_table_picture_and_student(
     assert (tmp_path / "student" / "model_index.json").is_file()
     assert f"{rows['student 1 step']['frechet_real']:.4g}" in (tmp_path / "student" / "README.md").read_text()
 
+    # the same again: the table is printed, and nothing is measured or written
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    report.on_fit_end(trainer, module)
+    again = capsys.readouterr().out
+    assert "The run is complete at iteration 2 and has been evaluated before." in again
+    assert "teacher 2 steps, guidance 2" in again
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    module.iteration = 3  # a longer run is evaluated again
+    report.on_fit_end(trainer, module)
+    assert "evaluated before" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "metrics.json").read_text())["settings"]["iteration"] == 3
+
 
 def test_ladder_report_refuses_a_foreign_folder_before_training(tmp_path: Path) -> None:
     (tmp_path / "student").mkdir()
     (tmp_path / "student" / "mine.txt").write_text("precious")
-    evaluation = LadderEvaluation(prompts=["a"] * 2, reference=[], extractor=Points(), count=2, diversity_prompts=0)
+    evaluation = LadderEvaluation(prompts=["a"] * 2, count=2)
     recorder = Recorder()
     with pytest.raises(UserError, match="was not written by an export"):
-        fit(tmp_path, [recorder, LadderReport(evaluation)])
+        fit(tmp_path, [recorder, LadderReport(evaluation, MetricSuite())])
     assert not recorder.students

@@ -22,7 +22,7 @@ from cdm_lightning.checkpoint.stored import newest_checkpoint, read_checkpoint
 from cdm_lightning.config import compose
 from cdm_lightning.errors import UserError
 from cdm_lightning.module import CDMModule
-from cdm_lightning.quiet import quiet_libraries
+from cdm_lightning.terminal.quiet import quiet_libraries
 from cdm_lightning.train import train
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
@@ -85,7 +85,7 @@ def test_the_best_one_stays(toy_run, monkeypatch):
         "trainer.limit_val_batches=1.0",
         "trainer.val_check_interval=2",
         "data.val_prompts=1",
-        "module.samplers=[]",
+        "validation.samplers=[]",
     )
     result = toy_run(*often, "checkpoint.every=5", "checkpoint.keep=1", "checkpoint.best=val/score")
     assert [path.name for path in checkpoints_in(result.folder / "checkpoints")] == [
@@ -100,7 +100,7 @@ def test_the_best_one_stays(toy_run, monkeypatch):
 
 def test_an_unknown_best_metric_is_refused(toy_run):
     often = ("trainer.limit_val_batches=1.0", "trainer.val_check_interval=2", "data.val_prompts=1")
-    with pytest.raises(UserError, match=r"checkpoint.best=val/score: validation gives no such metric"):
+    with pytest.raises(UserError, match=r"checkpoint.best=val/score: validation logs no such metric"):
         toy_run(*often, "checkpoint.best=val/score")
 
 
@@ -133,9 +133,9 @@ def test_a_run_goes_on_from_the_one_before_and_says_so(finished, template, toy_r
     (newest.parent / ".saving_iteration_0000007").mkdir()  # what a killed save leaves
     resumed = toy_run("checkpoint.every=5")
     said = capfd.readouterr().err
-    assert "deleted what an interrupted save left: .saving_iteration_0000007" in said
-    assert f"passed over: {newest}: {SHARD} is damaged: its checksum is wrong" in said
-    assert f"going on from {older} (iteration 5)" in said
+    assert "deleted the remains of an interrupted save: .saving_iteration_0000007" in said
+    assert f"skipped a checkpoint: {newest}: {SHARD} is damaged: its checksum is wrong" in said
+    assert f"resuming from {older} (iteration 5)" in said
     assert_equal_states(template / "checkpoints/iteration_0000010", resumed.checkpoint)
     assert {path.name for path in newest.parent.iterdir()} == {older.name, newest.name, "unused_iteration_0000010"}
 
@@ -237,7 +237,9 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error(template, toy_run,
 
     place = (f"output_dir={small_disk.path}/run", "logger=none", "checkpoint.every=4")
     monkeypatch.setattr(CDMModule, "training_step", crowded)
-    with pytest.raises(UserError, match=r"iteration 10 could not be written.*iteration_0000004 is intact; make room"):
+    with pytest.raises(
+        UserError, match=r"iteration 10 could not be written.*iteration_0000004 is intact; free disk space"
+    ):
         toy_run(*place)
     small_disk.free()
     monkeypatch.setattr(CDMModule, "training_step", original)
@@ -272,7 +274,7 @@ def test_a_checkpoint_with_code_inside_is_refused(finished, tmp_path, name, writ
     write({"fit_loop": Payload(trap), "callbacks": {}}, path / name)
     reseal(path)
     callback = IterationCheckpoint(path.parent)
-    with pytest.raises(UserError, match=r"holds more than plain values|no checkpoint of cdm_lightning"):
+    with pytest.raises(UserError, match=r"holds more than plain values|not a cdm_lightning checkpoint"):
         callback.choose_start(read_checkpoint(path.with_name("iteration_0000005")).record["fingerprint"])
     assert not trap.exists()
 

@@ -33,14 +33,14 @@ from cdm_lightning.core.schedules import inference_sigmas, uniform_sigmas
 from cdm_lightning.data.prompts import PromptList
 from cdm_lightning.data.text_cache import StoredText, TextCacheSettings
 from cdm_lightning.errors import UserError
-from cdm_lightning.evaluation import SamplerSpec, generate
+from cdm_lightning.evaluation.samplers import SamplerSpec, generate
 from cdm_lightning.lora.plan import Adapter, LoRAPlan
-from cdm_lightning.networks import Networks
 from cdm_lightning.objectives.cdm import CDMObjective
-from cdm_lightning.quiet import quiet_libraries
-from cdm_lightning.recomputation import Recomputation
 from cdm_lightning.sample import sample_images
+from cdm_lightning.terminal.quiet import quiet_libraries
 from cdm_lightning.train import train
+from cdm_lightning.training.gradient_checkpointing import Recomputation
+from cdm_lightning.training.networks import Networks
 
 CDM_ROLES = CDMObjective().roles
 
@@ -311,7 +311,7 @@ def test_four_iterations_train_export_and_sample(case, tmp_path, prompt_file):
         "trainer.max_steps=4",
         "trainer.limit_val_batches=0",
         "trainer.log_every_n_steps=1",
-        "callbacks=ema",
+        "callbacks=none",
         "logger=none",
         "checkpoint.every=4",
         "data.batch_size=2",

@@ -86,7 +86,7 @@ def test_overlong_prompts_are_skipped_and_counted_or_refused(tmp_path):
     with pytest.raises(UserError) as error:
         PromptFile(path, overlong="refuse")
     assert str(error.value) == (
-        f"{path}, line 2: a prompt of 100,000 characters, more than max_characters=10000; shorten it or set overlong=skip"
+        f"{path}, line 2: a prompt of 100,000 characters is longer than max_characters=10000; shorten it or set overlong=skip"
     )
 
 

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 
 from cdm_lightning.backbones.toy2d import Toy2DBackbone
 from cdm_lightning.checkpoint.stored import read_checkpoint
+from cdm_lightning.distributed.strategy import device_count, single_process
 from cdm_lightning.errors import UserError
-from cdm_lightning.parallel import device_count, single_process
 from cdm_lightning.train import main
 
 Refused = Callable[..., str]
@@ -39,7 +39,7 @@ def refused(tmp_path, monkeypatch, capsys, toy_overrides) -> Refused:
 
 def test_unknown_keys(refused):
     assert "Could not override 'objective.cdm_wieght'" in refused("objective.cdm_wieght=0")
-    assert "module.student_every is objective.student_every now" in refused("module.student_every=3")
+    assert "module.student_every is now objective.student_every" in refused("module.student_every=3")
     assert "got an unexpected keyword argument 'wieght'" in refused("+objective.wieght=0")
     assert "got an unexpected keyword argument 'gradient_clip'" in refused("+trainer.gradient_clip=1")
     assert "got an unexpected keyword argument 'beta'" in refused("+optim.student.optimizer.beta=0")
@@ -53,10 +53,12 @@ def test_texts_in_the_place_of_numbers(refused):
     assert "data.batch_size=abc must be int" in refused("data.batch_size=abc")
     assert "data.val_prompts=many must be int or null" in refused("data.val_prompts=many")
     assert "optim.student.learning_rate.peak=high must be float" in refused("optim.student.learning_rate.peak=high")
-    assert "module.samplers.0.height=wide must be int or null" in refused("+module.samplers.0.height=wide")
+    assert "validation.samplers.0.height=wide must be int or null" in refused("+validation.samplers.0.height=wide")
     for seed in ("-1", "null", "abc"):
         assert f"seed={seed}: give a whole number from 0 to".replace("null", "None") in refused(f"seed={seed}")
-    assert "module.gradient_checkpointing=maybe must be float or bool" in refused("module.gradient_checkpointing=maybe")
+    assert "compute.gradient_checkpointing=maybe must be float or bool" in refused(
+        "compute.gradient_checkpointing=maybe"
+    )
 
 
 def test_values_of_another_kind_than_the_constructors_take(refused):
@@ -67,8 +69,8 @@ def test_values_of_another_kind_than_the_constructors_take(refused):
     assert "objective.dm_weight=[1, 2] must be float or LinearRamp" in refused("objective.dm_weight=[1,2]")
     assert "objective.dm_levels=null must be SigmaLevels" in refused("objective.dm_levels=null")
     assert "optim.student.learning_rate.warmup=1.5 must be int" in refused("optim.student.learning_rate.warmup=1.5")
-    assert "module.samplers.0.nfe=null must be int" in refused("module.samplers.0.nfe=null")
-    assert "module.samplers.0={'name': 'x'} must be SamplerSpec" in refused("module.samplers=[{name: x}]")
+    assert "validation.samplers.0.nfe=null must be int" in refused("validation.samplers.0.nfe=null")
+    assert "validation.samplers.0={'name': 'x'} must be SamplerSpec" in refused("validation.samplers=[{name: x}]")
     assert "data.train=null must be Prompts" in refused("data.train=null")
     assert "trainer.max_steps=2.5 must be int" in refused("trainer.max_steps=2.5")
 
@@ -100,10 +102,12 @@ def test_prompt_files(refused, tmp_path):
 
 
 def test_several_processes_on_the_single_strategy(refused, monkeypatch):
-    assert "strategy=single runs one process, 4 were asked for; set trainer.devices=1" in refused("trainer.devices=4")
-    assert "6 were asked for" in refused("trainer.devices=[0,1,2]", "trainer.num_nodes=2")
+    assert "strategy=single runs one process, but 4 were requested; set trainer.devices=1" in refused(
+        "trainer.devices=4"
+    )
+    assert "6 were requested" in refused("trainer.devices=[0,1,2]", "trainer.num_nodes=2")
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert "8 were asked for" in refused()
+    assert "8 were requested" in refused()
 
 
 @pytest.mark.parametrize(("devices", "count"), [(1, 1), (3, 3), ("2", 2), ([1], 1), ("0,1", 2), ("3,", 1)])
@@ -160,18 +164,19 @@ def test_foreign_checkpoints(tmp_path):
     (tmp_path / "text.safetensors").write_text("hello")
     save_file({"weight": torch.zeros(2)}, tmp_path / "weights.safetensors")
     (tmp_path / "empty").mkdir()
-    foreign = {"foreign.pt": "no checkpoint of", "text.safetensors": "no checkpoint of"}
-    foreign |= {"weights.safetensors": "no checkpoint of", "empty": "not a finished checkpoint"}
+    foreign = {"foreign.pt": "not a cdm_lightning checkpoint", "text.safetensors": "not a cdm_lightning checkpoint"}
+    foreign |= {"weights.safetensors": "not a cdm_lightning checkpoint", "empty": "not a finished checkpoint"}
     for name, message in foreign.items():
         with pytest.raises(UserError, match=message):
             read_checkpoint(tmp_path / name)
 
 
 def test_metrics_without_their_weights(refused):
-    score = ("callbacks=clip_score", "callbacks.ema=null")  # the toy's experiment sets its decay
-    assert "Missing mandatory value: callbacks.clip_score.scorer.pretrained" in refused(*score)
-    missing = refused(*score, "callbacks.clip_score.scorer.pretrained=/no/weights.pt")
+    assert "Missing mandatory value: feature.clip.pretrained" in refused("callbacks=metrics", "metric=[clip_score]")
+    missing = refused("callbacks=metrics", "metric=[clip_score]", "feature.clip.pretrained=/no/weights.pt")
     assert "/no/weights.pt" in missing
+    other = refused("callbacks=metrics", "metric=[energy_distance]", "metric.energy_distance.feature=dots")
+    assert "metric.energy_distance needs the feature extractor feature.dots, but there is points" in other
 
 
 def test_arguments_out_of_range(refused):

@@ -1,5 +1,6 @@
 """Generation and the ladder on a mixture whose samples are known, and on a tiny Stable Diffusion 3 pipeline."""
 
+import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +16,15 @@ from cdm_lightning.backbones.toy2d import MODES, RADIUS, WIDTH, MixtureVelocity,
 from cdm_lightning.core.rng import evaluation_noise
 from cdm_lightning.core.schedules import inference_sigmas
 from cdm_lightning.errors import UserError
-from cdm_lightning.evaluation import SamplerSpec, generate
-from cdm_lightning.ladder import REAL, STEPS, LadderEvaluation, LadderResult
-from cdm_lightning.report import markdown_table, picture, save_report, table
+from cdm_lightning.evaluation.ladder import REAL, STEPS, LadderEvaluation, LadderResult
+from cdm_lightning.evaluation.pictures import picture
+from cdm_lightning.evaluation.report import markdown_table, save_report, table
+from cdm_lightning.evaluation.samplers import SamplerSpec, generate
+from cdm_lightning.metrics.adherence import Adherence
+from cdm_lightning.metrics.base import ImageBatch, Metric
+from cdm_lightning.metrics.diversity import Diversity
+from cdm_lightning.metrics.frechet import Frechet, FrechetToSampler
+from cdm_lightning.metrics.suite import MetricSuite
 
 PROMPTS = ["a large red circle", "a small blue square on the left", "a ring", "", "a green cross at the top"]
 
@@ -131,11 +138,11 @@ class ModeJudge:
         return (Points()(images) - centres).norm(dim=1) < 4 * WIDTH
 
 
-class Brightness:
-    """A scorer whose answer is known: the number of each image's prompt among the modes."""
+class ModeNumber(Metric):
+    """A metric whose answer is known: the number of each image's prompt among the modes."""
 
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return torch.tensor([float(MODES.index(prompt)) for prompt in prompts])
+    def score(self, batch: ImageBatch) -> Tensor:
+        return torch.tensor([float(MODES.index(prompt)) for prompt in batch.prompts])
 
 
 COUNT = 256
@@ -150,45 +157,48 @@ def width_after_euler(nfe: int) -> float:
 
 @pytest.fixture(scope="module")
 def result(toy: Toy2DBackbone) -> LadderResult:
+    metrics = MetricSuite(
+        {
+            "frechet_real": Frechet(ExactImages()(list(MODES) * 128, range(1024), 5).split(100), "points"),
+            "frechet_teacher": FrechetToSampler("s2", "points"),  # any sampler can be: this one is far from the data
+            "number": ModeNumber(),
+            "adherence": Adherence(ModeJudge()),
+            "diversity": Diversity("points", prompts=64, images_per_prompt=3),
+        },
+        {"points": Points()},
+    )
     evaluation = LadderEvaluation(
         prompts=list(MODES) * 40,
-        reference=ExactImages()(list(MODES) * 128, range(1024), 5).split(100),
-        extractor=Points(),
-        scorer=Brightness(),
-        judge=ModeJudge(),
         samplers=[SamplerSpec("t50", "teacher", 50), SamplerSpec("t1", "teacher", 1), SamplerSpec("s2", "student", 2)],
-        teacher_reference="s2",  # any sampler can be: this one is far from the data
         real_images=ExactImages(),
         count=COUNT,
         batch_size=100,
-        diversity_prompts=64,
-        images_per_prompt=3,
         shown=4,
     )
-    return evaluation.run(toy, {"teacher": toy.build_teacher(), "student": toy.build_network()}, silent=True)
+    return evaluation.run(metrics, toy, {"teacher": toy.build_teacher(), "student": toy.build_network()}, silent=True)
 
 
 def test_ladder_figures_are_those_of_the_mixture(result: LadderResult) -> None:
-    rows = {row.sampler: row for row in result.rows}
+    rows = {row["sampler"]: row for row in result.rows}
     assert list(rows) == [REAL, "t50", "t1", "s2"]
     # data: modes on a circle, so a mean of 0 and a trace of the covariance of r^2 + 2 w^2; one step ends at the centres
-    assert rows["t1"].frechet_real == pytest.approx(
+    assert rows["t1"]["frechet_real"] == pytest.approx(
         2 * (RADIUS / 2**0.5 - (RADIUS**2 / 2 + WIDTH**2) ** 0.5) ** 2, abs=1e-3
     )
-    assert rows["t1"].diversity == pytest.approx(0, abs=1e-4)
+    assert rows["t1"]["diversity"] == pytest.approx(0, abs=1e-4)
     # two points of a mode of width w are w pi^(1/2) apart in the mean; 50 Euler steps make it somewhat narrower
-    assert rows[REAL].diversity == pytest.approx(WIDTH * torch.pi**0.5, rel=0.1)
-    assert rows["t50"].diversity == pytest.approx(width_after_euler(50) * torch.pi**0.5, rel=0.1)
-    assert rows["t50"].frechet_real < 0.01
-    assert rows["s2"].frechet_real > 0.05  # a student that was hardly fitted
-    assert rows["s2"].frechet_teacher is None
-    assert rows[REAL].frechet_teacher == pytest.approx(rows["s2"].frechet_real, rel=0.05)
-    assert [row.adherence for row in result.rows[:3]] == pytest.approx([1, 1, 1], abs=0.01)
-    assert rows["s2"].adherence < 0.9
-    assert [row.clip_score for row in result.rows] == [3.5] * 4
-    assert [row.network_calls for row in result.rows] == [0, 50, 1, 2]
-    assert rows[REAL].seconds_per_image is None
-    assert rows["t50"].seconds_per_image > rows["t1"].seconds_per_image > 0
+    assert rows[REAL]["diversity"] == pytest.approx(WIDTH * torch.pi**0.5, rel=0.1)
+    assert rows["t50"]["diversity"] == pytest.approx(width_after_euler(50) * torch.pi**0.5, rel=0.1)
+    assert rows["t50"]["frechet_real"] < 0.01
+    assert rows["s2"]["frechet_real"] > 0.05  # a student that was hardly fitted
+    assert "frechet_teacher" not in rows["s2"]
+    assert rows[REAL]["frechet_teacher"] == pytest.approx(rows["s2"]["frechet_real"], rel=0.05)
+    assert [row["adherence"] for row in result.rows[:3]] == pytest.approx([1, 1, 1], abs=0.01)
+    assert rows["s2"]["adherence"] < 0.9
+    assert [row["number"] for row in result.rows] == [3.5] * 4
+    assert [row["network_calls"] for row in result.rows] == [0, 50, 1, 2]
+    assert "seconds_per_image" not in rows[REAL]
+    assert rows["t50"]["seconds_per_image"] > rows["t1"]["seconds_per_image"] > 0
 
 
 def test_ladder_shows_the_same_prompts_and_noise(result: LadderResult, toy: Toy2DBackbone) -> None:
@@ -201,26 +211,31 @@ def test_ladder_shows_the_same_prompts_and_noise(result: LadderResult, toy: Toy2
 
 def test_ladder_does_not_depend_on_the_batch(toy: Toy2DBackbone) -> None:
     def run(batch_size: int) -> LadderResult:
+        metrics = MetricSuite(
+            {
+                "frechet": Frechet([ExactImages()(MODES, range(8), 1)], "points"),
+                "adherence": Adherence(ModeJudge()),
+                "diversity": Diversity("points", prompts=3),
+            },
+            {"points": Points()},
+        )
         evaluation = LadderEvaluation(
             prompts=list(MODES),
-            reference=[ExactImages()(MODES, range(8), 1)],
-            extractor=Points(),
-            judge=ModeJudge(),
             samplers=[SamplerSpec("t", "teacher", 3), SamplerSpec("s", "student", 3)],
-            teacher_reference="t",
             count=7,
             batch_size=batch_size,
-            diversity_prompts=3,
             shown=5,
         )
-        return evaluation.run(toy, {"teacher": toy.build_teacher(), "student": toy.build_network()}, silent=True)
+        return evaluation.run(
+            metrics, toy, {"teacher": toy.build_teacher(), "student": toy.build_network()}, silent=True
+        )
 
     first, second = run(2), run(7)
     for row, other in zip(first.rows, second.rows, strict=True):
-        assert row.frechet_real == pytest.approx(other.frechet_real, rel=1e-3)
-        assert row.diversity == pytest.approx(other.diversity, rel=1e-3)
-        assert row.adherence == other.adherence
-        assert row.clip_score is None
+        assert row["frechet"] == pytest.approx(other["frechet"], rel=1e-3)
+        assert row["diversity"] == pytest.approx(other["diversity"], rel=1e-3)
+        assert row["adherence"] == other["adherence"]
+    assert first.scores == second.scores
     assert first.images["s"].shape == second.images["s"].shape == (5, 3, 32, 32)
 
 
@@ -228,21 +243,29 @@ def test_ladder_does_not_depend_on_the_batch(toy: Toy2DBackbone) -> None:
     ("changes", "text"),
     [
         ({"samplers": [SamplerSpec("a"), SamplerSpec("a")]}, "same name"),
-        ({"teacher_reference": "nobody"}, "none of"),
         ({"count": 9}, "9 prompts are asked for, the file has 8"),
         ({"count": 1}, "count >= 2"),
-        ({"diversity_prompts": 9}, "diversity_prompts <= count"),
-        ({"images_per_prompt": 1}, "images_per_prompt >= 2"),
     ],
 )
 def test_contradictory_settings_are_refused(changes: dict, text: str) -> None:
-    settings = {"prompts": list(MODES), "reference": [], "extractor": Points(), "count": 8, "diversity_prompts": 4}
     with pytest.raises(UserError, match=text):
-        LadderEvaluation(**(settings | changes))
+        LadderEvaluation(**({"prompts": list(MODES), "count": 8} | changes))
+
+
+@pytest.mark.parametrize(
+    ("metric", "text"),
+    [
+        (FrechetToSampler("nobody", "points"), "metric.m.sampler='nobody' is not among the samplers: teacher 50 steps"),
+        (Diversity("points", prompts=9), "metric.m asks for 9 prompts, the evaluation has count=8"),
+    ],
+)
+def test_metrics_that_do_not_fit_the_evaluation_are_refused(metric: Metric, text: str) -> None:
+    with pytest.raises(UserError, match=text):
+        LadderEvaluation(list(MODES), count=8).check(MetricSuite({"m": metric}, {"points": Points()}))
 
 
 def test_the_default_ladder_is_whole() -> None:
-    LadderEvaluation(prompts=list(MODES) * 64, reference=[], extractor=Points())
+    LadderEvaluation(prompts=list(MODES) * 64)
     assert [spec.network_calls for spec in STEPS] == [50, 100, 100, 4, 8, 8, 1, 2, 4, 8]
 
 
@@ -252,9 +275,10 @@ def test_the_default_ladder_is_whole() -> None:
 def test_tables_are_aligned_and_complete(result: LadderResult) -> None:
     lines = table(result.rows).splitlines()
     assert len({len(line) for line in lines}) == 1
-    assert lines[0].split()[:5] == ["sampler", "FD", "real", "FD", "teacher"]
+    assert lines[0].split()[:5] == ["sampler", "frechet", "real", "frechet", "teacher"]
+    assert lines[0].rstrip().endswith("network calls  seconds per image")
     assert lines[2].startswith("real images")
-    assert lines[5].split()[2] == "-"
+    assert lines[5].split().count("-") == 1  # a sampler has no distance to itself
     cells = markdown_table(result.rows).splitlines()
     assert len(cells) == 2 + 4
     assert {line.count("|") for line in cells} == {9}
@@ -266,13 +290,20 @@ def test_report_is_written_whole(result: LadderResult, tmp_path: Path) -> None:
     assert (
         {path.name for path in (tmp_path / "run").iterdir()}
         == set(paths)
-        == {"metrics.json", "table.md", "samples.png"}
+        == {"metrics.json", "table.md", "scores.csv", "samples.png"}
     )
     content = json.loads(paths["metrics.json"].read_text())
-    assert [row["sampler"] for row in content["rows"]] == [row.sampler for row in result.rows]
-    assert content["rows"][2]["frechet_real"] == result.rows[2].frechet_real
+    assert [row["sampler"] for row in content["rows"]] == [row["sampler"] for row in result.rows]
+    assert content["rows"][2]["frechet_real"] == result.rows[2]["frechet_real"]
     assert content["settings"]["count"] == COUNT
-    assert content["settings"]["reference_images"] == 1024
+    assert content["settings"]["frechet_real_reference_images"] == 1024
+    with paths["scores.csv"].open(newline="") as file:
+        scores = list(csv.DictReader(file))
+    assert len(scores) == 4 * COUNT
+    assert list(scores[0]) == ["sampler", "prompt_index", "prompt", "number", "adherence"]
+    mine = [row for row in scores if row["sampler"] == "s2"]
+    assert [int(row["prompt_index"]) for row in mine] == list(range(COUNT))
+    assert sum(float(row["adherence"]) for row in mine) / COUNT == pytest.approx(result.rows[3]["adherence"])
 
 
 def test_picture_has_each_image_in_its_place() -> None:

@@ -18,10 +18,11 @@ from cdm_lightning.core.rng import evaluation_noise
 from cdm_lightning.core.rollout import sample
 from cdm_lightning.core.schedules import inference_sigmas, uniform_sigmas
 from cdm_lightning.errors import UserError
-from cdm_lightning.evaluation import SamplerSpec, generate
-from cdm_lightning.model_card import metrics_table, recipe
-from cdm_lightning.networks import Networks
+from cdm_lightning.evaluation.samplers import SamplerSpec, generate
+from cdm_lightning.exporting.model_card import metrics_table, recipe
+from cdm_lightning.exporting.pipeline import MARKER
 from cdm_lightning.objectives.cdm import CDMObjective
+from cdm_lightning.training.networks import Networks
 
 CDM_ROLES = CDMObjective().roles
 
@@ -232,7 +233,7 @@ def test_the_running_average_is_exported_by_default(run, tmp_path):
     assert same_weights(export.export_checkpoint(folder, tmp_path / "ema"), networks.student_ema)
     checkpoint = folder / "checkpoints/iteration_0000010"
     assert same_weights(export.export_checkpoint(checkpoint, tmp_path / "s", weights="student"), networks.student)
-    marker = json.loads((tmp_path / "ema" / export.MARKER).read_text())
+    marker = json.loads((tmp_path / "ema" / MARKER).read_text())
     assert marker["weights"] == "student_ema"
     assert marker["iteration"] == 10
 
@@ -240,7 +241,7 @@ def test_the_running_average_is_exported_by_default(run, tmp_path):
 def test_without_an_average_the_student_is_exported(tmp_path, tiny_pipeline_folder):
     folder, networks = write_run(tmp_path / "run", tiny_pipeline_folder, ema_updates=0)
     assert same_weights(export.export_checkpoint(folder, tmp_path / "student"), networks.student)
-    with pytest.raises(UserError, match="no running average"):
+    with pytest.raises(UserError, match="holds no EMA of the student"):
         export.export_checkpoint(folder, tmp_path / "other", weights="student_ema")
 
 
@@ -289,12 +290,16 @@ def test_recipe_hides_folders_but_not_hub_ids_or_files():
         "data": {"path": "/home/someone/prompts.txt", "name": "owner/set", "_target_": "a.b.PromptFile"},
         "logger": {"token": "x"},
         "trainer": {"max_steps": 4, "devices": 1},
-        "callbacks": {"ema": {"decay": 0.99}, "report": {"folder": "x"}},
+        "callbacks": {"report": {"folder": "x"}},
+        "ema": {"decay": 0.99},
+        "compute": {"accumulate": 2},
+        "module": {"compute_dtype": "float32", "ema": {"decay": 0.99}, "samplers": [1]},
     }
     assert recipe(config) == {
         "data": {"class": "PromptFile", "path": "prompts.txt", "name": "owner/set"},
         "trainer": {"max_steps": 4},
-        "callbacks": {"ema": {"decay": 0.99}},
+        "ema": {"decay": 0.99},
+        "module": {"compute_dtype": "float32"},
     }
 
 
@@ -349,7 +354,7 @@ def test_a_failed_export_leaves_the_earlier_one_and_nothing_else(run, tmp_path):
 def test_sources_that_are_no_run(tmp_path, run):
     assert "does not exist" in refusal(tmp_path / "nowhere", tmp_path / "student")
     (tmp_path / "empty").mkdir()
-    assert "is no run folder" in refusal(tmp_path / "empty", tmp_path / "student")
+    assert "is not a run folder" in refusal(tmp_path / "empty", tmp_path / "student")
     (tmp_path / "empty/config.yaml").write_text("run_name: x\n")
     assert "names no backbone" in refusal(tmp_path / "empty", tmp_path / "student")
     (tmp_path / "empty/config.yaml").write_text((run[0] / "config.yaml").read_text())
@@ -379,7 +384,7 @@ def test_checkpoint_of_another_backbone(tmp_path, tiny_pipeline_folder):
 def test_command_line(run, tmp_path, capsys):
     export.main([str(run[0]), "--output", str(tmp_path / "student"), "--nfe", "2", "--dtype", "bfloat16"])
     assert capsys.readouterr().out == f"exported pipeline: {tmp_path / 'student'}\n"
-    marker = json.loads((tmp_path / "student" / export.MARKER).read_text())
+    marker = json.loads((tmp_path / "student" / MARKER).read_text())
     assert (marker["nfe"], marker["dtype"]) == (2, "bfloat16")
 
 

@@ -76,7 +76,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_status_75(started, toy_run,
     run = started(*long).wait_for_training().kill(number)
     assert run.wait() == [75], run.output
     assert f"{number.name}: saving after this iteration, then stopping" in run.output
-    assert f"saved {last(tmp_path / 'run')}; the same command goes on" in run.output
+    assert f"saved {last(tmp_path / 'run')}; run the same command again to continue" in run.output
     assert "Traceback" not in run.output
     done = iteration_of(last(tmp_path / "run"))
     assert 0 < done < 400
@@ -92,7 +92,7 @@ def test_a_second_run_in_the_same_folder_is_refused(started, toy_run, tmp_path):
     first = started("trainer.max_steps=4000", "checkpoint.every=1000").wait_for_training()
     config = (tmp_path / "run/config.yaml").read_bytes()
     with pytest.raises(
-        UserError, match=rf"another run is at work in this folder \(process {first.processes[0].pid} on"
+        UserError, match=rf"another training process uses this folder \(process {first.processes[0].pid} on"
     ):
         toy_run("seed=1")
     assert (tmp_path / "run/config.yaml").read_bytes() == config
@@ -147,14 +147,14 @@ def test_too_many_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(toy_ru
         toy_run("checkpoint.every=2", "checkpoint.keep=5", "checkpoint.max_skipped=4")
     assert str(stopped.value) == (
         "the gradient of fake_score was not finite 4 times in a row (checkpoint.max_skipped), up to iteration 9: "
-        f"go on from {tmp_path}/run/checkpoints/iteration_0000004 with other settings"
+        f"resume from {tmp_path}/run/checkpoints/iteration_0000004 with other settings"
     )
 
 
 def test_an_interrupted_row_goes_on_counting(toy_run, monkeypatch):
     poisoned(monkeypatch, range(5, 100), float("inf"))
     toy_run("trainer.max_steps=7", "checkpoint.max_skipped=4")
-    with pytest.raises(UserError, match=r"4 times in a row .* up to iteration 9: no checkpoint is older"):
+    with pytest.raises(UserError, match=r"4 times in a row .* up to iteration 9: there is no checkpoint from before"):
         toy_run("checkpoint.max_skipped=4", "checkpoint.keep=1")
 
 
@@ -172,7 +172,8 @@ def test_a_worker_that_dies_ends_the_run_with_a_clear_line(toy_run, monkeypatch)
 
     monkeypatch.setattr(CDMModule, "training_step", murderous)
     with pytest.raises(
-        UserError, match=r"DataLoader worker .*(killed by signal|exited unexpectedly).*the same command goes on"
+        UserError,
+        match=r"DataLoader worker .*(killed by signal|exited unexpectedly).*run the same command again to continue",
     ):
         toy_run("trainer.max_steps=200", "data.num_workers=1", "checkpoint.every=2")
     monkeypatch.setattr(CDMModule, "training_step", original)
@@ -185,7 +186,9 @@ def test_a_worker_that_dies_while_it_hands_over_a_batch(toy_run, monkeypatch, er
         raise error
 
     monkeypatch.setattr(CDMModule, "training_step", broken)
-    with pytest.raises(UserError, match=r"DataLoader worker exited unexpectedly \((reset by peer|EOFError); .*goes on"):
+    with pytest.raises(
+        UserError, match=r"DataLoader worker exited unexpectedly \((reset by peer|EOFError); .*to continue"
+    ):
         toy_run("data.num_workers=1")
     with pytest.raises(type(error)):  # without workers it is no fault of theirs
         toy_run("data.num_workers=0", folder="other")

@@ -82,7 +82,7 @@ def test_what_is_no_image_is_refused_in_one_line(folder, num_workers):
     assert path
     assert begin[:-1] == f"{folder}/"
     assert end == (
-        ": cannot be read as an image (cannot identify image file); replace it or take its line out of metadata.jsonl"
+        ": cannot be read as an image (cannot identify image file); replace it or remove its line from metadata.jsonl"
     )
 
 
@@ -119,7 +119,7 @@ def test_drawings_are_a_function_of_seed_and_number():
 def test_texts_that_cannot_be_drawn_are_refused(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("an elephant in the rain\n", encoding="utf-8")
-    with pytest.raises(UserError, match="the shapes set can draw its own captions only"):
+    with pytest.raises(UserError, match="the shapes set can draw only its own captions"):
         DrawnCaptions(file).image(0)
 
 
@@ -154,7 +154,7 @@ def test_a_mixture_of_sets_of_images_has_images(folder):
 def test_a_mixture_that_lacks_images_or_one_size_of_them_is_refused(folder):
     drawn, alone = DrawnCaptions(asset_path("prompts/shapes_heldout.txt")), PromptList(["a"])
     mixed = MixedPrompts({"drawn": drawn, "alone": alone})
-    with pytest.raises(UserError, match="learns from real images, and alone are prompts alone"):
+    with pytest.raises(UserError, match="learns from real images, but alone are prompts without images"):
         PromptDataModule(mixed, drawn, batch_size=1, images=True)
     mixed = MixedPrompts({"drawn": drawn, "mine": CaptionedFolder(folder, [8, 16])})
     with pytest.raises(UserError, match="images of drawn have 32 x 32 pixels, those of mine 8 x 16"):
@@ -163,7 +163,7 @@ def test_a_mixture_that_lacks_images_or_one_size_of_them_is_refused(folder):
 
 def test_prompts_alone_are_refused_where_images_are_needed():
     prompts = PromptList(["a", "b"])
-    with pytest.raises(UserError, match="the objective learns from real images, and these are prompts alone"):
+    with pytest.raises(UserError, match="the objective learns from real images, but these are prompts without images"):
         PromptDataModule(prompts, prompts, batch_size=1, images=True)
     with pytest.raises(UserError, match="PromptList holds prompts without images"):
         prompts.image(0)

@@ -15,10 +15,13 @@ from processes import command, environment
 
 from cdm_lightning import config as configuration
 from cdm_lightning.checkpoint.stored import newest_checkpoint
+from cdm_lightning.distributed.launch import forwarded_signals, is_launched, run_processes
 from cdm_lightning.errors import UserError
-from cdm_lightning.launch import forwarded_signals, is_launched, run_processes
 
-SIGN_ON = "import os, pathlib, signal, sys, time; from cdm_lightning.launch import sign_on; folder = pathlib.Path(sys.argv[1]);"
+SIGN_ON = (
+    "import os, pathlib, signal, sys, time; from cdm_lightning.distributed.launch import sign_on; "
+    "folder = pathlib.Path(sys.argv[1]);"
+)
 WAITING = f"{SIGN_ON} signal.signal(signal.SIGTERM, lambda *_: os._exit(75)); sign_on(folder); time.sleep(60)"
 
 

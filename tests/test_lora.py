@@ -18,14 +18,15 @@ from cdm_lightning.core.rng import StepRandom
 from cdm_lightning.core.schedules import RandomSchedule
 from cdm_lightning.data.batches import PromptBatch
 from cdm_lightning.errors import UserError
-from cdm_lightning.evaluation import device_of
+from cdm_lightning.evaluation.samplers import device_of
+from cdm_lightning.lora.fuse import fuse
 from cdm_lightning.lora.plan import Adapter, LoRAPlan
 from cdm_lightning.lora.weights import AdapterWeights
 from cdm_lightning.module import CDMModule
-from cdm_lightning.networks import Networks
 from cdm_lightning.objectives.cdm import CDMObjective
-from cdm_lightning.optim import LearningRate, OptimizerRecipe
-from cdm_lightning.recomputation import Recomputation
+from cdm_lightning.training.gradient_checkpointing import Recomputation
+from cdm_lightning.training.networks import Networks
+from cdm_lightning.training.optim import LearningRate, OptimizerRecipe
 
 CDM_ROLES = CDMObjective().roles
 
@@ -237,7 +238,11 @@ def separate(backbone) -> dict[str, dict[str, Tensor]]:
     networks = built(backbone)
     apart = {role: LowRankNetwork(backbone.build_network(), getattr(networks, role).weights) for role in ROLES[:2]}
     parts = SimpleNamespace(
-        **apart, student_ema=apart["student"], teacher=backbone.build_teacher(), trained=apart, built_roles=()
+        **apart,
+        average={"student_ema": apart["student"]},
+        teacher=backbone.build_teacher(),
+        trained=apart,
+        built_roles=(),
     )
     for loss in losses(make_module(backbone, parts), [0, 1, 2, 3]):
         loss.backward()
@@ -282,7 +287,7 @@ def test_mixed_modes_learn_as_separate_networks(backbone, separate, plan):
     whole = built(backbone)
     for role in ("student", "fake_score"):  # the one that is tuned as a whole starts from the same function
         if plan.of(role) is None:
-            state = getattr(whole, role).weights.fuse_into(backbone.build_network()).state_dict()
+            state = fuse(getattr(whole, role).weights, backbone.build_network()).state_dict()
             getattr(networks, role).load_state_dict(state)
         else:
             getattr(networks, role).load_state_dict(getattr(whole, role).state_dict())
@@ -316,7 +321,7 @@ def test_a_batch_is_the_mean_of_its_halves(backbone):
 @pytest.mark.parametrize("adapter", KINDS, ids=lambda adapter: adapter.tag)
 def test_a_fused_network_computes_what_the_view_computes(backbone, adapter):
     networks = built(backbone, LoRAPlan(student=adapter, fake_score=None))
-    fused = networks.student.weights.fuse_into(backbone.build_network())
+    fused = fuse(networks.student.weights, backbone.build_network())
     assert fused.state_dict().keys() == backbone.build_network().state_dict().keys()
     assert not hasattr(fused, "peft_config")
     torch.testing.assert_close(velocity(backbone, fused), velocity(backbone, networks.student), rtol=0, atol=1e-5)

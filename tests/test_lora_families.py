@@ -11,12 +11,12 @@ from cdm_lightning import export
 from cdm_lightning.backbones.base import BoundField
 from cdm_lightning.backbones.packing import pack
 from cdm_lightning.core.rng import evaluation_noise
-from cdm_lightning.evaluation import SamplerSpec, generate
+from cdm_lightning.evaluation.samplers import SamplerSpec, generate
 from cdm_lightning.lora.plan import Adapter, LoRAPlan
-from cdm_lightning.networks import Networks
 from cdm_lightning.objectives.cdm import CDMObjective
-from cdm_lightning.recomputation import Recomputation
 from cdm_lightning.sample import sample_images
+from cdm_lightning.training.gradient_checkpointing import Recomputation
+from cdm_lightning.training.networks import Networks
 
 CDM_ROLES = CDMObjective().roles
 

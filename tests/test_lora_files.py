@@ -15,8 +15,8 @@ from cdm_lightning.backbones.sd3 import SD3Backbone
 from cdm_lightning.errors import UserError
 from cdm_lightning.lora.extract import truncated_factors
 from cdm_lightning.lora.plan import Adapter, LoRAPlan
-from cdm_lightning.networks import Networks
 from cdm_lightning.objectives.cdm import CDMObjective
+from cdm_lightning.training.networks import Networks
 
 CDM_ROLES = CDMObjective().roles
 

@@ -20,12 +20,13 @@ from cdm_lightning.checkpoint.stored import read_checkpoint
 from cdm_lightning.config import compose
 from cdm_lightning.core.rng import evaluation_noise
 from cdm_lightning.errors import UserError
-from cdm_lightning.evaluation import SamplerSpec, generate
+from cdm_lightning.evaluation.samplers import SamplerSpec, generate
+from cdm_lightning.exporting.pipeline import MARKER
 from cdm_lightning.lora.plan import Adapter, LoRAPlan
-from cdm_lightning.networks import Networks
 from cdm_lightning.objectives.cdm import CDMObjective
+from cdm_lightning.run.student import open_student
 from cdm_lightning.train import TrainResult, train
-from cdm_lightning.trained import open_student
+from cdm_lightning.training.networks import Networks
 
 CDM_ROLES = CDMObjective().roles
 
@@ -34,11 +35,11 @@ KINDS = [Adapter(rank=3, alpha=6), Adapter(rank=2, alpha=1, use_rslora=True), Ad
 TOKENS = 16  # of T5: most of the time of a tiny network goes into 256
 SMALL = (
     "experiment=tiny_sd3_cdm",
-    "callbacks=ema",
+    "callbacks=none",
     "trainer.limit_val_batches=0",
     "trainer.max_steps=4",
     "objective.student_every=2",
-    "module.gradient_checkpointing=true",
+    "compute.gradient_checkpointing=true",
     "data.batch_size=2",
     "schedule.length.high=3",
     "optim.student.learning_rate.peak=0.05",  # so that pictures change
@@ -143,8 +144,8 @@ def test_an_exported_run_gives_the_samplers_images_fused_and_as_a_lora(run, tiny
         sample.sample_images(str(run.folder), PROMPTS, lora=str(tmp_path / "lora"))
 
     files = {path.name for path in (tmp_path / "lora").iterdir()}
-    assert files == {WEIGHTS, "scheduler", "call.json", "README.md", export.MARKER}
-    assert json.loads((tmp_path / "lora" / export.MARKER).read_text())["form"] == "lora"
+    assert files == {WEIGHTS, "scheduler", "call.json", "README.md", MARKER}
+    assert json.loads((tmp_path / "lora" / MARKER).read_text())["form"] == "lora"
     card = (tmp_path / "lora" / "README.md").read_text(encoding="utf-8")
     assert "rank: 4" in card
     assert str(tmp_path) not in card
@@ -232,7 +233,7 @@ def test_the_recipe_of_24_gb_runs_on_a_tiny_folder(tiny_pipeline_folder, prompt_
     paths = [f"backbone.pretrained={tiny_pipeline_folder}", f"data.train.path={prompt_file}", f"output_dir={tmp_path}"]
     sizes = ["backbone.max_sequence_length=8", "schedule.length.high=2", "trainer.max_steps=2", "data.num_workers=0"]
     result = train(
-        compose(["experiment=sd3_cdm_lora", *paths, f"data.val.path={prompt_file}", *sizes, "callbacks=ema"])
+        compose(["experiment=sd3_cdm_lora", *paths, f"data.val.path={prompt_file}", *sizes, "callbacks=none"])
     )
     tensors = read_checkpoint(result.checkpoint).tensors("networks.")
     assert all(".lora_" in name and value.dtype == torch.float32 for name, value in tensors.items())

@@ -17,10 +17,11 @@ from torchvision.transforms.functional import to_pil_image
 
 from cdm_lightning.data.shapes import draw_scenes, parse_caption, render
 from cdm_lightning.errors import UserError
-from cdm_lightning.metrics.clip_score import CLIPScorer
+from cdm_lightning.metrics.base import ImageBatch, extract
+from cdm_lightning.metrics.clip_score import CLIPScore
 from cdm_lightning.metrics.diversity import pairwise_diversity
 from cdm_lightning.metrics.extractors import InceptionFeatures, OpenClipFeatures
-from cdm_lightning.metrics.frechet import FeatureStatistics, FrechetDistance, extract
+from cdm_lightning.metrics.frechet import FeatureStatistics, frechet_distance
 from cdm_lightning.metrics.open_clip_model import OpenClipModel
 from cdm_lightning.metrics.references import ImageFolder, ShapesRenderings, render_prompts
 
@@ -45,9 +46,9 @@ def uniform(seed: int, *shape: int) -> Tensor:
 
 
 def distance(reference: Tensor, features: Tensor) -> float:
-    metric = FrechetDistance(FeatureStatistics.of_features([reference]))
-    metric.update(features)
-    return metric.compute()
+    found = frechet_distance(FeatureStatistics.of_features([reference]), features)
+    assert found is not None
+    return found
 
 
 # ---- Fréchet distance
@@ -81,26 +82,22 @@ def test_frechet_distance_equals_that_of_torchmetrics_on_images() -> None:
     theirs = FrechetInceptionDistance(feature=Channels(), normalize=True)
     theirs.update(real, real=True)
     theirs.update(fake, real=False)
-    ours = FrechetDistance(FeatureStatistics.of_images(Channels(), real.split(6)))
-    ours.update(extract(Channels(), fake))
-    assert ours.compute() == pytest.approx(float(theirs.compute()), rel=1e-5)
+    ours = frechet_distance(FeatureStatistics.of_images(Channels(), real.split(6)), extract(Channels(), fake))
+    assert ours == pytest.approx(float(theirs.compute()), rel=1e-5)
 
 
 def test_frechet_distance_knows_no_order_and_no_batches() -> None:
     generator = torch.Generator().manual_seed(4)
     real, fake = torch.randn(70, 5, generator=generator), 1 + torch.randn(60, 5, generator=generator)
-    metric = FrechetDistance(FeatureStatistics.of_features(real.flip(0).split(13)))
-    for batch in fake[torch.randperm(60, generator=generator)].split(7):
-        metric.update(batch)
-    assert metric.compute() == pytest.approx(distance(real, fake), rel=1e-9)
+    reference = FeatureStatistics.of_features(real.flip(0).split(13))
+    assert frechet_distance(reference, fake[torch.randperm(60, generator=generator)]) == pytest.approx(
+        distance(real, fake), rel=1e-9
+    )
     assert distance(real, real) == pytest.approx(0, abs=1e-6)
 
 
 def test_frechet_distance_needs_two_samples() -> None:
-    metric = FrechetDistance(FeatureStatistics.of_features([uniform(0, 5, 2)]))
-    assert math.isnan(metric.compute())
-    metric.update(uniform(1, 1, 2))
-    assert math.isnan(metric.compute())
+    assert frechet_distance(FeatureStatistics.of_features([uniform(0, 5, 2)]), uniform(1, 1, 2)) is None
     with pytest.raises(ValueError, match="at least 2 samples"):
         FeatureStatistics.of_features([uniform(0, 1, 2)])
 
@@ -134,10 +131,11 @@ def test_clip_score_is_open_clip_by_hand(clip_folder: Path) -> None:
     with torch.no_grad():
         seen = model.encode_image(torch.stack([preprocess(to_pil_image(image)) for image in images]), normalize=True)
         read = model.encode_text(open_clip.get_tokenizer(name)(PROMPTS), normalize=True)
-    scores = CLIPScorer(name).score(images, PROMPTS)
+    clip = {"clip": OpenClipFeatures(name)}
+    scores = CLIPScore().score(ImageBatch(images, PROMPTS, range(3), clip))
     torch.testing.assert_close(scores, 100 * (seen * read).sum(1), rtol=1e-4, atol=1e-4)
     assert len(set(scores.tolist())) == 3
-    shuffled = CLIPScorer(name).score(images, PROMPTS[::-1])
+    shuffled = CLIPScore().score(ImageBatch(images, PROMPTS[::-1], range(3), clip))
     assert scores[0] != shuffled[0]
 
 
@@ -203,12 +201,12 @@ def test_missing_weights_are_one_line(clip_folder: Path, tmp_path: Path) -> None
     config["model_cfg"]["embed_dim"] = 48
     (other / "open_clip_config.json").write_text(json.dumps(config))
     (tmp_path / "cut.safetensors").write_bytes(b"cut off")
-    assert_one_line(lambda: CLIPScorer(f"local-dir:{tmp_path}/nowhere"), "is no open_clip folder")
-    assert_one_line(lambda: CLIPScorer(f"local-dir:{without}"), "holds no CLIP weights")
-    assert_one_line(lambda: CLIPScorer(f"local-dir:{other}"), "cannot load the CLIP model")
-    assert_one_line(lambda: CLIPScorer("ViT-B-32"), "has no weights")
-    assert_one_line(lambda: CLIPScorer("ViT-B-32", str(tmp_path / "absent.pt")), "absent.pt are missing")
-    assert_one_line(lambda: CLIPScorer("ViT-B-32", str(tmp_path / "cut.safetensors")), "cannot load the CLIP model")
+    assert_one_line(lambda: OpenClipModel(f"local-dir:{tmp_path}/nowhere"), "is no open_clip folder")
+    assert_one_line(lambda: OpenClipModel(f"local-dir:{without}"), "holds no CLIP weights")
+    assert_one_line(lambda: OpenClipModel(f"local-dir:{other}"), "cannot load the CLIP model")
+    assert_one_line(lambda: OpenClipModel("ViT-B-32"), "has no weights")
+    assert_one_line(lambda: OpenClipModel("ViT-B-32", str(tmp_path / "absent.pt")), "absent.pt are missing")
+    assert_one_line(lambda: OpenClipModel("ViT-B-32", str(tmp_path / "cut.safetensors")), "cannot load the CLIP model")
     assert_one_line(lambda: OpenClipFeatures("ViT-Z-99", "openai"), "knows no model 'ViT-Z-99'")
     assert_one_line(lambda: InceptionFeatures(tmp_path / "inception.pth"), "Inception weights .* are missing")
 

@@ -13,7 +13,6 @@ from core.samples import summed
 from torch import Tensor, nn
 
 from cdm_lightning.backbones.toy2d import Toy2DBackbone
-from cdm_lightning.callbacks.ema import StudentEMA
 from cdm_lightning.core.ema import lerp_parameters_
 from cdm_lightning.core.lengths import UniformLength
 from cdm_lightning.core.rollout import walk
@@ -22,12 +21,14 @@ from cdm_lightning.data.batches import EndlessBatches, PromptBatch
 from cdm_lightning.data.datamodule import PromptDataModule
 from cdm_lightning.data.prompts import PromptList
 from cdm_lightning.errors import UserError
-from cdm_lightning.evaluation import SamplerSpec
+from cdm_lightning.evaluation.samplers import SamplerSpec
 from cdm_lightning.lora.plan import Adapter, LoRAPlan
 from cdm_lightning.module import CDMModule
 from cdm_lightning.objectives.base import Objective, Role, RolledOutSample, TermLosses, Update
 from cdm_lightning.objectives.cdm import CDMObjective
-from cdm_lightning.optim import LearningRate, OptimizerRecipe
+from cdm_lightning.training.compute import Compute
+from cdm_lightning.training.ema import EMA
+from cdm_lightning.training.optim import LearningRate, OptimizerRecipe
 from cdm_lightning.training.rollouts import RolloutGroups, with_point
 
 PROMPTS = PromptList(["north", "south and east", "west", "anywhere"])
@@ -119,7 +120,8 @@ def test_several_fake_score_steps_share_one_rollout_with_fresh_draws():
             return super().fake_score_losses(sample)
 
     sgd = recipe(lr=1e-2, optimizer=torch.optim.SGD, max_grad_norm=math.inf)
-    settings = {"fake_score_optim": sgd, "fake_score_merge": 0.25, "student_every": 2, "gradient_checkpointing": True}
+    settings = {"fake_score_optim": sgd, "fake_score_merge": 0.25, "student_every": 2}
+    settings["compute"] = Compute(gradient_checkpointing=True)
     module = make_module(objective=Watching(), fake_score_steps=3, **settings)
     snapshots = Snapshots("fake_score", "student")
     trainer = fit(module, 2, snapshots)
@@ -153,8 +155,8 @@ def first_prompts() -> list[str]:
 
 
 def test_the_average_follows_student_steps_only():
-    module, snapshots = make_module(student_every=2), Snapshots("student", "student_ema")
-    fit(module, 4, StudentEMA(decay=0.5), snapshots)
+    module, snapshots = make_module(student_every=2, ema=EMA(decay=0.5)), Snapshots("student", "student_ema")
+    fit(module, 4, snapshots)
     student, average = snapshots.weights["student"], snapshots.weights["student_ema"]
     assert snapshots.changes("student_ema") == [False, True, False, True]
     assert module.ema_updates == 2
@@ -185,7 +187,7 @@ def test_a_merge_of_weight_0_is_off(monkeypatch):
 def test_the_teacher_is_no_part_of_the_state_and_does_not_change():
     backbone = Toy2DBackbone(hidden=16, depth=1, fit_steps=20)
     backbone.build_teacher = backbone.build_network  # one with parameters, as pretrained networks have
-    module = make_module(backbone=backbone)
+    module = make_module(backbone=backbone, ema=EMA())
     fit(module, 4)
     assert torch.equal(flat(module.networks.teacher), flat(backbone.build_network()))
     assert {key.split(".")[1] for key in module.state_dict()} == {"student", "fake_score", "student_ema"}
@@ -291,18 +293,15 @@ def test_lightnings_own_precision_is_refused():
         fit(make_module(), 1, precision="bf16-true")
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"compute_dtype": "float16"},
-        {"gradient_checkpointing": 2},
-        {"accumulate": 0},
-        {"rollouts_together": 0},
-    ],
-)
-def test_arguments_out_of_range_are_refused(arguments):
-    with pytest.raises(UserError, match=next(iter(arguments))):
-        make_module(**arguments)
+def test_an_unknown_compute_dtype_is_refused():
+    with pytest.raises(UserError, match="compute_dtype"):
+        make_module(compute_dtype="float16")
+
+
+@pytest.mark.parametrize("options", [{"gradient_checkpointing": 2}, {"accumulate": 0}, {"rollouts_together": 0}])
+def test_options_of_compute_out_of_range_are_refused(options):
+    with pytest.raises(UserError, match=next(iter(options))):
+        Compute(**options)
 
 
 # ---- rollouts
@@ -319,7 +318,8 @@ def test_rollouts_between_two_student_steps_walk_together(accumulate):
     """The same weights, in fewer calls of more samples."""
 
     def trained(together: int) -> tuple[Tensor, list[int]]:
-        settings = {"student_every": 3, "accumulate": accumulate, "rollouts_together": together}
+        compute = Compute(accumulate=accumulate, rollouts_together=together)
+        settings = {"student_every": 3, "compute": compute}
         module, rows = make_module(schedule=RandomSchedule(UniformLength(3, 6)), **settings), []
         velocity = module.backbone.velocity
 
@@ -344,7 +344,7 @@ def test_rollouts_between_two_student_steps_walk_together(accumulate):
 
 
 def test_which_rollouts_walk_together():
-    groups = [make_module(student_every=5, rollouts_together=2).groups.of(n) for n in range(10)]
+    groups = [make_module(student_every=5, compute=Compute(rollouts_together=2)).groups.of(n) for n in range(10)]
     pairs = [range(0, 2), range(2, 4), range(4, 5), range(5, 7), range(7, 9), range(9, 10)]
     assert groups == [pairs[n] for n in (0, 0, 1, 1, 2, 3, 3, 4, 4, 5)]
     assert make_module(student_every=2).groups.of(3) == range(2, 4)
@@ -400,9 +400,9 @@ class Outputs(L.Callback):
 
 def test_validation_generates_for_each_sampler_with_the_average():
     samplers = [SamplerSpec("a", nfe=2), SamplerSpec("b", network="teacher", nfe=3)]
-    module, kept = make_module(samplers=samplers), Outputs()
+    module, kept = make_module(samplers=samplers, ema=EMA()), Outputs()
     rhythm = {"val_check_interval": 2, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
-    fit(module, 2, StudentEMA(), kept, limit_val_batches=1.0, **rhythm)
+    fit(module, 2, kept, limit_val_batches=1.0, **rhythm)
     assert [output["indices"].tolist() for output in kept.outputs] == [[0, 1], [2, 3]]
     assert kept.outputs[1]["prompts"] == ["west", "anywhere"]
     shapes = {name: tuple(images.shape) for name, images in kept.outputs[0]["images"].items()}
@@ -614,7 +614,7 @@ def test_a_student_that_moves_while_its_rollouts_wait_is_an_error():
         ValueError, match=r"Hasty updates the student in iteration 0, but its student_period .* iteration 1"
     ):
         fit(make_module(objective=Hasty()), 2)
-    fit(make_module(objective=Hasty(), rollouts_together=1), 2)  # nothing waits
+    fit(make_module(objective=Hasty(), compute=Compute(rollouts_together=1)), 2)  # nothing waits
 
 
 class Twice(Alone):

@@ -27,11 +27,11 @@ from cdm_lightning.core.rng import StepRandom
 from cdm_lightning.core.rollout import TrajectoryPoint
 from cdm_lightning.errors import UserError
 from cdm_lightning.module import CDMModule
-from cdm_lightning.networks import Networks
 from cdm_lightning.objectives.base import RolledOutSample, VelocityFields
 from cdm_lightning.plan import plan
-from cdm_lightning.quiet import quiet_libraries
+from cdm_lightning.terminal.quiet import quiet_libraries
 from cdm_lightning.train import TrainResult, train
+from cdm_lightning.training.networks import Networks
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs/new-objective.md"
@@ -42,10 +42,10 @@ TRAINED = {
     "level_aware": ("student", "fake_score"),
 }
 EVERY_RUN = (
-    "callbacks=ema",
+    "callbacks=none",
     "trainer.limit_val_batches=0",
     "trainer.log_every_n_steps=1",
-    "module.gradient_checkpointing=true",
+    "compute.gradient_checkpointing=true",
 )
 FAMILIES = {
     "toy2d": ("backbone=toy2d", "backbone.hidden=16", "backbone.depth=1", "backbone.fit_steps=20"),

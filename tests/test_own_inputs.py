@@ -10,8 +10,8 @@ from cdm_lightning.backbones.toy2d import Toy2DBackbone
 from cdm_lightning.core.ema import lerp_parameters_
 from cdm_lightning.core.flow import FunctionField
 from cdm_lightning.lora.plan import Adapter, LoRAPlan
-from cdm_lightning.networks import Networks
 from cdm_lightning.objectives.base import Role
+from cdm_lightning.training.networks import Networks
 
 B = 4
 

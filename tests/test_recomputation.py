@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from cdm_lightning.backbones.sd3 import SD3Backbone
 from cdm_lightning.config import asset_path
 from cdm_lightning.planning.live import LiveBytes, storages
-from cdm_lightning.recomputation import Recomputation
+from cdm_lightning.training.gradient_checkpointing import Recomputation
 
 BATCH = 48
 

@@ -13,10 +13,10 @@ from cdm_lightning.config import compose
 from cdm_lightning.core.rng import StepRandom
 from cdm_lightning.errors import UserError
 from cdm_lightning.export import export_checkpoint
-from cdm_lightning.quiet import quiet_libraries
-from cdm_lightning.resolution import Buckets
 from cdm_lightning.sample import sample_images
+from cdm_lightning.terminal.quiet import quiet_libraries
 from cdm_lightning.train import TrainResult, train
+from cdm_lightning.training.resolution import Buckets
 
 WIDE, TALL = (32, 64), (64, 32)  # pixels
 PROMPTS = [f"a {size} {colour} ring" for size in ("small", "large") for colour in ("red", "green", "blue", "white")]
@@ -49,7 +49,7 @@ def family_run(tiny_folder, tmp_path, prompts):
             "trainer.max_steps=4",
             "trainer.limit_val_batches=0",
             "trainer.log_every_n_steps=1",
-            "callbacks=ema",
+            "callbacks=none",
             "logger=none",
             "checkpoint.every=2",
             "data.batch_size=4",
@@ -149,7 +149,7 @@ def test_what_are_no_buckets_is_one_line(sizes, weights, message):
         ("z_image", "resolution.sizes=[[8192,32]]", "resolution.sizes, 8192 x 32: height=8192 does not fit .* up to "),
         ("sana", "resolution.sizes=[[48,32]]", "resolution.sizes, 48 x 32: height=48 does not fit .* multiple of 32"),
         ("longcat", "backbone.width=31", "width=31 does not fit .* multiple of"),
-        ("sd3", "+module.samplers.0.height=31", "sampler 'student_4': height=31 does not fit"),
+        ("sd3", "+validation.samplers.0.height=31", "sampler 'student_4': height=31 does not fit"),
     ],
 )
 def test_sizes_that_a_family_cannot_make_are_refused_before_anything_is_loaded(

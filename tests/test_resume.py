@@ -16,10 +16,10 @@ from cdm_lightning.train import TrainResult, train
 
 SD3_SMALL = (  # the pipeline's own path, as small as it goes
     "experiment=tiny_sd3_cdm",
-    "callbacks=ema",
+    "callbacks=none",
     "trainer.limit_val_batches=0",
     "objective.student_every=2",
-    "module.gradient_checkpointing=true",
+    "compute.gradient_checkpointing=true",
     "data.batch_size=2",
     "schedule.length.high=3",
     "backbone.max_sequence_length=16",
@@ -172,8 +172,8 @@ def test_another_configuration_is_refused_but_a_longer_run_is_not(toy_run):
     toy_run("trainer.max_steps=2")
     with pytest.raises(UserError, match=r"\(it differs in objective.student_every\)"):
         toy_run("objective.student_every=3")
-    with pytest.raises(UserError, match=r"callbacks.ema.decay"):
-        toy_run("callbacks.ema.decay=0.5")
+    with pytest.raises(UserError, match=r"ema.decay"):
+        toy_run("ema.decay=0.5")
     with pytest.raises(UserError, match=r"data.batch_size"):
         toy_run("data.batch_size=2")
     assert toy_run("trainer.max_steps=4", "data.num_workers=1", "trainer.log_every_n_steps=2").iteration == 4
@@ -187,13 +187,27 @@ def test_a_run_from_before_an_option_goes_on_while_the_option_is_off(toy_run):
     assert len(older) < len(lines)
     saved.write_text("".join(older))
     assert toy_run("trainer.max_steps=2").iteration == 2
-    assert toy_run("trainer.max_steps=3", "module.rollouts_together=1").iteration == 3
+    assert toy_run("trainer.max_steps=3", "compute.rollouts_together=1").iteration == 3
 
 
 def as_written_before(saved: Path, **of_module: object) -> None:
-    """Rewrite a run's configuration as versions before 2026-11-27 wrote it, when the turns were the module's options."""
+    """Rewrite a run's configuration as versions before 2026-11-27 wrote it.
+
+    The turns, compute and the samplers were the module's options then, and the EMA was a callback.
+    """
     config = yaml.safe_load(saved.read_text())
     module, objective = config["module"], config["objective"]
+    for name in ("metric", "feature"):
+        del config[name]
+    config["callbacks"] = {
+        "ema": {"_target_": "cdm_lightning.callbacks.ema.StudentEMA", "decay": config["ema"]["decay"]}
+    }
+    module |= {"samplers": config.pop("validation")["samplers"], **config.pop("compute")}
+    module["_target_"] = "cdm_lightning.module.CDMModule"
+    del config["ema"], module["ema"], module["compute"]
+    for recipe in module["optim"].values():
+        recipe["_target_"] = "cdm_lightning.optim.OptimizerRecipe"
+    config["resolution"]["_target_"] = "cdm_lightning.resolution.OwnSize"
     module |= {name: objective.pop(name) for name in ("student_every", "fake_score_steps", "fake_score_merge")}
     objective["_target_"] = "cdm_lightning.core.objective.CDMObjective"
     optim = module.pop("optim")
@@ -209,7 +223,49 @@ def test_a_run_of_the_version_before_goes_on_although_options_have_moved(toy_run
         toy_run("trainer.max_steps=4", "objective.student_every=3")
     with pytest.raises(UserError, match=r"\(it differs in .*optim.student.learning_rate.peak\)"):
         toy_run("trainer.max_steps=4", "optim.student.learning_rate.peak=1.0")
+    with pytest.raises(UserError, match=r"\(it differs in ema.decay\)"):
+        toy_run("trainer.max_steps=4", "ema.decay=0.5")
     assert_equal_states(toy_run("trainer.max_steps=4").checkpoint, undisturbed.checkpoint)
+
+
+def test_an_ema_may_not_come_or_go_in_a_run_but_a_run_begins_with_the_checkpoint_of_one_without(toy_run):
+    without = toy_run("ema=none", "trainer.max_steps=2", folder="without")
+    assert not [name for name in read_checkpoint(without.checkpoint).tensors() if "student_ema" in name]
+    with pytest.raises(UserError, match=r"\(it differs in ema.decay\)"):
+        toy_run("trainer.max_steps=4", folder="without")
+    begun = toy_run(f"resume={without.checkpoint}", "trainer.max_steps=3", "ema=default", folder="begun")
+    stored = read_checkpoint(begun.checkpoint)
+    for name, value in stored.network_weights("student").items():
+        assert torch.equal(stored.network_weights("student_ema")[name], value)
+
+
+def test_a_run_without_ema_of_the_version_before_goes_on(toy_run):
+    """It saved an average that never moved."""
+    before = toy_run("trainer.max_steps=2", "ema.decay=0.0", folder="before")
+    saved = before.folder / "config.yaml"
+    as_written_before(saved)
+    config = yaml.safe_load(saved.read_text())
+    del config["callbacks"]["ema"]
+    saved.write_text(yaml.safe_dump(config))
+    assert toy_run("trainer.max_steps=3", "ema=none", folder="before").iteration == 3
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("ema.decay", 0.5), ("objective.student_every", 3), ("optim.student.max_grad_norm", 7.0)],
+)
+def test_an_option_that_an_older_run_lacks_is_compared_with_its_constructors_default(toy_run, option, value):
+    saved = toy_run("trainer.max_steps=1").folder / "config.yaml"
+    config = yaml.safe_load(saved.read_text())
+    *path, name = option.split(".")
+    for root in (config, config["module"]):
+        node = root
+        for step in path:
+            node = node[step]
+        node.pop(name)
+    saved.write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match=rf"it differs in {option}"):
+        toy_run("trainer.max_steps=2", f"{option}={value}")
 
 
 @pytest.mark.parametrize("option", [{"spread_anchors": True}, {"student_every": 5}])

@@ -28,7 +28,7 @@ LAYOUTS = {  # number of processes and overrides; the batch of all together is t
 }
 SD3 = (
     "experiment=tiny_sd3_cdm",
-    "callbacks=ema",
+    "callbacks=none",
     "trainer.accelerator=cpu",
     "trainer.limit_val_batches=0",
     "objective.student_every=2",
@@ -72,8 +72,15 @@ def layouts(toy_overrides, tmp_path) -> Callable[..., Path]:
     return run
 
 
-@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("roles", ROLES)
+@pytest.mark.parametrize(
+    ("roles", "layout"),
+    [
+        ("full", "fsdp2"),
+        ("lora", "ddp"),
+        pytest.param("full", "ddp", marks=pytest.mark.slow),
+        pytest.param("lora", "fsdp2", marks=pytest.mark.slow),
+    ],
+)
 def test_five_and_five_equal_ten_with_the_sd3_classes_and_a_text_cache(
     layouts, tiny_pipeline_folder, prompt_file, tmp_path, layout, roles
 ):

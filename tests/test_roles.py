@@ -13,13 +13,15 @@ from cdm_lightning.core.lengths import UniformLength
 from cdm_lightning.core.schedules import RandomSchedule
 from cdm_lightning.data.datamodule import PromptDataModule
 from cdm_lightning.data.prompts import PromptList
+from cdm_lightning.distributed.strategy import check_on_cpu
 from cdm_lightning.errors import UserError
 from cdm_lightning.lora.plan import Adapter, LoRAPlan
 from cdm_lightning.module import CDMModule
-from cdm_lightning.networks import Networks, whole_names
 from cdm_lightning.objectives.base import Objective, Role, RolledOutSample, TermLosses, Update
-from cdm_lightning.optim import LearningRate, OptimizerRecipe
-from cdm_lightning.parallel import check_on_cpu
+from cdm_lightning.training.ema import EMA
+from cdm_lightning.training.networks import Networks
+from cdm_lightning.training.optim import LearningRate, OptimizerRecipe
+from cdm_lightning.training.roles import whole_names
 
 PROMPTS = PromptList(["north", "south and east", "west", "anywhere"])
 
@@ -60,7 +62,7 @@ def make_module(objective: Objective, **adapters: Adapter) -> CDMModule:
     backbone = Toy2DBackbone(hidden=16, depth=1, fit_steps=20)
     optim = {"student": recipe, "head": recipe}
     schedule = RandomSchedule(UniformLength(1, 4))
-    return CDMModule(backbone, objective, schedule, optim, lora=LoRAPlan(**adapters))
+    return CDMModule(backbone, objective, schedule, optim, lora=LoRAPlan(**adapters), ema=EMA())
 
 
 def fit(module: CDMModule, iterations: int) -> None:
@@ -141,9 +143,13 @@ def test_what_is_no_whole_network_cannot_rest_in_host_memory():
     module = make_module(Judged(), student=Adapter(**TARGETS))
     assert module.whole_names == ("teacher",)
     for name in ("student", "student_ema", "head"):
-        with pytest.raises(UserError, match=f"on_cpu: {name} is an adapter, .* or a head, .*; it may list teacher$"):
+        with pytest.raises(
+            UserError, match=f"on_cpu names {name}, which is an adapter, .* or a head .*; it may list teacher$"
+        ):
             check_on_cpu(["teacher", name], module.network_names, module.whole_names)
-    with pytest.raises(UserError, match=r"on_cpu: there is no network pupil; it may list teacher$"):
+    with pytest.raises(
+        UserError, match=r"on_cpu names pupil, which is not a network of this run; it may list teacher$"
+    ):
         check_on_cpu(["pupil"], module.network_names, module.whole_names)
 
 

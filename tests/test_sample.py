@@ -14,7 +14,9 @@ from PIL import Image
 from cdm_lightning import export, sample
 from cdm_lightning.backbones.sd3 import SD3Backbone
 from cdm_lightning.core.rng import evaluation_noise
+from cdm_lightning.distributed.devices import choose_device
 from cdm_lightning.errors import UserError
+from cdm_lightning.evaluation import pictures
 
 PROMPTS = ["a large red circle", "a small blue square above a green ring", "a ring"]
 
@@ -77,7 +79,7 @@ def test_the_command_writes_a_labelled_grid_and_says_where(exported, tmp_path, c
     images = sample.sample_images(str(exported), ["a red circle", "a green ring", "a blue star"]).images
     grid, scale = pixels(output), 7  # 24 pixels are widened to 168
     for i, image in enumerate(images):
-        left, top = sample.GAP + i * (24 * scale + sample.GAP), 2 * sample.LINE
+        left, top = pictures.GAP + i * (24 * scale + pictures.GAP), 2 * pictures.LABEL_LINE
         tile = grid[top : top + 16 * scale : scale, left : left + 24 * scale : scale]
         assert np.array_equal(tile, (image * 255).round().byte().permute(1, 2, 0).numpy())
         below = grid[top + 16 * scale :, left : left + 24 * scale]
@@ -86,10 +88,12 @@ def test_the_command_writes_a_labelled_grid_and_says_where(exported, tmp_path, c
 
 def test_grid_breaks_into_rows():
     images = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    grid = sample.draw_grid(images, ["a prompt"] * 8, "title")
+    grid = pictures.draw_grid(images, ["a prompt"] * 8, "title")
     tile = 160
-    assert grid.width == 6 * (tile + sample.GAP) + sample.GAP
-    assert grid.height == 2 * (tile + sample.LABEL_LINES * sample.LINE + sample.GAP) + 2 * sample.LINE
+    assert grid.width == 6 * (tile + pictures.GAP) + pictures.GAP
+    assert (
+        grid.height == 2 * (tile + pictures.LABEL_LINES * pictures.LABEL_LINE + pictures.GAP) + 2 * pictures.LABEL_LINE
+    )
     assert np.asarray(grid)[:, -tile:][-tile:].min() == 255  # row 2 has two pictures only
 
 
@@ -132,5 +136,5 @@ def test_mistakes(capsys, tmp_path, tiny_pipeline_folder):
 @pytest.mark.parametrize("device", ["gpu", "meta:x", "cuda:77"])
 def test_a_device_that_is_not_there_is_refused(device):
     with pytest.raises(UserError, match=f"--device {device} cannot be used here"):
-        sample.choose_device(device)
-    assert sample.choose_device("cpu").type == "cpu"
+        choose_device(device)
+    assert choose_device("cpu").type == "cpu"

@@ -6,10 +6,10 @@ import torch
 from processes import together
 from torch import Tensor
 
-from cdm_lightning import sharding
 from cdm_lightning.core.flow import VelocityField
 from cdm_lightning.core.rollout import Rollout, walk
 from cdm_lightning.data.batches import PADDING, PromptBatch, evaluation_batches
+from cdm_lightning.distributed import sharding
 from cdm_lightning.objectives.cdm import CDMObjective
 
 CDM_ROLES = CDMObjective().roles
@@ -27,9 +27,10 @@ def look_at_shards(folder: str) -> None:
 
     from cdm_lightning.backbones.base import BoundField
     from cdm_lightning.backbones.sd3 import SD3Backbone
-    from cdm_lightning.networks import Networks
-    from cdm_lightning.ranks import gather
-    from cdm_lightning.sharding import distribute, put_together
+    from cdm_lightning.distributed.ranks import gather
+    from cdm_lightning.distributed.sharding import put_together
+    from cdm_lightning.training.networks import Networks
+    from cdm_lightning.training.placement import distribute
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from cdm_lightning import cache_text as cache_text_module
+from cdm_lightning import files
 from cdm_lightning.backbones.pipeline_folder import hash_part
 from cdm_lightning.backbones.sd3 import SD3Backbone
 from cdm_lightning.backbones.toy2d import Toy2DBackbone
 from cdm_lightning.cache_text import cache_text, fill_cache, main
 from cdm_lightning.checkpoint.stored import read_checkpoint
 from cdm_lightning.config import compose
-from cdm_lightning.data import text_shards
 from cdm_lightning.data.prompts import PromptList
 from cdm_lightning.data.text_cache import StoredText, TextCacheSettings
 from cdm_lightning.data.text_shards import MANIFEST, SHARDS, prompt_key, read_manifest
@@ -28,7 +29,7 @@ from cdm_lightning.train import train
 PROMPTS = [f"a {size} {colour} ring" for size in ("small", "large") for colour in ("red", "green", "blue", "white")]
 SHORT = (  # a run of the pipeline's own classes, as small as it goes, with a picture at its end
     "experiment=tiny_sd3_cdm",
-    "callbacks=ema",
+    "callbacks=none",
     "backbone.compact_text=null",
     "trainer.max_steps=4",
     "trainer.val_check_interval=4",
@@ -142,13 +143,18 @@ def test_new_prompts_are_added_and_old_ones_kept(fill):
     assert fill(PROMPTS).encoded == 0
 
 
+HOLD = "import sys; from cdm_lightning.files import locked\nwith locked(sys.argv[1]): print('held', flush=True), sys.stdin.read()"
+
+
 def test_two_writers_are_kept_apart(fill, tmp_path):
     fill(PROMPTS[:2])
-    with (
-        cache_text_module.writing(tmp_path / "cache"),
-        pytest.raises(UserError, match="another process is writing this text cache"),
-    ):
-        fill(PROMPTS)
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "cache" / cache_text_module.LOCK)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=rf"another process is writing this text cache \(process {other.pid} on "):
+            fill(PROMPTS)
+        other.communicate()
+    fill(PROMPTS)
 
 
 # ---- what does not fit is refused
@@ -220,7 +226,7 @@ def test_a_shard_of_another_cache(backbone, fill, tmp_path):
     shutil.rmtree(tmp_path / "cache")
     fill(PROMPTS[:2], dtype="bfloat16")
     shutil.move(moved, tmp_path / "cache" / SHARDS)
-    with pytest.raises(UserError, match=r"elsewhere.safetensors: a shard of another text cache"):
+    with pytest.raises(UserError, match=r"elsewhere.safetensors: this is a shard of another text cache"):
         opened(backbone, tmp_path)
 
 
@@ -258,9 +264,7 @@ def first_only(encode: Callable) -> Callable:
 
 def test_a_shard_that_cannot_be_written(backbone, fill, tmp_path, monkeypatch):
     fill(PROMPTS[:2])
-    monkeypatch.setattr(
-        text_shards.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device"))
-    )
+    monkeypatch.setattr(files.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(UserError, match=r"safetensors: cannot be written \(.*No space left on device\)"):
         fill(PROMPTS)
     monkeypatch.undo()

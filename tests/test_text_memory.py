@@ -84,7 +84,7 @@ def test_a_run_remembers_its_few_prompts_and_learns_the_same(tmp_path, tiny_pipe
         run = (f"run_name={name}", f"output_dir={tmp_path / name}", f"backbone.pretrained={tiny_pipeline_folder}")
         short = (
             "backbone.compact_text=null",
-            "callbacks=ema",
+            "callbacks=none",
             "logger=none",
             "trainer.max_steps=4",
             "data.batch_size=3",

@@ -19,10 +19,10 @@ from cdm_lightning.core.schedules import RandomSchedule, inference_sigmas
 from cdm_lightning.errors import UserError
 from cdm_lightning.lora.plan import Adapter, LoRAPlan
 from cdm_lightning.metrics.energy import energy_distance
-from cdm_lightning.networks import Networks
 from cdm_lightning.objectives.base import VelocityFields
 from cdm_lightning.objectives.cdm import CDMObjective
-from cdm_lightning.recomputation import Recomputation
+from cdm_lightning.training.gradient_checkpointing import Recomputation
+from cdm_lightning.training.networks import Networks
 
 CDM_ROLES = CDMObjective().roles
 

@@ -1,16 +1,15 @@
 """`python -m cdm_lightning.cache_text experiment=... text_cache.folder=DIR`: encode all prompts of a run once.
 
 The arguments are those of the training command. Training with the same `text_cache.folder` then loads no text encoder.
-The same command again goes on after a kill, and adds the prompts that are new.
+Running the same command again continues after a kill and adds new prompts.
 """
 
-import fcntl
 import shutil
 import sys
 import time
 from array import array
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -18,10 +17,11 @@ from typing import TYPE_CHECKING, cast
 from omegaconf import DictConfig
 
 from cdm_lightning.config import answer_questions, build, run_cli
-from cdm_lightning.console import Progress
 from cdm_lightning.errors import UserError
+from cdm_lightning.files import locked
+from cdm_lightning.terminal.progress import Progress
 
-if TYPE_CHECKING:  # torch takes seconds to import: mistakes should not wait for it
+if TYPE_CHECKING:  # importing torch takes seconds: error messages should not wait for it
     from cdm_lightning.backbones.base import Backbone, Conditioning
     from cdm_lightning.data.prompts import Prompts
     from cdm_lightning.data.text_cache import StoredText, TextCacheSettings, Texts
@@ -33,7 +33,7 @@ GIGABYTE = 1e9
 
 @dataclass(frozen=True)
 class Filled:
-    """What a call of `fill_cache` did: prompts encoded now and in the cache in all, and what each of them cost."""
+    """The result of `fill_cache`: prompts encoded now, prompts in the cache in total, and bytes and seconds per prompt."""
 
     folder: Path
     encoded: int
@@ -62,10 +62,10 @@ def cache_text(config: DictConfig) -> Filled:
 def fill_cache(
     backbone: "Backbone", sets: "Mapping[str, Texts]", settings: "TextCacheSettings", device: str = "cpu"
 ) -> Filled:
-    """Encode those prompts of the named sets, and "", that are not yet in the cache in `settings.folder`.
+    """Encode the empty prompt and the prompts of the named sets, except those already in the cache in `settings.folder`.
 
-    Raises `UserError` for a cache of other text encoders or dtype, a shard that is not whole, a full disk, and a prompt
-    whose conditioning has another shape than that of the empty one.
+    Raises `UserError` for a cache of other text encoders or another dtype, an incomplete shard, a full disk, and a prompt
+    whose conditioning has another shape than that of the empty prompt.
     """
     import torch
 
@@ -78,7 +78,9 @@ def fill_cache(
         if manifest is not None:
             require_fingerprint(folder, manifest, fingerprint)
             if manifest.dtype != settings.dtype:
-                raise UserError(f"{folder}: holds {manifest.dtype}, but text_cache.dtype={settings.dtype}")
+                raise UserError(
+                    f"{folder}: the cache holds {manifest.dtype}, but text_cache.dtype={settings.dtype}; use the dtype of the cache"
+                )
         backbone.setup(torch.device(device))
         if manifest is None:
             manifest = Manifest.of(fingerprint, settings.dtype, backbone.encode_prompts([""]))
@@ -93,7 +95,7 @@ def fill_cache(
 
 
 class MissingPrompts:
-    """The prompts, each once, that a cache lacks: the empty one first, then those of the named sets; 8 bytes for each."""
+    """The distinct prompts that a cache lacks, the empty one first, then those of the named sets; 8 bytes are kept for each."""
 
     def __init__(self, done: "StoredText", sets: "Mapping[str, Texts]") -> None:
         from cdm_lightning.data.mixture import MixedPrompts
@@ -101,7 +103,7 @@ class MissingPrompts:
         from cdm_lightning.data.selection import first_occurrences
         from cdm_lightning.data.text_shards import prompt_key
 
-        sources = {"empty": PromptList([""]), **sets}  # to be counted and looked up, and so all are enough of a set
+        sources = {"empty": PromptList([""]), **sets}  # only counted and looked up by number, which all of these allow
         self.prompts = MixedPrompts(cast("Mapping[str, Prompts]", sources))
         lacking, keys = array("q"), bytearray()
         for number in range(len(self.prompts)):
@@ -115,7 +117,7 @@ class MissingPrompts:
         return len(self.numbers)
 
     def batches(self, size: int) -> Iterator[list[str]]:
-        """All of them in batches; the empty one on its own, as training encodes it."""
+        """Yield all of them in batches; the empty prompt is a batch by itself, as in training."""
         batch: list[str] = []
         for number in self.numbers:
             batch.append(self.prompts[number])
@@ -127,7 +129,7 @@ class MissingPrompts:
 
 
 def announce(folder: Path, count: int, manifest: "Manifest") -> None:
-    """Say how large it becomes; UserError if the disk does not hold it."""
+    """Print how many bytes will be written; raise `UserError` if the disk has too little space."""
     size, free = count * manifest.bytes_per_prompt, shutil.disk_usage(folder).free
     said = f"{count:,} prompts of {manifest.bytes_per_prompt:,} bytes, {size / GIGABYTE:.3g} GB"
     if size > free:
@@ -138,7 +140,7 @@ def announce(folder: Path, count: int, manifest: "Manifest") -> None:
 def encode_missing(
     backbone: "Backbone", missing: MissingPrompts, manifest: "Manifest", settings: "TextCacheSettings"
 ) -> None:
-    """Encode and write shard by shard."""
+    """Encode the missing prompts and write them shard by shard."""
     from cdm_lightning.backbones.base import concat
     from cdm_lightning.data.text_shards import prompt_key, write_shard
 
@@ -157,23 +159,23 @@ def encode_missing(
 
 
 def encode_batch(backbone: "Backbone", batch: Sequence[str], manifest: "Manifest", size: int) -> "Conditioning":
-    """The conditioning of the batch, on the host in the stored dtypes; UserError if it has another shape than "" has.
+    """Return the conditioning of the batch on the CPU, in the stored dtypes; `UserError` if its shape is not that of "".
 
-    A batch that is not full is filled up: with some matrix products the last bit depends on the number of rows.
+    A batch that is not full is padded, because in some matrix products the last bit depends on the number of rows.
     """
     filled = batch if batch[0] == "" else [*batch, *[batch[-1]] * (size - len(batch))]
     cond = backbone.encode_prompts(filled)
     for name, entry in manifest.tensors.items():
         if list(cond[name].shape[1:]) != entry["shape"]:
             raise UserError(
-                f"a prompt gives {name} of shape {list(cond[name].shape[1:])}, the empty one {entry['shape']}, and a text "
-                f"cache holds one shape (compact_text too small, perhaps); among them: {batch[0][:60]!r}"
+                f"a prompt gives {name} of shape {list(cond[name].shape[1:])}, the empty one {entry['shape']}, but a text "
+                f"cache holds one shape only (compact_text too small, perhaps); a prompt of the batch: {batch[0][:60]!r}"
             )
     return {name: cond[name][: len(batch)].to("cpu", manifest.stored(name)) for name in manifest.tensors}
 
 
 def callback_prompts(node: DictConfig | None) -> "Iterator[Texts]":
-    """The sets of prompts that callbacks make images of: all that stand under a key `prompts` with a `_target_`."""
+    """Yield the sets of prompts that callbacks make images of: every node named `prompts` that has a `_target_`."""
     for key, child in (node or {}).items():
         if isinstance(child, DictConfig):
             if key == "prompts" and "_target_" in child:
@@ -183,7 +185,7 @@ def callback_prompts(node: DictConfig | None) -> "Iterator[Texts]":
 
 
 def choose_device(accelerator: str) -> str:
-    """Where to encode: the trainer's kind of device."""
+    """Return the device to encode on: "cuda" if there is a GPU and the trainer does not ask for the CPU, else "cpu"."""
     import torch
 
     return "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"
@@ -191,17 +193,19 @@ def choose_device(accelerator: str) -> str:
 
 @contextmanager
 def writing(folder: Path) -> Generator[None]:
-    """Make the folder and keep other writers out of it; what a killed one has left half-written is removed."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK).open("w")
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be the text cache's folder ({error.strerror})") from error
-    with lock:
+    """Make the folder, lock it against other writers, and remove the incomplete files of a writer that was killed."""
+    with ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(folder / LOCK))
+        except BlockingIOError as error:
+            raise UserError(
+                f"{folder}: another process is writing this text cache ({error.strerror}); wait for it"
+            ) from error
         except OSError as error:
-            raise UserError(f"{folder}: another process is writing this text cache; wait for it") from error
+            raise UserError(
+                f"{folder}: cannot be the text cache's folder ({error.strerror}); set another text_cache.folder"
+            ) from error
         for leftover in folder.rglob("*.tmp"):
             leftover.unlink()
         try:
@@ -211,9 +215,9 @@ def writing(folder: Path) -> Generator[None]:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     answer_questions("train")
-    from cdm_lightning.quiet import quiet_libraries
+    from cdm_lightning.terminal.quiet import quiet_libraries
 
     quiet_libraries()
     run_cli(cache_text, "train")

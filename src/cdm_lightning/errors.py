@@ -1,12 +1,13 @@
-"""How a run ends early: by a mistake of the user, or because it was asked to stop."""
+"""The two ways in which a run ends early: through a mistake of the user, or because it was asked to stop."""
 
 FROM_WORKER = "Caught UserError in DataLoader worker"
 
 
 class UserError(Exception):
-    """A mistake of the user, told in one line: what is wrong, where, and how to mend it.
+    """A mistake of the user, explained in one line: what is wrong, where it is, and how to fix it.
 
-    A `DataLoader` makes it anew with the whole trace of its worker as text; the line at the end of it is the message then.
+    A `DataLoader` raises the error of a worker again, with the worker's whole traceback as its text; the message is then
+    the last line of this text.
     """
 
     def __init__(self, message: str) -> None:
@@ -16,6 +17,6 @@ class UserError(Exception):
 
 
 class Preempted(Exception):
-    """A signal asked the run to stop, and it did, between two iterations; the same command goes on."""
+    """A run that a signal has stopped between two iterations; running the same command again continues it."""
 
-    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
+    exit_code = 75  # EX_TEMPFAIL in sysexits.h, which means: try again later

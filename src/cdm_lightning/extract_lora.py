@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cdm_lightning.errors import UserError
-from cdm_lightning.quiet import quiet_libraries
+from cdm_lightning.files import replacing
+from cdm_lightning.terminal.quiet import quiet_libraries
 
 if TYPE_CHECKING:  # torch and the rest take seconds to import: --help and mistakes should not wait for them
     from torch import Tensor
@@ -33,8 +34,8 @@ def extract_lora(base: str, tuned: str, rank: int, output: str | Path, device: s
     if output.is_dir() or output.suffix != ".safetensors":
         raise UserError(f"{output}: pass the name of a .safetensors file to write")
     from cdm_lightning.backbones.transformer_files import TransformerFiles, require_same_shapes
+    from cdm_lightning.distributed.devices import choose_device
     from cdm_lightning.lora.extract import extract
-    from cdm_lightning.sample import choose_device
 
     before, after = TransformerFiles(base), TransformerFiles(tuned)
     require_same_shapes(before, after)
@@ -58,8 +59,11 @@ def _write(family: type, found: "Extraction", output: Path) -> None:
 
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
-            os.replace(write_lora_file(family, found.tensors, Path(folder)), output)
+        with (
+            replacing(output) as temporary,
+            tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder,
+        ):
+            os.rename(write_lora_file(family, found.tensors, Path(folder)), temporary)
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error.strerror or error})") from error
 

@@ -1,12 +1,12 @@
 """`python -m cdm_lightning.plan experiment=sd3_cdm gpus=8x80`: memory, work and hours of a run, before it is started.
 
-The arguments are those of the training command, and gpus=COUNTxGB (needed), strategy=single|ddp|fsdp2|hsdp,
-peak_tflops= and utilisation= of a GPU, reserve= (share of a GPU that tensors may not take) and json=FILE. No weights are
-read. Several gpus, joined by commas, are planned one after the other from one look at the networks.
+The arguments are those of the training command and: gpus=COUNTxGB (required), strategy=single|ddp|fsdp2|hsdp,
+strategy.on_cpu=[NETWORK,...], peak_tflops= and utilisation= of a GPU, reserve= (the share of a GPU's memory that tensors may
+not take) and json=FILE. No weights are read. Several values of gpus, separated by commas, give one plan each; the networks
+are traced only once.
 """
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from cdm_lightning.config import build, compose, fail
 from cdm_lightning.errors import UserError
-from cdm_lightning.quiet import quiet_libraries
+from cdm_lightning.files import write_text
+from cdm_lightning.terminal.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -28,10 +29,10 @@ OWN = ("gpus", "strategy", "strategy.on_cpu", "peak_tflops", "utilisation", "res
 
 
 def plan(arguments: Sequence[str]) -> "list[Plan]":
-    """A plan for each of the gpus; UserError for whatever cannot be planned."""
+    """Return a plan for each value of gpus; UserError if a run cannot be planned."""
     own, overrides = split(arguments)
     if "gpus" not in own:
-        raise UserError("gpus is missing: say what to plan for, for example gpus=8x80")
+        raise UserError("gpus is missing; give the number of GPUs and the memory of each, for example gpus=8x80")
     peak, utilisation, reserve = (number(own, key) for key in ("peak_tflops", "utilisation", "reserve"))
     config = compose([*overrides, "output_dir=."])
     from cdm_lightning.planning.layout import read_gpus
@@ -39,7 +40,7 @@ def plan(arguments: Sequence[str]) -> "list[Plan]":
     wanted = [read_gpus(text, 0.08 if reserve is None else reserve) for text in own["gpus"].split(",")]
     on_cpu = [name.strip() for name in own.get("strategy.on_cpu", "").strip("[]").split(",") if name.strip()]
     layouts = [choose_layout(own.get("strategy"), gpus.count, on_cpu) for gpus in wanted]
-    from cdm_lightning.parallel import check_on_cpu
+    from cdm_lightning.distributed.strategy import check_on_cpu
     from cdm_lightning.planning.recipe import read_recipe
     from cdm_lightning.planning.work import PEAK_TFLOPS, UTILISATION
 
@@ -59,14 +60,14 @@ def make_plan(
     peak_tflops: float,
     utilisation: float,
 ) -> "Plan":
-    """The plan for these gpus."""
+    """Return the plan for these GPUs in this layout."""
     from cdm_lightning.planning.advice import faster, further, remedies
     from cdm_lightning.planning.memory import largest_batch, total
     from cdm_lightning.planning.table import Plan
     from cdm_lightning.planning.work import hours
 
     batch, iterations = config.data.batch_size, config.trainer.max_steps
-    recomputation, accumulate = module.recomputation, module.accumulate
+    recomputation, accumulate = module.compute.recomputation, module.compute.accumulate
     taken = total(recipe.sizes, layout, batch, accumulate) / gpus.usable
     return Plan(
         name=config.run_name,
@@ -89,19 +90,19 @@ def make_plan(
 
 
 def choose_layout(strategy: str | None, count: int, on_cpu: Sequence[str]) -> "Layout":
-    """That of `strategy`; without one, a single process on one GPU and fsdp2 on several."""
+    """Return the layout of `strategy`; the default is single on one GPU and fsdp2 on several."""
     from cdm_lightning.planning.layout import make_layout
 
     return make_layout(strategy or ("single" if count == 1 else "fsdp2"), count, on_cpu)
 
 
 def split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """The planner's own arguments and the overrides of training; UserError for a flag."""
+    """Split the arguments into the planner's own and the overrides of training; UserError for a flag."""
     own, overrides = {}, []
     for argument in arguments:
         key, sign, value = argument.partition("=")
         if argument.startswith("-"):
-            raise UserError(f"{argument}: the planner takes overrides (KEY=VALUE) only")
+            raise UserError(f"{argument}: the planner takes only overrides of the form KEY=VALUE")
         if sign and key in OWN:
             own[key] = value
         else:
@@ -110,7 +111,10 @@ def split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def number(own: dict[str, str], key: str) -> float | None:
-    """A positive number among the planner's own arguments, None if it is not given; UserError for anything else."""
+    """Return a number of the planner's own arguments, or None if it is not given; UserError unless it is positive.
+
+    reserve may also be 0.
+    """
     if key not in own:
         return None
     try:
@@ -123,17 +127,15 @@ def number(own: dict[str, str], key: str) -> float | None:
 
 
 def write_json(path: Path, plans: "Sequence[Plan]") -> None:
-    """All plans as JSON, whole or not at all; UserError if the file cannot be written."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Write all plans to a JSON file; an interrupted write leaves no partial file. UserError if it cannot be written."""
     try:
-        temporary.write_text(json.dumps([p.as_json() for p in plans], indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, json.dumps([p.as_json() for p in plans], indent=2) + "\n")
     except OSError as error:
         raise UserError(f"json={path}: cannot be written ({error.strerror})") from error
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     quiet_libraries()
     try:
         plans = plan(sys.argv[1:])

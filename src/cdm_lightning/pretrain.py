@@ -1,7 +1,6 @@
 """`python -m cdm_lightning.pretrain experiment=tiny_sd3_teacher`: make every bundled weight of the tiny pipeline from nothing."""
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cdm_lightning.config import run_cli
 from cdm_lightning.errors import UserError
+from cdm_lightning.files import replacing_folder
 
 STAGES = ("prompts", "vae", "teacher", "classifier", "clip")
 
@@ -57,12 +57,9 @@ def save_pipeline(pipeline, folder: Path) -> None:
     """Write the pipeline as diffusers does, the transformer in half precision (it is most of the size), all or nothing."""
     import torch
 
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     pipeline.transformer.to(torch.float16)
-    pipeline.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    with replacing_folder(folder) as temporary:
+        pipeline.save_pretrained(temporary)
 
 
 def main() -> None:

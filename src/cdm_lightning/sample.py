@@ -7,18 +7,16 @@ of i only.
 
 import argparse
 import sys
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cdm_lightning.checkpoint.folder import MARKER as COMPLETE
 from cdm_lightning.errors import UserError
-from cdm_lightning.quiet import quiet_libraries
+from cdm_lightning.run.folder import is_run
+from cdm_lightning.terminal.quiet import quiet_libraries
 
 if TYPE_CHECKING:  # torch and the rest take seconds to import: --help and mistakes should not wait for them
-    import torch
     from PIL.Image import Image
     from torch import Tensor, nn
 
@@ -27,10 +25,6 @@ if TYPE_CHECKING:  # torch and the rest take seconds to import: --help and mista
     Opened = tuple[Backbone, Callable[[], nn.Module], int]  # how its network is made, and its number of steps
 
 RUN_STEPS = 4  # of a run's student: what CDM (arXiv:2605.06376) trains for
-SMALLEST_TILE = 160  # pixels; smaller pictures are enlarged by a whole factor, without smoothing
-MOST_COLUMNS = 6
-GAP, LINE, LABEL_LINES = 8, 16, 4  # of the grid: pixels, pixels, lines below each picture
-FONT_SIZE, CHARACTER = 13, 7  # pixels: of the letters, and the width of a mean one
 
 
 @dataclass(frozen=True)
@@ -59,9 +53,10 @@ def sample_images(
     are pixels, by default those of the model. A guidance scale of at most 1 is none. Raises UserError for a model that is
     neither run nor pipeline of a known family, and for a size that it cannot make.
     """
-    from cdm_lightning.evaluation import SamplerSpec, generate
+    from cdm_lightning.distributed.devices import choose_device
+    from cdm_lightning.evaluation.samplers import SamplerSpec, generate
 
-    backbone, build_network, default = open_run(model, lora) if is_run(model) else open_model(model, lora)
+    backbone, build_network, default = open_run(model, lora) if is_run(Path(model)) else open_model(model, lora)
     backbone, steps = backbone.at(height, width), steps or default
     spec = SamplerSpec("sample", nfe=steps, guidance_scale=max(1.0, guidance_scale))
     place = choose_device(device)
@@ -70,16 +65,9 @@ def sample_images(
     return Samples(generate(backbone, network, spec, prompts, range(len(prompts)), seed, batch_size), steps)
 
 
-def is_run(model: str) -> bool:
-    """Whether it is a run's folder or a checkpoint."""
-    path = Path(model)
-    is_checkpoint = (path / COMPLETE).is_file() or path.suffix in (".safetensors", ".ckpt")
-    return is_checkpoint or ((path / "config.yaml").is_file() and not (path / "model_index.json").exists())
-
-
 def open_run(model: str, lora: str | None) -> "Opened":
     """The backbone of a run, how its student's network is made, and the number of steps of the paper."""
-    from cdm_lightning.trained import open_student, plain_network
+    from cdm_lightning.run.student import open_student, plain_network
 
     if lora is not None:
         raise UserError("--lora goes with a pipeline, not with a run; export the run first")
@@ -102,18 +90,6 @@ def open_model(model: str, lora: str | None = None) -> "Opened":
     )
 
 
-def choose_device(name: str) -> "torch.device":
-    """The device of that name, or CUDA if there is one for "auto"; UserError if it cannot be used here."""
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise UserError(f"--device {name} cannot be used here; pass cpu, or cuda where torch finds a GPU") from error
-
-
 def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
     """The prompts of the command line and then those of a prompt file; UserError if there is none."""
     found = list(prompts)
@@ -127,32 +103,9 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
     return found
 
 
-def draw_grid(images: "Tensor", prompts: Sequence[str], title: str) -> "Image":
-    """Pictures (N, 3, H, W) in rows and columns, each with its prompt below, under a title."""
-    from PIL import Image, ImageDraw, ImageFont
-    from torchvision.transforms.functional import to_pil_image
-
-    height, width = images.shape[2:]
-    scale = -(-SMALLEST_TILE // width)
-    tile = (width * scale, height * scale)
-    columns = min(len(prompts), MOST_COLUMNS)
-    cell = (tile[0] + GAP, tile[1] + LABEL_LINES * LINE + GAP)
-    rows = -(-len(prompts) // columns)
-    grid = Image.new("RGB", (columns * cell[0] + GAP, rows * cell[1] + 2 * LINE), "white")
-    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(size=FONT_SIZE)
-    draw.text((GAP, GAP), title, fill="black", font=font)
-    for i, (image, prompt) in enumerate(zip(images, prompts)):
-        left, top = GAP + i % columns * cell[0], 2 * LINE + i // columns * cell[1]
-        pixels = (image * 255).round().byte()  # as diffusers makes its PIL images
-        grid.paste(to_pil_image(pixels).resize(tile, Image.Resampling.NEAREST), (left, top))
-        words = textwrap.wrap(prompt, tile[0] // CHARACTER, max_lines=LABEL_LINES, placeholder=" ...")
-        draw.multiline_text((left, top + tile[1]), "\n".join(words), fill="black", font=font, spacing=2)
-    return grid
-
-
 def write_picture(picture: "Image", output: Path) -> None:
     """Save as PNG, whole or not at all; UserError if it cannot be written there."""
-    from cdm_lightning.report import replacing
+    from cdm_lightning.files import replacing
 
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -187,6 +140,8 @@ def run(options: argparse.Namespace) -> Path:
         raise UserError(f"{output} is a folder; pass the name of a picture to write")
     if options.batch_size < 1 or (options.steps is not None and options.steps < 1):
         raise UserError("--steps and --batch-size must be at least 1")
+    from cdm_lightning.evaluation.pictures import draw_grid
+
     made = sample_images(
         options.model,
         prompts,

@@ -1,20 +1,22 @@
 """`python -m cdm_lightning.train experiment=...`: compose the configuration, build its objects, train.
 
-A run lives in one folder, `outputs/RUN_NAME`: `config.yaml` (as resolved), `starts.jsonl` (command, versions and
-hardware of each start), `checkpoints/`, and what loggers and callbacks write. The same command again resumes it.
+A run has one folder, `outputs/RUN_NAME`. It holds `config.yaml` (the resolved configuration), `starts.jsonl` (command,
+versions and hardware of each start), `checkpoints/`, and the files of loggers and callbacks. Running the same command again
+resumes the run.
 """
 
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from cdm_lightning.config import answer_questions
 
 if __name__ == "__main__":
-    answer_questions("train")  # before the imports below, which take seconds
+    answer_questions("train")  # called before the imports below, because they take seconds
 
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -24,22 +26,26 @@ from cdm_lightning.backbones.base import Backbone
 from cdm_lightning.checkpoint.callback import IterationCheckpoint
 from cdm_lightning.checkpoint.folder import checkpoints_in, refuse_old_files
 from cdm_lightning.checkpoint.stored import read_checkpoint
-from cdm_lightning.config import build, one_line, plain, run_cli
+from cdm_lightning.config import build, build_named, one_line, run_cli
+from cdm_lightning.config.secrets import plain
 from cdm_lightning.data.datamodule import PromptDataModule
 from cdm_lightning.data.text_cache import StoredText, TextCacheSettings
 from cdm_lightning.data.text_memory import RememberedText
+from cdm_lightning.distributed.launch import is_launched, launch
+from cdm_lightning.distributed.strategy import MeshStrategy, device_count
 from cdm_lightning.errors import UserError
-from cdm_lightning.launch import is_launched, launch
-from cdm_lightning.parallel import MeshStrategy, device_count
-from cdm_lightning.quiet import quiet_libraries
+from cdm_lightning.files import first_line
+from cdm_lightning.metrics.suite import MetricSuite
+from cdm_lightning.run.folder import Run
+from cdm_lightning.run.lock import only_process_in
+from cdm_lightning.run.record import record_start
 from cdm_lightning.run.same import require_same_configuration
-from cdm_lightning.run_lock import only_run_in
-from cdm_lightning.run_record import CONFIG_FILE, record_start
+from cdm_lightning.terminal.quiet import quiet_libraries
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where a run lies and how far it came; `metrics` are the last values of everything logged."""
+    """The folder of a run, its newest checkpoint, its last iteration and the last values of all logged `metrics`."""
 
     folder: Path
     checkpoint: Path | None
@@ -48,19 +54,19 @@ class TrainResult:
 
 
 def train(config: DictConfig) -> TrainResult:
-    """Train what `config` describes, from scratch or from the newest checkpoint; UserError for whatever cannot work.
+    """Train as `config` describes, from scratch or from the newest checkpoint; raise `UserError` for mistakes in it.
 
-    All checks come before networks are built.
+    All checks are made before networks are built.
     """
     if not isinstance(config.seed, int) or not 0 <= config.seed < 2**32:
         raise UserError(f"seed={config.seed}: give a whole number from 0 to {2**32 - 1}")
-    folder = make_folder(Path(config.output_dir))
-    with only_run_in(folder):
-        return train_in(folder, config)
+    run = Run.create(Path(config.output_dir))
+    with only_process_in(run):
+        return train_in(run, config)
 
 
-def train_in(folder: Path, config: DictConfig) -> TrainResult:
-    """`train` in a folder that no other run is at work in."""
+def train_in(run: Run, config: DictConfig) -> TrainResult:
+    """Train in the folder of a run, which the caller has locked; raise the same errors as `train`."""
     L.seed_everything(config.seed, verbose=False)
     strategy, module = (build(config, key) for key in ("strategy", "module"))
     if isinstance(strategy, MeshStrategy):
@@ -70,36 +76,38 @@ def train_in(folder: Path, config: DictConfig) -> TrainResult:
     for sampler in module.samplers:
         sampler.check(module.backbone)
     checkpoint = build(config, "checkpoint")
-    checkpoint.begin_with = find_beginning(config, folder, checkpoint, module.fingerprint)
-    callbacks = build(config, "callbacks")
+    checkpoint.begin_with = find_beginning(config, run, checkpoint, module.fingerprint)
+    metrics = cache(lambda: MetricSuite(build_named(config, "metric"), build_named(config, "feature")))
+    callbacks = build(config, "callbacks", offered={"metrics": metrics})
     use_text_cache(build(config, "text_cache"), module.backbone, data, callbacks)
     trainer = make_trainer(
         config, strategy=strategy, callbacks=[*callbacks, checkpoint], logger=build(config, "logger")
     )
     if trainer.is_global_zero:
         for role in module.lora.unused(module.updates.recipes):
-            print(f"lora.{role} is not used: the objective trains no {role}", file=sys.stderr, flush=True)
-        record_start(plain(config), folder, trainer.world_size)
+            print(f"lora.{role} is not used, because the objective does not train {role}", file=sys.stderr, flush=True)
+        record_start(plain(config), run, trainer.world_size)
     try:
         trainer.fit(module, data)
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise UserError(f"{str(error).splitlines()[0]} (out of memory?); the same command goes on") from error
-    except (ConnectionError, EOFError) as error:  # it died while it handed a batch over, before torch saw it
+        raise UserError(f"{first_line(error)} (out of memory?); run the same command again to continue") from error
+    except (ConnectionError, EOFError) as error:  # the worker died while it passed on a batch, before torch noticed
         if not config.data.num_workers:
             raise
         raise UserError(
-            f"DataLoader worker exited unexpectedly ({str(error) or type(error).__name__}; out of memory?); the same command goes on"
+            f"DataLoader worker exited unexpectedly ({first_line(error)}; out of memory?); "
+            "run the same command again to continue"
         ) from error
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    return TrainResult(folder, next(reversed(checkpoints_in(checkpoint.folder)), None), module.iteration, metrics)
+    return TrainResult(run.folder, next(reversed(checkpoints_in(checkpoint.folder)), None), module.iteration, metrics)
 
 
 def make_trainer(config: DictConfig, **parts: Any) -> L.Trainer:
-    """Lightning's trainer with these parts; UserError for values that it refuses and devices that are not there."""
+    """Build Lightning's trainer with these parts; raise `UserError` for values that it refuses and for missing devices."""
     make = build(config, "trainer")
-    for name in ("log_every_n_steps", "val_check_interval"):  # Lightning would divide by them
+    for name in ("log_every_n_steps", "val_check_interval"):  # Lightning divides by these values
         value = config.trainer.get(name)
         if isinstance(value, (int, float)) and value <= 0:
             raise UserError(f"trainer.{name}={value} must be above 0; trainer.limit_val_batches=0 turns validation off")
@@ -112,7 +120,7 @@ def make_trainer(config: DictConfig, **parts: Any) -> L.Trainer:
 def use_text_cache(
     settings: TextCacheSettings, backbone: Backbone, data: PromptDataModule, callbacks: Sequence[L.Callback]
 ) -> None:
-    """Give the backbone the text cache, or a memory for few prompts; UserError if a cache does not fit or lacks prompts."""
+    """Give the backbone the text cache, or a memory for few prompts; `UserError` if the cache is unfit or incomplete."""
     generated = {type(callback).__name__: callback.prompts for callback in callbacks if hasattr(callback, "prompts")}
     sets = {"training": data.train, "validation": data.val, **generated}
     if settings.folder is not None:
@@ -125,44 +133,29 @@ def use_text_cache(
         backbone.use_text_memory(RememberedText(backbone.encode_prompts, prompts, most_bytes))
 
 
-def make_folder(folder: Path) -> Path:
-    """The folder, made if it is missing; UserError if a file is in its place or it cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be the output folder ({error.strerror}); set another run_name") from error
-    return folder
+def find_beginning(config: DictConfig, run: Run, checkpoint: IterationCheckpoint, fingerprint: str) -> Path | None:
+    """Return the checkpoint of another run if `resume` names one; raise `UserError` if the run cannot start like this.
 
-
-def find_beginning(config: DictConfig, folder: Path, checkpoint: IterationCheckpoint, fingerprint: str) -> Path | None:
-    """The checkpoint of another run to begin with, if `resume` names one; UserError if nothing can come of this start.
-
-    `resume` is "auto" (go on from this run's newest good checkpoint, if there is one), "never" (refuse a folder with
-    checkpoints) or the path of a checkpoint, taken while the run has none of its own; its backbone must be the same,
-    its configuration need not.
+    `resume` is "auto" (resume from this run's newest good checkpoint, if there is one), "never" (refuse a folder with
+    checkpoints) or the path of a checkpoint of another run. That checkpoint is used as long as this run has none of its own.
+    Its backbone must be the same, but its configuration may differ.
     """
     refuse_old_files(checkpoint.folder)
     own = checkpoints_in(checkpoint.folder)
     if config.resume == "never" and own:
-        raise UserError(f"{folder} holds checkpoints, but resume=never; set another run_name or remove the folder")
+        raise UserError(f"{run.folder} holds checkpoints, but resume=never; set another run_name or remove the folder")
     if own:
         require_same_backbone(own, fingerprint)
-        require_same_configuration(read_saved(folder), plain(config), folder)
+        require_same_configuration(run.config() if run.is_started else {}, plain(config), run.folder)
     if config.resume in ("auto", "never"):
         return None
     return read_checkpoint(Path(config.resume), fingerprint).path
 
 
-def read_saved(folder: Path) -> dict[str, Any]:
-    """The configuration that an earlier start of the run wrote; empty if there is none."""
-    saved = folder / CONFIG_FILE
-    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(saved))) if saved.is_file() else {}
-
-
 def require_same_backbone(own: Sequence[Path], fingerprint: str) -> None:
-    """UserError if the newest checkpoint that can be opened has another fingerprint."""
+    """Raise `UserError` if the newest checkpoint that can be opened has another fingerprint."""
     for path in reversed(own):
-        with suppress(UserError):  # damaged: said when the run looks for a good one
+        with suppress(UserError):  # a damaged one is reported later, when the run looks for a good checkpoint
             stored = read_checkpoint(path)
             break
     else:
@@ -171,23 +164,23 @@ def require_same_backbone(own: Sequence[Path], fingerprint: str) -> None:
 
 
 def start(config: DictConfig) -> None:
-    """Train here, or where the configuration asks for several processes and nobody has started them, start them."""
+    """Train in this process, or start several processes if the configuration asks for them and no launcher has."""
     processes = device_count(config.trainer.devices)
     if processes == 1 or is_launched() or config.strategy._target_.endswith(".single_process"):
         train(config)
         return
     if config.trainer.num_nodes != 1:
         raise UserError(
-            f"trainer.num_nodes={config.trainer.num_nodes}: start this command on every node, by torchrun or srun; see "
+            f"trainer.num_nodes={config.trainer.num_nodes}: start this command on every node, with torchrun or srun; see "
             "docs/scaling.md"
         )
-    status = launch(OmegaConf.to_yaml(config, resolve=True), processes)
+    status = launch(OmegaConf.to_yaml(config, resolve=True), processes, "cdm_lightning.train:train")
     if status:
         sys.exit(status)
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     quiet_libraries()
     run_cli(start, "train")
 

@@ -10,8 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cdm_lightning.backbones.pipeline_folder import first_line
 from cdm_lightning.errors import UserError
+from cdm_lightning.files import first_line
 
 if TYPE_CHECKING:
     from diffusers.loaders.peft import PeftAdapterMixin

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_log
 
 from cdm_lightning.errors import UserError
+from cdm_lightning.files import first_line
 
 INDEX = "model_index.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -142,9 +143,3 @@ def without_bars(log: ModuleType) -> Generator[None]:
     finally:
         if shown:
             log.enable_progress_bar()
-
-
-def first_line(error: BaseException) -> str:
-    """First line of an error's text, without its final full stop."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cdm_lightning.backbones.base import Backbone, CheckpointFunction, Conditioning
+from cdm_lightning.files import replacing
 
 MODES = ("east", "northeast", "north", "northwest", "west", "southwest", "south", "southeast")
 RADIUS = 1.5  # of the circle of modes
@@ -202,16 +203,29 @@ class Toy2DBackbone(Backbone):
         """Write network.safetensors, config.json (arguments of `VelocityMLP`, nfe) and README.md."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = folder / "network.safetensors"
-        unfinished = weights.with_suffix(".unfinished")
-        save_file({name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}, unfinished)
-        unfinished.rename(weights)
+        with replacing(folder / "network.safetensors") as weights:
+            save_file(
+                {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}, weights
+            )
         config = {**self._network_config(), "nfe": nfe}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(model_card.rstrip() + "\n", encoding="utf-8")
 
     def _network_config(self) -> dict[str, int]:
         return {"hidden": self.hidden, "depth": self.depth}
+
+
+class PointsOfPictures(nn.Module):
+    """A feature extractor for metrics: pictures (B, 3, 32, 32) of a dot -> the points (B, 2) that they show."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, 32, 32) in [0, 1] -> (B, 2)."""
+        return Toy2DBackbone().encode_images(images).flatten(1)
+
+
+def exact_points(prompts: Sequence[str], seed: int = 0) -> Tensor:
+    """Points (B, 2) of the data distribution of each prompt, drawn by the seed."""
+    return Toy2DBackbone().exact_samples(prompts, seed).flatten(1)
 
 
 def _words(prompt: str) -> list[str]:

@@ -11,8 +11,9 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from cdm_lightning.backbones.pipeline_folder import HUB_ID, INDEX, first_line
+from cdm_lightning.backbones.pipeline_folder import HUB_ID, INDEX
 from cdm_lightning.errors import UserError
+from cdm_lightning.files import first_line
 
 HALF = (".fp16.", ".bf16.")  # twins of the same weights in half precision
 

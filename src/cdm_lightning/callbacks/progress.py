@@ -1,4 +1,4 @@
-"""What a run is doing, for whoever waits for it: phase, losses, samples a second, time left."""
+"""The progress of a run on the terminal: its phase, losses, samples per second and remaining time."""
 
 import sys
 import time
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 import lightning as L
 
-from cdm_lightning.console import Progress
+from cdm_lightning.terminal.progress import Progress
 
 if TYPE_CHECKING:
     from cdm_lightning.data.batches import PromptBatch
@@ -15,26 +15,26 @@ if TYPE_CHECKING:
 
 
 class TrainingProgress(L.Callback):
-    """A bar over all iterations on a terminal, a line now and then in a log; a line of figures for each validation."""
+    """A bar over all iterations on a terminal, or a line every few seconds in a log, and a line for each validation."""
 
     def __init__(self) -> None:
         self._progress: Progress | None = None
         self._began, self._samples = 0.0, 0
 
     def setup(self, trainer: L.Trainer, pl_module: "CDMModule", stage: str) -> None:
-        """Say that something happens: pretrained weights can take minutes to load."""
+        """Print that the networks are being loaded, because pretrained weights can take minutes to load."""
         if trainer.is_global_zero:
             print("loading the networks", file=sys.stderr, flush=True)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Start to count."""
+        """Start the progress and the clock."""
         self._progress = Progress("training", trainer.max_steps, trainer.global_step, silent=not trainer.is_global_zero)
         self._began, self._samples = time.perf_counter(), 0
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: "CDMModule", outputs: object, batch: "PromptBatch", *_: object
     ) -> None:
-        """One iteration more."""
+        """Count one more iteration."""
         self._samples += len(batch.prompts) * trainer.world_size
         cast(Progress, self._progress).advance(1, lambda: self._figures(trainer))
 
@@ -45,7 +45,7 @@ class TrainingProgress(L.Callback):
             self._began -= time.perf_counter()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Show the figures of this validation and let the clock go on."""
+        """Print the figures of this validation and let the clock continue."""
         if self._progress is not None:
             shown = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
             figures = ", ".join(f"{name.removeprefix('val/')} {float(value):.4g}" for name, value in shown.items())
@@ -54,11 +54,11 @@ class TrainingProgress(L.Callback):
             self._began += time.perf_counter()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Leave the bar as it is."""
+        """Close the bar, which stays visible."""
         cast(Progress, self._progress).close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: "CDMModule", exception: BaseException) -> None:
-        """Leave the bar as it is, so that the error stands below it."""
+        """Close the bar, so that the error is printed below it."""
         if self._progress is not None:
             self._progress.close()
 

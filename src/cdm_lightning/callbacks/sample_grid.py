@@ -1,4 +1,4 @@
-"""Pictures of the validation images as training goes on: the same prompts and noise at each time."""
+"""Pictures of the validation images during training; every picture uses the same prompts and noise."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,16 +9,17 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from cdm_lightning.report import picture, replacing
+from cdm_lightning.evaluation.pictures import picture
+from cdm_lightning.files import replacing
 
 if TYPE_CHECKING:
     from cdm_lightning.module import CDMModule
 
 
 class SampleGrid(L.Callback):
-    """Writes `folder/iteration_0000500.png` in the run's folder: a row for each sampler, a column for each prompt.
+    """Write `FOLDER/iteration_0000500.png` in the run's folder, with a row for each sampler and a column for each prompt.
 
-    The first `num_prompts` validation prompts of the first process are shown. Loggers that take images get them too.
+    The picture shows the first `num_prompts` validation prompts of the first process. Loggers that take images get it too.
     """
 
     def __init__(self, num_prompts: int = 8, folder: str = "samples") -> None:
@@ -29,11 +30,11 @@ class SampleGrid(L.Callback):
         self._images: dict[str, list[Tensor]] = {}
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Begin anew."""
+        """Forget the images of the previous validation."""
         self._prompts, self._images = [], {}
 
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: "CDMModule", outputs: dict, *_: object) -> None:
-        """Keep images until there are enough."""
+        """Keep images until there are `num_prompts` of them."""
         wanted = self.num_prompts - len(self._prompts)
         if wanted <= 0 or not trainer.is_global_zero:
             return
@@ -42,17 +43,17 @@ class SampleGrid(L.Callback):
             self._images.setdefault(sampler, []).append(images[:wanted].float().cpu())
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Write the picture."""
+        """Write the picture and pass it to the loggers."""
         if trainer.sanity_checking or not self._images:
             return
         made = picture({name: torch.cat(images) for name, images in self._images.items()}, self._prompts)
         path = Path(trainer.default_root_dir) / self.folder / f"iteration_{pl_module.iteration:07d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
-            made.save(temporary)
+            made.save(temporary, format="PNG")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 pixels = np.asarray(made)
                 logger.experiment.add_image("val/samples", pixels, pl_module.iteration, dataformats="HWC")
-            elif hasattr(logger, "log_image"):  # Weights & Biases and loggers made like it
+            elif hasattr(logger, "log_image"):  # Weights & Biases and loggers with the same method
                 logger.log_image("val/samples", [made], step=pl_module.iteration)

@@ -1,4 +1,4 @@
-"""How fast a run is, where its time goes and how much memory it takes."""
+"""The speed of a run, the time of each phase and the peak memory."""
 
 import resource
 import sys
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 class ThroughputMonitor(L.Callback):
-    """Logs `throughput/*` every `log_every_n_steps` iterations, as means over those iterations.
+    """Log `throughput/*` every `log_every_n_steps` iterations, as means over those iterations.
 
-    samples_per_second: prompts trained on by all processes, validation left out; rollout_seconds, student_seconds, and so on
-    for each trained role: of an iteration (updates that are not made in every one are shared out over all); peak_memory_gib:
-    of the device, or of the process on a CPU. Makes the module wait for the device around each phase, so that the split is
-    true.
+    samples_per_second is the number of prompts per second that all processes train on, without the time of validation.
+    rollout_seconds, student_seconds and so on for each trained role are seconds per iteration; an update that is not made
+    in every iteration is averaged over all of them. peak_memory_gib is the peak memory of the GPU, or of the process on a
+    CPU. The module waits for the device around each phase, so that the times of the phases are correct.
     """
 
     def __init__(self) -> None:
@@ -35,20 +35,20 @@ class ThroughputMonitor(L.Callback):
         self._start_window(pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Stop the clock by setting it to the time gone."""
+        """Stop the clock; until it continues, `_began` holds the negative elapsed time."""
         self._began -= time.perf_counter()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Let the clock go on."""
+        """Let the clock continue."""
         self._began += time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: "CDMModule", outputs: object, batch: "PromptBatch", *_: object
     ) -> None:
-        """Count the batch; log and start anew where it is time."""
+        """Count the batch; every `log_every_n_steps` iterations, log the figures and start a new window."""
         self._samples += len(batch.prompts) * trainer.world_size
         self._iterations += 1
-        # pyrefly: ignore[missing-attribute]  Lightning sets it from elsewhere
+        # pyrefly: ignore[missing-attribute]  Lightning sets this attribute from another module
         if pl_module.iteration % trainer.log_every_n_steps:
             return
         seconds = time.perf_counter() - self._began
@@ -64,7 +64,7 @@ class ThroughputMonitor(L.Callback):
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory so far, in GiB: allocated on a CUDA device, else resident of this process."""
+    """Return the peak memory so far in GiB: allocated memory on a CUDA device, else resident memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes on macOS and in KiB on Linux

@@ -1,4 +1,4 @@
-"""When a run saves, where it goes on from, and when it stops before its end."""
+"""When a run saves, from which checkpoint it resumes, and when it stops early."""
 
 import json
 import math
@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Any, Literal
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
-from cdm_lightning import ranks
 from cdm_lightning.checkpoint.folder import (
     checkpoints_in,
     iteration_of,
     remove,
     set_aside,
     sweep,
-    write_synced,
 )
 from cdm_lightning.checkpoint.objective_state import class_of, require_readable, restore_objective
 from cdm_lightning.checkpoint.save import save_checkpoint
 from cdm_lightning.checkpoint.signals import StopSignals
 from cdm_lightning.checkpoint.state import plain_values_of, restore, tensors_of
 from cdm_lightning.checkpoint.stored import StoredCheckpoint, newest_checkpoint, read_checkpoint, require_good
+from cdm_lightning.distributed import ranks
 from cdm_lightning.errors import Preempted, UserError
+from cdm_lightning.files import write_text
 
 if TYPE_CHECKING:
     from cdm_lightning.module import CDMModule
@@ -33,12 +33,13 @@ BEST = "best.json"
 
 
 class IterationCheckpoint(Checkpoint):
-    """Saves to `folder` every `every` iterations, at the last one and when a signal asks the run to stop.
+    """Save to `folder` every `every` iterations, at the last iteration, and when a signal asks the run to stop.
 
-    The newest `keep` checkpoints stay (None: all), and the one with the best value of the validation metric `best`, for
-    which `best_is` says whether small or large is good. A run stops when `max_skipped` updates of a network in a row were
-    left out because their gradient was not finite (None: never). At the start it goes on from the newest good checkpoint
-    in `folder`; if there is none, from `begin_with`. A save that fails for the disk's sake does not stop the run.
+    The newest `keep` checkpoints are kept (None: all), and in addition the one with the best value of the validation metric
+    `best`; `best_is` says whether the smallest ("min") or the largest ("max") value is best. A run stops with `UserError`
+    when `max_skipped` consecutive updates of a network were skipped because their gradient was not finite (None: never). At
+    the start the run resumes from the newest good checkpoint in `folder`, or from `begin_with` if there is none. A save that
+    fails because of the disk does not stop the run, unless it is the save of the last iteration.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class IterationCheckpoint(Checkpoint):
             raise UserError(f"checkpoint: best_is must be min or max, got {best_is!r}")
         self.folder, self.every, self.keep = Path(folder), every, keep
         self.best, self.best_is, self.max_skipped = best, best_is, max_skipped
-        self.begin_with: Path | None = None  # a checkpoint of another run
+        self.begin_with: Path | None = None  # a checkpoint of another run to start from
         self._start: StoredCheckpoint | None = None
         self._signals = StopSignals()
         self._trainer_state: dict[str, Any] = {}
@@ -64,16 +65,16 @@ class IterationCheckpoint(Checkpoint):
     # ---- the start
 
     def setup(self, trainer: L.Trainer, pl_module: "CDMModule", stage: str) -> None:
-        """Clean up after a killed run and choose the checkpoint to go on from, before any network is built."""
+        """Clean up after a killed run and choose the checkpoint to resume from, before any network is built."""
         if stage == "fit":
             if ranks.rank() == 0 and (left := sweep(self.folder)):
-                say(f"deleted what an interrupted save left: {', '.join(left)}")
-            ranks.gather(None)  # nobody looks before that is done
+                say(f"deleted the remains of an interrupted save: {', '.join(left)}")
+            ranks.gather(None)  # no process looks for checkpoints before this is done
             self._start = self.choose_start(pl_module.fingerprint)
 
     def choose_start(self, fingerprint: str) -> StoredCheckpoint | None:
-        """The checkpoint to go on from, None for a fresh start; UserError if there are some but none will do."""
-        start = newest_checkpoint(self.folder, lambda path, why: say(f"passed over: {why}"))
+        """Choose the checkpoint to resume from, None for a fresh start; raise `UserError` if there are only unusable ones."""
+        start = newest_checkpoint(self.folder, lambda path, why: say(f"skipped a checkpoint: {why}"))
         if start is not None and ranks.rank() == 0:
             for path in checkpoints_in(self.folder):
                 if iteration_of(path) > start.iteration:
@@ -83,14 +84,14 @@ class IterationCheckpoint(Checkpoint):
         if start is None:
             return None
         start = read_checkpoint(start.path, fingerprint)
-        _ = start.sizes, start.trainer_state()  # what is no checkpoint at all is refused before networks are built
-        say(f"going on from {start.path} (iteration {start.iteration})")
+        _ = start.sizes, start.trainer_state()  # refuse a file that is not a checkpoint before any network is built
+        say(f"resuming from {start.path} (iteration {start.iteration})")
         return start
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Take back weights, optimizers, counters and the state of loops, callbacks and the objective.
+        """Restore weights, optimizers, counters and the state of loops, callbacks and the objective.
 
-        UserError for an objective whose state a checkpoint could not give back.
+        Raise `UserError` for an objective whose state could not be read back from a checkpoint.
         """
         require_readable(pl_module.objective)
         if self._start is None:
@@ -101,41 +102,44 @@ class IterationCheckpoint(Checkpoint):
         if note := restore_objective(pl_module.objective, state):
             say(note)
         trainer.fit_loop.load_state_dict(state["fit_loop"])
-        # pyrefly: ignore[missing-attribute]  Lightning sets it from elsewhere
+        # pyrefly: ignore[missing-attribute]  Lightning sets this attribute from another module
         for callback in trainer.callbacks:
             if callback.state_key in state["callbacks"]:
                 callback.load_state_dict(state["callbacks"][callback.state_key])
         self._start = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Listen to signals, in the place of Lightning."""
+        """Handle the stop signals instead of Lightning."""
         self._signals.install()
 
     # ---- every iteration
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: "CDMModule", *_: object) -> None:
-        """Save if this iteration is due; Lightning calls checkpoint callbacks last, when the state is whole."""
+        """Save if a save is due. Lightning calls checkpoint callbacks last, when the state is complete."""
         self._check_health(pl_module)
         iteration, stop = trainer.global_step, self._signals.asked()
         last = iteration == trainer.max_steps
         if self.best is not None:
-            self._trainer_state = trainer_state(trainer, pl_module)  # a save after validation shall be as one from here
+            # A save after validation must equal a save at this point.
+            self._trainer_state = trainer_state(trainer, pl_module)
         if stop or last or trainer.should_stop or iteration % self.every == 0:
             path = self._save(trainer, pl_module, trainer_state(trainer, pl_module), needed=last)
             if stop and not last:
-                saved = f"saved {path}" if path else "the last save failed, the run goes on from an older checkpoint"
-                say(f"stopped at iteration {iteration}: {saved}; the same command goes on")
+                saved = (
+                    f"saved {path}" if path else "the last save failed, so the run will resume from an older checkpoint"
+                )
+                say(f"stopped at iteration {iteration}: {saved}; run the same command again to continue")
                 raise Preempted(f"at iteration {iteration}")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Keep the checkpoint of this iteration if it is the best so far."""
+        """Keep the checkpoint of this iteration if its metric is the best so far; `UserError` for an unknown metric."""
         if self.best is None or trainer.sanity_checking or not self._trainer_state:
             return
         found = trainer.callback_metrics.get(self.best)
         value = ranks.from_first(None if found is None else float(found))
         if value is None:
             known = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/")))
-            raise UserError(f"checkpoint.best={self.best}: validation gives no such metric; it gives {known or 'none'}")
+            raise UserError(f"checkpoint.best={self.best}: validation logs no such metric; it logs {known or 'none'}")
         iteration = trainer.global_step
         if not ranks.from_first(math.isfinite(value) and self._is_better(value)):
             return
@@ -149,18 +153,18 @@ class IterationCheckpoint(Checkpoint):
 
     def _note_best(self, value: float, iteration: int) -> None:
         if ranks.rank() == 0:
-            temporary = self.folder / (BEST + ".tmp")
             noted = {"metric": self.best, "value": value, "iteration": iteration}
             try:
-                write_synced(temporary, json.dumps(noted).encode())
-                temporary.rename(self.folder / BEST)
-            except OSError as error:  # the disk is full: as with a checkpoint, the run goes on
-                say(f"WARNING: {self.folder / BEST} could not be written ({error.strerror or error}); the run goes on")
+                write_text(self.folder / BEST, json.dumps(noted))
+            except OSError as error:  # the disk is full, for example; the run continues, as after a failed save
+                say(
+                    f"WARNING: {self.folder / BEST} could not be written ({error.strerror or error}); the run continues"
+                )
                 return
             self._drop_old()
 
     def read_best(self) -> dict[str, Any] | None:
-        """Metric, value and iteration of the best checkpoint so far; None if there is none, or not of this metric."""
+        """Return metric, value and iteration of the best checkpoint so far; None if there is none for this metric."""
         try:
             found = json.loads((self.folder / BEST).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -169,11 +173,11 @@ class IterationCheckpoint(Checkpoint):
         return found if found.get("metric") == self.best and found.get("iteration") in kept else None
 
     def on_train_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Give the signals back."""
+        """Restore the previous signal handlers."""
         self._signals.restore()
 
     def on_exception(self, trainer: L.Trainer, pl_module: "CDMModule", exception: BaseException) -> None:
-        """Give the signals back."""
+        """Restore the previous signal handlers."""
         self._signals.restore()
 
     # ---- saving
@@ -181,7 +185,7 @@ class IterationCheckpoint(Checkpoint):
     def _save(
         self, trainer: L.Trainer, module: "CDMModule", state: dict[str, Any], needed: bool = False
     ) -> Path | None:
-        """The new checkpoint; None if the disk did not take it, UserError if it is `needed`."""
+        """Save and return the new checkpoint; None if it cannot be written, or `UserError` if it is `needed`."""
         record: dict[str, Any] = {}
         module.on_save_checkpoint(record)
         optimizers = module.optimizers_by_role
@@ -205,11 +209,11 @@ class IterationCheckpoint(Checkpoint):
         text = (
             f"the checkpoint of iteration {iteration} could not be written to {self.folder} "
             f"({error.strerror or error}; {free:.1f} GB are free); "
-            f"{f'{older[-1].name} is intact' if older else 'there is none before it'}"
+            f"{f'{older[-1].name} is intact' if older else 'there is no earlier checkpoint'}"
         )
         if needed:
-            raise UserError(f"{text}; make room, then the same command goes on") from error
-        say(f"WARNING: {text}; the run goes on and tries again at the next one")
+            raise UserError(f"{text}; free disk space and run the same command again to continue") from error
+        say(f"WARNING: {text}; the run continues and tries again at the next save")
 
     def _drop_old(self) -> None:
         best = self.read_best()
@@ -223,11 +227,13 @@ class IterationCheckpoint(Checkpoint):
                 say(f"WARNING: {old} could not be deleted ({error.strerror or error})")
 
     def _check_health(self, module: "CDMModule") -> None:
-        """UserError after too many updates in a row that were left out; the counts are the same on all processes."""
+        """Raise `UserError` after too many skipped updates in a row; the counts are the same on all processes."""
         for name, count in module.updates.skipped_in_a_row.items():
             if self.max_skipped is not None and count >= self.max_skipped:
                 good = [path for path in checkpoints_in(self.folder) if not any(skipped_in(path).values())]
-                advice = f"go on from {good[-1]} with other settings" if good else "no checkpoint is older than that"
+                advice = (
+                    f"resume from {good[-1]} with other settings" if good else "there is no checkpoint from before that"
+                )
                 raise UserError(
                     f"the gradient of {name} was not finite {count} times in a row (checkpoint.max_skipped), "
                     f"up to iteration {module.iteration}: {advice}"
@@ -235,8 +241,8 @@ class IterationCheckpoint(Checkpoint):
 
 
 def trainer_state(trainer: L.Trainer, module: "CDMModule") -> dict[str, Any]:
-    """What Lightning's loop, the callbacks and the objective keep."""
-    # pyrefly: ignore[missing-attribute]  Lightning sets it from elsewhere
+    """Return the state of Lightning's loop, the callbacks and the objective."""
+    # pyrefly: ignore[missing-attribute]  Lightning sets this attribute from another module
     callbacks = {callback.state_key: state for callback in trainer.callbacks if (state := callback.state_dict())}
     objective = module.objective.state_dict()
     return {
@@ -248,7 +254,7 @@ def trainer_state(trainer: L.Trainer, module: "CDMModule") -> dict[str, Any]:
 
 
 def skipped_in(path: Path) -> dict[str, int]:
-    """How many updates in a row had been left out when this checkpoint was written."""
+    """Return how many updates in a row had been skipped, by network, when this checkpoint was written."""
     try:
         return read_checkpoint(path).record["skipped_in_a_row"]
     except UserError:
@@ -256,6 +262,6 @@ def skipped_in(path: Path) -> dict[str, int]:
 
 
 def say(text: str) -> None:
-    """A line on stderr, from the first process."""
+    """Print a line on stderr, only from the first process."""
     if ranks.rank() == 0:
         print(text, file=sys.stderr, flush=True)

@@ -1,8 +1,8 @@
-"""A checkpoint as a folder on disk: complete or not there at all.
+"""A checkpoint as a folder on disk, which is either complete or does not exist.
 
-`checkpoints/iteration_0000500/` is written under a name with a dot in front, every file synced; `COMPLETE.json` with the
-size and the checksum of each file comes last; then the folder is renamed. Whatever kills the process or the machine in
-between leaves a folder with a dot, which the next start deletes.
+`checkpoints/iteration_0000500/` is first written under a name that begins with a dot, and every file is synced.
+`COMPLETE.json` with the size and the checksum of each file is written last, and then the folder is renamed. If the process
+or the machine is killed before that, the folder with the dot remains, and the next start deletes it.
 """
 
 import json
@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import cast
 
 from cdm_lightning.errors import UserError
+from cdm_lightning.files import sync
 
 NAME = "iteration_{:07d}"
 PATTERN = re.compile(r"iteration_(\d{7,})")
-OLD_FILE = re.compile(r"iteration_\d{7,}\.ckpt")  # what versions before folders wrote
+OLD_FILE = re.compile(r"iteration_\d{7,}\.ckpt")  # the single files that older versions wrote
 MARKER = "COMPLETE.json"
 SAVING, REMOVING, UNUSED = ".saving_", ".removing_", "unused_"
 CHUNK = 1 << 24  # bytes read at a time
@@ -27,7 +28,7 @@ FileSums = dict[str, dict[str, int]]  # file name: {"bytes": size, "crc32": chec
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The checkpoint folders of a run, oldest iteration first, not verified; none if there is no such folder."""
+    """Return the checkpoint folders in `folder`, oldest iteration first, not verified; none if it does not exist."""
     if not folder.is_dir():
         return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := PATTERN.fullmatch(path.name))]
@@ -35,18 +36,18 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def iteration_of(path: Path) -> int:
-    """The iteration in a checkpoint folder's name."""
+    """Return the iteration in a checkpoint folder's name."""
     return int(cast(re.Match[str], PATTERN.fullmatch(path.name))[1])
 
 
 def refuse_old_files(folder: Path) -> None:
-    """UserError if the folder holds single-file checkpoints of an older version, which cannot be read any more."""
+    """Raise `UserError` if the folder holds single-file checkpoints of an older version, which can no longer be read."""
     if folder.is_dir() and (old := [path.name for path in folder.iterdir() if OLD_FILE.fullmatch(path.name)]):
         raise UserError(f"{folder}: {old[0]} was written by an older version and cannot be read; set another run_name")
 
 
 def begin(folder: Path, iteration: int) -> Path:
-    """A new empty folder to write the checkpoint of `iteration` into; OSError if it cannot be made."""
+    """Make and return an empty folder for writing the checkpoint of `iteration`; raise OSError if it cannot be made."""
     temporary = temporary_path(folder, iteration)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -54,12 +55,12 @@ def begin(folder: Path, iteration: int) -> Path:
 
 
 def temporary_path(folder: Path, iteration: int) -> Path:
-    """Where `begin` makes the folder."""
+    """Return the path of the folder that `begin` makes."""
     return folder / (SAVING + NAME.format(iteration))
 
 
 def commit(temporary: Path, sums: FileSums) -> Path:
-    """Mark the written folder complete, give it its name and return it; one of that name is replaced."""
+    """Mark the written folder as complete, rename it and return it; an older folder of that name is replaced."""
     write_synced(temporary / MARKER, json.dumps({"files": sums}, indent=1).encode())
     sync(temporary)
     target = temporary.with_name(temporary.name.removeprefix(SAVING))
@@ -79,17 +80,8 @@ def write_synced(path: Path, content: bytes) -> dict[str, int]:
     return {"bytes": len(content), "crc32": zlib.crc32(content)}
 
 
-def sync(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def remove(path: Path) -> None:
-    """Delete a checkpoint; its name goes first, so that no half of it is ever taken for one."""
+    """Delete a checkpoint; it is renamed first, so that a partly deleted folder is never taken for a checkpoint."""
     doomed = path.with_name(REMOVING + path.name)
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(path, doomed)
@@ -97,7 +89,7 @@ def remove(path: Path) -> None:
 
 
 def sweep(folder: Path) -> list[str]:
-    """Delete what killed saves left behind and return the names."""
+    """Delete the folders that interrupted saves and deletions left behind, and return their names."""
     if not folder.is_dir():
         return []
     left = [path for path in folder.iterdir() if path.name.startswith((SAVING, REMOVING))]
@@ -107,7 +99,7 @@ def sweep(folder: Path) -> list[str]:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a checkpoint that the run does not go on from, so that it is neither found nor counted; the new path."""
+    """Rename a checkpoint that the run does not resume from, so that it is no longer found; return the new path."""
     target = path.with_name(UNUSED + path.name)
     shutil.rmtree(target, ignore_errors=True)
     os.rename(path, target)
@@ -115,7 +107,7 @@ def set_aside(path: Path) -> Path:
 
 
 def read_marker(path: Path) -> Mapping[str, dict[str, int]]:
-    """The files of a checkpoint folder with their sizes and checksums; UserError if it was never finished."""
+    """Return the sizes and checksums of a checkpoint's files by name; raise `UserError` if it was never finished."""
     try:
         files = json.loads((path / MARKER).read_text(encoding="utf-8"))["files"]
         return {str(name): {"bytes": int(of["bytes"]), "crc32": int(of["crc32"])} for name, of in files.items()}
@@ -126,7 +118,7 @@ def read_marker(path: Path) -> Mapping[str, dict[str, int]]:
 
 
 def find_fault(path: Path, sums: Mapping[str, dict[str, int]], names: Iterable[str]) -> str | None:
-    """What is wrong with the first bad one of the named files of a checkpoint, in a few words; None if all are good."""
+    """Describe in a few words the first fault among these files of a checkpoint; None if all are good."""
     for name in names:
         file = path / name
         if "/" in name or not file.is_file():
@@ -139,7 +131,7 @@ def find_fault(path: Path, sums: Mapping[str, dict[str, int]], names: Iterable[s
 
 
 def checksum(file: Path) -> int:
-    """CRC-32 of a file's content."""
+    """Return the CRC-32 of a file's content."""
     found = 0
     with file.open("rb") as stream:
         while chunk := stream.read(CHUNK):

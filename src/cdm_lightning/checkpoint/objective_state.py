@@ -1,4 +1,4 @@
-"""An objective's own state in a checkpoint: only what can be read back safely, only by the class that wrote it."""
+"""An objective's own state in a checkpoint: it must be safe to read back, and only the class that wrote it reads it."""
 
 import io
 import pickle
@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cdm_lightning.errors import UserError
+from cdm_lightning.files import first_line
 
 if TYPE_CHECKING:
     from cdm_lightning.objectives.base import Objective
 
 
 def class_of(value: object) -> str:
-    """The dotted name of its class."""
+    """Return the dotted name of the class of `value`."""
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def require_readable(objective: "Objective") -> None:
-    """UserError if the objective's state could not be read back from a checkpoint: then no later start would succeed."""
+    """Raise `UserError` if the objective's state could not be read back: then the run could never be resumed."""
     packed = io.BytesIO()
     try:
         torch.save(objective.state_dict(), packed)
@@ -27,17 +28,17 @@ def require_readable(objective: "Objective") -> None:
         torch.load(packed, weights_only=True)
     except (RuntimeError, ValueError, TypeError, AttributeError, pickle.PickleError) as error:
         raise UserError(
-            f"objective: state_dict of {class_of(objective)} must hold plain values and tensors alone "
-            f"({str(error).splitlines()[0]})"
+            f"objective: state_dict of {class_of(objective)} must hold only plain values and tensors "
+            f"({first_line(error)})"
         ) from error
 
 
 def restore_objective(objective: "Objective", state: Mapping[str, Any]) -> str | None:
-    """Give the objective its own state back; that of another class is left out, and the text returned says so."""
-    stored, name = state.get("objective"), class_of(objective)  # older versions kept none
+    """Restore the objective's own state. The state of another class is ignored, and the returned text says so."""
+    stored, name = state.get("objective"), class_of(objective)  # older versions did not store it
     if not stored:
         return None
     if state.get("objective_class", name) != name:
-        return f"the state of the checkpoint's objective ({state['objective_class']}) is not taken over by {name}"
+        return f"the state of the checkpoint's objective ({state['objective_class']}) is ignored by {name}"
     objective.load_state_dict(stored)
     return None

@@ -1,4 +1,4 @@
-"""Writing a checkpoint: all processes together, all of it or nothing."""
+"""Write a checkpoint: all processes together, either completely or not at all."""
 
 import io
 import json
@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cdm_lightning import ranks
 from cdm_lightning.checkpoint.folder import FileSums, begin, commit, temporary_path, write_synced
 from cdm_lightning.checkpoint.stored import RECORD, TRAINER
 from cdm_lightning.checkpoint.tensors import save_tensors
+from cdm_lightning.distributed import ranks
 
 
 def save_checkpoint(
@@ -21,7 +21,7 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint of iteration `record["iteration"]` into `folder` and return its path.
 
-    Raises OSError, on all processes alike, if it cannot be written; what was there before is as it was.
+    Raises OSError on all processes if the checkpoint cannot be written; earlier checkpoints are then unchanged.
     """
     temporary = temporary_path(folder, record["iteration"])
     try:
@@ -45,7 +45,7 @@ def _finish(temporary: Path, sums: FileSums, record: Mapping[str, Any], trainer_
 
 
 def _on_first(work: Any) -> Any:
-    """What the first process's `work` returns, for all; OSError on all if it cannot."""
+    """Run `work` on the first process and return its result on all of them; raise its OSError on all of them."""
     result, error = None, None
     if ranks.rank() == 0:
         try:

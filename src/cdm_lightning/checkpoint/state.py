@@ -1,6 +1,7 @@
-"""What of networks and optimizers a checkpoint holds, as named tensors and plain values.
+"""The state of networks and optimizers in a checkpoint, as named tensors and plain values.
 
-The tensors are the live ones, whole or sharded: nothing is copied before it is written, and reading fills them in place.
+The tensors are those of the run itself, whole or sharded: nothing is copied before it is written, and reading a checkpoint
+fills them in place.
 """
 
 from collections.abc import Mapping
@@ -15,12 +16,13 @@ from cdm_lightning.checkpoint.stored import StoredCheckpoint
 from cdm_lightning.errors import UserError
 
 PLAIN = (bool, int, float)
+AVERAGE = "networks.student_ema."
 
 
 def tensors_of(networks: nn.Module, optimizers: Mapping[str, Optimizer]) -> dict[str, Tensor]:
-    """All tensors by name: "networks.student.LAYER.weight", "optimizers.student.LAYER.weight.exp_avg", ...
+    """Return all tensors by name: "networks.student.LAYER.weight", "optimizers.student.LAYER.weight.exp_avg", ...
 
-    `optimizers` has the names of the networks that they train.
+    The keys of `optimizers` are the names of the networks that they train.
     """
     found = {f"networks.{name}": value for name, value in networks.state_dict().items()}
     for role, optimizer in optimizers.items():
@@ -32,9 +34,10 @@ def tensors_of(networks: nn.Module, optimizers: Mapping[str, Optimizer]) -> dict
 
 
 def plain_tensors(name: str, value: Tensor) -> dict[str, Tensor]:
-    """`value`, or for one of torchao's quantized states the tensors it is made of, sharing its memory.
+    """Return `value` under its name, or the tensors that make up a quantized state of torchao; they share its memory.
 
-    Codes have the shape of the parameter and a scale stands for a block of them in a row, so both are cut as it is.
+    Codes have the shape of the parameter, and each scale belongs to a block of consecutive codes, so both are sharded like
+    the parameter.
     """
     local = value.to_local() if isinstance(value, DTensor) else value
     if not hasattr(local, "__tensor_flatten__"):
@@ -53,7 +56,7 @@ def plain_tensors(name: str, value: Tensor) -> dict[str, Tensor]:
 
 
 def plain_values_of(networks: nn.Module, optimizers: Mapping[str, Optimizer]) -> dict[str, Any]:
-    """What optimizers keep that is no tensor: states, and options that they have changed themselves."""
+    """Return what optimizers keep outside tensors: plain states, and options that differ from their defaults, except lr."""
     found: dict[str, Any] = {}
     for role, optimizer in optimizers.items():
         states = states_of(getattr(networks, role), optimizer)
@@ -68,27 +71,30 @@ def plain_values_of(networks: nn.Module, optimizers: Mapping[str, Optimizer]) ->
 
 
 def only_plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers and truth values alone."""
+    """Return only the entries that are numbers or truth values."""
     return {key: value for key, value in values.items() if isinstance(value, PLAIN)}
 
 
 def states_of(network: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
-    """The optimizer's state of each parameter that has one, by the parameter's name."""
+    """Return the optimizer's state of each parameter that has one, by the name of the parameter."""
     return {name: optimizer.state[p] for name, p in network.named_parameters() if optimizer.state.get(p)}
 
 
 def restore(networks: nn.Module, optimizers: Mapping[str, Optimizer], stored: StoredCheckpoint) -> None:
-    """Fill networks and optimizers from a checkpoint; UserError if it holds other tensors than they have."""
+    """Fill networks and optimizers from a checkpoint; raise `UserError` if its tensors are not those that they have."""
     for role, optimizer in optimizers.items():
         prefix = f"optimizers.{role}."
         names = [name.removeprefix(prefix) for name in stored.sizes if name.startswith(prefix)]
         begin_states(getattr(networks, role), optimizer, names)
     tensors = tensors_of(networks, optimizers)
-    differing = tensors.keys() ^ stored.sizes.keys()
-    differing |= {name for name in tensors.keys() - differing if tensors[name].shape != stored.sizes[name][0]}
+    differing = (tensors.keys() ^ stored.sizes.keys()) - unmatched_average(tensors, stored)
+    both = tensors.keys() & stored.sizes.keys()
+    differing |= {name for name in both if tensors[name].shape != stored.sizes[name][0]}
     if differing:
         raise UserError(f"{stored.path}: its tensors are not those of this configuration ({min(differing)} differs)")
-    stored.fill(tensors)
+    stored.fill({name: value for name, value in tensors.items() if name in both})
+    if average := unmatched_average(tensors, stored) & tensors.keys():
+        begin_average(networks, average)
     for role, optimizer in optimizers.items():
         plain = stored.record["optimizers"][role]
         states = states_of(getattr(networks, role), optimizer)
@@ -98,16 +104,30 @@ def restore(networks: nn.Module, optimizers: Mapping[str, Optimizer], stored: St
             group.update(values)
 
 
-def begin_states(network: nn.Module, optimizer: Optimizer, names: list[str]) -> None:
-    """Let the optimizer make the states that a checkpoint has (`names`: parameter and key), to be filled afterwards.
+def unmatched_average(tensors: Mapping[str, Tensor], stored: StoredCheckpoint) -> set[str]:
+    """Return the names of the EMA's tensors if either the networks or the checkpoint, but not both, have an EMA."""
+    here, there = ({name for name in names if name.startswith(AVERAGE)} for names in (tensors, stored.sizes))
+    return here ^ there if not here or not there else set()
 
-    Only the optimizer knows how it lays them out, so it makes a step without gradient and at rate zero.
+
+def begin_average(networks: nn.Module, names: set[str]) -> None:
+    """Start an EMA that the checkpoint does not have as a copy of the restored student."""
+    state = networks.state_dict()
+    with torch.no_grad():
+        for name in (name.removeprefix("networks.") for name in names):
+            state[name].copy_(state["student." + name.removeprefix("student_ema.")])
+
+
+def begin_states(network: nn.Module, optimizer: Optimizer, names: list[str]) -> None:
+    """Make the optimizer create the states that a checkpoint has (`names`: parameter and key), to be filled afterwards.
+
+    Only the optimizer knows the layout of its states, so it makes one step with zero gradients and a learning rate of zero.
     """
     if not names:
         return
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
-        group["lr"] = group["lr"] * 0  # a number or a tensor
+        group["lr"] = group["lr"] * 0  # the product keeps the type: a number or a tensor
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -115,7 +135,7 @@ def begin_states(network: nn.Module, optimizer: Optimizer, names: list[str]) -> 
     for group, rate in zip(optimizer.param_groups, rates):
         group["lr"] = rate
     known = {name.rpartition(".")[0] for name in names}
-    known |= {name.rpartition(".")[0] for name in known}  # a quantized state's parts have one more name
+    known |= {name.rpartition(".")[0] for name in known}  # the names of a quantized state's parts have one more level
     for name, parameter in network.named_parameters():
         if name not in known:
             optimizer.state.pop(parameter, None)

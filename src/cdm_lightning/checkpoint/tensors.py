@@ -1,7 +1,7 @@
-"""Tensors to and from the files of a checkpoint, by torch.distributed.checkpoint in its safetensors form.
+"""Writing and reading the tensors of a checkpoint with torch.distributed.checkpoint, in its safetensors format.
 
-Each process writes the shards that it holds and reads those that it needs, whatever the layout was when they were
-written. There is no pickle in it: unlike torch's own form, which keeps its index in one.
+Each process writes the shards that it holds and reads those that it needs, even if they were written with another layout.
+Unlike torch's default format, whose index is a pickle, this format contains no pickle.
 """
 
 import os
@@ -20,13 +20,13 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from cdm_lightning.checkpoint.folder import FileSums
-from cdm_lightning.ranks import is_spread, world_size
+from cdm_lightning.distributed.ranks import is_spread, world_size
 
-FILE_BYTES = 1 << 29  # a file is put together in memory: about so much of it at a time
+FILE_BYTES = 1 << 29  # approximate size of a file, because a whole file is built in memory
 
 
 class _Summed:
-    """A file whose size and checksum are known when it is written: nothing has to be read again."""
+    """A file that computes its size and checksum while it is written, so that it need not be read again."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self.bytes, self.crc32 = file, 0, 0
@@ -41,7 +41,7 @@ class _Summed:
 
 
 class _SummedFiles(FileSystem):
-    """The file system, keeping the sums of all that is written."""
+    """A file system that keeps the size and checksum of every file that is written."""
 
     def __init__(self) -> None:
         self.sums: FileSums = {}
@@ -55,7 +55,7 @@ class _SummedFiles(FileSystem):
 
 
 class _GivenFiles(FileSystem):
-    """The file system, of which only these files are seen."""
+    """A file system that shows only these files."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = [str(file) for file in files]
@@ -65,9 +65,9 @@ class _GivenFiles(FileSystem):
 
 
 def save_tensors(tensors: Mapping[str, Tensor], folder: Path) -> FileSums:
-    """Write this process's shards of `tensors` (name: tensor or DTensor) into `folder`; the sums of its files.
+    """Write this process's shards of `tensors` (name: tensor or DTensor) to `folder`; return the sums of its files.
 
-    All processes call it with the same names. OSError on all of them if one cannot write.
+    All processes must call it with the same names. Raises OSError on all of them if one cannot write.
     """
     writer = dcp.HuggingFaceStorageWriter(str(folder), files_of(tensors), save_distributed=True)
     writer.fs = files = _SummedFiles()
@@ -80,7 +80,7 @@ def save_tensors(tensors: Mapping[str, Tensor], folder: Path) -> FileSums:
 
 
 def load_tensors(tensors: dict[str, Tensor], files: Sequence[Path], alone: bool = False) -> None:
-    """Fill `tensors` in place from a checkpoint's files; all processes together, unless `alone`.
+    """Fill `tensors` in place from a checkpoint's files; all processes must call it together, unless `alone` is true.
 
     Raises RuntimeError if a name is missing or a shape does not fit.
     """
@@ -92,21 +92,21 @@ def load_tensors(tensors: dict[str, Tensor], files: Sequence[Path], alone: bool 
 
 
 def stored_sizes(files: Sequence[Path]) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """(shape, dtype) of each tensor in a checkpoint's files, from their headers."""
+    """Return (shape, dtype) of each tensor in a checkpoint's files by name, read from their headers."""
     metadata = reader(files).read_metadata().state_dict_metadata
-    tensors = cast(dict[str, TensorStorageMetadata], metadata)  # these files hold nothing else
+    tensors = cast(dict[str, TensorStorageMetadata], metadata)  # these files hold only tensors
     return {name: (of.size, of.properties.dtype) for name, of in tensors.items()}
 
 
 def reader(files: Sequence[Path]) -> dcp.HuggingFaceStorageReader:
-    """A reader of exactly these files."""
+    """Return a reader of exactly these files."""
     made = dcp.HuggingFaceStorageReader(str(files[0].parent))
     made.fs = _GivenFiles(files)
     return made
 
 
 def files_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Number of the file of each tensor, from 1: as many in one as `FILE_BYTES` holds."""
+    """Return the file number of each tensor, from 1; a file takes tensors up to `FILE_BYTES`."""
     numbers, number, filled = {}, 1, 0
     for name, tensor in tensors.items():
         size = tensor.numel() * tensor.element_size() // world_size()
@@ -117,7 +117,7 @@ def files_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def raise_cause(error: CheckpointException) -> None:
-    """Raise what went wrong: OSError if that was a file, else RuntimeError; the original one is no Exception."""
+    """Raise the cause of `error`, which is not an Exception itself: OSError if a file failed, else RuntimeError."""
     causes = [cause for cause, _ in error.failures.values()]
     for cause in causes:
         if isinstance(cause, OSError):
@@ -127,7 +127,7 @@ def raise_cause(error: CheckpointException) -> None:
 
 @contextmanager
 def quietly() -> Generator[None]:
-    """Without the warning that there is only one process."""
+    """Hide the warning that there is only one process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed is (disabled|unavailable).*")
         yield

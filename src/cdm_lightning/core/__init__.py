@@ -1,1 +1,4 @@
-"""Continuous-Time Distribution Matching as mathematics on tensors: knows no network, no framework, no configuration."""
+"""The mathematics of Continuous-Time Distribution Matching, on tensors alone.
+
+Nothing in this folder depends on a network, on a training framework or on a configuration.
+"""

@@ -1,7 +1,7 @@
 """Rectified flow: x_sigma = (1 - sigma) x0 + sigma noise, and the fields that predict its velocity, noise - x0.
 
 Sigma runs from 1 (pure noise) to 0 (data). Shapes: B samples of shape * = (C, H, W); sigma is (B,) or 0-d.
-`move` is the only dynamics: the Euler step, the clean prediction and CDM's off-trajectory point are all one `move`.
+All dynamics use the one function `move`: the Euler step, the x0 prediction and CDM's off-trajectory point are calls of it.
 """
 
 from abc import ABC, abstractmethod
@@ -11,88 +11,92 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Rows = Tensor | slice  # samples of a batch: their numbers (M,), or consecutive ones
+Rows = Tensor | slice  # which samples of a batch: their indices (M,), or a slice of consecutive samples
 
 
 def per_sample(sigma: Tensor, x: Tensor) -> Tensor:
-    """Sigma (B,) as (B, 1, 1, 1), to multiply `x` (B, *); a 0-d sigma passes through."""
+    """Reshape sigma (B,) to (B, 1, 1, 1), so that it can multiply `x` (B, *); a 0-d sigma is returned unchanged."""
     return sigma.reshape(-1, *[1] * (x.ndim - 1)) if sigma.ndim else sigma
 
 
 def interpolate(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """The noised sample (1 - sigma) x0 + sigma noise, (B, *)."""
+    """Return the noised sample (1 - sigma) x0 + sigma noise, (B, *)."""
     sigma = per_sample(sigma, x0)
     return (1 - sigma) * x0 + sigma * noise
 
 
 def move(x: Tensor, v: Tensor, sigma_from: Tensor, sigma_to: Tensor) -> Tensor:
-    """Along the velocity `v` in a straight line: x + (sigma_to - sigma_from) v, (B, *).
+    """Move x along the velocity `v` in a straight line: x + (sigma_to - sigma_from) v, (B, *).
 
-    In the float order of `FlowMatchEulerDiscreteScheduler.step` of diffusers, which it equals bit for bit.
+    The floating-point operations have the same order as those of `FlowMatchEulerDiscreteScheduler.step` in diffusers, so
+    the results are equal bit for bit.
     """
     return x + per_sample(sigma_to - sigma_from, x) * v
 
 
 def denoise(x: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
-    """The clean sample that (x, v) at sigma points to, (B, *): `move` to sigma 0."""
+    """Return the x0 prediction of the velocity `v` at x and sigma, (B, *): a `move` to sigma 0."""
     return move(x, v, sigma, torch.zeros_like(sigma))
 
 
 class VelocityField(ABC):
-    """A function (x (B, *), sigma (B,)) -> velocity (B, *) that has text, guidance and precision bound already."""
+    """A function (x (B, *), sigma (B,)) -> velocity (B, *) whose text, guidance and precision are already fixed."""
 
     @abstractmethod
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """The velocity noise - x0 at x (B, *) and sigma (B,), as (B, *)."""
+        """Return the predicted velocity noise - x0 at x (B, *) and sigma (B,), as (B, *)."""
 
     def select(self, rows: Rows) -> "VelocityField":
-        """The field of some samples of its batch; a field that treats all samples alike is its own."""
+        """Return the field for some samples of the batch; by default self, for a field that treats all samples alike."""
         return self
 
     def join(self, others: Sequence["VelocityField"]) -> "VelocityField | None":
-        """One field for the concatenated batches of self and `others`, or None where one call cannot serve them all."""
+        """Return one field for the concatenated batches of self and `others`, or None if one call cannot compute them all."""
         return None
 
     def given(self, **inputs: Tensor) -> "VelocityField":
-        """The field with a value (B,) for each input that its network has beside x, sigma and text.
+        """Return the field with a value (B,) for each additional input of its network, besides x, sigma and text.
 
-        Raises ValueError for a field whose network has no inputs of its own.
+        Raises ValueError if the network has no additional inputs.
         """
-        raise ValueError(f"{type(self).__name__} has no inputs of its own, it was given {', '.join(inputs)}")
+        raise ValueError(f"{type(self).__name__} has no inputs of its own, but it was given {', '.join(inputs)}")
 
     def with_features(self, x: Tensor, sigma: Tensor, blocks: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-        """The velocity (B, *), and the hidden states (B, N, D) after the network's blocks with these numbers.
+        """Return the velocity (B, *) and the hidden states (B, N, D) after each of the network's `blocks`.
 
-        A negative number counts from the last block. Raises ValueError for a field that is no network, UserError for a block
-        that the network does not have.
+        `blocks` are indices; a negative index counts from the last block. Raises ValueError if the field is not a network,
+        and UserError for a block that the network does not have.
         """
         raise ValueError(f"{type(self).__name__} has no blocks whose hidden states could be returned")
 
 
 @dataclass(frozen=True)
 class FunctionField(VelocityField):
-    """A plain function (x, sigma) -> velocity that treats every sample alike, as a field."""
+    """A velocity field made from a plain function (x, sigma) -> velocity that treats every sample alike."""
 
     function: Callable[[Tensor, Tensor], Tensor]
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """The velocity (B, *) at x (B, *) and sigma (B,)."""
+        """Return the velocity (B, *) at x (B, *) and sigma (B,)."""
         return self.function(x, sigma)
 
     def join(self, others: Sequence[VelocityField]) -> VelocityField | None:
-        """Itself, if the others wrap the same function."""
+        """Return self if the others wrap the same function, otherwise None."""
         same = all(isinstance(other, FunctionField) and other.function is self.function for other in others)
         return self if same else None
 
 
 def plain_guidance(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance u + scale (c - u) of velocities (B, *); scale 1 is none."""
+    """Return the velocities u + scale (c - u) of classifier-free guidance, (B, *); scale 1 means no guidance."""
     return uncond + scale * (cond - uncond)
 
 
 @dataclass(frozen=True)
 class GuidedField(VelocityField):
-    """Classifier-free guidance by `guide`, both halves in one network call; at scale 1 only `cond` is called."""
+    """A field with classifier-free guidance, computed by `guide`.
+
+    One network call computes both halves. At scale 1 only `cond` is called.
+    """
 
     cond: VelocityField
     uncond: VelocityField
@@ -100,25 +104,28 @@ class GuidedField(VelocityField):
     guide: Callable[[Tensor, Tensor, float], Tensor] = plain_guidance
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """The guided velocity (B, *) at x (B, *) and sigma (B,)."""
+        """Return the guided velocity (B, *) at x (B, *) and sigma (B,)."""
         if self.scale == 1:
             return self.cond(x, sigma)
-        # unconditional half first, as the pipelines of diffusers do: the order decides the float rounding of a batch
+        # The unconditional half comes first, as in the pipelines of diffusers: the order affects the rounding of floats.
         uncond, cond = evaluate_together([(self.uncond, x, sigma), (self.cond, x, sigma)])
         return self.guide(cond, uncond, self.scale)
 
     def select(self, rows: Rows) -> VelocityField:
-        """The guided field of some samples."""
+        """Return the guided field for some of the samples."""
         return GuidedField(self.cond.select(rows), self.uncond.select(rows), self.scale, self.guide)
 
 
 def predict_x0(field: VelocityField, x: Tensor, sigma: Tensor) -> Tensor:
-    """The clean sample (B, *) that `field` predicts at (x, sigma), in float32 whatever the field computes in."""
+    """Return the x0 (B, *) that `field` predicts at (x, sigma), in float32 whatever dtype the field computes in."""
     return denoise(x.float(), field(x, sigma).float(), sigma)
 
 
 def evaluate_together(calls: Sequence[tuple[VelocityField, Tensor, Tensor]]) -> list[Tensor]:
-    """Velocities of the calls (field, x (B, *), sigma (B,)) in their order, with one network call for all that join."""
+    """Return the velocity of each call (field, x (B, *), sigma (B,)), in the order of the calls.
+
+    Calls whose fields can be joined are computed by one network call.
+    """
     results: dict[int, Tensor] = {}
     pending = list(range(len(calls)))
     while pending:
@@ -133,9 +140,9 @@ def evaluate_together(calls: Sequence[tuple[VelocityField, Tensor, Tensor]]) -> 
 def _first_group(
     calls: Sequence[tuple[VelocityField, Tensor, Tensor]], pending: list[int]
 ) -> tuple[list[int], VelocityField]:
-    """The first pending call and all that join it, with their common field."""
+    """Return the first pending call together with all calls that can be joined with it, and their common field."""
     first, *rest = (calls[i][0] for i in pending)
-    field = first.join(rest) if rest else first  # usually all of them: tried first, since joining copies conditioning
+    field = first.join(rest) if rest else first  # usually all can be joined; tried first, since joining copies text
     if field is not None:
         return pending, field
     group, field = [pending[0]], first

@@ -1,6 +1,7 @@
 """Distributions of K, the number of steps of a rollout (CDM, arXiv:2605.06376: the length of the dynamic schedule).
 
-A new one is a class with `sample`. All raise ValueError for arguments that give no distribution over K >= 1.
+To add a distribution, write a class with `sample` and `mean`. All classes here raise ValueError for arguments that do
+not define a distribution over K >= 1.
 """
 
 import math
@@ -12,19 +13,19 @@ import torch
 
 
 class LengthDistribution(Protocol):
-    """Anything that draws a number of steps."""
+    """The interface of a distribution of the number of steps."""
 
     @property
     def mean(self) -> float:
         """The expected K."""
 
     def sample(self, rng: torch.Generator) -> int:
-        """One K >= 1."""
+        """Draw one K >= 1."""
 
 
 @dataclass(frozen=True)
 class UniformLength:
-    """K uniform on low..high, both included; 1..28 is the paper's."""
+    """K is uniform on low..high, both included; 1..28 is the paper's choice."""
 
     low: int = 1
     high: int = 28
@@ -38,13 +39,13 @@ class UniformLength:
         return (self.low + self.high) / 2
 
     def sample(self, rng: torch.Generator) -> int:
-        """One K of low..high."""
+        """Draw one K of low..high."""
         return int(torch.randint(self.low, self.high + 1, (), generator=rng))
 
 
 @dataclass(frozen=True)
 class FixedLength:
-    """K always the same."""
+    """K is always `length`."""
 
     length: int = 4
 
@@ -57,13 +58,13 @@ class FixedLength:
         return float(self.length)
 
     def sample(self, rng: torch.Generator) -> int:
-        """The length."""
+        """Return `length`."""
         return self.length
 
 
 @dataclass(frozen=True)
 class GeometricLength:
-    """P(K) proportional to ratio^K on 1..high: short rollouts often, long ones seldom."""
+    """P(K) is proportional to ratio^K on 1..high: with a ratio below 1, long rollouts are rarer than short ones."""
 
     ratio: float = 0.85
     high: int = 28
@@ -71,7 +72,7 @@ class GeometricLength:
     def __post_init__(self) -> None:
         _check_range(1, self.high)
         if not 0 < self.ratio < math.inf:
-            raise ValueError(f"ratio of a geometric length must be positive, got {self.ratio}")
+            raise ValueError(f"the ratio of a geometric length must be positive and finite, got {self.ratio}")
 
     @property
     def mean(self) -> float:
@@ -79,13 +80,13 @@ class GeometricLength:
         return _mean(range(1, self.high + 1), [self.ratio**k for k in range(self.high)])
 
     def sample(self, rng: torch.Generator) -> int:
-        """One K of 1..high."""
+        """Draw one K of 1..high."""
         return 1 + _draw([self.ratio**k for k in range(self.high)], rng)
 
 
 @dataclass(frozen=True)
 class LogUniformLength:
-    """P(K) proportional to log((K + 1) / K) on low..high: each doubling of K about equally likely."""
+    """P(K) is proportional to log((K + 1) / K) on low..high, so that each doubling of K is about equally likely."""
 
     low: int = 1
     high: int = 28
@@ -100,13 +101,13 @@ class LogUniformLength:
         return _mean(lengths, [math.log1p(1 / k) for k in lengths])
 
     def sample(self, rng: torch.Generator) -> int:
-        """One K of low..high."""
+        """Draw one K of low..high."""
         return self.low + _draw([math.log1p(1 / k) for k in range(self.low, self.high + 1)], rng)
 
 
 @dataclass(frozen=True)
 class CategoricalLength:
-    """K one of `lengths`, with probabilities proportional to `weights` (equal ones if none are given)."""
+    """K is one of `lengths`, with probabilities proportional to `weights` (equal probabilities if `weights` is None)."""
 
     lengths: Sequence[int] = (1, 2, 4, 8, 16)
     weights: Sequence[float] | None = None
@@ -116,7 +117,9 @@ class CategoricalLength:
             raise ValueError(f"lengths must be whole numbers of at least 1, got {list(self.lengths)}")
         weights = self._weights
         if len(weights) != len(self.lengths) or min(weights) < 0 or sum(weights) <= 0:
-            raise ValueError(f"{len(self.lengths)} lengths need as many weights >= 0, not all 0, got {list(weights)}")
+            raise ValueError(
+                f"{len(self.lengths)} lengths need one weight each; weights must be at least 0 and not all 0, got {list(weights)}"
+            )
 
     @property
     def mean(self) -> float:
@@ -124,7 +127,7 @@ class CategoricalLength:
         return _mean(self.lengths, self._weights)
 
     def sample(self, rng: torch.Generator) -> int:
-        """One of the lengths."""
+        """Draw one of the lengths."""
         return int(self.lengths[_draw(self._weights, rng)])
 
     @property
@@ -134,7 +137,7 @@ class CategoricalLength:
 
 def _check_range(low: int, high: int) -> None:
     if not 1 <= low <= high:
-        raise ValueError(f"a rollout has at least 1 step: lengths from {low} to {high} are no range")
+        raise ValueError(f"a rollout has at least 1 step: lengths from {low} to {high} are not a range of numbers >= 1")
 
 
 def _mean(lengths: Sequence[int], weights: Sequence[float]) -> float:

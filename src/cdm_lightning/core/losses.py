@@ -1,4 +1,4 @@
-"""Losses as functions of tensors: (B, *) in, 0-d float32 out, nothing else known."""
+"""Losses as functions of tensors alone: they take tensors (B, *) and return a 0-d float32 tensor."""
 
 import torch
 import torch.nn.functional as F
@@ -6,21 +6,21 @@ from torch import Tensor
 
 
 def flow_matching_loss(velocity: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
-    """Mean squared error of a velocity (B, *) against noise - x0."""
+    """Return the mean squared error between a velocity (B, *) and noise - x0."""
     return F.mse_loss(velocity.float(), noise.float() - x0.float())
 
 
 def mean_abs_distance(a: Tensor, b: Tensor, floor: float) -> Tensor:
-    """mean |a - b| of each sample, at least `floor`: (B, 1, 1, 1)."""
+    """Return mean |a - b| for each sample, but at least `floor`: (B, 1, 1, 1)."""
     dims = tuple(range(1, a.ndim))
     return (a.float() - b.float()).abs().mean(dim=dims, keepdim=True).clamp(min=floor)
 
 
 def directed_loss(x0_student: Tensor, direction: Tensor, x0_teacher: Tensor, floor: float) -> Tensor:
-    """Mean squared distance of x0_student (B, *) to itself moved by direction / n; serves the terms CA, DM and CDM.
+    """Return the mean squared error between x0_student (B, *) and x0_student + direction / n, for the terms CA, DM and CDM.
 
-    n is the `mean_abs_distance` of student and teacher. The gradient with respect to x0_student is
-    -2 (direction / n) / numel (CDM, arXiv:2605.06376); where direction / n is not finite it is 0.
+    n is the `mean_abs_distance` of x0_teacher and x0_student. The gradient with respect to x0_student is
+    -2 (direction / n) / numel (CDM, arXiv:2605.06376). Where direction / n is not finite, the gradient is 0.
     """
     x0_student = x0_student.float()
     with torch.no_grad():

@@ -1,11 +1,11 @@
-"""Weights that change with the iteration, as a function of it."""
+"""Weights of loss terms that are functions of the iteration."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class LinearRamp:
-    """Zero before iteration `start`; from there on up in `over` equal steps of value / over, then `value`."""
+    """A weight that is 0 before iteration `start`, then rises in `over` equal steps to `value`, and stays there."""
 
     value: float
     over: int
@@ -16,10 +16,10 @@ class LinearRamp:
             raise ValueError(f"a ramp needs over >= 1 and start >= 0, got {self.over} and {self.start}")
 
     def at(self, iteration: int) -> float:
-        """The weight at this iteration, counted from 0."""
+        """Return the weight at this iteration, counted from 0."""
         return self.value * min(max((iteration + 1 - self.start) / self.over, 0.0), 1.0)
 
 
 def weight_at(weight: float | LinearRamp, iteration: int) -> float:
-    """The weight at this iteration, counted from 0."""
+    """Return the weight at this iteration, counted from 0."""
     return weight.at(iteration) if isinstance(weight, LinearRamp) else float(weight)

@@ -1,10 +1,12 @@
-"""Random numbers as a function of (seed, purpose, iteration, slot): nothing to save, nothing to restore.
+"""Random numbers as functions of (seed, purpose, iteration, slot), so that no random state must be saved or restored.
 
 A slot is a sample's index inside the global batch, so the numbers do not depend on how many processes share the batch.
-They are computed on the CPU, so they do not depend on the device either: noise is moved to the device at once, sigmas when
-they have been shifted (`place`), so that the host never waits for the device. Element n of a slot's draw is number (slot, n)
-of a SplitMix64 sequence (Steele, Lea and Flood, OOPSLA 2014) whose start is a hash of the rest: a counter, so all samples are
-drawn at once and none needs a generator of its own.
+They are computed on the CPU, so they do not depend on the device either. Noise is moved to the device at once; sigmas are
+moved (by `place`) after they have been shifted, so that the host never waits for the device.
+
+Element n of a slot's draw is number (slot, n) of a SplitMix64 sequence (Steele, Lea and Flood, OOPSLA 2014). The start of
+the sequence is a hash of seed, purpose and iteration. SplitMix64 computes each number from its position, so all samples
+are drawn at once and no sample needs its own generator.
 """
 
 import hashlib
@@ -17,20 +19,21 @@ from torch import Tensor
 from cdm_lightning.core.flow import Rows
 
 GAMMA, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # the constants of SplitMix64
-ELEMENTS = 1 << 32  # a slot's share of the sequence
-SHUFFLED_IN_MEMORY = 1 << 16  # orders of more than this many numbers are computed one by one
-ROUNDS = 4  # of the Feistel network: what Luby and Rackoff (1988) need for a strong pseudo-random permutation
+ELEMENTS = 1 << 32  # how many numbers of the sequence belong to one slot
+SHUFFLED_IN_MEMORY = 1 << 16  # larger permutations are not stored: each of their numbers is computed when it is needed
+ROUNDS = 4  # of the Feistel network: Luby and Rackoff (1988) need four for a strong pseudo-random permutation
 
 
 def stream(seed: int, purpose: str, *key: int) -> torch.Generator:
-    """A CPU generator that depends on all of the arguments, through the 32 bits that torch keeps of a seed."""
+    """Return a CPU generator whose seed depends on all arguments; only 32 bits are used, since torch keeps no more."""
     return torch.Generator().manual_seed(_hash(seed, purpose, *key) % (1 << 32))
 
 
 def permutation(size: int, seed: int, purpose: str, *key: int) -> "Tensor | FeistelPermutation":
-    """An order of 0..size-1 that depends on all of the arguments; `[place]` is the number at a place.
+    """Return a permutation of 0..size-1 that depends on all arguments; its element `[place]` is the number at that place.
 
-    Up to 2^16 numbers are shuffled in memory, every order equally likely; beyond it none is held (`FeistelPermutation`).
+    Up to 2^16 numbers are shuffled in memory, and every order is equally likely. A larger permutation is not stored
+    (`FeistelPermutation`).
     """
     if size <= SHUFFLED_IN_MEMORY:
         return torch.randperm(size, generator=stream(seed, purpose, *key))
@@ -38,10 +41,11 @@ def permutation(size: int, seed: int, purpose: str, *key: int) -> "Tensor | Feis
 
 
 class FeistelPermutation:
-    """A pseudo-random order of 0..size-1 that takes no memory: each number is computed from its place.
+    """A pseudo-random permutation of 0..size-1 that takes no memory: each number is computed from its place.
 
-    A Feistel network permutes the numbers of the next even count of bits; a number beyond `size` is permuted again until
-    it lies below ("cycle walking": Black and Rogaway, 2002), fewer than four times on average.
+    A Feistel network permutes all numbers with an even number of bits that is large enough for `size`. A result that is
+    not below `size` is permuted again until it is ("cycle walking": Black and Rogaway, 2002), fewer than four times on
+    average.
     """
 
     def __init__(self, size: int, key: int) -> None:
@@ -53,9 +57,9 @@ class FeistelPermutation:
         return self.size
 
     def __getitem__(self, place: int) -> int:
-        """The number at `place`; IndexError outside 0..size-1."""
+        """Return the number at `place`; raises IndexError outside 0..size-1."""
         if not 0 <= place < self.size:
-            raise IndexError(f"place {place} of {self.size}")
+            raise IndexError(f"place {place} is out of range for a permutation of {self.size} numbers")
         number = self._network(place)
         while number >= self.size:
             number = self._network(number)
@@ -70,9 +74,9 @@ class FeistelPermutation:
 
 
 class StepRandom:
-    """One iteration's random numbers for the samples in `slots` (B): functions of (seed, purpose, iteration, slot).
+    """The random numbers of one iteration for the samples in `slots` (B): functions of (seed, purpose, iteration, slot).
 
-    Asking twice for the same purpose gives the same numbers: every use has a purpose of its own, or a `repeat` (`again`).
+    The same purpose always gives the same numbers, so every use needs its own purpose or its own `repeat` (see `again`).
     """
 
     def __init__(
@@ -89,37 +93,43 @@ class StepRandom:
         return len(self.slots)
 
     def again(self, repeat: int) -> "StepRandom":
-        """Other numbers for the same purposes of this iteration, for what is done more than once in it; 0 is the first time."""
+        """Return a copy that gives other numbers for the same purposes, for updates that an iteration repeats.
+
+        `repeat` counts from 0, which gives the numbers of the first time.
+        """
         return type(self)(self.seed, self.iteration, self.slots, self.device, repeat)
 
     def select(self, rows: Rows) -> "StepRandom":
-        """The numbers of some of these samples."""
+        """Return the random numbers of some of these samples."""
         return type(self)(self.seed, self.iteration, self.slots[rows], self.device, self.repeat)
 
     def shared(self, purpose: str) -> torch.Generator:
-        """A generator alike for all slots and processes: for whatever changes the number of network calls."""
+        """Return a generator that is the same for all slots and processes, for draws that affect the number of network calls."""
         return stream(self.seed, purpose, *self._count)
 
     def uniform(self, purpose: str, n: int | None = None) -> Tensor:
-        """Draws of U[0, 1), float32, (B,) or (B, n), on the CPU: sigmas are shifted there, then moved once by `place`."""
+        """Draw from U[0, 1): float32, (B,) or (B, n), on the CPU, where sigmas are shifted before `place` moves them once."""
         draws = _bits(self._key(purpose), self.slots, 1 if n is None else n) >> 40 & 0xFFFFFF
         return (draws[:, 0] if n is None else draws).float().mul_(2**-24)
 
     def gaussian(self, purpose: str) -> Tensor:
-        """One standard normal draw a sample, float32, (B,), on the CPU as those of `uniform`."""
+        """Draw one standard normal number for each sample: float32, (B,), on the CPU like the draws of `uniform`."""
         return _normal(self._key(purpose), self.slots, ())
 
     def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
-        """Standard normal draws (B, *shape), float32, on the device."""
+        """Draw standard normal numbers: float32, (B, *shape), on the device."""
         return self.place(_normal(self._key(purpose), self.slots, shape))
 
     def index(self, purpose: str, high: int) -> Tensor:
-        """Whole numbers of [0, high), each equally likely (high far below 2^31): (B,) int64 on the CPU, to steer by."""
+        """Draw integers of [0, high), all equally likely if high is far below 2^31: int64, (B,), on the CPU.
+
+        They stay on the CPU because the host decides by them which network calls to make.
+        """
         draws = _bits(self._key(purpose), self.slots, 1)[:, 0] >> 33 & 0x7FFFFFFF
         return draws * high >> 31
 
     def place(self, values: Tensor) -> Tensor:
-        """The values on the device that networks compute on."""
+        """Return the values on the device on which the networks compute."""
         return values.to(self.device)
 
     def _key(self, purpose: str) -> int:
@@ -131,19 +141,19 @@ class StepRandom:
 
 
 def evaluation_noise(seed: int, indices: Sequence[int], shape: Sequence[int], device: torch.device | str) -> Tensor:
-    """Starting noise (N, *shape) of the prompts with these indices: a function of (seed, prompt index) only."""
+    """Return the starting noise (N, *shape) of the prompts with these indices: a function of (seed, prompt index) only."""
     rows = torch.as_tensor(indices, dtype=torch.int64, device="cpu")
     return _normal(_hash(seed, "evaluation noise"), rows, shape).to(device)
 
 
 def _hash(seed: int, purpose: str, *key: int) -> int:
-    """64 bits."""
+    """Return a 64-bit hash of all arguments."""
     text = repr((int(seed), purpose, *map(int, key)))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def _mixed(value: int) -> int:
-    """The 64 random bits of SplitMix64 at this state."""
+    """Return the 64 random bits that SplitMix64 gives for this state."""
     value &= (1 << 64) - 1
     value = (value ^ value >> 30) * MIX_1 & (1 << 64) - 1
     value = (value ^ value >> 27) * MIX_2 & (1 << 64) - 1
@@ -151,22 +161,28 @@ def _mixed(value: int) -> int:
 
 
 def _signed(value: int) -> int:
-    """A 64-bit number as int64 holds it; int64 arithmetic wraps around, as that of SplitMix64 does."""
+    """Return the int64 with the same bits as an unsigned 64-bit number; int64 arithmetic wraps around, as SplitMix64 needs."""
     return (value + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def _bits(key: int, rows: Tensor, n: int) -> Tensor:
-    """Numbers 0..n-1 of the rows' (B,) shares of the sequence that starts at `key`: (B, n) int64 of 64 random bits."""
+    """Return the first n numbers of each of the slots `rows` (B,), of the sequence that starts at `key`.
+
+    The result is (B, n), int64, with 64 random bits in each number.
+    """
     counter = rows[:, None] * ELEMENTS + torch.arange(n, device="cpu")
     z = counter.mul_(_signed(GAMMA)).add_(_signed(key))
     for shift, factor in ((30, MIX_1), (27, MIX_2), (31, 1)):
-        z ^= z >> shift & (1 << 64 - shift) - 1  # >> keeps the sign, the mask drops it
+        z ^= z >> shift & (1 << 64 - shift) - 1  # >> repeats the sign bit, and the mask removes the copies
         z *= _signed(factor)
     return z
 
 
 def _normal(key: int, rows: Tensor, shape: Sequence[int]) -> Tensor:
-    """Box-Muller: the halves of each 64 bits give radius and angle of two normal draws. (B, *shape) float32."""
+    """Draw standard normal numbers by the Box-Muller method: float32, (B, *shape).
+
+    The two halves of each 64 bits give the radius and the angle of two normal numbers.
+    """
     size = math.prod(shape)
     bits = _bits(key, rows, (size + 1) // 2)
     low = 0xFFFFFFFF

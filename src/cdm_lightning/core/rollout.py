@@ -1,6 +1,6 @@
-"""Backward simulation: the student's own deterministic path from noise, and the one point of it that is trained on.
+"""Backward simulation: the student's own deterministic path from noise, and the one point of it that losses use.
 
-Shapes: B samples of shape * = (C, H, W), K steps, sigmas (B, K + 1) falling from 1 to 0. Nothing here keeps gradients.
+Shapes: B samples of shape * = (C, H, W), K steps, sigmas (B, K + 1) that decrease from 1 to 0. No gradients are recorded.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from cdm_lightning.core.flow import VelocityField, denoise, move, per_sample
 
 @dataclass(frozen=True)
 class TrajectoryPoint:
-    """One state of each sample's rollout."""
+    """One state of the rollout of each sample, with the student's velocity there."""
 
     x: Tensor  # (B, *)
     v: Tensor  # (B, *), the student's velocity at (x, sigma)
@@ -24,19 +24,19 @@ class TrajectoryPoint:
 
     @property
     def x0(self) -> Tensor:
-        """The student's clean prediction at this point, (B, *)."""
+        """The student's x0 prediction at this point, (B, *)."""
         return denoise(self.x, self.v, self.sigma)
 
     def move_to(self, sigma: Tensor) -> Tensor:
-        """The off-trajectory state at sigma (B,) in the direction of v, (B, *)."""
+        """Return the off-trajectory state at sigma (B,), reached in a straight line along v: (B, *)."""
         return move(self.x, self.v, self.sigma, sigma)
 
 
 @dataclass(frozen=True)
 class FullTrajectoryPoint(TrajectoryPoint):
-    """A point of a rollout that was simulated to its end, with what came after the point."""
+    """A point of a rollout that was simulated to its end, with the predictions that came after the point."""
 
-    x0_next: Tensor  # (B, *), the clean prediction one step later
+    x0_next: Tensor  # (B, *), the x0 prediction one step later
     x0_final: Tensor  # (B, *), the end of the rollout
 
 
@@ -50,11 +50,11 @@ class Trajectory:
     final: Tensor  # (B, *), the state at sigma 0
 
     def __len__(self) -> int:
-        """K."""
+        """K, the number of steps."""
         return len(self.x)
 
     def at(self, anchor: Tensor) -> FullTrajectoryPoint:
-        """The point with index anchor (B,) of [0, K) for each sample; after the last comes the final state."""
+        """Return the point at step `anchor` (B,) of [0, K) for each sample; x0_next of the last step is the final state."""
         anchor = anchor.to(self.final.device)
         point = self._states(anchor)
         ahead = self._states((anchor + 1).clamp(max=len(self) - 1))
@@ -69,7 +69,7 @@ class Trajectory:
 
 @torch.no_grad()
 def simulate(student: VelocityField, noise: Tensor, sigmas: Tensor) -> Trajectory:
-    """All K steps for all samples: noise (B, *), sigmas (B, K + 1)."""
+    """Make all K steps for all samples, from noise (B, *) along sigmas (B, K + 1)."""
     x, xs, vs = noise, [], []
     for sigma, next_sigma in pairwise(sigmas.T):
         v = student(x, sigma)
@@ -81,28 +81,31 @@ def simulate(student: VelocityField, noise: Tensor, sigmas: Tensor) -> Trajector
 
 @dataclass(frozen=True)
 class Rollout:
-    """The random draws of a rollout, and the student that walks it."""
+    """The random draws of a rollout, and the student that makes its steps."""
 
     student: VelocityField
     noise: Tensor  # (B, *)
     sigmas: Tensor  # (B, K + 1)
-    anchor: Tensor  # (B,) of [0, K), on the CPU: which calls are made depends on it
+    anchor: Tensor  # (B,) of [0, K), on the CPU, where it decides which network calls are made
 
     @torch.no_grad()
     def point(self, x: Tensor) -> TrajectoryPoint:
-        """The points at the anchors, whose states x (B, *) `walk` returned: one call of the student for the whole batch."""
+        """Return the points at the anchors, given the states x (B, *) that `walk` returned.
+
+        It takes one call of the student for the whole batch.
+        """
         sigma = self.sigmas.gather(1, self.anchor.to(self.sigmas.device)[:, None]).squeeze(1)
         return TrajectoryPoint(x, self.student(x, sigma), sigma)
 
 
 def walk(rollouts: Sequence[Rollout], agree_on_calls: Callable[[int], int] = lambda calls: calls) -> list[Tensor]:
-    """The states (B, *) of each rollout at its anchors; all walk as one batch where one call of the student serves them.
+    """Roll out to the anchors, and return the states (B, *) of each rollout there.
 
-    `rollout.point(x)` of a state is what `simulate(...).at(anchor)` gives, to float rounding, without the steps after each
-    anchor.
+    All rollouts are computed as one batch if one call of the student can compute them all. `rollout.point(x)` of a returned
+    state equals `simulate(...).at(anchor)` up to rounding, but the steps after the anchors are not computed.
 
     Processes that hold shards of one network must all call it equally often: `agree_on_calls` takes the number of calls that
-    this walk needs and returns how many to make. The additional calls run on one sample, and their results are dropped.
+    this walk needs and returns the number to make. The additional calls run on one sample, and their results are dropped.
     """
     joined = join_rollouts(rollouts)
     if joined is None:
@@ -111,7 +114,7 @@ def walk(rollouts: Sequence[Rollout], agree_on_calls: Callable[[int], int] = lam
 
 
 def join_rollouts(rollouts: Sequence[Rollout]) -> Rollout | None:
-    """The rollouts one after the other as one, shorter ones filled up with sigma 0; None where one call cannot serve all."""
+    """Concatenate the rollouts into one; shorter ones are filled up with sigma 0. None if one call cannot compute them all."""
     first, *others = rollouts
     if not others:
         return first
@@ -130,16 +133,17 @@ def join_rollouts(rollouts: Sequence[Rollout]) -> Rollout | None:
 
 @torch.no_grad()
 def _walk(rollout: Rollout, agree_on_calls: Callable[[int], int]) -> Tensor:
-    """The states (B, *) at the anchors.
+    """Return the states (B, *) at the anchors.
 
-    Step n runs only for the samples with anchor > n. Sorted by falling anchor these are a prefix of the batch, so a step
-    drops rows from its end; the dropped rows have reached their anchor. Nothing here waits for the device.
+    Step n runs only for the samples with anchor > n. The batch is sorted by decreasing anchor, so that these samples come
+    first; after each step, the samples that have reached their anchor are removed from the end. The host never waits for
+    the device here.
     """
     student, noise, sigmas, anchor = rollout.student, rollout.noise, rollout.sigmas, rollout.anchor
     order = anchor.argsort(descending=True)
     steps = int(anchor.max())
-    active = [int((anchor > n).sum()) for n in range(steps + 1)]  # samples that take step n; 0 at the end
-    idle = agree_on_calls(steps) - steps  # asked before the first: nobody waits in between
+    active = [int((anchor > n).sum()) for n in range(steps + 1)]  # number of samples that take step n; the last is 0
+    idle = agree_on_calls(steps) - steps  # agreed before the first step, so that no process waits later
     by_anchor = order.to(noise.device)
     x, sorted_sigmas = noise[by_anchor], sigmas[by_anchor]
     arrived = [x[active[0] :]]
@@ -153,12 +157,12 @@ def _walk(rollout: Rollout, agree_on_calls: Callable[[int], int]) -> Tensor:
             field = field.select(slice(staying))
     for _ in range(idle):
         student.select(slice(1))(noise[:1], sigmas[:1, 0])
-    return torch.cat(arrived[::-1])[by_anchor.argsort()]  # those with the highest anchors arrive last and stand first
+    return torch.cat(arrived[::-1])[by_anchor.argsort()]  # samples with the highest anchors arrive last and are first
 
 
 @torch.no_grad()
 def sample(field: VelocityField, noise: Tensor, sigmas: Tensor) -> Tensor:
-    """Deterministic Euler sampling from noise (B, *) along sigmas (n + 1,) that end in 0: x0 (B, *)."""
+    """Sample x0 (B, *) by deterministic Euler steps, from noise (B, *) along sigmas (n + 1,) that end in 0."""
     x = noise
     for sigma, next_sigma in pairwise(sigmas.to(noise.device)):
         x = move(x, field(x, sigma.expand(len(x))), sigma, next_sigma)

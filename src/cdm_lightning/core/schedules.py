@@ -1,8 +1,8 @@
-"""Sigma schedules of rollouts and of sampling: plain tensors, K steps = K + 1 sigmas from 1 down to 0.
+"""Sigma schedules of rollouts and of sampling, as plain tensors: K steps have K + 1 sigmas, from 1 down to 0.
 
-A model family shifts sigmas towards noise (SD3: 3 s / (1 + 2 s)). `space` says where the numbers given here live:
-"before_shift" (as the paper gives them; the shift is then applied) or "after_shift" (as the network sees them).
-What comes out is always as the network sees it.
+A model family shifts sigmas towards noise (SD3: 3 s / (1 + 2 s)). `space` says what the arguments of a schedule mean:
+"before_shift" (values as in the paper, to which the shift is then applied) or "after_shift" (values as the network is
+given them). The returned sigmas are always the values that the network is given.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,25 +20,27 @@ Space = Literal["before_shift", "after_shift"]
 
 
 class SigmaSchedule(Protocol):
-    """Anything that draws the sigmas of one rollout."""
+    """The interface of a schedule that draws the sigmas of one rollout."""
 
     @property
     def mean_length(self) -> float:
         """The expected number of steps K, for the planner."""
 
     def sample(self, rng: StepRandom, shift: Shift) -> Tensor:
-        """(B, K + 1) float32, strictly decreasing from 1 to 0, with the same K on every process.
+        """Draw the sigmas (B, K + 1), float32, strictly decreasing from 1 to 0, with the same K in every process.
 
-        Drawn and shifted on the host, then moved to the device once: nothing waits for the device.
+        They are drawn and shifted on the host and then moved to the device once, so that the host never waits for the device.
         """
 
 
 @dataclass(frozen=True)
 class RandomSchedule:
-    """CDM's dynamic continuous schedule: K of `length`, then for each sample K - 1 sorted U(sigma_min, sigma_max).
+    """CDM's dynamic continuous schedule.
 
-    `stratified` puts one draw into each of K - 1 equal bins instead (as LightX2V does). The defaults are those
-    published for SD3-Medium; the authors draw sigmas once a process, here each sample has its own in any process.
+    It draws K from `length`, and for each sample K - 1 sigmas from U(sigma_min, sigma_max), which are sorted. With
+    `stratified`, there is one draw in each of K - 1 equal bins instead (as in LightX2V). The defaults are those published
+    for SD3-Medium. The authors draw the sigmas once in each process; here each sample has its own sigmas, whatever the
+    number of processes.
     """
 
     length: LengthDistribution
@@ -58,7 +60,7 @@ class RandomSchedule:
         return float(self.length.mean)
 
     def sample(self, rng: StepRandom, shift: Shift) -> Tensor:
-        """(B, K + 1) float32 as the network sees them, strictly decreasing from 1 to 0."""
+        """Draw the sigmas (B, K + 1), float32, as the network is given them, strictly decreasing from 1 to 0."""
         inner = self.length.sample(rng.shared("schedule.length")) - 1
         u = rng.uniform("schedule.sigmas", inner)
         if self.stratified:
@@ -69,7 +71,7 @@ class RandomSchedule:
 
 @dataclass(frozen=True)
 class FixedSchedule:
-    """The same steps always, as DMD has them; the default is the 4-step inference schedule of CDM."""
+    """The same steps in every rollout, as in DMD; the default is the 4-step inference schedule of CDM."""
 
     sigmas: Sequence[float] = (1.0, 0.75, 0.5, 0.25)
     space: Space = "before_shift"
@@ -78,7 +80,7 @@ class FixedSchedule:
         check_space(self.space)
         falling = all(a > b for a, b in zip(self.sigmas, [*self.sigmas[1:], 0.0]))
         if not self.sigmas or self.sigmas[0] != 1 or not falling:
-            raise ValueError(f"sigmas must fall strictly from 1 and stay above 0, got {list(self.sigmas)}")
+            raise ValueError(f"sigmas must decrease strictly from 1 and stay above 0, got {list(self.sigmas)}")
 
     @property
     def mean_length(self) -> float:
@@ -86,40 +88,41 @@ class FixedSchedule:
         return float(len(self.sigmas))
 
     def sample(self, rng: StepRandom, shift: Shift) -> Tensor:
-        """(B, K + 1) float32 as the network sees them: the same row B times."""
+        """Return the sigmas (B, K + 1), float32, as the network is given them: the same row B times."""
         inner = torch.tensor(self.sigmas[1:], dtype=torch.float32, device="cpu")
         return rng.place(_with_ends(inner.repeat(len(rng), 1), shift, self.space))
 
 
 def uniform_sigmas(nfe: int) -> Tensor:
-    """The unshifted sigmas 1, 1 - 1/nfe, ..., 1/nfe of inference with `nfe` network calls: (nfe,) float32."""
+    """Return the unshifted sigmas 1, 1 - 1/nfe, ..., 1/nfe of inference with `nfe` network calls: (nfe,) float32."""
     if nfe < 1:
         raise ValueError(f"nfe must be at least 1, got {nfe}")
     return (torch.arange(nfe, 0, -1, dtype=torch.float64) / nfe).float()
 
 
 def inference_sigmas(nfe: int, shift: Shift) -> Tensor:
-    """The sigmas of inference as the network sees them, with the final 0: (nfe + 1,) float32."""
+    """Return the sigmas of inference as the network is given them, with the final 0: (nfe + 1,) float32."""
     return torch.cat([shift(uniform_sigmas(nfe)), torch.zeros(1)])
 
 
 def check_space(space: str) -> None:
-    """Refuse an unknown space with a ValueError."""
+    """Raise ValueError for an unknown space."""
     if space not in get_args(Space):
         raise ValueError(f"space must be one of {', '.join(get_args(Space))}, got {space!r}")
 
 
 def _with_ends(inner: Tensor, shift: Shift, space: Space) -> Tensor:
-    """(B, K - 1) falling inner sigmas -> (B, K + 1) with 1 and 0 around them, as the network sees them."""
-    seen = shift(inner) if space == "before_shift" and inner.numel() else inner  # one step has none inside
+    """Shift the decreasing inner sigmas (B, K - 1) where `space` asks for it, and add 1 and 0 at the ends: (B, K + 1)."""
+    seen = shift(inner) if space == "before_shift" and inner.numel() else inner  # a single step has no inner sigmas
     one, zero = inner.new_ones(len(inner), 1), inner.new_zeros(len(inner), 1)
     return torch.cat([_strictly_decreasing(torch.cat([one, seen], dim=1)), zero], dim=1)
 
 
 def _strictly_decreasing(sigmas: Tensor) -> Tensor:
-    """Positive float32 (B, n) in falling order, with equal neighbours set apart by one unit in the last place.
+    """Return the decreasing positive float32 sigmas (B, n) with equal neighbours separated by one unit in the last place.
 
-    Two draws of 28 coincide in float32 about once in 50,000 samples. Positive floats compare like their bits.
+    In float32, two of 28 draws are equal in about one of 50,000 samples. Positive floats have the same order as their bits,
+    so the comparison is made on the bits.
     """
     bits = sigmas.contiguous().view(torch.int32).long()
     place = torch.arange(bits.shape[1], device=bits.device)

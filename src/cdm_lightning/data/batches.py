@@ -1,4 +1,4 @@
-"""Which prompts make up batch n: a function of (seed, n), so that a run can go on anywhere without a saved position."""
+"""The prompts of batch n, as a function of (seed, n): a resumed run needs no saved position in the data."""
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -16,16 +16,17 @@ if TYPE_CHECKING:
 Order = Callable[[int], int]  # position in the endless stream of all ranks -> number of the prompt
 
 
-PADDING = -1  # key of a draw that is there only to be computed
+PADDING = -1  # key of a draw that only fills up a batch and whose result is not used
 
 
 class PromptBatch(NamedTuple):
-    """Prompts with the number that keys their random draws.
+    """Prompts with the numbers that key their random draws.
 
-    `indices` (B,) int64 on the CPU: in training the slot of each sample within the global batch (over all ranks), in
-    validation the number of the prompt in its file. `images` (B, 3, H, W) in [0, 1] are the prompts' real images, where the
-    objective needs them. `group` are the batches of all iterations that roll out as one batch, in their order and with this
-    one among them: set on the first batch of a group that is read, empty on the others.
+    `indices` (B,) int64, on the CPU, holds these numbers: in training the slot of each sample in the global batch (over
+    all ranks), in validation the number of the prompt in its file. `images` (B, 3, H, W) in [0, 1] are the real images of
+    the prompts, if the objective needs them. `group` holds the batches of all iterations that are rolled out as one batch,
+    in the order of the iterations and including this one. It is set on the first batch of a group that is read and empty
+    on the others.
     """
 
     prompts: list[str]
@@ -34,7 +35,7 @@ class PromptBatch(NamedTuple):
     group: tuple["PromptBatch", ...] = ()
 
     def split(self, count: int) -> list["PromptBatch"]:
-        """The batch in `count` parts of sizes that differ by 1 at most, or in single samples if there are fewer."""
+        """Split the batch into `count` parts whose sizes differ by at most 1, or into single samples if it has fewer."""
         parts = spans(len(self.prompts), count)
         images = self.images
         return [
@@ -44,13 +45,13 @@ class PromptBatch(NamedTuple):
 
 
 def spans(size: int, count: int) -> list[slice]:
-    """0..size-1 in `count` runs whose lengths differ by 1 at most, or in single numbers if there are fewer."""
+    """Split 0..size-1 into `count` slices whose lengths differ by at most 1, or into single numbers if there are fewer."""
     edges = [size * n // count for n in range(count + 1)]
     return [slice(first, end) for first, end in pairwise(edges) if end > first]
 
 
 class Draw(NamedTuple):
-    """A request to the loader: the prompt's number in its file, the number that keys its random draws, its batch's number."""
+    """A request to the loader: the number of a prompt in its file, the key of its random draws and its batch's number."""
 
     prompt: int
     key: int
@@ -58,7 +59,7 @@ class Draw(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """A sample that the loader read: prompt, the number that keys its random draws, its batch's number, its image."""
+    """A sample that the loader has read: the prompt, the key of its random draws, its batch's number and its image."""
 
     prompt: str
     key: int
@@ -67,9 +68,9 @@ class Drawn(NamedTuple):
 
 
 class DrawnPrompts(Dataset):
-    """View of a prompt data set that is addressed by `Draw`, so that each prompt travels with its key.
+    """A view of a prompt data set that is indexed by `Draw`, so that each prompt keeps its key.
 
-    With `images`, each brings its image (`Prompts.image`).
+    With `images`, each sample also has its image (`Prompts.image`).
     """
 
     def __init__(self, prompts: "Prompts", images: bool = False) -> None:
@@ -81,14 +82,14 @@ class DrawnPrompts(Dataset):
 
 
 class ShuffledEpochs:
-    """The order that deals out the prompts 0..size-1 in epochs, each in its own random order: a function of `seed`, `key`."""
+    """An order of the prompts 0..size-1 in epochs, each shuffled in its own way; a function of `seed` and `key`."""
 
     def __init__(self, size: int, seed: int, *key: int) -> None:
         self.size, self.seed, self.key = size, seed, key
         self._epoch, self._numbers = 0, permutation(size, seed, "prompt_order", 0, *key)
 
     def __call__(self, position: int) -> int:
-        """The prompt at `position`, counted from 0."""
+        """Return the number of the prompt at `position`; positions count from 0."""
         epoch, place = divmod(position, self.size)
         if epoch != self._epoch:
             self._epoch, self._numbers = epoch, permutation(self.size, self.seed, "prompt_order", epoch, *self.key)
@@ -96,13 +97,13 @@ class ShuffledEpochs:
 
 
 class EndlessBatches(Sampler):
-    """Batches `start`, `start + 1`, ... without end, each a list of `batch_size` draws of this rank.
+    """The endless sequence of batches `start`, `start + 1`, ..., each a list of `batch_size` draws of this rank.
 
-    `groups(n)` are the batches that roll out with batch n: the first of them that is read brings the draws of the others,
-    after its own.
+    `groups(n)` is the range of batches that are rolled out together with batch n. The first batch of a group that is read
+    also contains the draws of the other batches, after its own.
 
-    The `size` prompts come in `order`, by default in shuffled epochs; a batch may span two of them. Together the ranks
-    take `world_size * batch_size` consecutive prompts a batch, so the global batch is the same for each split of it
+    The `size` prompts come in `order` (default: shuffled epochs); a batch may span two epochs. Together the ranks take
+    `world_size * batch_size` consecutive prompts for each batch, so the global batch does not depend on how it is split
     over ranks.
     """
 
@@ -129,17 +130,17 @@ class EndlessBatches(Sampler):
             number += 1
 
     def batch(self, number: int) -> list[Draw]:
-        """Draws of batch `number`, counted from 0; the key of each is its slot in the global batch."""
+        """Return the draws of batch `number`; batches count from 0. The key of each draw is its slot in the global batch."""
         first = number * self.batch_size * self.world_size
         slots = range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         return [Draw(self.prompt_at(first + slot), slot, number) for slot in slots]
 
 
 def evaluation_batches(size: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[Draw]]:
-    """This rank's share of the first `size` prompts, in their order, in batches of at most `batch_size`.
+    """Return this rank's share of the first `size` prompts, in their order, in batches of at most `batch_size`.
 
-    Each draw is keyed by its own number. All ranks have equally many batches, since they may share one network; where a
-    rank has nothing left its batch is a single draw keyed `PADDING`, which counts for nothing.
+    The key of each draw is the number of its prompt. All ranks get the same number of batches, because they may share one
+    network. Where a rank has no prompts left, its batch is a single draw with the key `PADDING`, whose result is not used.
     """
     first, end = size * rank // world_size, size * (rank + 1) // world_size
     longest = -(-size // world_size)
@@ -151,7 +152,7 @@ def evaluation_batches(size: int, batch_size: int, rank: int = 0, world_size: in
 
 
 def collate(samples: list[Drawn]) -> PromptBatch:
-    """Samples of the loader as the `PromptBatch` that the first of them belongs to, with the others of its group."""
+    """Collate the loader's samples to the `PromptBatch` of the first sample; `group` holds all batches if there are more."""
     by_batch = {number: [] for number in dict.fromkeys(sample.batch for sample in samples)}
     for sample in samples:
         by_batch[sample.batch].append(sample)

@@ -1,7 +1,7 @@
-"""Texts in a column of a table, kept in an Arrow file: mapped into memory, any row readable alone.
+"""Texts in a column of a table, kept in an Arrow file that is mapped into memory, so that any row can be read alone.
 
-Parquet stores rows in compressed groups, so that reading one at random means unpacking a whole group; its column is
-therefore copied once into an uncompressed Arrow file, by the group, in little memory. `pyarrow` is imported when needed.
+Parquet stores rows in compressed groups, so reading one row means unpacking a whole group. A parquet column is therefore
+copied once into an uncompressed Arrow file, group by group, which needs little memory. `pyarrow` is imported when needed.
 """
 
 import hashlib
@@ -13,13 +13,14 @@ from types import ModuleType
 from typing import Any
 
 from cdm_lightning.errors import UserError
+from cdm_lightning.files import first_line, replacing
 
 BATCH_ROWS = 10_000
 INSTALL = "pip install 'cdm-lightning[data]'"
 
 
 class ArrowColumn:
-    """The texts of an Arrow file with one column; a missing text counts as blank. Opened anew in each loader worker."""
+    """The texts of an Arrow file with one column; a missing text counts as blank. Each loader worker opens the file itself."""
 
     def __init__(self, path: Path, name: str) -> None:
         self.path, self.name = path, name
@@ -32,14 +33,14 @@ class ArrowColumn:
             return pyarrow.ipc.open_file(pyarrow.memory_map(str(self.path))).read_all().column(0)
         except (pyarrow.ArrowInvalid, OSError) as error:
             raise UserError(
-                f"{self.path}: cannot be read ({first_line(error)}); delete the file, it is a copy"
+                f"{self.path}: cannot be read ({first_line(error)}); delete this file: it is a copy and is made again"
             ) from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "name": self.name}
 
     def scan(self) -> Iterator[tuple[int, str]]:
-        """(row, text) of all rows."""
+        """Yield (row, text) for all rows."""
         position = 0
         for chunk in self.column.iterchunks():
             for text in chunk.to_pylist():
@@ -47,18 +48,18 @@ class ArrowColumn:
                 position += 1
 
     def read(self, position: int) -> str:
-        """The text of a row."""
+        """Return the text of a row."""
         return self.column[position].as_py() or ""
 
     def place(self, position: int) -> str:
-        """ "captions.parquet, row 3", rows counted from 1 through all files."""
+        """Return the place of a row as in "captions.parquet, row 3"; rows count from 1 through all files."""
         return f"{self.name}, row {position + 1}"
 
 
 def open_parquet(paths: Sequence[Path], field: str, cache_folder: str | Path | None) -> ArrowColumn:
-    """The column `field` of parquet files, copied into the cache folder if it is not there yet.
+    """Open the column `field` of parquet files, after copying it into the cache folder if the copy is not there yet.
 
-    The copy is named by a hash of the files' paths, sizes and times of change, so changed files are copied anew.
+    The name of the copy is a hash of the files' paths, sizes and modification times, so changed files are copied again.
     Raises `UserError` for a file that is missing, unreadable or without the column.
     """
     for path in paths:
@@ -75,11 +76,13 @@ def open_parquet(paths: Sequence[Path], field: str, cache_folder: str | Path | N
 
 
 def check_column(path: Path, field: str, pyarrow: ModuleType) -> None:
-    """UserError unless the parquet file can be read and its column `field` holds text."""
+    """Raise `UserError` unless the parquet file can be read and its column `field` holds text."""
     try:
         schema = pyarrow.parquet.read_schema(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read as parquet ({first_line(error)}); copy it again") from error
+        raise UserError(
+            f"{path}: cannot be read as parquet ({first_line(error)}); replace it with an intact copy"
+        ) from error
     if field not in schema.names:
         raise UserError(f"{path}: no column {field!r}, it has {', '.join(schema.names)}; set field=NAME")
     kind = schema.field(field).type
@@ -90,35 +93,37 @@ def check_column(path: Path, field: str, pyarrow: ModuleType) -> None:
 
 
 def parquet_texts(paths: Sequence[Path], field: str, pyarrow: ModuleType) -> Iterator[list[str | None]]:
-    """The texts of the column, some thousand at a time; UserError for a file whose data are broken."""
+    """Yield the texts of the column, `BATCH_ROWS` at a time at most; raise `UserError` for a damaged file."""
     for path in paths:
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
                 for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=[field]):
                     yield batch.column(0).to_pylist()
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: cannot be read as parquet ({first_line(error)}); copy it again") from error
+            raise UserError(
+                f"{path}: cannot be read as parquet ({first_line(error)}); replace it with an intact copy"
+            ) from error
 
 
 def write_column(target: Path, batches: Iterable[Sequence[str | None]]) -> None:
-    """Write the texts as an Arrow file with one column, whole or not at all; UserError if that fails."""
+    """Write the texts as an Arrow file with one column, completely or not at all; raise `UserError` if that fails."""
     pyarrow = import_pyarrow(target)
     schema = pyarrow.schema([("text", pyarrow.large_string())])
-    temporary = target.with_suffix(f".{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with pyarrow.OSFile(str(temporary), "wb") as sink, pyarrow.ipc.new_file(sink, schema) as writer:
+        with (
+            replacing(target) as temporary,
+            pyarrow.OSFile(str(temporary), "wb") as sink,
+            pyarrow.ipc.new_file(sink, schema) as writer,
+        ):
             for texts in batches:
                 writer.write_batch(pyarrow.record_batch([pyarrow.array(texts, pyarrow.large_string())], schema=schema))
-        os.replace(temporary, target)
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error.strerror or error}); set cache_folder=FOLDER") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def copy_path(cache_folder: str | Path | None, *identity: object) -> Path:
-    """Where the copy of a column lies, named by a hash of what it is a copy of."""
+    """Return the path of a column's copy; its name is a hash of `identity`, which says what is copied."""
     if cache_folder is None:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         cache_folder = Path(home) / "cdm_lightning" / "prompts"
@@ -126,15 +131,10 @@ def copy_path(cache_folder: str | Path | None, *identity: object) -> Path:
 
 
 def import_pyarrow(path: Path) -> ModuleType:
-    """The library; UserError where it is not installed."""
+    """Import pyarrow; raise `UserError`, which names `path`, if it is not installed."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise UserError(f"{path}: tables need the package pyarrow: {INSTALL}") from error
     return pyarrow
-
-
-def first_line(error: BaseException) -> str:
-    """First line of an error's text, without its final full stop."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

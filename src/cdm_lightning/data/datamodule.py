@@ -15,12 +15,13 @@ from cdm_lightning.errors import UserError
 
 
 class PromptDataModule(L.LightningDataModule):
-    """Loaders of `PromptBatch` from two sets of prompts; without state: a resumed run continues at batch `global_step`.
+    """Loaders of `PromptBatch` from two sets of prompts. They keep no state: a resumed run continues at batch `global_step`.
 
-    `batch_size` is per process. The first `val_prompts` prompts of `val` are used, all of them if None. `seed` fixes
-    the order of the training prompts. `groups` names the iterations that roll out with an iteration (default: none with
-    another), so that their batches are read together; `images` asks for the real image of each training prompt. Raises
-    `UserError` for sizes that are not positive, and where images are asked of prompts that have none.
+    `batch_size` is per process. Validation uses the first `val_prompts` prompts of `val`, or all of them if it is None.
+    `seed` fixes the order of the training prompts. `groups(n)` is the range of the iterations that are rolled out together
+    with iteration n, so that their batches are read together (default: each iteration alone). `images` requests the real
+    image of each training prompt. Raises `UserError` for sizes that are not positive, and if images are requested from
+    prompts without images.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class PromptDataModule(L.LightningDataModule):
         self.groups, self.images = groups, images
         if images and not train.has_images:
             raise UserError(
-                f"data.train: the objective learns from real images, and {_without_images(train)} are prompts alone; see "
+                f"data.train: the objective learns from real images, but {_without_images(train)} are prompts without images; see "
                 "docs/prompts.md for sets of captioned images"
             )
         self.train, self.val, self.seed, self.num_workers = train, val, seed, num_workers
@@ -49,16 +50,18 @@ class PromptDataModule(L.LightningDataModule):
         if min(self.batch_size, self.val_batch_size, self.val_prompts) < 1:
             raise UserError("data: batch_size, val_batch_size and val_prompts must be at least 1")
         if num_workers < 0:
-            raise UserError(f"data.num_workers={num_workers} must be at least 0; 0 reads prompts in the process itself")
+            raise UserError(
+                f"data.num_workers={num_workers} must be at least 0; with 0 the training process reads the prompts itself"
+            )
 
     def prepare_data(self) -> None:
-        """Say once what was left out of the sets and what is mixed."""
+        """Print once which prompts were left out of the sets and how sets are mixed."""
         for name, prompts in (("training", self.train), ("validation", self.val)):
             if prompts.summary:
                 print(f"{name} prompts: {prompts.summary}", file=sys.stderr, flush=True)
 
     def train_dataloader(self) -> DataLoader:
-        """Loader that never ends; its first batch is the one that follows the iterations already done."""
+        """Return an endless loader; its first batch is the one after the iterations that are already done."""
         trainer = cast(L.Trainer, self.trainer)
         batches = EndlessBatches(
             len(self.train),
@@ -73,16 +76,18 @@ class PromptDataModule(L.LightningDataModule):
         return self._loader(DrawnPrompts(self.train, self.images), batches, self.num_workers)
 
     def val_dataloader(self) -> DataLoader:
-        """Loader of this rank's validation prompts in the order of their file; UserError if some rank would have none."""
+        """Return the loader of this rank's validation prompts, in file order; raise `UserError` if a rank would have none."""
         trainer = cast(L.Trainer, self.trainer)
         rank, world_size = trainer.global_rank, trainer.world_size
         if self.val_prompts < world_size:
-            raise UserError(f"data: {self.val_prompts} validation prompts are too few for {world_size} processes")
+            raise UserError(
+                f"data: {self.val_prompts} validation prompts are too few for {world_size} processes; use more"
+            )
         batches = evaluation_batches(self.val_prompts, self.val_batch_size, rank, world_size)
         return self._loader(DrawnPrompts(self.val), batches, 0)
 
     def transfer_batch_to_device(self, batch: PromptBatch, device: torch.device, dataloader_idx: int) -> PromptBatch:
-        """Leave the batch on the host: prompts are text, and the random draws want their keys there."""
+        """Leave the batch on the host: prompts are text, and the random draws need their keys on the CPU."""
         return batch
 
     @staticmethod
@@ -97,6 +102,6 @@ class PromptDataModule(L.LightningDataModule):
 
 
 def _without_images(prompts: Prompts) -> str:
-    """What has none: "these", or the names of a mixture's sources."""
+    """Name the prompts without images, for a message: "these", or the names of a mixture's sources without images."""
     sources = prompts.sources if isinstance(prompts, MixedPrompts) else {}
     return ", ".join(name for name, source in sources.items() if not source.has_images) or "these"

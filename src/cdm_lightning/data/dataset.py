@@ -1,6 +1,6 @@
-"""Prompts from Hugging Face `datasets`: a folder made by `save_to_disk`, or a data set of the hub.
+"""Prompts from Hugging Face `datasets`: from a folder made by `save_to_disk`, or from a data set of the hub.
 
-The library takes seconds to import, so it is imported when it is needed.
+Importing the library takes seconds, so it is imported only when it is needed.
 """
 
 from collections.abc import Iterator
@@ -8,22 +8,24 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from cdm_lightning.data.columns import BATCH_ROWS, INSTALL, ArrowColumn, copy_path, first_line, write_column
+from cdm_lightning.data.columns import BATCH_ROWS, INSTALL, ArrowColumn, copy_path, write_column
 from cdm_lightning.data.prompts import FIELD, MAX_CHARACTERS, SelectedPrompts
 from cdm_lightning.data.selection import Selection, TextSource
 from cdm_lightning.errors import UserError
+from cdm_lightning.files import first_line
 
 
 class PromptDataset(SelectedPrompts):
     """The texts of the column `field` in one `split` of a data set.
 
-    `dataset` is a folder that `save_to_disk` wrote, or whatever `datasets.load_dataset` takes: an id of the hub (with
-    `subset`, its configuration, and `revision`) or a folder of data files. The library keeps it in Arrow files that are
-    mapped into memory, so any row is at hand and a run resumes exactly. `streaming` downloads the column alone, without
-    images beside it, and no more than `limit` rows; it is first copied into an Arrow file in `cache_folder`, and later
-    starts use that copy even if the hub's data have changed since.
+    `dataset` is a folder that `save_to_disk` wrote, or anything that `datasets.load_dataset` takes: an id of the hub (with
+    `subset`, the name of its configuration, and `revision`) or a folder of data files. The library keeps the data set in
+    Arrow files that are mapped into memory, so any row can be read directly and a run resumes exactly. `streaming`
+    downloads only this column, for example without the images in other columns, and at most `limit` rows. The column is
+    first copied into an Arrow file in `cache_folder`; later starts use that copy even if the data of the hub have changed.
 
-    The other arguments are those of `PromptFile`. Raises `UserError` for a data set, split or column that does not exist.
+    The other arguments are those of `PromptFile`. Raises `UserError` for a data set, split or column that does not exist,
+    and for a `limit` that is below 1 or given without `streaming`.
     """
 
     def __init__(
@@ -43,7 +45,7 @@ class PromptDataset(SelectedPrompts):
         selection = Selection(max_characters, overlong, deduplicate)
         name = f"{dataset}, split {split}"
         if limit is not None and (limit < 1 or not streaming):
-            raise UserError(f"{name}: limit needs streaming=true and at least 1, got {limit}")
+            raise UserError(f"{name}: limit needs streaming=true and must be at least 1, got {limit}")
         if streaming:
             what = (str(dataset), subset, split, revision)
             target = copy_path(cache_folder, "stream", *what, field, limit)
@@ -63,7 +65,7 @@ class DatasetColumn:
         self.rows, self.field, self.name = rows, field, name
 
     def scan(self) -> Iterator[tuple[int, str]]:
-        """(row, text) of all rows."""
+        """Yield (row, text) for all rows."""
         position = 0
         for batch in self.rows.iter(batch_size=BATCH_ROWS):
             for text in checked(batch[self.field], self.field, self.name):
@@ -71,22 +73,22 @@ class DatasetColumn:
                 position += 1
 
     def read(self, position: int) -> str:
-        """The text of a row."""
+        """Return the text of a row."""
         return self.rows[position][self.field] or ""
 
     def place(self, position: int) -> str:
-        """ "owner/name, split train, row 3", rows counted from 1."""
+        """Return the place of a row as in "owner/name, split train, row 3"; rows count from 1."""
         return f"{self.name}, row {position + 1}"
 
 
 def streamed_texts(rows: Any, field: str, name: str) -> Iterator[list[str | None]]:
-    """The texts of a streamed data set, some thousand at a time."""
+    """Yield the texts of a streamed data set, `BATCH_ROWS` at a time at most."""
     for batch in rows.iter(batch_size=BATCH_ROWS):
         yield checked(batch[field], field, name)
 
 
 def checked(texts: list, field: str, name: str) -> list[str | None]:
-    """The same list; UserError if something else than text is in it."""
+    """Return the list unchanged; raise `UserError` if an entry is neither a text nor None."""
     for text in texts:
         if text is not None and not isinstance(text, str):
             raise UserError(f"{name}: the column {field!r} holds {type(text).__name__}, not text; set field=NAME")
@@ -96,7 +98,7 @@ def checked(texts: list, field: str, name: str) -> list[str | None]:
 def load_column(
     dataset: str, split: str, field: str, subset: str | None, revision: str | None, streaming: bool = False
 ) -> Any:
-    """The data set with that column alone (`datasets.Dataset`, or `IterableDataset` if streaming)."""
+    """Load the data set with only this column (`datasets.Dataset`, or `IterableDataset` if streaming)."""
     library = import_datasets(dataset)
     try:
         if is_saved(Path(dataset)):
@@ -113,24 +115,24 @@ def load_column(
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether `save_to_disk` wrote this folder."""
+    """Return whether `save_to_disk` wrote this folder."""
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
 def load_saved(library: ModuleType, folder: Path, split: str) -> Any:
-    """A saved data set, or one split of several saved together; UserError for a split that is not there."""
+    """Load a saved data set, or one of several splits saved together; raise `UserError` if that split does not exist."""
     loaded = library.load_from_disk(str(folder))
     if not isinstance(loaded, dict):
         return loaded
     if split not in loaded:
-        raise UserError(f"{folder}: no split {split!r}, it has {', '.join(loaded)}")
+        raise UserError(f"{folder}: no split {split!r}, it has {', '.join(loaded)}; set split=NAME")
     return loaded[split]
 
 
 def import_datasets(name: str) -> ModuleType:
-    """The library; UserError where it is not installed."""
+    """Import `datasets`; raise `UserError`, which names the data set, if it is not installed."""
     try:
         import datasets
     except ImportError as error:
-        raise UserError(f"{name}: needs the package datasets: {INSTALL}") from error
+        raise UserError(f"{name}: this data set needs the package datasets: {INSTALL}") from error
     return datasets

@@ -1,4 +1,4 @@
-"""Real images beside their prompts, for objectives that learn from them. Shapes: images (B, 3, H, W) in [0, 1]."""
+"""Prompts with real images, for objectives that learn from images. Shapes: images (B, 3, H, W) in [0, 1]."""
 
 import json
 from collections.abc import Sequence
@@ -16,13 +16,14 @@ METADATA = "metadata.jsonl"
 
 
 class CaptionedFolder(Prompts):
-    """A folder of images whose `metadata.jsonl` has a line {"file_name": ..., "text": ...} for each.
+    """A folder of images whose `metadata.jsonl` has a line {"file_name": ..., "text": ...} for each image.
 
-    That is the form of the Hugging Face data sets' ImageFolder.
+    This is the format of the ImageFolder of Hugging Face `datasets`.
 
-    Each image is turned upright as its EXIF says, resized to cover `image_size` (height, width) in pixels and cropped to its
-    middle. Raises `UserError` for a folder without that file, for an `image_size` that is no size, for a line that is none of
-    this form, and for an image that is missing or cannot be read.
+    Each image is turned upright according to its EXIF data, resized to cover `image_size` (height, width) in pixels, and
+    cropped to its middle. Raises `UserError` for a folder without `metadata.jsonl`, for a file that lists no images, for
+    an `image_size` that is not a size, for a line that does not have this form, and for an image that is missing or cannot
+    be read.
     """
 
     has_images = True
@@ -33,10 +34,12 @@ class CaptionedFolder(Prompts):
             raise UserError(f"{folder}: image_size must be height and width in pixels, got {list(self.image_size)}")
         listed = self.folder / METADATA
         if not listed.is_file():
-            raise UserError(f"{folder}: no {METADATA} with lines of file_name and text; write one beside the images")
+            raise UserError(
+                f"{folder}: no {METADATA}; write one there, each line with the file_name and text of an image"
+            )
         lines = [line for line in listed.read_text(encoding="utf-8").splitlines() if line.strip()]
         if not lines:
-            raise UserError(f"{listed} lists no images")
+            raise UserError(f"{listed} lists no images; write a line with file_name and text for each image")
         self._entries = [self._entry(line, number) for number, line in enumerate(lines, start=1)]
 
     def _entry(self, line: str, number: int) -> tuple[Path, str]:
@@ -47,39 +50,39 @@ class CaptionedFolder(Prompts):
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f'{where}: must be {{"file_name": "IMAGE", "text": "CAPTION"}}') from error
         if not isinstance(name, str) or not isinstance(text, str) or not text.strip():
-            raise UserError(f"{where}: file_name and text must be texts that are not empty")
+            raise UserError(f"{where}: file_name and text must be texts, and text must not be empty")
         path = self.folder / name
         if not path.is_file():
-            raise UserError(f"{where}: there is no file {path}")
+            raise UserError(f"{where}: there is no file {path}; correct file_name or remove the line")
         return path, text.strip()
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def __getitem__(self, index: int) -> str:
-        """The caption of image number `index`."""
+        """Return the caption of image number `index`."""
         return self._entries[index][1]
 
     def image(self, index: int) -> Tensor:
-        """Image number `index`, (3, H, W) in [0, 1]."""
+        """Return image number `index`, (3, H, W) in [0, 1]."""
         from PIL import Image, ImageOps
         from torchvision.transforms.functional import pil_to_tensor
 
         path = self._entries[index][0]
         try:
             with Image.open(path) as file:
-                upright = ImageOps.exif_transpose(file)  # cameras turn no pixels, they say how to
+                upright = ImageOps.exif_transpose(file)  # cameras do not turn the pixels; they store how to turn them
                 pixels = pil_to_tensor(upright.convert("RGB")).float() / 255
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all of them of broken files
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # a damaged file raises these
             why = str(error).partition(str(path))[0].removesuffix(" '") or type(error).__name__
             raise UserError(
-                f"{path}: cannot be read as an image ({why}); replace it or take its line out of {METADATA}"
+                f"{path}: cannot be read as an image ({why}); replace it or remove its line from {METADATA}"
             ) from error
         return fit_to(pixels[None], self.image_size)[0]
 
 
 class DrawnCaptions(PromptFile):
-    """A file of captions of the bundled shapes set, each with a rendering of its own, a function of (`seed`, its number)."""
+    """A file of captions of the bundled shapes set. Each has its own rendering, a function of `seed` and its number."""
 
     has_images = True
 
@@ -88,16 +91,16 @@ class DrawnCaptions(PromptFile):
         self.seed = seed
 
     def image(self, index: int) -> Tensor:
-        """A rendering (3, 32, 32) of caption number `index`; UserError for a text that is no caption of the set."""
+        """Render caption number `index`, (3, 32, 32) in [0, 1]; raise `UserError` for a text that is not a caption of the set."""
         try:
             scene = parse_caption(self[index])
         except ValueError as error:
-            raise UserError(f"{self.name}: {error}; the shapes set can draw its own captions only") from None
+            raise UserError(f"{self.name}: {error}; the shapes set can draw only its own captions") from None
         return render([scene], stream(self.seed, "image of a caption", index).initial_seed())[0]
 
 
 def fit_to(images: Tensor, size: Sequence[int]) -> Tensor:
-    """The images (B, 3, H, W) resized to cover `size` (height, width) and cropped to its middle; unchanged if they have it."""
+    """Resize images (B, 3, H, W) to cover `size` (height, width) and crop the middle; images of this size stay unchanged."""
     height, width = size
     if images.shape[-2:] == (height, width):
         return images

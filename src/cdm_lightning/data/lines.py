@@ -1,4 +1,4 @@
-"""Texts in files of lines: plain text, or JSON objects with the text under a field."""
+"""Texts in files with one text on each line: as plain text, or in a JSON object under a field."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -10,16 +10,16 @@ FILE = 1 << 48  # positions are file number * FILE + byte offset
 
 
 class LineFiles:
-    """The lines of UTF-8 files, one after the other; with a `field`, the text under it in the JSON object of each line.
+    """The lines of UTF-8 files, one file after the other; with a `field`, the text in this field of each line's JSON object.
 
-    Every access opens its file afresh, so loader workers may share the object.
+    Every access opens the file again, so loader workers may share this object.
     """
 
     def __init__(self, paths: Sequence[Path], field: str | None = None) -> None:
         self.paths, self.field = list(paths), field
 
     def scan(self) -> Iterator[tuple[int, str]]:
-        """(position, text) of each line; UserError for a file that cannot be read or a line without a text."""
+        """Yield (position, text) for each line; raise `UserError` for an unreadable file or a line without a text."""
         for number, path in enumerate(self.paths):
             try:
                 yield from self._scan_file(path, number * FILE)
@@ -27,14 +27,14 @@ class LineFiles:
                 raise UserError(f"{path}: cannot read the prompt file ({error.strerror})") from error
 
     def read(self, position: int) -> str:
-        """The text at `position`."""
+        """Return the text at `position`."""
         number, offset = divmod(position, FILE)
         with self.paths[number].open("rb") as file:
             file.seek(offset)
             return self._parse(file.readline().decode("utf-8"))
 
     def place(self, position: int) -> str:
-        """ "captions.txt, line 3"."""
+        """Return the place of a text as in "captions.txt, line 3"."""
         number, offset = divmod(position, FILE)
         with self.paths[number].open("rb") as file:
             line = 1
@@ -57,10 +57,10 @@ class LineFiles:
             raise UserError(f'{path}, line {number}: not a JSON object with a text in "{self.field}"') from error
 
     def _parse(self, line: str) -> str:
-        line = line.strip("\ufeff \t\r\n")  # \ufeff: the mark that some editors put before the first line
+        line = line.strip("\ufeff \t\r\n")  # \ufeff is the byte order mark, which some editors write at the start
         if self.field is None or not line:
             return line
         prompt = json.loads(line)[self.field]
         if not isinstance(prompt, str):
-            raise TypeError(f"{self.field} is no text")
+            raise TypeError(f"{self.field} is not a text")
         return prompt

@@ -1,4 +1,4 @@
-"""Several sets of prompts in given shares: which set a position of the stream comes from depends on (seed, position) only."""
+"""Several sets of prompts in fixed shares. The set that a position of the stream takes is a function of (seed, position)."""
 
 import math
 from bisect import bisect_right
@@ -13,19 +13,19 @@ from cdm_lightning.data.batches import Order, ShuffledEpochs
 from cdm_lightning.data.prompts import Prompts
 from cdm_lightning.errors import UserError
 
-LARGEST_BLOCK = 10_000  # positions after which the shares hold exactly
+LARGEST_BLOCK = 10_000  # the largest number of positions after which the shares are exact
 
 
 class MixedPrompts(Prompts):
-    """All `sources`, by name, one after the other; in training each appears in the share of its weight.
+    """All prompts of the named `sources`, one source after the other; in training each source has the share of its weight.
 
-    The stream is cut into blocks of as many positions as the weights, brought to whole numbers without a common factor,
-    add up to: 0.7 and 0.3 to 10. Each block holds exactly the weights' numbers of each source, in a random order, so the
-    share is exact over any number of blocks. Each source is dealt out in its own shuffled epochs. Without `weights` each
-    counts as much as it has prompts.
+    The weights are reduced to whole numbers without a common factor, for example 0.7 and 0.3 to 7 and 3. The stream is cut
+    into blocks whose length is the sum of these numbers (10 in the example). Each block holds exactly as many prompts of
+    each source as its number says, in a random order, so the shares are exact over any number of blocks. Each source has
+    its own shuffled epochs. Without `weights`, the weight of a source is its number of prompts.
 
-    It has images where all its sources do. Raises `UserError` for weights that are missing, not positive, or add up to more
-    than 10,000 as whole numbers, and for images of different sizes.
+    A mixture has images if all its sources do. Raises `UserError` for weights that are missing, not positive, or add up to
+    more than 10,000 as whole numbers, and for images of different sizes.
     """
 
     def __init__(self, sources: Mapping[str, Prompts], weights: Mapping[str, float] | None = None) -> None:
@@ -40,7 +40,7 @@ class MixedPrompts(Prompts):
 
     @property
     def summary(self) -> str:
-        """Every source's line with its share."""
+        """The summary of each source with its share."""
         total = sum(self.shares)
         lines = [
             f"{share / total:.2%} {source.summary or name}"
@@ -52,14 +52,14 @@ class MixedPrompts(Prompts):
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> str:
-        """Prompt number `index`, counted through the sources one after the other."""
+        """Return prompt number `index`, counted through all sources, one after the other."""
         if not 0 <= index < len(self):
             raise IndexError(f"prompt {index} of {len(self)}")
         source, place = self._at(index)
         return self.sources[source][place]
 
     def image(self, index: int) -> Tensor:
-        """The image (3, H, W) of prompt number `index`; UserError if the first source's images have another size."""
+        """Return the image (3, H, W) of prompt `index`; raise `UserError` if its size is not that of the first source."""
         source, place = self._at(index)
         image = self.sources[source].image(place)
         if self._image_size is None:
@@ -68,25 +68,26 @@ class MixedPrompts(Prompts):
             sizes = [" x ".join(map(str, size)) for size in (self._image_size, image.shape[-2:])]
             first = next(iter(self.sources))
             raise UserError(
-                f"data: the images of {first} have {sizes[0]} pixels, those of {source} {sizes[1]}; give all one image_size"
+                f"data: the images of {first} have {sizes[0]} pixels, those of {source} {sizes[1]}; use the same image_size for all"
             )
         return image
 
     def _at(self, index: int) -> tuple[str, int]:
-        """The name of the source of prompt number `index`, and its number there."""
+        """Return the name of the source that holds prompt number `index`, and the prompt's number in that source."""
         number = bisect_right(self._ends, index)
         return list(self.sources)[number], index - self._ends[number] + self.sizes[number]
 
     def order(self, seed: int) -> Order:
-        """Position -> number of the prompt."""
+        """Return the mapping from a position in the endless stream to the number of a prompt."""
         return MixedOrder(self.sizes, self.shares, seed)
 
 
 class MixedOrder:
-    """The order of a mixture of sources with these sizes and shares; takes no time to go anywhere.
+    """The order of a mixture of sources with these sizes and shares; any position is computed directly.
 
-    Place p of block b is slot s of the block's permutation; the slots belong to the sources in turn, as many as their
-    share. Slot k of a source is position b * share + k of the source's own epochs.
+    Place p of block b takes slot s, the entry p of the block's permutation. The slots of a block belong to the first source,
+    then to the second, and so on, each with as many slots as its share. Slot k of a source is position b * share + k in the
+    source's own epochs.
     """
 
     def __init__(self, sizes: Sequence[int], shares: Sequence[int], seed: int) -> None:
@@ -96,12 +97,12 @@ class MixedOrder:
         self._block, self._slots = 0, permutation(self._ends[-1], seed, "prompt_mixture", 0)
 
     def __call__(self, position: int) -> int:
-        """The prompt at `position`, counted from 0."""
+        """Return the number of the prompt at `position`; positions count from 0."""
         source, turn = self.source_at(position)
         return self._starts[source] + self._orders[source](turn)
 
     def source_at(self, position: int) -> tuple[int, int]:
-        """The source that `position` belongs to, and the position in that source's own stream."""
+        """Return the number of the source that `position` belongs to, and the position in that source's own stream."""
         block, place = divmod(position, self._ends[-1])
         if block != self._block:
             self._block, self._slots = block, permutation(self._ends[-1], self.seed, "prompt_mixture", block)
@@ -112,17 +113,15 @@ class MixedOrder:
 
 
 def whole_shares(names: Sequence[str], weights: Mapping[str, float]) -> list[int]:
-    """The weights of these names as whole numbers in the same ratio, without a common factor."""
+    """Return the weights of these names as whole numbers in the same ratio, without a common factor."""
     if set(names) != set(weights):
         raise UserError(f"data: weights are given for {', '.join(weights)}, but the sources are {', '.join(names)}")
     try:
-        ratios = [Fraction(str(weights[name])) for name in names]  # by the text: 0.1 is a tenth
+        ratios = [Fraction(str(weights[name])) for name in names]  # from the text, so that 0.1 is exactly one tenth
     except ValueError as error:
         raise UserError(f"data: weights must be numbers, got {dict(weights)}") from error
     if min(ratios) <= 0:
-        raise UserError(
-            f"data: weights must be positive, got {dict(weights)}; leave out a source that shall not appear"
-        )
+        raise UserError(f"data: weights must be positive, got {dict(weights)}; remove a source that is not wanted")
     common = math.lcm(*(ratio.denominator for ratio in ratios))
     shares = [int(ratio * common) for ratio in ratios]
     shares = [share // math.gcd(*shares) for share in shares]

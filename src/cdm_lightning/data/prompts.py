@@ -1,4 +1,7 @@
-"""Prompts with random access: from files, or a few given ones. None are held in memory, only where each of them lies."""
+"""Prompts with random access, from files or from the configuration.
+
+The texts of files are not held in memory, only the position of each.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -14,48 +17,48 @@ from cdm_lightning.data.selection import Selection, TextSource
 from cdm_lightning.errors import UserError
 
 LINES, PARQUET = (".txt", ".jsonl"), ".parquet"
-FIELD = "prompt"  # of .jsonl and .parquet, where none is given
+FIELD = "prompt"  # the default field of .jsonl and .parquet files
 MAX_CHARACTERS = 10_000
 
 
 class Prompts(Dataset, ABC):
-    """A set of prompts: `len`, the text of each, the order in which training takes them, in some sets an image of each."""
+    """A set of prompts: their number, their texts, the order in which training takes them, and in some sets their images."""
 
-    has_images = False  # whether `image` gives something
+    has_images = False  # whether the prompts have images, which `image` returns
 
     def image(self, index: int) -> Tensor:
-        """The real image of prompt number `index`, (3, H, W) in [0, 1]; UserError for a set of prompts alone."""
+        """Return the real image of prompt `index`, (3, H, W) in [0, 1]; raise `UserError` for a set without images."""
         raise UserError(f"{type(self).__name__} holds prompts without images")
 
     @property
     def summary(self) -> str | None:
-        """What there is and what was left out, in one line; None if there is nothing to say."""
+        """One line on what the set holds and what was left out; None if there is nothing to report."""
         return None
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many there are."""
+        """Return the number of prompts."""
 
     @abstractmethod
     def __getitem__(self, index: int) -> str:
-        """Prompt number `index`; IndexError beyond the last."""
+        """Return prompt number `index`; raise IndexError if `index` is beyond the last prompt."""
 
     def order(self, seed: int) -> Order:
-        """Position in the endless stream -> number of the prompt."""
+        """Return the mapping from a position in the endless stream to the number of a prompt."""
         return ShuffledEpochs(len(self), seed)
 
 
 class SelectedPrompts(Prompts):
-    """The prompts of a `source` that are not left out: blank ones, over-long ones and, if asked for, repeated ones.
+    """The prompts of a `source` without the blank ones, the over-long ones and, if requested, the repeated ones.
 
-    `name` says in messages where they come from. Raises `UserError` if none is left.
+    `name` says in messages where the prompts come from. Raises `UserError` if no prompt is left.
     """
 
     def __init__(self, source: TextSource, name: str, selection: Selection) -> None:
         self.source, self.name = source, name
         self.positions, self.counts = selection.select(source, name)
         if not len(self.positions):
-            left_out = f" ({self.counts.left_out})" if self.counts.left_out else "; write one a line"
+            left_out = f" ({self.counts.left_out})" if self.counts.left_out else "; write one prompt on each line"
             raise UserError(f"{name}: the prompt file holds no prompt{left_out}")
 
     @property
@@ -68,22 +71,24 @@ class SelectedPrompts(Prompts):
         return len(self.positions)
 
     def __getitem__(self, index: int) -> str:
-        """Prompt number `index`, counted without those that are left out."""
+        """Return prompt number `index`, where prompts that are left out do not count."""
         return self.source.read(int(self.positions[index])).strip()
 
 
 class PromptFile(SelectedPrompts):
-    """The prompts of a file or of a folder of files of one kind, in the order of their names.
+    """The prompts of a file, or of a folder with files of one kind in the order of their names.
 
-    Text files hold one prompt a line, `*.jsonl` files an object a line with the prompt under `field`, `*.parquet` files
-    a column `field`. A parquet column is copied once into `cache_folder` (default: the user's cache folder), where any
-    row can be read alone. Everything is checked once, when it is opened; afterwards only the position of each prompt is
-    kept, 8 bytes in a tensor that loader workers share.
+    A text file holds one prompt on each line, a `*.jsonl` file one object on each line with the prompt under `field`, and a
+    `*.parquet` file a column `field`. A parquet column is copied once into `cache_folder` (default: the user's cache
+    folder), where any row can be read alone. All texts are checked once, when the file is opened. Afterwards only the
+    position of each prompt is kept: 8 bytes per prompt, in a tensor that loader workers share.
 
-    Blank prompts are left out; those of more than `max_characters` too, or they are refused with `overlong="refuse"`;
-    `deduplicate` keeps the first of those that differ in white space at most. `counts` says how many.
+    Blank prompts are left out. Prompts of more than `max_characters` are left out too, or refused with
+    `overlong="refuse"`. `deduplicate` keeps only the first of several prompts that differ in nothing but white space.
+    `counts` says how many prompts were left out.
 
-    Raises `UserError` for what is missing, empty, not UTF-8 or not of its kind, and for a `field` that does not exist.
+    Raises `UserError` for a file that is missing, empty, not UTF-8 or not in the format of its ending, and for a `field`
+    that does not exist.
     """
 
     def __init__(
@@ -100,25 +105,25 @@ class PromptFile(SelectedPrompts):
 
 
 class PromptList(Prompts):
-    """A few prompts given in the configuration, `repeat` times over; `UserError` if there are none."""
+    """A few prompts given in the configuration, repeated `repeat` times; raises `UserError` if there are none."""
 
     def __init__(self, prompts: Sequence[str], repeat: int = 1) -> None:
         self.prompts, self.repeat = list(prompts), repeat
         if not self.prompts or repeat < 1:
-            raise UserError("a prompt list needs at least one prompt and repeat of at least 1")
+            raise UserError("a prompt list needs at least one prompt and a repeat of at least 1")
 
     def __len__(self) -> int:
         return len(self.prompts) * self.repeat
 
     def __getitem__(self, index: int) -> str:
-        """Prompt number `index`."""
+        """Return prompt number `index`."""
         if index >= len(self):
             raise IndexError(f"prompt {index} of {len(self)}")
         return self.prompts[index % len(self.prompts)]
 
 
 def open_files(path: Path, field: str | None, cache_folder: str | Path | None) -> TextSource:
-    """The texts of a file or folder, by the endings of its files; UserError if they cannot be told or are mixed."""
+    """Open the texts of a file or folder by its files' endings; raise `UserError` for mixed kinds or a text file with a `field`."""
     files = files_in(path) if path.is_dir() else [path]
     kinds = {file.suffix if file.suffix in (*LINES, PARQUET) else LINES[0] for file in files}
     if len(kinds) > 1:
@@ -128,7 +133,7 @@ def open_files(path: Path, field: str | None, cache_folder: str | Path | None) -
     (kind,) = kinds
     if kind == LINES[0] and field is not None:
         raise UserError(
-            f"{path}: `field: {field}` needs a .jsonl or .parquet file; a text file holds one prompt a line"
+            f"{path}: `field: {field}` needs a .jsonl or .parquet file; a text file holds one prompt on each line"
         )
     if kind == PARQUET:
         return open_parquet(files, field or FIELD, cache_folder)
@@ -136,9 +141,11 @@ def open_files(path: Path, field: str | None, cache_folder: str | Path | None) -
 
 
 def files_in(folder: Path) -> list[Path]:
-    """The prompt files below a folder, sorted by name."""
+    """Return the prompt files in a folder and its subfolders, sorted by name; raise `UserError` if there are none."""
     if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
-        raise UserError(f"{folder}: a saved Hugging Face data set; use data=dataset data.train.dataset={folder}")
+        raise UserError(
+            f"{folder}: this is a saved Hugging Face data set; use data=dataset data.train.dataset={folder}"
+        )
     files = sorted(file for file in folder.rglob("*") if file.suffix in (*LINES, PARQUET) and file.is_file())
     if not files:
         raise UserError(f"{folder}: the folder holds no {', '.join((*LINES, PARQUET))} file")

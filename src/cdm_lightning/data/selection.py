@@ -1,4 +1,4 @@
-"""Which texts of a source are prompts: not the blank, the over-long and the repeated ones, and how many those are."""
+"""The selection of prompts from a source: blank, over-long and repeated texts are left out and counted."""
 
 import hashlib
 from array import array
@@ -13,25 +13,25 @@ from torch import Tensor
 from cdm_lightning.errors import UserError
 
 POLICIES = ("skip", "refuse")
-KEY_BYTES = 16  # of the hash that tells prompts apart: a clash among 10 million is less likely than 1e-24
+KEY_BYTES = 16  # of the hash that identifies a prompt: the chance of a collision among 10 million is below 1e-24
 
 
 class TextSource(Protocol):
-    """Texts that lie somewhere, each at a position of its own (64 bits)."""
+    """A source of texts, each of which has its own position (64 bits)."""
 
     def scan(self) -> Iterator[tuple[int, str]]:
-        """(position, text) of all texts in order; UserError for what cannot be read."""
+        """Yield (position, text) for all texts in order; raise `UserError` for a text that cannot be read."""
 
     def read(self, position: int) -> str:
-        """The text at a position that `scan` gave."""
+        """Return the text at a position that `scan` has yielded."""
 
     def place(self, position: int) -> str:
-        """Where that is, for messages: "captions.txt, line 3"."""
+        """Return the place of a position for messages, as in "captions.txt, line 3"."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """How many texts are prompts, and how many were left out for each reason."""
+    """The number of texts that are prompts, and the numbers of those left out for each reason."""
 
     kept: int
     blank: int
@@ -41,7 +41,7 @@ class Counts:
 
     @property
     def left_out(self) -> str:
-        """ "3 blank, 1 over 10,000 characters"; empty if none."""
+        """The numbers as in "3 blank, 1 over 10,000 characters"; empty if nothing was left out."""
         over = f"over {self.max_characters:,} characters"
         named = ((self.blank, "blank"), (self.overlong, over), (self.repeated, "repeated"))
         return ", ".join(f"{count:,} {name}" for count, name in named if count)
@@ -49,7 +49,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Selection:
-    """The rules. Raises `UserError` for a limit below 1 or an unknown policy."""
+    """The rules of the selection. Raises `UserError` for a `max_characters` below 1 or an unknown policy in `overlong`."""
 
     max_characters: int
     overlong: str
@@ -63,7 +63,7 @@ class Selection:
             )
 
     def select(self, source: TextSource, name: str) -> tuple[Tensor, Counts]:
-        """Positions (n,) int64 of the prompts of `source`, called `name`, in order, and the counts."""
+        """Return the positions (n,) int64 of the prompts of `source`, in order, and the counts."""
         positions, keys, blank, overlong = array("q"), bytearray(), 0, 0
         for position, text in source.scan():
             text = text.strip()
@@ -85,15 +85,15 @@ class Selection:
     def _refuse_overlong(self, place: str, length: int) -> None:
         if self.overlong == "refuse":
             raise UserError(
-                f"{place}: a prompt of {length:,} characters, more than max_characters={self.max_characters}; "
+                f"{place}: a prompt of {length:,} characters is longer than max_characters={self.max_characters}; "
                 "shorten it or set overlong=skip"
             )
 
 
 def first_occurrences(keys: bytes | bytearray) -> np.ndarray:
-    """Numbers, increasing, of those keys of 16 bytes each that equal no earlier one."""
+    """Return the numbers, in increasing order, of the 16-byte keys that do not equal an earlier key."""
     pairs = np.frombuffer(keys, dtype="<u8").reshape(-1, 2)
-    order = np.lexsort((pairs[:, 1], pairs[:, 0]))  # stable: among equal keys the first comes first
+    order = np.lexsort((pairs[:, 1], pairs[:, 0]))  # the sort is stable: of equal keys the first comes first
     ordered = pairs[order]
     new = np.ones(len(order), dtype=bool)
     new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)

@@ -1,8 +1,8 @@
-"""Procedural text-to-image set: captioned shapes with colour, size and place, and pairs of shapes in a relation.
+"""A procedural text-to-image set: captioned shapes with a colour, size and place, and pairs of shapes in a relation.
 
-"a large red circle on the left", "a small square", "a blue shape above a large green ring". As real prompts do, a caption
-may leave anything out, and a rendering then has any: that is what bends the paths from noise to image and makes few steps
-hard. Everything is a function of (seed, index): nothing is stored, nothing is downloaded.
+Examples: "a large red circle on the left", "a small square", "a blue shape above a large green ring". Like a real prompt, a
+caption may leave any attribute out, and its renderings then differ in this attribute. This bends the paths from noise to
+image and makes sampling with few steps hard. Everything is a function of (seed, index): nothing is stored or downloaded.
 """
 
 import hashlib
@@ -25,9 +25,9 @@ COLOURS = {
     "white": (0.97, 0.97, 0.97),
 }
 SHAPES = ("circle", "square", "triangle", "ring", "cross")
-ANY_SHAPE = "shape"  # the noun of a caption that does not say which
+ANY_SHAPE = "shape"  # the noun of a caption that does not name the shape
 SIZES = ("small", "large")
-PLACES = {  # centre as a fraction of the side, from the upper left corner: (x, y)
+PLACES = {  # centre (x, y) as fractions of the side, from the upper left corner
     "on the left": (0.25, 0.5),
     "on the right": (0.75, 0.5),
     "at the top": (0.5, 0.25),
@@ -35,29 +35,29 @@ PLACES = {  # centre as a fraction of the side, from the upper left corner: (x, 
     "in the middle": (0.5, 0.5),
 }
 RELATIONS = ("above", "below", "left of", "right of")
-RADIUS = {"small": 0.135, "large": 0.225}  # fraction of the side; alone and in a pair alike
-PAIR_OFFSET = 0.25  # distance of each of a pair from the centre
-LEAVE_OUT = 0.4  # chance of each of colour, shape, size and place to be left out of a caption
-HELD_OUT = 10  # one combination of captioned attributes in this many is never trained on
+RADIUS = {"small": 0.135, "large": 0.225}  # as a fraction of the side; the same for single items and in pairs
+PAIR_OFFSET = 0.25  # distance of each item of a pair from the centre, as a fraction of the side
+LEAVE_OUT = 0.4  # probability with which a caption leaves out each of colour, shape, size and place
+HELD_OUT = 10  # one in this many combinations of captioned attributes is never trained on
 Split = Literal["train", "heldout", "all"]
 
 
 @dataclass(frozen=True)
 class Item:
-    """One shape as captioned; None means that the caption does not say."""
+    """One shape of a caption; None means that the caption does not name the attribute."""
 
     colour: str | None
     shape: str | None
     size: str | None = None
 
     def words(self) -> str:
-        """The noun phrase: "a large red circle"."""
+        """Return the noun phrase, as in "a large red circle"."""
         return " ".join(["a", *filter(None, (self.size, self.colour)), self.shape or ANY_SHAPE])
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption says: one item at a place (or anywhere), or two items in a relation."""
+    """The content of a caption: one item at a place (None: anywhere), or two items in a relation."""
 
     first: Item
     place: str | None = None
@@ -78,7 +78,7 @@ class Scene:
 
 
 def all_words() -> list[str]:
-    """Every word that captions can hold, in a fixed order."""
+    """Return every word that captions can contain, in a fixed order."""
     phrases = [*COLOURS, *SHAPES, *SIZES, *PLACES, *RELATIONS, ANY_SHAPE, "a"]
     return sorted({word for phrase in phrases for word in phrase.split()})
 
@@ -86,7 +86,7 @@ def all_words() -> list[str]:
 def draw_scenes(
     count: int, seed: int, split: Split = "train", pairs: float = 0.0, leave_out: float = LEAVE_OUT
 ) -> list[Scene]:
-    """`count` scenes; a share `pairs` of them has two items; each attribute is left out with chance `leave_out`."""
+    """Draw `count` scenes: each has two items with probability `pairs` and leaves out each attribute with `leave_out`."""
     rng = random.Random(seed)
     scenes: list[Scene] = []
     while len(scenes) < count:
@@ -117,7 +117,7 @@ def _maybe(rng: random.Random, names: Iterable[str], leave_out: float) -> str | 
 
 
 def parse_caption(caption: str) -> Scene:
-    """The scene that a caption of this language describes; ValueError for any other text."""
+    """Return the scene that a caption of this set describes; raise ValueError for any other text."""
     for relation in RELATIONS:
         if f" {relation} a " in caption:
             first, second = caption.split(f" {relation} ", 1)
@@ -139,10 +139,11 @@ def _parse_item(phrase: str) -> Item:
 
 @dataclass(frozen=True)
 class Layout:
-    """What is on a rendering: for each of N images two slots (upper or left first), the second empty for single items.
+    """The content of N renderings. Each has two slots, the upper or left one first; the second is empty for single items.
 
     colour, shape, size: (N, 2) indices, -1 for an empty slot; place: (N,) index into PLACES, -1 for pairs;
-    arrangement: (N,) 0 single, 1 one above the other, 2 side by side; centre: (N, 2, 2) as fractions of the side.
+    arrangement: (N,) 0 for a single item, 1 for one above the other, 2 for side by side; centre: (N, 2, 2) as fractions of
+    the side.
     """
 
     colour: Tensor
@@ -154,7 +155,7 @@ class Layout:
 
 
 def lay_out(scenes: Sequence[Scene], seed: int) -> Layout:
-    """Fill in what the captions leave open and put each item in its slot; a function of (seed, position in the list)."""
+    """Draw the attributes that the captions leave out and put each item into its slot; a function of `seed` and the list."""
     rng = random.Random(seed)
     rows = [_lay_out_one(scene, rng) for scene in scenes]
     columns = list(zip(*rows, strict=True))
@@ -181,12 +182,12 @@ def _lay_out_one(scene: Scene, rng: random.Random) -> tuple:
 
 
 def render(scenes: Sequence[Scene], seed: int) -> Tensor:
-    """Antialiased renderings (N, 3, 32, 32) in [0, 1], with jitter of place, size, tilt, tint and a varied background."""
+    """Render scenes, (N, 3, 32, 32) in [0, 1], antialiased, with jitter of place, size, tilt and tint and random backgrounds."""
     return render_layout(lay_out(scenes, seed), seed)
 
 
 def render_layout(layout: Layout, seed: int) -> Tensor:
-    """Draw a layout: (N, 3, 32, 32) in [0, 1]."""
+    """Draw a layout as images (N, 3, 32, 32) in [0, 1]."""
     rng = torch.Generator().manual_seed(seed)
     images = _background(len(layout.place), rng)
     palette = torch.tensor(list(COLOURS.values()))
@@ -199,7 +200,7 @@ def render_layout(layout: Layout, seed: int) -> Tensor:
         tilt = (torch.rand(n, generator=rng) - 0.5) * 0.35
         tint = (palette[colour.clamp(min=0)] + 0.05 * torch.randn(n, 3, generator=rng)).clamp(0, 1)
         cover = _coverage(shape, centre, radius, tilt) * (shape >= 0)[:, None, None]
-        light = 1 - 0.16 * (_grid()[1] - centre[:, 1, None, None]) / radius[:, None, None]  # lit from above
+        light = 1 - 0.16 * (_grid()[1] - centre[:, 1, None, None]) / radius[:, None, None]  # the light comes from above
         ink = (tint[:, :, None, None] * light.clamp(0.8, 1.2)[:, None]).clamp(0, 1)
         images = images + cover[:, None] * (ink - images)
     return images.clamp(0, 1)
@@ -212,7 +213,7 @@ def _grid() -> tuple[Tensor, Tensor]:
 
 
 def _background(count: int, rng: torch.Generator) -> Tensor:
-    """Dim gradients and waves between two greyish tints (N, 3, 32, 32)."""
+    """Draw backgrounds (N, 3, 32, 32): dim gradients and waves between two greyish tints."""
     x, y = _grid()
     angle, phase, kind = (torch.rand(count, 1, 1, generator=rng) for _ in range(3))
     along = x * torch.cos(2 * math.pi * angle) + y * torch.sin(2 * math.pi * angle)
@@ -226,7 +227,7 @@ def _background(count: int, rng: torch.Generator) -> Tensor:
 
 
 def _coverage(shape: Tensor, centre: Tensor, radius: Tensor, tilt: Tensor) -> Tensor:
-    """How much of each pixel an item covers (N, 32, 32), from its signed distance over one pixel's width."""
+    """Return the fraction of each pixel that an item covers, (N, 32, 32), from the signed distance in units of a pixel."""
     x, y = _grid()
     x, y = x - centre[:, 0, None, None], y - centre[:, 1, None, None]
     cos, sin, r = torch.cos(tilt)[:, None, None], torch.sin(tilt)[:, None, None], radius[:, None, None]

@@ -1,6 +1,6 @@
-"""Conditioning of prompts from a text cache, so that training loads no text encoder.
+"""The conditioning of prompts from a text cache, so that training loads no text encoder.
 
-The shards are mapped into memory; in memory itself there are 24 bytes a prompt.
+The shards are mapped into memory from disk; only 24 bytes per prompt are held in memory itself.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,17 +27,19 @@ from cdm_lightning.data.text_shards import (
 )
 from cdm_lightning.errors import UserError
 
-SHOWN = 60  # characters of a prompt in a message
+SHOWN = 60  # the number of characters of a prompt that a message shows
 
 
 @dataclass(frozen=True)
 class TextCacheSettings:
-    """Where the text cache is and, for `cache_text`, how it is written; and what is kept in memory without one.
+    """Where the text cache is, how `cache_text` writes it, and how much is kept in memory if there is no cache.
 
-    `folder` None: no cache. A run of at most `remember_up_to` prompts, with repetitions, then keeps the conditioning of all
-    of them if it takes no more than `remember_megabytes`. `dtype` is that of the files; `batch_size` prompts are encoded at
-    a time; a shard holds about `shard_megabytes`. Training looks for all of its prompts before it begins if there are no
-    more than `check_up_to`.
+    `folder` is the folder of the cache. If it is None there is no cache; a run with at most `remember_up_to` prompts,
+    counted with repetitions, then keeps the conditioning of all of them in memory if it takes at most
+    `remember_megabytes`. `dtype` is the dtype of the files. `cache_text` encodes `batch_size` prompts at a time and writes
+    shards of about `shard_megabytes`. Before training begins, all of its prompts are looked up in the cache if there are at
+    most `check_up_to` of them.
+
     Raises `UserError` for values out of range.
     """
 
@@ -53,23 +55,23 @@ class TextCacheSettings:
         if self.dtype not in DTYPES:
             raise UserError(f"text_cache.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.batch_size < 1 or self.shard_megabytes <= 0:
-            raise UserError("text_cache: batch_size must be at least 1 and shard_megabytes more than 0")
+            raise UserError("text_cache: batch_size must be at least 1 and shard_megabytes must be above 0")
 
 
 class Texts(Protocol):
-    """Prompts by number: a list of them, or a `data.prompts.Prompts`."""
+    """Prompts by number: a list of texts, or a `data.prompts.Prompts`."""
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Return the number of prompts."""
 
     def __getitem__(self, index: int, /) -> str:
-        """Prompt number `index`."""
+        """Return prompt number `index`."""
 
 
 class StoredText:
-    """The cache in `folder`, which must be of text encoders with this `fingerprint` (`Backbone.text_fingerprint`).
+    """The text cache in `folder`, made with the text encoders of this `fingerprint` (`Backbone.text_fingerprint`).
 
-    Raises `UserError` for a folder without a cache, a cache of other text encoders, and a shard that is not whole.
+    Raises `UserError` for a folder without a cache, a cache of other text encoders, and an incomplete shard.
     """
 
     def __init__(self, folder: str | Path, fingerprint: Mapping[str, str]) -> None:
@@ -90,18 +92,18 @@ class StoredText:
         self._keys = found[self._order]
 
     def __len__(self) -> int:
-        """How many prompts there are."""
+        """Return the number of prompts in the cache."""
         return len(self._keys)
 
     def __contains__(self, prompt: str) -> bool:
         return self._find(prompt) is not None
 
     def to(self, device: torch.device) -> None:
-        """Give conditioning on this device from here on."""
+        """Return conditioning on this device from now on."""
         self.device = torch.device(device)
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """The conditioning of B prompts as the text encoders gave it, in their dtype; UserError for one that is not there."""
+        """Return the conditioning of B prompts in the text encoders' dtype; raise `UserError` if a prompt is not cached."""
         distinct = list(dict.fromkeys(prompts))
         rows = [self._unconditional if prompt == "" else self._row(prompt) for prompt in distinct]
         cond = {
@@ -114,12 +116,13 @@ class StoredText:
         return {name: value.index_select(0, which) for name, value in cond.items()}
 
     def require(self, sets: Mapping[str, Texts], check_up_to: int) -> None:
-        """UserError, with the number and the first of them, if prompts of these named sets are not in the cache.
+        """Raise `UserError` if the cache lacks prompts of these named sets; the message has their number and the first one.
 
-        With more than `check_up_to` prompts in all they are looked for when they are used.
+        If the sets hold more than `check_up_to` prompts in total, nothing is checked here but the empty prompt: each prompt
+        is looked up when it is used.
         """
         if "" not in self:
-            raise UserError(f"{self.folder}: the text cache lacks the empty prompt; run `{COMMAND}` again, it goes on")
+            raise UserError(f"{self.folder}: the text cache lacks the empty prompt; run `{COMMAND}` again to add it")
         if sum(map(len, sets.values())) > check_up_to:
             return
         for name, prompts in sets.items():
@@ -131,7 +134,7 @@ class StoredText:
 
     @cached_property
     def _unconditional(self) -> dict[str, Tensor]:
-        return {name: value.clone() for name, value in self._row("").items()}  # used in every iteration
+        return {name: value.clone() for name, value in self._row("").items()}  # in memory: every iteration uses it
 
     def _row(self, prompt: str) -> dict[str, Tensor]:
         found = self._find(prompt)
@@ -141,7 +144,7 @@ class StoredText:
         return read_row(self._paths[shard], self.manifest, found - int(self._starts[shard]))
 
     def _find(self, prompt: str) -> int | None:
-        """Number of the prompt, counted through all shards."""
+        """Return the number of the prompt, counted through all shards; None if it is not there."""
         key = np.frombuffer(prompt_key(prompt), KEY_TYPE)[0:1]
         place = int(np.searchsorted(self._keys, key)[0])
         if place == len(self._keys) or self._keys[place : place + 1] != key:
@@ -152,5 +155,5 @@ class StoredText:
         shown = prompt if len(prompt) <= SHOWN else prompt[:SHOWN] + "..."
         return UserError(
             f"{self.folder}: {what} not in the text cache, such as {shown!r}; "
-            f"run `{COMMAND}` with the arguments of the training command, it adds what is missing"
+            f"run `{COMMAND}` with the arguments of the training command to add the missing prompts"
         )

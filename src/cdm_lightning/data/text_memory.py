@@ -1,6 +1,7 @@
-"""Conditioning of prompts that come again and again, encoded once and kept in memory.
+"""The conditioning of prompts that are used again and again, encoded once and kept in memory.
 
-A few hundred captions in turn are met many times in a run: the text encoders would do the same work over and over.
+A run with a few hundred captions uses each of them many times. Without this memory, the text encoders would repeat the
+same work each time.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -16,21 +17,21 @@ BATCH = 64  # prompts encoded at a time
 
 
 class RememberedText:
-    """`encode` with the results for the `prompts` kept, on the device where it gives them, from the first call on.
+    """A wrapper of `encode` that keeps the results for `prompts`, on the device on which `encode` returns them.
 
-    All of them are encoded at that first call, in batches that depend on `prompts` alone: what a prompt is encoded to does
-    not depend on what was asked for before, so a resumed run gets the same bits. Other prompts are encoded as they come,
-    and so are all where the results would take more than `most_bytes` or differ in shape.
+    The first call encodes all of `prompts`, in batches that depend on `prompts` alone. The result for a prompt therefore
+    does not depend on earlier calls, and a resumed run gets the same bits. Other prompts are encoded each time they are
+    used. If the results would take more than `most_bytes` or differ in shape, this holds for all prompts.
     """
 
     def __init__(self, encode: Encode, prompts: Iterable[str], most_bytes: int) -> None:
         self._encode, self._most_bytes = encode, most_bytes
         self._prompts = list(dict.fromkeys(["", *prompts]))
-        self._place: dict[str, int] | None = None  # of each prompt in the table; None: not encoded yet
+        self._place: dict[str, int] | None = None  # the row of each prompt in the table; None if nothing is encoded yet
         self._table: Conditioning = {}
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """The conditioning of B prompts."""
+        """Return the conditioning of B prompts."""
         if self._place is None:
             self._fill()
         known = cast(dict[str, int], self._place)
@@ -38,10 +39,10 @@ class RememberedText:
         return self._encode(prompts) if -1 in places else select_rows(self._table, torch.tensor(places))
 
     def forget(self) -> None:
-        """Encode anew at the next call: the text encoders have moved to another device."""
+        """Encode again at the next call, because the text encoders have moved to another device."""
         self._place, self._table = None, {}
 
-    @torch.inference_mode(False)  # the first call may be that of a validation
+    @torch.inference_mode(False)  # the first call may come from validation, in inference mode
     @torch.no_grad()
     def _fill(self) -> None:
         self._place = {}

@@ -1,16 +1,15 @@
 """The files of a text cache: what `cache_text` writes and training reads.
 
     DIR/text_cache.json            the fingerprint of the text encoders, the stored dtype, shape and dtype of each tensor
-    DIR/shards/HASH.safetensors    some hundred megabytes of prompts: "keys" (n, 16) uint8, "crc32" (n,) int64, and the
-                                   conditioning "cond.NAME" (n, ...); HASH is that of the keys
+    DIR/shards/HASH.safetensors    a few hundred megabytes of prompts: "keys" (n, 16) uint8, "crc32" (n,) int64, and the
+                                   conditioning "cond.NAME" (n, ...); HASH is a hash of the keys
 
-A prompt's key is a hash of its text. Everything is written under another name and renamed when it is whole; each row has
-a check sum, so a damaged one is noticed when it is used.
+The key of a prompt is a hash of its text. Each file is written under another name and renamed when it is complete. Each
+row has a checksum, so a damaged row is noticed when it is used.
 """
 
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -24,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cdm_lightning.errors import UserError
+from cdm_lightning.files import replacing, write_text
 
 MANIFEST, SHARDS = "text_cache.json", "shards"
 FORMAT = 1
@@ -36,10 +36,10 @@ COMMAND = "python -m cdm_lightning.cache_text"
 
 @dataclass(frozen=True)
 class Manifest:
-    """What all shards of a cache have in common.
+    """The properties that all shards of a cache share.
 
-    `dtype` is that of floating-point tensors in the files; `tensors` gives for each {"shape": of one prompt, "dtype": as
-    the text encoders gave it}.
+    `dtype` is the dtype of floating-point tensors in the files. `tensors` maps the name of each tensor to {"shape": its
+    shape for one prompt, "dtype": its dtype as the text encoders return it}.
     """
 
     text_fingerprint: dict[str, str]
@@ -49,29 +49,29 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """Short name of the cache's content, in every shard."""
+        """A hash of the manifest, which is stored in every shard to show which cache it belongs to."""
         text = json.dumps(asdict(self), sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     @property
     def bytes_per_prompt(self) -> int:
-        """Bytes that one prompt takes in a shard."""
+        """The number of bytes that one prompt takes in a shard."""
         sizes = (
             np.prod(entry["shape"], dtype=int) * self.stored(name).itemsize for name, entry in self.tensors.items()
         )
         return int(sum(sizes)) + KEY_BYTES + 8
 
     def given(self, name: str) -> torch.dtype:
-        """The dtype in which the text encoders gave this tensor."""
+        """Return the dtype in which the text encoders return this tensor."""
         return getattr(torch, self.tensors[name]["dtype"])
 
     def stored(self, name: str) -> torch.dtype:
-        """The dtype of this tensor in the files: masks and the like stay as they are."""
+        """Return the dtype of this tensor in the files; only floating-point tensors are converted, masks for example are not."""
         return DTYPES[self.dtype] if self.given(name).is_floating_point else self.given(name)
 
     @classmethod
     def of(cls, text_fingerprint: Mapping[str, str], dtype: str, cond: Mapping[str, Tensor]) -> "Manifest":
-        """The manifest of a cache whose conditioning is like `cond` (B, ...)."""
+        """Return the manifest of a cache for conditioning with the names, shapes and dtypes of `cond` (B, ...)."""
         tensors = {
             name: {"shape": list(value.shape[1:]), "dtype": str(value.dtype).removeprefix("torch.")}
             for name, value in sorted(cond.items())
@@ -80,12 +80,12 @@ class Manifest:
 
 
 def prompt_key(prompt: str) -> bytes:
-    """The key of a prompt: BLAKE2b of its text, 16 bytes."""
+    """Return the key of a prompt: 16 bytes, the BLAKE2b hash of its text."""
     return hashlib.blake2b(prompt.encode(), digest_size=KEY_BYTES).digest()
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a cache folder, None if it has none; UserError if it cannot be read."""
+    """Read the manifest of a cache folder; None if it has none. Raise `UserError` if it cannot be read."""
     path = folder / MANIFEST
     if not path.is_file():
         return None
@@ -93,19 +93,17 @@ def read_manifest(folder: Path) -> Manifest | None:
         manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
         if manifest.format == FORMAT and manifest.dtype in DTYPES and manifest.bytes_per_prompt > 0:
             return manifest
-    raise UserError(f"{path}: not a text cache that this version reads; make it anew in another folder")
+    raise UserError(f"{path}: not a text cache that this version reads; make a new one in another folder")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Make the folder of a new cache."""
+    """Make the folder of a new cache and write its manifest."""
     (folder / SHARDS).mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{MANIFEST}.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / MANIFEST)
+    write_text(folder / MANIFEST, json.dumps(asdict(manifest), indent=2) + "\n")
 
 
 def require_fingerprint(folder: Path, manifest: Manifest, fingerprint: Mapping[str, str]) -> None:
-    """UserError, naming what differs, unless the cache was made with text encoders of this fingerprint."""
+    """Raise `UserError`, which names the differences, unless the cache was made with text encoders of this fingerprint."""
     made, now = manifest.text_fingerprint, dict(fingerprint)
     differing = [
         f"{name} is {now.get(name)}, was {made.get(name)}"
@@ -114,20 +112,20 @@ def require_fingerprint(folder: Path, manifest: Manifest, fingerprint: Mapping[s
     ]
     if differing:
         raise UserError(
-            f"{folder}: a text cache of other text encoders ({'; '.join(differing)}); "
-            f"make another with `{COMMAND}` and text_cache.folder=ANOTHER"
+            f"{folder}: this is a text cache of other text encoders ({'; '.join(differing)}); "
+            f"make another cache with `{COMMAND}` and text_cache.folder=ANOTHER"
         )
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """All shards of a cache."""
+    """Return the paths of all shards of a cache, sorted."""
     return sorted((folder / SHARDS).glob("*.safetensors"))
 
 
 def write_shard(folder: Path, manifest: Manifest, keys: Sequence[bytes], cond: Mapping[str, Tensor]) -> Path:
-    """Write the conditioning (n, ...) of the prompts with these keys, in the stored dtypes, whole or not at all.
+    """Write the conditioning (n, ...) of the prompts with these keys, in the stored dtypes, completely or not at all.
 
-    Raises `UserError` if the file cannot be written.
+    Return the path of the shard. Raise `UserError` if the file cannot be written.
     """
     rows = {name: cond[name].contiguous() for name in manifest.tensors}
     path = folder / SHARDS / f"{hashlib.blake2b(b''.join(keys), digest_size=KEY_BYTES).hexdigest()}.safetensors"
@@ -135,20 +133,18 @@ def write_shard(folder: Path, manifest: Manifest, keys: Sequence[bytes], cond: M
     tensors["keys"] = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, KEY_BYTES)
     sums = [check_sum({name: value[row] for name, value in rows.items()}) for row in range(len(keys))]
     tensors["crc32"] = torch.tensor(sums, dtype=torch.int64)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        save_file(tensors, temporary, metadata={"cache": manifest.digest})
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={"cache": manifest.digest})
     except (SafetensorError, OSError) as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error}); the shards before it are whole, run it again") from error
+        raise UserError(
+            f"{path}: cannot be written ({error}); earlier shards are intact, so run the command again"
+        ) from error
     return path
 
 
 def shard_keys(path: Path, manifest: Manifest) -> np.ndarray:
-    """Keys (n,) of a shard's prompts; UserError for a shard that is half-written or belongs to another cache."""
+    """Return the keys (n,) of a shard's prompts; raise `UserError` if it is incomplete or belongs to another cache."""
     try:
         with safe_open(path, framework="pt") as file:
             owner = (file.metadata() or {}).get("cache")
@@ -158,12 +154,12 @@ def shard_keys(path: Path, manifest: Manifest) -> np.ndarray:
         raise broken(path) from error
     expected = {PREFIX + name: [len(keys), *entry["shape"]] for name, entry in manifest.tensors.items()}
     if owner != manifest.digest or any(shapes.get(name) != shape for name, shape in expected.items()):
-        raise UserError(f"{path}: a shard of another text cache; move it away")
+        raise UserError(f"{path}: this is a shard of another text cache; move it out of the folder")
     return np.ascontiguousarray(keys).view(KEY_TYPE)[:, 0]
 
 
 def read_row(path: Path, manifest: Manifest, row: int) -> dict[str, Tensor]:
-    """The conditioning (...) of a shard's prompt number `row`, in the stored dtypes; UserError if it is damaged."""
+    """Read the conditioning (...) of prompt `row` of a shard, in the stored dtypes; raise `UserError` if it is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             cond = {name: file.get_slice(PREFIX + name)[row : row + 1][0] for name in manifest.tensors}
@@ -176,7 +172,7 @@ def read_row(path: Path, manifest: Manifest, row: int) -> dict[str, Tensor]:
 
 
 def check_sum(cond: Mapping[str, Tensor]) -> int:
-    """CRC-32 of the bytes of one prompt's conditioning."""
+    """Return the CRC-32 of the bytes of one prompt's conditioning."""
     value = 0
     for name in sorted(cond):
         # pyrefly: ignore[bad-argument-type]  numpy declares its buffers for Python 3.12 and later only
@@ -185,7 +181,7 @@ def check_sum(cond: Mapping[str, Tensor]) -> int:
 
 
 def broken(path: Path) -> UserError:
-    """The error of a shard that is not whole."""
+    """Return the error for a shard that is incomplete or damaged."""
     return UserError(
-        f"{path}: half-written or damaged; delete this file and run `{COMMAND}` again, it adds what is missing"
+        f"{path}: half-written or damaged; delete this file and run `{COMMAND}` again to write its prompts again"
     )

@@ -1,8 +1,8 @@
-"""One frozen network under several adapters by peft, of which one at a time is on.
+"""One frozen network with several adapters of peft, of which at most one is on at a time.
 
 peft's own switches (`set_adapter`, `disable_adapters`) also turn `requires_grad` on and off, so an optimizer's
-parameters would freeze whenever another role runs. The switch here sets the two attributes that peft's layers read
-in their forward pass, and nothing else.
+parameters would be frozen whenever another role runs. The switch here sets only the two attributes that peft's layers
+read in their forward pass.
 """
 
 import math
@@ -28,11 +28,12 @@ if TYPE_CHECKING:
 
 
 class SharedBase:
-    """`network` (frozen, eval mode, kept in its dtype) with an adapter for each role, all off outside a view's call.
+    """A frozen `network` (in eval mode, in its own dtype) with an adapter for each role; outside a view's call all are off.
 
-    Adapters are float32 whatever the base is. They start as A uniform as in peft, B zero, so that every role starts as
-    the base; A is a function of (`seed`, layer) alone, alike for all roles, so that averages of two roles' factors are
-    averages within one subspace at the start. UserError for targets that the network has not.
+    Adapters are float32 whatever the dtype of the base. A is initialized uniformly as in peft and B with zeros, so that
+    every role starts equal to the base. The initial A depends on (`seed`, layer) only and is the same for all roles, so that
+    the averages of two roles' factors at first stay within one subspace. Raises UserError for targets that the network
+    does not have.
     """
 
     def __init__(self, network: nn.Module, adapters: Mapping[str, Adapter], presets: Presets, seed: int) -> None:
@@ -45,23 +46,23 @@ class SharedBase:
             inject(network, role, adapter, targets[role])
         self.layers = tuner_layers(network)
         places = {parameter: place for place, parameter in network.named_parameters()}
-        self._place_of = {name: places[parameter] for name, parameter in own.items()}  # peft has moved some of them
+        self._place_of = {name: places[parameter] for name, parameter in own.items()}  # peft has renamed some of them
         for role in adapters:
             self._start(role, seed)
         self._role: str | None = None
         self._switch(None)
 
     def view(self, role: str) -> AdapterView:
-        """The base with this role's adapter, as a network."""
+        """Return the base with this role's adapter as a network."""
         return AdapterView(self, role, adapter_parameters(self.layers, role), self._adapters[role])
 
     def base_view(self) -> BaseView:
-        """The base alone, as a network; sharding makes new parameters, so a view from before it is stale."""
+        """Return the base alone as a network. Sharding makes new parameters, so call this again after it."""
         return BaseView(self, {name: self.network.get_parameter(place) for name, place in self._place_of.items()})
 
     @contextmanager
     def running(self, role: str | None) -> Generator[None]:
-        """Inside the block the adapter of `role` is on (None: none is); after it, what was on before."""
+        """Turn on the adapter of `role` inside the `with` block (None: no adapter); afterwards, restore the former state."""
         before = self._role
         self._switch(role)
         try:
@@ -70,10 +71,10 @@ class SharedBase:
             self._switch(before)
 
     def with_its_adapter(self, block: nn.Module) -> Callable[..., Any]:
-        """The block as a function that runs with the adapter that is on now, whenever it is called.
+        """Return the block as a function that always runs with the adapter that is on now.
 
-        Gradient checkpointing recomputes in the backward pass, when other roles may have run; unguarded, the gradients
-        would be those of another network without any sign of it.
+        Gradient checkpointing recomputes blocks in the backward pass, after other roles may have run. Without this function,
+        the gradients would silently be those of another adapter.
         """
         return partial(self._rerun, self._role, block)
 
@@ -85,7 +86,7 @@ class SharedBase:
         for layer in self.layers.values():
             layer._disable_adapters = role is None
             if role is not None:
-                layer._active_adapter = [role]  # a layer without an adapter of this name runs as the base
+                layer._active_adapter = [role]  # a layer without an adapter of this name computes like the base
         self._role = role
 
     @torch.no_grad()
@@ -96,7 +97,7 @@ class SharedBase:
             a, b = (cast(nn.Linear, pair[role].float()).weight for pair in (layer.lora_A, layer.lora_B))
             nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=stream(seed, f"lora {name}"))  # as peft does
             b.zero_()
-            if role in layer.lora_magnitude_vector:  # anew: peft rounded it to the dtype of the base
+            if role in layer.lora_magnitude_vector:  # computed again: peft rounded it to the base's dtype
                 weight = cast(Tensor, layer.get_base_layer().weight)
                 magnitude = cast(nn.Parameter, layer.lora_magnitude_vector[role].float().weight)
                 magnitude.copy_(weight.float().norm(dim=1))
@@ -105,7 +106,7 @@ class SharedBase:
 
 
 def target_layers(network: nn.Module, adapter: Adapter, presets: Presets) -> list[str]:
-    """Names of the linear layers that the adapter sits on; UserError if there is none, or none for a listed ending."""
+    """Return the names of the adapter's linear layers; UserError if there are none, or none for an ending in a list."""
     endings = adapter.endings(presets)
     linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     found = {ending: [name for name in linear if f".{name}".endswith(f".{ending}")] for ending in endings}
@@ -117,27 +118,27 @@ def target_layers(network: nn.Module, adapter: Adapter, presets: Presets) -> lis
 
 
 def inject(network: nn.Module, role: str, adapter: Adapter, layers: Sequence[str]) -> None:
-    """Let peft put the adapter on the layers of these names, in place."""
+    """Add the adapter to the layers with these names, in place, with peft."""
     config = LoraConfig(
         r=adapter.rank,
-        lora_alpha=adapter.alpha,  # pyrefly: ignore[bad-argument-type]  any number will do for peft
-        target_modules="|".join(map(re.escape, layers)),  # a text is matched as a whole, a list by endings
+        lora_alpha=adapter.alpha,  # pyrefly: ignore[bad-argument-type]  peft accepts any number
+        target_modules="|".join(map(re.escape, layers)),  # peft matches a string with whole names, a list with endings
         use_rslora=adapter.use_rslora,
         use_dora=adapter.use_dora,
     )
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # peft draws a start of its own
-        warnings.filterwarnings("ignore", ".*Already found a `peft_config`.*")  # several adapters are meant
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # peft also draws an initialization
+        warnings.filterwarnings("ignore", ".*Already found a `peft_config`.*")  # several adapters are intended
         inject_adapter_in_model(config, network, role)
 
 
 def tuner_layers(network: nn.Module) -> "dict[str, LoraLayer]":
-    """The layers that carry adapters, by the names of the layers that they replaced."""
+    """Return the layers with adapters, by the names of the layers that they have replaced."""
     found = {name: module for name, module in network.named_modules() if isinstance(module, BaseTunerLayer)}
     return cast("dict[str, LoraLayer]", found)
 
 
 def adapter_parameters(layers: "Mapping[str, LoraLayer]", role: str) -> dict[str, nn.Parameter]:
-    """The parameters of one adapter: "LAYER.lora_A.weight" (rank, in), "LAYER.lora_B.weight" (out, rank), ..."""
+    """Return the parameters of one adapter: "LAYER.lora_A.weight" (rank, in), "LAYER.lora_B.weight" (out, rank), ..."""
     return {
         f"{name}.{kind}.{key}": parameter
         for name, layer in layers.items()
@@ -145,17 +146,3 @@ def adapter_parameters(layers: "Mapping[str, LoraLayer]", role: str) -> dict[str
         if role in getattr(layer, kind)
         for key, parameter in getattr(layer, kind)[role].named_parameters()
     }
-
-
-def fuse(network: nn.Module, adapter: Adapter, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """`network` with the adapter's weights added to its own, in place, nothing of peft left; KeyError if one lacks."""
-    role = "fused"
-    inject(network, role, adapter, list(dict.fromkeys(name.rpartition(".lora_")[0] for name in tensors)))
-    layers = tuner_layers(network)
-    for name, parameter in adapter_parameters(layers, role).items():
-        parameter.data = tensors[name].detach().to(parameter.device, torch.float32)
-    for name, layer in layers.items():
-        layer.merge(adapter_names=[role])
-        network.set_submodule(name, layer.get_base_layer())
-    del network.peft_config
-    return network.requires_grad_(True)

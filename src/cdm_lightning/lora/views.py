@@ -1,4 +1,4 @@
-"""One role on a shared base as a network of its own: what optimizers, averages, checkpoints and samplers are given."""
+"""Views that present one role of a shared base as a network, for optimizers, the EMA, checkpoints and samplers."""
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -7,32 +7,32 @@ import torch
 from torch import Tensor, nn
 
 from cdm_lightning.lora.plan import Adapter
+from cdm_lightning.lora.weights import AdapterWeights
 
 if TYPE_CHECKING:  # peft takes seconds to import, and a run without adapters does not need it
     from cdm_lightning.lora.shared import SharedBase
-    from cdm_lightning.lora.weights import AdapterWeights
 
 
 class RoleView(nn.Module):
-    """A call of the shared base with the adapter `role` on, or with none for None.
+    """A network that calls the shared base with the adapter of `role` on, or without an adapter if `role` is None.
 
-    Its parameters are those given, under their own dotted names; the base is not in its module tree.
+    Its parameters are the given ones, under their dotted names. The base is not one of its submodules.
     """
 
     def __init__(self, shared: "SharedBase", role: str | None, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__()
-        self.shared, self.role = shared, role  # the base is no nn.Module: it is not registered
+        self.shared, self.role = shared, role  # SharedBase is not an nn.Module, so it is not registered
         for name, parameter in parameters.items():
             _hold(self, name, parameter)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the base returns with this role's adapter; the adapter is off again after the call."""
+        """Call the base with this role's adapter, and switch back to the former state after the call."""
         with self.shared.running(self.role):
             return self.shared.network(*args, **kwargs)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the base's weights, and so of what is given to it."""
+        """The dtype of the base's weights, and so of its inputs."""
         return self.shared.dtype
 
     @property
@@ -42,7 +42,7 @@ class RoleView(nn.Module):
 
 
 class AdapterView(RoleView):
-    """A role with an adapter: its parameters, float32, are the adapter's."""
+    """A role with an adapter; its parameters are the float32 parameters of the adapter."""
 
     def __init__(
         self, shared: "SharedBase", role: str, parameters: Mapping[str, nn.Parameter], adapter: Adapter
@@ -51,26 +51,24 @@ class AdapterView(RoleView):
         self.adapter = adapter
 
     @property
-    def weights(self) -> "AdapterWeights":
-        """The adapter apart from the base, for export."""
-        from cdm_lightning.lora.weights import AdapterWeights
-
+    def weights(self) -> AdapterWeights:
+        """The adapter without its base, for export."""
         return AdapterWeights(self.adapter, self.state_dict())
 
 
 class BaseView(RoleView):
-    """The base with all adapters off: the teacher. Its parameters are the base's own; moving it moves the base."""
+    """The base with all adapters off, which is the teacher. Its parameters are those of the base; moving it moves the base."""
 
     def __init__(self, shared: "SharedBase", parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__(shared, None, parameters)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BaseView":
-        self.shared.network._apply(fn, recurse)  # buffers too, which are not held here; parameters move in place
+        self.shared.network._apply(fn, recurse)  # moves buffers too, which are not in this view
         return self
 
 
 def _hold(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Register a parameter under a dotted name, making modules on the way."""
+    """Register a parameter under a dotted name, and make the modules that this needs."""
     *path, last = name.split(".")
     for part in path:
         if part not in root._modules:

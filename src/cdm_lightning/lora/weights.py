@@ -1,10 +1,10 @@
-"""An adapter apart from its base: what a checkpoint holds of it, a file for other programs, a fused network."""
+"""The weights of an adapter without its base, as used by checkpoints, LoRA files and fused networks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cdm_lightning.lora.plan import Adapter
 
@@ -16,16 +16,10 @@ class AdapterWeights:
     adapter: Adapter
     tensors: Mapping[str, Tensor]
 
-    def fuse_into(self, network: nn.Module) -> nn.Module:
-        """`network`, a float32 copy of the base, with the update added to its weights in place; in eval mode."""
-        from cdm_lightning.lora.shared import fuse
-
-        return fuse(network, self.adapter, self.tensors).eval()
-
     def portable(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """Tensors as LoRA files hold them, on the CPU.
+        """Return the tensors in the form of LoRA files, on the CPU.
 
-        The scale is part of B: such files carry no scale that every reader would find, and without one all take 1.
+        B is multiplied by the scale. LoRA files have no standard entry for a scale, and all readers use 1 without one.
         """
         return {
             name.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector"): (

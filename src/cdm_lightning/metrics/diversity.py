@@ -1,7 +1,36 @@
 """Diversity within a prompt: how far apart the images of one prompt are that started from different noise."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
+
+from cdm_lightning.errors import UserError
+from cdm_lightning.metrics.base import Copies, MeasuredImages, Metric
+
+
+class Diversity(Metric):
+    """`pairwise_diversity` of `images_per_prompt` images for each of the first `prompts` prompts.
+
+    `feature` names the extractor. An evaluation that makes one image a prompt, such as validation, gives no figure.
+    """
+
+    def __init__(self, feature: str = "clip", prompts: int = 32, images_per_prompt: int = 4) -> None:
+        if prompts < 1 or images_per_prompt < 2:
+            raise UserError(
+                "diversity needs prompts >= 1 and images_per_prompt >= 2, "
+                f"got {prompts} and {images_per_prompt}; leave the metric out to turn it off"
+            )
+        self.feature, self.features = feature, (feature,)
+        self.copies = Copies(prompts, images_per_prompt)
+
+    def figures(self, measured: MeasuredImages, others: Mapping[str, MeasuredImages]) -> float | None:
+        """The mean distance within a prompt, in the units of the features."""
+        copies = measured.copies.get(self.feature)
+        if copies is None:
+            return None
+        assert self.copies is not None
+        return pairwise_diversity(copies[: self.copies.prompts, : self.copies.images])
 
 
 def pairwise_diversity(features: Tensor) -> float:

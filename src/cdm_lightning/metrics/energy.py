@@ -1,7 +1,27 @@
 """Energy distance between two sets of points: a distance of distributions that needs no features and no bandwidth."""
 
+from collections.abc import Callable, Mapping, Sequence
+
 import torch
 from torch import Tensor
+
+from cdm_lightning.metrics.base import MeasuredImages, Metric
+
+
+class EnergyDistance(Metric):
+    """`energy_distance` of the images' features to as many samples of the data, for data that can be sampled exactly.
+
+    `exact` gives the features (N, D) of exact samples for N prompts; `feature` names the extractor of the images' features.
+    """
+
+    def __init__(self, exact: Callable[[Sequence[str]], Tensor], feature: str = "points") -> None:
+        self.exact, self.feature, self.features = exact, feature, (feature,)
+
+    def figures(self, measured: MeasuredImages, others: Mapping[str, MeasuredImages]) -> float | None:
+        """The distance, in the unit of length of the features; None for fewer than 2 images."""
+        if len(measured) < 2:
+            return None
+        return float(energy_distance(measured.features[self.feature], self.exact(measured.prompts)))
 
 
 def energy_distance(a: Tensor, b: Tensor) -> Tensor:

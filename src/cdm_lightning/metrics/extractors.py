@@ -1,12 +1,14 @@
 """Features for Fréchet distance and diversity: any `nn.Module` from images (B, 3, H, W) in [0, 1] to (B, D) will do."""
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from cdm_lightning.errors import UserError
+from cdm_lightning.files import first_line
 from cdm_lightning.metrics.open_clip_model import OpenClipModel
 
 
@@ -20,6 +22,10 @@ class OpenClipFeatures(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Embeddings (B, D) of images (B, 3, H, W) in [0, 1]."""
         return self.model.encode_images(images)
+
+    def encode_texts(self, prompts: Sequence[str]) -> Tensor:
+        """Embeddings (B, D) of prompts, not normalised."""
+        return self.model.encode_texts(prompts)
 
 
 class InceptionFeatures(nn.Module):
@@ -43,7 +49,7 @@ class InceptionFeatures(nn.Module):
             torch.load(weights, weights_only=True)  # torch-fidelity would run code that an unsafe file holds
             self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(weights))
         except Exception as error:  # torch.load and load_state_dict raise a dozen kinds
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"{weights} are no Inception weights ({reason}); download them again") from error
         self.requires_grad_(False)
 

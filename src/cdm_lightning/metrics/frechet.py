@@ -2,14 +2,13 @@
 
 Shapes: images (B, 3, H, W) in [0, 1], features (N, D). The distance of the Gaussians with the features' means m and
 covariances C is |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Heusel et al., arXiv:1706.08500). It falls with the number
-of samples: compare figures of equal counts only. Metrics are held by callbacks, never by the LightningModule, whose
-checkpoints would take up the extractor's weights.
+of samples: compare figures of equal counts only.
 """
 
-import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError
@@ -17,13 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cdm_lightning.errors import UserError
-
-
-@torch.no_grad()
-def extract(extractor: nn.Module, images: Tensor) -> Tensor:
-    """Features (B, D) of images (B, 3, H, W) in [0, 1], on the extractor's device."""
-    state = next(itertools.chain(extractor.parameters(), extractor.buffers()), images)
-    return extractor(images.to(state.device)).flatten(1)
+from cdm_lightning.files import first_line, replacing
+from cdm_lightning.metrics.base import MeasuredImages, Metric, extract
 
 
 @dataclass(frozen=True)
@@ -53,11 +47,9 @@ class FeatureStatistics:
 
     def save(self, path: str | Path) -> None:
         """Write `path` (safetensors) in one rename."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.tmp")
         state = {"mean": self.mean, "covariance": self.covariance.contiguous(), "count": torch.tensor(self.count)}
-        save_file(state, temporary)
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            save_file(state, temporary)
 
     @classmethod
     def load(cls, path: str | Path) -> "FeatureStatistics":
@@ -66,7 +58,7 @@ class FeatureStatistics:
             state = load_file(path)
             return cls(state["mean"].double(), state["covariance"].double(), int(state["count"]))
         except (OSError, SafetensorError, KeyError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise UserError(
                 f"cannot read reference statistics from {path} ({reason}); it must hold mean, covariance and count"
             ) from None
@@ -84,29 +76,57 @@ class _GivenFeatures(nn.Module):
         return features
 
 
-class FrechetDistance:
-    """Distance of features (N, D) to the `reference`; with `sync` all processes add to it, and all must compute."""
+def frechet_distance(reference: FeatureStatistics, features: Tensor) -> float | None:
+    """The distance of features (N, D) to the reference, in float64 by torchmetrics; None for N < 2."""
+    from torchmetrics.image.fid import FrechetInceptionDistance  # seconds to import: paid where it is used
 
-    def __init__(self, reference: FeatureStatistics, device: torch.device | str = "cpu", sync: bool = True) -> None:
-        from torchmetrics.image.fid import FrechetInceptionDistance  # seconds to import: paid where it is used
+    if len(features) < 2:
+        return None
+    dim, n = len(reference.mean), reference.count
+    metric = FrechetInceptionDistance(_GivenFeatures(dim), normalize=True, sync_on_compute=False)
+    metric.real_features_sum = n * reference.mean
+    metric.real_features_cov_sum = (n - 1) * reference.covariance + n * torch.outer(reference.mean, reference.mean)
+    metric.real_features_num_samples = torch.tensor(n)
+    metric.update(features.double(), real=False)  # the result has the dtype of the features
+    return float(metric.compute())
 
-        dim, n = len(reference.mean), reference.count
-        self.device = torch.device(device)
-        self.metric = FrechetInceptionDistance(_GivenFeatures(dim), normalize=True, sync_on_compute=sync)
-        self.metric.to(self.device)
-        self._synced = sync and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-        if self._synced and torch.distributed.get_rank():
-            return  # states are summed over the processes: the reference counts once
-        outer = (n - 1) * reference.covariance + n * torch.outer(reference.mean, reference.mean)
-        self.metric.real_features_sum = (n * reference.mean).to(self.device)
-        self.metric.real_features_cov_sum = outer.to(self.device)
-        self.metric.real_features_num_samples = torch.tensor(n, device=self.device)
 
-    def update(self, features: Tensor) -> None:
-        """Add generated features (B, D)."""
-        self.metric.update(features.to(self.device).double(), real=False)  # the result has the dtype of the features
+class Frechet(Metric):
+    """Fréchet distance of the images to those of `reference`, in the features of the extractor that `feature` names.
 
-    def compute(self) -> float:
-        """The distance; nan while there are fewer than 2 generated samples (of several processes each must have one)."""
-        enough = self._synced or self.metric.fake_features_num_samples >= 2
-        return float(self.metric.compute()) if enough else float("nan")
+    `reference` gives batches (B, 3, H, W) in [0, 1] and is read once, or it holds the statistics of their features. Call
+    the metric `fid` only with the stock Inception. Fewer than 2 images have no distance.
+    """
+
+    def __init__(self, reference: Iterable[Tensor] | FeatureStatistics, feature: str = "clip") -> None:
+        self.reference, self.feature, self.features = reference, feature, (feature,)
+
+    def prepare(self, extractors: Mapping[str, nn.Module]) -> None:
+        """Read the reference images."""
+        if not isinstance(self.reference, FeatureStatistics):
+            self.reference = FeatureStatistics.of_images(extractors[self.feature], self.reference)
+
+    def figures(self, measured: MeasuredImages, others: Mapping[str, MeasuredImages]) -> float | None:
+        """The distance; None for fewer than 2 images."""
+        return frechet_distance(cast(FeatureStatistics, self.reference), measured.features[self.feature])
+
+    def facts(self) -> dict[str, float]:
+        """The number of reference images."""
+        return {"reference_images": cast(FeatureStatistics, self.reference).count}
+
+
+class FrechetToSampler(Metric):
+    """Fréchet distance of the images to those of another sampler, such as the teacher with many steps."""
+
+    def __init__(self, sampler: str, feature: str = "clip") -> None:
+        self.sampler, self.feature, self.features = sampler, feature, (feature,)
+        self._reference: tuple[MeasuredImages, FeatureStatistics] | None = None  # of the samplers measured last
+
+    def figures(self, measured: MeasuredImages, others: Mapping[str, MeasuredImages]) -> float | None:
+        """The distance; None for that sampler itself and where it is not run."""
+        reference = others.get(self.sampler or "")
+        if reference is None or reference is measured or min(len(reference), len(measured)) < 2:
+            return None
+        if self._reference is None or self._reference[0] is not reference:
+            self._reference = reference, FeatureStatistics.of_features([reference.features[self.feature]])
+        return frechet_distance(self._reference[1], measured.features[self.feature])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cdm_lightning.errors import UserError
+from cdm_lightning.files import first_line
 
 if TYPE_CHECKING:
     from open_clip import CLIP
@@ -33,7 +34,7 @@ class OpenClipModel(nn.Module):
             clip, _, transform = open_clip.create_model_and_transforms(model, pretrained=pretrained)
             self.tokenizer = open_clip.get_tokenizer(model)
         except Exception as error:  # open_clip lets through whatever json, torch, safetensors and the network raise
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise UserError(
                 f"cannot load the CLIP model {model} with pretrained={pretrained} ({reason}); give weights that fit it"
             ) from error

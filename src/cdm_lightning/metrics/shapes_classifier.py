@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cdm_lightning.data.shapes import COLOURS, PLACES, SHAPES, SIZES, Item, Scene, parse_caption
 from cdm_lightning.errors import UserError
+from cdm_lightning.files import first_line
 
 ARRANGEMENTS = ("single", "one above the other", "side by side")
 HEADS = {
@@ -48,7 +49,7 @@ class ShapesClassifier(nn.Module):
         try:
             model.load_state_dict(load_file(path))
         except (OSError, SafetensorError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise UserError(
                 f"cannot load the shapes classifier from {path} ({reason}); give a file that this project wrote"
             ) from None

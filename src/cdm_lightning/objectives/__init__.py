@@ -1,1 +1,1 @@
-"""What is learned: each objective says whom it trains, on what, and in which order. Torch and `core` only."""
+"""The training objectives: which networks are trained, on what, and in which order. They depend on torch and `core` only."""

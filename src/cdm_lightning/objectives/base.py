@@ -1,7 +1,7 @@
-"""What an objective has to say: whom it trains, on what, in which order, and by which losses.
+"""The interface of an objective: which networks it trains, on what, in which order, and with which losses.
 
-`CDMObjective` is one. Networks, optimizers, checkpoints, LoRA, sharding and the planner follow what is said here, so a new
-objective is one class in one file, in this folder or in a package of your own (docs/new-objective.md).
+`CDMObjective` is an example. Networks, optimizers, checkpoints, LoRA, sharding and the planner use only this interface, so
+a new objective is one class in one file, in this folder or in your own package (docs/new-objective.md).
 Shapes: B samples of shape * = (C, H, W).
 """
 
@@ -16,13 +16,14 @@ from cdm_lightning.core.flow import VelocityField
 from cdm_lightning.core.rng import StepRandom
 from cdm_lightning.core.rollout import TrajectoryPoint
 from cdm_lightning.core.schedules import Shift
+from cdm_lightning.errors import UserError
 
 RolloutKind = Literal["to_anchor", "full", "none"]
 
 
 @dataclass(frozen=True)
 class TermLosses:
-    """A loss, its weighted terms and detached health figures by name: all 0-d."""
+    """A loss, its weighted terms by name, and further logged figures by name; all tensors are 0-d."""
 
     total: Tensor
     terms: dict[str, Tensor] = field(default_factory=dict)
@@ -31,11 +32,10 @@ class TermLosses:
 
 @dataclass(frozen=True)
 class VelocityFields:
-    """The networks of one batch as velocity fields; all but `teacher_uncond` see the batch's text.
+    """The networks as velocity fields for one batch; all except `teacher_uncond` are conditioned on the batch's text.
 
     `fields[NAME]` is the field of a trained role that starts from the pretrained weights, or of "student_ema", the student's
-    average (without the callback `StudentEMA` that stays as the student started). `heads` are the networks of roles that
-    the objective builds itself, as they are.
+    EMA, if the run has one. `heads` holds the networks that the objective builds itself, as plain modules.
     """
 
     student: VelocityField
@@ -45,16 +45,22 @@ class VelocityFields:
     heads: Mapping[str, nn.Module] = field(default_factory=dict)
 
     def __getitem__(self, role: str) -> VelocityField:
-        """The field of "student", "student_ema" or a pretrained role; KeyError for any other name, heads among them."""
+        """Return the field of "student", "student_ema" or a role that starts from the pretrained weights.
+
+        Raises KeyError for any other name, including a head's, and UserError for "student_ema" if the run has no EMA.
+        """
+        if role == "student_ema" and role not in self.by_role:
+            raise UserError("the objective needs the EMA of the student, but ema.decay is null; set ema=default")
         return self.student if role == "student" else self.by_role[role]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """All that a loss may look at: B prompts of one iteration, computed at once.
+    """Everything that a loss may use: B prompts of one iteration that are computed at once.
 
-    `shift` is the model family's shift of single sigmas, `shift_steps` that of whole rollouts (`Backbone.shift_steps`), and
-    `latent_shape` (C, H, W), all at the image size of this iteration (which counts from 0).
+    `shift` is the model family's shift for single sigmas, `shift_steps` is its shift for whole rollouts
+    (`Backbone.shift_steps`), and `latent_shape` is (C, H, W). All three are for the image size of this iteration.
+    `iteration` counts from 0.
     """
 
     prompts: Sequence[str]
@@ -71,15 +77,15 @@ class Sample:
         return len(self.prompts)
 
     def again(self, repeat: int) -> Self:
-        """The same with other random draws, for a repeated update; 0 is the first time."""
+        """Return the same sample with other random draws, for a repeated update; `repeat` is 0 for the first time."""
         return replace(self, rng=self.rng.again(repeat))
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolledOutSample(Sample):
-    """A sample of an objective with rollouts: with the student's state at the anchor.
+    """A sample with the student's state at the anchor, for objectives that use rollouts.
 
-    `point` is a `FullTrajectoryPoint` where rollouts are simulated to their end.
+    `point` is a `FullTrajectoryPoint` if rollouts are simulated to their end.
     """
 
     point: TrajectoryPoint
@@ -87,15 +93,17 @@ class RolledOutSample(Sample):
 
 @dataclass(frozen=True)
 class Role:
-    """A network that is trained beside the student.
+    """A network that is trained in addition to the student.
 
-    It starts from the pretrained weights and may be a LoRA; or `build(D)` makes it, a head on hidden states of width D
-    (`VelocityField.with_features`). Its random start is seeded by the run's seed and its name; what it freezes stays frozen.
+    By default it starts from the pretrained weights and may be a LoRA. With `build`, the function `build(D)` makes the
+    network instead: a head on hidden states of width D (`VelocityField.with_features`). Its random initialization is seeded
+    by the run's seed and the role's name. Parameters that `build` freezes stay frozen.
 
-    `inputs` are inputs of its own beside x, sigma and text, by name. Each is a function of a width D that makes a module from
-    values (B,) to (B, D), whose output is added to the network's time embedding; `fields[role].given(NAME=values)` passes the
-    values. With zeros in its last layer the network starts as the pretrained one. Such modules are trained with the network,
-    also beside a LoRA; their random starts are seeded by the run's seed, the role and the input. Pretrained roles only.
+    `inputs` are additional inputs by name, besides x, sigma and text, for pretrained roles only. Each is a function of a
+    width D that makes a module from values (B,) to (B, D). The module's output is added to the network's time embedding, and
+    `fields[role].given(NAME=values)` passes the values. If the last layer of the module is zero, the network starts equal to
+    the pretrained one. The modules are trained with the network, even if the network itself is a LoRA. Their random
+    initialization is seeded by the run's seed, the role and the input.
     """
 
     name: str
@@ -104,18 +112,21 @@ class Role:
 
     def __post_init__(self) -> None:
         if self.name in ("student", "student_ema", "teacher") or not self.name.isidentifier():
-            raise ValueError(f"a role needs a name of its own that is a Python identifier, got {self.name!r}")
+            raise ValueError(
+                f"a role needs a name of its own: a Python identifier other than student, student_ema and teacher, got {self.name!r}"
+            )
         if self.build is not None and self.inputs:
             raise ValueError(
-                f"role {self.name}: inputs are added to the pretrained network, and this one is built anew"
+                f"role {self.name}: inputs can be added to a pretrained network only; remove either build or inputs"
             )
 
 
 @dataclass(frozen=True)
 class Merge:
-    """target <- (1 - weight) target + weight `source`, for all parameters that the source has.
+    """The average target <- (1 - weight) target + weight source, for all parameters of the network of the role `source`.
 
-    `option` is the objective's option that sets the weight, for messages.
+    The target is the network that has just been updated. `option` is the objective's option that sets the weight; error
+    messages name it.
     """
 
     source: str
@@ -125,73 +136,77 @@ class Merge:
 
 @dataclass(frozen=True)
 class Update:
-    """An optimizer step of `role`, made `repeat` times with fresh draws, each followed by the `merge` of its weights.
+    """An optimizer step of `role`, which is made `repeat` times with fresh random draws; a `merge` follows each step.
 
-    `losses(sample)` yields the parts of the loss one by one, which are added up: the backward pass of one runs before the next is
-    computed, so that one graph is in memory at a time. Gradients that reach other roles are dropped.
+    `losses(sample)` yields parts of the loss one by one; the loss is their sum. The backward pass of each part runs before
+    the next part is computed, so that only one graph is in memory at a time. Gradients of other roles are dropped.
     """
 
     role: str
-    losses: Callable[[Any], Iterable[TermLosses]]  # of a `Sample`, or of the `RolledOutSample` that the rollout makes
+    losses: Callable[[Any], Iterable[TermLosses]]  # of a `RolledOutSample`, or of a `Sample` without rollouts
     repeat: int = 1
     merge: Merge | None = None
 
 
 class Objective(ABC):
-    """Which networks are trained beside the student, on what, and in which order.
+    """The base class of objectives: which networks are trained in addition to the student, on what, and in which order.
 
-    The defaults are those of a method without further networks and without a state of its own.
+    The defaults are those of a method that trains the student only and has no state.
     """
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        """The networks beside student and teacher."""
+        """The trained networks other than the student."""
         return ()
 
     @property
     def rollout(self) -> RolloutKind:
         """How the student is rolled out before the updates of an iteration.
 
-        "to_anchor" stops each sample at its anchor, a randomly chosen step of its path that losses look at; "full" simulates to
-        the end, for losses that use what comes after the anchor; "none" makes no rollout (then losses get a plain `Sample`).
+        "to_anchor" stops each sample at its anchor, the randomly chosen step of its path that losses use. "full" simulates
+        the path to its end, for losses that use what comes after the anchor. "none" makes no rollout; losses then get a
+        plain `Sample`.
         """
         return "to_anchor"
 
     @property
     def needs_latents(self) -> bool:
-        """Whether samples must hold latents of real images: then the training data must have images."""
+        """Whether samples must have the latents of real images; if so, the training data must have images."""
         return False
 
     @property
     def student_period(self) -> int | None:
-        """The student is updated in the last of every so many iterations and in no other; None if not known in advance.
+        """The number of iterations per student update: the student is updated only in the last iteration of each period.
 
-        While the student stays the same, the rollouts of several iterations can be computed as one batch.
+        None means that the iterations that update the student are not known in advance. While the student does not change,
+        the rollouts of several iterations can be computed as one batch.
         """
         return None
 
     @abstractmethod
     def updates(self, iteration: int) -> Sequence[Update]:
-        """The updates of an iteration (counted from 0) in their order, at least one; the last one ends the iteration.
+        """Return the updates of an iteration (counted from 0) in their order, at least one; the last one ends the iteration.
 
-        Asking must change nothing. May depend on the objective's state, which must then be the same in all processes.
+        The call must not change the objective. The result may depend on the objective's state, which must then be the same
+        in all processes.
         """
 
     def typical_cycle(self) -> Sequence[Sequence[Update]]:
-        """The updates of one representative cycle of iterations, late in a run: the planner multiplies its cost.
+        """Return the updates of each iteration of one representative cycle, from which the planner computes the cost of a run.
 
-        By default those of one `student_period` late in the run; override it where updates follow a measured state.
+        By default this is one `student_period` late in the run. Override it if the updates depend on a measured state.
         """
         period = self.student_period or 1
-        late = period * 1_000_000  # weights that ramp up have arrived
+        late = period * 1_000_000  # weights that ramp up have reached their final values
         return [self.updates(late + turn) for turn in range(period)]
 
     def observe(self, role: str, figures: Mapping[str, Tensor], made: bool) -> None:
-        """Take note of an update of `role`: its figures ("loss", terms and logs of its losses, "grad_norm"), each 0-d.
+        """React to an update of `role`; called after each repetition of the update.
 
-        `made` is False for a step that was left out because its loss or gradient was not finite. Called once for each
-        repetition. The figures are means over all processes, so that a state that follows them is the same everywhere. The
-        host has not waited for them: reading a number does. Objectives that do not override it cost no communication.
+        `figures` are 0-d tensors: "loss", the terms and logs of the losses, and "grad_norm". `made` is False if the step was
+        skipped because its loss or gradient was not finite. The figures are means over all processes, so that a state that
+        depends on them is the same in every process. Reading a figure's value makes the host wait for the device.
+        If this method is not overridden, no communication is needed for the means.
         """
         return
 
@@ -201,9 +216,9 @@ class Objective(ABC):
         return type(self).observe is not Objective.observe
 
     def state_dict(self) -> dict[str, Any]:
-        """The state that a checkpoint keeps: plain values and tensors."""
+        """Return the state that a checkpoint keeps: plain values and tensors."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` of this class returned; not called for a checkpoint that has no such state."""
+        """Restore what `state_dict` of this class returned; not called for a checkpoint that has no such state."""
         return

@@ -1,9 +1,10 @@
 """The CDM objective (arXiv:2605.06376): what the fake score and the student learn from one point of a rollout.
 
-Its losses see velocity fields only. Shapes: B samples of shape * = (C, H, W). Terms of the student's loss:
-  ca   guidance augmentation: along guidance_scale (T(c) - T(0)), T the teacher's clean prediction, c the text, 0 none;
-  dm   distribution matching: along T(c) - F(c), F the fake score's clean prediction;
-  cdm  the same off the trajectory, at a point that the student's rollout did not visit.
+Its losses use velocity fields only. Shapes: B samples of shape * = (C, H, W). T is the teacher's x0 prediction, F that of
+the fake score, c the text and 0 no text. The terms of the student's loss are:
+  ca   guidance augmentation, in the direction guidance_scale (T(c) - T(0));
+  dm   distribution matching, in the direction T(c) - F(c);
+  cdm  distribution matching off the trajectory, at a point that the student's rollout did not visit.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,29 +29,31 @@ Weight = float | LinearRamp
 
 @dataclass(frozen=True)
 class _Look:
-    """One term's view: the student's prediction (with gradient) and the re-noised sample that it is judged by."""
+    """The inputs of one term: the student's prediction, and the re-noised sample on which teacher and fake score are called."""
 
-    x0: Tensor  # (B, *)
-    seen: Tensor  # (B,), the sigma that the student saw when it made the prediction
-    x: Tensor  # (B, *)
-    sigma: Tensor  # (B,)
+    x0: Tensor  # (B, *), the student's prediction, with gradient
+    seen: Tensor  # (B,), the sigma at which the student made the prediction
+    x: Tensor  # (B, *), the re-noised sample
+    sigma: Tensor  # (B,), the sigma of the re-noised sample
 
 
 @dataclass(frozen=True)
 class CDMObjective(Objective):
     """The three terms with their weights and ablations; a term of weight 0 costs no network call.
 
-    The fake score is updated `fake_score_steps` times in each iteration (once, as published), on the same clean predictions
-    with fresh noise and sigma; after each of its updates it is averaged with the student by the weight `fake_score_merge`
-    (0: not at all). The student is updated in the last of every `student_every` iterations.
+    The fake score is updated `fake_score_steps` times in each iteration (published: once), on the same x0 predictions with
+    fresh noise and sigma. After each of these updates it is averaged with the student by the weight `fake_score_merge`
+    (0: no average). The student is updated in the last of every `student_every` iterations.
 
-    `guidance_scale` is the factor of the CA direction, `norm_floor` the least n that directions are divided by.
-    The `*_levels` draw the sigma at which a term (or the fake score) looks at a re-noised sample; `target_levels` draws
-    the sigma s' at which the student is asked by CDM. `cdm_input` is what it sees there: the anchor point extrapolated
-    along its velocity, the anchor point itself (then s' is its sigma), or its clean prediction with fresh noise.
-    `teacher_base` is what is re-noised for the scores: the student's own new prediction, or the next or the last clean
-    prediction of the rollout. Each level is given the sigma that the student saw as its ceiling. Raises ValueError for an
-    unknown choice, for numbers out of range and where every weight is 0 at the start.
+    `guidance_scale` is the factor of the CA direction, `norm_floor` the smallest number by which directions are divided.
+    The `*_levels` draw the sigma to which the sample of a term (or of the fake score) is noised again; each is given the
+    sigma of the student's call as its ceiling. `target_levels` draws the sigma s' at which CDM calls the student.
+
+    `cdm_input` is the student's input there: "extrapolated" is the anchor point moved along its velocity, "trajectory" the
+    anchor point itself (s' is then its sigma), "renoised" the x0 prediction with fresh noise. `teacher_base` is the sample
+    that is noised again for teacher and fake score: "online" is the student's new x0 prediction, "next" and "final" are the
+    next x0 prediction and the end of the rollout. Raises ValueError for an unknown choice, for a number out of range,
+    and if every weight is 0 at the start.
     """
 
     ca_weight: Weight = 1.0
@@ -79,10 +82,10 @@ class CDMObjective(Objective):
             raise ValueError(f"norm_floor must be positive, got {self.norm_floor}")
         if self.student_every < 1 or self.fake_score_steps < 1 or not 0 <= self.fake_score_merge <= 1:
             raise ValueError(
-                "student_every and fake_score_steps must be at least 1, fake_score_merge must lie in [0, 1]"
+                "student_every and fake_score_steps must be at least 1, fake_score_merge must be in [0, 1]"
             )
 
-    # ---- whom, on what, in which order
+    # ---- roles, rollout and updates
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -91,16 +94,16 @@ class CDMObjective(Objective):
 
     @property
     def rollout(self) -> RolloutKind:
-        """Full where what follows the anchor is re-noised for the scores, else up to the anchor."""
+        """The kind "full" if `teacher_base` needs what comes after the anchor, otherwise "to_anchor"."""
         return "to_anchor" if self.teacher_base == "online" else "full"
 
     @property
     def student_period(self) -> int:
-        """`student_every`."""
+        """The period is `student_every`."""
         return self.student_every
 
     def updates(self, iteration: int) -> list[Update]:
-        """The fake score in every iteration, then in its turn the student."""
+        """Return the update of the fake score, followed by that of the student in every `student_every`-th iteration."""
         merge = Merge("student", self.fake_score_merge, "fake_score_merge") if self.fake_score_merge else None
         updates = [Update("fake_score", self.fake_score_losses, self.fake_score_steps, merge)]
         if iteration % self.student_every == self.student_every - 1:
@@ -110,7 +113,7 @@ class CDMObjective(Objective):
     # ---- losses
 
     def fake_score_losses(self, sample: RolledOutSample) -> Iterator[TermLosses]:
-        """Flow matching of the fake score on the student's clean prediction at the point."""
+        """Yield the flow matching loss of the fake score on the student's x0 prediction at the anchor."""
         point, rng = sample.point, sample.rng
         x0 = point.x0
         sigma = self.fake_score_levels.sample(rng, "fake_score.sigma", point.sigma, sample.shift)
@@ -119,7 +122,7 @@ class CDMObjective(Objective):
         yield TermLosses(flow_matching_loss(velocity, x0, noise))
 
     def student_losses(self, sample: RolledOutSample) -> Iterator[TermLosses]:
-        """The weighted terms that are on in this iteration: first those at the anchor, then CDM; one student call each."""
+        """Yield the weighted terms with nonzero weight: first those at the anchor, then CDM. Each part is one student call."""
         weights = self._weights(sample.iteration)
         at_anchor = [term for term in weights if term != "cdm" or self.cdm_input == "trajectory"]
         if at_anchor:
@@ -134,17 +137,17 @@ class CDMObjective(Objective):
             yield self._term_losses(sample, looks, weights, None if at_anchor else x0)
 
     def fake_score(self, sample: RolledOutSample, seen: Tensor) -> VelocityField:
-        """The fake score that judges predictions made at sigma `seen` (B,): here the same for all."""
+        """Return the fake score for predictions that the student made at sigma `seen` (B,); here it does not depend on `seen`."""
         return sample.fields["fake_score"]
 
     def _weights(self, iteration: int) -> dict[str, float]:
-        """The terms that are on, with their weights."""
+        """Return the terms whose weight is not 0 in this iteration, with their weights."""
         weights = {"ca": self.ca_weight, "dm": self.dm_weight, "cdm": self.cdm_weight}
         now = {term: weight_at(weight, iteration) for term, weight in weights.items()}
         return {term: weight for term, weight in now.items() if weight != 0}
 
     def _look(self, term: str, x0: Tensor, seen: Tensor, sample: RolledOutSample) -> _Look:
-        """What a term looks at, where the student predicted x0 (B, *) at sigma `seen` (B,)."""
+        """Return the inputs of a term, given the student's prediction x0 (B, *) at sigma `seen` (B,)."""
         levels = {"ca": self.ca_levels, "dm": self.dm_levels, "cdm": self.cdm_levels}[term]
         base = self._base(x0, sample)
         sigma = levels.sample(sample.rng, f"{term}.sigma", seen, sample.shift)
@@ -154,7 +157,7 @@ class CDMObjective(Objective):
     def _term_losses(
         self, sample: RolledOutSample, looks: dict[str, _Look], weights: dict[str, float], predicted: Tensor | None
     ) -> TermLosses:
-        """The weighted sum of the terms that look, with figures of the student's `predicted` x0 (B, *)."""
+        """Return the weighted sum of the terms in `looks`, with figures of the student's `predicted` x0 (B, *)."""
         teacher, fake, uncond = self._judge(sample, looks)
         deltas = {term: teacher[term] - fake[term] for term in fake}
         if "ca" in looks:
@@ -166,16 +169,16 @@ class CDMObjective(Objective):
         return TermLosses(cast(Tensor, sum(terms.values())), terms, _health(deltas, predicted))
 
     def _base(self, x0: Tensor, sample: RolledOutSample) -> Tensor:
-        """The clean sample (B, *) that is re-noised for the scores."""
+        """Return the clean sample (B, *) that is noised again for teacher and fake score."""
         point = sample.point
         if self.teacher_base == "online":
             return x0.detach()
         if not isinstance(point, FullTrajectoryPoint):
-            raise ValueError(f"teacher_base {self.teacher_base!r} needs a point of a full rollout")
+            raise ValueError(f"teacher_base {self.teacher_base!r} needs a sample of a full rollout")
         return point.x0_next if self.teacher_base == "next" else point.x0_final
 
     def _off_trajectory(self, sample: RolledOutSample) -> tuple[Tensor, Tensor]:
-        """The student's input of the CDM term and its sigma s': (B, *), (B,)."""
+        """Return the student's input for the CDM term (B, *), and its sigma s' (B,)."""
         point, rng = sample.point, sample.rng
         sigma = self.target_levels.sample(rng, "cdm.target", point.sigma, sample.shift)
         if self.cdm_input == "extrapolated":
@@ -186,7 +189,7 @@ class CDMObjective(Objective):
     def _judge(
         self, sample: RolledOutSample, looks: dict[str, _Look]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        """Clean predictions by term: the teacher's, the fake score's (but CA), and the teacher's without text (CA only)."""
+        """Return x0 predictions by term: of the teacher, of the fake score (all terms but CA), of the teacher without text (CA)."""
         fields = sample.fields
         without_text = [term for term in looks if term == "ca"]
         matched = [term for term in looks if term != "ca"]
@@ -197,14 +200,14 @@ class CDMObjective(Objective):
 
 
 def _predict_together(calls: Sequence[tuple[VelocityField, _Look]]) -> list[Tensor]:
-    """float32 clean predictions (B, *) of each field for its look, in as few network calls as the fields allow."""
+    """Return the float32 x0 predictions (B, *) of each field for its look, in as few network calls as the fields allow."""
     velocities = evaluate_together([(velocity_field, look.x, look.sigma) for velocity_field, look in calls])
     return [denoise(look.x, v.float(), look.sigma) for v, (_, look) in zip(velocities, calls)]
 
 
 @torch.no_grad()
 def _health(deltas: dict[str, Tensor], x0: Tensor | None) -> dict[str, Tensor]:
-    """Figures that tell a run going wrong before its pictures do: the losses themselves do not."""
+    """Return figures that show that a run goes wrong before its images show it; the losses do not show this."""
     logs = {f"{term}_delta_rms": delta.square().mean().sqrt() for term, delta in deltas.items()}
     if "ca" in deltas and "dm" in deltas:
         logs["ca_dm_cosine"] = F.cosine_similarity(deltas["ca"].flatten(1), deltas["dm"].flatten(1)).mean()

@@ -1,18 +1,18 @@
-"""What to switch on when a run does not fit, with what each saves. Plain arithmetic."""
+"""Options that make a run fit into memory, and how many bytes each of them saves. Plain arithmetic."""
 
 from dataclasses import dataclass, replace
 
 from cdm_lightning.planning.layout import GPUs, Layout, make_layout
 from cdm_lightning.planning.memory import Sizes, largest_batch, total
-from cdm_lightning.recomputation import Recomputation
+from cdm_lightning.training.gradient_checkpointing import Recomputation
 
 ADAM, ADAM_8_BIT = 8.0, 2.03  # bytes of state for each weight
-WORTH_A_TRY = 0.15  # of a GPU's memory: with less left over there is nothing to gain
+WORTH_A_TRY = 0.15  # the share of a GPU's memory that must be free before faster settings are suggested
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """Overrides, bytes that they save on a GPU at the same batch, and the largest batch that then fits."""
+    """Overrides that save memory, the bytes saved on each GPU at the same batch, and the largest batch that then fits."""
 
     overrides: str
     saves: float
@@ -20,7 +20,7 @@ class Remedy:
 
 
 def remedies(sizes: Sizes, layout: Layout, gpus: GPUs, batch: int, accumulate: int = 1) -> list[Remedy]:
-    """Each way to take less memory that this run does not use yet, the largest saving first, and last all together."""
+    """Return each way to use less memory that this run does not use yet: the largest saving first, and last all together."""
     now = total(sizes, layout, batch, accumulate)
     found = []
     everything, everywhere = sizes, layout
@@ -33,7 +33,7 @@ def remedies(sizes: Sizes, layout: Layout, gpus: GPUs, batch: int, accumulate: i
     if layout.shards == 1 and gpus.count > 1:
         everywhere = make_layout("fsdp2", gpus.count, layout.on_cpu)
         consider("strategy=fsdp2", sizes, everywhere)
-    if "student_ema" not in (*layout.on_cpu, *sizes.held_whole):
+    if "student_ema" in sizes.networks and "student_ema" not in (*layout.on_cpu, *sizes.held_whole):
         moved = (*layout.on_cpu, "student_ema")
         everywhere = replace(everywhere, on_cpu=moved)
         consider("strategy.on_cpu=[student_ema]", sizes, replace(layout, on_cpu=moved))
@@ -46,7 +46,7 @@ def remedies(sizes: Sizes, layout: Layout, gpus: GPUs, batch: int, accumulate: i
         everything = replace(everything, **small)
         consider("optim=adamw8bit", replace(sizes, **small), layout)
     if batch > accumulate:
-        consider(f"module.accumulate={batch}", sizes, layout, batch)
+        consider(f"compute.accumulate={batch}", sizes, layout, batch)
     found.sort(key=lambda remedy: -remedy.saves)
     if len(found) > 1:
         consider("all of these", everything, everywhere, max(batch, accumulate))
@@ -54,14 +54,14 @@ def remedies(sizes: Sizes, layout: Layout, gpus: GPUs, batch: int, accumulate: i
 
 
 def further(recomputation: Recomputation, lora: bool) -> list[str]:
-    """What makes it smaller and changes the run itself: to be planned anew, since what it saves must be traced."""
-    lines = [] if recomputation.share == 1 else ["module.gradient_checkpointing=true"]
+    """Return overrides that need less memory but change the run: what they save is known only when they are planned."""
+    lines = [] if recomputation.share == 1 else ["compute.gradient_checkpointing=true"]
     return lines if lora else [*lines, "lora=lora"]
 
 
 def faster(recomputation: Recomputation, free: float, batch: int) -> list[str]:
-    """What makes it faster where a share of the memory is `free`: to be planned anew, too."""
+    """Return overrides that make the run faster, if the share `free` of the memory suffices; they must be planned again too."""
     if not recomputation.share or free < WORTH_A_TRY:
         return []
-    first = ["module.recompute_attention=false"] if recomputation.attention else []
-    return [*first, f"module.gradient_checkpointing=false module.accumulate={max(batch // 2, 1)}"]
+    first = ["compute.recompute_attention=false"] if recomputation.attention else []
+    return [*first, f"compute.gradient_checkpointing=false compute.accumulate={max(batch // 2, 1)}"]

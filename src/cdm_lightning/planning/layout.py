@@ -1,4 +1,4 @@
-"""How a run lies on its GPUs: which share of what each of them holds. Plain arithmetic."""
+"""How the networks of a run are distributed over its GPUs: the share that each GPU holds. Plain arithmetic."""
 
 import re
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from cdm_lightning.errors import UserError
 
 GIBIBYTE = 2**30
-NODE = 8  # GPUs
+NODE = 8  # GPUs in a node
 STRATEGIES = ("single", "ddp", "fsdp2", "hsdp")
 
 
@@ -24,23 +24,23 @@ class GPUs:
 
     @property
     def usable(self) -> float:
-        """Bytes on one card that tensors may take."""
+        """The bytes on one GPU that tensors may take."""
         return self.gigabytes * GIBIBYTE * (1 - self.reserve)
 
 
 def read_gpus(text: str, reserve: float = 0.08) -> GPUs:
-    """ "8x80" -> eight cards of 80 GB; UserError for anything else."""
+    """Read "8x80" as eight GPUs of 80 GB; UserError for a text of another form."""
     match = re.fullmatch(r"(\d+)x(\d+(?:\.\d+)?)", str(text).strip())
     if not match or int(match[1]) < 1 or float(match[2]) <= 0:
         raise UserError(f"gpus={text}: write COUNTxGB, for example gpus=1x24 or gpus=8x80")
     if not 0 <= reserve < 1:
-        raise UserError(f"reserve={reserve} must lie in [0, 1): it is the share of a GPU that tensors may not take")
+        raise UserError(f"reserve={reserve} must be in [0, 1): it is the share of a GPU that tensors may not take")
     return GPUs(int(match[1]), float(match[2]), reserve)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """`replicas` copies of all networks, each cut into `shards`; the networks `on_cpu` rest in host memory."""
+    """A layout of `replicas` copies of all networks, each in `shards` shards; networks `on_cpu` are kept in host memory."""
 
     strategy: str
     replicas: int = 1
@@ -49,27 +49,32 @@ class Layout:
 
     @property
     def gathers(self) -> bool:
-        """Whether weights are gathered block by block for computing, in place of being cast by autocast."""
+        """Whether weights are gathered block by block for each call, instead of being cast by autocast."""
         return self.strategy != "single"
 
     def share(self, role: str) -> float:
-        """The share of a network that lies on each GPU between its calls."""
+        """Return the share of a network that each GPU holds between its calls."""
         return 0.0 if role in self.on_cpu else 1 / self.shards
 
 
 def make_layout(strategy: str, count: int, on_cpu: Sequence[str] = ()) -> Layout:
-    """The layout of `strategy` on `count` GPUs, nodes of eight for hsdp; UserError where that cannot be."""
+    """Return the layout of `strategy` on `count` GPUs; UserError if they do not fit together.
+
+    hsdp takes nodes of eight GPUs.
+    """
     match strategy:
         case "single" if count == 1:
             return Layout(strategy, on_cpu=tuple(on_cpu))
         case "single":
-            raise UserError(f"strategy=single runs on one GPU, gpus names {count}; set strategy=ddp, fsdp2 or hsdp")
+            raise UserError(f"strategy=single runs on one GPU, but gpus has {count}; set strategy=ddp, fsdp2 or hsdp")
         case "ddp":
             return Layout(strategy, replicas=count, on_cpu=tuple(on_cpu))
         case "fsdp2":
             return Layout(strategy, shards=count, on_cpu=tuple(on_cpu))
         case "hsdp":
             if count % NODE:
-                raise UserError(f"strategy=hsdp shards over nodes of {NODE} GPUs; {count} are no whole number of nodes")
+                raise UserError(
+                    f"strategy=hsdp needs whole nodes of {NODE} GPUs, but gpus has {count}; set strategy=fsdp2"
+                )
             return Layout(strategy, replicas=count // NODE, shards=NODE, on_cpu=tuple(on_cpu))
-    raise UserError(f"strategy={strategy} is none of {', '.join(STRATEGIES)}")
+    raise UserError(f"strategy={strategy} is not one of {', '.join(STRATEGIES)}")

@@ -1,7 +1,8 @@
-"""What a piece of code holds in memory at each moment, counted from the tensors that it really makes.
+"""Record the bytes that a piece of code holds in memory at each moment, from the tensors that it makes.
 
-Works on real tensors and on fake ones (`torch._subclasses.FakeTensorMode`) alike: a storage counts from the operation
-that made it until it is freed, views count once. Kernels' scratch space and the allocator's gaps are not seen.
+It works on real tensors and on fake ones (`torch._subclasses.FakeTensorMode`). A storage counts from the operation that
+made it until it is freed; views of it are not counted again. Scratch space of kernels and gaps of the allocator are not
+counted.
 """
 
 import weakref
@@ -15,14 +16,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
-PROBE = 2 * 1009  # a batch size that divides the sizes of no weight: what it, or its half, divides grows with the batch
+PROBE = (
+    2 * 1009
+)  # a batch size that divides no weight's size: tensors that it, or its half, divides grow with the batch
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """Bytes live after each change: at batch B moment t holds fixed[t] + B sample[t], of which gradient[t] are gradients.
+    """The bytes in use after each change: with batch size B, fixed[t] + B sample[t] bytes at moment t.
 
-    Gradients are part of `fixed`. Every list has one entry for each moment.
+    gradient[t] are the bytes of gradients, which are part of fixed[t]. All three have one entry for each moment.
     """
 
     fixed: tuple[float, ...]
@@ -30,9 +33,10 @@ class Timeline:
     gradient: tuple[float, ...]
 
     def peak(self, batch: int, gradient_share: float = 1.0, fixed_share: float = 1.0, repeated: bool = False) -> float:
-        """The most bytes at any moment, where so much of the gradients and of what else is fixed lies on this device.
+        """Return the most bytes in use at any moment, with these shares of gradients and of other fixed bytes on this device.
 
-        `repeated`: this happens more than once before gradients are used, so that all of them are there from the first time.
+        `repeated` means that the code runs more than once before the gradients are used, so that from the second time on all
+        gradients exist from the start.
         """
         if not self.fixed:
             return 0.0
@@ -42,18 +46,20 @@ class Timeline:
 
     @property
     def largest_sample(self) -> float:
-        """The most bytes that one more sample of the batch takes at any moment."""
+        """The most bytes that one more sample in the batch takes at any moment."""
         return max(self.sample, default=0)
 
 
 class LiveBytes(TorchDispatchMode):
-    """Inside the block, records the bytes of all tensors made in it; what `known` modules hold is left out.
+    """Record the bytes of all tensors that are made inside the `with` block, except the `known` tensors.
 
-    `probe` is the batch size that the code runs at, an even number: a tensor whose bytes are divided by it, or by its half
-    (a part of the batch), is taken to grow with the batch; None
-    counts everything as fixed. Gradients of `trained` parameters are told apart once they are accumulated. `flops` are those of
-    the block, by the formulas of `torch.utils.flop_counter`; its `FlopCounterMode` itself hangs hooks on modules, which keep
-    recomputed activations alive and would spoil the count of bytes.
+    `probe` is the batch size of the code in the block, an even number. A tensor whose bytes are a multiple of it, or of its
+    half (a part of the batch), is assumed to grow with the batch; with None all bytes count as fixed. Gradients of `trained`
+    parameters are counted as gradients once they are accumulated.
+
+    `flops` are the floating-point operations of the block, by the formulas of `torch.utils.flop_counter`. Its
+    `FlopCounterMode` is not used: it adds hooks to modules, which keep recomputed activations in memory and would make the
+    bytes wrong.
     """
 
     def __init__(
@@ -79,7 +85,7 @@ class LiveBytes(TorchDispatchMode):
 
     @property
     def timeline(self) -> Timeline:
-        """What was recorded until now."""
+        """The bytes that have been recorded so far."""
         return Timeline(*zip(*self._moments))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -107,7 +113,7 @@ class LiveBytes(TorchDispatchMode):
         self._live[kind] += amount
         if kind == "gradient":
             self._live["fixed"] += amount
-        if amount > 0:  # a peak follows a growth
+        if amount > 0:  # only growth can make a new peak
             self._note()
 
     def _freed(self, key: int, size: int) -> None:
@@ -127,16 +133,16 @@ class LiveBytes(TorchDispatchMode):
 
 
 def storages(module: nn.Module) -> Iterable[Tensor]:
-    """Parameters and buffers of a module."""
+    """Yield the parameters and buffers of a module."""
     yield from module.parameters()
     yield from module.buffers()
 
 
 class GPUAutocast(torch.overrides.TorchFunctionMode):
-    """Lets autocast on the CPU keep the float32 operations that it keeps on a GPU.
+    """Make autocast on the CPU use float32 for the same operations as on a GPU.
 
-    On a GPU, normalisations and reductions run and return float32 (torch's table "Ops that autocast to float32"); on the CPU
-    they take what comes. What they leave for the backward pass differs by a factor of two.
+    On a GPU, normalizations and reductions compute and return float32 (torch's table "Ops that autocast to float32"). On the
+    CPU they use the dtype of their inputs, so what they save for the backward pass would differ by a factor of two.
     """
 
     FLOAT32 = frozenset(

@@ -1,4 +1,4 @@
-"""Bytes on one GPU, part by part, from the sizes of a run and its layout. Plain arithmetic; every figure is in bytes."""
+"""The bytes that each part of a run takes on one GPU, from its sizes and layout. Plain arithmetic; all figures are bytes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from cdm_lightning.planning.layout import Layout
 from cdm_lightning.planning.live import Timeline
 
-MOST = 1_000_000  # no batch is larger
+MOST = 1_000_000  # the search for the largest batch stops here
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a run holds in all, whole: bytes of each network, of optimizer states and of the frozen parts.
+    """The bytes of everything that a run holds, before it is sharded: networks, optimizer states and frozen parts.
 
-    `buffers` are bytes of tables in a network that are no weights and are never cut into shards, such as SD3's of positions.
-    `trained`, `states` (of optimizers after their first step) and `step_copies` (what an optimizer's step takes in addition) are
-    by trained role; the roles `held_whole`, adapters and heads, are never cut into shards. `largest_block` and
-    `outside_blocks` are numbers of weights of one network, `compute` the bytes of one in computing. `phases` are the timelines
-    of the rollout and of each role's updates.
+    `networks` are the bytes of the weights by role. `buffers` are the bytes of tables in a network that are not weights and
+    are never sharded, such as SD3's table of positions. `trained` (trained weights), `states` (of optimizers after their first
+    step) and `step_copies` (additional bytes during an optimizer step) are by trained role. The roles `held_whole`, adapters
+    and heads, are never sharded. `largest_block` and `outside_blocks` are numbers of weights of one network, and `compute` is
+    the number of bytes of a weight in the compute dtype. `phases` are the timelines of the rollout and of each role's updates.
     """
 
     networks: Mapping[str, float]
@@ -34,16 +34,16 @@ class Sizes:
     held_whole: frozenset[str] = frozenset()
 
     def share(self, role: str, layout: Layout) -> float:
-        """The share of a network that lies on each GPU between its calls."""
+        """Return the share of a network that each GPU holds between its calls."""
         return 1.0 if role in self.held_whole else layout.share(role)
 
     def gradient_share(self, role: str, layout: Layout) -> float:
-        """The share of its gradients that lies on each GPU."""
+        """Return the share of a network's gradients that each GPU holds."""
         return 1.0 if role in self.held_whole else 1 / layout.shards
 
 
 def resting(sizes: Sizes, layout: Layout) -> dict[str, float]:
-    """What lies on a GPU all the time, by part."""
+    """Return the bytes that a GPU holds all the time, by part."""
     parts = {f"weights: {role}": size * sizes.share(role, layout) for role, size in sizes.networks.items()}
     return parts | {
         "tables of the networks": sum(size for role, size in sizes.buffers.items() if role not in layout.on_cpu),
@@ -54,9 +54,10 @@ def resting(sizes: Sizes, layout: Layout) -> dict[str, float]:
 
 
 def gathered(sizes: Sizes, layout: Layout) -> float:
-    """Whole weights at one moment where they are gathered: what is outside blocks, and a block with the next one.
+    """Return the bytes of gathered weights at one moment; 0 if the layout does not gather weights.
 
-    With the gradients of two blocks that are not reduced yet (float32).
+    They are the weights outside blocks, two blocks (the current and the next one), and the float32 gradients of two blocks
+    that are not reduced yet.
     """
     if not layout.gathers:
         return 0.0
@@ -64,32 +65,35 @@ def gathered(sizes: Sizes, layout: Layout) -> float:
 
 
 def phase_peaks(sizes: Sizes, layout: Layout, batch: int, accumulate: int = 1) -> dict[str, float]:
-    """The most that each part of an iteration takes beside what rests, with its gradients; the batch is computed in parts."""
+    """Return the peak of each phase of an iteration with its gradients, in addition to what a GPU holds all the time.
+
+    The batch is computed in `accumulate` parts.
+    """
     part, repeated = at_once(batch, accumulate), accumulate > 1
-    fixed = 0.0 if layout.gathers else 1.0  # a copy of all weights by autocast, or blocks gathered in its place
+    fixed = 0.0 if layout.gathers else 1.0  # autocast copies all weights; otherwise blocks are gathered instead
     peaks = {
         name: timeline.peak(part, sizes.gradient_share(name, layout), fixed, repeated) + gathered(sizes, layout)
         for name, timeline in sizes.phases.items()
     }
-    peaks["optimizer step"] = max(  # each network's gradients are dropped before another's are made
+    peaks["optimizer step"] = max(  # a network's gradients are dropped before those of the next are computed
         sizes.gradient_share(role, layout) * (size + sizes.step_copies[role]) for role, size in sizes.trained.items()
     )
     return peaks
 
 
 def total(sizes: Sizes, layout: Layout, batch: int, accumulate: int = 1) -> float:
-    """The most bytes of tensors on a GPU in training."""
+    """Return the most bytes that tensors take on a GPU during training."""
     return sum(resting(sizes, layout).values()) + max(phase_peaks(sizes, layout, batch, accumulate).values())
 
 
 def at_once(batch: int, accumulate: int) -> int:
-    """Samples of the largest of the parts that a batch is computed in."""
+    """Return the number of samples in the largest part of a batch that is computed in `accumulate` parts."""
     return -(-batch // accumulate)
 
 
 def largest_batch(sizes: Sizes, layout: Layout, usable: float, accumulate: int = 1) -> int:
-    """The largest batch of a GPU, in so many parts, whose `total` is at most `usable`; 0 if a single sample is too much."""
-    low, high = 0, accumulate  # multiples of it: parts of one size
+    """Return the largest batch of a GPU, in `accumulate` parts, whose `total` is at most `usable` bytes; 0 if none fits."""
+    low, high = 0, accumulate  # both are always multiples of `accumulate`, so that all parts have the same size
     while high < MOST and total(sizes, layout, high, accumulate) <= usable:
         low, high = high, 2 * high
     while high - low > accumulate:
@@ -99,7 +103,7 @@ def largest_batch(sizes: Sizes, layout: Layout, usable: float, accumulate: int =
 
 
 def checkpoint_bytes(sizes: Sizes) -> float:
-    """A resumable checkpoint: trained networks, the student's average and optimizer states; the teacher is not in it."""
-    roles = (*sizes.trained, "student_ema")
+    """Return the bytes of a checkpoint: trained networks, the student's EMA and optimizer states, but not the teacher."""
+    roles = [*sizes.trained, *(["student_ema"] if "student_ema" in sizes.networks else [])]
     networks = sum(sizes.networks[role] + sizes.buffers.get(role, 0) for role in roles)
     return networks + sum(sizes.states.values())

@@ -1,4 +1,4 @@
-"""From a configured module to the numbers that a plan is made of: sizes of its parts and the work of an iteration."""
+"""Compute the numbers of a plan from a configured module: the sizes of its parts and the work of an iteration."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,20 +14,20 @@ from cdm_lightning.core.schedules import SigmaSchedule
 from cdm_lightning.errors import UserError
 from cdm_lightning.lora.views import BaseView, RoleView
 from cdm_lightning.module import CDMModule
-from cdm_lightning.networks import Networks, trainable
-from cdm_lightning.optim import OptimizerRecipe
 from cdm_lightning.planning.memory import Sizes
 from cdm_lightning.planning.skeleton import hollow, text_bytes, to_mode
 from cdm_lightning.planning.step import Step, every_network, trace_step
 from cdm_lightning.planning.work import Work, expected_calls
+from cdm_lightning.training.networks import Networks, trainable
+from cdm_lightning.training.optim import OptimizerRecipe
 
 BASE = "base of the adapters"
-PROBE_WEIGHTS = (256, 256)  # of the weight on which an optimizer shows what it keeps
+PROBE_WEIGHTS = (256, 256)  # the shape of the weight with which an optimizer's bytes are measured
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A run as the arithmetic sees it; `source` says where the architecture is from."""
+    """The numbers of a run that a plan needs; `source` says where the architecture is from."""
 
     sizes: Sizes
     work: Work
@@ -36,11 +36,21 @@ class Recipe:
 
 
 def read_recipe(module: CDMModule, text_cached: bool) -> Recipe:
-    """Trace an iteration of `module` without weights; UserError for an architecture or a schedule that is not known."""
+    """Trace an iteration of `module` without weights.
+
+    Raises UserError if the architecture or the mean length of the schedule is not known.
+    """
     backbone, mode = module.backbone, FakeTensorMode()
     frozen = hollow(backbone)
-    with torch.device("meta"):  # adapters too
-        networks = Networks(backbone, module.objective.roles, module.recomputation, module.lora, module.seed)
+    with torch.device("meta"):  # for the adapters too
+        networks = Networks(
+            backbone,
+            module.objective.roles,
+            module.compute.recomputation,
+            module.lora,
+            module.seed,
+            average=module.ema.is_on,
+        )
     roots = every_network(networks)
     to_mode([*roots, *(view.shared.network for view in roots if isinstance(view, RoleView))], mode)
     step = trace_step(module, networks, mode)
@@ -84,19 +94,19 @@ def _work(module: CDMModule, step: Step) -> Work:
 
 
 def mean_length(schedule: SigmaSchedule) -> float:
-    """The expected number of steps of a schedule's rollouts; UserError for one that does not say it."""
+    """Return the expected number of steps of a schedule's rollouts; UserError if it has no `mean_length`."""
     try:
         return float(schedule.mean_length)
     except AttributeError as error:
         raise UserError(
-            f"schedule: {type(schedule).__name__} does not say its mean_length; give it that property"
+            f"schedule: {type(schedule).__name__} has no mean_length, the expected number of steps; add this property"
         ) from error
 
 
 def optimizer_bytes(recipe: OptimizerRecipe) -> tuple[float, float]:
-    """(bytes of state, bytes of copies during a step) for each trained weight, by one step on a small real one.
+    """Return (bytes of state, bytes of copies during a step) for each trained weight, measured by one step of a small one.
 
-    The optimizers of torch step on a GPU with all weights together where not told otherwise, which takes one more copy.
+    By default torch's optimizers update all weights on a GPU together (`foreach`), which takes one more copy of them.
     """
     weight = nn.Parameter(torch.zeros(PROBE_WEIGHTS))
     optimizer = recipe.build([weight])
@@ -112,7 +122,7 @@ def _steps_together(optimizer: Optimizer) -> bool:
 
 
 def _stored(value: Tensor) -> int:
-    """Bytes of a tensor, or of the tensors that a quantised one is made of."""
+    """Return the bytes of a tensor; those of a quantized tensor are the bytes of the tensors inside it."""
     if hasattr(value, "__tensor_flatten__"):
         names, _ = value.__tensor_flatten__()
         return sum(_stored(getattr(value, name)) for name in names)
@@ -120,7 +130,7 @@ def _stored(value: Tensor) -> int:
 
 
 def _buffers(networks: Networks) -> dict[str, int]:
-    """Bytes of the buffers of each network; those of a base that several share count once, for the teacher."""
+    """Return the bytes of the buffers of each network; those of a shared base count once, for the teacher."""
     seen, sizes = set(), {}
     for role, network in {**networks.by_role, BASE: networks.unregistered[0]}.items():
         holder = network.shared.network if isinstance(network, BaseView) else network

@@ -1,4 +1,4 @@
-"""A backbone whose networks have shapes and no contents, from a local folder's files or from what is shipped here."""
+"""Give a backbone networks that have shapes but no contents, from a local folder or from architectures in this package."""
 
 import json
 import re
@@ -23,7 +23,7 @@ TWIN = re.compile(r"\.(fp16|bf16)[.-]")
 
 @dataclass(frozen=True)
 class FrozenParts:
-    """Weights of the parts that are not trained: text encoders and image codec, numbers of parameters by part.
+    """The numbers of parameters of the frozen parts: of each text encoder (`text`), and of the image codec (`vae`).
 
     `source` says where the numbers come from.
     """
@@ -34,16 +34,21 @@ class FrozenParts:
 
 
 def hollow(backbone: Backbone) -> FrozenParts:
-    """Let `backbone` build networks on the meta device in place of loaded ones; UserError if its architecture is not known here."""
+    """Make `backbone` build networks on the meta device instead of loading them; return the sizes of its frozen parts.
+
+    Raises UserError if the architecture of the backbone is not known.
+    """
     if not isinstance(backbone, PipelineBackbone):
-        raise UserError(f"the planner plans pipelines of diffusers; {type(backbone).__name__} is none")
+        raise UserError(
+            f"the planner supports pipelines of diffusers only; {type(backbone).__name__} is not one of them"
+        )
     if backbone.unplannable is not None:
         raise UserError(backbone.unplannable)
     return _from_folder(backbone) if Path(backbone.pretrained).expanduser().is_dir() else _from_shipped(backbone)
 
 
 def to_mode(roots: Iterable[nn.Module], mode: FakeTensorMode) -> None:
-    """Put blank CPU tensors of `mode` in place of all tensors of the networks, in place; shared ones stay shared."""
+    """Replace all tensors of the networks by empty CPU tensors of `mode`, in place; shared tensors stay shared."""
     done: dict[int, tuple[Tensor, Tensor]] = {}
 
     def blank(tensor: Tensor) -> Tensor:
@@ -52,12 +57,12 @@ def to_mode(roots: Iterable[nn.Module], mode: FakeTensorMode) -> None:
                 new = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
                 if isinstance(tensor, nn.Parameter):
                     new = nn.Parameter(new, requires_grad=tensor.requires_grad)
-            done[id(tensor)] = (tensor, new)  # the old one is kept, so that its id is not given to another
+            done[id(tensor)] = (tensor, new)  # keeps the old tensor, so that its id is not used again
         return done[id(tensor)][1]
 
     for module in dict.fromkeys(module for root in roots for module in root.modules()):
         holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module.__dict__)
-        for holder in holders:  # some keep tables in plain attributes
+        for holder in holders:  # some modules have tensors in plain attributes
             for name, tensor in list(holder.items()):
                 if isinstance(tensor, Tensor) and not isinstance(tensor, FakeTensor):
                     holder[name] = blank(tensor)
@@ -75,7 +80,8 @@ def _from_shipped(backbone: PipelineBackbone) -> FrozenParts:
     known = {entry["hub_id"]: entry for entry in entries}
     if backbone.pretrained not in known:
         raise UserError(
-            f"the sizes of {backbone.pretrained} are not known here; download it and pass its folder: backbone.pretrained=FOLDER"
+            f"the planner does not know the sizes of {backbone.pretrained}; download it and pass its folder: "
+            "backbone.pretrained=FOLDER"
         )
     entry = known[backbone.pretrained]
     backbone.leave_weights_out(entry)
@@ -84,7 +90,10 @@ def _from_shipped(backbone: PipelineBackbone) -> FrozenParts:
 
 
 def count_parameters(folder: Path) -> int:
-    """Numbers in the safetensors files of a part, twins in half precision left out; UserError if there are none."""
+    """Count the parameters in the safetensors files of a folder, without second copies in half precision.
+
+    Raises UserError if there are none.
+    """
     total = 0
     for file in sorted(folder.glob("*.safetensors")):
         if not TWIN.search(file.name):
@@ -92,7 +101,7 @@ def count_parameters(folder: Path) -> int:
                 names = list(content.keys())
                 total += sum(_size(content.get_slice(name).get_shape()) for name in names)
     if not total:
-        raise UserError(f"{folder} holds no safetensors files; pass a complete pipeline folder")
+        raise UserError(f"{folder} has no safetensors files with weights; pass a complete pipeline folder")
     return total
 
 
@@ -104,5 +113,5 @@ def _size(shape: list[int]) -> int:
 
 
 def text_bytes(frozen: FrozenParts, text_dtype: str) -> int:
-    """Bytes of the text encoders in `text_dtype`."""
+    """Return the bytes of the text encoders in `text_dtype`."""
     return sum(frozen.text.values()) * DTYPES[text_dtype].itemsize

@@ -1,7 +1,7 @@
-"""One iteration of a run, done on tensors without contents: the objective's own updates, backward pass and autocast.
+"""Run one iteration on fake tensors, which have no contents: the objective's updates, their backward passes and autocast.
 
-Nothing is estimated here: networks, fields, rollouts' calls and losses are those of training, on fake tensors, so their memory
-and their floating-point operations are those of the code that will run.
+Networks, fields, rollout calls and losses are those of training, so the memory and the floating-point operations are
+measured on the code that will run, not estimated.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,17 +16,17 @@ from cdm_lightning.backbones.base import repeat_rows
 from cdm_lightning.core.rng import StepRandom
 from cdm_lightning.core.rollout import FullTrajectoryPoint, Rollout, TrajectoryPoint, join_rollouts
 from cdm_lightning.module import CDMModule
-from cdm_lightning.networks import Networks, bind_networks, trainable
 from cdm_lightning.objectives.base import Sample, TermLosses, Update
 from cdm_lightning.planning.live import PROBE, GPUAutocast, LiveBytes, Timeline, storages
+from cdm_lightning.training.networks import Networks, bind_networks, trainable
 from cdm_lightning.training.rollouts import with_point
 
-LATE = 1_000_000  # cycles: weights that ramp up have arrived
+LATE = 1_000_000  # in cycles; weights that ramp up have reached their final values
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of an iteration: its memory by moment, and floating-point operations of one sample."""
+    """A part of an iteration: its memory at each moment, and the floating-point operations of one sample."""
 
     memory: Timeline = field(default_factory=lambda: Timeline((), (), ()))
     flops: float = 0.0
@@ -34,10 +34,10 @@ class Phase:
 
 @dataclass(frozen=True)
 class Step:
-    """An average iteration: a student's call of the rollout, and by role the updates of it.
+    """An average iteration: one call of the student in the rollout, and the updates by role.
 
-    The operations of a role are those of all of its updates in a cycle, shared out over the cycle's iterations; its memory is
-    that of each of them, one after the other.
+    The operations of a role are the sum over its updates in a cycle, divided by the number of iterations in the cycle. The
+    memory of a role is that of its updates, one after the other.
     """
 
     rollout: Phase
@@ -45,46 +45,46 @@ class Step:
 
 
 class BlankRandom(StepRandom):
-    """Random draws of the right shape without contents, where no number is looked at."""
+    """Random draws with the right shapes but without contents, for code that never reads the numbers."""
 
     def __init__(self, batch: int) -> None:
         super().__init__(seed=0, iteration=0, slots=range(batch), device="cpu")
 
     def again(self, repeat: int) -> "BlankRandom":
-        """Itself."""
+        """Return self."""
         return self
 
     def uniform(self, purpose: str, n: int | None = None) -> Tensor:
-        """(B,), or (B, n)."""
+        """Return an empty tensor (B,), or (B, n)."""
         return torch.empty(len(self) if n is None else (len(self), n))
 
     def gaussian(self, purpose: str) -> Tensor:
-        """(B,)."""
+        """Return an empty tensor (B,)."""
         return torch.empty(len(self))
 
     def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
-        """(B, *shape)."""
+        """Return an empty tensor (B, *shape)."""
         return torch.empty(len(self), *shape)
 
     def index(self, purpose: str, high: int) -> Tensor:
-        """(B,) int64."""
+        """Return an empty int64 tensor (B,)."""
         return torch.empty(len(self), dtype=torch.int64)
 
 
 def trace_step(module: CDMModule, networks: Networks, mode: FakeTensorMode) -> Step:
-    """An average iteration of `module` on `networks`, all of whose tensors belong to `mode`."""
+    """Trace an average iteration of `module` with `networks`, all tensors of which must belong to `mode`."""
     cycle = module.objective.typical_cycle()
     late = LATE * len(cycle)
     phases: dict[tuple, Phase] = {}
     updates: dict[str, Phase] = {}
     for turn, of_iteration in enumerate(cycle):
-        waiting = module.groups.of(turn).stop - turn - 1  # iterations whose text is there already
+        waiting = module.groups.of(turn).stop - turn - 1  # later iterations of the group, whose text is in memory
         for update in of_iteration:
             losses = update.losses
             same = (
                 getattr(losses, "__func__", losses),
                 id(getattr(losses, "__self__", None)),
-            )  # a bound method is new each time
+            )  # the parts of a bound method, which is a new object each time
             key = (update.role, *same, waiting)
             if key not in phases:
                 phases[key] = _trace_update(module, networks, mode, update, late + turn, waiting)
@@ -94,7 +94,7 @@ def trace_step(module: CDMModule, networks: Networks, mode: FakeTensorMode) -> S
 
 
 def _together(before: Phase, after: Phase, share: float) -> Phase:
-    """One phase after another, of which the second is made `share` times in an iteration."""
+    """Return `before` followed by `after`, which runs `share` times in an average iteration."""
     a, b = before.memory, after.memory
     memory = Timeline(a.fixed + b.fixed, a.sample + b.sample, a.gradient + b.gradient)
     return Phase(memory, before.flops + share * after.flops)
@@ -111,7 +111,7 @@ def _trace_update(
 
 
 def _trace_rollout(module: CDMModule, networks: Networks, mode: FakeTensorMode) -> Phase:
-    """The first call of a walk, when all samples of all iterations of the group take part in it."""
+    """Trace the first call of a rollout, in which all samples of all iterations of the group take part."""
     if module.objective.rollout == "none":
         return Phase()
     together = len(module.groups.of(0))
@@ -119,11 +119,11 @@ def _trace_rollout(module: CDMModule, networks: Networks, mode: FakeTensorMode) 
     def rollout() -> Iterator[TermLosses]:
         samples = [blank_sample(module, networks, 0) for _ in range(together)]
         walking = join_rollouts([_blank_rollout(sample) for sample in samples])
-        if walking is None:  # no call serves all: each iteration walks for itself
+        if walking is None:  # one call cannot compute all: each iteration rolls out alone
             walking = _blank_rollout(samples[0])
         states = _states_kept(module, samples[0])
         with torch.no_grad():
-            order = torch.empty_like(walking.anchor)  # the text is copied, in the order of the anchors
+            order = torch.empty_like(walking.anchor)  # `select` copies the text, as `walk` does when it sorts by anchor
             walking.student.select(order)(walking.noise, walking.sigmas[:, 0])
         del states
         yield from ()
@@ -138,7 +138,7 @@ def _blank_rollout(sample: Sample) -> Rollout:
 
 
 def _states_kept(module: CDMModule, sample: Sample) -> list[Tensor]:
-    """States and velocities of a rollout that keeps all of them: two latents a step."""
+    """Return the states and velocities that a full rollout keeps: two latents for each step."""
     if module.objective.rollout != "full":
         return []
     steps = round(module.schedule.mean_length)
@@ -146,7 +146,7 @@ def _states_kept(module: CDMModule, sample: Sample) -> list[Tensor]:
 
 
 def blank_sample(module: CDMModule, networks: Networks, iteration: int) -> Sample:
-    """A sample of `PROBE` prompts as training makes it, of networks that the module does not own, without contents."""
+    """Return a sample of `PROBE` prompts, like those of training but without contents, for the given networks."""
     backbone, rng = module.backbone, BlankRandom(PROBE)
     text, no_text = backbone.blank_conditioning(PROBE), repeat_rows(backbone.blank_conditioning(1), PROBE)
     return Sample(
@@ -162,7 +162,7 @@ def blank_sample(module: CDMModule, networks: Networks, iteration: int) -> Sampl
 
 
 def _at_a_point(module: CDMModule, sample: Sample) -> Sample:
-    """The sample with what its objective's kind of rollout adds to it."""
+    """Return the sample with the point that the objective's kind of rollout adds to it."""
     x, v, x0_next, x0_final = (sample.rng.normal("point", sample.latent_shape) for _ in range(4))
     sigma = sample.rng.uniform("sigma")
     match module.objective.rollout:
@@ -181,7 +181,7 @@ def _unchanged(sigmas: Tensor) -> Tensor:
 def _record(
     run: Callable[[], Iterable[TermLosses]], networks: Networks, role: str | None, mode: FakeTensorMode
 ) -> Phase:
-    """Run a part with the backward pass of each loss that it gives; gradients are dropped afterwards."""
+    """Record the phase `run`, with the backward pass of each loss that it yields; gradients are dropped afterwards."""
     known = [t for network in every_network(networks) for t in storages(network)]
     trained = networks.trained
     parameters = [parameter for network in trained.values() for parameter in trainable(network)]
@@ -198,11 +198,11 @@ def _record(
 
 
 def _run_backward(loss: Tensor) -> None:
-    """The engine itself: `torch.autograd.backward` would switch `GPUAutocast` off, which recomputed blocks need on."""
+    """Call the autograd engine directly: `torch.autograd.backward` would turn `GPUAutocast` off for recomputed blocks."""
     seed = (torch.ones_like(loss),)
     _engine_run_backward((loss,), seed, False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 def every_network(networks: Networks) -> tuple[nn.Module, ...]:
-    """All networks, the teacher last, with the frozen base that adapters sit on."""
+    """Return all networks, including the frozen base under adapters; the teacher is last."""
     return (*networks.children(), *networks.unregistered)

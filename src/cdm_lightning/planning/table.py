@@ -1,4 +1,4 @@
-"""A plan as text."""
+"""A plan, and its output as text and as JSON."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is printed; `fits` is the largest batch of a GPU, `accumulate` in how many parts one is computed."""
+    """Everything that is printed; `fits` is the largest batch of a GPU, and a batch is computed in `accumulate` parts."""
 
     name: str
     gpus: GPUs
@@ -34,11 +34,11 @@ class Plan:
 
     @property
     def total(self) -> float:
-        """Bytes on a GPU at the most."""
+        """The most bytes that tensors take on a GPU."""
         return total(self.sizes, self.layout, self.batch, self.accumulate)
 
     def parts(self) -> dict[str, float]:
-        """Bytes on a GPU by part; they add up to `total`."""
+        """Return the bytes on a GPU by part; they add up to `total`."""
         peaks = phase_peaks(self.sizes, self.layout, self.batch, self.accumulate)
         worst = max(peaks, key=peaks.__getitem__)
         timeline = self.sizes.phases.get(worst)
@@ -50,7 +50,7 @@ class Plan:
         return parts | {f"working memory ({worst})": peaks[worst] - gradients - collected}
 
     def _gradients(self, phase: str, timeline: Timeline | None) -> float:
-        """Bytes of the gradients in a phase; without a timeline, of the optimizer's step that takes most."""
+        """Return the bytes of gradients in a phase; without a timeline, those of the optimizer step that takes most."""
         if timeline is not None:
             return max(timeline.gradient, default=0.0) * self.sizes.gradient_share(phase, self.layout)
         sizes = self.sizes
@@ -59,7 +59,7 @@ class Plan:
         return sizes.trained[role] * sizes.gradient_share(role, self.layout)
 
     def as_json(self) -> dict[str, object]:
-        """The plan as plain data, bytes and FLOPs."""
+        """Return the plan as plain data, in bytes and floating-point operations."""
         return {
             "name": self.name,
             "gpus": str(self.gpus),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cdm_lightning.core.rng import stream
+from cdm_lightning.files import replacing
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,8 @@ def optimise(
     function of (seed, name, iteration), so that a restarted run equals an undisturbed one.
     """
     parameters = list(network.parameters() if train is None else train)
-    optimizer = torch.optim.AdamW(
-        parameters, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
-    )
+    options = {"lr": recipe.lr, "betas": recipe.betas, "weight_decay": recipe.weight_decay}
+    optimizer = torch.optim.AdamW(parameters, **options, fused=True)
     ema = [p.detach().clone() for p in parameters]
     path, start = folder / f"{name}.pt", 0
     if path.exists():
@@ -75,14 +75,11 @@ def optimise(
         done = iteration + 1
         if done % log_every == 0 or done == recipe.iterations:
             left = (time.perf_counter() - began) / (done - start) * (recipe.iterations - done)
-            count = log_every if done % log_every == 0 else done % log_every
-            print(f"{name} {done}/{recipe.iterations} loss {running / count:.4f} left {left / 60:.1f} min", flush=True)
-            running = 0.0
+            mean, running = running / (log_every if done % log_every == 0 else done % log_every), 0.0
+            print(f"{name} {done}/{recipe.iterations} loss {mean:.4f}, {left / 60:.1f} min left", flush=True)
         if done % save_every == 0 or done == recipe.iterations:
-            _save(
-                {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "iteration": done, "ema": ema},
-                path,
-            )
+            state = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
+            _save({**state, "iteration": done, "ema": ema}, path)
     with torch.no_grad():
         for parameter, average in zip(parameters, ema, strict=True):
             parameter.copy_(average)
@@ -90,8 +87,7 @@ def optimise(
 
 
 def _save(state: dict, path: Path) -> None:
-    """Write beside the target, then rename: a kill leaves the previous file whole."""
+    """Write the file whole: a kill leaves the previous one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        torch.save(state, temporary)

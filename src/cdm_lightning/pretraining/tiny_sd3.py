@@ -22,9 +22,10 @@ from transformers import (
     T5Tokenizer,
 )
 
-from cdm_lightning.backbones.pipeline_folder import first_line, loading, locate_pipeline
+from cdm_lightning.backbones.pipeline_folder import loading, locate_pipeline
 from cdm_lightning.data.shapes import all_words
 from cdm_lightning.errors import UserError
+from cdm_lightning.files import first_line
 
 CLIP_TOKENS = 12
 CLIP_WIDTH = 32

@@ -1,1 +1,1 @@
-"""A run on disk: may it be resumed with this configuration?"""
+"""A training run on disk: its folder, its lock, the record of its starts, and the check whether it may be resumed."""

@@ -1,99 +1,125 @@
-"""Whether a run may be resumed with this configuration: it may differ in what does not decide the weights."""
+"""Whether a run may be resumed with a given configuration, which may differ only in options that do not affect the weights.
 
+The groups and options in `FREE` change no result; all others do. The model card lists the others.
+"""
+
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cdm_lightning.config import MOVED
+from cdm_lightning.config import MOVED, parameters_of
+from cdm_lightning.distributed.strategy import device_count
 from cdm_lightning.errors import UserError
-from cdm_lightning.parallel import device_count
 
-FREE_KEYS = (
+FREE = (  # groups and options that change no result: where a run is, its length, how it is computed and measured
     "run_name",
     "output_dir",
     "resume",
+    "compute",
+    "validation",
+    "metric",
+    "feature",
     "trainer",
     "strategy",
     "checkpoint",
     "callbacks",
     "logger",
+    "text_cache",  # holds the same conditioning that the text encoders would return
     "module.samplers",
-    "module.accumulate",  # these five change how the run is computed, not what comes out
-    "module.gradient_checkpointing",
-    "module.recompute_attention",
-    "module.compile_backend",
-    "module.rollouts_together",
     "data.num_workers",
     "data.val",
     "data.val_batch_size",
     "data.val_prompts",
-    "text_cache",  # holds what the text encoders would give
 )
-FREE_ENDINGS = (".learning_rate.total", ".cache_folder")  # the first follows max_steps
-BOUND_KEYS = ("callbacks.ema",)
-
-# Options that versions before 2026-11-27 kept elsewhere: the old key, or the beginning of one, and where it is now.
-ELSEWHERE = {old: (new, f"module.{new}") for old, new in MOVED.items()} | {
-    "module.student_optim.": ("module.optim.student.",),
-    "module.fake_score_optim.": ("module.optim.fake_score.",),
+FREE_ENDINGS = (".learning_rate.total", ".cache_folder")  # the learning rate's total follows max_steps
+# Options that had another key before 2026-11-27: the old key, or the beginning of one, and the new one.
+ELSEWHERE = {
+    **MOVED,
+    "module.student_optim.": "optim.student.",
+    "module.fake_score_optim.": "optim.fake_score.",
+    "callbacks.ema.": "ema.",
 }
-RENAMED = {"cdm_lightning.core.objective.CDMObjective": "cdm_lightning.objectives.cdm.CDMObjective"}
-DROPPED = {"module.spread_anchors": False}  # options that are gone, with the value at which they did nothing
+RENAMED = {  # modules whose classes a configuration names: the old and the new name
+    "cdm_lightning.core.objective.": "cdm_lightning.objectives.cdm.",
+    "cdm_lightning.optim.": "cdm_lightning.training.optim.",
+    "cdm_lightning.resolution.": "cdm_lightning.training.resolution.",
+    "cdm_lightning.callbacks.ema.StudentEMA": "cdm_lightning.training.ema.EMA",
+}
+DROPPED = {"module.spread_anchors": False}  # removed options, with the value that had no effect
+ADDED = {  # options that older versions did not have, with the values that match what those versions did
+    "lora._target_": "cdm_lightning.lora.plan.LoRAPlan",
+    "resolution._target_": "cdm_lightning.training.resolution.OwnSize",
+    "ema._target_": "cdm_lightning.training.ema.EMA",
+    "ema.decay": None,
+}
 
 
 def require_same_configuration(saved: dict[str, Any], config: dict[str, Any], folder: Path) -> None:
-    """UserError if the run `saved` in `folder` differs from this configuration in what decides its weights.
+    """Raise `UserError` if the run in `folder`, whose configuration is `saved`, differs in an option that affects the weights.
 
-    Compared is everything but `FREE_KEYS` (where the run lies, how long it goes on, what is logged and evaluated).
-    The batch size may change if that of all processes together stays. `max_steps` is free: a longer run continues a
-    shorter one, and a decaying learning rate follows the new end from there on. An option that the run's version did not
-    have yet is no difference while it is off (false or null).
+    The batch size per process may change if the batch size over all processes stays the same. `max_steps` is free: a longer
+    run continues a shorter one, and a decaying learning rate then follows the new end. An option that did not exist in the
+    version that started the run is compared with the default of its constructor.
     """
-    before, now = modernised(flatten(saved)), flatten(config)
-    for flat in (before, now):  # what counts is the batch of all processes
-        if flat:
-            processes = device_count(flat["trainer.devices"]) * flat["trainer.num_nodes"]
-            flat["data.batch_size x processes"] = flat.pop("data.batch_size") * processes
-    differing = sorted(
-        key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and not is_free(key)
-    )
-    differing = [key for key in differing if key in before or now[key] is not False]
-    differing = [key for key in differing if not is_copy(key, differing)]
-    if before and differing:
-        keys = ", ".join(differing[:5])
-        raise UserError(f"{folder} holds a run of another configuration (it differs in {keys}); set another run_name")
+    if not saved:
+        return
+    before, now = without_copies(modernised(flatten(saved))), without_copies(flatten(config))
+    for flat in (before, now):  # only the batch size over all processes counts
+        processes = device_count(flat["trainer.devices"]) * flat["trainer.num_nodes"]
+        flat["data.batch_size x processes"] = flat.pop("data.batch_size") * processes
+    keys = sorted(key for key in before.keys() | now.keys() if decides(key) and before.get(key) != now.get(key))
+    if differing := [key for key in keys if key in before or not is_default(key, config)]:
+        named = ", ".join(differing[:5])
+        raise UserError(f"{folder} holds a run of another configuration (it differs in {named}); set another run_name")
+
+
+def decides(key: str) -> bool:
+    """Return whether the option at this dotted key affects the weights of a run."""
+    return not any(key == free or key.startswith(free + ".") for free in FREE) and not key.endswith(FREE_ENDINGS)
+
+
+def is_default(key: str, config: Mapping[str, Any]) -> bool:
+    """Return whether the option has the default value of its constructor's parameter."""
+    *path, name = key.split(".")
+    if name == "_target_":  # an object that an older run does not have: look at the constructor around it
+        *path, name = path
+    node: Any = config
+    for step in path:
+        node = node[step]
+    parameter = parameters_of(node.get("_target_")).get(name)
+    if parameter is None or parameter.default is parameter.empty:
+        return False
+    default, value = parameter.default, node[name]
+    if isinstance(value, Mapping):
+        return value.get("_target_") == f"{type(default).__module__}.{type(default).__qualname__}"
+    return default == value
 
 
 def flatten(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, keys joined by dots."""
+    """Flatten nested dictionaries into one whose keys are joined by dots."""
     flat: dict[str, Any] = {}
     for name, child in node.items():
         flat |= flatten(child, f"{prefix}{name}.") if isinstance(child, dict) else {prefix + str(name): child}
     return flat
 
 
-def is_free(key: str) -> bool:
-    """Whether a run may go on with another value of this dotted key."""
-
-    def under(roots: tuple[str, ...]) -> bool:
-        return any(key == root or key.startswith(root + ".") for root in roots)
-
-    return (under(FREE_KEYS) and not under(BOUND_KEYS)) or key.endswith(FREE_ENDINGS)
-
-
-def is_copy(key: str, others: list[str]) -> bool:
-    """Whether the key is the module's copy of an option that is named by itself: `module.objective.x` of `objective.x`."""
-    return key.startswith("module.") and key.removeprefix("module.") in others
+def without_copies(flat: dict[str, Any]) -> dict[str, Any]:
+    """Remove the module's copies of other groups, such as `module.objective.x` if `objective.x` has the same value."""
+    return {
+        key: value
+        for key, value in flat.items()
+        if not key.startswith("module.") or flat.get(key.removeprefix("module."), ...) != value
+    }
 
 
 def modernised(flat: dict[str, Any]) -> dict[str, Any]:
-    """A configuration of an older version, its options where they are now."""
+    """Translate the flat configuration of an older version to the option names and classes of this version."""
     found: dict[str, Any] = {}
     for key, value in flat.items():
         if DROPPED.get(key, ...) == value:
             continue
-        begins = next((old for old in ELSEWHERE if key == old or (old.endswith(".") and key.startswith(old))), None)
-        value = RENAMED.get(value, value) if isinstance(value, str) else value
-        found |= (
-            {key: value} if begins is None else {new + key.removeprefix(begins): value for new in ELSEWHERE[begins]}
-        )
-    return found
+        old = next((old for old in ELSEWHERE if key == old or (old.endswith(".") and key.startswith(old))), None)
+        new = key if old is None else ELSEWHERE[old] + key.removeprefix(old)
+        begins = next((name for name in RENAMED if isinstance(value, str) and value.startswith(name)), None)
+        found[new] = value if begins is None else RENAMED[begins] + value.removeprefix(begins)
+    return ADDED | found

@@ -1,1 +1,1 @@
-"""How an objective is trained: its networks, their rollouts, their optimizer steps."""
+"""The training of an objective: its networks, the student's rollouts and the optimizer steps."""

@@ -1,4 +1,4 @@
-"""Where the time of an iteration goes."""
+"""A timer for the phases of an iteration."""
 
 import time
 from collections.abc import Generator
@@ -8,9 +8,10 @@ import torch
 
 
 class PhaseTimer:
-    """Adds up the seconds of an iteration's phases: "rollout" and the role of each update, since this process started.
+    """The seconds spent in each phase since this process started: in "rollout" and in the updates of each role.
 
-    With `device`, a CUDA device, it waits for that device around each phase, so that the times are true.
+    If `device` is a CUDA device, the timer waits for it before and after each phase, so that the times include the work of
+    the device.
     """
 
     def __init__(self) -> None:
@@ -19,12 +20,12 @@ class PhaseTimer:
 
     @contextmanager
     def __call__(self, phase: str) -> Generator[None]:
-        """Add the time of the block to `seconds[phase]`, also of one that raises."""
+        """Add the time of the `with` block to `seconds[phase]`, even if the block raises an exception."""
         self._wait()
         start = time.perf_counter()
         try:
             yield
-            self._wait()  # not after an error: the device may be what failed, and would hide why
+            self._wait()  # not after an error: if the device has failed, waiting would raise another error
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 

@@ -1,6 +1,6 @@
-"""From a batch of prompts to the samples that an objective's losses get: text, random draws, the student's rollout.
+"""Make the samples for an objective's losses from a batch of prompts: text, random draws and the student's rollout.
 
-The only file that joins the rollouts of several iterations into one batch; `data/batches.py` reads their prompts together.
+Only this file joins the rollouts of several iterations into one batch; `data/batches.py` reads their prompts together.
 Shapes: B samples, K steps, latents (B, C, H, W).
 """
 
@@ -20,25 +20,27 @@ from cdm_lightning.data.batches import PromptBatch
 from cdm_lightning.data.images import fit_to
 from cdm_lightning.errors import UserError
 from cdm_lightning.objectives.base import RolledOutSample, RolloutKind, Sample, VelocityFields
-from cdm_lightning.resolution import Resolution
 from cdm_lightning.training.phases import PhaseTimer
+from cdm_lightning.training.resolution import Resolution
 
-Bind = Callable[[Sequence[str], Backbone], VelocityFields]  # the networks with the conditioning of these prompts
+Bind = Callable[
+    [Sequence[str], Backbone], VelocityFields
+]  # (prompts, backbone) -> the networks with the text of these prompts
 
 
 @dataclass(frozen=True)
 class RolloutGroups:
-    """Which iterations roll out as one batch: at most `together`, none of them beyond an update of the student.
+    """Which iterations roll out as one batch: at most `together`, and none of them after the next update of the student.
 
-    Between two updates the student is the same, so that gives the same rollouts with fewer network calls. `period` is the
-    objective's `student_period`, None for an objective that rolls out each iteration alone.
+    Between two updates the student does not change, so the rollouts are the same as one by one, with fewer network calls.
+    `period` is the objective's `student_period`; None means that each iteration rolls out alone.
     """
 
     together: int = 1
     period: int | None = None
 
     def of(self, iteration: int) -> range:
-        """The iterations that roll out with this one, itself among them."""
+        """Return the iterations that roll out together with this one, including this one."""
         if self.period is None:
             return range(iteration, iteration + 1)
         turn = iteration % self.period
@@ -47,10 +49,10 @@ class RolloutGroups:
 
 
 class Rollouts(ABC):
-    """Makes an iteration's samples; `seed`, iteration and slots in the global batch alone decide their random draws.
+    """Makes the samples of an iteration; their random draws depend only on `seed`, iteration and slot in the global batch.
 
-    A batch is computed in `accumulate` parts. `agree_on_calls` makes the number of network calls of a walk equal in all
-    processes that share one network.
+    A batch is computed in `accumulate` parts. `agree_on_calls` makes the number of network calls of a rollout equal in all
+    processes that hold shards of one network.
     """
 
     def __init__(
@@ -75,10 +77,10 @@ class Rollouts(ABC):
 
     @abstractmethod
     def samples(self, batch: PromptBatch, iteration: int) -> Sequence[Sample]:
-        """The samples of an iteration, one for each part of the batch, ready for the objective's losses."""
+        """Return the samples of an iteration for the objective's losses, one for each part of the batch."""
 
     def bound(self, batch: PromptBatch, iteration: int) -> list[Sample]:
-        """The parts of a batch with everything but a rollout: text, image size, random draws, real images as latents."""
+        """Return a sample for each part of the batch, without a rollout: text, image size, random draws, latents of images."""
         samples = []
         for part in batch.split(self.accumulate):
             rng = StepRandom(self.seed, iteration, part.indices.tolist(), self.device)
@@ -99,34 +101,34 @@ class Rollouts(ABC):
 
     def _latents(self, part: PromptBatch, backbone: Backbone) -> Tensor:
         if part.images is None:
-            raise UserError("the objective needs real images, and this batch has none: build the data with images=True")
+            raise UserError("the objective needs real images, but this batch has none; build the data with images=True")
         return backbone.encode_images(fit_to(part.images.to(self.device), backbone.image_size))
 
     def draw(self, sample: Sample) -> Rollout:
-        """The random draws of a rollout: the noise, sigmas of K steps (K is the same for all samples), and an anchor each."""
+        """Draw the random numbers of a rollout: noise, sigmas of K steps (the same K for all samples) and an anchor per sample."""
         noise = sample.rng.normal("rollout.noise", sample.latent_shape)
         sigmas = self.schedule.sample(sample.rng, sample.shift_steps)
         anchor = sample.rng.index("rollout.anchor", sigmas.shape[1] - 1)
         return Rollout(sample.fields.student, noise, sigmas, anchor)
 
     def forget(self) -> None:
-        """Drop what an earlier training has computed in advance."""
+        """Drop rollouts that an earlier training computed in advance."""
         return
 
 
 class NoRollouts(Rollouts):
-    """For objectives that do not look at the student's own path."""
+    """Samples without a rollout, for objectives that do not use the student's own path."""
 
     def samples(self, batch: PromptBatch, iteration: int) -> list[Sample]:
-        """The parts of the batch as they are."""
+        """Return a plain `Sample` for each part of the batch."""
         return self.bound(batch, iteration)
 
 
 class FullRollouts(Rollouts):
-    """The student's path to its end, for objectives that use what comes after the anchor."""
+    """Rollouts to the end of the student's path, for objectives that use what comes after the anchor."""
 
     def samples(self, batch: PromptBatch, iteration: int) -> list[RolledOutSample]:
-        """The parts of the batch with a `FullTrajectoryPoint`."""
+        """Return a sample with a `FullTrajectoryPoint` for each part of the batch."""
         samples = self.bound(batch, iteration)
         with self.timer("rollout"):
             return [with_point(sample, self._point(self.draw(sample))) for sample in samples]
@@ -138,21 +140,22 @@ class FullRollouts(Rollouts):
 
 @dataclass(frozen=True)
 class _AtAnchor:
-    """A sample whose rollout has reached the anchors: x (B, C, H, W)."""
+    """A sample whose rollout has reached the anchors, where its states are x (B, C, H, W)."""
 
     sample: Sample
     rollout: Rollout
     x: Tensor
 
     def rolled_out(self) -> RolledOutSample:
-        """The sample with its point, which takes one more call of the student."""
+        """Return the sample with its point at the anchor, which takes one more call of the student."""
         return with_point(self.sample, self.rollout.point(self.x))
 
 
 class AnchorRollouts(Rollouts):
-    """The student's path up to each sample's anchor: what comes after it is not computed.
+    """Rollouts up to each sample's anchor; what comes after the anchor is not computed.
 
-    The first iteration of a group rolls out the whole group, whose batches came with its own; the others wait here.
+    The first iteration of a group rolls out the whole group, whose batches come with its own batch (`batch.group`). The
+    results of the later iterations are kept until those iterations need them.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -160,7 +163,7 @@ class AnchorRollouts(Rollouts):
         self._waiting: dict[int, list[_AtAnchor]] = {}  # by iteration
 
     def samples(self, batch: PromptBatch, iteration: int) -> list[RolledOutSample]:
-        """The parts of the batch with the `TrajectoryPoint` at the anchor."""
+        """Return a sample with the `TrajectoryPoint` at the anchor for each part of the batch."""
         if iteration not in self._waiting:
             self._roll_out_group(batch, iteration)
         with self.timer("rollout"):
@@ -172,7 +175,7 @@ class AnchorRollouts(Rollouts):
         with self.timer("rollout"):
             parts = [self._walked(part) for part in zip(*samples)]  # the first parts of all iterations, then the second
         by_iteration = dict(zip(batches, map(list, zip(*parts))))
-        # a resumed run rolls out the whole group again, so that it computes the same; finished iterations are dropped
+        # A resumed run rolls out the whole group again, so that its results are the same; finished iterations are dropped.
         self._waiting = {number: waiting for number, waiting in by_iteration.items() if number >= iteration}
 
     def _walked(self, samples: Sequence[Sample]) -> list[_AtAnchor]:
@@ -181,7 +184,7 @@ class AnchorRollouts(Rollouts):
         return [_AtAnchor(*of_sample) for of_sample in zip(samples, rollouts, states)]
 
     def forget(self) -> None:
-        """Drop the rollouts of an earlier training, of other prompts or another student."""
+        """Drop rollouts of an earlier training, which may be of other prompts or of another student."""
         self._waiting = {}
 
 
@@ -189,5 +192,5 @@ KINDS: dict[RolloutKind, type[Rollouts]] = {"to_anchor": AnchorRollouts, "full":
 
 
 def with_point(sample: Sample, point: TrajectoryPoint) -> RolledOutSample:
-    """The sample together with the point of its rollout."""
+    """Return the sample together with the point of its rollout."""
     return RolledOutSample(**{field.name: getattr(sample, field.name) for field in fields(Sample)}, point=point)

@@ -1,4 +1,4 @@
-"""One optimizer step of a role: its loss in parts, clipped, left out if it is not finite, counted."""
+"""The optimizer steps of all roles: losses in parts, gradient clipping, and skipped steps where a gradient is not finite."""
 
 from collections.abc import Callable, Iterable, Mapping
 
@@ -6,16 +6,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from cdm_lightning.distributed.sharding import average_whole_gradients, whole
 from cdm_lightning.errors import UserError
 from cdm_lightning.objectives.base import Objective, TermLosses, Update
-from cdm_lightning.optim import OptimizerRecipe
-from cdm_lightning.sharding import average_whole_gradients, whole
+from cdm_lightning.training.optim import OptimizerRecipe
 
 
 class Updates:
-    """Makes the optimizer steps of all roles and counts those that were left out; the counts are part of a checkpoint.
+    """Makes the optimizer steps of all roles and counts the skipped ones; the counts are part of a checkpoint.
 
-    `skipped_steps` counts in all, `skipped_in_a_row` since the last step that was made. Both are the same in all processes.
+    `skipped_steps` counts all skipped steps of a role, `skipped_in_a_row` those since its last step that was made. Both are
+    the same in all processes.
     """
 
     def __init__(self, recipes: Mapping[str, OptimizerRecipe]) -> None:
@@ -32,11 +33,11 @@ class Updates:
         backward: Callable[[Tensor], None],
         iteration: int,
     ) -> dict[str, Tensor]:
-        """Step the network of `role` on (share of the batch, summand of the loss); the figures of it, 0-d.
+        """Make one optimizer step of `role`; return the figures of its losses and "grad_norm", all 0-d.
 
-        Each summand's backward pass runs before the next one is computed. Gradients that reach the other `networks` (a head's,
-        that a student's loss passes through) are dropped: they are not theirs to learn from. Whether the gradient is finite is
-        the one thing that the host waits for.
+        `losses` are pairs (share of the batch, part of the loss). The backward pass of each part runs before the next part is
+        computed. Gradients of the other `networks` are dropped, for example those of a head that the student's loss passes
+        through. The host waits for the device only to learn whether the gradient is finite; if it is not, the step is skipped.
         """
         recipe = self.recipes[role]
         recipe.set_learning_rate(optimizer, iteration)
@@ -48,14 +49,16 @@ class Updates:
                 parameter.grad = None
             for key, value in {"loss": loss.total, **loss.terms, **loss.logs}.items():
                 figures[key] = figures.get(key, 0.0) + share * value.detach()
-            del loss  # its graph, while the next is computed
+            del loss  # frees its graph before the next part is computed
         parameters = list(networks[role].parameters())
         average_whole_gradients(parameters)
         norm = whole(nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm))
         finite = bool(torch.isfinite(norm))
         self._count(role, finite)
         if not finite:
-            optimizer.zero_grad(set_to_none=True)  # a step without gradients changes nothing, but Lightning counts it
+            optimizer.zero_grad(
+                set_to_none=True
+            )  # a step without gradients changes nothing, but is counted by Lightning
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return {**figures, "grad_norm": norm.detach()}
@@ -65,17 +68,17 @@ class Updates:
         self.skipped_steps[role] += 0 if finite else 1
 
     def state_dict(self) -> dict[str, dict[str, int]]:
-        """The counts."""
+        """Return the counts of skipped steps."""
         return {"skipped_steps": dict(self.skipped_steps), "skipped_in_a_row": dict(self.skipped_in_a_row)}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, int]]) -> None:
-        """Take the counts back; those of roles that are not trained any more are left out."""
+        """Restore the counts; those of roles that are no longer trained are ignored."""
         for name, counts in self.state_dict().items():
             getattr(self, name).update({role: state[name].get(role, 0) for role in counts})
 
 
 def recipes_of(objective: Objective, optim: Mapping[str, OptimizerRecipe]) -> dict[str, OptimizerRecipe]:
-    """The recipes of the roles that the objective trains; UserError if one of them has none. Further ones are not used."""
+    """Return the optimizer recipes of the roles that the objective trains; UserError if one has none. Others are ignored."""
     roles = ("student", *(role.name for role in objective.roles))
     lacking = [role for role in roles if role not in optim]
     if lacking:
@@ -92,11 +95,11 @@ def recipes_of(objective: Objective, optim: Mapping[str, OptimizerRecipe]) -> di
 
 
 def steps_of(objective: Objective, iteration: int, group: range) -> list[tuple[Update, int]]:
-    """The optimizer steps of an iteration in their order, each with its number among those of its role, from 0.
+    """Return the optimizer steps of an iteration in their order, each with its index among the steps of its role.
 
-    That number keys its random draws. `group` are the iterations that roll out as one batch with this one. Raises ValueError
-    for an objective that has no update, since Lightning would never count the iteration, and for one that updates the student
-    before the group ends: the rollouts that wait would be those of an older student.
+    The index counts from 0 and is part of the key of the random draws. `group` are the iterations that roll out as one batch
+    with this one. Raises ValueError if the objective has no update, since Lightning would never count the iteration, and if
+    it updates the student before the group ends, since the later rollouts of the group would be those of an older student.
     """
     name = type(objective).__name__
     updates = [update for update in objective.updates(iteration) for _ in range(update.repeat)]
@@ -112,5 +115,5 @@ def steps_of(objective: Objective, iteration: int, group: range) -> list[tuple[U
 
 
 def unless_infinite(loss: Tensor) -> Tensor:
-    """A factor: 1 for a finite loss, else NaN, so that every gradient is NaN and all processes skip the step."""
+    """Return 1 for a finite loss and NaN otherwise; as a factor, NaN makes every gradient NaN, so all processes skip the step."""
     return torch.where(loss.detach().isfinite(), 1.0, float("nan"))

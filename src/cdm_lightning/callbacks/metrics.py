@@ -1,0 +1,57 @@
+"""The metrics of a run, measured on the validation images."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import lightning as L
+
+from cdm_lightning.distributed.ranks import gather
+from cdm_lightning.evaluation.report import csv_text
+from cdm_lightning.files import write_text
+from cdm_lightning.metrics.suite import Collected, MetricSuite
+
+if TYPE_CHECKING:
+    from cdm_lightning.module import CDMModule
+
+
+class ValidationMetrics(L.Callback):
+    """Log `val/METRIC/SAMPLER` for each metric and each sampler of validation, over the images of all processes.
+
+    The scores of single images are written to `FOLDER/iteration_0000500.csv` in the run's folder, one line for each sampler
+    and prompt. This callback holds the feature extractors, not the module, so that no checkpoint contains them.
+    """
+
+    def __init__(self, metrics: MetricSuite, folder: str = "scores") -> None:
+        self.metrics, self.folder = metrics, folder
+        self._collected: dict[str, Collected] = {}
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
+        """Forget earlier images and prepare the metrics, which read their reference images the first time."""
+        self._collected = {}
+        if not trainer.sanity_checking:
+            self.metrics.prepare(pl_module.device)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: "CDMModule", outputs: dict, *_: object) -> None:
+        """Measure the images of this batch."""
+        if trainer.sanity_checking:
+            return
+        indices, texts = outputs["indices"].tolist(), {}
+        for sampler, images in outputs["images"].items():
+            collected = self._collected.setdefault(sampler, Collected())
+            self.metrics.measure(collected, images, outputs["prompts"], indices, texts)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
+        """Log the figures and write the scores."""
+        if trainer.sanity_checking or not self.metrics.metrics:
+            return
+        samplers: dict[str, Collected] = {}
+        for share in gather(self._collected):
+            for name, collected in share.items():
+                samplers.setdefault(name, Collected()).add(collected)
+        for sampler, row in self.metrics.figures(samplers).items():
+            pl_module.log_dict({f"val/{figure}/{sampler}": value for figure, value in row.items()})
+        scores = self.metrics.scores(samplers)
+        if trainer.is_global_zero and scores:
+            path = Path(trainer.default_root_dir) / self.folder / f"iteration_{pl_module.iteration:07d}.csv"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, csv_text(scores))

@@ -1,0 +1,211 @@
+"""Where the configuration files are, how objects are built from them, and how mistakes in them become one line.
+
+Only the entry points see configuration objects: every leaf of `conf/` is an argument of some constructor.
+"""
+
+import hashlib
+import inspect
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial, wraps
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra.errors import HydraException, InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cdm_lightning.config.arguments import check_arguments
+from cdm_lightning.config.secrets import masked_text
+from cdm_lightning.errors import Preempted, UserError
+
+PACKAGE = Path(__file__).parents[1]
+QUESTIONS = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
+OTHERS_WAIT = 5.0  # seconds that all processes but the first wait before they print an error
+LONGEST_NAME = 120  # characters in the name of a sweep job's folder, well below the limits of file systems
+MOVED = {  # options that had another key before 2026-11-27: the old key and the new one
+    "module.student_every": "objective.student_every",
+    "module.fake_score_steps": "objective.fake_score_steps",
+    "module.fake_score_merge": "objective.fake_score_merge",
+    "module.accumulate": "compute.accumulate",
+    "module.gradient_checkpointing": "compute.gradient_checkpointing",
+    "module.recompute_attention": "compute.recompute_attention",
+    "module.compile_backend": "compute.compile_backend",
+    "module.rollouts_together": "compute.rollouts_together",
+    "module.samplers": "validation.samplers",
+    "callbacks.ema.decay": "ema.decay",
+}
+WRONG_ARGUMENTS = re.compile(r"unexpected keyword argument|required (positional|keyword-only) argument|multiple values")
+
+
+def conf_dir() -> Path:
+    """Return the folder of configurations: inside the package if it was installed from a wheel, else in the checkout."""
+    packaged = PACKAGE / "conf"
+    return packaged if packaged.is_dir() else PACKAGE.parents[1] / "conf"
+
+
+def asset_path(name: str) -> str:
+    """Return the path of a bundled file or folder, for example "prompts/general.txt"; it need not exist."""
+    return str(PACKAGE / "assets" / name)
+
+
+def job_folder(override_dirname: str) -> str:
+    """Return the folder name of a sweep's job, made from its overrides: one level deep, the same for the same command."""
+    name = re.sub(r"[^\w.,=+-]+", ".", override_dirname) or "defaults"
+    if len(name) <= LONGEST_NAME:
+        return name
+    digest = hashlib.blake2b(override_dirname.encode(), digest_size=6).hexdigest()
+    return f"{name[:LONGEST_NAME]}-{digest}"
+
+
+def register_resolvers() -> None:
+    """Register `${asset:...}` and `${job_folder:...}` with OmegaConf."""
+    OmegaConf.register_new_resolver("asset", asset_path, replace=True)
+    OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
+
+
+def compose(overrides: Sequence[str] = (), config_name: str = "train") -> DictConfig:
+    """Return the configuration of a command line with these overrides; raise `UserError` if one of them is wrong.
+
+    The overrides must contain an `output_dir=...`, because only a real command line gets it from Hydra.
+    """
+    register_resolvers()
+    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        try:
+            return hydra.compose(config_name, overrides=list(overrides))
+        except (HydraException, OmegaConfBaseException, ValueError) as error:  # a `group=null` gives a ValueError
+            raise UserError(one_line(error)) from error
+
+
+def build(
+    config: DictConfig | Mapping[str, Any],
+    key: str,
+    offered: Mapping[str, Callable[[], Any]] | None = None,
+    **more: Any,
+) -> Any:
+    """Build the object that the node `key` (names joined by dots) describes.
+
+    For a node without `_target_`, return the list of the objects that its children describe, in their order. `more` holds
+    arguments that no configuration file can hold, for a node with `_target_`. `offered` makes objects by name; each object
+    of a list gets those whose name is a parameter of its constructor.
+
+    Raises `UserError` if a constructor does not take a key, misses one or refuses a value, and if a node of such a list has
+    no `_target_`.
+    """
+    node = OmegaConf.select(config, key) if isinstance(config, DictConfig) else config[key]
+    if node is None:
+        return []
+    if not isinstance(node, Mapping | DictConfig):
+        raise UserError(f"{key}={node} must be a mapping with a _target_; see conf")
+    if "_target_" in node:
+        return _instantiate(node, key, **more)
+    built = []
+    for name, child in ((f"{key}.{name}", child) for name, child in node.items() if child is not None):
+        if not isinstance(child, Mapping | DictConfig) or "_target_" not in child:
+            raise UserError(f"{name} has no _target_: set {name}._target_=CLASS, or {name}=null to leave it out")
+        taken = parameters_of(child["_target_"])
+        built.append(_instantiate(child, name, **{k: make() for k, make in (offered or {}).items() if k in taken}))
+    return built
+
+
+def build_named(config: DictConfig, key: str) -> dict[str, Any]:
+    """Build the objects of a group by name, for example the metrics in `metric`; raises the same errors as `build`."""
+    return {str(name): build(config, f"{key}.{name}") for name, node in config[key].items() if node is not None}
+
+
+def _instantiate(node: Any, key: str, **more: Any) -> Any:
+    check_arguments(node, key)
+    try:
+        built = hydra.utils.instantiate(node, _convert_="all", **more)
+        if isinstance(built, partial):  # otherwise its keywords would be checked only when it is called
+            inspect.signature(built.func).bind_partial(*built.args, **built.keywords)
+        return built
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, UserError):
+            raise cause from error
+        is_users = cause is None or isinstance(cause, (ValueError, ImportError))
+        if not is_users and not (isinstance(cause, TypeError) and WRONG_ARGUMENTS.search(str(cause))):
+            raise
+        where = re.search(r"full_key: (\S+)", str(error))
+        raise UserError(f"{where[1] if where else key}: {one_line(cause or error)}") from error
+    except (OmegaConfBaseException, TypeError) as error:
+        raise UserError(f"{key}: {one_line(error)}") from error
+
+
+def parameters_of(target: str | None) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of the callable that `target` names; none if it is missing or cannot be found."""
+    try:
+        return inspect.signature(hydra.utils.get_object(target or "")).parameters
+    except Exception:  # instantiation reports the reason
+        return {}
+
+
+def answer_questions(config_name: str) -> None:
+    """Answer a command line that asks Hydra for help or for the configuration, and exit; return for any other one.
+
+    An entry point calls this before it imports slow libraries such as torch, which no answer needs.
+    """
+    if any(argument.partition("=")[0] in QUESTIONS for argument in sys.argv[1:]):
+        run_cli(lambda config: None, config_name)
+        sys.exit()
+
+
+def run_cli(task: Callable[[DictConfig], object], config_name: str) -> None:
+    """Run `task` on the command line's configuration. A user's mistake gives one line on stderr and exit status 2.
+
+    A run that was stopped by a signal exits with status 75.
+    """
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra prints its own lines and exits with status 1
+    register_resolvers()
+    composed = False
+
+    @wraps(task)
+    def job(config: DictConfig) -> None:
+        nonlocal composed
+        composed = True
+        try:
+            task(config)
+        except UserError as error:
+            fail(error)  # called inside the job, because Hydra would otherwise print its own line first
+        except Preempted as stop:
+            sys.exit(stop.exit_code)
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(job)()
+    except (HydraException, OmegaConfBaseException, FileExistsError, NotADirectoryError, PermissionError) as error:
+        fail(error)
+    except ValueError as error:  # Hydra raises it for a `group=null`
+        if composed:  # an error from inside the task is a bug and keeps its traceback
+            raise
+        fail(error)
+
+
+def fail(error: BaseException) -> NoReturn:
+    """Print an error in one line on stderr and exit with status 2.
+
+    Several processes usually meet the same error. The first process prints it at once, and the launcher ends the others
+    while they wait. A process that is still running after the wait prints its own error.
+    """
+    process = process_number()
+    if process:
+        time.sleep(OTHERS_WAIT)
+    print(f"error: {f'process {process}: ' if process else ''}{one_line(error)}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def process_number() -> int:
+    """Return the rank that the launcher has given to this process, from 0."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
+def one_line(error: BaseException) -> str:
+    """Return the text of an error in one line, without secrets and without Hydra's list of search paths."""
+    text = str(error).partition("Config search path:")[0]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines += [f"{old} is now {new}" for old, new in MOVED.items() if f"'{old}'" in text]
+    return masked_text(re.sub(r"([.:,]); ", r"\1 ", "; ".join(lines)))

@@ -1,0 +1,15 @@
+"""The choice of the device that a command uses."""
+
+import torch
+
+from cdm_lightning.errors import UserError
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the named device ("auto": CUDA if available, else the CPU); raise `UserError` if it cannot be used here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
+        raise UserError(f"--device {name} cannot be used here; pass cpu, or cuda where torch finds a GPU") from error

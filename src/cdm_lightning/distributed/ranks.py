@@ -1,0 +1,61 @@
+"""Communication between the processes of a run; with one process, each function returns the value that it is given."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def is_spread() -> bool:
+    """Return whether there is a process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """Return the rank of this process, from 0."""
+    return dist.get_rank() if is_spread() else 0
+
+
+def world_size() -> int:
+    """Return the number of processes."""
+    return dist.get_world_size() if is_spread() else 1
+
+
+def gather(value: Any) -> list[Any]:
+    """Return the values of all processes in the order of their ranks, on all of them."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_first(value: Any) -> Any:
+    """Return the value of the first process, on all of them."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def largest(count: int) -> int:
+    """Return the largest count of all processes; it is sent as a CPU tensor, so that nothing waits for a GPU."""
+    if world_size() == 1:
+        return count
+    shared = torch.tensor(count, device="cpu")
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    return int(shared)
+
+
+def any_of(flag: bool) -> bool:
+    """Return whether the flag is true on any process."""
+    return bool(largest(int(flag)))
+
+
+def agree(error: OSError | None) -> None:
+    """Raise OSError on all processes if any of them has an error."""
+    texts = gather(None if error is None else str(error.strerror or error))
+    found = next((text for text in texts if text is not None), None)
+    if found is not None:
+        raise OSError(found) from error

@@ -1,0 +1,125 @@
+"""Networks on a mesh of processes with FSDP2: which rank holds which rows, in which dtype they are sent, what is summed.
+
+The blocks of a network are gathered one at a time, each only while it computes. Weights are rounded to the compute dtype
+before they are sent; gradients are summed in float32. Inputs are never cast here: autocast does that as in a single
+process, and timesteps stay float32.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Set
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from cdm_lightning.core.ema import local
+from cdm_lightning.distributed import ranks
+
+NO_OFFLOAD = OffloadPolicy()
+
+
+def host_memory(device: torch.device) -> OffloadPolicy:
+    """Return the policy that keeps shards in host memory, which is pinned if the device is a GPU."""
+    return CPUOffloadPolicy(pin_memory=device.type == "cuda")
+
+
+def mixed_precision(compute_dtype: torch.dtype) -> MixedPrecisionPolicy:
+    """Return the policy that sends weights in the compute dtype, sums gradients in float32 and leaves inputs unchanged."""
+    param_dtype = None if compute_dtype == torch.float32 else compute_dtype
+    return MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
+def shard(
+    network: nn.Module,
+    block_types: tuple[type[nn.Module], ...],
+    mesh: DeviceMesh,
+    policy: MixedPrecisionPolicy,
+    whole: Set[nn.Parameter] = frozenset(),
+    offload: OffloadPolicy = NO_OFFLOAD,
+) -> None:
+    """Shard a network in place, each of its blocks separately; parameters in `whole` are not sharded.
+
+    Parameters outside blocks are resharded after the forward pass too, so outside computations only shards are kept.
+    """
+    if all(parameter in whole for parameter in network.parameters()):
+        return
+    options = {
+        "mesh": mesh,
+        "mp_policy": policy,
+        "offload_policy": offload,
+        "reshard_after_forward": True,
+        "ignored_params": set(whole),
+    }
+    for block in [module for module in network.modules() if isinstance(module, block_types)]:
+        fully_shard(block, **options)
+    fully_shard(network, **options)
+
+
+@torch.no_grad()
+def fill(network: nn.Module, read_rows: Callable[[str, int, int], Tensor], device: torch.device) -> None:
+    """Allocate meta weights on `device` and fill them with this rank's rows, which `read_rows(name, first, end)` returns."""
+    empty = [name for name, parameter in network.named_parameters() if parameter.is_meta]
+    if not empty:
+        return
+    network._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+    for name in empty:
+        parameter = cast(DTensor, network.get_parameter(name))
+        sizes, starts = compute_local_shape_and_global_offset(
+            parameter.shape, parameter.device_mesh, parameter.placements
+        )
+        local(parameter).copy_(read_rows(name, starts[0], starts[0] + sizes[0]))
+
+
+# ---- reductions over processes; with one process, each function returns the values that it is given
+
+
+def average_whole_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Average the gradients of unsharded parameters over all processes; FSDP2 has averaged those of shards already."""
+    gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
+    if ranks.world_size() == 1 or not gradients:
+        return
+    together = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(together)
+    together /= ranks.world_size()
+    for gradient, summed in zip(gradients, together.split([gradient.numel() for gradient in gradients])):
+        gradient.copy_(summed.view_as(gradient))
+
+
+def average_figures(figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the means over all processes of 0-d figures, on the GPU if at least one figure is there.
+
+    All processes must pass the same names. The figures can be on different devices: the gradient norm of a network in host
+    memory is on the CPU, while losses are on the GPU.
+    """
+    if ranks.world_size() == 1:
+        return dict(figures)
+    device = max((value.device for value in figures.values()), key=lambda device: device.type != "cpu")
+    together = torch.stack([value.to(device, torch.float32) for value in figures.values()])
+    dist.all_reduce(together)
+    return dict(zip(figures, together / ranks.world_size()))
+
+
+def put_together(network: nn.Module, build: Callable[[], nn.Module]) -> nn.Module | None:
+    """Return a whole copy of a sharded network on the CPU of the first process, and None on the others.
+
+    `build` returns the network that the weights are loaded into; it is called on the first process only. All processes must
+    call this function. A network that is not sharded is returned unchanged.
+    """
+    if not any(isinstance(parameter, DTensor) for parameter in network.parameters()):
+        return network
+    state = get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if ranks.rank():
+        return None
+    copy = build()
+    copy.load_state_dict(state)
+    return copy.eval()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return the whole tensor of a sharded one; all ranks must call this. A plain tensor is returned unchanged."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,123 @@
+"""How a run is distributed over processes: a single process, whole copies, shards, or copies of shards.
+
+All but the first are one strategy, FSDP2 on a mesh (replicas, shards) of processes. With W processes, whole copies of the
+networks are the mesh (W, 1) and shards without copies are (1, W). Mesh dimensions keep the names that Lightning gives them.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from lightning.fabric.plugins import ClusterEnvironment
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from cdm_lightning.errors import UserError
+
+
+class MeshStrategy(ModelParallelStrategy):
+    """Lightning's FSDP2 strategy on `replicas` x `shards` processes; `training.placement.distribute` does the sharding.
+
+    The shards of the networks in `on_cpu` stay in host memory and are copied to the device block by block when they
+    compute. If such a network is trained, its optimizer steps are also made in host memory.
+    """
+
+    def __init__(self, replicas: int, shards: int, on_cpu: Sequence[str] = ()) -> None:
+        super().__init__(data_parallel_size=replicas, tensor_parallel_size=shards, save_distributed_checkpoint=False)
+        self.replicas, self.shards, self.on_cpu = replicas, shards, tuple(on_cpu)
+
+    def check(self, networks: Sequence[str], whole: Sequence[str]) -> None:
+        """Raise `UserError` if `on_cpu` names a network that does not exist or is not in `whole`; see `check_on_cpu`."""
+        check_on_cpu(self.on_cpu, networks, whole)
+
+    def model_to_device(self) -> None:
+        """Do nothing: `training.placement.distribute` has placed all networks; some must stay in host memory."""
+
+    def _configure_launcher(self) -> None:
+        """Refuse to start processes, which Lightning would do by running the command, and so a sweep, again."""
+        environment = cast(ClusterEnvironment, self.cluster_environment)
+        if not environment.creates_processes_externally and self.replicas * self.shards > 1:
+            raise UserError("several processes must be started by python -m cdm_lightning.train, torchrun or srun")
+        super()._configure_launcher()
+
+    def _get_process_group_backend(self) -> str:
+        """Use Gloo for tensors on the CPU (counters and offloaded shards) and NCCL for tensors on the GPU."""
+        return "cpu:gloo,cuda:nccl" if self.root_device.type == "cuda" else "gloo"
+
+
+def check_on_cpu(on_cpu: Sequence[str], networks: Sequence[str], whole: Sequence[str]) -> None:
+    """Raise `UserError` if `on_cpu` names a network that is not in `networks`, or an adapter, its base or a head."""
+    refused = [name for name in on_cpu if name not in whole]
+    if refused:
+        what = f"{refused[0]}, which is an adapter, the base of adapters or a head and must stay on the device"
+        wrong = what if refused[0] in networks else f"{refused[0]}, which is not a network of this run"
+        raise UserError(f"strategy.on_cpu names {wrong}; it may list {', '.join(whole) or 'nothing here'}")
+
+
+def single_process(devices: int | str | Sequence[int] = 1, num_nodes: int = 1) -> str:
+    """Return the name of Lightning's strategy for one process on one device; raise `UserError` for more processes.
+
+    `devices` is what `Trainer` takes: a count, a list of indices, "auto", or one of these as text. The processes that a
+    launcher has started count too, because all of them would write to one folder.
+    """
+    processes = max(device_count(devices) * num_nodes, launched_processes() or 1)
+    if processes != 1:
+        raise UserError(
+            f"strategy=single runs one process, but {processes} were requested; set trainer.devices=1, or strategy=ddp, fsdp2 "
+            "or hsdp"
+        )
+    return "auto"
+
+
+def data_parallel(
+    devices: int | str | Sequence[int] = 1, num_nodes: int = 1, on_cpu: Sequence[str] = ()
+) -> MeshStrategy:
+    """Return the strategy in which each process holds whole copies of the networks."""
+    return MeshStrategy(replicas=world_size(devices, num_nodes), shards=1, on_cpu=on_cpu)
+
+
+def fully_sharded(
+    devices: int | str | Sequence[int] = 1, num_nodes: int = 1, on_cpu: Sequence[str] = ()
+) -> MeshStrategy:
+    """Return the strategy in which each process holds one shard of each weight, gradient and optimizer state."""
+    return MeshStrategy(replicas=1, shards=world_size(devices, num_nodes), on_cpu=on_cpu)
+
+
+def hybrid_sharded(
+    devices: int | str | Sequence[int] = 1, num_nodes: int = 1, replicas: int = 1, on_cpu: Sequence[str] = ()
+) -> MeshStrategy:
+    """Return the strategy of `replicas` copies, each sharded over an equal group of processes; `UserError` if uneven."""
+    processes = world_size(devices, num_nodes)
+    if replicas < 1 or processes % replicas:
+        raise UserError(
+            f"strategy=hsdp: {processes} processes cannot form {replicas} equal groups; set strategy.replicas to a divisor"
+        )
+    return MeshStrategy(replicas=replicas, shards=processes // replicas, on_cpu=on_cpu)
+
+
+def world_size(devices: int | str | Sequence[int], num_nodes: int) -> int:
+    """Return the total number of processes; raise `UserError` if a launcher has started another number."""
+    processes = device_count(devices) * num_nodes
+    launched = launched_processes() or processes
+    if launched != processes:
+        raise UserError(
+            f"trainer.devices and trainer.num_nodes ask for {processes} processes, but the launcher started {launched}"
+        )
+    return processes
+
+
+def launched_processes() -> int | None:
+    """Return the number of processes that torchrun or SLURM has started; None if neither has."""
+    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
+    return int(os.environ.get("WORLD_SIZE", "0")) or (tasks if tasks > 1 else None)
+
+
+def device_count(devices: int | str | Sequence[int]) -> int:
+    """Return the number of devices that `Trainer(devices=...)` would use."""
+    if isinstance(devices, str) and "," in devices:
+        devices = [int(index) for index in devices.split(",") if index.strip()]
+    if isinstance(devices, Sequence) and not isinstance(devices, str):
+        return len(devices)
+    if devices in ("auto", "-1", -1):
+        return max(1, torch.cuda.device_count())
+    return int(devices)

@@ -1,0 +1,1 @@
+"""Making images with the networks of a run, and measuring them side by side."""

@@ -1,0 +1,213 @@
+"""The ladder: teacher and student at several numbers of steps, on the same prompts and noise, measured side by side.
+
+Shapes: images (N, 3, H, W) in [0, 1]. Images are generated once, in batches, and measured by all metrics before the next
+batch: nothing but features, scores and the few images of the picture is kept.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cdm_lightning.backbones.base import Backbone
+from cdm_lightning.errors import UserError
+from cdm_lightning.evaluation.samplers import SamplerSpec, device_of, generate
+from cdm_lightning.metrics.suite import Collected, MetricSuite
+from cdm_lightning.terminal.progress import Progress
+
+REAL = "real images"
+STEPS = (
+    SamplerSpec("teacher 50 steps", "teacher", 50),
+    SamplerSpec("teacher 50 steps, guidance 1.5", "teacher", 50, 1.5),
+    SamplerSpec("teacher 50 steps, guidance 2", "teacher", 50, 2.0),
+    SamplerSpec("teacher 4 steps", "teacher", 4),
+    SamplerSpec("teacher 4 steps, guidance 1.5", "teacher", 4, 1.5),
+    SamplerSpec("teacher 4 steps, guidance 2", "teacher", 4, 2.0),
+    SamplerSpec("student 1 step", "student", 1),
+    SamplerSpec("student 2 steps", "student", 2),
+    SamplerSpec("student 4 steps", "student", 4),
+    SamplerSpec("student 8 steps", "student", 8),
+)
+MakeImages = Callable[[Sequence[str], Sequence[int], int], Tensor]  # (prompts, indices, seed) -> (B, 3, H, W)
+Row = dict[str, Any]
+
+
+@dataclass
+class SamplerResult:
+    """What is kept of one sampler: its measured images, the seconds that it took, and its first images (P, 3, H, W)."""
+
+    shown: Tensor
+    collected: Collected = field(default_factory=Collected)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class LadderResult:
+    """The figures of each sampler, and what they come from.
+
+    A row has `sampler`, the figures of the metrics that apply to it, `network_calls` for an image and
+    `seconds_per_image` (decoding included; text encoding too unless it is remembered). `scores` has a row for each sampler
+    and prompt. `images` are those of the first prompts (P, 3, H, W). `measured` can be given to another run of the same
+    evaluation as `known`.
+    """
+
+    rows: list[Row]
+    scores: list[Row]
+    images: dict[str, Tensor]
+    prompts: list[str]
+    settings: dict[str, Any]
+    measured: dict[str, SamplerResult]
+
+
+@dataclass(frozen=True)
+class LadderEvaluation:
+    """Which samplers are measured, and on what.
+
+    The first `count` of `prompts` are used (None: all). Image k of a prompt starts from the noise of (`seed` + k, prompt index); k > 0
+    is made only for metrics that ask for copies. `real_images` adds a row of real images of the same prompts: what a
+    perfect sampler would get. Raises `UserError` for settings that contradict each other.
+    """
+
+    prompts: Sequence[str]
+    samplers: Sequence[SamplerSpec] = STEPS
+    real_images: MakeImages | None = None
+    count: int | None = 512
+    batch_size: int = 64
+    seed: int = 0
+    shown: int = 8
+
+    def __post_init__(self) -> None:
+        names = [spec.name for spec in self.samplers]
+        if len(set(names)) < len(names):
+            raise UserError(f"evaluation: two samplers have the same name among {', '.join(names)}")
+        if self.count is None:
+            object.__setattr__(self, "count", len(self.prompts))
+        if self.size < 2 or self.batch_size < 1:
+            raise UserError("evaluation: needs count >= 2 and batch_size >= 1")
+        if len(self.prompts) < self.size:
+            raise UserError(f"evaluation: {self.count} prompts are asked for, the file has {len(self.prompts)}")
+
+    @property
+    def size(self) -> int:
+        """The number of prompts."""
+        return self.count or 0
+
+    def check(self, metrics: MetricSuite) -> None:
+        """UserError for a metric that compares with a sampler which is not run, or asks for more prompts than there are."""
+        names = [spec.name for spec in self.samplers]
+        for name, metric in metrics.metrics.items():
+            if metric.sampler is not None and metric.sampler not in names:
+                raise UserError(
+                    f"metric.{name}.sampler={metric.sampler!r} is not among the samplers: {', '.join(names)}"
+                )
+            if metric.copies is not None and metric.copies.prompts > self.size:
+                raise UserError(
+                    f"metric.{name} asks for {metric.copies.prompts} prompts, the evaluation has count={self.count}"
+                )
+
+    def run(
+        self,
+        metrics: MetricSuite,
+        backbone: Backbone,
+        networks: Mapping[str, nn.Module],
+        compute_dtype: torch.dtype = torch.float32,
+        silent: bool = False,
+        known: Mapping[str, SamplerResult] | None = None,
+    ) -> LadderResult:
+        """Measure all samplers with `networks` {"student", "teacher"}, on the device where they and `backbone` are.
+
+        Samplers in `known` (the teacher's, from an earlier run of this very evaluation) are not run again.
+        """
+        self.check(metrics)
+        progress = Progress("reading reference images", self._total_calls(metrics), silent=silent)
+        metrics.prepare(device_of(next(iter(networks.values()))))
+        texts: dict[int, dict[str, Tensor]] = {}
+        measured: dict[str, SamplerResult] = {}
+        if self.real_images is not None:
+            progress.describe("measuring real images")
+            measured[REAL] = self._measure(metrics, self.real_images, 0, progress, texts)
+        for spec in self.samplers:
+            if known and spec.name in known:
+                measured[spec.name] = known[spec.name]
+                progress.advance(spec.network_calls * self._images(metrics))
+                continue
+            progress.describe(f"evaluating {spec.name}")
+
+            def make(prompts: Sequence[str], indices: Sequence[int], seed: int, spec: SamplerSpec = spec) -> Tensor:
+                network = networks[spec.network]
+                return generate(backbone, network, spec, prompts, indices, seed, self.batch_size, compute_dtype)
+
+            measured[spec.name] = self._measure(metrics, make, spec.network_calls, progress, texts)
+        progress.close()
+        collected = {name: result.collected for name, result in measured.items()}
+        return LadderResult(
+            rows=self._rows(metrics, measured),
+            scores=metrics.scores(collected),
+            images={name: result.shown for name, result in measured.items()},
+            prompts=self._prompts[: self.shown],
+            settings={**self.settings(metrics, backbone), **metrics.facts(), "threads": torch.get_num_threads()},
+            measured=measured,
+        )
+
+    @cached_property
+    def _prompts(self) -> list[str]:
+        return [self.prompts[i] for i in range(self.size)]
+
+    def _images(self, metrics: MetricSuite) -> int:
+        return self.size + metrics.copies.prompts * (metrics.copies.images - 1)
+
+    def _total_calls(self, metrics: MetricSuite) -> int:
+        return self._images(metrics) * sum(spec.network_calls for spec in self.samplers)
+
+    def _measure(
+        self,
+        metrics: MetricSuite,
+        make: MakeImages,
+        calls: int,
+        progress: Progress,
+        texts: dict[int, dict[str, Tensor]],
+    ) -> SamplerResult:
+        """Generate and measure one sampler's images batch by batch; `texts` keeps the prompts' features by batch."""
+        shown = [make(self._prompts[:1], [0], self.seed)[:0]]  # not timed: whatever is set up at a first call
+        result = SamplerResult(shown[0])
+        for start in range(0, self.size, self.batch_size):
+            prompts = self._prompts[start : start + self.batch_size]
+            indices = range(start, start + len(prompts))
+            began = time.perf_counter()
+            images = make(prompts, indices, self.seed)
+            result.seconds += time.perf_counter() - began
+            metrics.measure(result.collected, images, prompts, indices, texts.setdefault(start, {}))
+            shown.append(images[: max(0, self.shown - start)])
+            progress.advance(len(prompts) * calls)
+        result.shown = torch.cat(shown)
+        prompts = self._prompts[: metrics.copies.prompts]
+        for copy in range(1, metrics.copies.images if prompts else 1):
+            metrics.measure_copy(result.collected, make(prompts, range(len(prompts)), self.seed + copy))
+            progress.advance(len(prompts) * calls)
+        return result
+
+    def _rows(self, metrics: MetricSuite, measured: Mapping[str, SamplerResult]) -> list[Row]:
+        figures = metrics.figures({name: result.collected for name, result in measured.items()})
+        rows: list[Row] = []
+        for name, result in measured.items():
+            spec = next((spec for spec in self.samplers if spec.name == name), None)
+            calls = {"network_calls": 0} if spec is None else {"network_calls": spec.network_calls}
+            seconds = {} if spec is None else {"seconds_per_image": result.seconds / self.size}
+            rows.append({"sampler": name, **figures[name], **calls, **seconds})
+        return rows
+
+    def settings(self, metrics: MetricSuite, backbone: Backbone) -> dict[str, Any]:
+        """What decides the figures, as far as it is known before anything is measured: for a comparison of evaluations."""
+        return {
+            "count": self.count,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "samplers": [str(spec) for spec in self.samplers],
+            "metrics": list(metrics.metrics),
+            "images_per_prompt": metrics.copies.images,
+            "backbone": backbone.fingerprint,
+        }

@@ -1,0 +1,79 @@
+"""Labelled pictures of images (P, 3, H, W) in [0, 1]."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # torch takes seconds to import, which --help should not wait for
+    from PIL.Image import Image
+    from torch import Tensor
+
+CELL = (96, 256)  # smallest and largest side of an image in the picture, in pixels
+MARGIN, LINE, FONT_SIZE = 6, 14, 12  # pixels
+SMALLEST_TILE = 160  # pixels; smaller images of a grid are enlarged by a whole factor, without smoothing
+MOST_COLUMNS = 6
+GAP, LABEL_LINE, LABEL_LINES = 8, 16, 4  # of the grid: pixels, pixels, lines below each image
+LABEL_SIZE, CHARACTER = 13, 7  # pixels: of the letters, and the width of a mean one
+
+
+def picture(images: Mapping[str, "Tensor"], prompts: Sequence[str]) -> "Image":
+    """One row a sampler, one column a prompt, with the samplers' names on the left and the prompts on top.
+
+    Small images are enlarged by a whole factor without smoothing, large ones made smaller, all samplers' alike.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+    from torchvision.transforms.functional import to_pil_image
+
+    width = max(batch.shape[-1] for batch in images.values())
+    scale = max(1, -(-CELL[0] // width)) if width <= CELL[1] else CELL[1] / width
+    sizes = {name: (round(batch.shape[-1] * scale), round(batch.shape[-2] * scale)) for name, batch in images.items()}
+    cell_w = round(width * scale)
+    resample = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
+    font = ImageFont.load_default(FONT_SIZE)
+    heads = [_wrap(prompt, font, cell_w) for prompt in prompts]
+    left = max(round(font.getlength(name)) for name in images) + 2 * MARGIN
+    top = max(len(lines) for lines in heads) * LINE + 2 * MARGIN
+    size = left + len(prompts) * (cell_w + MARGIN), top + sum(cell_h + MARGIN for _, cell_h in sizes.values())
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    for column, lines in enumerate(heads):
+        for number, line in enumerate(lines):
+            place = left + column * (cell_w + MARGIN), top - MARGIN - (len(lines) - number) * LINE
+            draw.text(place, line, "black", font=font)
+    y = top
+    for name, batch in images.items():
+        draw.text((MARGIN, y + sizes[name][1] // 2 - LINE // 2), name, "black", font=font)
+        for column, image in enumerate(batch[: len(prompts)]):
+            tile = to_pil_image((image.clamp(0, 1) * 255).round().byte()).resize(sizes[name], resample)
+            canvas.paste(tile, (left + column * (cell_w + MARGIN), y))
+        y += sizes[name][1] + MARGIN
+    return canvas
+
+
+def _wrap(text: str, font, width: int) -> list[str]:
+    """At most 4 lines of `text`, each no wider than `width` pixels as far as its words allow."""
+    letters = max(8, int(width / font.getlength("n" * 10) * 10))
+    return textwrap.wrap(text, letters, max_lines=4, placeholder=" ...") or [""]
+
+
+def draw_grid(images: "Tensor", prompts: Sequence[str], title: str) -> "Image":
+    """Pictures (N, 3, H, W) in rows and columns, each with its prompt below, under a title."""
+    from PIL import Image, ImageDraw, ImageFont
+    from torchvision.transforms.functional import to_pil_image
+
+    height, width = images.shape[2:]
+    scale = -(-SMALLEST_TILE // width)
+    tile = (width * scale, height * scale)
+    columns = min(len(prompts), MOST_COLUMNS)
+    cell = (tile[0] + GAP, tile[1] + LABEL_LINES * LABEL_LINE + GAP)
+    rows = -(-len(prompts) // columns)
+    grid = Image.new("RGB", (columns * cell[0] + GAP, rows * cell[1] + 2 * LABEL_LINE), "white")
+    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(size=LABEL_SIZE)
+    draw.text((GAP, GAP), title, fill="black", font=font)
+    for i, (image, prompt) in enumerate(zip(images, prompts)):
+        left, top = GAP + i % columns * cell[0], 2 * LABEL_LINE + i // columns * cell[1]
+        pixels = (image * 255).round().byte()  # as diffusers makes its PIL images
+        grid.paste(to_pil_image(pixels).resize(tile, Image.Resampling.NEAREST), (left, top))
+        words = textwrap.wrap(prompt, tile[0] // CHARACTER, max_lines=LABEL_LINES, placeholder=" ...")
+        draw.multiline_text((left, top + tile[1]), "\n".join(words), fill="black", font=font, spacing=2)
+    return grid

@@ -1,0 +1,77 @@
+"""What a ladder evaluation leaves behind: a table, its figures as JSON, scores of single images, and a labelled picture."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from cdm_lightning.evaluation.ladder import LadderResult, Row
+from cdm_lightning.evaluation.pictures import picture
+from cdm_lightning.files import replacing, write_text
+
+METRICS, TABLE, SCORES, PICTURE = "metrics.json", "table.md", "scores.csv", "samples.png"
+FORMATS = {"seconds_per_image": "{:.4f}"}  # of other figures: see `_cell`
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows aligned for a terminal."""
+    columns = _columns(rows)
+    cells = [[column.replace("_", " ") for column in columns], *_cells(rows, columns)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """The rows as a table of Markdown."""
+    columns = _columns(rows)
+    heads, rules = [column.replace("_", " ") for column in columns], ["---", *["---:"] * (len(columns) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [heads, rules, *_cells(rows, columns)]) + "\n"
+
+
+def _columns(rows: Sequence[Row]) -> list[str]:
+    """The figures of all rows: those of the metrics in their order, then the calls and the time of an image."""
+    found = dict.fromkeys(key for row in rows for key in row)
+    last = [key for key in ("network_calls", "seconds_per_image") if key in found]
+    return [*(key for key in found if key not in last), *last]
+
+
+def _cells(rows: Sequence[Row], columns: Sequence[str]) -> list[list[str]]:
+    return [[_cell(column, row.get(column)) for column in columns] for row in rows]
+
+
+def _cell(column: str, value: object) -> str:
+    """Four digits of a number, but no more than three behind the point."""
+    if value is None:
+        return "-"
+    if not isinstance(value, float):
+        return str(value)
+    return FORMATS.get(column, "{:.3f}" if abs(value) < 10 else "{:.2f}").format(value)
+
+
+def csv_text(rows: Sequence[Row]) -> str:
+    """Rows with the same keys as comma-separated values with a heading; empty for no rows."""
+    text = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return text.getvalue()
+
+
+def save_report(result: LadderResult, folder: str | Path) -> dict[str, Path]:
+    """Write metrics.json, table.md, scores.csv and samples.png into `folder`; returns their paths by these names.
+
+    scores.csv has a line for each sampler and prompt, so that two runs can be compared prompt by prompt.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {name: folder / name for name in (METRICS, TABLE, SCORES, PICTURE)}
+    with replacing(paths[PICTURE]) as path:
+        picture(result.images, result.prompts).save(path, format="PNG")
+    write_text(paths[SCORES], csv_text(result.scores))
+    write_text(paths[TABLE], markdown_table(result.rows))
+    content = {"settings": result.settings, "rows": result.rows}
+    write_text(paths[METRICS], json.dumps(content, indent=2) + "\n")  # the last: with it the report is whole
+    return paths

@@ -1,0 +1,26 @@
+"""Add an adapter to the weights of its base, which gives a plain network without any module of peft."""
+
+import torch
+from torch import nn
+
+from cdm_lightning.lora.shared import adapter_parameters, inject, tuner_layers
+from cdm_lightning.lora.weights import AdapterWeights
+
+ROLE = "fused"
+
+
+def fuse(weights: AdapterWeights, network: nn.Module) -> nn.Module:
+    """Add the adapter's update to the weights of `network`, in place, and return it in eval mode.
+
+    `network` must be a float32 copy of the base. Raises KeyError if a tensor of the adapter is missing.
+    """
+    layer_names = list(dict.fromkeys(name.rpartition(".lora_")[0] for name in weights.tensors))
+    inject(network, ROLE, weights.adapter, layer_names)
+    layers = tuner_layers(network)
+    for name, parameter in adapter_parameters(layers, ROLE).items():
+        parameter.data = weights.tensors[name].detach().to(parameter.device, torch.float32)
+    for name, layer in layers.items():
+        layer.merge(adapter_names=[ROLE])
+        network.set_submodule(name, layer.get_base_layer())
+    del network.peft_config
+    return network.requires_grad_(True).eval()

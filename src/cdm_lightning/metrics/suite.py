@@ -1,0 +1,151 @@
+"""All metrics of a run and the feature extractors that they share: for validation and for the ladder at the end alike."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from cdm_lightning.errors import UserError
+from cdm_lightning.metrics.base import Copies, ImageBatch, MeasuredImages, Metric, extract
+
+Row = dict[str, float]  # figure -> value
+
+
+@dataclass
+class Collected:
+    """What is kept of one sampler's images, batch by batch: features, scores and prompts, but no images."""
+
+    prompts: list[str] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)
+    features: dict[str, list[Tensor]] = field(default_factory=dict)  # extractor -> (B, D) of each batch
+    scores: dict[str, list[Tensor]] = field(default_factory=dict)  # metric -> (B,) of each batch
+    copies: dict[str, list[Tensor]] = field(default_factory=dict)  # extractor -> (P, D) of each further image
+
+    def add(self, other: "Collected") -> None:
+        """Append what another process has collected of the same sampler."""
+        self.prompts += other.prompts
+        self.indices += other.indices
+        for mine, theirs in ((self.features, other.features), (self.scores, other.scores)):
+            for name, batches in theirs.items():
+                mine.setdefault(name, []).extend(batches)
+
+    def of(self, metric: str) -> MeasuredImages:
+        """What the metric of that name may look at, in the order of the prompts' numbers."""
+        order = sorted(range(len(self.indices)), key=self.indices.__getitem__)
+        features = {name: torch.cat(batches)[order] for name, batches in self.features.items()}
+        scores = self.scores.get(metric)
+        return MeasuredImages(
+            prompts=[self.prompts[i] for i in order],
+            indices=[self.indices[i] for i in order],
+            features=features,
+            scores=torch.cat(scores)[order] if scores else None,
+            copies={
+                name: torch.stack([features[name][: len(more[0])], *more], 1) for name, more in self.copies.items()
+            },
+        )
+
+
+class MetricSuite:
+    """The metrics by name, and the feature extractors by the names that the metrics use.
+
+    Raises UserError for a metric that needs an extractor which is not there.
+    """
+
+    def __init__(
+        self, metrics: Mapping[str, Metric] | None = None, features: Mapping[str, nn.Module] | None = None
+    ) -> None:
+        self.metrics = {name: metric for name, metric in (metrics or {}).items() if metric is not None}
+        self.extractors = {name: module for name, module in (features or {}).items() if module is not None}
+        for name, metric in self.metrics.items():
+            if not isinstance(metric, Metric):
+                raise UserError(f"metric.{name} is a {type(metric).__name__}; it must be a cdm_lightning Metric")
+            for missing in sorted(set(metric.features) - self.extractors.keys()):
+                known = ", ".join(self.extractors) or "none"
+                raise UserError(
+                    f"metric.{name} needs the feature extractor feature.{missing}, but there is {known}; "
+                    f"add feature.{missing}, or name another one in metric.{name}"
+                )
+        self._prepared = False
+
+    @property
+    def copies(self) -> Copies:
+        """The most prompts and images a prompt that a metric asks for; (0, 1) if none asks."""
+        wishes = [metric.copies for metric in self.metrics.values() if metric.copies is not None]
+        return Copies(
+            max((wish.prompts for wish in wishes), default=0), max((wish.images for wish in wishes), default=1)
+        )
+
+    @property
+    def needed(self) -> list[str]:
+        """The names of the extractors whose features of all images are kept."""
+        return sorted({name for metric in self.metrics.values() for name in metric.features})
+
+    def prepare(self, device: torch.device) -> None:
+        """Move the extractors and whatever else is a network to the device; at the first call, read the references."""
+        parts = [
+            *self.extractors.values(),
+            *(part for metric in self.metrics.values() for part in vars(metric).values()),
+        ]
+        for part in parts:
+            if isinstance(part, nn.Module):
+                part.to(device)
+        if not self._prepared:
+            for metric in self.metrics.values():
+                metric.prepare(self.extractors)
+        self._prepared = True
+
+    def facts(self) -> dict[str, float | str]:
+        """What a reader of the figures must know about each metric, as METRIC_FACT."""
+        return {
+            f"{name}_{fact}": value for name, metric in self.metrics.items() for fact, value in metric.facts().items()
+        }
+
+    def figures(self, samplers: Mapping[str, Collected]) -> dict[str, Row]:
+        """The figures of each sampler by name; a metric with several figures gives METRIC_FIGURE."""
+        rows: dict[str, Row] = {sampler: {} for sampler in samplers}
+        for name, metric in self.metrics.items():
+            measured = {sampler: collected.of(name) for sampler, collected in samplers.items()}
+            for sampler, images in measured.items():
+                found = metric.figures(images, measured)
+                if isinstance(found, Mapping):
+                    rows[sampler] |= {f"{name}_{figure}": float(value) for figure, value in found.items()}
+                elif found is not None:
+                    rows[sampler][name] = float(found)
+        return rows
+
+    def measure(
+        self,
+        collected: Collected,
+        images: Tensor,
+        prompts: Sequence[str],
+        indices: Sequence[int],
+        texts: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Add images (B, 3, H, W) of one sampler; `texts` keeps features of the prompts for the other samplers."""
+        batch = ImageBatch(images, prompts, indices, self.extractors, {} if texts is None else texts)
+        collected.prompts += prompts
+        collected.indices += indices
+        for name in self.needed:
+            collected.features.setdefault(name, []).append(batch.features(name).cpu())
+        for name, metric in self.metrics.items():
+            scores = metric.score(batch)
+            if scores is not None:
+                collected.scores.setdefault(name, []).append(scores.float().cpu())
+
+    def measure_copy(self, collected: Collected, images: Tensor) -> None:
+        """Add one more image (P, 3, H, W) for each of the first P prompts, in their order."""
+        for name in self.needed:
+            collected.copies.setdefault(name, []).append(extract(self.extractors[name], images).cpu())
+
+    def scores(self, samplers: Mapping[str, Collected]) -> list[dict[str, str | int | float]]:
+        """A row for each sampler and prompt, with the scores of the single images: what can be compared in pairs."""
+        rows: list[dict[str, str | int | float]] = []
+        for sampler, collected in samplers.items():
+            measured = {name: collected.of(name) for name in self.metrics if name in collected.scores}
+            columns = {name: images.scores.tolist() for name, images in measured.items() if images.scores is not None}
+            for images in list(measured.values())[:1]:
+                for i, (index, prompt) in enumerate(zip(images.indices, images.prompts, strict=True)):
+                    scores = {name: values[i] for name, values in columns.items()}
+                    rows.append({"sampler": sampler, "prompt_index": index, "prompt": prompt, **scores})
+        return rows

@@ -1,0 +1,108 @@
+"""A run as one object: its folder, configuration, checkpoints and figures."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cdm_lightning.checkpoint.folder import MARKER, PATTERN, checkpoints_in
+from cdm_lightning.errors import UserError
+from cdm_lightning.files import first_line
+
+if TYPE_CHECKING:  # importing torch takes seconds: --help and error messages should not wait for it
+    from cdm_lightning.checkpoint.stored import StoredCheckpoint
+
+CONFIG, STARTS, CHECKPOINTS, METRICS = "config.yaml", "starts.jsonl", "checkpoints", "metrics.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """The folder of a run: `config.yaml`, `starts.jsonl`, `checkpoints/`, and `metrics.json` once it has been evaluated."""
+
+    folder: Path
+
+    @classmethod
+    def create(cls, folder: Path) -> "Run":
+        """The run in this folder, which is made if it is missing; UserError if a file is in its place."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{folder}: cannot be the output folder ({error.strerror}); set another run_name"
+            ) from error
+        return cls(folder)
+
+    @classmethod
+    def find(cls, source: str | Path) -> tuple["Run", Path | None]:
+        """The run that a path belongs to, and the checkpoint if the path is one; UserError if it belongs to no run."""
+        source = Path(source)
+        if not source.exists():
+            raise UserError(f"{source} does not exist; pass a run folder or one of its checkpoints")
+        folder, checkpoint = (source.absolute().parent.parent, source) if is_checkpoint(source) else (source, None)
+        if not (folder / CONFIG).is_file():
+            raise UserError(
+                f"{folder} is not a run folder, because it has no {CONFIG}; "
+                f"pass outputs/RUN or a folder in outputs/RUN/{CHECKPOINTS}"
+            )
+        return cls(folder), checkpoint
+
+    @property
+    def name(self) -> str:
+        """The name of the folder."""
+        return self.folder.absolute().name
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """The folders of its checkpoints, the oldest iteration first; they are not verified."""
+        return checkpoints_in(self.folder / CHECKPOINTS)
+
+    @property
+    def is_started(self) -> bool:
+        """Whether it has a configuration."""
+        return (self.folder / CONFIG).is_file()
+
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration of its last start; UserError if it cannot be read or names no backbone."""
+        import yaml
+
+        path = self.folder / CONFIG
+        try:
+            config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, ValueError, OSError) as error:
+            raise UserError(f"{path} cannot be read: {first_line(error)}") from error
+        if not isinstance(config, dict) or "backbone" not in config:
+            raise UserError(f"{path} names no backbone, so it is not the configuration of a run")
+        return config
+
+    def checkpoint(self, path: Path | None = None) -> "StoredCheckpoint":
+        """The checkpoint at this path, or the newest good one; UserError if there is none or its files are damaged."""
+        from cdm_lightning.checkpoint.stored import newest_checkpoint, read_checkpoint, require_good
+
+        if path is not None:
+            return require_good(read_checkpoint(path))
+        found = newest_checkpoint(self.folder / CHECKPOINTS)
+        if found is None:
+            raise UserError(f"{self.folder} holds no checkpoint yet; let the run train longer or pass a checkpoint")
+        return found
+
+    def metrics(self) -> Mapping[str, Any] | None:
+        """The figures of its last evaluation, or None if there are none; UserError if the file cannot be read."""
+        path = self.folder / METRICS
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read ({first_line(error)}); repair it or remove it") from error
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether the path looks like a checkpoint: a file, or a folder with the marker or the name of one."""
+    return not path.is_dir() or (path / MARKER).is_file() or PATTERN.fullmatch(path.name) is not None
+
+
+def is_run(path: Path) -> bool:
+    """Whether the path is the folder of a run or one of its checkpoints, and not a pipeline folder."""
+    is_stored = (path / MARKER).is_file() or path.suffix in (".safetensors", ".ckpt")
+    return is_stored or ((path / CONFIG).is_file() and not (path / "model_index.json").exists())

@@ -1,0 +1,69 @@
+"""The record of each start in a run's folder, which is enough to repeat the run."""
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from typing import Any
+
+import yaml
+
+from cdm_lightning.config import PACKAGE
+from cdm_lightning.config.secrets import masked_command
+from cdm_lightning.files import write_text
+from cdm_lightning.run.folder import CONFIG, STARTS, Run
+
+PACKAGES = ("cdm-lightning", "torch", "lightning", "diffusers", "transformers", "peft", "safetensors", "hydra-core")
+
+
+def record_start(config: dict[str, Any], run: Run, processes: int) -> None:
+    """Write `config`, which must be resolved and without secrets, and add a line for this start to `starts.jsonl`.
+
+    The line holds the time, command, configuration, versions, commit, hardware and the number of `processes`. It holds no
+    environment variables.
+    """
+    write_text(run.folder / CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    start = {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": masked_command(sys.argv),
+        "processes": processes,
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "commit": commit(),
+        "hardware": hardware(),
+        "config": config,
+    }
+    with (run.folder / STARTS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(start) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def commit() -> str | None:
+    """Return the git commit of this package's checkout, with "-dirty" if files differ; None if it is not a checkout."""
+    root = PACKAGE.parents[1]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--match=", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def hardware() -> dict[str, Any]:
+    """Return the system, the number of CPU cores, the memory in GB, the GPUs and the CUDA version."""
+    import torch
+
+    cards = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "gpus": [f"{card.name}, {card.total_memory / 1e9:.0f} GB" for card in cards],
+        "cuda": torch.version.cuda,
+    }

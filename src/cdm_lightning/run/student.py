@@ -1,0 +1,75 @@
+"""The student of a run, read from its folder or from one of its checkpoints."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from cdm_lightning.backbones.base import Backbone
+from cdm_lightning.checkpoint.stored import StoredCheckpoint, read_checkpoint
+from cdm_lightning.config import build
+from cdm_lightning.errors import UserError
+from cdm_lightning.lora.plan import LoRAPlan
+from cdm_lightning.lora.weights import AdapterWeights
+from cdm_lightning.run.folder import Run
+
+
+@dataclass(frozen=True)
+class TrainedStudent:
+    """The student in a checkpoint, not yet built as a network: its backbone, adapters, checkpoint, weights and run.
+
+    `weights` is "student" or "student_ema".
+    """
+
+    backbone: Backbone
+    plan: LoRAPlan
+    stored: StoredCheckpoint
+    weights: str
+    run: Run
+
+    @property
+    def iteration(self) -> int:
+        """The number of training iterations."""
+        return self.stored.iteration
+
+    def network(self) -> nn.Module | AdapterWeights:
+        """Build the network in eval mode, or for a LoRA return its adapter's weights."""
+        tensors = self.stored.network_weights(self.weights)
+        adapter = self.plan.of("student")
+        if adapter is not None:
+            return AdapterWeights(adapter, tensors)
+        network = self.backbone.build_network()
+        network.load_state_dict(tensors)
+        return network.eval()
+
+
+def open_student(source: str | Path, weights: str = "auto", pretrained: str | None = None) -> TrainedStudent:
+    """Open the student of a checkpoint, or of a run folder's newest one; for the arguments see `export_checkpoint`."""
+    run, checkpoint = Run.find(source)
+    config = run.config()
+    if pretrained is not None:
+        config["backbone"]["pretrained"] = pretrained
+    backbone = build(config, "backbone")
+    plan = build(config, "lora") if config.get("lora") else LoRAPlan()  # runs of older versions do not have it
+    found = run.checkpoint(checkpoint)
+    stored = read_checkpoint(found.path, backbone.fingerprint + plan.tag(found.trained_roles))
+    weights = choose_weights(weights, stored.ema_updates, stored.path)
+    return TrainedStudent(backbone, plan, stored, weights, run)
+
+
+def choose_weights(weights: str, ema_updates: int, checkpoint: Path) -> str:
+    """Resolve "auto" to the EMA if there is one, else the student; `UserError` for the EMA of a checkpoint without one."""
+    if weights == "auto":
+        return "student_ema" if ema_updates else "student"
+    if weights == "student_ema" and not ema_updates:
+        raise UserError(f"{checkpoint} holds no EMA of the student (ema.decay was null); use --weights student")
+    return weights
+
+
+def plain_network(backbone: Backbone, network: nn.Module | AdapterWeights) -> nn.Module:
+    """Return a network without adapters, in eval mode; a LoRA is fused in float32 into a new pretrained network."""
+    if isinstance(network, AdapterWeights):
+        from cdm_lightning.lora.fuse import fuse  # imports peft
+
+        return fuse(network, backbone.build_network())
+    return network.eval()

@@ -1,0 +1,27 @@
+"""Hide messages of libraries that do not apply here; to be called before the libraries are imported."""
+
+import logging
+import warnings
+
+UNFIT_WARNINGS = (
+    ".*does not have many workers.*",  # reading lines of text needs no workers
+    ".*in eval mode at the start of training.*",  # the student's EMA is meant to be in eval mode
+    ".*sync_dist=True.*",  # callbacks combine the measurements of all processes before they log them
+    ".*LeafSpec.*is deprecated.*",  # it comes from Lightning's own code
+)
+NO_EXCEPTIONS = "should be kept in float32: []"  # part of a diffusers warning about a cast that excludes no layer
+
+
+def quiet_libraries() -> None:
+    """Hide the advice of libraries; their warnings stay visible, except for those that do not apply here."""
+    for library in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    for library in ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
+        logging.getLogger(library).setLevel(logging.ERROR)  # about torchao's format, which no model here uses
+    logging.getLogger("diffusers.models.modeling_utils").addFilter(_names_a_layer)
+    for message in UNFIT_WARNINGS:
+        warnings.filterwarnings("ignore", message)
+
+
+def _names_a_layer(record: logging.LogRecord) -> bool:
+    return NO_EXCEPTIONS not in record.getMessage()

@@ -1,0 +1,33 @@
+"""The EMA of the student: an exponential moving average of its weights, which is evaluated and exported in its place."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from cdm_lightning.core.ema import lerp_parameters_, warmed_up_decay
+from cdm_lightning.errors import UserError
+
+
+@dataclass(frozen=True)
+class EMA:
+    """How `networks.student_ema` follows the student after each iteration that updates the student.
+
+    The decay after n updates is min(`decay`, (1 + n) / (10 + n)); `decay=None` means that there is no EMA. 0.999 is the decay
+    of CDM (arXiv:2605.06376); short runs need a lower one. Raises UserError for a decay outside [0, 1).
+    """
+
+    decay: float | None = 0.999
+
+    def __post_init__(self) -> None:
+        if self.decay is not None and not 0 <= self.decay < 1:
+            raise UserError(f"ema.decay must be in [0, 1), or null for no EMA, got {self.decay}")
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the run has an EMA."""
+        return self.decay is not None
+
+    def follow(self, average: nn.Module, student: nn.Module, updates: int) -> None:
+        """Move the EMA `average` towards the student, in place; `updates` counts the earlier calls."""
+        assert self.decay is not None
+        lerp_parameters_(average, student, 1 - warmed_up_decay(updates, self.decay))

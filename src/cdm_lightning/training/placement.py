@@ -1,0 +1,44 @@
+"""Put the networks of a run on one device, or distribute them over a mesh of processes."""
+
+import torch
+from lightning.pytorch.strategies import Strategy
+from torch.distributed.tensor import DTensor
+
+from cdm_lightning.backbones.base import Backbone
+from cdm_lightning.distributed.sharding import NO_OFFLOAD, fill, host_memory, mixed_precision, shard
+from cdm_lightning.distributed.strategy import MeshStrategy
+from cdm_lightning.training.networks import Networks
+
+
+def place(networks: Networks, backbone: Backbone, strategy: Strategy, compute_dtype: torch.dtype) -> bool:
+    """Put all networks where `strategy` wants them, in place; return whether processes hold shards of one network.
+
+    Raises UserError if the strategy keeps a network in host memory that the run does not have.
+    """
+    if not isinstance(strategy, MeshStrategy):
+        networks.place(strategy.root_device)
+        return False
+    strategy.check(tuple(networks.by_role), tuple(networks.whole))
+    distribute(networks, backbone, strategy, compute_dtype)
+    return strategy.shards > 1
+
+
+def distribute(networks: Networks, backbone: Backbone, strategy: MeshStrategy, compute_dtype: torch.dtype) -> None:
+    """Put all networks on the strategy's mesh, in place: each rank keeps its own rows of each weight.
+
+    Networks that are still on the meta device are filled; each rank reads only its own rows. Every rank holds adapters, and
+    the networks that the objective builds itself, whole. The base under adapters is sharded if the strategy uses shards.
+    """
+    mesh, device = strategy.device_mesh["data_parallel", "tensor_parallel"], strategy.root_device
+    policy, block_types = mixed_precision(compute_dtype), backbone.block_types
+    for role, network in networks.whole.items():
+        rests = role in strategy.on_cpu
+        shard(network, block_types, mesh, policy, offload=host_memory(device) if rests else NO_OFFLOAD)
+        fill(network, backbone.read_rows, torch.device("cpu") if rests else device)
+    if networks.base is not None and strategy.shards > 1:
+        adapters = {parameter for parameter in networks.parameters() if not isinstance(parameter, DTensor)}
+        shard(networks.base, block_types, mesh, policy, adapters)
+        networks.view_base()
+    for network in (*networks.children(), *networks.unregistered):
+        if not any(isinstance(parameter, DTensor) for parameter in network.parameters()):
+            network.to(device)

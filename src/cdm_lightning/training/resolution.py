@@ -1,0 +1,89 @@
+"""The image size of an iteration: the backbone's own size, or one of several, drawn again in each iteration.
+
+Training at several sizes needs no images: a rollout starts from noise of the size. The shift of the sigmas follows the
+size if the scheduler of the model family does so (`Backbone.at`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Protocol, cast
+
+import torch
+
+from cdm_lightning.backbones.base import Backbone
+from cdm_lightning.core.rng import StepRandom
+from cdm_lightning.errors import UserError
+
+
+class Resolution(Protocol):
+    """The interface of a choice of image sizes."""
+
+    def check(self, backbone: Backbone) -> None:
+        """Raise UserError if the model family cannot make images of one of the sizes; reads only configuration files."""
+
+    def draw(self, backbone: Backbone, rng: StepRandom) -> Backbone:
+        """Return the backbone at the size of this iteration: a function of (seed, iteration), the same in all processes."""
+
+
+@dataclass(frozen=True)
+class OwnSize:
+    """The image size is always the one that the backbone was configured for."""
+
+    def check(self, backbone: Backbone) -> None:
+        """Raise UserError if the model family cannot make images of that size."""
+        _ = backbone.image_size
+
+    def draw(self, backbone: Backbone, rng: StepRandom) -> Backbone:
+        """Return the backbone unchanged."""
+        return backbone
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """The image size is drawn from `sizes` in each iteration.
+
+    `sizes` are pairs (height, width) in pixels; their probabilities are proportional to `weights` (default: equal). All
+    samples of an iteration have the same size, whatever the number of processes. Raises UserError for sizes that are not
+    such pairs, and for weights that are not one number of at least 0 for each size or are all 0.
+    """
+
+    sizes: Sequence[Sequence[int]]
+    weights: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        pairs = self.sizes if isinstance(self.sizes, Sequence) and not isinstance(self.sizes, str) else ()
+        if not pairs or not all(_is_pair(pair) for pair in pairs):
+            raise UserError(
+                f"resolution.sizes={self.sizes}: give pairs of height and width in pixels, for example [[1024,1024],[768,1344]]"
+            )
+        weights = [1.0] * len(pairs) if self.weights is None else self.weights
+        if not isinstance(weights, Sequence) or not all(_is_weight(weight) for weight in weights):
+            raise UserError(f"resolution.weights={self.weights}: give a list of numbers of at least 0, or null")
+        if len(weights) != len(pairs) or sum(weights) <= 0:
+            raise UserError(
+                f"resolution: {len(pairs)} sizes need as many weights that are not all 0, got {list(weights)}"
+            )
+
+    def check(self, backbone: Backbone) -> None:
+        """Raise UserError if the model family cannot make images of one of the sizes."""
+        for height, width in self.sizes:
+            try:
+                backbone.at(height, width)
+            except UserError as error:
+                raise UserError(f"resolution.sizes, {height} x {width}: {error}") from error
+
+    def draw(self, backbone: Backbone, rng: StepRandom) -> Backbone:
+        """Return the backbone at the size of this iteration: a function of (seed, iteration), the same in all processes."""
+        weights = torch.tensor(self.weights or [1.0] * len(self.sizes), dtype=torch.float64, device="cpu")
+        chosen = int(torch.multinomial(weights, 1, generator=rng.shared("resolution")))
+        return backbone.at(*self.sizes[chosen])
+
+
+def _is_pair(pair: object) -> bool:
+    is_list = isinstance(pair, Sequence) and not isinstance(pair, str)
+    return is_list and len(pair) == 2 and all(isinstance(side, int) and not isinstance(side, bool) for side in pair)
+
+
+def _is_weight(weight: object) -> bool:
+    return isinstance(weight, Real) and not isinstance(weight, bool) and 0 <= cast(float, weight) < float("inf")
