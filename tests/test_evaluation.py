@@ -243,7 +243,7 @@ def test_ladder_does_not_depend_on_the_batch(toy: Toy2DBackbone) -> None:
     ("changes", "text"),
     [
         ({"samplers": [SamplerSpec("a"), SamplerSpec("a")]}, "same name"),
-        ({"count": 9}, "9 prompts are asked for, the file has 8"),
+        ({"count": 9}, "count=9, but there are only 8 prompts"),
         ({"count": 1}, "count >= 2"),
     ],
 )
@@ -256,7 +256,7 @@ def test_contradictory_settings_are_refused(changes: dict, text: str) -> None:
     ("metric", "text"),
     [
         (FrechetToSampler("nobody", "points"), "metric.m.sampler='nobody' is not among the samplers: teacher 50 steps"),
-        (Diversity("points", prompts=9), "metric.m asks for 9 prompts, the evaluation has count=8"),
+        (Diversity("points", prompts=9), "metric.m asks for 9 prompts, but the evaluation has count=8"),
     ],
 )
 def test_metrics_that_do_not_fit_the_evaluation_are_refused(metric: Metric, text: str) -> None:

@@ -22,6 +22,8 @@ SIGN_ON = (
     "import os, pathlib, signal, sys, time; from cdm_lightning.distributed.launch import sign_on; "
     "folder = pathlib.Path(sys.argv[1]);"
 )
+TRAIN = ("-m", "cdm_lightning.train")
+TWO = ("trainer.devices=2", "strategy=fsdp2", "trainer.accelerator=cpu", "trainer.max_steps=2", "run_name=swept")
 WAITING = f"{SIGN_ON} signal.signal(signal.SIGTERM, lambda *_: os._exit(75)); sign_on(folder); time.sleep(60)"
 
 
@@ -117,21 +119,25 @@ def test_other_processes_leave_it_to_the_first_to_tell_of_a_mistake(monkeypatch,
     assert waited == [configuration.OTHERS_WAIT]
 
 
-def test_one_command_runs_a_sweep_of_jobs_with_two_processes_each(toy_overrides, tmp_path):
-    """And then refuses what its processes find wrong, in one line."""
-    two = ["trainer.devices=2", "strategy=fsdp2", "trainer.accelerator=cpu", "trainer.max_steps=2", "run_name=swept"]
-    train, settings = ["-m", "cdm_lightning.train"], [*toy_overrides, *two]
-    done = command([*train, "-m", *settings, "seed=1,2", "+secret_token=hidden"], tmp_path)  # Hydra wants flags first
+@pytest.mark.parametrize("seeds", [(1,), pytest.param((1, 2), marks=pytest.mark.slow)])
+def test_one_command_runs_a_sweep_of_jobs_with_two_processes_each(seeds, toy_overrides, tmp_path):
+    swept = f"seed={','.join(map(str, seeds))}"
+    done = command(
+        [*TRAIN, "-m", *toy_overrides, *TWO, swept, "+secret_token=hidden"], tmp_path
+    )  # Hydra wants flags first
     assert done.returncode == 0, done.stderr
     jobs = [path.parent for path in (tmp_path / "outputs/swept/multirun").glob("*/config.yaml")]
     configs = [yaml.safe_load((job / "config.yaml").read_text()) for job in jobs]
-    assert sorted((config["seed"], config["secret_token"]) for config in configs) == [(1, "***"), (2, "***")]
+    assert sorted((config["seed"], config["secret_token"]) for config in configs) == [(seed, "***") for seed in seeds]
     for job in jobs:
         assert newest_checkpoint(job / "checkpoints").path.name == "iteration_0000002"
         assert "trainer.devices=2" in json.loads((job / "starts.jsonl").read_text())["command"]
         assert len(list((job / "logs").iterdir())) == 1
     assert list(tmp_path.iterdir()) == [tmp_path / "outputs"]
-    wrong = command([*train, *settings, "run_name=wrong", "objective.student_every=0"], tmp_path)
+
+
+def test_what_all_processes_find_wrong_is_one_line(toy_overrides, tmp_path):
+    wrong = command([*TRAIN, *toy_overrides, *TWO, "objective.student_every=0"], tmp_path)
     assert wrong.returncode == 2
     assert len(wrong.stderr.splitlines()) == 1
     assert wrong.stderr.startswith("error: module.objective: student_every")

@@ -112,7 +112,7 @@ def broken(style: Path, folder: Path, kind: str) -> Path:
         ("other model", r"LoRA of another model: \d+ of its \d+ layers, such as layers.0"),
         ("other size", r"LoRA of another model: .* is \d+ x \d+ there, \d+ x \d+ here"),
         ("text", "changes the text encoder too"),
-        ("weights", "is no LoRA: it holds transformer.proj_out.weight"),
+        ("weights", "is not a LoRA: it holds transformer.proj_out.weight"),
     ],
 )
 def test_bad_files_are_one_line_before_weights_are_read(
@@ -186,7 +186,7 @@ def test_the_error_falls_with_the_rank_and_counts_what_no_lora_holds(tiny_pipeli
     extract_lora.main([*options, str(tmp_path / "lora.safetensors")])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:2] == ["1.00e+00", "proj_out.bias"]
-    assert "no linear layer: left out" in lines[0]
+    assert "not a linear layer: left out" in lines[0]
     assert lines[-2].split()[0] == f"{errors[2]:.2e}"
     assert len(lines) == len(found.norms) + 2
 

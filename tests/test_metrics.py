@@ -201,19 +201,21 @@ def test_missing_weights_are_one_line(clip_folder: Path, tmp_path: Path) -> None
     config["model_cfg"]["embed_dim"] = 48
     (other / "open_clip_config.json").write_text(json.dumps(config))
     (tmp_path / "cut.safetensors").write_bytes(b"cut off")
-    assert_one_line(lambda: OpenClipModel(f"local-dir:{tmp_path}/nowhere"), "is no open_clip folder")
+    assert_one_line(lambda: OpenClipModel(f"local-dir:{tmp_path}/nowhere"), "is not an open_clip folder")
     assert_one_line(lambda: OpenClipModel(f"local-dir:{without}"), "holds no CLIP weights")
     assert_one_line(lambda: OpenClipModel(f"local-dir:{other}"), "cannot load the CLIP model")
     assert_one_line(lambda: OpenClipModel("ViT-B-32"), "has no weights")
     assert_one_line(lambda: OpenClipModel("ViT-B-32", str(tmp_path / "absent.pt")), "absent.pt are missing")
     assert_one_line(lambda: OpenClipModel("ViT-B-32", str(tmp_path / "cut.safetensors")), "cannot load the CLIP model")
-    assert_one_line(lambda: OpenClipFeatures("ViT-Z-99", "openai"), "knows no model 'ViT-Z-99'")
+    assert_one_line(lambda: OpenClipFeatures("ViT-Z-99", "openai"), "does not know the model 'ViT-Z-99'")
     assert_one_line(lambda: InceptionFeatures(tmp_path / "inception.pth"), "Inception weights .* are missing")
 
 
 def test_unfit_inception_weights_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "inception.pth").write_bytes(b"cut off")
-    assert_one_line(lambda: InceptionFeatures(tmp_path / "inception.pth"), "torch-fidelity|are no Inception weights")
+    assert_one_line(
+        lambda: InceptionFeatures(tmp_path / "inception.pth"), "torch-fidelity|does not hold Inception weights"
+    )
 
 
 # ---- diversity
@@ -250,7 +252,7 @@ def test_renderings_show_the_first_captions_in_turn() -> None:
 def test_renderings_refuse_what_they_cannot_draw() -> None:
     with pytest.raises(UserError, match="not a caption of the shapes set: 'a dog'"):
         list(ShapesRenderings(["a dog"], count=2))
-    with pytest.raises(UserError, match="captions=4, there are 3 prompts"):
+    with pytest.raises(UserError, match="captions=4, but there are 3 prompts"):
         ShapesRenderings(PROMPTS, captions=4)
 
 

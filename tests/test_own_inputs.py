@@ -104,11 +104,11 @@ def test_values_travel_with_their_samples(backbone, networks):
 def test_values_that_do_not_fit_are_refused(backbone, networks):
     x, sigma = arguments(backbone)
     judge, student = field(backbone, networks.judge), field(backbone, networks.student)
-    with pytest.raises(ValueError, match="has the inputs seen, it was given none"):
+    with pytest.raises(ValueError, match="has the inputs seen, but it was given none"):
         judge(x, sigma)
-    with pytest.raises(ValueError, match="has the inputs seen, it was given other"):
+    with pytest.raises(ValueError, match="has the inputs seen, but it was given other"):
         judge.given(other=sigma)(x, sigma)
-    with pytest.raises(ValueError, match="no inputs of its own, it was given seen"):
+    with pytest.raises(ValueError, match="no inputs of its own, but it was given seen"):
         student.given(seen=sigma)(x, sigma)
     with pytest.raises(ValueError, match="FunctionField has no inputs of its own"):
         FunctionField(lambda x, sigma: x).given(seen=sigma)
@@ -128,5 +128,5 @@ def test_its_weights_learn_and_are_kept_by_a_merge(backbone, networks):
 
 
 def test_a_role_that_is_built_has_none():
-    with pytest.raises(ValueError, match="role head: inputs are added to the pretrained network"):
+    with pytest.raises(ValueError, match="role head: inputs can be added to a pretrained network only"):
         Role("head", build=nn.Identity, inputs={"seen": Embedding})

@@ -350,7 +350,7 @@ def test_file_in_place_of_a_folder(folder):
 
 
 def test_folder_that_is_no_pipeline(tmp_path):
-    assert "is no diffusers pipeline: it has no model_index.json" in refusal(SD3Backbone(str(tmp_path)))
+    assert "is not a diffusers pipeline: it has no model_index.json" in refusal(SD3Backbone(str(tmp_path)))
     (tmp_path / "model_index.json").write_text("{ half a")
     assert "cannot be read" in refusal(SD3Backbone(str(tmp_path)))
 
@@ -368,7 +368,7 @@ def test_pipeline_without_t5(copied):
 def test_hub_id_without_network(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     line = refusal(SD3Backbone("stabilityai/no-such-model"))
-    assert "cannot be fetched from the Hugging Face hub" in line
+    assert "cannot be downloaded from the Hugging Face hub" in line
     assert "backbone.pretrained=FOLDER" in line
 
 

@@ -337,10 +337,10 @@ class Silent(Toy2DBackbone):
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
-        (lambda family: family.blank_conditioning(1), "Silent cannot be planned: it does not tell the shapes of its"),
-        (lambda family: family.feature_width, "Silent does not tell the width of its hidden features"),
-        (lambda family: family.time_embedding_width, "Silent does not tell the width of its time embedding"),
-        (lambda family: family.time_module(nn.Module()), "Silent does not tell where its networks embed the time"),
+        (lambda family: family.blank_conditioning(1), "Silent cannot be planned: it does not define the shapes of its"),
+        (lambda family: family.feature_width, "Silent does not define the width of its hidden features"),
+        (lambda family: family.time_embedding_width, "Silent does not define the width of its time embedding"),
+        (lambda family: family.time_module(nn.Module()), "Silent does not define where its networks embed the time"),
     ],
 )
 def test_a_family_that_says_nothing_is_told_so(ask, message):

@@ -15,6 +15,7 @@ from cdm_lightning import export
 from cdm_lightning.checkpoint.stored import read_checkpoint
 from cdm_lightning.config import compose
 from cdm_lightning.exporting.pipeline import model_card
+from cdm_lightning.run.folder import Run
 from cdm_lightning.train import main, train
 
 Cli = Callable[[Sequence[str]], Path]
@@ -84,7 +85,7 @@ def test_planted_secrets_are_in_no_output(cli, monkeypatch, tmp_path, capfd):
     folder = cli(["run_name=planted", *planted]) / "outputs/planted"
     cli(["run_name=planted", *planted, "trainer.max_steps=3"])
     weights = {"nfe": 4, "weights": "student", "iteration": 3, "dtype": "float32"}
-    (tmp_path / "card.md").write_text(model_card("student", weights, folder))
+    (tmp_path / "card.md").write_text(model_card("student", weights, Run(folder)))
     export.export_checkpoint(folder, tmp_path / "all.safetensors", form="checkpoint")
     said = capfd.readouterr()
     outputs = {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

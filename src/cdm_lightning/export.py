@@ -1,7 +1,7 @@
-"""`python -m cdm_lightning.export RUN --output FOLDER`: a checkpoint's student as a pipeline folder, or as a LoRA.
+"""`python -m cdm_lightning.export RUN --output FOLDER`: export a checkpoint's student as a pipeline folder or a LoRA.
 
-The model family's own library loads the folder, for example `StableDiffusion3Pipeline.from_pretrained(FOLDER)`; the plain
-call that its model card shows runs the student's own sigmas.
+The model family's own library loads the folder, for example `StableDiffusion3Pipeline.from_pretrained(FOLDER)`. The call
+in its model card runs the student's own sigmas.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from cdm_lightning.terminal.quiet import quiet_libraries
 
 WEIGHTS = ("student_ema", "student")
 FORMS = ("pipeline", "lora", "weights", "checkpoint")
-FILES = ("weights", "checkpoint")  # forms that are one file
+FILES = ("weights", "checkpoint")  # forms that are a single file
 
 
 def export_checkpoint(
@@ -32,10 +32,10 @@ def export_checkpoint(
 ) -> Path:
     """Export the student of a checkpoint, or of the newest one of a run folder.
 
-    `weights="auto"` is the average if there is one. `pretrained` replaces the pretrained pipeline of the run's
-    configuration, which may have moved since. `form` is "pipeline", for a student that is a LoRA "lora", or a .safetensors
-    file: "weights" of the student alone, "checkpoint" of everything, in the precision of training. `height` and `width` are
-    the pixels of the call that the model card shows, by default those of the run's backbone.
+    `weights="auto"` takes the EMA weights if there are any. `pretrained` replaces the path of the pretrained pipeline in
+    the run's configuration, in case it has moved. `form` is "pipeline"; "lora", for a student that is a LoRA; or a single
+    .safetensors file, "weights" of the student alone or "checkpoint" of everything in the precision of training. `height`
+    and `width`, in pixels, are those of the call in the model card, by default those of the run's backbone.
     """
     if form in FILES:
         return export_file(Path(source), Path(output), weights, dtype, form)
@@ -52,7 +52,7 @@ def export_checkpoint(
 
 
 def export_file(source: Path, output: Path, weights: str, dtype: str, form: str) -> Path:
-    """The student's weights, or a whole checkpoint, as one file; the pretrained pipeline is not needed for it."""
+    """Write the student's weights or a whole checkpoint as one file; this does not need the pretrained pipeline."""
     import torch
 
     from cdm_lightning.checkpoint.single_file import check_file, write_checkpoint, write_weights
@@ -69,34 +69,45 @@ def export_file(source: Path, output: Path, weights: str, dtype: str, form: str)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line's arguments."""
+    """Return the parser of the command line."""
     made = argparse.ArgumentParser(
-        prog="python -m cdm_lightning.export", description="Student to pipeline folder or LoRA."
+        prog="python -m cdm_lightning.export", description="Export a student as a pipeline folder or LoRA."
     )
-    made.add_argument("source", metavar="RUN", help="run folder (its newest checkpoint) or a checkpoint")
+    made.add_argument("source", metavar="RUN", help="a run folder (its newest checkpoint is used) or a checkpoint")
     made.add_argument(
-        "--output", required=True, metavar="PATH", help="folder to write (an earlier export is replaced), or new file"
+        "--output",
+        required=True,
+        metavar="PATH",
+        help="the folder to write (an earlier export is replaced) or the new file",
     )
-    made.add_argument("--nfe", type=int, default=4, metavar="N", help="steps to export for (default: %(default)s)")
     made.add_argument(
-        "--weights", choices=("auto", *WEIGHTS), default="auto", help="default: the average if there is one"
+        "--nfe", type=int, default=4, metavar="N", help="the number of steps to export for (default: %(default)s)"
     )
-    made.add_argument("--dtype", choices=DTYPES, default="float32", help="of the network's file (default: %(default)s)")
+    made.add_argument(
+        "--weights", choices=("auto", *WEIGHTS), default="auto", help="default: the EMA weights if there are any"
+    )
+    made.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="the dtype of the network's file (default: %(default)s)"
+    )
     made.add_argument(
         "--form",
         choices=FORMS,
         default="pipeline",
-        help="pipeline: a LoRA is fused in; lora: its file alone; weights: the student as a .safetensors file; "
-        "checkpoint: all of a checkpoint as a .safetensors file",
+        help="pipeline: a pipeline folder, with a LoRA fused in; lora: the LoRA alone; weights: the student as a "
+        ".safetensors file; checkpoint: the whole checkpoint as a .safetensors file",
     )
-    made.add_argument("--height", type=int, metavar="PIXELS", help="of the shown call (default: that of the run)")
-    made.add_argument("--width", type=int, metavar="PIXELS", help="of the shown call (default: that of the run)")
+    made.add_argument(
+        "--height", type=int, metavar="PIXELS", help="the height in the model card's call (default: that of the run)"
+    )
+    made.add_argument(
+        "--width", type=int, metavar="PIXELS", help="the width in the model card's call (default: that of the run)"
+    )
     made.add_argument("--pretrained", metavar="FOLDER", help="the pretrained pipeline, if it has moved since the run")
     return made
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; a mistake of the user is one line on stderr and exit status 2."""
+    """Run the command line; a user's mistake is reported in one line on stderr, with exit status 2."""
     quiet_libraries()
     try:
         options = parser().parse_args(arguments)

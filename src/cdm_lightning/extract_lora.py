@@ -1,7 +1,7 @@
-"""`python -m cdm_lightning.extract_lora --base PIPELINE --tuned PIPELINE --rank R --output FILE`: weights to a LoRA.
+"""`python -m cdm_lightning.extract_lora --base PIPELINE --tuned PIPELINE --rank R --output FILE`: extract a LoRA.
 
-The LoRA of rank R that is nearest to the difference of two pipelines' transformers, for example the pretrained one and
-an exported student of which all weights were trained. What it cannot hold is reported, layer by layer.
+It is the LoRA of rank R that is nearest to the difference of two pipelines' transformers, for example the pretrained one
+and an exported student whose weights were all trained. The error that remains is reported layer by layer.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from cdm_lightning.errors import UserError
 from cdm_lightning.files import replacing
 from cdm_lightning.terminal.quiet import quiet_libraries
 
-if TYPE_CHECKING:  # torch and the rest take seconds to import: --help and mistakes should not wait for them
+if TYPE_CHECKING:  # these take seconds to import: --help and error messages should not wait for them
     from torch import Tensor
 
     from cdm_lightning.backbones.transformer_files import TransformerFiles
@@ -24,9 +24,9 @@ if TYPE_CHECKING:  # torch and the rest take seconds to import: --help and mista
 
 
 def extract_lora(base: str, tuned: str, rank: int, output: str | Path, device: str = "auto") -> "Extraction":
-    """Write the LoRA file `output` for `load_lora_weights` and return what was found.
+    """Write the LoRA file `output`, for diffusers' `load_lora_weights`, and return the extracted LoRA with its errors.
 
-    UserError for pipelines that do not fit one another or do not differ, and for an `output` that cannot be written.
+    UserError for transformers of different shapes or without a difference, and for an `output` that cannot be written.
     """
     output = Path(output)
     if rank < 1:
@@ -41,7 +41,9 @@ def extract_lora(base: str, tuned: str, rank: int, output: str | Path, device: s
     require_same_shapes(before, after)
     found = extract(_pairs(before, after), rank, choose_device(device))
     if not found.tensors:
-        raise UserError(f"{tuned} and {base} do not differ in any linear layer; there is nothing to extract")
+        raise UserError(
+            f"{tuned} and {base} do not differ in any linear layer, so there is nothing to extract; pass other pipelines"
+        )
     _write(before.family, found, output)
     return found
 
@@ -54,7 +56,7 @@ def _pairs(before: "TransformerFiles", after: "TransformerFiles") -> "Iterator[t
 
 
 def _write(family: type, found: "Extraction", output: Path) -> None:
-    """All of the file or nothing."""
+    """Write the file completely or not at all."""
     from cdm_lightning.backbones.lora_file import write_lora_file
 
     try:
@@ -69,29 +71,33 @@ def _write(family: type, found: "Extraction", output: Path) -> None:
 
 
 def report(found: "Extraction") -> str:
-    """The relative errors as lines: each tensor's, the worst first, then that of all."""
+    """Return the relative errors as lines: those of the tensors, the worst first, then that of the whole difference."""
     errors = sorted(found.errors(), key=lambda pair: -pair[1])
     outside = set(found.outside)
     lines = [
-        f"{error:9.2e}  {name}{'  (no linear layer: left out)' if name in outside else ''}" for name, error in errors
+        f"{error:9.2e}  {name}{'  (not a linear layer: left out)' if name in outside else ''}" for name, error in errors
     ]
     lines.append(f"{found.error:9.2e}  of the whole difference is lost (relative, Frobenius)")
     return "\n".join(lines)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line's arguments."""
-    made = argparse.ArgumentParser(prog="python -m cdm_lightning.extract_lora", description="Tuned weights to a LoRA.")
-    made.add_argument("--base", required=True, metavar="PIPELINE", help="pretrained pipeline: folder or hub id")
-    made.add_argument("--tuned", required=True, metavar="PIPELINE", help="the same after training: folder or hub id")
-    made.add_argument("--rank", required=True, type=int, metavar="R", help="of each layer's update")
-    made.add_argument("--output", required=True, metavar="FILE", help="LoRA file to write (.safetensors)")
-    made.add_argument("--device", default="auto", help="for the decompositions (default: CUDA if there is one)")
+    """Return the parser of the command line."""
+    made = argparse.ArgumentParser(
+        prog="python -m cdm_lightning.extract_lora", description="Extract a LoRA from tuned weights."
+    )
+    made.add_argument("--base", required=True, metavar="PIPELINE", help="the pretrained pipeline: a folder or hub id")
+    made.add_argument(
+        "--tuned", required=True, metavar="PIPELINE", help="the same pipeline after training: a folder or hub id"
+    )
+    made.add_argument("--rank", required=True, type=int, metavar="R", help="the rank of each layer's update")
+    made.add_argument("--output", required=True, metavar="FILE", help="the LoRA file to write (.safetensors)")
+    made.add_argument("--device", default="auto", help="the device for the decompositions (default: CUDA if available)")
     return made
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; a mistake of the user is one line on stderr and exit status 2."""
+    """Run the command line; a user's mistake is reported in one line on stderr, with exit status 2."""
     options = parser().parse_args(arguments)
     quiet_libraries()
     try:

@@ -1,4 +1,4 @@
-"""`python -m cdm_lightning.pretrain experiment=tiny_sd3_teacher`: make every bundled weight of the tiny pipeline from nothing."""
+"""`python -m cdm_lightning.pretrain experiment=tiny_sd3_teacher`: train the bundled weights from scratch."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,10 @@ STAGES = ("prompts", "vae", "teacher", "classifier", "clip")
 
 
 def pretrain(cfg: DictConfig) -> Path:
-    """Run the stages of `cfg.stages` in order and write the assets into `cfg.output`; interrupted stages go on where they stopped."""
+    """Run the stages in `cfg.stages` and write the assets into `cfg.output`.
+
+    An interrupted stage continues where it stopped.
+    """
     import torch
 
     from cdm_lightning.pretraining import prompts, scorers, teacher, tiny_sd3, vae
@@ -54,7 +57,10 @@ def pretrain(cfg: DictConfig) -> Path:
 
 
 def save_pipeline(pipeline, folder: Path) -> None:
-    """Write the pipeline as diffusers does, the transformer in half precision (it is most of the size), all or nothing."""
+    """Write the pipeline as diffusers does, completely or not at all.
+
+    The transformer, which makes up most of the size, is in half precision.
+    """
     import torch
 
     pipeline.transformer.to(torch.float16)
@@ -63,7 +69,7 @@ def save_pipeline(pipeline, folder: Path) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     run_cli(pretrain, "pretrain")
 
 

@@ -1,8 +1,7 @@
-"""`python -m cdm_lightning.sample --model FOLDER --prompt TEXT`: a labelled grid of pictures from a pipeline folder.
+"""`python -m cdm_lightning.sample --model FOLDER --prompt TEXT`: draw a labelled grid of images from a pipeline folder.
 
-An exported folder gives the student's own pictures, and so does a run's folder or checkpoint; any other pipeline of a
-known family, such as the teacher's, can be looked at with the same noise: that of picture i is a function of the seed and
-of i only.
+An exported folder, a run's folder and a checkpoint give the images of the student. Any other pipeline of a known family,
+such as the teacher's, can be sampled with the same noise: that of image i depends only on the seed and on i.
 """
 
 import argparse
@@ -16,20 +15,20 @@ from cdm_lightning.errors import UserError
 from cdm_lightning.run.folder import is_run
 from cdm_lightning.terminal.quiet import quiet_libraries
 
-if TYPE_CHECKING:  # torch and the rest take seconds to import: --help and mistakes should not wait for them
+if TYPE_CHECKING:  # these take seconds to import: --help and error messages should not wait for them
     from PIL.Image import Image
     from torch import Tensor, nn
 
     from cdm_lightning.backbones.base import Backbone
 
-    Opened = tuple[Backbone, Callable[[], nn.Module], int]  # how its network is made, and its number of steps
+    Opened = tuple[Backbone, Callable[[], nn.Module], int]  # the backbone, a function that makes its network, the steps
 
-RUN_STEPS = 4  # of a run's student: what CDM (arXiv:2605.06376) trains for
+RUN_STEPS = 4  # for a run's student: the steps that CDM (arXiv:2605.06376) trains for
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Pictures (N, 3, H, W) in [0, 1] on the CPU and the number of steps that they were made in."""
+    """Images (N, 3, H, W) in [0, 1] on the CPU, and the number of steps that generated them."""
 
     images: "Tensor"
     steps: int
@@ -47,11 +46,13 @@ def sample_images(
     height: int | None = None,
     width: int | None = None,
 ) -> "Samples":
-    """Pictures of the prompts; `steps=None` is what was exported for, 4 for a run, else the default of the pipeline's call.
+    """Generate an image for each prompt.
 
-    `lora` is a LoRA file, or an export of one with its number of steps, that is fused into the model. `height` and `width`
-    are pixels, by default those of the model. A guidance scale of at most 1 is none. Raises UserError for a model that is
-    neither run nor pipeline of a known family, and for a size that it cannot make.
+    `steps=None` is the number that an export was made for, 4 for a run, and the default of the pipeline's call for any
+    other pipeline. `lora` is a LoRA file or an exported LoRA, which has its own number of steps; it is fused into the
+    model. `height` and `width` are in pixels, by default those of the model. A guidance scale of at most 1 means no
+    guidance. Raises UserError for a model that is neither a run nor a pipeline of a known family, and for a size that the
+    model cannot make.
     """
     from cdm_lightning.distributed.devices import choose_device
     from cdm_lightning.evaluation.samplers import SamplerSpec, generate
@@ -66,7 +67,7 @@ def sample_images(
 
 
 def open_run(model: str, lora: str | None) -> "Opened":
-    """The backbone of a run, how its student's network is made, and the number of steps of the paper."""
+    """Return a run's backbone, the function that makes its student's network, and the number of steps of the paper."""
     from cdm_lightning.run.student import open_student, plain_network
 
     if lora is not None:
@@ -76,9 +77,9 @@ def open_run(model: str, lora: str | None) -> "Opened":
 
 
 def open_model(model: str, lora: str | None = None) -> "Opened":
-    """The backbone of a folder or hub id, how its network is made, and the number of steps of its call.
+    """Return the backbone of a folder or hub id, the function that makes its network, and the steps of its call.
 
-    Sizes and steps are those of an exported student, or of an exported LoRA where `lora` is one.
+    Sizes and steps are those of the exported student, or of the exported LoRA if `lora` is one.
     """
     from cdm_lightning.backbones.families import open_pipeline
 
@@ -91,7 +92,7 @@ def open_model(model: str, lora: str | None = None) -> "Opened":
 
 
 def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
-    """The prompts of the command line and then those of a prompt file; UserError if there is none."""
+    """Return the prompts of the command line, followed by those of a prompt file; UserError if there are none."""
     found = list(prompts)
     if file is not None:
         from cdm_lightning.data.prompts import PromptFile
@@ -104,7 +105,7 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
 
 
 def write_picture(picture: "Image", output: Path) -> None:
-    """Save as PNG, whole or not at all; UserError if it cannot be written there."""
+    """Save the picture as PNG, completely or not at all; UserError if it cannot be written to `output`."""
     from cdm_lightning.files import replacing
 
     try:
@@ -116,25 +117,31 @@ def write_picture(picture: "Image", output: Path) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line's arguments."""
-    made = argparse.ArgumentParser(prog="python -m cdm_lightning.sample", description="A labelled grid of pictures.")
-    made.add_argument("--model", required=True, metavar="FOLDER", help="export, run, pipeline folder or hub id")
-    made.add_argument("--lora", metavar="FOLDER", help="LoRA file or exported LoRA to add to a pipeline")
-    made.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
-    made.add_argument("--prompts-file", metavar="FILE", help="text file, one prompt a line, or .jsonl")
-    made.add_argument("--steps", type=int, metavar="N", help="default: what the folder was exported for")
-    made.add_argument("--guidance-scale", type=float, default=1.0, metavar="S", help="up to 1 is none (default: 1)")
+    """Return the parser of the command line."""
+    made = argparse.ArgumentParser(prog="python -m cdm_lightning.sample", description="Draw a labelled grid of images.")
+    made.add_argument(
+        "--model", required=True, metavar="FOLDER", help="an export, a run, a pipeline folder or a hub id"
+    )
+    made.add_argument("--lora", metavar="FOLDER", help="a LoRA file or an exported LoRA to add to a pipeline")
+    made.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT", help="a prompt; the option may be given several times"
+    )
+    made.add_argument("--prompts-file", metavar="FILE", help="a text file with one prompt per line, or .jsonl")
+    made.add_argument("--steps", type=int, metavar="N", help="default: the number that the folder was exported for")
+    made.add_argument(
+        "--guidance-scale", type=float, default=1.0, metavar="S", help="1 or less is no guidance (default: 1)"
+    )
     made.add_argument("--height", type=int, metavar="PIXELS", help="default: the size that the model was made for")
     made.add_argument("--width", type=int, metavar="PIXELS", help="default: the size that the model was made for")
-    made.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default: 0)")
-    made.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures at a time (default: 8)")
+    made.add_argument("--seed", type=int, default=0, metavar="N", help="the seed of the noise (default: 0)")
+    made.add_argument("--batch-size", type=int, default=8, metavar="N", help="images at a time (default: 8)")
     made.add_argument("--device", default="auto", help="default: CUDA if there is one")
-    made.add_argument("--output", default="grid.png", metavar="FILE", help="picture to write (default: grid.png)")
+    made.add_argument("--output", default="grid.png", metavar="FILE", help="the picture to write (default: grid.png)")
     return made
 
 
 def run(options: argparse.Namespace) -> Path:
-    """Do what the command line says and return the picture's path."""
+    """Generate the images, write the picture and return its path."""
     prompts, output = read_prompts(options.prompt, options.prompts_file), Path(options.output)
     if output.is_dir():
         raise UserError(f"{output} is a folder; pass the name of a picture to write")
@@ -163,7 +170,7 @@ def run(options: argparse.Namespace) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; a mistake of the user is one line on stderr and exit status 2."""
+    """Run the command line; a user's mistake is reported in one line on stderr, with exit status 2."""
     quiet_libraries()
     try:
         output = run(parser().parse_args(arguments))

@@ -1,4 +1,4 @@
-"""Where an objective may reach into a family's networks: the hidden states after their blocks, and their time embedding.
+"""The inner parts of a family's networks that an objective may use: hidden states after blocks, and the time embedding.
 
 Shapes: B batch, N tokens, D width of a hidden state.
 """
@@ -15,39 +15,39 @@ from cdm_lightning.lora.views import RoleView
 
 
 class Anatomy:
-    """What `Backbone` says about the parts of its networks; all of it is known without building a network."""
+    """The part of `Backbone` that describes the parts of its networks; no network is built for it."""
 
-    block_types: tuple[type[nn.Module], ...] = ()  # the repeated blocks: units of checkpointing and of sharding
-    time_embedding: str | None = None  # name of the submodule whose output (B, D) tells the blocks the time
+    block_types: tuple[type[nn.Module], ...] = ()  # the repeated blocks: units of checkpointing and sharding
+    time_embedding: str | None = None  # name of the submodule whose output (B, D) carries the time to the blocks
 
     @property
     def feature_width(self) -> int:
-        """D of the hidden states after a block; UserError for a family that does not tell it."""
-        raise UserError(f"{type(self).__name__} does not tell the width of its hidden features")
+        """D of the hidden states after a block; UserError for a family that does not define it."""
+        raise UserError(f"{type(self).__name__} does not define the width of its hidden features")
 
     @property
     def time_embedding_width(self) -> int:
-        """D of the output (B, D) of `time_embedding`; UserError for a family that does not tell it."""
-        raise UserError(f"{type(self).__name__} does not tell the width of its time embedding")
+        """D of the output (B, D) of `time_embedding`; UserError for a family that does not define it."""
+        raise UserError(f"{type(self).__name__} does not define the width of its time embedding")
 
     def features_after(self, block_output: Any) -> Tensor:
-        """The image tokens' hidden states (B, N, D) in what a block returned.
+        """Return the image tokens' hidden states (B, N, D) from the output of a block.
 
-        By default that is the output itself, or the last part of a tuple (hidden states of the text, of the image).
+        By default this is the output itself, or the last item of a tuple (hidden states of the text, of the image).
         """
         return block_output[-1] if isinstance(block_output, tuple) else block_output
 
     def blocks_of(self, network: nn.Module) -> list[nn.Module]:
-        """The blocks of a network of this family, or of the base that a LoRA view calls, in the order of its modules."""
+        """Return the blocks of a network, or of the base that a LoRA view calls, in the order of its modules."""
         return [module for module in unwrapped(network).modules() if isinstance(module, self.block_types)]
 
     def time_module(self, network: nn.Module) -> nn.Module:
-        """The submodule `time_embedding` of a network, or of the base that a LoRA view calls, for hooks on its output.
+        """Return the submodule `time_embedding` of a network, or of the base that a LoRA view calls; hooks may be added to it.
 
         UserError if the family or the network has none.
         """
         if self.time_embedding is None:
-            raise UserError(f"{type(self).__name__} does not tell where its networks embed the time")
+            raise UserError(f"{type(self).__name__} does not define where its networks embed the time")
         try:
             return unwrapped(network).get_submodule(self.time_embedding)
         except AttributeError as error:
@@ -55,14 +55,14 @@ class Anatomy:
 
 
 def unwrapped(network: nn.Module) -> nn.Module:
-    """The module that holds the blocks: the network itself, or the shared base that a LoRA view calls."""
+    """Return the module that holds the blocks: the network itself, or the shared base that a LoRA view calls."""
     return network.shared.network if isinstance(network, RoleView) else network
 
 
 def gather_for_backward(network: nn.Module, features: Tensor) -> None:
-    """Let the backward pass through features of a sharded network gather the weights outside of its blocks.
+    """Make the backward pass through features of a sharded network gather the weights that are outside its blocks.
 
-    FSDP2 does so when it comes to what the network returned, which a loss of features alone does not use.
+    FSDP2 gathers them when the backward pass reaches the network's output, which a loss on features alone does not use.
     """
     root = unwrapped(network)
     if isinstance(root, FSDPModule) and features.requires_grad:
@@ -70,7 +70,7 @@ def gather_for_backward(network: nn.Module, features: Tensor) -> None:
 
 
 def pick_blocks(blocks: Sequence[nn.Module], numbers: Sequence[int]) -> list[nn.Module]:
-    """The blocks with these numbers, negative ones counted from the end; UserError for a number that there is not."""
+    """Return the blocks with these numbers; negative ones count from the end. UserError for a block that does not exist."""
     for number in numbers:
         if not -len(blocks) <= number < len(blocks):
             known = f"the blocks 0 to {len(blocks) - 1}, or -{len(blocks)} to -1" if blocks else "no blocks"
@@ -80,10 +80,10 @@ def pick_blocks(blocks: Sequence[nn.Module], numbers: Sequence[int]) -> list[nn.
 
 @contextmanager
 def outputs_of(blocks: Sequence[nn.Module]) -> Generator[dict[nn.Module, Any]]:
-    """A dictionary that fills with what each of the blocks returns first inside the `with`, by block.
+    """Yield a dictionary that receives the first output of each block inside the `with`, by block.
 
-    Nothing is left on the blocks afterwards, so that what gradient checkpointing runs again in the backward pass is not
-    collected, and no computation is added to a block, which would change what the backward pass has to recompute.
+    The hooks are removed afterwards, so that the outputs of a recomputation in the backward pass (gradient checkpointing)
+    are not collected. They add no computation to a block, which would change what the backward pass recomputes.
     """
     outputs: dict[nn.Module, Any] = {}
 

@@ -1,7 +1,7 @@
-"""What a model family has to know, and the fields that its networks become once text and precision are bound.
+"""The interface that every model family implements, and the velocity field of a network with its text and precision.
 
-Shapes: latents (B, C, H, W); sigma (B,) in [0, 1], 1 = noise, float32 always; images (B, 3, H, W) in [0, 1].
-A new family is one file with a `Backbone`: everything outside speaks these shapes and sigma only.
+Shapes: latents (B, C, H, W); sigma (B,) in [0, 1], 1 = noise, always float32; images (B, 3, H, W) in [0, 1].
+A new family is one file with a subclass of `Backbone`. The rest of the code uses only these shapes and sigma.
 """
 
 from abc import ABC, abstractmethod
@@ -19,44 +19,44 @@ from cdm_lightning.core.flow import Rows, VelocityField, plain_guidance
 from cdm_lightning.errors import UserError
 
 CheckpointFunction = Callable[..., Any]  # (block, *arguments) -> its result, recomputed in the backward pass
-Conditioning = dict[str, Tensor]  # what a network is told besides x and sigma: batch first, keys its backbone's own
+Conditioning = dict[str, Tensor]  # a network's inputs except x and sigma, batch first; the backbone names them
 
 
 def select_rows(cond: Conditioning, rows: Rows) -> Conditioning:
-    """The conditioning of some samples; without a copy if they are consecutive."""
+    """Return the conditioning of some samples; a slice of samples is not copied."""
     if isinstance(rows, slice):
         return {name: value[rows] for name, value in cond.items()}
     return {name: value.index_select(0, rows.to(value.device)) for name, value in cond.items()}
 
 
 def repeat_rows(cond: Conditioning, times: int) -> Conditioning:
-    """The conditioning of one prompt as that of so many samples; takes no memory."""
+    """Return the conditioning of one prompt expanded to a batch of `times` samples; this copies nothing."""
     return {name: value.expand(times, *value.shape[1:]) for name, value in cond.items()}
 
 
 def concat(conds: Sequence[Conditioning]) -> Conditioning:
-    """The conditioning of the batches one after the other; KeyError if their keys differ."""
+    """Concatenate the conditioning of several batches; KeyError if one of them lacks a key of the first."""
     return {name: torch.cat([cond[name] for cond in conds]) for name in conds[0]}
 
 
 class TextCache(Protocol):
-    """Conditioning that was encoded before; `data.text_cache.StoredText` is one."""
+    """Conditioning that was encoded earlier and stored; `data.text_cache.StoredText` implements it."""
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """The conditioning of B prompts; UserError for a prompt that is not there."""
+        """Return the conditioning of B prompts; UserError for a prompt that the cache does not hold."""
 
     def to(self, device: torch.device) -> None:
-        """Give conditioning on this device from here on."""
+        """Return conditioning on this device from now on."""
 
 
 class TextMemory(Protocol):
-    """What has been encoded, kept; `data.text_memory.RememberedText` is one."""
+    """Conditioning that is kept after it was encoded once; `data.text_memory.RememberedText` implements it."""
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """The conditioning of B prompts."""
+        """Return the conditioning of B prompts."""
 
     def forget(self) -> None:
-        """Encode anew at the next call."""
+        """Drop everything that is kept; the next call encodes again."""
 
 
 class Backbone(Anatomy, ABC):
@@ -64,9 +64,9 @@ class Backbone(Anatomy, ABC):
 
     text_cache: TextCache | None = None  # see `use_text_cache`
     text_memory: TextMemory | None = None  # see `use_text_memory`
-    lora_targets: Mapping[str, tuple[str, ...]] = {}  # presets of LoRA targets: ends of the names of linear layers
-    teacher_is_base: bool = True  # the teacher is the network of `build_base`: adapters off, it serves as one
-    unplannable: str | None = None  # why the planner cannot plan the family, a sentence; said before any file is read
+    lora_targets: Mapping[str, tuple[str, ...]] = {}  # presets of LoRA targets: name suffixes of linear layers
+    teacher_is_base: bool = True  # whether the network of `build_base` without its adapters is the teacher
+    unplannable: str | None = None  # a sentence: why the planner cannot plan the family; shown before any file is read
 
     @property
     @abstractmethod
@@ -79,9 +79,9 @@ class Backbone(Anatomy, ABC):
         """(H, W) of an image, in pixels."""
 
     def at(self, height: int | None = None, width: int | None = None) -> "Backbone":
-        """The same family and loaded parts for images of another size in pixels; UserError if that cannot be.
+        """Return the same family, with its loaded parts, for images of another size in pixels.
 
-        A side that is None stays as it is.
+        A side that is None keeps its current value. UserError if the family cannot make images of that size.
         """
         own = self.image_size
         size = (own[0] if height is None else height, own[1] if width is None else width)
@@ -94,117 +94,123 @@ class Backbone(Anatomy, ABC):
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """Family and a hash of the network's configuration: checkpoints of another fingerprint do not fit."""
+        """The family and a hash of the network's configuration; a checkpoint with another fingerprint does not fit."""
 
     @abstractmethod
     def build_network(self) -> nn.Module:
-        """A new trainable copy of the pretrained network in float32, the same at every call and in every process."""
+        """Return a new trainable copy of the pretrained network in float32, the same at every call and in every process."""
 
     def build_teacher(self) -> nn.Module:
-        """The network to distil from; the pretrained one unless the family has a better."""
+        """Return the network to distil from; by default this is the pretrained network."""
         return self.build_network()
 
     def build_base(self) -> nn.Module:
-        """The network that adapters are put on, pretrained, in the dtype in which it shall stay frozen."""
+        """Return the pretrained network that adapters are added to, in the dtype in which it stays frozen."""
         return self.build_teacher()
 
     def build_empty(self, teacher: bool) -> nn.Module | None:
-        """What `build_network` or `build_teacher` gives, its weights on the meta device, to be filled by `read_rows`.
+        """Return the network of `build_network` or `build_teacher` with its weights on the meta device.
 
-        None for a family, or settings, whose weights are not simply those of a file: then every process builds it whole.
+        `read_rows` fills the weights. Return None if the weights are not simply those of a file, which depends on the
+        family and its settings; every process then builds the whole network.
         """
         return None
 
     def read_rows(self, name: str, first: int, end: int) -> Tensor:
-        """Rows first..end-1 of the pretrained weight of that name, read now, on the CPU, in the dtype of the file."""
+        """Read rows first..end-1 of the pretrained weight `name` from its file now, onto the CPU, in the file's dtype."""
         raise KeyError(name)
 
     @abstractmethod
     def setup(self, device: torch.device) -> None:
         """Load the frozen parts (text encoders, image codec) and move them to the device; may be called again.
 
-        With a `text_cache`, that is moved and no text encoder is loaded.
+        With a `text_cache`, the cache is moved instead, and no text encoder is loaded.
         """
 
     @property
     def text_fingerprint(self) -> dict[str, str]:
-        """All that `encode_prompts` depends on: hashes of text encoders and tokenizers by name, and settings, as texts.
+        """Everything that `encode_prompts` depends on, as strings: hashes of text encoders and tokenizers, and settings.
 
-        Raises `UserError` for a family that has no text encoder whose work could be cached.
+        Raises `UserError` for a family that has no text encoder whose output could be cached.
         """
         raise UserError(f"{type(self).__name__} has no text encoder to cache; leave text_cache.folder=null")
 
     def use_text_cache(self, cache: TextCache) -> None:
-        """Take all conditioning from `cache` from here on; to be called before `setup`."""
+        """Take all conditioning from `cache` from now on; call this before `setup`."""
         self.text_cache = cache
-        self.encode_prompts = cache.encode  # an attribute of the object hides the method of its class
+        self.encode_prompts = cache.encode  # the instance attribute hides the method of the class
 
     def use_text_memory(self, memory: TextMemory) -> None:
-        """Ask `memory`, made with this backbone's `encode_prompts`, for all conditioning from here on."""
+        """Take all conditioning from `memory` from now on; it must have been made with this backbone's `encode_prompts`."""
         self.text_memory, self.encode_prompts = memory, memory.encode
 
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """The conditioning of B prompts; "" is the unconditional one."""
+        """Return the conditioning of B prompts; the prompt "" gives the unconditional one."""
 
     def blank_conditioning(self, batch: int) -> Conditioning:
-        """What `encode_prompts` gives for `batch` prompts, in keys, shapes and dtypes, without contents, on torch's default device.
+        """Return conditioning for `batch` prompts with the keys, shapes and dtypes of `encode_prompts`, but without contents.
 
-        Only configuration files are read. UserError for a family that cannot tell.
+        It is on torch's default device. Only configuration files are read. UserError for a family that cannot do so.
         """
         raise UserError(
             self.unplannable
-            or f"{type(self).__name__} cannot be planned: it does not tell the shapes of its conditioning"
+            or f"{type(self).__name__} cannot be planned: it does not define the shapes of its conditioning"
         )
 
     @abstractmethod
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """The network's velocity, noise - x0, (B, C, H, W) in float32."""
+        """Return the network's velocity, noise - x0, as (B, C, H, W) in float32."""
 
     @abstractmethod
     def shift_sigmas(self, sigmas: Tensor) -> Tensor:
-        """Sigmas of any shape, moved towards noise as the family does, each for itself; keeps 0 and 1."""
+        """Shift sigmas of any shape towards noise as the family does, each one independently; 0 and 1 stay the same."""
 
     def shift_steps(self, sigmas: Tensor) -> Tensor:
-        """Falling unshifted sigmas (..., K) of whole rollouts without their final 0, as the family's sampler runs them.
+        """Shift the sigmas of whole rollouts as the family's sampler does.
 
-        `shift_sigmas`, but for a family whose scheduler also stretches a rollout to a fixed last sigma.
+        `sigmas` (..., K) are unshifted, decreasing and without the final 0. The default is `shift_sigmas`; a family
+        overrides it if its scheduler also stretches each rollout so that its last sigma has a fixed value.
         """
         return self.shift_sigmas(sigmas)
 
     def guide(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
-        """The velocity (B, C, H, W) that the family's pipeline makes of a conditional and an unconditional one.
+        """Combine a conditional and an unconditional velocity (B, C, H, W) as the family's pipeline does.
 
-        Scale 1 is no guidance, whatever the pipeline calls it. For evaluation only: the objective has its own.
+        Scale 1 means no guidance, whatever value the pipeline uses for that. This is for evaluation only: the objective
+        has its own guidance.
         """
         return plain_guidance(cond, uncond, scale)
 
     @abstractmethod
     def decode_latents(self, x0: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] of clean latents (B, C, H, W)."""
+        """Decode clean latents (B, C, H, W) into images (B, 3, H, W) in [0, 1]."""
 
     @abstractmethod
     def encode_images(self, images: Tensor) -> Tensor:
-        """Clean latents (B, C, H, W) of images (B, 3, H, W) in [0, 1]."""
+        """Encode images (B, 3, H, W) in [0, 1] into clean latents (B, C, H, W)."""
 
     @abstractmethod
     def enable_gradient_checkpointing(self, network: nn.Module, function: CheckpointFunction | None = None) -> None:
-        """Let the network's blocks recompute activations in the backward pass, by torch or by a `function` given."""
+        """Make the network's blocks recompute activations in the backward pass, by `function` if given, else by torch."""
 
     @abstractmethod
     def save_pipeline(self, network: nn.Module, folder: Path, nfe: int, model_card: str) -> None:
-        """Write a folder that samples with `nfe` calls of `network` by default, in the family's own format."""
+        """Write a folder, in the family's own format, that samples with `nfe` calls of `network` by default."""
 
     def save_lora(self, tensors: Mapping[str, Tensor], folder: Path, nfe: int, model_card: str) -> None:
-        """Write a LoRA file (`tensors` by layer, scale 1) with the schedule of `nfe` steps; UserError if there is no such."""
+        """Write a LoRA file (`tensors` by layer, scale 1) and the schedule of `nfe` steps.
+
+        UserError if the family has no LoRA files.
+        """
         raise UserError(f"{type(self).__name__} has no LoRA files; export with --form pipeline")
 
 
 @dataclass(frozen=True, eq=False)
 class BoundField(VelocityField):
-    """A network with the conditioning of its batch, computing in `compute_dtype` (autocast where not float32).
+    """A network bound to the conditioning of its batch, computing in `compute_dtype` (by autocast unless float32).
 
-    `inputs` are the values (B,) of inputs of its own, where the network has some.
+    `inputs` are the values (B,) for the network's own inputs, if it has any (see `own_inputs`).
     """
 
     backbone: Backbone
@@ -214,7 +220,7 @@ class BoundField(VelocityField):
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """The velocity (B, C, H, W), float32; x and sigma reach the network in float32 whatever it computes in."""
+        """Return the velocity (B, C, H, W) in float32; x and sigma are given to the network in float32 in any case."""
         with (
             torch.autocast(x.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32),
             giving(self.network, self.inputs),
@@ -222,14 +228,14 @@ class BoundField(VelocityField):
             return self.backbone.velocity(self.network, x, sigma, self.cond).float()
 
     def given(self, **inputs: Tensor) -> VelocityField:
-        """The field with a value (B,) for each of the network's own inputs."""
+        """Return this field with a value (B,) for each of the network's own inputs."""
         return replace(self, inputs=inputs)
 
     def with_features(self, x: Tensor, sigma: Tensor, blocks: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-        """The velocity as of a plain call, and the features (B, N, D), float32, after the blocks with these numbers.
+        """Return the velocity of a plain call, and the features (B, N, D) in float32 after the given blocks.
 
-        Blocks are counted as `Backbone.blocks_of` lists them, negative numbers from the end. Features carry gradients where
-        the call does. UserError for a number that there is not, and for a block that the call does not run.
+        Blocks are numbered as `Backbone.blocks_of` lists them; negative numbers count from the end. Features carry
+        gradients if the call does. UserError for a block that does not exist or that the call does not run.
         """
         picked = pick_blocks(self.backbone.blocks_of(self.network), blocks)
         with outputs_of(picked) as outputs:
@@ -243,12 +249,12 @@ class BoundField(VelocityField):
         return velocity, features
 
     def select(self, rows: Rows) -> VelocityField:
-        """The field of some samples."""
+        """Return the field of some samples of the batch."""
         inputs = {name: values[rows] for name, values in self.inputs.items()}
         return replace(self, cond=select_rows(self.cond, rows), inputs=inputs)
 
     def join(self, others: Sequence[VelocityField]) -> VelocityField | None:
-        """One field for all batches, if they call the same network alike, with conditioning of the same shapes."""
+        """Return one field for all batches; None unless all call one network alike, with conditioning of the same shapes."""
         fields = [self, *(other for other in others if isinstance(other, BoundField) and self._is_like(other))]
         inputs = join_values([field.inputs for field in fields])
         if inputs is None or len(fields) <= len(others):

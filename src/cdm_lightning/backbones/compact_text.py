@@ -1,9 +1,10 @@
-"""One padding token in place of two hundred identical ones, with the same result.
+"""One padding token in place of about two hundred identical ones, with the same result.
 
-Stock SD3 pads T5 tokens to 256 and attends to all of them. Where the text encoder gives every padding token the same
-embedding (the bundled tiny pipeline: its T5 has no relative positions), those tokens stay identical through every block,
-because the text stream of the network has no positions either. n equal keys with equal values weigh in a softmax like
-one key whose logit is larger by log n; so keeping one of them is the same mathematics at a tenth of the cost.
+Stock SD3 pads T5 tokens to 256 and attends to all of them. If the text encoder gives every padding token the same
+embedding (as in the bundled tiny pipeline, whose T5 has no relative positions), these tokens stay identical in every
+block, because the text stream of the network has no positions either. In a softmax, n equal keys with equal values have
+the weight of one key whose logit is larger by log n. Keeping one of them is therefore the same mathematics at a tenth of
+the cost.
 """
 
 import math
@@ -19,25 +20,25 @@ if TYPE_CHECKING:
 
 
 class CompactPaddingAttention:
-    """Joint attention of SD3 (the mathematics of diffusers' `JointAttnProcessor2_0`) whose last text token stands for all padding.
+    """Joint attention of SD3 (as diffusers' `JointAttnProcessor2_0`) in which the last text token stands for all padding.
 
-    `full_length` is the number of text tokens that the stock pipeline uses (CLIP + T5); a text of fewer tokens, N, is taken
-    to be compacted: its last token then counts `full_length - N + 1` times. A text of full length is treated as stock.
+    `full_length` is the number of text tokens of the stock pipeline (CLIP + T5). A text of N < `full_length` tokens is
+    treated as compacted: its last token counts `full_length - N + 1` times. A text of full length is treated as usual.
     """
 
     def __init__(self, full_length: int) -> None:
         self.full_length = full_length
-        self._biases: dict[tuple, Tensor | None] = {}  # by the arguments of `bias`
+        self._biases: dict[tuple, Tensor | None] = {}  # keyed by the arguments of `bias`
 
     def __call__(
         self,
-        attn: Any,  # the `Attention` of diffusers, whose parts are declared as modules of no kind
+        attn: Any,  # the `Attention` of diffusers, which declares its parts as plain modules
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         **_: object,
     ) -> tuple[Tensor, Tensor]:
-        """Image tokens (B, M, D) and text tokens (B, N, D) -> both, attended."""
+        """Image tokens (B, M, D) and text tokens (B, N, D) -> both after attention, in the same shapes."""
         image, text = hidden_states, encoder_hidden_states
         tokens = (image.shape[1], text.shape[1])
         parts = [attn.to_q(image), attn.add_q_proj(text), attn.to_k(image), attn.add_k_proj(text)]
@@ -52,15 +53,15 @@ class CompactPaddingAttention:
         return image, text if attn.context_pre_only else attn.to_add_out(text)
 
     def bias(self, image_tokens: int, text_tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """(1, 1, 1, image + text) added to the logits: log of how often each key counts; None for a text of full length."""
+        """Return what is added to the logits, (1, 1, 1, image + text): the log of each key's count; None at full length."""
         key = (image_tokens, text_tokens, dtype, device)
-        if torch.compiler.is_compiling():  # a second call that finds what the first one made would be another program
+        if torch.compiler.is_compiling():  # a cache would make the second call a different program and recompile it
             return self._make_bias(*key)
         if key not in self._biases:
             self._biases[key] = self._make_bias(*key)
         return self._biases[key]
 
-    @torch.inference_mode(False)  # it may be kept from a validation for a training step
+    @torch.inference_mode(False)  # a training step may use the tensor that a validation made
     def _make_bias(
         self, image_tokens: int, text_tokens: int, dtype: torch.dtype, device: torch.device
     ) -> Tensor | None:
@@ -73,9 +74,10 @@ class CompactPaddingAttention:
 
 
 def normalised(x: Tensor, norms: Sequence[Any], lengths: Sequence[int]) -> Tensor:
-    """x (B, T, H, d), the first lengths[0] tokens of it by the `RMSNorm` norms[0] of diffusers and so on: all at once.
+    """Normalise x (B, T, H, d): its first lengths[0] tokens by diffusers' `RMSNorm` norms[0], the next by norms[1], ...
 
-    A quarter of the operations of one call a norm, which is what a small network's attention spends its time on.
+    One pass for all norms takes a quarter of the operations of one call per norm, on which the attention of a small
+    network spends most of its time.
     """
     if norms[0] is None:
         return x
@@ -85,14 +87,14 @@ def normalised(x: Tensor, norms: Sequence[Any], lengths: Sequence[int]) -> Tenso
 
 
 def compact_text(embeds: Tensor, keep: int) -> Tensor:
-    """(B, N, D) -> (B, keep + 1, D): the first `keep` tokens and the last one, which stands for all that were dropped."""
+    """(B, N, D) -> (B, keep + 1, D): the first `keep` tokens, and the last token, which stands for the dropped ones."""
     if keep + 1 >= embeds.shape[1]:
         return embeds
     return torch.cat([embeds[:, :keep], embeds[:, -1:]], dim=1)
 
 
 def use_compact_padding(network: nn.Module, full_length: int) -> None:
-    """Give every attention of an `SD3Transformer2DModel` the compact form; a saved network carries nothing of it."""
+    """Use `CompactPaddingAttention` in every attention of an `SD3Transformer2DModel`; a saved network is not affected."""
     transformer = cast("SD3Transformer2DModel", network)
     compact: Any = {name: CompactPaddingAttention(full_length) for name in transformer.attn_processors}
-    transformer.set_attn_processor(compact)  # declared to take the processors of diffusers alone
+    transformer.set_attn_processor(compact)  # its type declares only the processors of diffusers

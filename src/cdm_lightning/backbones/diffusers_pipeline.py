@@ -1,7 +1,7 @@
-"""What all families of diffusers pipelines have in common; a family adds its classes, its call and its text.
+"""The base of all backbones for diffusers pipelines; a family adds its classes, network call and text encoding.
 
-Shapes: B batch, (C, h, w) latent. What the stock pipeline does is asked of the stock pipeline: it encodes prompts, its
-scheduler shifts sigmas, its image processor maps pixels. Training therefore sees what `pipe(prompt)` will see.
+Shapes: B batch, (C, h, w) latent. The stock pipeline itself encodes prompts, its scheduler shifts sigmas, and its image
+processor converts pixels. Training therefore sees the same inputs as `pipe(prompt)`.
 """
 
 import sys
@@ -28,40 +28,45 @@ from cdm_lightning.errors import UserError
 
 
 def weights_dtype(network: nn.Module) -> torch.dtype:
-    """The dtype of the network's weights.
+    """Return the dtype of the network's weights.
 
-    `ModelMixin.dtype` looks at every module first, a millisecond for the bundled pipeline and several for a large one: in each call.
+    This is faster than `ModelMixin.dtype`, which visits every module in each call: that takes a millisecond for the
+    bundled pipeline and several for a large one.
     """
     if isinstance(network, ModelMixin):
         return next(parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())
-    return cast(torch.dtype, network.dtype)  # of a view of a shared base
+    return cast(torch.dtype, network.dtype)  # the attribute of a view of a shared base
 
 
 class PipelineBackbone(PipelineSettings):
-    """A text-to-image pipeline of diffusers, from a local folder or a hub id; nothing is read before it is needed.
+    """A text-to-image pipeline of diffusers, from a local folder or a hub id; files are read only when needed.
 
     The arguments are those of `PipelineSettings`.
     """
 
-    unguided: ClassVar[Mapping[str, Any]] = {"guidance_scale": 1.0}  # what the plain call needs to call once a step
-    notes: ClassVar[tuple[str, ...]] = ("`guidance_scale` is 0 or 1: one network call a step.",)  # in the model card
+    unguided: ClassVar[Mapping[str, Any]] = {"guidance_scale": 1.0}  # call arguments for one network call per step
+    notes: ClassVar[tuple[str, ...]] = ("`guidance_scale` is 0 or 1: one network call a step.",)  # for the model card
 
     # ---- networks
 
     def build_network(self) -> nn.Module:
-        """The pretrained transformer, float32 and trainable; the same at every call."""
+        """Return the pretrained transformer, float32 and trainable; it is the same at every call."""
         return self._finished(self._load_network(torch.float32)).requires_grad_(True).train()
 
     def build_teacher(self) -> nn.Module:
-        """The pretrained transformer, frozen, in `teacher_dtype`."""
+        """Return the pretrained transformer, frozen, in `teacher_dtype`."""
         return self._finished(self._load_network(DTYPES[self.teacher_dtype])).requires_grad_(False).eval()
 
     def _finished(self, network: nn.Module) -> nn.Module:
-        """The transformer with whatever the family changes in how it computes."""
+        """Return the transformer after the family's own changes to how it computes."""
         return network
 
     def build_empty(self, teacher: bool) -> nn.Module | None:
-        """The transformer without its weights, but with its buffers; None with a `teacher_lora` fused in."""
+        """Return the transformer with its buffers but without its weights.
+
+        Return None if the weights are not simply those of its files: with a `teacher_lora`, with weights that stay in
+        float32, or without any weights.
+        """
         if not self.has_weights or self.teacher_lora is not None or self.transformer_class._keep_in_fp32_modules:
             return None
         with torch.device("cpu"), init_empty_weights(include_buffers=False):
@@ -80,7 +85,7 @@ class PipelineBackbone(PipelineSettings):
         return TransformerFiles(str(self.folder))
 
     def read_rows(self, name: str, first: int, end: int) -> Tensor:
-        """Rows first..end-1 of a weight, read from its safetensors file now."""
+        """Read rows first..end-1 of a weight from its safetensors file now."""
         return self._files.rows(name, first, end)
 
     def _load_network(self, dtype: torch.dtype) -> nn.Module:
@@ -106,22 +111,22 @@ class PipelineBackbone(PipelineSettings):
         return network
 
     def enable_gradient_checkpointing(self, network: nn.Module, function: CheckpointFunction | None = None) -> None:
-        """Recompute each block in the backward pass, by torch or by a `function` given."""
+        """Recompute each block in the backward pass, by `function` if given, else by torch."""
         cast(ModelMixin, network).enable_gradient_checkpointing(function)
 
     # ---- sigmas
 
     def shift_sigmas(self, sigmas: Tensor) -> Tensor:
-        """Unshifted sigmas of any shape -> what the scheduler makes of each, float32, same shape and device."""
+        """Return the scheduler's shifted value of each unshifted sigma, in float32; any shape, same shape and device."""
         given = sigmas.detach().to("cpu", torch.float32).flatten().numpy()
-        with np.errstate(divide="ignore"):  # the dynamic shift divides by sigma, and comes out right at 0
+        with np.errstate(divide="ignore"):  # the dynamic shift divides by sigma; the result at 0 is still right
             self._shift.set_timesteps(sigmas=given, mu=self._mu)
         return self._shift.sigmas[:-1].reshape(sigmas.shape).to(sigmas.device)
 
     def shift_steps(self, sigmas: Tensor) -> Tensor:
-        """Falling sigmas (..., K) of whole rollouts -> what the scheduler runs, each rollout ending at its terminal sigma.
+        """Shift decreasing sigmas (..., K) of whole rollouts as the scheduler does: each ends at its terminal sigma, if any.
 
-        That of a single step is left alone: the scheduler would divide 0 by 0.
+        A rollout of a single step is not stretched: the scheduler would divide 0 by 0.
         """
         shifted, terminal = self.shift_sigmas(sigmas), self.scheduler.config.shift_terminal
         if not terminal or not shifted.numel():
@@ -131,12 +136,12 @@ class PipelineBackbone(PipelineSettings):
 
     @shared_property
     def _shift(self) -> FlowMatchEulerDiscreteScheduler:
-        """The scheduler without the terminal sigma, which would make a sigma depend on its neighbours."""
+        """The scheduler without its terminal sigma; with one, a shifted sigma would depend on the others of the rollout."""
         return from_config(self.scheduler.config, shift_terminal=None)
 
     @property
     def _mu(self) -> float | None:
-        """The strength of a dynamic shift, which follows the image size, by the function that the pipeline uses."""
+        """The strength of a dynamic shift for this image size, by the pipeline's own function; None for a static shift."""
         config, (_, height, width) = self.scheduler.config, self.latent_shape
         if not config.use_dynamic_shifting:
             return None
@@ -148,16 +153,16 @@ class PipelineBackbone(PipelineSettings):
 
     @shared_property
     def _codec(self) -> DiffusionPipeline:
-        """Image codec and processor, without the text encoders."""
+        """The image codec and image processor, without the text encoders."""
         return self._load_parts(self.text_parts)
 
     @shared_property
     def _text_parts(self) -> DiffusionPipeline:
-        """Text encoders and tokenizers, without the image codec."""
+        """The text encoders and tokenizers, without the image codec."""
         return self._load_parts(["vae"])
 
     def _load_parts(self, without: Iterable[str]) -> DiffusionPipeline:
-        """The pipeline with neither transformer nor the parts `without`, frozen and in eval mode (T5 has dropout)."""
+        """Load the pipeline without the transformer and the parts `without`, frozen and in eval mode (T5 has dropout)."""
         left_out = dict.fromkeys(["transformer", *without])
         with loading(self.folder):
             pipeline = self.pipeline_class.from_pretrained(
@@ -175,13 +180,13 @@ class PipelineBackbone(PipelineSettings):
             self.text_cache.to(device)
             return
         self._text_parts.to(device)
-        self.shared.pop("_unconditional", None)  # it lies on the old device
+        self.shared.pop("_unconditional", None)  # it is still on the old device
         if self.text_memory is not None:
             self.text_memory.forget()
 
     @property
     def text_parts(self) -> tuple[str, ...]:
-        """Text encoders, tokenizers and processors."""
+        """The names of the text encoders, tokenizers and processors."""
         return tuple(part for part in self.parts if part not in ("transformer", "scheduler", "vae"))
 
     @property
@@ -196,18 +201,18 @@ class PipelineBackbone(PipelineSettings):
 
     @shared_property
     def _unconditional(self) -> Conditioning:
-        """The empty prompt (B = 1), encoded once."""
+        """The conditioning of the empty prompt (B = 1), encoded once."""
         return self._encode([""])
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """The conditioning of B prompts, float32; "" is the unconditional one."""
+        """Return the conditioning of B prompts in float32; the prompt "" gives the unconditional one."""
         if any(prompts):
             return self._encode(list(prompts))
         return {name: value.repeat_interleave(len(prompts), dim=0) for name, value in self._unconditional.items()}
 
     @abstractmethod
     def _encode(self, prompts: list[str]) -> Conditioning:
-        """The conditioning of B prompts by the pipeline's own `encode_prompt`."""
+        """Encode B prompts by the pipeline's own `encode_prompt`."""
 
     # ---- images: the arithmetic of `AutoencoderKL`, which most families have
 
@@ -228,11 +233,11 @@ class PipelineBackbone(PipelineSettings):
     # ---- export
 
     def save_pipeline(self, network: nn.Module, folder: Path, nfe: int, model_card: str) -> None:
-        """Write a pipeline folder whose plain call with `nfe` steps is this network on its own sigmas."""
+        """Write a pipeline folder whose plain call with `nfe` steps runs this network on the student's sigmas."""
         write_pipeline(self.folder, network, Path(folder), model_card, self._student_call(nfe))
 
     def save_lora(self, tensors: Mapping[str, Tensor], folder: Path, nfe: int, model_card: str) -> None:
-        """Write a LoRA file that diffusers loads, the schedule that it was trained for, and how to use both."""
+        """Write a LoRA file that diffusers can load, the schedule that it was trained for, and instructions for both."""
         own = None if self.teacher_lora is None else OwnLoRA(Path(self.teacher_lora).name, self.teacher_lora_scale)
         write_lora(self.pipeline_class, tensors, Path(folder), model_card, self._student_call(nfe), own)
 
@@ -247,8 +252,9 @@ class PipelineBackbone(PipelineSettings):
         )
 
     def exported_scheduler(self, nfe: int) -> FlowMatchEulerDiscreteScheduler:
-        """The scheduler with which the pipeline's plain call of `nfe` steps runs the student's sigmas.
+        """Return the scheduler with which the pipeline's plain call of `nfe` steps runs the student's sigmas.
 
-        That of training, where the pipeline itself asks for the sigmas 1, 1 - 1/nfe, ..., 1/nfe before the shift.
+        By default it is the scheduler of training: the pipeline itself asks for the sigmas 1, 1 - 1/nfe, ..., 1/nfe
+        before the shift.
         """
         return self.scheduler

@@ -1,4 +1,4 @@
-"""Which backbone reads which pipeline: the one list of families, by the class that a pipeline's index names."""
+"""The list of model families: which backbone reads a pipeline, by the pipeline class that its index names."""
 
 from importlib import import_module
 from pathlib import Path
@@ -11,7 +11,7 @@ from cdm_lightning.errors import UserError
 if TYPE_CHECKING:
     from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone
 
-FAMILIES = {  # imported when needed: each brings its own classes of diffusers and transformers
+FAMILIES = {  # imported when needed: each imports its own classes of diffusers and transformers
     "StableDiffusion3Pipeline": ("sd3", "SD3Backbone"),
     "LongCatImagePipeline": ("longcat", "LongCatBackbone"),
     "FluxPipeline": ("flux", "FluxBackbone"),
@@ -24,14 +24,16 @@ FAMILIES = {  # imported when needed: each brings its own classes of diffusers a
 def open_pipeline(
     pretrained: str, revision: str | None = None, lora: str | None = None
 ) -> "tuple[PipelineBackbone, dict[str, Any]]":
-    """The backbone of a pipeline folder or hub id, in the sizes of an exported student, and the arguments of its call.
+    """Return the backbone of a pipeline folder or hub id, and the arguments of the exported student's call.
 
-    With `lora`, a LoRA file or an exported LoRA, that is fused in, and the call is the one of its export. The arguments are
-    empty where nothing was exported. UserError for a pipeline of no known family.
+    The backbone has the sizes of that call. `lora`, a LoRA file or an exported LoRA, is fused in, and then the call is the
+    one of its export. The arguments are empty if there is no export. UserError for a pipeline of an unknown family.
     """
     found = pipeline_class_name(pretrained, revision)
     if found not in FAMILIES:
-        raise UserError(f"{pretrained} holds a {found}, which no backbone reads; there are {', '.join(FAMILIES)}")
+        raise UserError(
+            f"{pretrained} holds a {found}, which no backbone can read; the known pipelines are {', '.join(FAMILIES)}"
+        )
     module, name = FAMILIES[found]
     family = getattr(import_module(f"cdm_lightning.backbones.{module}"), name)
     call = read_call(family(pretrained, revision).folder if lora is None else Path(lora))

@@ -25,8 +25,9 @@ TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 class FluxBackbone(PipelineBackbone):
     """A `FluxPipeline`.
 
-    The arguments are those of `PipelineBackbone`, and `guidance_embed`, the guidance that a guidance-distilled network
-    (FLUX.1-dev) is told, the same for student, teacher and fake score; a network without such an input ignores it.
+    The arguments are those of `PipelineBackbone` and `guidance_embed`: the guidance scale that a guidance-distilled network
+    (FLUX.1-dev) takes as an input. It is the same for student, teacher and fake score; a network without such an input
+    ignores it.
     """
 
     title = "FLUX"
@@ -36,22 +37,22 @@ class FluxBackbone(PipelineBackbone):
     lora_targets = presets(JOINT_ATTENTION, (*JOINT_FEED_FORWARD, "proj_mlp"))
     parts = ("transformer", "scheduler", "vae", *TEXT_PARTS)
     time_embedding = "time_text_embed"
-    unguided: ClassVar[Mapping[str, Any]] = {}  # the pipeline guides where it is given a negative prompt
+    unguided: ClassVar[Mapping[str, Any]] = {}  # the pipeline applies guidance only with a negative prompt
 
     guidance_embed: float = 3.5
 
     @property
     def latent_channels(self) -> int:
-        """C of a latent: a token of the network holds 2 x 2."""
+        """C of a latent; one token of the network holds 2 x 2 latents."""
         return self.network_config["in_channels"] // 4
 
     @property
     def is_told_guidance(self) -> bool:
-        """Whether the network has a guidance input: FLUX.1-dev has, FLUX.1-schnell has not."""
+        """Whether the network has a guidance input: FLUX.1-dev has one, FLUX.1-schnell does not."""
         return bool(self.network_config["guidance_embeds"])
 
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """x (B, C, h, w), sigma (B,) -> velocity (B, C, h, w) float32."""
+        """x (B, C, h, w), sigma (B,) -> velocity (B, C, h, w) in float32."""
         (height, width), text = x.shape[2:], cond["prompt_embeds"]
         guidance = torch.full_like(sigma, self.guidance_embed, dtype=torch.float32) if self.is_told_guidance else None
         output = network(
@@ -91,6 +92,6 @@ class FluxBackbone(PipelineBackbone):
 
     @classmethod
     def settings_of(cls, call: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments of the constructor that go with the arguments of an exported student's call."""
+        """Return the arguments of this constructor that match the arguments of an exported student's call."""
         told = {"guidance_embed": call["guidance_scale"]} if "guidance_scale" in call else {}
         return super().settings_of(call) | told

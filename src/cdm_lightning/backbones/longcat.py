@@ -1,7 +1,7 @@
 """LongCat-Image: `LongCatImagePipeline` of diffusers behind the `Backbone` interface.
 
-Shapes: B batch, (C, h, w) latent, 512 text tokens of Qwen2.5-VL, D their width. Padding tokens are attended, as the
-pipeline has it. Prompts are taken as they are: the pipeline's rewriting, which generates text, is always off.
+Shapes: B batch, (C, h, w) latent, 512 text tokens of Qwen2.5-VL, D their width. Padding tokens are
+attended to, as in the pipeline. Prompts are used unchanged: the pipeline's rewriting by a language model is always off.
 """
 
 from collections.abc import Mapping
@@ -40,11 +40,11 @@ class LongCatBackbone(PipelineBackbone):
 
     @property
     def latent_channels(self) -> int:
-        """C of a latent: a token of the network holds 2 x 2."""
+        """C of a latent; one token of the network holds 2 x 2 latents."""
         return self.network_config["in_channels"] // 4
 
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """x (B, C, h, w), sigma (B,) -> velocity (B, C, h, w) float32."""
+        """x (B, C, h, w), sigma (B,) -> velocity (B, C, h, w) in float32."""
         (height, width), text = x.shape[2:], cond["prompt_embeds"]
         place = torch.arange(text.shape[1], device=x.device)
         output = network(
@@ -58,7 +58,7 @@ class LongCatBackbone(PipelineBackbone):
         return unpack(output.float(), height, width)
 
     def guide(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
-        """Classifier-free guidance that makes no token's velocity longer than the conditional one: the pipeline's default."""
+        """Apply classifier-free guidance that limits each token's norm to that of its conditional velocity, as the pipeline."""
         return renormalised(cond, super().guide(cond, uncond, scale), low=0.0, high=1.0)
 
     def blank_conditioning(self, batch: int) -> Conditioning:

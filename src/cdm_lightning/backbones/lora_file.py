@@ -1,4 +1,4 @@
-"""LoRA files of diffusers: written for a pipeline's own loader, read and fused into a network, refused in one line."""
+"""LoRA files of diffusers: writing them for a pipeline's own loader, reading them, and fusing them into a network."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,39 +23,42 @@ JOINT_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_
 
 
 def presets(attention: tuple[str, ...], feed_forward: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """The LoRA targets that every family names, as ends of the names of its linear layers."""
+    """Return the presets of LoRA targets that every family has, as name suffixes of its linear layers."""
     return {"attention": attention, "attention_feed_forward": attention + feed_forward}
 
 
 def write_lora_file(family: type[DiffusionPipeline], tensors: Mapping[str, Tensor], folder: Path) -> Path:
     """Write `tensors` ("LAYER.lora_A.weight", ..., scale 1) of the transformer into `folder` and return the file.
 
-    Where the pipeline has `load_lora_weights` the file is for that, else for the transformer's `load_lora_adapter` with
-    `prefix=None`.
+    The file is for the pipeline's `load_lora_weights` if it has that method, else for the transformer's
+    `load_lora_adapter` with `prefix=None`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(family, "save_lora_weights"):
         family.save_lora_weights(folder, transformer_lora_layers=dict(tensors), weight_name=WEIGHTS)
     else:
         save_file(dict(tensors), folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / WEIGHTS).chmod(0o644)  # safetensors creates its files readable by the owner alone
+    (folder / WEIGHTS).chmod(0o644)  # safetensors makes its files readable by the owner only
     return folder / WEIGHTS
 
 
 def locate_lora(path: str | Path) -> Path:
-    """The safetensors file `path`, or the one in the folder `path`; UserError if there is none."""
+    """Return the safetensors file `path`, or the LoRA file in the folder `path`; UserError if there is none."""
     file = Path(path).expanduser()
     if file.is_dir():
         file = file / WEIGHTS
     if not file.is_file():
         raise UserError(f"{file}: no such LoRA file; pass a .safetensors file or a folder that holds {WEIGHTS}")
     if file.suffix != ".safetensors":
-        raise UserError(f"{file} is no .safetensors file; others are not read, convert it")
+        raise UserError(f"{file} is not a .safetensors file; no other format can be read, convert it")
     return file
 
 
 def read_lora_file(family: type[DiffusionPipeline], file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """(tensors by layer of the transformer, peft's settings or None); UserError for a broken file or other contents."""
+    """Return (the transformer's LoRA tensors by name, peft's settings or None).
+
+    UserError for a broken file and for a file with other contents than a LoRA of the transformer.
+    """
     try:
         if hasattr(family, "lora_state_dict"):
             options = {"weight_name": file.name, "use_safetensors": True, "local_files_only": True}
@@ -66,11 +69,11 @@ def read_lora_file(family: type[DiffusionPipeline], file: Path) -> tuple[dict[st
         raise UserError(f"{file} cannot be read as a LoRA ({first_line(error)})") from error
     others = [key for key in tensors if ".lora" not in key]
     if others or not tensors:
-        raise UserError(f"{file} is no LoRA: it holds {others[0] if others else 'nothing'}")
+        raise UserError(f"{file} is not a LoRA: it holds {others[0] if others else 'nothing'}")
     text = [key for key in tensors if key.startswith("text_encoder")]
     if text:
         raise UserError(
-            f"{file} changes the text encoder too ({text[0]}), which is not supported; pass one that does not"
+            f"{file} changes the text encoder too ({text[0]}), which is not supported; pass a LoRA that does not"
         )
     prefix = f"{getattr(family, 'transformer_name', 'transformer')}."
     return _without(prefix, tensors), None if metadata is None else _without(prefix, metadata)
@@ -81,7 +84,10 @@ def _without(prefix: str, named: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_fit(tensors: Mapping[str, Tensor], network: nn.Module, file: Path) -> None:
-    """UserError unless the LoRA's layers are all layers of `network` (which may be on the meta device) of their sizes."""
+    """UserError unless every layer of the LoRA is a layer of `network` of the same size.
+
+    `network` may be on the meta device.
+    """
     modules = dict(network.named_modules())
     layers = dict.fromkeys(key.split(".lora")[0] for key in tensors)
     unknown = [name for name in layers if not isinstance(getattr(modules.get(name), "weight", None), Tensor)]
@@ -117,10 +123,10 @@ def fused_network(
     scale: float,
     dtype: torch.dtype,
 ) -> nn.Module:
-    """`load(torch.float32)` with the LoRA file at `path` fused in, then in `dtype`.
+    """Return the network of `load(torch.float32)` with the LoRA file at `path` fused in, then converted to `dtype`.
 
-    Fused in float32, so that the sum is rounded once. The file is checked against `skeleton()`, the network without
-    weights, before any are loaded.
+    The LoRA is fused in float32, so that the sum is rounded only once. The file is checked against `skeleton()`, the
+    network without weights, before any weights are loaded.
     """
     file = locate_lora(path)
     tensors, metadata = read_lora_file(family, file)

@@ -1,4 +1,4 @@
-"""Finding a diffusers pipeline, on disk or on the Hugging Face hub, and saying in one line what is wrong with it."""
+"""Finding a diffusers pipeline on disk or on the Hugging Face hub, with a one-line error if it cannot be used."""
 
 import hashlib
 import json
@@ -27,10 +27,13 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def locate_pipeline(
     pretrained: str, revision: str | None, family: type[DiffusionPipeline], parts: Sequence[str]
 ) -> Path:
-    """Local folder of `pretrained`, a folder or hub id; UserError unless it is a `family` pipeline with all `parts`."""
+    """Return the local folder of `pretrained`, a folder or hub id.
+
+    UserError unless it is a `family` pipeline with all `parts`.
+    """
     folder = locate_index(
         pretrained, revision
-    )  # the index first: another family is refused before gigabytes are fetched
+    )  # the index first, so that a wrong family is refused before gigabytes are downloaded
     check_index(folder, pretrained, family, parts)
     if Path(pretrained).expanduser().is_dir():
         return folder
@@ -39,12 +42,15 @@ def locate_pipeline(
 
 
 def pipeline_class_name(pretrained: str, revision: str | None) -> str | None:
-    """The class that the index of a folder or hub id names; UserError if there is no index."""
+    """Return the class that the index of a folder or hub id names; UserError if there is no index."""
     return read_index(locate_index(pretrained, revision), pretrained).get("_class_name")
 
 
 def locate_index(pretrained: str, revision: str | None) -> Path:
-    """The local folder, or that of the hub's cache with at least the index of a hub id; UserError if it is neither."""
+    """Return the local folder `pretrained`, or for a hub id its folder in the cache with at least the index.
+
+    UserError if `pretrained` is neither a folder nor a hub id that can be downloaded.
+    """
     folder = Path(pretrained).expanduser()
     if folder.is_dir():
         return folder
@@ -63,24 +69,29 @@ def downloading(hub_id: str) -> Generator[None]:
         yield
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{hub_id} is no local folder and cannot be fetched from the Hugging Face hub ({first_line(error)}); where"
-            " there is no network, copy the pipeline here otherwise and pass its folder: backbone.pretrained=FOLDER"
+            f"{hub_id} is not a local folder and cannot be downloaded from the Hugging Face hub ({first_line(error)});"
+            " without a network, copy the pipeline to this machine and pass its folder: backbone.pretrained=FOLDER"
         ) from error
 
 
 def read_index(folder: Path, name: str) -> dict[str, Any]:
-    """The index in `folder`, called `name`; UserError if it is missing or broken."""
+    """Return the index in `folder`; UserError if it is missing or broken. Messages call the folder `name`."""
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{name} is no diffusers pipeline: it has no {INDEX}; pass the pipeline's top folder") from None
+        raise UserError(
+            f"{name} is not a diffusers pipeline: it has no {INDEX}; pass the pipeline's top folder"
+        ) from None
     except ValueError as error:
         raise UserError(f"{name}/{INDEX} cannot be read ({first_line(error)}); copy the pipeline again") from error
     return index if isinstance(index, dict) else {}
 
 
 def check_index(folder: Path, name: str, family: type[DiffusionPipeline], parts: Sequence[str]) -> None:
-    """UserError unless the index in `folder`, called `name`, is that of a `family` pipeline with all `parts`."""
+    """UserError unless the index in `folder` is that of a `family` pipeline with all `parts`.
+
+    Messages call the folder `name`.
+    """
     index = read_index(folder, name)
     found = index.get("_class_name")
     if found != family.__name__:
@@ -91,9 +102,9 @@ def check_index(folder: Path, name: str, family: type[DiffusionPipeline], parts:
 
 
 def hash_part(folder: Path) -> str:
-    """Hash of the names and contents of a part's files, but for half-precision twins; UserError if it has none.
+    """Return a hash of the names and contents of a part's files, without half-precision copies; UserError without files.
 
-    Everything is read: one to two seconds for each gigabyte.
+    All files are read, which takes one to two seconds per gigabyte.
     """
     twin = re.compile(r"\.(fp16|bf16)[.-]")
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not twin.search(path.name))
@@ -108,7 +119,7 @@ def hash_part(folder: Path) -> str:
 
 
 def copy_parts(source: Path, target: Path, without: Sequence[str]) -> None:
-    """Copy the index and the parts that it names, but for those `without` and the half-precision twins of files."""
+    """Copy the index and the parts that it names, except the parts `without` and half-precision copies of files."""
     index = json.loads((source / INDEX).read_text(encoding="utf-8"))
     parts = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] and name not in without]
     shutil.copyfile(source / INDEX, target / INDEX)
@@ -122,7 +133,8 @@ def copy_parts(source: Path, target: Path, without: Sequence[str]) -> None:
 def loading(what: Path) -> Generator[None]:
     """Turn the libraries' errors about missing or broken files of `what` into one UserError.
 
-    Weights land on the CPU whatever the default device, without the libraries' progress bars (downloads keep theirs).
+    Weights are loaded onto the CPU whatever torch's default device is. The libraries' progress bars are off, except those
+    of downloads.
     """
     try:
         with torch.device("cpu"), without_bars(diffusers_log), without_bars(transformers_log):

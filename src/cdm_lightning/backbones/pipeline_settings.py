@@ -1,4 +1,4 @@
-"""What a diffusers pipeline's folder and a user's arguments say about a backbone, before any weight is read.
+"""The settings of a backbone, read from a diffusers pipeline's folder and the user's arguments before any weights.
 
 Shapes: B batch, (C, h, w) latent.
 """
@@ -26,7 +26,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class shared_property:
-    """An attribute that is made when first asked for and common to all image sizes of a backbone (`Backbone.at`)."""
+    """An attribute that is computed at the first access and shared by all image sizes of a backbone (`Backbone.at`)."""
 
     def __init__(self, make: Callable[[Any], Any]) -> None:
         self.make, self.__doc__ = make, make.__doc__
@@ -46,28 +46,29 @@ class shared_property:
 
 
 def constructor_defaults(network: type[Any]) -> dict[str, Any]:
-    """The arguments of a class's constructor that have defaults, with these."""
+    """Return the default of each argument of a class's constructor that has one, by name."""
     parameters = inspect.signature(network.__init__).parameters.values()
     return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
 
 
 @dataclass(eq=False)
 class PipelineSettings(Backbone):
-    """Where a pipeline lies, how it shall be used and what its configuration files say.
+    """The location of a pipeline, the options for its use, and the contents of its configuration files.
 
-    `height`, `width` are pixels (default: the pipeline's own), `max_sequence_length` counts text tokens (default: that of
-    the pipeline's call). `teacher_dtype` is the dtype of the frozen teacher, `text_dtype` that of the text encoders; the
-    trained network and the VAE are float32. `teacher_lora` is a LoRA of your own (safetensors file or folder), fused into
-    the pretrained network `teacher_lora_scale` times: teacher, student and fake score all start from the sum. Raises
-    `UserError` for an argument out of its range and a LoRA file that cannot be.
+    `height`, `width` are in pixels (default: the pipeline's own size). `max_sequence_length` is the number of text tokens
+    (default: that of the pipeline's call). `teacher_dtype` is the dtype of the frozen teacher and `text_dtype` that of the
+    text encoders; the trained network and the VAE are float32. `teacher_lora` is a LoRA of your own (a safetensors file or
+    its folder). It is multiplied by `teacher_lora_scale` and fused into the pretrained network: teacher, student and fake
+    score all start from the sum. Raises `UserError` for an argument out of its range and for a missing LoRA file or one in
+    another format.
     """
 
-    title: ClassVar[str]  # the family's name in messages; lower case, it begins fingerprints
+    title: ClassVar[str]  # the family's name in messages and, in lower case, at the start of fingerprints
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     transformer_class: ClassVar[type[ModelMixin]]
-    parts: ClassVar[tuple[str, ...]]  # what a complete pipeline folder holds
-    text_tokens: ClassVar[range] = range(1, 513)  # how many the family can take
-    shift_options: ClassVar[tuple[str, ...]] = ("use_dynamic_shifting",)  # of the scheduler, besides a static shift
+    parts: ClassVar[tuple[str, ...]]  # the parts of a complete pipeline folder
+    text_tokens: ClassVar[range] = range(1, 513)  # the allowed numbers of text tokens
+    shift_options: ClassVar[tuple[str, ...]] = ("use_dynamic_shifting",)  # allowed in addition to a static shift
 
     pretrained: str
     revision: str | None = None
@@ -78,7 +79,7 @@ class PipelineSettings(Backbone):
     text_dtype: str = "float32"
     teacher_lora: str | Path | None = None
     teacher_lora_scale: float = 1.0
-    shared: dict[str, Any] = field(default_factory=dict, init=False)  # common to all image sizes: `shared_property`
+    shared: dict[str, Any] = field(default_factory=dict, init=False)  # shared by all image sizes; see `shared_property`
 
     def __post_init__(self) -> None:
         if self.max_sequence_length is None:
@@ -93,9 +94,9 @@ class PipelineSettings(Backbone):
         self.teacher_lora = None if self.teacher_lora is None else locate_lora(self.teacher_lora)
 
     def at(self, height: int | None = None, width: int | None = None) -> Self:
-        """The same loaded parts for images of another size in pixels; UserError if that cannot be.
+        """Return a backbone that shares the loaded parts, for images of another size in pixels.
 
-        A side that is None stays as it is.
+        A side that is None keeps its current value. UserError if the pipeline cannot make images of that size.
         """
         view = copy.copy(self)
         view.height = self.height if height is None else height
@@ -107,22 +108,22 @@ class PipelineSettings(Backbone):
 
     @shared_property
     def folder(self) -> Path:
-        """The pipeline's folder on this machine, downloaded if `pretrained` is a hub id; UserError if it is unfit."""
+        """The pipeline's folder on this machine, downloaded if `pretrained` is a hub id; UserError if it cannot be used."""
         return locate_pipeline(self.pretrained, self.revision, self.pipeline_class, self.parts)
 
     @shared_property
     def network_config(self) -> dict[str, Any]:
-        """Arguments of the transformer's constructor."""
+        """The arguments of the transformer's constructor."""
         return self._config("transformer")
 
     @shared_property
     def vae_config(self) -> dict[str, Any]:
-        """Arguments of the constructor of the image codec."""
+        """The arguments of the image codec's constructor."""
         return self._config("vae")
 
     @shared_property
     def tokenizer_config(self) -> dict[str, Any]:
-        """What the folder says about its first tokenizer; nothing if it has no such file."""
+        """The configuration of the folder's first tokenizer; empty if the folder has no such file."""
         file = self.folder / "tokenizer" / "tokenizer_config.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
@@ -132,18 +133,18 @@ class PipelineSettings(Backbone):
         return True
 
     def leave_weights_out(self, architecture: Mapping[str, Any] | None = None) -> None:
-        """Build networks on the meta device from now on, for all image sizes: they have sizes and dtypes, and no contents.
+        """Build networks on the meta device from now on, for all image sizes: with shapes and dtypes, but without contents.
 
-        The configuration files of `folder` are read now; or none, if `architecture` says what they would say:
-        {"transformer": arguments of its constructor that are no defaults, "vae": likewise}, with a scheduler that shifts
-        nothing. A `teacher_lora` is left out, since it changes no size. UserError for a folder that is unfit.
+        The configuration files of `folder` are read now. With `architecture` no file is read: it is {"transformer":
+        the arguments of its constructor that differ from their defaults, "vae": the same for the VAE}, and the scheduler
+        shifts nothing. A `teacher_lora` is left out, since it changes no shape. UserError for an unusable folder.
         """
         self.has_weights = False
         if architecture is not None:
             self.network_config = constructor_defaults(self.transformer_class) | dict(architecture["transformer"])
             self.vae_config, self.tokenizer_config = dict(architecture["vae"]), {}
             self.scheduler = FlowMatchEulerDiscreteScheduler()
-        _ = self.scheduler, self.tokenizer_config, self.latent_shape  # under `FakeTensorMode` numbers would be blank
+        _ = self.scheduler, self.tokenizer_config, self.latent_shape  # under `FakeTensorMode` numbers have no values
 
     def _config(self, part: str) -> dict[str, Any]:
         with loading(self.folder / part):
@@ -153,7 +154,7 @@ class PipelineSettings(Backbone):
 
     @shared_property
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
-        """The scheduler that the pipeline was trained with; an exported folder keeps it beside a baked one."""
+        """The scheduler that the pipeline was trained with; an exported folder holds it in addition to a baked one."""
         subfolder = UNBAKED if (self.folder / UNBAKED).is_dir() else "scheduler"
         with loading(self.folder / subfolder):
             scheduler = self._load_scheduler(subfolder)
@@ -166,32 +167,32 @@ class PipelineSettings(Backbone):
 
     @property
     def vae_factor(self) -> int:
-        """Pixels per latent along one side."""
+        """The number of pixels per latent along one side."""
         return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
 
     @property
     def patch(self) -> int:
-        """Latents per token along one side."""
+        """The number of latents per token along one side."""
         return 2
 
     @property
     def size_unit(self) -> int:
-        """What an image's sides must be multiples of, in pixels."""
+        """The number of pixels that the sides of an image must be multiples of."""
         return self.patch * self.vae_factor
 
     @property
     def native_side(self) -> int:
-        """Pixels along one side where no size is asked for."""
+        """The number of pixels along one side if no size is given."""
         return 128 * self.vae_factor  # `default_sample_size` of the pipelines that have one
 
     @property
     def largest_side(self) -> int | None:
-        """The most pixels along one side; None if the network has no limit."""
+        """The largest number of pixels along one side; None if the network has no limit."""
         return None
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels; UserError if the transformer cannot cut them into patches."""
+        """(height, width) in pixels; UserError if the transformer cannot cut such an image into patches."""
         unit, largest = self.size_unit, self.largest_side
         for name, side in (("height", self.height), ("width", self.width)):
             if side is not None and (side % unit or not 0 < side <= (largest or side)):
@@ -206,7 +207,7 @@ class PipelineSettings(Backbone):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w)."""
+        """(C, h, w) of a latent."""
         height, width = self.image_size
         return self.latent_channels, height // self.vae_factor, width // self.vae_factor
 
@@ -222,17 +223,17 @@ class PipelineSettings(Backbone):
 
     @property
     def fingerprint(self) -> str:
-        """Family and a hash of the transformer's configuration: networks with equal fingerprints exchange weights."""
+        """The family and a hash of the transformer's configuration: networks with equal fingerprints can exchange weights."""
         config = json.dumps(self.network_config, sort_keys=True)
         return f"{self.title.lower()}-{hashlib.blake2b(config.encode(), digest_size=8).hexdigest()}"
 
     @property
     def text_length(self) -> int:
-        """N, the text tokens of a prompt: `max_sequence_length`, which is a number once the object is made."""
+        """N, the number of text tokens of a prompt: `max_sequence_length`, which is never None after construction."""
         return cast(int, self.max_sequence_length)
 
     def call_sizes(self) -> dict[str, int]:
-        """What a call must be told besides the prompt, where the pipeline's default is not what was trained."""
+        """Return the sizes that a call must be given because the pipeline's defaults differ from those of training."""
         is_default = self.max_sequence_length == self.default_text_length()
         sizes = {} if is_default else {"max_sequence_length": self.text_length}
         if (self.height, self.width) != (None, None):
@@ -241,17 +242,17 @@ class PipelineSettings(Backbone):
 
     @classmethod
     def default_text_length(cls) -> int:
-        """The text tokens of the pipeline's call where it is told nothing; the most it can take if there is no choice."""
+        """Return the default `max_sequence_length` of the pipeline's call; the family's largest number if it has none."""
         length = cls.call_default("max_sequence_length")
         return cls.text_tokens.stop - 1 if length is None else length
 
     @classmethod
     def call_default(cls, argument: str) -> Any:
-        """The default of an argument of the pipeline's call; None if it takes no such."""
+        """Return the default of an argument of the pipeline's call; None if the call has no such argument."""
         parameter = inspect.signature(cls.pipeline_class.__call__).parameters.get(argument)
         return None if parameter is None else parameter.default
 
     @classmethod
     def settings_of(cls, call: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments of the constructor that go with the arguments of an exported student's call."""
+        """Return the arguments of this constructor that match the arguments of an exported student's call."""
         return {name: call[name] for name in ("height", "width", "max_sequence_length") if name in call}

@@ -1,7 +1,7 @@
 """Qwen-Image: `QwenImagePipeline` of diffusers behind the `Backbone` interface.
 
-Shapes: B batch, (C, h, w) latent, N text tokens of Qwen2.5-VL with a mask, D their width. The codec is one of videos:
-an image is a video of one frame. The scheduler stretches every rollout so that its last sigma is `shift_terminal`.
+Shapes: B batch, (C, h, w) latent, N text tokens of Qwen2.5-VL with a mask, D their width. The codec is a video
+codec: an image is a video of one frame. The scheduler stretches every rollout so that its last sigma is `shift_terminal`.
 """
 
 from collections.abc import Mapping
@@ -24,8 +24,8 @@ FEED_FORWARD = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "tx
 class QwenImageBackbone(PipelineBackbone):
     """A `QwenImagePipeline`; the arguments are those of `PipelineBackbone`.
 
-    Texts are padded to `max_sequence_length` tokens, which the mask hides from the network, so that all prompts have
-    conditioning of one shape; the fewer, the faster.
+    Texts are padded to `max_sequence_length` tokens, so that the conditioning of all prompts has the same shape; a mask
+    hides the padding from the network. A smaller number is faster.
     """
 
     title = "Qwen-Image"
@@ -42,16 +42,16 @@ class QwenImageBackbone(PipelineBackbone):
 
     @property
     def vae_factor(self) -> int:
-        """Pixels per latent along one side."""
+        """The number of pixels per latent along one side."""
         return 2 ** len(self.vae_config["temperal_downsample"])
 
     @property
     def latent_channels(self) -> int:
-        """C of a latent: a token of the network holds 2 x 2."""
+        """C of a latent; one token of the network holds 2 x 2 latents."""
         return self.network_config["in_channels"] // 4
 
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """x (B, C, h, w), sigma (B,) -> velocity (B, C, h, w) float32."""
+        """x (B, C, h, w), sigma (B,) -> velocity (B, C, h, w) in float32."""
         height, width = x.shape[2:]
         output = network(
             hidden_states=pack(x).to(weights_dtype(network)),
@@ -64,7 +64,7 @@ class QwenImageBackbone(PipelineBackbone):
         return unpack(output.float(), height, width)
 
     def guide(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
-        """Classifier-free guidance that keeps the length of each token's conditional velocity, as the pipeline has it."""
+        """Apply classifier-free guidance that keeps the norm of each token's conditional velocity, as the pipeline does."""
         return renormalised(cond, super().guide(cond, uncond, scale))
 
     def blank_conditioning(self, batch: int) -> Conditioning:
@@ -79,8 +79,8 @@ class QwenImageBackbone(PipelineBackbone):
     def _encode(self, prompts: list[str]) -> Conditioning:
         """{"prompt_embeds": (B, N, D) float32, "mask": (B, N) bool}, padded to N = `max_sequence_length`.
 
-        One prompt at a time: the pipeline pads a batch to its longest prompt, so that the last bits of one would depend on
-        the others, and cached text would not be exactly what training encodes.
+        Prompts are encoded one at a time: the pipeline pads a batch to its longest prompt, so the last bits of one prompt
+        would depend on the others, and cached text would not be exactly what training encodes.
         """
         encoded = [self._encode_one(prompt) for prompt in prompts]
         return {name: torch.cat([one[name] for one in encoded]) for name in encoded[0]}
@@ -88,7 +88,7 @@ class QwenImageBackbone(PipelineBackbone):
     def _encode_one(self, prompt: str) -> Conditioning:
         length = self.text_length
         embeds, mask = self._text_parts.encode_prompt([prompt], max_sequence_length=length)
-        if mask is None:  # nothing is padding
+        if mask is None:  # there is no padding
             mask = torch.ones(embeds.shape[:2], device=embeds.device)
         padding = length - embeds.shape[1]
         return {"prompt_embeds": F.pad(embeds.float(), (0, 0, 0, padding)), "mask": F.pad(mask.bool(), (0, padding))}
@@ -110,7 +110,7 @@ class QwenImageBackbone(PipelineBackbone):
         return ((self._codec.vae.encode(frames).latent_dist.mode() - mean) / std)[:, :, 0]
 
     def _latent_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the codec's latents, (1, C, 1, 1, 1) each."""
+        """The mean and the standard deviation of the codec's latents, (1, C, 1, 1, 1) each."""
         config = self._codec.vae.config
         mean, std = (
             torch.tensor(values, device=like.device).view(1, -1, 1, 1, 1)
@@ -119,5 +119,5 @@ class QwenImageBackbone(PipelineBackbone):
         return mean, std
 
     def exported_scheduler(self, nfe: int) -> FlowMatchEulerDiscreteScheduler:
-        """That of training; for one step without the terminal sigma, by which diffusers would divide 0 by 0."""
+        """Return the scheduler of training; for one step without its terminal sigma: diffusers would divide 0 by 0."""
         return self.scheduler if nfe > 1 else self._shift

@@ -1,7 +1,7 @@
 """SANA: `SanaPipeline` of diffusers behind the `Backbone` interface.
 
-Shapes: B batch, (C, h, w) latent, N text tokens of Gemma with a mask, D their width. The pipeline comes with a
-multi-step solver; the student is trained, sampled and exported with the Euler scheduler of the same shift.
+Shapes: B batch, (C, h, w) latent, N text tokens of Gemma with a mask, D their width. The published pipeline
+uses a multi-step solver; the student is trained, sampled and exported with the Euler scheduler and the same shift.
 """
 
 import json
@@ -30,7 +30,7 @@ class SanaBackbone(PipelineBackbone):
     block_types = (SanaTransformerBlock,)
     lora_targets = presets(("to_q", "to_k", "to_v", "to_out.0"), ())  # its feed-forward layers are convolutions
     parts = ("transformer", "scheduler", "vae", "text_encoder", "tokenizer")
-    time_embedding = "time_embed.emb"  # what follows it there, a layer of all modulations, returns a tuple
+    time_embedding = "time_embed.emb"  # only its embedding: `time_embed` itself returns a tuple
     text_tokens = range(1, 301)
     shift_options = ()
     unguided: ClassVar[Mapping[str, Any]] = {"guidance_scale": 1.0, "use_resolution_binning": False}
@@ -43,26 +43,26 @@ class SanaBackbone(PipelineBackbone):
 
     @property
     def vae_factor(self) -> int:
-        """Pixels per latent along one side."""
+        """The number of pixels per latent along one side."""
         return 2 ** (len(self.vae_config["encoder_block_out_channels"]) - 1)
 
     @property
     def patch(self) -> int:
-        """Latents per token along one side."""
+        """The number of latents per token along one side."""
         return self.network_config["patch_size"]
 
     @property
     def size_unit(self) -> int:
-        """What an image's sides must be multiples of, in pixels: the pipeline refuses others than multiples of 32."""
+        """The number of pixels that the sides of an image must be multiples of; the pipeline accepts only multiples of 32."""
         return math.lcm(32, super().size_unit)
 
     @property
     def native_side(self) -> int:
-        """Pixels along one side where no size is asked for."""
+        """The number of pixels along one side if no size is given."""
         return self.network_config["sample_size"] * self.vae_factor
 
     def call_sizes(self) -> dict[str, int]:
-        """The size always: the pipeline's default is 1024 pixels, whatever the network was made for."""
+        """Return the sizes of a call, always with height and width: the pipeline's default is 1024 pixels for any network."""
         height, width = self.image_size
         return super().call_sizes() | {"height": height, "width": width}
 
@@ -76,13 +76,13 @@ class SanaBackbone(PipelineBackbone):
         return FlowMatchEulerDiscreteScheduler(config["num_train_timesteps"], shift=config["flow_shift"])
 
     def exported_scheduler(self, nfe: int) -> FlowMatchEulerDiscreteScheduler:
-        """One with the student's sigmas baked in: the pipeline's plain call lets the scheduler space its steps."""
+        """Return a scheduler with the student's sigmas baked in: in a plain call, the scheduler itself spaces the steps."""
         return bake(self.scheduler, nfe)
 
     # ---- network and text
 
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """x (B, C, h, w), sigma (B,) -> velocity (B, C, h, w) float32; the timestep stays float32, never rounded."""
+        """x (B, C, h, w), sigma (B,) -> velocity (B, C, h, w) in float32; the timestep stays in float32 and is never rounded."""
         timestep = sigma.float() * self.scheduler.config.num_train_timesteps
         output = network(
             x.to(weights_dtype(network)),
@@ -105,7 +105,7 @@ class SanaBackbone(PipelineBackbone):
     def _encode(self, prompts: list[str]) -> Conditioning:
         """{"prompt_embeds": (B, N, D) float32, "mask": (B, N) int64}.
 
-        The pipeline puts its long instruction before prompts, but not before the unconditional one.
+        The pipeline puts its long instruction before every prompt except the unconditional one.
         """
         pipeline, instruction = self._text_parts, self.call_default("complex_human_instruction")
         options = {"device": pipeline.device, "max_sequence_length": self.text_length}
@@ -129,6 +129,6 @@ class SanaBackbone(PipelineBackbone):
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) in [0, 1] -> x0 (B, C, h, w): what the codec makes of them, scaled."""
+        """images (B, 3, H, W) in [0, 1] -> x0 (B, C, h, w): the latents of the codec, scaled."""
         vae = self._codec.vae
         return vae.encode(images.float() * 2 - 1).latent * vae.config.scaling_factor

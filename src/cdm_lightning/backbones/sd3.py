@@ -18,16 +18,16 @@ from cdm_lightning.backbones.lora_file import JOINT_ATTENTION, JOINT_FEED_FORWAR
 from cdm_lightning.backbones.pipeline_settings import shared_property
 from cdm_lightning.backbones.sd3_text import PromptEncoder
 
-CLIP_TOKENS = 77  # of every published pipeline
+CLIP_TOKENS = 77  # the value of every published pipeline
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 
 
 @dataclass(eq=False)
 class SD3Backbone(PipelineBackbone):
-    """A `StableDiffusion3Pipeline`, from a local folder or a hub id; nothing is read before it is needed.
+    """A `StableDiffusion3Pipeline`, from a local folder or a hub id; files are read only when needed.
 
-    The arguments are those of `PipelineBackbone`, and `compact_text=k` folds T5 padding after the first k T5 tokens (see
-    `compact_text.py`); None is the stock path.
+    The arguments are those of `PipelineBackbone` and `compact_text`: `compact_text=k` folds the T5 padding after the first
+    k T5 tokens into one token (see `compact_text.py`); None keeps all padding, as the stock pipeline does.
     """
 
     title = "SD3"
@@ -45,17 +45,17 @@ class SD3Backbone(PipelineBackbone):
 
     @property
     def patch(self) -> int:
-        """Latents per token along one side."""
+        """The number of latents per token along one side."""
         return self.network_config["patch_size"]
 
     @property
     def native_side(self) -> int:
-        """Pixels along one side where no size is asked for."""
+        """The number of pixels along one side if no size is given."""
         return self.network_config["sample_size"] * self.vae_factor
 
     @property
     def largest_side(self) -> int:
-        """The most pixels along one side: the network has a table of positions."""
+        """The largest number of pixels along one side, which is limited by the network's table of positions."""
         return self.network_config["pos_embed_max_size"] * self.patch * self.vae_factor
 
     # ---- networks
@@ -66,7 +66,7 @@ class SD3Backbone(PipelineBackbone):
         return network
 
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """x (B, C, h, w), sigma (B,) -> velocity (B, C, h, w) float32; the timestep stays float32, never rounded."""
+        """x (B, C, h, w), sigma (B,) -> velocity (B, C, h, w) in float32; the timestep stays in float32 and is never rounded."""
         dtype = weights_dtype(network)
         output = network(
             hidden_states=x.to(dtype),
@@ -78,18 +78,21 @@ class SD3Backbone(PipelineBackbone):
         return output.float()
 
     def exported_scheduler(self, nfe: int) -> FlowMatchEulerDiscreteScheduler:
-        """One with the student's sigmas baked in: the pipeline's plain call lets the scheduler space its steps."""
+        """Return a scheduler with the student's sigmas baked in: in a plain call, the scheduler itself spaces the steps."""
         return bake(self.scheduler, nfe)
 
     # ---- text
 
     @property
     def clip_tokens(self) -> int:
-        """Text tokens of CLIP, before those of T5."""
+        """The number of text tokens of CLIP, which come before those of T5."""
         return int(self.tokenizer_config.get("model_max_length", CLIP_TOKENS))
 
     def blank_conditioning(self, batch: int) -> Conditioning:
-        """{"prompt_embeds": (B, N, D), "pooled": (B, P)} float32 without contents; N for texts that `compact_text` makes short."""
+        """{"prompt_embeds": (B, N, D), "pooled": (B, P)} float32, without contents.
+
+        With `compact_text`, N is that of prompts with at most `compact_text` T5 tokens.
+        """
         config, t5_tokens = self.network_config, self.text_length
         if self.compact_text is not None:
             t5_tokens = min(t5_tokens, self.compact_text + 1)
@@ -103,14 +106,17 @@ class SD3Backbone(PipelineBackbone):
         return PromptEncoder(self._text_parts, self.text_length, self.compact_text, name=self.pretrained)
 
     def setup(self, device: torch.device) -> None:
-        """Load VAE and, without a text cache, text encoders onto `device`; UserError for `compact_text` that cannot be."""
+        """Load the VAE and, without a text cache, the text encoders onto `device`.
+
+        UserError if `compact_text` cannot be used with these text encoders.
+        """
         super().setup(device)
         if self.text_cache is None:
-            _ = self._text  # looks at the padding
+            _ = self._text  # checks that the padding can be folded
 
     @property
     def text_fingerprint(self) -> dict[str, str]:
-        """Hashes of the text encoders and tokenizers, and the settings of text encoding."""
+        """The hashes of the text encoders and tokenizers, and the settings of text encoding."""
         return super().text_fingerprint | {"compact_text": str(self.compact_text)}
 
     def _encode(self, prompts: list[str]) -> Conditioning:

@@ -1,4 +1,4 @@
-"""Prompts to the conditioning of SD3 by the stock pipeline's own `encode_prompt`.
+"""Encoding prompts into the conditioning of SD3 by the stock pipeline's own `encode_prompt`.
 
 Shapes: B prompts, N text tokens (CLIP then T5), D their width, P width of the pooled text.
 """
@@ -17,14 +17,14 @@ from cdm_lightning.errors import UserError
 
 
 class FirstCut(logging.Filter):
-    """Lets the pipeline say once for CLIP and once for T5 that it cut a prompt: it would say so at each batch."""
+    """Let the pipeline warn once for CLIP and once for T5 that it truncated a prompt, instead of in each batch."""
 
     def __init__(self) -> None:
         super().__init__()
         self.told: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the message is of another kind or the first of its kind."""
+        """Return whether to show the message: it is not such a warning, or it is the first of its kind."""
         kind = record.getMessage()[:60]
         known = kind.startswith("The following part of your input was truncated") and kind in self.told
         self.told.add(kind)
@@ -35,10 +35,10 @@ FIRST_CUT = FirstCut()
 
 
 class PromptEncoder:
-    """The three text encoders of `pipeline`; with `compact=k` the T5 padding after the first k T5 tokens is folded.
+    """The three text encoders of `pipeline`; `compact=k` folds the T5 padding after the first k T5 tokens into one token.
 
-    A batch with a prompt of more than k T5 tokens keeps as many as it needs. `name` is the pipeline's, for messages.
-    UserError if the padding tokens are not alike, so that they cannot be folded.
+    A batch with a prompt of more than k T5 tokens keeps as many tokens as it needs. `name` is the pipeline's name in
+    messages. UserError if the padding tokens differ from one another, so that they cannot be folded.
     """
 
     def __init__(self, pipeline: StableDiffusion3Pipeline, t5_tokens: int, compact: int | None, name: str) -> None:
@@ -51,11 +51,11 @@ class PromptEncoder:
 
     @property
     def clip_tokens(self) -> int:
-        """Text tokens before those of T5."""
+        """The number of text tokens before those of T5."""
         return self.pipeline.tokenizer_max_length
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Texts -> {"prompt_embeds": (B, N, D), "pooled": (B, P)} float32; "" is the unconditional prompt."""
+        """B prompts -> {"prompt_embeds": (B, N, D), "pooled": (B, P)} in float32; "" is the unconditional prompt."""
         embeds, pooled = self._stock_encode(prompts)
         if self.compact is not None:
             embeds = compact_text(embeds, max(self.clip_tokens + self.compact, tokens_before_padding(embeds)))
@@ -63,7 +63,7 @@ class PromptEncoder:
 
     @torch.no_grad()
     def _stock_encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        encode: Any = self.pipeline.encode_prompt  # declared without the None that it takes and gives
+        encode: Any = self.pipeline.encode_prompt  # its type does not declare the None that it takes and returns
         embeds, _, pooled, _ = encode(
             list(prompts),
             None,
@@ -75,7 +75,7 @@ class PromptEncoder:
         return embeds.float(), pooled.float()
 
     def _require_equal_padding(self, name: str) -> None:
-        """Look at the empty prompt: its T5 tokens are an end mark, then padding."""
+        """UserError if padding tokens differ in the empty prompt, whose T5 tokens are an end token, then padding."""
         embeds, _ = self._stock_encode([""])
         if tokens_before_padding(embeds) > self.clip_tokens + 1:
             raise UserError(
@@ -85,7 +85,7 @@ class PromptEncoder:
 
 
 def tokens_before_padding(embeds: Tensor) -> int:
-    """How many leading tokens of embeds (B, N, D) it takes until all the others equal the last, to float rounding."""
+    """Return the number of leading tokens of embeds (B, N, D) after which all tokens equal the last, up to rounding."""
     last = embeds[:, -1:]
     differs = ((embeds - last).abs().amax(-1) > 1e-5 * last.abs().amax()).any(0)
     return int(differs.nonzero().max()) + 1 if differs.any() else 0

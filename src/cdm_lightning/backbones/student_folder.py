@@ -1,4 +1,4 @@
-"""Writing a distilled network as a pipeline folder that diffusers loads and runs by the plain call."""
+"""Writing a distilled network as a pipeline folder that diffusers loads and runs by a plain call."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from cdm_lightning.backbones.baked_schedule import UNBAKED
 from cdm_lightning.backbones.lora_file import WEIGHTS, write_lora_file
 from cdm_lightning.backbones.pipeline_folder import INDEX, copy_parts
 
-CALL = "call.json"  # the arguments of the plain call, besides the prompt, that make the student's own images
+CALL = "call.json"  # file with the call arguments, other than the prompt, for the student's own images
 USAGE = """
 ## Usage
 
@@ -62,9 +62,9 @@ STOCK = """The schedule of {nfe} step{plural}, {sigmas}, is what the pipeline's 
 class StudentCall:
     """How an exported folder is to be called.
 
-    `pipeline` is the name of the class, `scheduler` that of training and `exported` the one that the plain call runs (the
-    same object, or one with a baked schedule), `sigmas` (nfe + 1,) what it runs, `arguments` what to pass besides the
-    prompt, `notes` what to know about them.
+    `pipeline` is the name of the pipeline's class. `scheduler` is the scheduler of training; `exported` is the one that
+    the plain call uses (the same object, or one with a baked schedule), and `sigmas` (nfe + 1,) are the sigmas that it
+    runs. `arguments` are to be passed in addition to the prompt, and `notes` explain them.
     """
 
     pipeline: str
@@ -75,15 +75,15 @@ class StudentCall:
     notes: Sequence[str]
 
     def with_(self, **changes: Any) -> "StudentCall":
-        """The same call with some entries changed."""
+        """Return the same call with some entries changed."""
         return replace(self, **changes)
 
     def usage(self) -> str:
-        """The section of the model card that shows the call."""
+        """Return the section of the model card that shows the call."""
         return USAGE.format(**self.facts())
 
     def lora_usage(self, family: type[DiffusionPipeline], own: "OwnLoRA | None") -> str:
-        """The same for a LoRA: how it is loaded, together with the teacher's `own` if there was one."""
+        """Return the same section for a LoRA: how to load it, together with the teacher's `own` LoRA if there was one."""
         whole = hasattr(family, "load_lora_weights")
         if own is None:
             load, note = (LOAD if whole else LOAD_PART).format(weights=WEIGHTS), ""
@@ -94,9 +94,9 @@ class StudentCall:
         return LORA_USAGE.format(scheduler=type(self.exported).__name__, load=load, own=note, **self.facts())
 
     def facts(self) -> dict[str, str]:
-        """What the card says of the call."""
+        """Return the values for the usage section of the model card, by placeholder."""
         nfe = len(self.sigmas) - 1
-        config: Any = self.exported.config  # a FrozenDict: its keys are attributes
+        config: Any = self.exported.config  # a FrozenDict, whose keys are attributes
         schedule = STOCK if self.exported is self.scheduler else BAKED
         schedule = schedule.format(
             nfe=nfe,
@@ -120,7 +120,7 @@ class OwnLoRA:
 
 
 def write_pipeline(source: Path, network: nn.Module, folder: Path, model_card: str, call: StudentCall) -> None:
-    """Fill `folder`: `network` and the schedule of `call` anew, all other parts copied from the pipeline `source`."""
+    """Write `network` and the schedule of `call` into `folder` and copy all other parts from the pipeline `source`."""
     folder.mkdir(parents=True, exist_ok=True)
     copy_parts(source, folder, without=("transformer", "scheduler"))
     cast(ModelMixin, network).save_pretrained(folder / "transformer")
@@ -137,13 +137,13 @@ def write_lora(
     call: StudentCall,
     own: OwnLoRA | None,
 ) -> None:
-    """Fill `folder` with the LoRA file of `tensors`, the schedule of `call` and the card; all else is the base's."""
+    """Write the LoRA file of `tensors`, the schedule of `call` and the card into `folder`, and no part of the base."""
     write_lora_file(family, tensors, folder)
     _write_call(folder, call, model_card, call.lora_usage(family, own))
 
 
 def _write_call(folder: Path, call: StudentCall, model_card: str, usage: str) -> None:
-    """Write the schedulers, the arguments of the call and the card."""
+    """Write the schedulers, the arguments of the call and the model card."""
     call.exported.save_pretrained(folder / "scheduler")
     if call.exported is not call.scheduler:
         call.scheduler.save_pretrained(folder / UNBAKED)
@@ -152,13 +152,13 @@ def _write_call(folder: Path, call: StudentCall, model_card: str, usage: str) ->
 
 
 def read_call(folder: Path) -> dict[str, Any]:
-    """The arguments of the plain call of an exported folder; none of them for another pipeline."""
+    """Return the arguments of the plain call of an exported folder; empty for any other pipeline."""
     path = folder / CALL
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _name_scheduler(index: Path, name: str) -> None:
-    """Put the class of the exported scheduler into the index, where the original pipeline has another."""
+    """Write the class of the exported scheduler into the index if the original pipeline has another."""
     entries = json.loads(index.read_text(encoding="utf-8"))
     if entries["scheduler"] != ["diffusers", name]:
         entries["scheduler"] = ["diffusers", name]
@@ -166,10 +166,10 @@ def _name_scheduler(index: Path, name: str) -> None:
 
 
 def _tidy(folder: Path) -> None:
-    """Drop the path of the training machine from the configuration and let others read the weights."""
+    """Remove the training machine's path from the configuration and give the weights the file mode of that file."""
     config = folder / "config.json"
     entries = json.loads(config.read_text(encoding="utf-8"))
     entries.pop("_name_or_path", None)
     config.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    for weights in folder.glob("*.safetensors"):  # safetensors creates its files readable by the owner alone
+    for weights in folder.glob("*.safetensors"):  # safetensors makes its files readable by the owner only
         weights.chmod(config.stat().st_mode)

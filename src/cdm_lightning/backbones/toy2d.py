@@ -1,8 +1,8 @@
-"""Eight Gaussians on a circle in the plane: a whole backbone whose teacher is known in closed form.
+"""Eight Gaussians on a circle in the plane: a complete backbone whose teacher is known in closed form.
 
-A latent (2, 1, 1) is a point (x, y). A prompt names modes by compass direction ("north", "east southeast ..."); without
-a direction it means all eight. The student starts from an MLP that is fitted to the teacher's velocity in seconds.
-An image is a dark square with one bright dot at the point, so pictures can be turned back into points.
+A latent (2, 1, 1) is a point (x, y). A prompt names modes by compass direction ("north", "east southeast ..."); a prompt
+without a direction means all eight. The student starts from an MLP that is fitted to the teacher's velocity in seconds.
+An image is a dark square with one bright dot at the point, so images can be converted back into points.
 """
 
 import copy
@@ -30,7 +30,7 @@ WIDTH = 0.15  # standard deviation of each mode
 IMAGE_SIDE = 32  # pixels
 EXTENT = 2.5  # images show [-EXTENT, EXTENT] in both directions
 DOT = 1.0  # standard deviation of the dot, in pixels
-FREQUENCIES = 4  # sines and cosines of sigma that the MLP is given
+FREQUENCIES = 4  # number of sines and of cosines of sigma among the MLP's inputs
 
 
 class MixtureVelocity(nn.Module):
@@ -55,7 +55,7 @@ class MixtureVelocity(nn.Module):
         return (share[..., None] * given_mode).sum(dim=1)
 
     def sample(self, weights: Tensor, generator: torch.Generator) -> Tensor:
-        """Clean points (B, 2) of the modes with weights (B, 8)."""
+        """Draw clean points (B, 2) from the modes with weights (B, 8)."""
         mode = torch.multinomial(weights, 1, generator=generator).squeeze(1)
         return self.centres[mode] + WIDTH * torch.randn(len(weights), 2, generator=generator)
 
@@ -94,10 +94,10 @@ class VelocityMLP(nn.Module):
 
 
 class Toy2DBackbone(Backbone):
-    """The mixture as a backbone; `hidden`, `depth` are the size of the MLP, `fit_steps` how long it is fitted."""
+    """The mixture as a backbone; `hidden` and `depth` are the size of the MLP, `fit_steps` the steps of its fit."""
 
     block_types = (Block,)
-    time_embedding = "enter"  # the layer of point, time and text together: there is no other of the time
+    time_embedding = "enter"  # the layer that takes point, time and text together; time has no layer of its own
     lora_targets = {"blocks": ("linear",)}  # noqa: RUF012
     teacher_is_base = False
 
@@ -119,18 +119,18 @@ class Toy2DBackbone(Backbone):
 
     @property
     def fingerprint(self) -> str:
-        """Family and a hash of the size of the MLP."""
+        """The family and a hash of the size of the MLP."""
         config = json.dumps(self._network_config(), sort_keys=True)
         return f"toy2d-{hashlib.blake2b(config.encode(), digest_size=8).hexdigest()}"
 
     @property
     def feature_width(self) -> int:
-        """Numbers after a block, all of the one token that a point is."""
+        """D of the features after a block; a point is one token."""
         return self.hidden
 
     @property
     def time_embedding_width(self) -> int:
-        """Numbers that `enter` gives."""
+        """D of the output of `enter`."""
         return self.hidden
 
     def features_after(self, block_output: Tensor) -> Tensor:
@@ -138,23 +138,23 @@ class Toy2DBackbone(Backbone):
         return block_output[:, None]
 
     def build_network(self) -> nn.Module:
-        """The fitted MLP, a new copy."""
+        """Return a new copy of the fitted MLP."""
         return copy.deepcopy(_fitted_network(self.hidden, self.depth, self.fit_steps))
 
     def build_teacher(self) -> nn.Module:
-        """The mixture's velocity in closed form."""
+        """Return the mixture's velocity in closed form."""
         return MixtureVelocity()
 
     def build_base(self) -> nn.Module:
-        """The fitted MLP: the teacher is no network."""
+        """Return the fitted MLP, because the teacher has no weights to adapt."""
         return self.build_network()
 
     def setup(self, device: torch.device) -> None:
-        """Nothing to load; prompts are encoded to `device`."""
+        """Encode prompts onto `device` from now on; there is nothing to load."""
         self.device = torch.device(device)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """{"weights": (B, 8)}: equal for the modes that a prompt names, or for all if it names none."""
+        """Return {"weights": (B, 8)}: equal for the modes that a prompt names, or for all if it names none."""
         named = torch.tensor([[mode in _words(prompt) for mode in MODES] for prompt in prompts], dtype=torch.float32)
         named[named.sum(dim=1) == 0] = 1.0
         return {"weights": (named / named.sum(dim=1, keepdim=True)).to(self.device)}
@@ -164,20 +164,20 @@ class Toy2DBackbone(Backbone):
         return {"weights": torch.empty(batch, len(MODES))}
 
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """x (B, 2, 1, 1), sigma (B,) -> velocity (B, 2, 1, 1), float32."""
+        """x (B, 2, 1, 1), sigma (B,) -> velocity (B, 2, 1, 1) in float32."""
         return network(x.flatten(1), sigma, cond["weights"]).float()[..., None, None]
 
     def shift_sigmas(self, sigmas: Tensor) -> Tensor:
-        """Unchanged: the family has no shift."""
+        """Return the sigmas unchanged: the family has no shift."""
         return sigmas
 
     def exact_samples(self, prompts: Sequence[str], seed: int) -> Tensor:
-        """Points (B, 2, 1, 1) of the data distribution of each prompt."""
+        """Draw points (B, 2, 1, 1) from the data distribution of each prompt."""
         weights = self.encode_prompts(prompts)["weights"].cpu()
         return MixtureVelocity().sample(weights, torch.Generator().manual_seed(seed))[..., None, None]
 
     def decode_latents(self, x0: Tensor) -> Tensor:
-        """Points (B, 2, 1, 1) -> pictures (B, 3, 32, 32) of a dot; points beyond the picture lie on its rim."""
+        """Points (B, 2, 1, 1) -> images (B, 3, 32, 32) of a dot; points outside the image are moved to its border."""
         place = x0.float().flatten(1).clamp(-EXTENT, EXTENT)
         along = [(_pixel_centres(x0.device) - place[:, i, None]).square() for i in (0, 1)]  # (B, 32) each
         distance = along[1].flip(1)[:, :, None] + along[0][:, None, :]  # row 0 is the top, y grows upwards
@@ -185,7 +185,7 @@ class Toy2DBackbone(Backbone):
         return dot[:, None].repeat(1, 3, 1, 1)
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Pictures (B, 3, 32, 32) -> the centres of gravity of their light as points (B, 2, 1, 1)."""
+        """Images (B, 3, 32, 32) -> points (B, 2, 1, 1), the brightness-weighted mean positions."""
         light = images.float().mean(dim=1)
         light = light / light.sum(dim=(1, 2), keepdim=True)
         centres = _pixel_centres(images.device)
@@ -193,7 +193,7 @@ class Toy2DBackbone(Backbone):
         return torch.stack([x, y], dim=1)[..., None, None]
 
     def enable_gradient_checkpointing(self, network: nn.Module, function: CheckpointFunction | None = None) -> None:
-        """Recompute each block in the backward pass."""
+        """Recompute each block in the backward pass, by `function` if given, else by torch."""
         velocity = cast(VelocityMLP, network)
         velocity.gradient_checkpointing = True
         if function is not None:
@@ -216,7 +216,7 @@ class Toy2DBackbone(Backbone):
 
 
 class PointsOfPictures(nn.Module):
-    """A feature extractor for metrics: pictures (B, 3, 32, 32) of a dot -> the points (B, 2) that they show."""
+    """A feature extractor for metrics: images (B, 3, 32, 32) of a dot -> the points (B, 2) that they show."""
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, 32, 32) in [0, 1] -> (B, 2)."""
@@ -224,7 +224,7 @@ class PointsOfPictures(nn.Module):
 
 
 def exact_points(prompts: Sequence[str], seed: int = 0) -> Tensor:
-    """Points (B, 2) of the data distribution of each prompt, drawn by the seed."""
+    """Draw points (B, 2) from the data distribution of each prompt; they depend on the seed."""
     return Toy2DBackbone().exact_samples(prompts, seed).flatten(1)
 
 
@@ -233,13 +233,13 @@ def _words(prompt: str) -> list[str]:
 
 
 def _pixel_centres(device: torch.device) -> Tensor:
-    """Coordinates (32,) of the pixels' centres along one direction."""
+    """Return the coordinates (32,) of the pixels' centres along one direction."""
     return ((torch.arange(IMAGE_SIDE, device=device) + 0.5) / IMAGE_SIDE * 2 - 1) * EXTENT
 
 
 @cache
 def _fitted_network(hidden: int, depth: int, steps: int) -> VelocityMLP:
-    """The MLP after regression on the closed-form velocity: the same for the same arguments."""
+    """Return the MLP after regression on the closed-form velocity; it is the same for the same arguments."""
     generator, teacher = torch.Generator().manual_seed(0), MixtureVelocity()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
@@ -257,7 +257,10 @@ def _fitted_network(hidden: int, depth: int, steps: int) -> VelocityMLP:
 
 
 def _fit_batch(teacher: MixtureVelocity, generator: torch.Generator, size: int = 512) -> tuple[Tensor, Tensor, Tensor]:
-    """Noised points (B, 2), sigmas (B,), weights (B, 8) of all modes (one half) or of one to eight drawn ones."""
+    """Draw noised points (B, 2), sigmas (B,) and weights (B, 8).
+
+    The weights are those of all modes in one half of the batch, and of one to eight random modes in the other.
+    """
     count = torch.randint(1, len(MODES) + 1, (size, 1), generator=generator)
     count[: size // 2] = len(MODES)
     named = (torch.rand(size, len(MODES), generator=generator).argsort(dim=1) < count).float()

@@ -1,4 +1,4 @@
-"""The transformer of a pipeline folder tensor by tensor, without building the network: two of them fit any memory."""
+"""Reading the transformer of a pipeline folder tensor by tensor, without holding the whole network in memory."""
 
 import json
 from functools import cached_property
@@ -15,11 +15,14 @@ from cdm_lightning.backbones.pipeline_folder import HUB_ID, INDEX
 from cdm_lightning.errors import UserError
 from cdm_lightning.files import first_line
 
-HALF = (".fp16.", ".bf16.")  # twins of the same weights in half precision
+HALF = (".fp16.", ".bf16.")  # marks of files with the same weights in half precision
 
 
 class TransformerFiles:
-    """Weights of the folder `transformer` of a pipeline, a local folder or hub id; UserError if it cannot be read."""
+    """The weights in the folder `transformer` of a pipeline, which is a local folder or a hub id.
+
+    UserError if they cannot be read.
+    """
 
     def __init__(self, pretrained: str) -> None:
         self.pretrained = pretrained
@@ -39,21 +42,21 @@ class TransformerFiles:
 
     @property
     def names(self) -> list[str]:
-        """Names of the tensors."""
+        """The sorted names of the tensors."""
         return sorted(self._file_of)
 
     def shape(self, name: str) -> list[int]:
-        """Sizes of a tensor."""
+        """Return the shape of a tensor."""
         with safe_open(self._file_of[name], "pt") as content:
             return content.get_slice(name).get_shape()
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor, read now."""
+        """Read a tensor from its file now."""
         with safe_open(self._file_of[name], "pt") as content:
             return content.get_tensor(name)
 
     def rows(self, name: str, first: int, end: int) -> Tensor:
-        """Rows first..end-1 of a tensor, read now; nothing else is."""
+        """Read rows first..end-1 of a tensor from its file now, and nothing else."""
         with safe_open(self._file_of[name], "pt") as content:
             return content.get_slice(name)[first:end]
 
@@ -64,7 +67,7 @@ class TransformerFiles:
 
     @cached_property
     def linear_weights(self) -> frozenset[str]:
-        """Names of the weights of linear layers."""
+        """The names of the weights of linear layers."""
         config = self.folder / "transformer" / "config.json"
         family = _class(config, ModelMixin)
         with torch.device("meta"):
@@ -73,11 +76,11 @@ class TransformerFiles:
 
 
 def require_same_shapes(base: TransformerFiles, tuned: TransformerFiles) -> None:
-    """UserError unless both hold tensors of the same names and sizes."""
+    """UserError unless both hold tensors of the same names and shapes."""
     differing = set(base.names) ^ set(tuned.names)
     differing |= {name for name in set(base.names) & set(tuned.names) if base.shape(name) != tuned.shape(name)}
     if differing:
-        raise UserError(f"{tuned.pretrained} is no tuned {base.pretrained}: they differ in {sorted(differing)[0]}")
+        raise UserError(f"{tuned.pretrained} is not a tuned {base.pretrained}: they differ in {sorted(differing)[0]}")
 
 
 def _locate(pretrained: str) -> Path:
@@ -89,16 +92,16 @@ def _locate(pretrained: str) -> Path:
     try:
         return Path(snapshot_download(pretrained, allow_patterns=[INDEX, "transformer/*"]))
     except (OSError, ValueError) as error:
-        raise UserError(f"{pretrained} is no local folder and cannot be fetched ({first_line(error)})") from error
+        raise UserError(f"{pretrained} is not a local folder and cannot be downloaded ({first_line(error)})") from error
 
 
 def _class(file: Path, kind: type) -> type:
-    """The diffusers class that a configuration names; UserError unless it is a `kind`."""
+    """Return the diffusers class that a configuration file names; UserError unless it is a subclass of `kind`."""
     try:
         name = json.loads(file.read_text(encoding="utf-8")).get("_class_name")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{file} cannot be read ({first_line(error)}); pass a complete pipeline folder") from error
     found = getattr(diffusers, str(name), None)
     if not (isinstance(found, type) and issubclass(found, kind)):
-        raise UserError(f"{file} names {name}, which is no {kind.__name__} of diffusers")
+        raise UserError(f"{file} names {name}, which is not a {kind.__name__} of diffusers")
     return found

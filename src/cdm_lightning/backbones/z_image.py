@@ -1,7 +1,8 @@
 """Z-Image: `ZImagePipeline` of diffusers behind the `Backbone` interface.
 
-Shapes: B batch, (C, h, w) latent, N text tokens of Qwen3, D their width. The network takes lists of samples with texts
-of their own lengths, and time from noise to data; it answers with the velocity's opposite. All that is hidden here.
+Shapes: B batch, (C, h, w) latent, N text tokens of Qwen3, D their width. This file hides how the network differs from
+those of the other families: it takes lists of samples whose texts have different lengths, its time runs from noise to
+data, and it returns the negative velocity.
 """
 
 from collections.abc import Mapping
@@ -21,10 +22,10 @@ from cdm_lightning.backbones.lora_file import presets
 class ZImageBackbone(PipelineBackbone):
     """A `ZImagePipeline`; the arguments are those of `PipelineBackbone`.
 
-    Texts are stored padded to `max_sequence_length` tokens; the network sees each without its padding. Its blocks are, in
-    their order, those of the image alone, those of the text alone and those of both, whose features are the image's tokens,
-    then the text's; each of the two sequences ends in padding to a multiple of 32 tokens, and a joint one in padding to the
-    longest of the batch.
+    Texts are stored padded to `max_sequence_length` tokens; the network sees each text without this padding. Its blocks
+    are, in this order: those of the image alone, those of the text alone and those of both. The features after the last
+    kind are the tokens of the image, then those of the text. Each of these two sequences is padded to a multiple of 32
+    tokens, and a joint sequence is padded to the longest one of the batch.
     """
 
     title = "Z-Image"
@@ -34,18 +35,20 @@ class ZImageBackbone(PipelineBackbone):
     lora_targets = presets(("to_q", "to_k", "to_v", "to_out.0"), ("w1", "w2", "w3"))
     parts = ("transformer", "scheduler", "vae", "text_encoder", "tokenizer")
     time_embedding = "t_embedder"
-    unplannable = "Z-Image cannot be planned: its network cuts each text to its own length, which is not known here"
+    unplannable = (
+        "Z-Image cannot be planned: its network cuts each text to its own length, which the planner does not know"
+    )
     unguided: ClassVar[Mapping[str, Any]] = {"guidance_scale": 0.0}
     notes = ("`guidance_scale` is 0, not 1: this pipeline adds the guidance to the conditional velocity.",)
 
     @property
     def native_side(self) -> int:
-        """Pixels along one side where no size is asked for."""
+        """The number of pixels along one side if no size is given."""
         return 1024
 
     @property
     def largest_side(self) -> int:
-        """The most pixels along one side: the network has a table of positions."""
+        """The largest number of pixels along one side, which is limited by the network's table of positions."""
         return min(self.network_config["axes_lens"][1:]) * self.patch * self.vae_factor
 
     @property
@@ -59,12 +62,12 @@ class ZImageBackbone(PipelineBackbone):
         return min(self.feature_width, ADALN_EMBED_DIM)
 
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """x (B, C, h, w), sigma (B,) -> velocity (B, C, h, w) float32."""
+        """x (B, C, h, w), sigma (B,) -> velocity (B, C, h, w) in float32."""
         texts = cond["prompt_embeds"].to(weights_dtype(network))
-        lengths = cond["length"].tolist()  # on the CPU: the host does not wait for the device here
+        lengths = cond["length"].tolist()  # `length` is on the CPU, so the host does not wait for the device here
         output = network(
             list(x.to(weights_dtype(network))[:, :, None]),  # a video of one frame
-            (1000 - sigma.float() * 1000) / 1000,  # in the pipeline's float order
+            (1000 - sigma.float() * 1000) / 1000,  # in the pipeline's order of operations, for equal rounding
             [text[:length] for text, length in zip(texts, lengths)],
             return_dict=False,
         )[0]
@@ -74,7 +77,7 @@ class ZImageBackbone(PipelineBackbone):
     def _encode(self, prompts: list[str]) -> Conditioning:
         """{"prompt_embeds": (B, N, D) float32, "length": (B,) int64 on the CPU}, padded to N = `max_sequence_length`."""
         texts, _ = self._text_parts.encode_prompt(
-            list(prompts),  # the pipeline writes its template into the list
+            list(prompts),  # a copy, because the pipeline writes its template into the list
             device=self._text_parts.device,
             do_classifier_free_guidance=False,
             max_sequence_length=self.text_length,

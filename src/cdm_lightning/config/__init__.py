@@ -25,7 +25,7 @@ from cdm_lightning.errors import Preempted, UserError
 
 PACKAGE = Path(__file__).parents[1]
 QUESTIONS = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
-OTHERS_WAIT = 5.0  # seconds that all processes but the first wait before they print an error
+OTHERS_WAIT = 20.0  # seconds that all processes except the first wait before they print a mistake: a busy machine starts them apart
 LONGEST_NAME = 120  # characters in the name of a sweep job's folder, well below the limits of file systems
 MOVED = {  # options that had another key before 2026-11-27: the old key and the new one
     "module.student_every": "objective.student_every",

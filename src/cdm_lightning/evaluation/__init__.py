@@ -1,1 +1,1 @@
-"""Making images with the networks of a run, and measuring them side by side."""
+"""Generating images with the networks of a run, and measuring several samplers on the same prompts."""

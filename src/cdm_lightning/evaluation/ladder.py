@@ -1,7 +1,7 @@
-"""The ladder: teacher and student at several numbers of steps, on the same prompts and noise, measured side by side.
+"""The ladder evaluation: teacher and student at several numbers of steps, measured on the same prompts and noise.
 
-Shapes: images (N, 3, H, W) in [0, 1]. Images are generated once, in batches, and measured by all metrics before the next
-batch: nothing but features, scores and the few images of the picture is kept.
+Shapes: images (N, 3, H, W) in [0, 1]. Images are generated once, in batches, and all metrics measure a batch before the
+next one is generated. Only features, scores and the few images of the overview picture are kept.
 """
 
 import time
@@ -38,7 +38,7 @@ Row = dict[str, Any]
 
 @dataclass
 class SamplerResult:
-    """What is kept of one sampler: its measured images, the seconds that it took, and its first images (P, 3, H, W)."""
+    """The result of one sampler: its collected data, the seconds of generation, and its first images (P, 3, H, W)."""
 
     shown: Tensor
     collected: Collected = field(default_factory=Collected)
@@ -47,12 +47,12 @@ class SamplerResult:
 
 @dataclass(frozen=True)
 class LadderResult:
-    """The figures of each sampler, and what they come from.
+    """The figures of each sampler, and the data that they come from.
 
-    A row has `sampler`, the figures of the metrics that apply to it, `network_calls` for an image and
-    `seconds_per_image` (decoding included; text encoding too unless it is remembered). `scores` has a row for each sampler
-    and prompt. `images` are those of the first prompts (P, 3, H, W). `measured` can be given to another run of the same
-    evaluation as `known`.
+    A row of `rows` has `sampler`, the figures of the metrics that apply to it, `network_calls` for an image and
+    `seconds_per_image` (including decoding, and text encoding unless its results are kept in memory). `scores` has a row
+    for each sampler and prompt. `images` (P, 3, H, W) are those of the first prompts, by sampler. `measured` can be passed
+    as `known` to another run of the same evaluation.
     """
 
     rows: list[Row]
@@ -65,11 +65,11 @@ class LadderResult:
 
 @dataclass(frozen=True)
 class LadderEvaluation:
-    """Which samplers are measured, and on what.
+    """The settings of an evaluation: its samplers, prompts and noise.
 
-    The first `count` of `prompts` are used (None: all). Image k of a prompt starts from the noise of (`seed` + k, prompt index); k > 0
-    is made only for metrics that ask for copies. `real_images` adds a row of real images of the same prompts: what a
-    perfect sampler would get. Raises `UserError` for settings that contradict each other.
+    The first `count` of `prompts` are used (None: all). Image k of a prompt starts from the noise of (`seed` + k, prompt
+    index); images with k > 0 are made only for metrics that ask for copies. `real_images` adds a row of real images of the
+    same prompts, which shows the figures of a perfect sampler. Raises `UserError` for settings that contradict each other.
     """
 
     prompts: Sequence[str]
@@ -89,7 +89,9 @@ class LadderEvaluation:
         if self.size < 2 or self.batch_size < 1:
             raise UserError("evaluation: needs count >= 2 and batch_size >= 1")
         if len(self.prompts) < self.size:
-            raise UserError(f"evaluation: {self.count} prompts are asked for, the file has {len(self.prompts)}")
+            raise UserError(
+                f"evaluation: count={self.count}, but there are only {len(self.prompts)} prompts; reduce count"
+            )
 
     @property
     def size(self) -> int:
@@ -97,7 +99,7 @@ class LadderEvaluation:
         return self.count or 0
 
     def check(self, metrics: MetricSuite) -> None:
-        """UserError for a metric that compares with a sampler which is not run, or asks for more prompts than there are."""
+        """UserError for a metric whose comparison sampler is not run, or that asks for more prompts than there are."""
         names = [spec.name for spec in self.samplers]
         for name, metric in metrics.metrics.items():
             if metric.sampler is not None and metric.sampler not in names:
@@ -106,7 +108,7 @@ class LadderEvaluation:
                 )
             if metric.copies is not None and metric.copies.prompts > self.size:
                 raise UserError(
-                    f"metric.{name} asks for {metric.copies.prompts} prompts, the evaluation has count={self.count}"
+                    f"metric.{name} asks for {metric.copies.prompts} prompts, but the evaluation has count={self.count}"
                 )
 
     def run(
@@ -118,9 +120,9 @@ class LadderEvaluation:
         silent: bool = False,
         known: Mapping[str, SamplerResult] | None = None,
     ) -> LadderResult:
-        """Measure all samplers with `networks` {"student", "teacher"}, on the device where they and `backbone` are.
+        """Measure all samplers with `networks` {"student", "teacher"}, on the device of these networks and `backbone`.
 
-        Samplers in `known` (the teacher's, from an earlier run of this very evaluation) are not run again.
+        Samplers in `known` (those of the teacher, from an earlier run of the same evaluation) are not run again.
         """
         self.check(metrics)
         progress = Progress("reading reference images", self._total_calls(metrics), silent=silent)
@@ -172,7 +174,7 @@ class LadderEvaluation:
         texts: dict[int, dict[str, Tensor]],
     ) -> SamplerResult:
         """Generate and measure one sampler's images batch by batch; `texts` keeps the prompts' features by batch."""
-        shown = [make(self._prompts[:1], [0], self.seed)[:0]]  # not timed: whatever is set up at a first call
+        shown = [make(self._prompts[:1], [0], self.seed)[:0]]  # the first call is not timed: it includes one-time setup
         result = SamplerResult(shown[0])
         for start in range(0, self.size, self.batch_size):
             prompts = self._prompts[start : start + self.batch_size]
@@ -201,7 +203,7 @@ class LadderEvaluation:
         return rows
 
     def settings(self, metrics: MetricSuite, backbone: Backbone) -> dict[str, Any]:
-        """What decides the figures, as far as it is known before anything is measured: for a comparison of evaluations."""
+        """Return the settings that determine the figures and are known before a measurement, to compare evaluations."""
         return {
             "count": self.count,
             "batch_size": self.batch_size,

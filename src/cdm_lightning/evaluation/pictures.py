@@ -1,25 +1,26 @@
-"""Labelled pictures of images (P, 3, H, W) in [0, 1]."""
+"""Drawing labelled overview pictures of images (P, 3, H, W) in [0, 1]."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # torch takes seconds to import, which --help should not wait for
+if TYPE_CHECKING:  # torch takes seconds to import, and --help should not wait for it
     from PIL.Image import Image
     from torch import Tensor
 
 CELL = (96, 256)  # smallest and largest side of an image in the picture, in pixels
 MARGIN, LINE, FONT_SIZE = 6, 14, 12  # pixels
-SMALLEST_TILE = 160  # pixels; smaller images of a grid are enlarged by a whole factor, without smoothing
+SMALLEST_TILE = 160  # pixels; smaller images of a grid are enlarged by an integer factor, without smoothing
 MOST_COLUMNS = 6
-GAP, LABEL_LINE, LABEL_LINES = 8, 16, 4  # of the grid: pixels, pixels, lines below each image
-LABEL_SIZE, CHARACTER = 13, 7  # pixels: of the letters, and the width of a mean one
+GAP, LABEL_LINE, LABEL_LINES = 8, 16, 4  # of the grid: in pixels, in pixels, number of lines below each image
+LABEL_SIZE, CHARACTER = 13, 7  # pixels: font size, and average width of a character
 
 
 def picture(images: Mapping[str, "Tensor"], prompts: Sequence[str]) -> "Image":
-    """One row a sampler, one column a prompt, with the samplers' names on the left and the prompts on top.
+    """Draw one row per sampler and one column per prompt, with the samplers' names on the left and the prompts on top.
 
-    Small images are enlarged by a whole factor without smoothing, large ones made smaller, all samplers' alike.
+    Small images are enlarged by an integer factor without smoothing, and large ones are reduced; the factor is the same
+    for all samplers.
     """
     from PIL import Image, ImageDraw, ImageFont
     from torchvision.transforms.functional import to_pil_image
@@ -51,13 +52,13 @@ def picture(images: Mapping[str, "Tensor"], prompts: Sequence[str]) -> "Image":
 
 
 def _wrap(text: str, font, width: int) -> list[str]:
-    """At most 4 lines of `text`, each no wider than `width` pixels as far as its words allow."""
+    """Wrap `text` into at most 4 lines of about `width` pixels each."""
     letters = max(8, int(width / font.getlength("n" * 10) * 10))
     return textwrap.wrap(text, letters, max_lines=4, placeholder=" ...") or [""]
 
 
 def draw_grid(images: "Tensor", prompts: Sequence[str], title: str) -> "Image":
-    """Pictures (N, 3, H, W) in rows and columns, each with its prompt below, under a title."""
+    """Draw images (N, 3, H, W) in rows and columns under a title, each with its prompt below."""
     from PIL import Image, ImageDraw, ImageFont
     from torchvision.transforms.functional import to_pil_image
 

@@ -1,4 +1,4 @@
-"""What a ladder evaluation leaves behind: a table, its figures as JSON, scores of single images, and a labelled picture."""
+"""The report of a ladder evaluation: a table, its figures as JSON, scores of single images, and a labelled picture."""
 
 import csv
 import io
@@ -11,11 +11,11 @@ from cdm_lightning.evaluation.pictures import picture
 from cdm_lightning.files import replacing, write_text
 
 METRICS, TABLE, SCORES, PICTURE = "metrics.json", "table.md", "scores.csv", "samples.png"
-FORMATS = {"seconds_per_image": "{:.4f}"}  # of other figures: see `_cell`
+FORMATS = {"seconds_per_image": "{:.4f}"}  # other figures: see `_cell`
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows aligned for a terminal."""
+    """Return the rows as an aligned table for a terminal."""
     columns = _columns(rows)
     cells = [[column.replace("_", " ") for column in columns], *_cells(rows, columns)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
@@ -24,14 +24,14 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """The rows as a table of Markdown."""
+    """Return the rows as a Markdown table."""
     columns = _columns(rows)
     heads, rules = [column.replace("_", " ") for column in columns], ["---", *["---:"] * (len(columns) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in [heads, rules, *_cells(rows, columns)]) + "\n"
 
 
 def _columns(rows: Sequence[Row]) -> list[str]:
-    """The figures of all rows: those of the metrics in their order, then the calls and the time of an image."""
+    """Return the columns of all rows: metrics in their order, then network calls and seconds per image."""
     found = dict.fromkeys(key for row in rows for key in row)
     last = [key for key in ("network_calls", "seconds_per_image") if key in found]
     return [*(key for key in found if key not in last), *last]
@@ -42,7 +42,7 @@ def _cells(rows: Sequence[Row], columns: Sequence[str]) -> list[list[str]]:
 
 
 def _cell(column: str, value: object) -> str:
-    """Four digits of a number, but no more than three behind the point."""
+    """Format a value; a number gets three decimals below 10 and two from 10 on, unless its column has a format."""
     if value is None:
         return "-"
     if not isinstance(value, float):
@@ -51,7 +51,7 @@ def _cell(column: str, value: object) -> str:
 
 
 def csv_text(rows: Sequence[Row]) -> str:
-    """Rows with the same keys as comma-separated values with a heading; empty for no rows."""
+    """Return rows with the same keys as comma-separated values with a header line; empty for no rows."""
     text = io.StringIO()
     if rows:
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
@@ -61,7 +61,7 @@ def csv_text(rows: Sequence[Row]) -> str:
 
 
 def save_report(result: LadderResult, folder: str | Path) -> dict[str, Path]:
-    """Write metrics.json, table.md, scores.csv and samples.png into `folder`; returns their paths by these names.
+    """Write metrics.json, table.md, scores.csv and samples.png into `folder` and return their paths by these names.
 
     scores.csv has a line for each sampler and prompt, so that two runs can be compared prompt by prompt.
     """
@@ -73,5 +73,5 @@ def save_report(result: LadderResult, folder: str | Path) -> dict[str, Path]:
     write_text(paths[SCORES], csv_text(result.scores))
     write_text(paths[TABLE], markdown_table(result.rows))
     content = {"settings": result.settings, "rows": result.rows}
-    write_text(paths[METRICS], json.dumps(content, indent=2) + "\n")  # the last: with it the report is whole
+    write_text(paths[METRICS], json.dumps(content, indent=2) + "\n")  # last: it marks the report as complete
     return paths

@@ -1,7 +1,7 @@
-"""Making images to look at and to measure: from prompts, with noise that depends on (seed, prompt index) only.
+"""Generating images from prompts for viewing and for metrics, with noise that depends only on (seed, prompt index).
 
-Shapes: images (N, 3, H, W) in [0, 1]. Every sampler, the teacher's and the student's, takes deterministic Euler steps
-of the same spacing, `core.schedules.inference_sigmas(nfe, backbone.shift_steps)`: 1, 1 - 1/nfe, ..., 1/nfe before the
+Shapes: images (N, 3, H, W) in [0, 1]. Every sampler of teacher and student takes deterministic Euler steps with the same
+spacing, `core.schedules.inference_sigmas(nfe, backbone.shift_steps)`: 1, 1 - 1/nfe, ..., 1/nfe before the
 family's shift, then 0.
 """
 
@@ -25,9 +25,9 @@ from cdm_lightning.errors import UserError
 
 @dataclass(frozen=True)
 class SamplerSpec:
-    """One way to make images: which network, how many steps, how much guidance (1: none), which size in pixels.
+    """A way to generate images: the network, the number of steps, the guidance scale (1: none), and the size in pixels.
 
-    A side that is None is the backbone's own. UserError for a value out of its range.
+    A side that is None is that of the backbone. UserError for an unknown network and for `nfe` less than 1.
     """
 
     name: str
@@ -52,7 +52,7 @@ class SamplerSpec:
 
     @property
     def network_calls(self) -> int:
-        """Calls of the network for one image: two a step where guidance needs the unconditional velocity."""
+        """Network calls for one image: one per step, or two if guidance needs the unconditional velocity."""
         return self.nfe * (1 if self.guidance_scale == 1 else 2)
 
 
@@ -64,7 +64,10 @@ def generate_all(
     seed: int,
     compute_dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """Images (B, 3, H, W) in [0, 1] of a batch of prompts by each sampler's name; `networks` are "student" and "teacher"."""
+    """Generate images (B, 3, H, W) in [0, 1] of a batch of prompts with each sampler, by the sampler's name.
+
+    `networks` are "student" and "teacher".
+    """
     numbers, size = batch.indices.tolist(), len(batch.prompts)
     return {
         spec.name: generate(backbone, networks[spec.network], spec, batch.prompts, numbers, seed, size, compute_dtype)
@@ -82,10 +85,10 @@ def generate(
     batch_size: int,
     compute_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Images (N, 3, H, W) in [0, 1] on the CPU, one for each prompt.
+    """Generate images (N, 3, H, W) in [0, 1] on the CPU, one for each prompt.
 
-    `indices` (N) are the prompts' numbers: with `seed` they alone decide the noise, so neither the batch size nor the
-    number of processes changes an image by more than float rounding. `backbone.setup` must have been called before.
+    `indices` (N) are the prompts' indices. The noise depends only on them and on `seed`, so that neither the batch size
+    nor the number of processes changes an image by more than float rounding. `backbone.setup` must have been called.
     """
     backbone, batches = backbone.at(spec.height, spec.width), []
     with _evaluating(network):
@@ -123,13 +126,13 @@ def _sample_images(
 
 
 def device_of(network: nn.Module) -> torch.device:
-    """Where the network's first parameter or buffer is; the CPU if it has none."""
+    """Return the device of the network's first parameter or buffer; the CPU if it has none."""
     return next(itertools.chain(network.parameters(), network.buffers()), torch.empty(0)).device
 
 
 @contextmanager
 def _evaluating(network: nn.Module) -> Generator[None]:
-    """Eval mode inside the block, the former mode after it."""
+    """Put the network into eval mode inside the block, and back into its former mode afterwards."""
     training = network.training
     network.eval()
     try:

@@ -1,4 +1,4 @@
-"""The README of an exported student: what it is, how it was made, what was measured."""
+"""The README of an exported student: a description, the recipe of its training, and its metrics."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -6,22 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import ModelCardData
 
 from cdm_lightning.run.same import decides
 
 PAPER = "Continuous-Time Distribution Matching (arXiv:2605.06376)"
 
-HUB_HEADER = "library_name: diffusers\npipeline_tag: text-to-image\n"
+TAGS = ["distillation", "few-step"]
 TEMPLATE = """---
-{header}tags:
-- distillation
-- few-step
+{header}
 ---
 
 # {name}
 
 A student that makes an image in {calls}, without guidance. It was distilled from `{base}` by
-{paper} with `cdm_lightning`. The licence is that of the pipeline it was distilled from.
+{method} with `cdm_lightning`. The licence is that of the pipeline it was distilled from.
 
 | | |
 | --- | --- |
@@ -43,7 +42,7 @@ A student that makes an image in {calls}, without guidance. It was distilled fro
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What is known about an export; `config` is the run's configuration and `metrics` its metrics.json, if any."""
+    """The facts for a model card; `config` is the run's configuration and `metrics` is its metrics.json, if any."""
 
     name: str
     nfe: int
@@ -53,18 +52,30 @@ class ModelCard:
     config: Mapping[str, Any] = field(default_factory=dict)
     metrics: Any = None
 
+    @property
+    def method(self) -> str:
+        """The name of the objective: of CDM with its paper, of another one by its class."""
+        name = str(self.config.get("objective", {}).get("_target_", "CDMObjective")).rpartition(".")[2]
+        return PAPER if name == "CDMObjective" else f"the objective `{name}`"
+
     def text(self) -> str:
-        """The card as Markdown with the header that model hubs read."""
+        """Return the card as Markdown with the header that model hubs read."""
         base = self.config.get("backbone", {}).get("pretrained")
         is_hub_id = base is not None and base.count("/") == 1 and not Path(base).exists()
-        header = HUB_HEADER if base is not None else ""
+        is_pipeline = base is not None  # and not the plane, which no hub's library loads
+        header = ModelCardData(
+            library_name="diffusers" if is_pipeline else None,
+            pipeline_tag="text-to-image" if is_pipeline else None,
+            base_model=base if is_hub_id else None,
+            tags=TAGS,
+        )
         average = "EMA of the student" if self.weights == "student_ema" else "the student as last trained"
         return TEMPLATE.format(
-            header=header + (f"base_model: {base}\n" if is_hub_id else ""),
+            header=header.to_yaml(),
             name=f"{self.name}, {self.nfe} step{'' if self.nfe == 1 else 's'}",
             calls="one network call" if self.nfe == 1 else f"{self.nfe} network calls",
             base=base if is_hub_id else Path(base or "its pretrained network").name,
-            paper=PAPER,
+            method=self.method,
             weights=f"{average} (`{self.weights}`)",
             iteration=self.iteration,
             dtype=self.dtype,
@@ -75,9 +86,9 @@ class ModelCard:
 
 
 def recipe(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts of a configuration that decide a run's weights (`run.same`), and how long it was trained.
+    """Return the parts of a configuration that determine a run's weights (`run.same`), and the length of training.
 
-    Objects are named by their classes, and no local folder is named.
+    Objects are named by their classes, and absolute paths are reduced to their last part.
     """
     chosen = _deciding({key: value for key, value in config.items() if key not in ("backbone", "module")}, "")
     module = {
@@ -102,7 +113,7 @@ def _deciding(node: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _readable(node: Any) -> Any:
-    """`_target_: a.b.C` as `class: C`; the folder of an absolute path is nobody's business but the run's."""
+    """Replace `_target_: a.b.C` by `class: C`, and an absolute path by its last part, because cards may be public."""
     if isinstance(node, Mapping):
         name = {"class": str(node["_target_"]).rpartition(".")[2]} if "_target_" in node else {}
         rest = {str(key): _readable(value) for key, value in node.items() if key not in ("_target_", "_partial_")}
@@ -115,7 +126,7 @@ def _readable(node: Any) -> Any:
 
 
 def metrics_table(metrics: Any) -> str:
-    """A Markdown table of a list of rows, of named rows or of single figures; a sentence if there is nothing."""
+    """Return a Markdown table of a list of rows, of named rows or of single figures; a sentence if there is nothing."""
     if isinstance(metrics, Mapping) and isinstance(metrics.get("rows"), list):
         metrics = metrics["rows"]
     if isinstance(metrics, Mapping) and metrics:

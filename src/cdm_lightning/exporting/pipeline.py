@@ -1,4 +1,4 @@
-"""A student as a pipeline folder of its model family, or as a LoRA."""
+"""Exporting a student as a pipeline folder of its model family, or as a LoRA."""
 
 import copy
 import json
@@ -11,14 +11,14 @@ from cdm_lightning.errors import UserError
 from cdm_lightning.files import replacing_folder
 from cdm_lightning.run.folder import Run
 
-if TYPE_CHECKING:  # torch and the rest take seconds to import: --help and mistakes should not wait for them
+if TYPE_CHECKING:  # these take seconds to import: --help and error messages should not wait for them
     import torch
     from torch import nn
 
     from cdm_lightning.backbones.base import Backbone
     from cdm_lightning.lora.weights import AdapterWeights
 
-MARKER = "cdm_lightning_export.json"  # stands in every folder that `export_pipeline` wrote
+MARKER = "cdm_lightning_export.json"  # in every folder that `export_pipeline` wrote
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -33,11 +33,11 @@ def export_pipeline(
     run: Run | None = None,
     form: str = "pipeline",
 ) -> Path:
-    """Write `network` as a pipeline folder for `nfe` steps, all of it or nothing, and return the folder.
+    """Write `network` as a pipeline folder for `nfe` steps, completely or not at all, and return the folder.
 
-    A LoRA is fused into the pretrained network, or with `form="lora"` written as a file of its own. `weights` and
-    `iteration` say which network it is; the recipe and metrics of the model card are those of `run`. Raises
-    UserError for an `output` that is a file or a folder that no export wrote.
+    A LoRA is fused into the pretrained network, or with `form="lora"` written as a separate file. `weights` and
+    `iteration` describe the network in the model card; the card's recipe and metrics are those of `run`. Raises UserError
+    for an `output` that is a file, or a folder with files that no export wrote.
     """
     import torch
 
@@ -61,7 +61,10 @@ def export_pipeline(
 def prepare(
     backbone: "Backbone", network: "nn.Module | AdapterWeights", form: str, dtype: "torch.dtype"
 ) -> Callable[[Path, int, str], None]:
-    """How `network` is written in that form: a function of (folder, nfe, model card); UserError for no LoRA as one."""
+    """Return the function of (folder, nfe, model card) that writes `network` in the given form.
+
+    UserError for `form="lora"` if the network is not a LoRA.
+    """
     from cdm_lightning.lora.views import AdapterView
     from cdm_lightning.lora.weights import AdapterWeights
 
@@ -83,13 +86,13 @@ def require_adapter(is_adapter: bool) -> None:
     """UserError unless the student is a LoRA."""
     if not is_adapter:
         raise UserError(
-            "all of this student's weights were trained, so it is no LoRA: export it with --form pipeline, then make one "
-            "by python -m cdm_lightning.extract_lora"
+            "all of this student's weights were trained, so it is not a LoRA: export it with --form pipeline, then make a "
+            "LoRA by python -m cdm_lightning.extract_lora"
         )
 
 
 def model_card(name: str, record: dict[str, Any], run: Run | None) -> str:
-    """The text of the card, with whatever configuration and metrics the run has."""
+    """Return the text of the model card, with the configuration and metrics of the run, if any."""
     from cdm_lightning.exporting.model_card import ModelCard
 
     config = run.config() if run is not None and run.is_started else {}
@@ -98,7 +101,7 @@ def model_card(name: str, record: dict[str, Any], run: Run | None) -> str:
 
 
 def check_output(output: Path) -> None:
-    """UserError unless an export may be written to `output`: nothing there, an empty folder or an earlier export."""
+    """UserError unless `output` is free for an export: it does not exist, is an empty folder or is an earlier export."""
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file; pass the name of a folder to write")
     if output.is_dir() and any(output.iterdir()) and not (output / MARKER).is_file():
@@ -106,7 +109,7 @@ def check_output(output: Path) -> None:
 
 
 def exported_iteration(folder: Path) -> int | None:
-    """The iteration of the student in a folder that an export wrote; None for any other folder."""
+    """Return the iteration of the student in a folder that an export wrote; None for any other folder."""
     try:
         return int(json.loads((folder / MARKER).read_text(encoding="utf-8"))["iteration"])
     except (OSError, ValueError, KeyError, TypeError):

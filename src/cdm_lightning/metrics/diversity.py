@@ -1,4 +1,4 @@
-"""Diversity within a prompt: how far apart the images of one prompt are that started from different noise."""
+"""Diversity within a prompt: the distance between images of the same prompt that started from different noise."""
 
 from collections.abc import Mapping
 
@@ -12,7 +12,7 @@ from cdm_lightning.metrics.base import Copies, MeasuredImages, Metric
 class Diversity(Metric):
     """`pairwise_diversity` of `images_per_prompt` images for each of the first `prompts` prompts.
 
-    `feature` names the extractor. An evaluation that makes one image a prompt, such as validation, gives no figure.
+    `feature` names the extractor. An evaluation with one image per prompt, such as validation, gives no figure.
     """
 
     def __init__(self, feature: str = "clip", prompts: int = 32, images_per_prompt: int = 4) -> None:
@@ -25,7 +25,7 @@ class Diversity(Metric):
         self.copies = Copies(prompts, images_per_prompt)
 
     def figures(self, measured: MeasuredImages, others: Mapping[str, MeasuredImages]) -> float | None:
-        """The mean distance within a prompt, in the units of the features."""
+        """Return the mean distance within a prompt, in the units of the features; None without several images per prompt."""
         copies = measured.copies.get(self.feature)
         if copies is None:
             return None
@@ -34,13 +34,14 @@ class Diversity(Metric):
 
 
 def pairwise_diversity(features: Tensor) -> float:
-    """Mean Euclidean distance over all pairs of images of a prompt and over prompts, in the units of the features.
+    """Return the mean Euclidean distance over all pairs of images of a prompt, and over prompts.
 
-    features (P, M, D): P prompts with M >= 2 images each; ValueError with fewer. 0 says that noise no longer matters.
+    It is in the units of the features. features (P, M, D): P prompts with M >= 2 images each; ValueError for M < 2. A
+    value of 0 means that the images do not depend on the noise.
     """
     images = features.shape[1]
     if images < 2:
-        raise ValueError(f"diversity needs at least 2 images a prompt, got {images}")
+        raise ValueError(f"diversity needs at least 2 images per prompt, got {images}")
     first, second = torch.triu_indices(images, images, offset=1)
     features = features.cpu().double()
     return float((features[:, first] - features[:, second]).norm(dim=-1).mean())

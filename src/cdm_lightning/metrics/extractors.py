@@ -1,4 +1,4 @@
-"""Features for Fréchet distance and diversity: any `nn.Module` from images (B, 3, H, W) in [0, 1] to (B, D) will do."""
+"""Feature extractors for metrics: any `nn.Module` that maps images (B, 3, H, W) in [0, 1] to (B, D) can be one."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -13,46 +13,46 @@ from cdm_lightning.metrics.open_clip_model import OpenClipModel
 
 
 class OpenClipFeatures(nn.Module):
-    """The unnormalised image embedding of a CLIP model; arguments and errors as of `OpenClipModel`."""
+    """The unnormalised image embedding of a CLIP model; arguments and errors are those of `OpenClipModel`."""
 
     def __init__(self, model: str, pretrained: str | None = None) -> None:
         super().__init__()
         self.model = OpenClipModel(model, pretrained)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Embeddings (B, D) of images (B, 3, H, W) in [0, 1]."""
+        """Return embeddings (B, D), not normalised, of images (B, 3, H, W) in [0, 1]."""
         return self.model.encode_images(images)
 
     def encode_texts(self, prompts: Sequence[str]) -> Tensor:
-        """Embeddings (B, D) of prompts, not normalised."""
+        """Return embeddings (B, D), not normalised, of prompts."""
         return self.model.encode_texts(prompts)
 
 
 class InceptionFeatures(nn.Module):
-    """The 2048 features of the stock FID; `weights` is the file weights-inception-2015-12-05-6726825d.pth.
+    """The 2048 features of the standard FID; `weights` is the file weights-inception-2015-12-05-6726825d.pth.
 
-    Raises `UserError` where the file is missing or unfit, or the package torch-fidelity is not installed.
+    Raises `UserError` if the file is missing or cannot be used, or if the package torch-fidelity is not installed.
     """
 
     def __init__(self, weights: str | Path) -> None:
         super().__init__()
         if not Path(weights).is_file():
             raise UserError(
-                f"Inception weights {weights} are missing; torch-fidelity's releases have them"
+                f"Inception weights {weights} are missing; download them from torch-fidelity's releases"
                 " (weights-inception-2015-12-05-6726825d.pth)"
             )
         if importlib.util.find_spec("torch_fidelity") is None:
-            raise UserError("the stock Inception needs the package torch-fidelity: pip install torch-fidelity")
+            raise UserError("the Inception network needs the package torch-fidelity: pip install torch-fidelity")
         from torchmetrics.image.fid import NoTrainInceptionV3
 
         try:
-            torch.load(weights, weights_only=True)  # torch-fidelity would run code that an unsafe file holds
+            torch.load(weights, weights_only=True)  # checked first: torch-fidelity would run code in an unsafe file
             self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(weights))
-        except Exception as error:  # torch.load and load_state_dict raise a dozen kinds
+        except Exception as error:  # torch.load and load_state_dict raise many kinds of errors
             reason = first_line(error)
-            raise UserError(f"{weights} are no Inception weights ({reason}); download them again") from error
+            raise UserError(f"{weights} does not hold Inception weights ({reason}); download them again") from error
         self.requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features (B, 2048) of images (B, 3, H, W) in [0, 1], which are rounded to 8 bits as in a saved file."""
+        """Return features (B, 2048) of images (B, 3, H, W) in [0, 1], which are rounded to 8 bits as in a saved file."""
         return self.network((images * 255).round().to(torch.uint8))

@@ -1,8 +1,8 @@
 """Fréchet distance between the features of generated and of reference images, computed by torchmetrics.
 
-Shapes: images (B, 3, H, W) in [0, 1], features (N, D). The distance of the Gaussians with the features' means m and
-covariances C is |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Heusel et al., arXiv:1706.08500). It falls with the number
-of samples: compare figures of equal counts only.
+Shapes: images (B, 3, H, W) in [0, 1], features (N, D). The distance between two Gaussians with
+the means m and covariances C of the features is |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Heusel et al.,
+arXiv:1706.08500). It decreases with the number of samples: compare only figures with equal counts.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,7 +22,7 @@ from cdm_lightning.metrics.base import MeasuredImages, Metric, extract
 
 @dataclass(frozen=True)
 class FeatureStatistics:
-    """What a Fréchet distance needs of one side: mean (D,), covariance (D, D), both float64, and number of samples."""
+    """The statistics of one set for a Fréchet distance: mean (D,), covariance (D, D), both float64, and sample count."""
 
     mean: Tensor
     covariance: Tensor
@@ -30,7 +30,7 @@ class FeatureStatistics:
 
     @classmethod
     def of_features(cls, batches: Iterable[Tensor]) -> "FeatureStatistics":
-        """Statistics of features (B, D) that come in batches; ValueError with fewer than 2 samples in all."""
+        """Compute the statistics of batches of features (B, D); ValueError for fewer than 2 samples in total."""
         count, total, outer = 0, torch.zeros(()), torch.zeros(())
         for features in batches:
             features = features.cpu().double()  # not all devices have float64
@@ -42,18 +42,18 @@ class FeatureStatistics:
 
     @classmethod
     def of_images(cls, extractor: nn.Module, batches: Iterable[Tensor]) -> "FeatureStatistics":
-        """Statistics of the features of images (B, 3, H, W) that come in batches."""
+        """Compute the statistics of the features of batches of images (B, 3, H, W)."""
         return cls.of_features(extract(extractor, images) for images in batches)
 
     def save(self, path: str | Path) -> None:
-        """Write `path` (safetensors) in one rename."""
+        """Write the safetensors file `path` atomically, by one rename."""
         state = {"mean": self.mean, "covariance": self.covariance.contiguous(), "count": torch.tensor(self.count)}
         with replacing(path) as temporary:
             save_file(state, temporary)
 
     @classmethod
     def load(cls, path: str | Path) -> "FeatureStatistics":
-        """Statistics written by `save`; UserError where the file is missing or holds something else."""
+        """Read statistics that `save` wrote; UserError if the file is missing or has other contents."""
         try:
             state = load_file(path)
             return cls(state["mean"].double(), state["covariance"].double(), int(state["count"]))
@@ -65,20 +65,20 @@ class FeatureStatistics:
 
 
 class _GivenFeatures(nn.Module):
-    """The `feature` module that torchmetrics asks for, fed with features: one extraction then serves all metrics."""
+    """The `feature` module for torchmetrics; its inputs are features already, so that all metrics share one extraction."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
         self.num_features = num_features
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features (B, D) as they are."""
+        """Return features (B, D) unchanged."""
         return features
 
 
 def frechet_distance(reference: FeatureStatistics, features: Tensor) -> float | None:
-    """The distance of features (N, D) to the reference, in float64 by torchmetrics; None for N < 2."""
-    from torchmetrics.image.fid import FrechetInceptionDistance  # seconds to import: paid where it is used
+    """Return the distance of features (N, D) to the reference, computed in float64 by torchmetrics; None for N < 2."""
+    from torchmetrics.image.fid import FrechetInceptionDistance  # takes seconds to import, so only where it is used
 
     if len(features) < 2:
         return None
@@ -94,24 +94,24 @@ def frechet_distance(reference: FeatureStatistics, features: Tensor) -> float | 
 class Frechet(Metric):
     """Fréchet distance of the images to those of `reference`, in the features of the extractor that `feature` names.
 
-    `reference` gives batches (B, 3, H, W) in [0, 1] and is read once, or it holds the statistics of their features. Call
-    the metric `fid` only with the stock Inception. Fewer than 2 images have no distance.
+    `reference` yields batches of images (B, 3, H, W) in [0, 1] and is read once, or it is the statistics of their
+    features. Name the metric `fid` only with `InceptionFeatures`. There is no figure for fewer than 2 images.
     """
 
     def __init__(self, reference: Iterable[Tensor] | FeatureStatistics, feature: str = "clip") -> None:
         self.reference, self.feature, self.features = reference, feature, (feature,)
 
     def prepare(self, extractors: Mapping[str, nn.Module]) -> None:
-        """Read the reference images."""
+        """Compute the statistics of the reference images, unless they are given."""
         if not isinstance(self.reference, FeatureStatistics):
             self.reference = FeatureStatistics.of_images(extractors[self.feature], self.reference)
 
     def figures(self, measured: MeasuredImages, others: Mapping[str, MeasuredImages]) -> float | None:
-        """The distance; None for fewer than 2 images."""
+        """Return the distance; None for fewer than 2 images."""
         return frechet_distance(cast(FeatureStatistics, self.reference), measured.features[self.feature])
 
     def facts(self) -> dict[str, float]:
-        """The number of reference images."""
+        """Return the number of reference images."""
         return {"reference_images": cast(FeatureStatistics, self.reference).count}
 
 
@@ -120,10 +120,10 @@ class FrechetToSampler(Metric):
 
     def __init__(self, sampler: str, feature: str = "clip") -> None:
         self.sampler, self.feature, self.features = sampler, feature, (feature,)
-        self._reference: tuple[MeasuredImages, FeatureStatistics] | None = None  # of the samplers measured last
+        self._reference: tuple[MeasuredImages, FeatureStatistics] | None = None  # of the latest measurement
 
     def figures(self, measured: MeasuredImages, others: Mapping[str, MeasuredImages]) -> float | None:
-        """The distance; None for that sampler itself and where it is not run."""
+        """Return the distance; None for that sampler itself, if it is not run, and for fewer than 2 images."""
         reference = others.get(self.sampler or "")
         if reference is None or reference is measured or min(len(reference), len(measured)) < 2:
             return None

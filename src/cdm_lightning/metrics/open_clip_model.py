@@ -1,4 +1,4 @@
-"""An open_clip model for measuring: images and prompts in, embeddings out; missing weights are refused at once."""
+"""An open_clip model that embeds images and prompts for metrics, with an immediate error if its weights are missing."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,25 +15,26 @@ if TYPE_CHECKING:
     from torchvision.transforms import Compose
 
 LOCAL_DIR = "local-dir:"
-WEIGHTS = ("*.safetensors", "*.bin", "*.pth")  # what open_clip looks for in a local folder
+WEIGHTS = ("*.safetensors", "*.bin", "*.pth")  # the weight files that open_clip looks for in a local folder
 
 
 class OpenClipModel(nn.Module):
     """The two towers of a CLIP model, frozen, in float32 and in eval mode.
 
-    `model` is `local-dir:FOLDER` (open_clip_config.json and weights), or a name known to open_clip with `pretrained`, a
-    file of weights or one of open_clip's tags, which is downloaded. Raises `UserError` where they are missing.
+    `model` is `local-dir:FOLDER` (a folder with open_clip_config.json and weights), or a model name that open_clip knows.
+    With a name, `pretrained` is a file of weights, or one of open_clip's tags, whose weights are downloaded. Raises
+    `UserError` if model or weights are missing.
     """
 
     def __init__(self, model: str, pretrained: str | None = None) -> None:
         super().__init__()
-        import open_clip  # seconds to import: paid where it is used
+        import open_clip  # takes seconds to import, so only where it is used
 
         _check_source(model, pretrained, open_clip.list_models(), open_clip.list_pretrained_tags_by_model)
         try:
             clip, _, transform = open_clip.create_model_and_transforms(model, pretrained=pretrained)
             self.tokenizer = open_clip.get_tokenizer(model)
-        except Exception as error:  # open_clip lets through whatever json, torch, safetensors and the network raise
+        except Exception as error:  # open_clip passes on any error of json, torch, safetensors and the network
             reason = first_line(error)
             raise UserError(
                 f"cannot load the CLIP model {model} with pretrained={pretrained} ({reason}); give weights that fit it"
@@ -43,34 +44,36 @@ class OpenClipModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.clip.parameters()).device
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """Embeddings (B, D), not normalised, of images (B, 3, H, W) in [0, 1] after open_clip's own preprocessing."""
+        """Return embeddings (B, D), not normalised, of images (B, 3, H, W) in [0, 1] after open_clip's own preprocessing."""
         images = images.to(self.device, torch.float32)
         for transform in self.geometry:
             images = transform(images)
-        return self.clip.encode_image(self.normalise(images.clamp(0, 1)))  # bicubic resizing overshoots
+        return self.clip.encode_image(self.normalise(images.clamp(0, 1)))  # bicubic resizing can leave [0, 1]
 
     @torch.no_grad()
     def encode_texts(self, prompts: Sequence[str]) -> Tensor:
-        """Embeddings (B, D), not normalised."""
+        """Return embeddings (B, D), not normalised, of B prompts."""
         return self.clip.encode_text(self.tokenizer(list(prompts)).to(self.device))
 
 
 def _check_source(model: str, pretrained: str | None, known: Sequence[str], tags_of) -> None:
-    """UserError for what open_clip answers with random weights or with several lines."""
+    """UserError for mistakes for which open_clip would use random weights or raise an error of several lines."""
     if model.startswith(LOCAL_DIR):
         folder = Path(model.removeprefix(LOCAL_DIR))
         if not (folder / "open_clip_config.json").is_file():
-            raise UserError(f"{folder} is no open_clip folder: it has no open_clip_config.json; see CLIP `model`")
+            raise UserError(
+                f"{folder} is not an open_clip folder: it has no open_clip_config.json; pass a folder that has it"
+            )
         if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
             raise UserError(f"{folder} holds no CLIP weights (open_clip_model.safetensors); put them there")
         return
     if model not in known:
-        raise UserError(f"open_clip knows no model {model!r}; give one of its names or {LOCAL_DIR}FOLDER")
+        raise UserError(f"open_clip does not know the model {model!r}; give one of its names or {LOCAL_DIR}FOLDER")
     if pretrained is None:
         raise UserError(f"the CLIP model {model} has no weights: set `pretrained` to a file or to a tag of open_clip")
     if not Path(pretrained).is_file() and pretrained not in tags_of(model):

@@ -1,4 +1,4 @@
-"""Real images to compare with: iterables of batches (B, 3, H, W) in [0, 1] that can be gone through again and again."""
+"""Real images to compare with: iterables of batches (B, 3, H, W) in [0, 1] that can be iterated over repeatedly."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,25 +12,25 @@ from cdm_lightning.data.shapes import Scene, parse_caption, render
 from cdm_lightning.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-CHUNK = 256  # renderings at a time
+CHUNK = 256  # renderings per batch
 
 
 @dataclass(frozen=True)
 class ShapesRenderings:
-    """`count` renderings of the first `captions` of `prompts`, each as often as the others, a function of `seed`.
+    """`count` renderings of the first `captions` prompts in turn, equally often; they depend only on prompts and `seed`.
 
-    Generated images are compared with real ones of the same prompts, as FID on COCO is measured: other prompts would add
-    a distance that no generator can take away. Raises `UserError` where a prompt is no caption of the set.
+    Generated images are compared with real images of the same prompts, as FID on COCO is measured: other prompts would
+    add a distance that no generator can remove. Raises `UserError` if a prompt is not a caption of the shapes set.
     """
 
     prompts: Sequence[str]
-    captions: int | None = None  # None: all
+    captions: int | None = None  # None: all prompts
     count: int = 4096
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.captions is not None and not 1 <= self.captions <= len(self.prompts):
-            raise UserError(f"reference: captions={self.captions}, there are {len(self.prompts)} prompts")
+            raise UserError(f"reference: captions={self.captions}, but there are {len(self.prompts)} prompts")
 
     def __iter__(self) -> Iterator[Tensor]:
         captions = self.captions or len(self.prompts)
@@ -41,24 +41,28 @@ class ShapesRenderings:
 
 
 def render_prompts(prompts: Sequence[str], indices: Sequence[int], seed: int) -> Tensor:
-    """A rendering (B, 3, 32, 32) of each caption, a function of (caption, index, seed); UserError for another text."""
+    """Return a rendering (B, 3, 32, 32) of each caption, which depends only on (caption, index, seed).
+
+    UserError for a text that is not a caption of the shapes set.
+    """
     seeds = [stream(seed, "rendering of a prompt", index).initial_seed() for index in indices]
     return torch.cat([render([scene_of(prompt)], its) for prompt, its in zip(prompts, seeds, strict=True)])
 
 
 def scene_of(prompt: str) -> Scene:
-    """What a prompt describes; `UserError` for a text that is no caption of the shapes set."""
+    """Return the scene that a prompt describes; UserError for a text that is not a caption of the shapes set."""
     try:
         return parse_caption(prompt)
     except ValueError as error:
-        raise UserError(f"real images: {error}; the shapes set can render its own captions only") from None
+        raise UserError(f"real images: {error}; the shapes set can render only its own captions") from None
 
 
 class ImageFolder:
     """The images under a folder, in the order of their paths, as batches.
 
-    With `image_size` (side in pixels) each is resized to cover a square of that side and cropped to its middle;
-    without, all must be of one size. Raises `UserError` for no images, unreadable ones or differing sizes.
+    With `image_size` (a side in pixels), each image is resized to cover a square of that side and cropped to its centre.
+    Without it, all images must have the same size. Raises `UserError` for a folder without images, for unreadable images
+    and for images of different sizes.
     """
 
     def __init__(self, folder: str | Path, image_size: int | None = None, batch_size: int = 64) -> None:
@@ -75,7 +79,9 @@ class ImageFolder:
                 batch.append(self._read(path))
                 size = size or batch[-1].shape
                 if batch[-1].shape != size:
-                    raise UserError(f"{path}: reference images differ in size; set image_size to bring them to one")
+                    raise UserError(
+                        f"{path}: reference images differ in size; set image_size to resize them to one size"
+                    )
             yield torch.stack(batch)
 
     def _read(self, path: Path) -> Tensor:

@@ -1,4 +1,4 @@
-"""Adherence on the shapes set: a small classifier, trained apart from every generator, says what is on an image."""
+"""Adherence on the shapes set by a small classifier of images, which is trained separately from all generators."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +26,10 @@ HEADS = {
 
 
 class ShapesClassifier(nn.Module):
-    """Reads arrangement, place and, for two slots (upper or left first), colour, shape and size off (N, 3, 32, 32) images."""
+    """A classifier of images (N, 3, 32, 32) of the shapes set.
+
+    It predicts arrangement, place and, for each of two slots (the upper or left item first), colour, shape and size.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,13 +41,13 @@ class ShapesClassifier(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(128, classes) for name, classes in HEADS.items()})
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Logits (N, classes) of each head for images (N, 3, 32, 32) in [0, 1]."""
+        """Return the logits (N, classes) of each head for images (N, 3, 32, 32) in [0, 1]."""
         features = self.features(images * 2 - 1)
         return {name: head(features) for name, head in self.heads.items()}
 
     @classmethod
     def load(cls, path: str | Path) -> "ShapesClassifier":
-        """A trained classifier from a safetensors file; UserError where the file is missing or not one."""
+        """Read a trained classifier from a safetensors file; UserError if the file is missing or holds something else."""
         model = cls()
         try:
             model.load_state_dict(load_file(path))
@@ -57,7 +60,10 @@ class ShapesClassifier(nn.Module):
 
     @torch.no_grad()
     def adherence(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Whether each image (N, 3, 32, 32) shows all that its caption says: (N,) bool; ValueError for a foreign caption."""
+        """Return (N,) bool: whether each image (N, 3, 32, 32) shows everything that its caption says.
+
+        ValueError for a text that is not a caption of the shapes set.
+        """
         device = next(self.parameters()).device
         chunks = [self(chunk.to(device)) for chunk in images.split(512)]
         seen = {name: torch.cat([chunk[name].argmax(1) for chunk in chunks]).tolist() for name in HEADS}
@@ -68,7 +74,7 @@ class ShapesClassifier(nn.Module):
 
 
 def expected(scene: Scene) -> dict[str, int]:
-    """The classes that a caption asks for, by head; what the caption leaves open is not among them."""
+    """Return the classes that a caption asks for, by head, without heads that the caption says nothing about."""
     if scene.relation is None:
         place = {} if scene.place is None else {"place": list(PLACES).index(scene.place)}
         return {"arrangement": 0, **place, **_item(scene, 0)}

@@ -1,4 +1,4 @@
-"""All metrics of a run and the feature extractors that they share: for validation and for the ladder at the end alike."""
+"""All metrics of a run and the feature extractors that they share, for validation and for the ladder evaluation."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,16 +14,16 @@ Row = dict[str, float]  # figure -> value
 
 @dataclass
 class Collected:
-    """What is kept of one sampler's images, batch by batch: features, scores and prompts, but no images."""
+    """The data that is kept of one sampler's images, batch by batch: features, scores and prompts, but no images."""
 
     prompts: list[str] = field(default_factory=list)
     indices: list[int] = field(default_factory=list)
     features: dict[str, list[Tensor]] = field(default_factory=dict)  # extractor -> (B, D) of each batch
     scores: dict[str, list[Tensor]] = field(default_factory=dict)  # metric -> (B,) of each batch
-    copies: dict[str, list[Tensor]] = field(default_factory=dict)  # extractor -> (P, D) of each further image
+    copies: dict[str, list[Tensor]] = field(default_factory=dict)  # extractor -> (P, D) of each additional image
 
     def add(self, other: "Collected") -> None:
-        """Append what another process has collected of the same sampler."""
+        """Append the data of the same sampler that another process has collected."""
         self.prompts += other.prompts
         self.indices += other.indices
         for mine, theirs in ((self.features, other.features), (self.scores, other.scores)):
@@ -31,7 +31,7 @@ class Collected:
                 mine.setdefault(name, []).extend(batches)
 
     def of(self, metric: str) -> MeasuredImages:
-        """What the metric of that name may look at, in the order of the prompts' numbers."""
+        """Return the data for the metric of that name, in the order of the prompts' indices."""
         order = sorted(range(len(self.indices)), key=self.indices.__getitem__)
         features = {name: torch.cat(batches)[order] for name, batches in self.features.items()}
         scores = self.scores.get(metric)
@@ -49,7 +49,7 @@ class Collected:
 class MetricSuite:
     """The metrics by name, and the feature extractors by the names that the metrics use.
 
-    Raises UserError for a metric that needs an extractor which is not there.
+    Raises UserError for an object that is not a `Metric`, and for a metric whose feature extractor is missing.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class MetricSuite:
 
     @property
     def copies(self) -> Copies:
-        """The most prompts and images a prompt that a metric asks for; (0, 1) if none asks."""
+        """The largest numbers of prompts and of images per prompt that a metric asks for; (0, 1) if none asks."""
         wishes = [metric.copies for metric in self.metrics.values() if metric.copies is not None]
         return Copies(
             max((wish.prompts for wish in wishes), default=0), max((wish.images for wish in wishes), default=1)
@@ -78,11 +78,11 @@ class MetricSuite:
 
     @property
     def needed(self) -> list[str]:
-        """The names of the extractors whose features of all images are kept."""
+        """The names of the extractors that some metric needs; their features of all images are kept."""
         return sorted({name for metric in self.metrics.values() for name in metric.features})
 
     def prepare(self, device: torch.device) -> None:
-        """Move the extractors and whatever else is a network to the device; at the first call, read the references."""
+        """Move the extractors and the metrics' own networks to the device; the first call also prepares the metrics."""
         parts = [
             *self.extractors.values(),
             *(part for metric in self.metrics.values() for part in vars(metric).values()),
@@ -96,13 +96,13 @@ class MetricSuite:
         self._prepared = True
 
     def facts(self) -> dict[str, float | str]:
-        """What a reader of the figures must know about each metric, as METRIC_FACT."""
+        """Return the facts of all metrics, which are needed to read their figures, under the keys METRIC_FACT."""
         return {
             f"{name}_{fact}": value for name, metric in self.metrics.items() for fact, value in metric.facts().items()
         }
 
     def figures(self, samplers: Mapping[str, Collected]) -> dict[str, Row]:
-        """The figures of each sampler by name; a metric with several figures gives METRIC_FIGURE."""
+        """Return the figures of each sampler by metric; a metric with several figures has the keys METRIC_FIGURE."""
         rows: dict[str, Row] = {sampler: {} for sampler in samplers}
         for name, metric in self.metrics.items():
             measured = {sampler: collected.of(name) for sampler, collected in samplers.items()}
@@ -122,7 +122,7 @@ class MetricSuite:
         indices: Sequence[int],
         texts: dict[str, Tensor] | None = None,
     ) -> None:
-        """Add images (B, 3, H, W) of one sampler; `texts` keeps features of the prompts for the other samplers."""
+        """Measure images (B, 3, H, W) of one sampler; `texts` keeps features of the prompts for the other samplers."""
         batch = ImageBatch(images, prompts, indices, self.extractors, {} if texts is None else texts)
         collected.prompts += prompts
         collected.indices += indices
@@ -134,12 +134,12 @@ class MetricSuite:
                 collected.scores.setdefault(name, []).append(scores.float().cpu())
 
     def measure_copy(self, collected: Collected, images: Tensor) -> None:
-        """Add one more image (P, 3, H, W) for each of the first P prompts, in their order."""
+        """Measure one more image for each of the first P prompts, in their order: (P, 3, H, W)."""
         for name in self.needed:
             collected.copies.setdefault(name, []).append(extract(self.extractors[name], images).cpu())
 
     def scores(self, samplers: Mapping[str, Collected]) -> list[dict[str, str | int | float]]:
-        """A row for each sampler and prompt, with the scores of the single images: what can be compared in pairs."""
+        """Return a row for each sampler and prompt with the scores of the single images, for paired comparisons."""
         rows: list[dict[str, str | int | float]] = []
         for sampler, collected in samplers.items():
             measured = {name: collected.of(name) for name in self.metrics if name in collected.scores}

@@ -1,4 +1,4 @@
-"""The one optimisation loop of all pretraining stages: AdamW, warm-up, linear decay to zero, clipping, restartable."""
+"""The optimisation loop of all pretraining stages: AdamW, warm-up, linear decay to zero, gradient clipping, resuming."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -14,7 +14,11 @@ from cdm_lightning.files import replacing
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a stage is trained; `iterations` of `batch_size` samples, `lr` reached after `warmup` and falling to 0 from `decay_from`."""
+    """The settings of a stage's training: `iterations` optimizer steps on `batch_size` samples each.
+
+    The learning rate reaches `lr` after `warmup` iterations and falls linearly to 0 from the fraction `decay_from` of all
+    iterations on.
+    """
 
     iterations: int
     batch_size: int = 32
@@ -28,7 +32,7 @@ class Recipe:
     seed: int = 0
 
     def lr_at(self, iteration: int) -> float:
-        """Learning rate of one iteration: linear warm-up, constant, linear decay."""
+        """Return the learning rate of an iteration: linear warm-up, then constant, then linear decay."""
         start = self.decay_from * self.iterations
         decay = 1 - max(0.0, iteration - start) / max(1.0, self.iterations - start)
         return self.lr * min(1.0, (iteration + 1) / max(1, self.warmup)) * decay
@@ -45,10 +49,10 @@ def optimise(
     log_every: int = 200,
     save_every: int = 1000,
 ) -> nn.Module:
-    """Train `network` in place on `loss(iteration, generator)` and return it, with its EMA weights where the recipe has a decay.
+    """Train `network` in place on `loss(iteration, generator)` and return it with its EMA weights (the last ones without EMA).
 
-    A stage that was interrupted goes on from `folder/NAME.pt`; a finished one is loaded. The generator of an iteration is a
-    function of (seed, name, iteration), so that a restarted run equals an undisturbed one.
+    An interrupted stage resumes from `folder/NAME.pt`; a finished one is loaded from it. The generator of an iteration
+    depends only on (seed, name, iteration), so that a resumed run equals an uninterrupted one.
     """
     parameters = list(network.parameters() if train is None else train)
     options = {"lr": recipe.lr, "betas": recipe.betas, "weight_decay": recipe.weight_decay}
@@ -87,7 +91,7 @@ def optimise(
 
 
 def _save(state: dict, path: Path) -> None:
-    """Write the file whole: a kill leaves the previous one."""
+    """Write the file atomically: if the process is killed, the previous file remains."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         torch.save(state, temporary)

@@ -1,4 +1,4 @@
-"""Stages 3 and 4: what measures the generators and never trains with them, a tiny CLIP and a classifier of shapes."""
+"""Stages 3 and 4: a tiny CLIP and a classifier of shapes, which measure the generators and are not trained with them."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ from cdm_lightning.pretraining.tiny_sd3 import CLIP_TOKENS, build_clip_tokenizer
 
 
 def perturb(images: Tensor, rng: torch.Generator) -> Tensor:
-    """Slight blur on half of the images and noise on all, so that a scorer does not lean on pixel-exact edges."""
+    """Blur half of the images slightly and add noise to all, so that a scorer does not depend on pixel-exact edges."""
     blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
     weight = (torch.rand(len(images), 1, 1, 1, generator=rng) - 0.5).clamp(min=0) * 1.6
     noise = 0.04 * torch.rand(len(images), 1, 1, 1, generator=rng) * torch.randn(images.shape, generator=rng)
@@ -27,7 +27,7 @@ def perturb(images: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def train_classifier(recipe: Recipe, folder: Path, output: Path, pool: int = 49152) -> ShapesClassifier:
-    """Train on `pool` renderings of every combination and write `output` (safetensors)."""
+    """Train the classifier on `pool` renderings of every combination of the shapes set and write `output` (safetensors)."""
     scenes = draw_scenes(pool, recipe.seed + 1000, "all", pairs=0.5)
     layout = lay_out(scenes, recipe.seed + 1000)
     images = render_layout(layout, recipe.seed + 1000)
@@ -49,7 +49,7 @@ def train_classifier(recipe: Recipe, folder: Path, output: Path, pool: int = 491
 
 
 def clip_config(vocabulary: int, eos: int) -> dict:
-    """The `open_clip_config.json` of the tiny CLIP: 32-pixel images in 4-pixel patches, captions of 12 tokens."""
+    """Return the `open_clip_config.json` of the tiny CLIP: 32-pixel images in 4-pixel patches, captions of 12 tokens."""
     return {
         "model_cfg": {
             "embed_dim": 64,
@@ -76,7 +76,7 @@ def clip_config(vocabulary: int, eos: int) -> dict:
 
 
 def train_clip(recipe: Recipe, folder: Path, output: Path, pool: int = 49152) -> None:
-    """Train contrastively on `pool` renderings of the teacher's captions and write an open_clip `local-dir:` folder."""
+    """Train the CLIP contrastively on `pool` renderings of the teacher's captions and write an open_clip folder."""
     tokenizer: CLIPTokenizer = build_clip_tokenizer(all_words())
     config = clip_config(len(tokenizer), tokenizer.eos_token_id)
     torch.manual_seed(recipe.seed)

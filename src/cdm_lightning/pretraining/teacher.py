@@ -15,7 +15,7 @@ from cdm_lightning.core.flow import interpolate
 from cdm_lightning.data.shapes import draw_scenes, render
 from cdm_lightning.pretraining.loop import Recipe, optimise
 
-T5_TOKENS = 256  # what the stock pipeline pads to
+T5_TOKENS = 256  # the length to which the stock pipeline pads
 CHUNK = 1024
 
 
@@ -29,7 +29,7 @@ class Captioned:
 
 
 class TextConditioned(nn.Module):
-    """The trained parts under one roof: transformer, two CLIP encoders, T5."""
+    """One module of all trained parts: the transformer, two CLIP encoders and T5."""
 
     def __init__(self, pipeline: StableDiffusion3Pipeline) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class TextConditioned(nn.Module):
         use_compact_padding(self.transformer, pipeline.tokenizer_max_length + T5_TOKENS)
 
     def forward(self, x: Tensor, sigma: Tensor, clip_ids: Tensor, t5_ids: Tensor) -> Tensor:
-        """Velocity (B, C, h, w) of latents x (B, C, h, w) at sigma (B,) for token ids (B, 12) and compacted (B, keep + 1)."""
+        """Latents x (B, C, h, w), sigma (B,), CLIP ids (B, 12), T5 ids (B, keep + 1) -> velocity (B, C, h, w)."""
         embeds, pooled = self.encode(clip_ids, t5_ids)
         return self.transformer(
             hidden_states=x,
@@ -50,7 +50,7 @@ class TextConditioned(nn.Module):
         )[0]
 
     def encode(self, clip_ids: Tensor, t5_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """What `StableDiffusion3Pipeline.encode_prompt` gives, with gradient: (B, 12 + keep + 1, D) and pooled (B, P)."""
+        """Return the results of SD3's `encode_prompt`, with gradients: embeddings (B, 12 + keep + 1, D) and pooled (B, P)."""
         outputs = [clip(clip_ids, output_hidden_states=True) for clip in self.clip]
         hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
         t5 = encode_compact(self.t5, t5_ids, T5_TOKENS)
@@ -59,7 +59,7 @@ class TextConditioned(nn.Module):
 
 
 def encode_compact(t5: T5EncoderModel, ids: Tensor, full_length: int) -> Tensor:
-    """T5 without positions on ids (B, N) whose last token stands for all padding up to `full_length` -> (B, N, D)."""
+    """Encode ids (B, N) -> (B, N, D) by a T5 without positions; the last token stands for all padding to `full_length`."""
     count = ids.shape[1]
     mask = torch.zeros(len(ids), 1, 1, count)
     mask[..., -1] = math.log(full_length - count + 1)
@@ -67,7 +67,7 @@ def encode_compact(t5: T5EncoderModel, ids: Tensor, full_length: int) -> Tensor:
 
 
 def tokenise(pipeline: StableDiffusion3Pipeline, captions: list[str], keep: int) -> tuple[Tensor, Tensor]:
-    """CLIP ids (N, 12) and T5 ids (N, keep + 1), the last of which is padding; ValueError where a caption is longer."""
+    """Return CLIP ids (N, 12) and T5 ids (N, keep + 1), which end in padding; ValueError if a caption is longer."""
     longest = max(len(ids) for ids in pipeline.tokenizer_3(captions).input_ids)
     if longest > keep:
         raise ValueError(f"a caption has {longest} T5 tokens, more than {keep}")
@@ -78,7 +78,7 @@ def tokenise(pipeline: StableDiffusion3Pipeline, captions: list[str], keep: int)
 
 @torch.no_grad()
 def captioned_latents(pipeline: StableDiffusion3Pipeline, count: int, seed: int, keep: int, pairs: float) -> Captioned:
-    """Encode `count` renderings of training captions."""
+    """Encode `count` renderings of training captions into latents, and tokenise the captions."""
     scenes = draw_scenes(count, seed, "train", pairs=pairs)
     vae, latents = pipeline.vae, []
     for begin in range(0, count, CHUNK):
@@ -101,17 +101,17 @@ def train_teacher(
     sigma_std: float = 1.2,
     compile_network: bool = True,
 ) -> StableDiffusion3Pipeline:
-    """Flow matching with caption dropout and logit-normal sigmas (SD3, arXiv:2403.03206), in place.
+    """Train the pipeline in place by flow matching with caption dropout and logit-normal sigmas (SD3, arXiv:2403.03206).
 
-    `count` renderings, a share `pairs` of them of two shapes; captions of at most `keep` T5 tokens.
+    The data are `count` renderings, of which the share `pairs` shows two shapes. A caption has at most `keep` T5 tokens.
     """
     model = TextConditioned(pipeline).train().requires_grad_(True)
     if compile_network:
         model.transformer.compile()
     relative_positions = pipeline.text_encoder_3.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
-    relative_positions.requires_grad_(False)  # stays zero: see backbones.compact_text
+    relative_positions.requires_grad_(False)  # it stays zero; see backbones.compact_text
 
-    @functools.cache  # minutes of work, not done where a finished stage is only loaded
+    @functools.cache  # takes minutes; not needed if a finished stage is only loaded
     def captioned() -> Captioned:
         return captioned_latents(pipeline, count, recipe.seed, keep, pairs)
 

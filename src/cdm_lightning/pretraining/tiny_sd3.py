@@ -1,8 +1,8 @@
-"""A genuine `StableDiffusion3Pipeline` at toy size: every class is the one of SD3-Medium, only the numbers are small.
+"""A real `StableDiffusion3Pipeline` of toy size: it has the classes of SD3-Medium with small sizes.
 
-32 x 32 pixels; the VAE halves the side (16 x 16 latents of 4 channels), the transformer cuts them into 16 patches. The
-CLIP encoders read 12 tokens; the T5 has no relative positions (its bias table stays zero), so that all padding tokens are
-alike and `backbones.compact_text` can fold them.
+Images have 32 x 32 pixels; the VAE halves the side (16 x 16 latents of 4 channels), and the transformer cuts the latents
+into 16 patches. The CLIP encoders read 12 tokens. The T5 has no relative positions (its bias table stays zero), so that all
+padding tokens have the same embedding and `backbones.compact_text` can fold them.
 """
 
 import json
@@ -36,7 +36,7 @@ SHIFT = 3.0  # as in SD3-Medium's scheduler
 def build_pipeline(
     seed: int = 0, heads: int = 3, layers: int = 4, latent_channels: int = 4
 ) -> StableDiffusion3Pipeline:
-    """Pipeline with random weights (a function of `seed`), frozen and in eval mode."""
+    """Build a pipeline with random weights, which depend only on `seed`; it is frozen and in eval mode."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         clip_tokenizer, t5_tokenizer = build_clip_tokenizer(all_words()), build_t5_tokenizer(all_words())
@@ -58,10 +58,10 @@ def build_pipeline(
 
 
 def start_from(pipeline: StableDiffusion3Pipeline, folder: str | Path) -> None:
-    """Take all weights over from an earlier tiny pipeline; tokens that it did not know stay random.
+    """Copy all weights from an earlier tiny pipeline; embeddings of tokens that it did not have stay random.
 
-    The VAE comes with them, for the transformer knows that one's latents only. Raises `UserError` where `folder` holds no
-    tiny pipeline of the same sizes.
+    The VAE is copied too, because the transformer was trained on its latents. Raises `UserError` if `folder` does not
+    hold a tiny pipeline of the same sizes.
     """
     folder = locate_pipeline(str(folder), None, StableDiffusion3Pipeline, ("transformer", "vae"))
     with loading(folder):
@@ -80,14 +80,14 @@ def start_from(pipeline: StableDiffusion3Pipeline, folder: str | Path) -> None:
             ours.load_state_dict(theirs.state_dict())
     except (RuntimeError, AttributeError) as error:
         raise UserError(
-            f"earlier={folder} is no tiny pipeline of these sizes ({first_line(error)}); give one that pretrain made"
+            f"earlier={folder} is not a tiny pipeline of these sizes ({first_line(error)}); give one that pretrain made"
         ) from error
     config = earlier.vae.config
     pipeline.vae.register_to_config(scaling_factor=config.scaling_factor, shift_factor=config.shift_factor)
 
 
 def build_transformer(heads: int, layers: int, latent_channels: int) -> SD3Transformer2DModel:
-    """The denoiser: 16 image tokens of 4 x 4 latents; heads of width 32; rms-normalised queries and keys as in SD3.5."""
+    """Build the velocity network: 16 tokens of 4 x 4 latents, heads of width 32, RMS-normed queries and keys (SD3.5)."""
     return SD3Transformer2DModel(
         sample_size=16,
         patch_size=4,
@@ -105,7 +105,7 @@ def build_transformer(heads: int, layers: int, latent_channels: int) -> SD3Trans
 
 
 def build_vae(latent_channels: int) -> AutoencoderKL:
-    """Autoencoder (B, 3, 32, 32) <-> (B, 4, 16, 16); scaling and shift are set after its training."""
+    """Build the autoencoder (B, 3, 32, 32) <-> (B, latent_channels, 16, 16); its training sets scaling and shift."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -123,7 +123,7 @@ def build_vae(latent_channels: int) -> AutoencoderKL:
 
 
 def build_clip(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
-    """Text encoder of one layer; hidden and projected width 32."""
+    """Build a CLIP text encoder of two layers; its hidden and projected widths are 32."""
     return CLIPTextModelWithProjection(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -141,7 +141,7 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
 
 
 def build_t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
-    """Encoder of one layer whose relative-position table is zero: word order is left to the CLIP encoders."""
+    """Build an encoder of one layer whose relative-position table is zero: only the CLIP encoders see the word order."""
     config = T5Config(
         vocab_size=len(tokenizer),
         d_model=T5_WIDTH,
@@ -158,9 +158,10 @@ def build_t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
 
 
 def build_clip_tokenizer(words: Sequence[str]) -> CLIPTokenizer:
-    """Byte-level BPE with CLIP's end-of-word mark, trained until each word of the caption language is one token.
+    """Build a byte-level BPE tokenizer with CLIP's end-of-word mark, in which each caption word is one token.
 
-    The trainer numbers final letters in the order of a hash table, another in each process; given to it, they stay put.
+    The trainer would number final letters in the order of a hash table, which differs between processes. They are
+    therefore given as special tokens in a fixed order.
     """
     final_letters = sorted({f"{word[-1]}</w>" for word in words})
     trained = Tokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix="</w>"))
@@ -175,12 +176,12 @@ def build_clip_tokenizer(words: Sequence[str]) -> CLIPTokenizer:
     )
     trained.train_from_iterator([" ".join(words)] * 2, trainer)
     state = json.loads(trained.to_str())["model"]
-    merges: Any = [tuple(merge) for merge in state["merges"]]  # declared as texts; the tokenizer wants pairs
+    merges: Any = [tuple(merge) for merge in state["merges"]]  # declared as strings, but the tokenizer takes pairs
     return CLIPTokenizer(vocab=state["vocab"], merges=merges, model_max_length=CLIP_TOKENS)
 
 
 def build_t5_tokenizer(words: Sequence[str]) -> T5Tokenizer:
-    """Unigram tokenizer in which each word of the caption language is one piece, with single letters for the rest."""
+    """Build a unigram tokenizer in which each caption word is one piece, with single letters for all other text."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
     pieces += [(f"▁{word}", -2.0) for word in words]
     pieces += [(letter, -8.0) for letter in "abcdefghijklmnopqrstuvwxyz0123456789,.'\"-"]

@@ -14,16 +14,19 @@ from cdm_lightning.pretraining.loop import Recipe, optimise
 
 
 def posterior_of(vae: AutoencoderKL, images: Tensor) -> DiagonalGaussianDistribution:
-    """The distribution of the latents of images (B, 3, H, W) in [-1, 1]."""
+    """Return the posterior distribution of the latents of images (B, 3, H, W) in [-1, 1]."""
     return cast(AutoencoderKLOutput, vae.encode(images)).latent_dist
 
 
 def train_vae(
     vae: AutoencoderKL, recipe: Recipe, folder: Path, pool: int = 8192, kl_weight: float = 1e-4
 ) -> AutoencoderKL:
-    """Train in place on `pool` renderings, then set scaling and shift so that latents have mean 0 and deviation 1."""
+    """Train the VAE in place on `pool` renderings, and set its scaling and shift.
+
+    With these, latents have mean 0 and standard deviation 1.
+    """
     images = render(draw_scenes(pool, recipe.seed, "train", pairs=0.25), recipe.seed) * 2 - 1
-    network = cast(nn.Module, vae)  # the `to` of diffusers is declared without its arguments
+    network = cast(nn.Module, vae)  # diffusers declares `to` without its arguments
     network.to(memory_format=torch.channels_last).train().requires_grad_(True)
 
     def loss(iteration: int, rng: torch.Generator) -> Tensor:
