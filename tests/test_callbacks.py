@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -263,6 +264,27 @@ def test_a_metric_without_its_extractor_is_refused() -> None:
         MetricSuite({"fid": Frechet([], "inception")}, {"clip": Points()})
     with pytest.raises(UserError, match=r"metric.fid is a Points; it must be a cdm_lightning Metric"):
         MetricSuite({"fid": Points()})
+    with pytest.raises(
+        UserError, match=r"metric.clip_score needs features of prompts, but feature.clip has no encode_texts"
+    ):
+        MetricSuite({"clip_score": CLIPScore()}, {"clip": Points()})
+    with pytest.raises(UserError, match=r"metric.sampler has the name of a column of the results"):
+        MetricSuite({"sampler": RightHalf()})
+
+
+def test_scores_that_cannot_be_written_do_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "scores").write_text("a file in the place of the folder")
+    trainer, _ = fit(tmp_path, [right_halves()], max_steps=3)
+    assert "could not be written (File exists); the run continues" in capsys.readouterr().err
+    assert "val/right_half/student_2" in trainer.callback_metrics
+
+
+def test_features_that_are_not_finite_have_no_distance(tmp_path: Path) -> None:
+    """The library's eigenvalues of such features would end the process."""
+    broken = torch.full((4, 3), float("nan"))
+    found = frechet_distance(FeatureStatistics.of_features([torch.rand(5, 3)]), broken)
+    assert found is not None
+    assert math.isnan(found)
 
 
 def test_sanity_checks_are_not_measured(tmp_path: Path) -> None:
@@ -416,15 +438,37 @@ def test_ladder_report_leaves_table_picture_and_student(
 
     # the same again: the table is printed, and nothing is measured or written
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    report = LadderReport(report.evaluation, report.metrics, export_nfe=2)  # of another start, which trains nothing
     report.on_fit_end(trainer, module)
     again = capsys.readouterr().out
     assert "The run is complete at iteration 2 and has been evaluated before." in again
     assert "teacher 2 steps, guidance 2" in again
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
-    module.iteration = 3  # a longer run is evaluated again
-    report.on_fit_end(trainer, module)
-    assert "evaluated before" not in capsys.readouterr().out
+    assert isinstance(report.metrics.metrics["clip_score"], CLIPScore)
+
+    def is_evaluated_again() -> bool:
+        report.on_fit_end(trainer, module)
+        return "evaluated before" not in capsys.readouterr().out
+
+    module.iteration = 3  # a longer run
+    assert is_evaluated_again()
     assert json.loads((tmp_path / "metrics.json").read_text())["settings"]["iteration"] == 3
+    for damaged in ("{ half", "[1]", '{"settings": null}', '{"settings": {}, "rows": []}'):
+        (tmp_path / "metrics.json").write_text(damaged)
+        assert is_evaluated_again()
+    (tmp_path / "samples.png").unlink()
+    assert is_evaluated_again()
+    assert not is_evaluated_again()
+    (tmp_path / "config.yaml").write_text("backbone: {}\nmetric: {clip_score: {feature: other}}\n")  # another option
+    assert is_evaluated_again()
+    report.on_train_batch_end(trainer, module)  # and whatever has been trained
+    assert is_evaluated_again()
+
+
+@pytest.mark.parametrize("options", [{"export_nfe": 0}, {"export_folder": "checkpoints"}])
+def test_unfit_exports_of_the_ladder_are_refused_at_once(options: dict) -> None:
+    with pytest.raises(UserError, match=r"callbacks.ladder: export_nfe=.* must be at least 1, and export_folder"):
+        LadderReport(LadderEvaluation(prompts=["a"] * 2, count=2), MetricSuite(), **options)
 
 
 def test_ladder_report_refuses_a_foreign_folder_before_training(tmp_path: Path) -> None:

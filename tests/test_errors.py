@@ -179,6 +179,13 @@ def test_metrics_without_their_weights(refused):
     assert "metric.energy_distance needs the feature extractor feature.dots, but there is points" in other
 
 
+def test_a_text_is_not_a_list(refused):
+    assert "validation.samplers=student_4 must be a list of SamplerSpec" in refused("validation.samplers=student_4")
+    doubled = "[{_target_: cdm_lightning.evaluation.samplers.SamplerSpec, name: a},"
+    doubled += "{_target_: cdm_lightning.evaluation.samplers.SamplerSpec, name: a}]"
+    assert "two samplers have the name 'a'" in refused(f"validation.samplers={doubled}")
+
+
 def test_arguments_out_of_range(refused):
     assert "student_every and fake_score_steps must be at least 1" in refused("objective.student_every=0")
     assert "a rollout has at least 1 step" in refused("schedule.length.low=0")

@@ -18,7 +18,7 @@ from cdm_lightning.core.schedules import inference_sigmas
 from cdm_lightning.errors import UserError
 from cdm_lightning.evaluation.ladder import REAL, STEPS, LadderEvaluation, LadderResult
 from cdm_lightning.evaluation.pictures import picture
-from cdm_lightning.evaluation.report import markdown_table, save_report, table
+from cdm_lightning.evaluation.report import csv_text, markdown_table, save_report, table
 from cdm_lightning.evaluation.samplers import SamplerSpec, generate
 from cdm_lightning.metrics.adherence import Adherence
 from cdm_lightning.metrics.base import ImageBatch, Metric
@@ -245,6 +245,8 @@ def test_ladder_does_not_depend_on_the_batch(toy: Toy2DBackbone) -> None:
         ({"samplers": [SamplerSpec("a"), SamplerSpec("a")]}, "same name"),
         ({"count": 9}, "count=9, but there are only 8 prompts"),
         ({"count": 1}, "count >= 2"),
+        ({"samplers": []}, "at least one sampler"),
+        ({"shown": 0}, "shown >= 1"),
     ],
 )
 def test_contradictory_settings_are_refused(changes: dict, text: str) -> None:
@@ -304,6 +306,20 @@ def test_report_is_written_whole(result: LadderResult, tmp_path: Path) -> None:
     mine = [row for row in scores if row["sampler"] == "s2"]
     assert [int(row["prompt_index"]) for row in mine] == list(range(COUNT))
     assert sum(float(row["adherence"]) for row in mine) / COUNT == pytest.approx(result.rows[3]["adherence"])
+
+
+def test_scores_of_any_prompt_are_read_back(tmp_path: Path) -> None:
+    prompts = ["a, b", 'a "quoted" one', "two\nlines", "a\rreturn", "", "\t, é"]
+    rows = [{"sampler": "s", "prompt_index": i, "prompt": text, "score": 0.5} for i, text in enumerate(prompts)]
+    (tmp_path / "scores.csv").write_text(csv_text(rows), encoding="utf-8", newline="")
+    with (tmp_path / "scores.csv").open(newline="", encoding="utf-8") as file:
+        assert [row["prompt"] for row in csv.DictReader(file)] == prompts
+
+
+def test_the_ladder_keeps_no_images_but_those_that_it_shows(result: LadderResult) -> None:
+    for images in result.images.values():
+        assert images.untyped_storage().nbytes() == images.numel() * images.element_size()
+    assert all(kept.shown.untyped_storage().nbytes() < 5 * 3 * 32 * 32 * 4 for kept in result.measured.values())
 
 
 def test_picture_has_each_image_in_its_place() -> None:

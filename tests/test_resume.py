@@ -250,6 +250,25 @@ def test_a_run_without_ema_of_the_version_before_goes_on(toy_run):
     assert toy_run("trainer.max_steps=3", "ema=none", folder="before").iteration == 3
 
 
+def test_without_its_ema_a_run_counts_no_updates_of_it(toy_run):
+    with_ema = toy_run("trainer.max_steps=2", folder="with")
+    assert read_checkpoint(with_ema.checkpoint).ema_updates == 1
+    begun = toy_run(f"resume={with_ema.checkpoint}", "ema=none", "trainer.max_steps=4", folder="begun")
+    assert read_checkpoint(begun.checkpoint).ema_updates == 0
+    with pytest.raises(UserError, match="holds no network student_ema"):
+        read_checkpoint(begun.checkpoint).network_weights("student_ema")
+
+
+def test_an_option_that_is_deleted_counts_as_its_default(toy_run):
+    toy_run("trainer.max_steps=1", "ema=default", folder="default")  # 0.999, which is the constructor's too
+    assert toy_run("trainer.max_steps=2", "ema=default", "~ema.decay", folder="default").iteration == 2
+    assert toy_run("trainer.max_steps=3", "ema=default", folder="default").iteration == 3
+    with pytest.raises(UserError, match=r"it differs in ema.decay"):
+        toy_run("trainer.max_steps=4", "ema=none", folder="default")
+    assert toy_run("trainer.max_steps=1", "~optim.student.optimizer.betas", folder="betas").iteration == 1
+    assert toy_run("trainer.max_steps=2", "optim.student.optimizer.betas=[0.9,0.999]", folder="betas").iteration == 2
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [("ema.decay", 0.5), ("objective.student_every", 3), ("optim.student.max_grad_norm", 7.0)],

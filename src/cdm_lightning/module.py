@@ -208,7 +208,7 @@ class CDMModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Restore the counters."""
         state = checkpoint["cdm"]
-        self.iteration, self.ema_updates = state["iteration"], state["ema_updates"]
+        self.iteration, self.ema_updates = state["iteration"], state["ema_updates"] if self.ema.is_on else 0
         self.updates.load_state_dict(state)
 
     # ---- evaluation

@@ -34,6 +34,7 @@ from cdm_lightning.data.text_memory import RememberedText
 from cdm_lightning.distributed.launch import is_launched, launch
 from cdm_lightning.distributed.strategy import MeshStrategy, device_count
 from cdm_lightning.errors import UserError
+from cdm_lightning.evaluation.samplers import check_samplers
 from cdm_lightning.files import first_line
 from cdm_lightning.metrics.suite import MetricSuite
 from cdm_lightning.run.folder import Run
@@ -73,8 +74,7 @@ def train_in(run: Run, config: DictConfig) -> TrainResult:
         strategy.check(module.network_names, module.whole_names)
     data = build(config, "data", groups=module.groups.of, images=module.objective.needs_latents)
     module.resolution.check(module.backbone)
-    for sampler in module.samplers:
-        sampler.check(module.backbone)
+    check_samplers(module.samplers, module.backbone)
     checkpoint = build(config, "checkpoint")
     checkpoint.begin_with = find_beginning(config, run, checkpoint, module.fingerprint)
     metrics = cache(lambda: MetricSuite(build_named(config, "metric"), build_named(config, "feature")))

@@ -1,5 +1,7 @@
 """The report at the end of a run: teacher and student compared in figures and a picture, and the exported student."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -10,7 +12,8 @@ from cdm_lightning.distributed.sharding import put_together
 from cdm_lightning.distributed.strategy import MeshStrategy
 from cdm_lightning.errors import UserError
 from cdm_lightning.evaluation.ladder import LadderEvaluation
-from cdm_lightning.evaluation.report import METRICS, PICTURE, TABLE, save_report, table
+from cdm_lightning.evaluation.report import METRICS, PICTURE, SCORES, TABLE, save_report, table
+from cdm_lightning.evaluation.samplers import check_samplers
 from cdm_lightning.exporting.pipeline import check_output, export_pipeline, exported_iteration
 from cdm_lightning.metrics.suite import MetricSuite
 from cdm_lightning.run.folder import Run
@@ -19,6 +22,9 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
     from cdm_lightning.module import CDMModule
+
+
+OTHERS = ("checkpoints", "logs", "samples", "scores")  # folders of a run that an export must not replace
 
 
 class LadderReport(L.Callback):
@@ -36,11 +42,22 @@ class LadderReport(L.Callback):
         self.evaluation, self.metrics = evaluation, metrics
         self.export_folder, self.export_nfe = export_folder, export_nfe
         self.prompts = evaluation.prompts  # these prompts must be in the text cache
+        self._has_trained = False
+        if export_nfe < 1 or export_folder in OTHERS:
+            raise UserError(
+                f"callbacks.ladder: export_nfe={export_nfe} must be at least 1, and export_folder={export_folder!r} a name of "
+                f"its own: not {', '.join(OTHERS)}"
+            )
 
     def setup(self, trainer: L.Trainer, pl_module: "CDMModule", stage: str) -> None:
         """Raise `UserError` at the start for mistakes that would otherwise fail hours later."""
         check_output(Path(trainer.default_root_dir) / self.export_folder)
         self.evaluation.check(self.metrics)
+        check_samplers(self.evaluation.samplers, pl_module.backbone)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: "CDMModule", *_: object) -> None:
+        """Note that this start has trained: earlier results are then out of date."""
+        self._has_trained = True
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
         """Evaluate, export and report, after all checkpoints have been written.
@@ -66,7 +83,7 @@ class LadderReport(L.Callback):
         network = put_together(network, backbone.build_network)
         if not trainer.is_global_zero:
             return
-        result.settings["iteration"] = pl_module.iteration
+        result.settings.update(self._identity(run, pl_module))
         save_report(result, run.folder)
         export_pipeline(
             backbone,
@@ -80,14 +97,26 @@ class LadderReport(L.Callback):
         self._show(run, result.rows)
 
     def _is_done(self, run: Run, pl_module: "CDMModule") -> bool:
-        """Return whether the folder holds the results of this evaluation, with these settings, at this iteration."""
+        """Return whether this start trained nothing and the folder holds the whole results of this very evaluation."""
         try:
-            settings = (run.metrics() or {}).get("settings", {})
+            metrics = run.metrics()
         except UserError:
             return False
-        expected = {**self.evaluation.settings(self.metrics, pl_module.backbone), "iteration": pl_module.iteration}
-        is_measured = expected.items() <= settings.items()
-        return is_measured and exported_iteration(run.folder / self.export_folder) == pl_module.iteration
+        if self._has_trained or not isinstance(metrics, dict) or not isinstance(metrics.get("settings"), dict):
+            return False
+        expected = self.evaluation.settings(self.metrics, pl_module.backbone) | self._identity(run, pl_module)
+        is_measured = expected.items() <= metrics["settings"].items() and isinstance(metrics.get("rows"), list)
+        is_whole = all((run.folder / name).is_file() for name in (TABLE, SCORES, PICTURE))
+        is_exported = exported_iteration(run.folder / self.export_folder) == pl_module.iteration
+        return bool(is_measured and metrics["rows"] and is_whole and is_exported)
+
+    def _identity(self, run: Run, pl_module: "CDMModule") -> dict[str, object]:
+        """What else decides the results: the iteration, whether the EMA is measured, and the options of the evaluation."""
+        config = run.config() if run.is_started else {}
+        options = [config.get("metric"), config.get("feature"), (config.get("callbacks") or {}).get("ladder")]
+        options.append((config.get("data") or {}).get("val"))
+        digest = hashlib.blake2b(json.dumps(options, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
+        return {"iteration": pl_module.iteration, "ema_updates": pl_module.ema_updates, "options": digest}
 
     def _show(self, run: Run, rows: list[dict]) -> None:
         print(f"\n{table(rows)}\n", flush=True)

@@ -1,5 +1,6 @@
 """The metrics of a run, measured on the validation images."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,5 +54,11 @@ class ValidationMetrics(L.Callback):
         scores = self.metrics.scores(samplers)
         if trainer.is_global_zero and scores:
             path = Path(trainer.default_root_dir) / self.folder / f"iteration_{pl_module.iteration:07d}.csv"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, csv_text(scores))
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_text(path, csv_text(scores))
+            except OSError as error:  # as with a checkpoint, a full disk does not end the run
+                reason = error.strerror or error
+                print(
+                    f"WARNING: {path} could not be written ({reason}); the run continues", file=sys.stderr, flush=True
+                )

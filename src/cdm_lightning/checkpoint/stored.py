@@ -78,8 +78,13 @@ class StoredCheckpoint:
         return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
 
     def network_weights(self, name: str) -> dict[str, Tensor]:
-        """Read the state dict of the network `name`: student, student_ema or another trained role."""
-        return self.tensors(f"networks.{name}.")
+        """Read the state dict of the network `name`: student, student_ema or another trained role.
+
+        Raises UserError if the checkpoint does not have this network.
+        """
+        if found := self.tensors(f"networks.{name}."):
+            return found
+        raise UserError(f"{self.path} holds no network {name}; choose another one")
 
     def trainer_state(self) -> dict[str, Any]:
         """Read the state of Lightning's loops, callbacks and objective; `UserError` for more than plain values and tensors."""

@@ -108,13 +108,17 @@ def build(
         if not isinstance(child, Mapping | DictConfig) or "_target_" not in child:
             raise UserError(f"{name} has no _target_: set {name}._target_=CLASS, or {name}=null to leave it out")
         taken = parameters_of(child["_target_"])
-        built.append(_instantiate(child, name, **{k: make() for k, make in (offered or {}).items() if k in taken}))
+        built.append(
+            _instantiate(
+                child, name, **{k: make() for k, make in (offered or {}).items() if k in taken and k not in child}
+            )
+        )
     return built
 
 
 def build_named(config: DictConfig, key: str) -> dict[str, Any]:
     """Build the objects of a group by name, for example the metrics in `metric`; raises the same errors as `build`."""
-    return {str(name): build(config, f"{key}.{name}") for name, node in config[key].items() if node is not None}
+    return {str(name): build(config, f"{key}.{name}") for name, node in (config[key] or {}).items() if node is not None}
 
 
 def _instantiate(node: Any, key: str, **more: Any) -> Any:

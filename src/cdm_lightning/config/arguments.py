@@ -68,6 +68,8 @@ def _fits(value: Any, kind: Any) -> bool:
         return True
     if asked in NUMBERS:
         return type(value) in NUMBERS[asked]
+    if asked in LISTS and isinstance(value, str):
+        return False  # a text is a sequence of letters, but nobody means that
     if asked is str:  # a name can look like a number or a truth value
         return isinstance(value, (str, bool, int, float))
     if issubclass(asked, PurePath) or (isinstance(value, ListConfig) and issubclass(asked, tuple | set | frozenset)):

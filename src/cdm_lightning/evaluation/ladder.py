@@ -86,8 +86,8 @@ class LadderEvaluation:
             raise UserError(f"evaluation: two samplers have the same name among {', '.join(names)}")
         if self.count is None:
             object.__setattr__(self, "count", len(self.prompts))
-        if self.size < 2 or self.batch_size < 1:
-            raise UserError("evaluation: needs count >= 2 and batch_size >= 1")
+        if self.size < 2 or self.batch_size < 1 or self.shown < 1 or not names:
+            raise UserError("evaluation: needs count >= 2, batch_size >= 1, shown >= 1 and at least one sampler")
         if len(self.prompts) < self.size:
             raise UserError(
                 f"evaluation: count={self.count}, but there are only {len(self.prompts)} prompts; reduce count"
@@ -174,7 +174,9 @@ class LadderEvaluation:
         texts: dict[int, dict[str, Tensor]],
     ) -> SamplerResult:
         """Generate and measure one sampler's images batch by batch; `texts` keeps the prompts' features by batch."""
-        shown = [make(self._prompts[:1], [0], self.seed)[:0]]  # the first call is not timed: it includes one-time setup
+        shown = [
+            make(self._prompts[:1], [0], self.seed)[:0].clone()
+        ]  # the first call is not timed: it includes one-time setup
         result = SamplerResult(shown[0])
         for start in range(0, self.size, self.batch_size):
             prompts = self._prompts[start : start + self.batch_size]
@@ -183,7 +185,8 @@ class LadderEvaluation:
             images = make(prompts, indices, self.seed)
             result.seconds += time.perf_counter() - began
             metrics.measure(result.collected, images, prompts, indices, texts.setdefault(start, {}))
-            shown.append(images[: max(0, self.shown - start)])
+            if start < self.shown:  # a copy: a view would keep the whole batch in memory
+                shown.append(images[: self.shown - start].clone())
             progress.advance(len(prompts) * calls)
         result.shown = torch.cat(shown)
         prompts = self._prompts[: metrics.copies.prompts]

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,10 +55,15 @@ def csv_text(rows: Sequence[Row]) -> str:
     """Return rows with the same keys as comma-separated values with a header line; empty for no rows."""
     text = io.StringIO()
     if rows:
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
         writer.writeheader()
         writer.writerows(rows)
     return text.getvalue()
+
+
+def _as_json(row: Row) -> Row:
+    """JSON has no NaN and no infinity: such a figure is null."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
 
 
 def save_report(result: LadderResult, folder: str | Path) -> dict[str, Path]:
@@ -72,6 +78,6 @@ def save_report(result: LadderResult, folder: str | Path) -> dict[str, Path]:
         picture(result.images, result.prompts).save(path, format="PNG")
     write_text(paths[SCORES], csv_text(result.scores))
     write_text(paths[TABLE], markdown_table(result.rows))
-    content = {"settings": result.settings, "rows": result.rows}
+    content = {"settings": result.settings, "rows": [_as_json(row) for row in result.rows]}
     write_text(paths[METRICS], json.dumps(content, indent=2) + "\n")  # last: it marks the report as complete
     return paths

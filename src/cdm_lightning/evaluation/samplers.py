@@ -56,6 +56,15 @@ class SamplerSpec:
         return self.nfe * (1 if self.guidance_scale == 1 else 2)
 
 
+def check_samplers(samplers: Sequence[SamplerSpec], backbone: Backbone) -> None:
+    """Raise UserError for two samplers of one name, and for a size that the model family cannot generate."""
+    names = [spec.name for spec in samplers]
+    if doubled := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"two samplers have the name {doubled[0]!r}; give each its own name")
+    for spec in samplers:
+        spec.check(backbone)
+
+
 def generate_all(
     samplers: Sequence[SamplerSpec],
     backbone: Backbone,

@@ -90,11 +90,13 @@ class Metric:
     """A measure of a sampler's images.
 
     A subclass overrides `score` if it measures single images, or `figures` if it measures all images together.
-    `features` are the names of the extractors that it needs. `copies` asks for several images per prompt. `sampler` names
-    another sampler to compare with; the metric has no figure if that sampler is not run.
+    `features` are the names of the extractors that it needs, `text_features` those that must also read prompts. `copies`
+    asks for several images per prompt. `sampler` names another sampler to compare with; the metric has no figure if that
+    sampler is not run.
     """
 
     features: tuple[str, ...] = ()
+    text_features: tuple[str, ...] = ()
     copies: Copies | None = None
     sampler: str | None = None
 

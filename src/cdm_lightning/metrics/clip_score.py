@@ -14,7 +14,7 @@ class CLIPScore(Metric):
 
     def __init__(self, feature: str = "clip") -> None:
         self.feature = feature
-        self.features = (feature,)
+        self.features = self.text_features = (feature,)
 
     def score(self, batch: ImageBatch) -> Tensor:
         """Return the scores (B,) of the images for their prompts."""

@@ -77,11 +77,16 @@ class _GivenFeatures(nn.Module):
 
 
 def frechet_distance(reference: FeatureStatistics, features: Tensor) -> float | None:
-    """Return the distance of features (N, D) to the reference, computed in float64 by torchmetrics; None for N < 2."""
+    """Return the distance of features (N, D) to the reference, computed in float64 by torchmetrics.
+
+    None for N < 2; NaN for features that are not finite, such as those of a student that has diverged.
+    """
     from torchmetrics.image.fid import FrechetInceptionDistance  # takes seconds to import, so only where it is used
 
     if len(features) < 2:
         return None
+    if not torch.isfinite(features).all():
+        return float("nan")
     dim, n = len(reference.mean), reference.count
     metric = FrechetInceptionDistance(_GivenFeatures(dim), normalize=True, sync_on_compute=False)
     metric.real_features_sum = n * reference.mean
@@ -104,7 +109,10 @@ class Frechet(Metric):
     def prepare(self, extractors: Mapping[str, nn.Module]) -> None:
         """Compute the statistics of the reference images, unless they are given."""
         if not isinstance(self.reference, FeatureStatistics):
-            self.reference = FeatureStatistics.of_images(extractors[self.feature], self.reference)
+            try:
+                self.reference = FeatureStatistics.of_images(extractors[self.feature], self.reference)
+            except ValueError as error:
+                raise UserError(f"the reference images of a Fréchet distance: {error}; give more images") from error
 
     def figures(self, measured: MeasuredImages, others: Mapping[str, MeasuredImages]) -> float | None:
         """Return the distance; None for fewer than 2 images."""

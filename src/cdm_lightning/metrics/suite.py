@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from cdm_lightning.errors import UserError
 from cdm_lightning.metrics.base import Copies, ImageBatch, MeasuredImages, Metric, extract
 
+COLUMNS = ("sampler", "prompt", "prompt_index", "network_calls", "seconds_per_image")  # of the results beside figures
 Row = dict[str, float]  # figure -> value
 
 
@@ -57,15 +58,26 @@ class MetricSuite:
     ) -> None:
         self.metrics = {name: metric for name, metric in (metrics or {}).items() if metric is not None}
         self.extractors = {name: module for name, module in (features or {}).items() if module is not None}
+        for name, extractor in self.extractors.items():
+            if not isinstance(extractor, nn.Module):
+                raise UserError(f"feature.{name} is a {type(extractor).__name__}; it must be a torch nn.Module")
         for name, metric in self.metrics.items():
             if not isinstance(metric, Metric):
                 raise UserError(f"metric.{name} is a {type(metric).__name__}; it must be a cdm_lightning Metric")
+            if name in COLUMNS:
+                raise UserError(f"metric.{name} has the name of a column of the results; give the metric another name")
             for missing in sorted(set(metric.features) - self.extractors.keys()):
                 known = ", ".join(self.extractors) or "none"
                 raise UserError(
                     f"metric.{name} needs the feature extractor feature.{missing}, but there is {known}; "
                     f"add feature.{missing}, or name another one in metric.{name}"
                 )
+            for feature in metric.text_features:
+                if not callable(getattr(self.extractors[feature], "encode_texts", None)):
+                    raise UserError(
+                        f"metric.{name} needs features of prompts, but feature.{feature} has no encode_texts; "
+                        "use an extractor such as OpenClipFeatures"
+                    )
         self._prepared = False
 
     @property

@@ -67,10 +67,31 @@ def require_same_configuration(saved: dict[str, Any], config: dict[str, Any], fo
     for flat in (before, now):  # only the batch size over all processes counts
         processes = device_count(flat["trainer.devices"]) * flat["trainer.num_nodes"]
         flat["data.batch_size x processes"] = flat.pop("data.batch_size") * processes
-    keys = sorted(key for key in before.keys() | now.keys() if decides(key) and before.get(key) != now.get(key))
-    if differing := [key for key in keys if key in before or not is_default(key, config)]:
+    keys = sorted(key for key in before.keys() | now.keys() if decides(key))
+    if differing := [key for key in keys if not is_same(key, before, now, saved, config)]:
         named = ", ".join(differing[:5])
         raise UserError(f"{folder} holds a run of another configuration (it differs in {named}); set another run_name")
+
+
+def is_same(
+    key: str, before: Mapping[str, Any], now: Mapping[str, Any], saved: Mapping[str, Any], config: Mapping[str, Any]
+) -> bool:
+    """Return whether an option is the same in both configurations; where only one has it, the default counts."""
+    if key in before and key in now:
+        return before[key] == now[key]
+    if key in now:
+        return is_default(key, config)
+    is_gone = key in before and not has_option(key, config)  # an option of an older version, which was off
+    return is_default(key, saved) or (is_gone and before[key] in (None, False))
+
+
+def has_option(key: str, config: Mapping[str, Any]) -> bool:
+    """Return whether the constructor around this key has a parameter of that name."""
+    *path, name = key.split(".")
+    node: Any = config
+    for step in path:
+        node = node.get(step) if isinstance(node, Mapping) else None
+    return isinstance(node, Mapping) and name in parameters_of(node.get("_target_"))
 
 
 def decides(key: str) -> bool:
@@ -85,14 +106,16 @@ def is_default(key: str, config: Mapping[str, Any]) -> bool:
         *path, name = path
     node: Any = config
     for step in path:
-        node = node[step]
+        node = node.get(step) if isinstance(node, Mapping) else None
+    if not isinstance(node, Mapping) or name not in node:
+        return False  # an option that has moved
     parameter = parameters_of(node.get("_target_")).get(name)
     if parameter is None or parameter.default is parameter.empty:
         return False
     default, value = parameter.default, node[name]
     if isinstance(value, Mapping):
         return value.get("_target_") == f"{type(default).__module__}.{type(default).__qualname__}"
-    return default == value
+    return (list(default) if isinstance(default, tuple) else default) == value
 
 
 def flatten(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -122,4 +145,5 @@ def modernised(flat: dict[str, Any]) -> dict[str, Any]:
         new = key if old is None else ELSEWHERE[old] + key.removeprefix(old)
         begins = next((name for name in RENAMED if isinstance(value, str) and value.startswith(name)), None)
         found[new] = value if begins is None else RENAMED[begins] + value.removeprefix(begins)
-    return ADDED | found
+    groups = {key.partition(".")[0] for key in found}
+    return {key: value for key, value in ADDED.items() if key.partition(".")[0] not in groups} | found
