@@ -131,7 +131,7 @@ def test_a_missing_file_is_refused_at_once(tmp_path):
     with pytest.raises(UserError, match="no such LoRA file"):
         SD3Backbone("somewhere/else", teacher_lora=str(tmp_path))
     (tmp_path / "lora.bin").write_bytes(b"pickle")
-    with pytest.raises(UserError, match=r"no \.safetensors file"):
+    with pytest.raises(UserError, match=r"is not a \.safetensors file"):
         SD3Backbone("somewhere/else", teacher_lora=str(tmp_path / "lora.bin"))
 
 
