@@ -193,7 +193,7 @@ def choose_device(accelerator: str) -> str:
 
 @contextmanager
 def writing(folder: Path) -> Generator[None]:
-    """Make the folder, lock it against other writers, and remove the incomplete files of a writer that was killed."""
+    """Hold the folder's lock inside the block; make the folder first, and remove the files that a killed writer left."""
     with ExitStack() as held:
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: str | Path) -> Generator[Path]:
-    """Yield a temporary path next to `path`, under which the block writes one file, and rename this file to `path` at the end.
+    """Yield a temporary path for the block to write one file to; afterwards the file is renamed to `path`.
 
     The content is on the disk before the file is renamed, so a crash leaves either the old or the new file. After an error
     inside the block, `path` is unchanged and the temporary file is deleted. Raises OSError if the file cannot be written.

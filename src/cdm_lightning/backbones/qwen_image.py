@@ -97,7 +97,7 @@ class QwenImageBackbone(PipelineBackbone):
 
     @torch.no_grad()
     def decode_latents(self, x0: Tensor) -> Tensor:
-        """x0 (B, C, h, w) -> images (B, 3, H, W) in [0, 1], by the arithmetic of the stock pipeline."""
+        """x0 (B, C, h, w) -> images (B, 3, H, W) in [0, 1], computed as the stock pipeline does."""
         mean, std = self._latent_statistics(x0)
         frames = self._codec.vae.decode(x0.float()[:, :, None] / (1.0 / std) + mean, return_dict=False)[0]
         return self._codec.image_processor.postprocess(frames[:, :, 0], output_type="pt")

@@ -35,7 +35,7 @@ class ThroughputMonitor(L.Callback):
         self._start_window(pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Stop the clock; until it continues, `_began` holds the negative elapsed time."""
+        """Stop the clock: `_began` holds minus the elapsed seconds until `on_validation_end` adds the time again."""
         self._began -= time.perf_counter()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:

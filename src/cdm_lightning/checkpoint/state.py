@@ -34,7 +34,7 @@ def tensors_of(networks: nn.Module, optimizers: Mapping[str, Optimizer]) -> dict
 
 
 def plain_tensors(name: str, value: Tensor) -> dict[str, Tensor]:
-    """Return `value` under its name, or the tensors that make up a quantized state of torchao; they share its memory.
+    """Return {name: value}, or for a quantized state of torchao the tensors inside it ("NAME.codes", "NAME.scale", ...).
 
     Codes have the shape of the parameter, and each scale belongs to a block of consecutive codes, so both are sharded like
     the parameter.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LinearRamp:
-    """A weight that is 0 before iteration `start`, then rises in `over` equal steps to `value`, and stays there."""
+    """A weight that is 0 before iteration `start` and rises in `over` equal steps, from value / over at `start` to `value`."""
 
     value: float
     over: int

@@ -115,7 +115,7 @@ def load_column(
 
 
 def is_saved(folder: Path) -> bool:
-    """Return whether `save_to_disk` wrote this folder."""
+    """Return whether the `datasets` library's `save_to_disk` wrote this folder."""
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 

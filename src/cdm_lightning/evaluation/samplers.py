@@ -44,7 +44,7 @@ class SamplerSpec:
             raise UserError(f"sampler {self.name!r}: nfe must be at least 1, got {self.nfe}")
 
     def check(self, backbone: Backbone) -> None:
-        """UserError if the family cannot make images of this size."""
+        """Raise UserError if the model family cannot make images of this sampler's height and width."""
         try:
             backbone.at(self.height, self.width)
         except UserError as error:

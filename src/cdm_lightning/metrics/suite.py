@@ -66,7 +66,7 @@ class MetricSuite:
                 raise UserError(f"metric.{name} is a {type(metric).__name__}; it must be a cdm_lightning Metric")
             if name in COLUMNS:
                 raise UserError(f"metric.{name} has the name of a column of the results; give the metric another name")
-            for missing in sorted(set(metric.features) - self.extractors.keys()):
+            for missing in sorted({*metric.features, *metric.text_features} - self.extractors.keys()):
                 known = ", ".join(self.extractors) or "none"
                 raise UserError(
                     f"metric.{name} needs the feature extractor feature.{missing}, but there is {known}; "

@@ -59,7 +59,7 @@ class Plan:
         return sizes.trained[role] * sizes.gradient_share(role, self.layout)
 
     def as_json(self) -> dict[str, object]:
-        """Return the plan as plain data, in bytes and floating-point operations."""
+        """Return the plan as a dictionary for JSON, in bytes and floating-point operations."""
         return {
             "name": self.name,
             "gpus": str(self.gpus),

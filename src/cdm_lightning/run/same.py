@@ -1,6 +1,7 @@
 """Whether a run may be resumed with a given configuration, which may differ only in options that do not affect the weights.
 
-The groups and options in `FREE` change no result; all others do. The model card lists the others.
+The groups and options in `FREE` do not affect the trained weights, beyond float rounding; all others may. The model card
+lists the others.
 """
 
 from collections.abc import Mapping

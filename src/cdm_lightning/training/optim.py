@@ -57,7 +57,7 @@ class OptimizerRecipe:
             inspect.signature(self.optimizer.func).bind_partial(**self.optimizer.keywords)
 
     def build(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
-        """Build the optimizer of `parameters`, with the learning rate of the first iteration."""
+        """Build the optimizer for `parameters`, with the learning rate of the first iteration."""
         return self.optimizer(parameters, lr=self.learning_rate.at(0))
 
     def set_learning_rate(self, optimizer: Optimizer, iteration: int) -> None:

@@ -128,7 +128,7 @@ class FullRollouts(Rollouts):
     """Rollouts to the end of the student's path, for objectives that use what comes after the anchor."""
 
     def samples(self, batch: PromptBatch, iteration: int) -> list[RolledOutSample]:
-        """Return a sample with a `FullTrajectoryPoint` for each part of the batch."""
+        """Return a sample with a `FullTrajectoryPoint` for each of the `accumulate` parts of the batch."""
         samples = self.bound(batch, iteration)
         with self.timer("rollout"):
             return [with_point(sample, self._point(self.draw(sample))) for sample in samples]
