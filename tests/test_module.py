@@ -136,7 +136,7 @@ def test_several_fake_score_steps_share_one_rollout_with_fresh_draws():
     fit(by_hand, 0)
     (sample,) = by_hand.rollouts.bound(PromptBatch(first_prompts(), torch.tensor([0, 1, 2])), 0)
     rollout = by_hand.rollouts.draw(sample)
-    sample = with_point(sample, rollout.point(*walk([rollout])))
+    sample = with_point(sample, rollout.point(*walk([rollout])), rollout.steps)
     network = by_hand.networks.fake_score
     for step in range(3):
         loss = summed(by_hand.objective.fake_score_losses(sample.again(step))).total

@@ -339,12 +339,14 @@ def test_the_measured_ratio_changes_in_a_run(overrides, tmp_path, monkeypatch):
 
 def test_the_further_input_has_no_effect_at_the_start_and_one_later(overrides, tmp_path):
     first = ["trainer.max_steps=1", "objective.student_every=1", "optim.fake_score.learning_rate.peak=0"]
-    theirs = "objective._target_=cdm_lightning.objectives.cdm.CDMObjective"
+    first.append("objective.off_trajectory_share=0")
+    theirs = "objective.fake_score_conditioning=none"
     ours = run(overrides("level_aware"), tmp_path / "ours", *first).metrics
-    cdm = run(overrides("level_aware"), tmp_path / "cdm", *first, theirs).metrics
+    cdm = run(overrides("level_aware"), tmp_path / "cdm", "objective=cdm", *first[:3]).metrics
+    assert cdm == run(overrides("level_aware"), tmp_path / "none", *first, theirs).metrics
     equal = {figure for figure in cdm if ours[figure] == cdm[figure]}
     assert cdm.keys() - equal == {"fake_score/grad_norm"}  # the further weights have a gradient
-    learning = [*first[:2], "trainer.max_steps=4"]
+    learning = [*first[:2], *first[3:], "trainer.max_steps=4"]
     ours = run(overrides("level_aware"), tmp_path / "ours_later", *learning).metrics
     cdm = run(overrides("level_aware"), tmp_path / "cdm_later", *learning, theirs).metrics
     assert ours["fake_score/loss"] != cdm["fake_score/loss"]

@@ -88,6 +88,11 @@ class Rollout:
     sigmas: Tensor  # (B, K + 1)
     anchor: Tensor  # (B,) of [0, K), on the CPU, where it decides which network calls are made
 
+    @property
+    def steps(self) -> int:
+        """K, the number of steps."""
+        return self.sigmas.shape[1] - 1
+
     @torch.no_grad()
     def point(self, x: Tensor) -> TrajectoryPoint:
         """Return the points at the anchors, given the states x (B, *) that `walk` returned.

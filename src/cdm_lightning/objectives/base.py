@@ -85,10 +85,12 @@ class Sample:
 class RolledOutSample(Sample):
     """A sample with the student's state at the anchor, for objectives that use rollouts.
 
-    `point` is a `FullTrajectoryPoint` if rollouts are simulated to their end.
+    `point` is a `FullTrajectoryPoint` if rollouts are simulated to their end. `steps` is K, the number of steps of the
+    rollout, which is the same for all samples.
     """
 
     point: TrajectoryPoint
+    steps: int = 1
 
 
 @dataclass(frozen=True)

@@ -114,12 +114,7 @@ class CDMObjective(Objective):
 
     def fake_score_losses(self, sample: RolledOutSample) -> Iterator[TermLosses]:
         """Yield the flow matching loss of the fake score on the student's x0 prediction at the anchor."""
-        point, rng = sample.point, sample.rng
-        x0 = point.x0
-        sigma = self.fake_score_levels.sample(rng, "fake_score.sigma", point.sigma, sample.shift)
-        noise = rng.normal("fake_score.noise", x0.shape[1:])
-        velocity = self.fake_score(sample, point.sigma)(interpolate(x0, noise, sigma), sigma)
-        yield TermLosses(flow_matching_loss(velocity, x0, noise))
+        yield TermLosses(self._fit(sample, sample.point.x0, sample.point.sigma, "fake_score"))
 
     def student_losses(self, sample: RolledOutSample) -> Iterator[TermLosses]:
         """Yield the weighted terms with nonzero weight: first those at the anchor, then CDM. Each part is one student call."""
@@ -139,6 +134,20 @@ class CDMObjective(Objective):
     def fake_score(self, sample: RolledOutSample, seen: Tensor) -> VelocityField:
         """Return the fake score for predictions that the student made at sigma `seen` (B,); here it does not depend on `seen`."""
         return sample.fields["fake_score"]
+
+    def guidance(self, term: str) -> float:
+        """Return the factor of T(c) - T(0) in the direction of a term: `guidance_scale` for "ca", 0 for the others."""
+        return self.guidance_scale if term == "ca" else 0.0
+
+    def _fit(self, sample: RolledOutSample, x0: Tensor, seen: Tensor, purpose: str) -> Tensor:
+        """Return the flow matching loss (0-d) of the fake score on x0 (B, *), which the student predicted at sigma `seen` (B,).
+
+        `purpose` names the random draws of the sigma and the noise.
+        """
+        sigma = self.fake_score_levels.sample(sample.rng, f"{purpose}.sigma", seen, sample.shift)
+        noise = sample.rng.normal(f"{purpose}.noise", x0.shape[1:])
+        velocity = self.fake_score(sample, seen)(interpolate(x0, noise, sigma), sigma)
+        return flow_matching_loss(velocity, x0, noise)
 
     def _weights(self, iteration: int) -> dict[str, float]:
         """Return the terms whose weight is not 0 in this iteration, with their weights."""
@@ -160,8 +169,9 @@ class CDMObjective(Objective):
         """Return the weighted sum of the terms in `looks`, with figures of the student's `predicted` x0 (B, *)."""
         teacher, fake, uncond = self._judge(sample, looks)
         deltas = {term: teacher[term] - fake[term] for term in fake}
-        if "ca" in looks:
-            deltas["ca"] = self.guidance_scale * (teacher["ca"] - uncond["ca"])
+        for term in uncond:
+            guidance = self.guidance(term) * (teacher[term] - uncond[term])
+            deltas[term] = deltas[term] + guidance if term in deltas else guidance
         terms = {
             term: weights[term] * directed_loss(look.x0, deltas[term], teacher[term], self.norm_floor)
             for term, look in looks.items()
@@ -177,21 +187,24 @@ class CDMObjective(Objective):
             raise ValueError(f"teacher_base {self.teacher_base!r} needs a sample of a full rollout")
         return point.x0_next if self.teacher_base == "next" else point.x0_final
 
-    def _off_trajectory(self, sample: RolledOutSample) -> tuple[Tensor, Tensor]:
-        """Return the student's input for the CDM term (B, *), and its sigma s' (B,)."""
+    def _off_trajectory(self, sample: RolledOutSample, purpose: str = "cdm") -> tuple[Tensor, Tensor]:
+        """Return the student's input off the trajectory (B, *), and its sigma s' (B,); `purpose` names the random draws."""
         point, rng = sample.point, sample.rng
-        sigma = self.target_levels.sample(rng, "cdm.target", point.sigma, sample.shift)
+        sigma = self.target_levels.sample(rng, f"{purpose}.target", point.sigma, sample.shift)
         if self.cdm_input == "extrapolated":
             return point.move_to(sigma), sigma
-        return interpolate(point.x0, rng.normal("cdm.target_noise", point.x.shape[1:]), sigma), sigma
+        return interpolate(point.x0, rng.normal(f"{purpose}.target_noise", point.x.shape[1:]), sigma), sigma
 
     @torch.no_grad()
     def _judge(
         self, sample: RolledOutSample, looks: dict[str, _Look]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        """Return x0 predictions by term: of the teacher, of the fake score (all terms but CA), of the teacher without text (CA)."""
+        """Return x0 predictions by term: of the teacher, of the fake score (all terms but CA), of the teacher without text.
+
+        The last is computed for CA and for other terms with guidance.
+        """
         fields = sample.fields
-        without_text = [term for term in looks if term == "ca"]
+        without_text = [term for term in looks if term == "ca" or self.guidance(term)]
         matched = [term for term in looks if term != "ca"]
         teacher_calls = [(fields.teacher, looks[term]) for term in looks]
         judged = _predict_together(teacher_calls + [(fields.teacher_uncond, looks[term]) for term in without_text])

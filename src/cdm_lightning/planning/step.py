@@ -169,9 +169,9 @@ def _at_a_point(module: CDMModule, sample: Sample) -> Sample:
         case "none":
             return sample
         case "full":
-            return with_point(sample, FullTrajectoryPoint(x, v, sigma, x0_next=x0_next, x0_final=x0_final))
+            return with_point(sample, FullTrajectoryPoint(x, v, sigma, x0_next=x0_next, x0_final=x0_final), steps=1)
         case _:
-            return with_point(sample, TrajectoryPoint(x, v, sigma))
+            return with_point(sample, TrajectoryPoint(x, v, sigma), steps=1)
 
 
 def _unchanged(sigmas: Tensor) -> Tensor:

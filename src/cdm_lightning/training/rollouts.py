@@ -131,11 +131,12 @@ class FullRollouts(Rollouts):
         """Return a sample with a `FullTrajectoryPoint` for each of the `accumulate` parts of the batch."""
         samples = self.bound(batch, iteration)
         with self.timer("rollout"):
-            return [with_point(sample, self._point(self.draw(sample))) for sample in samples]
+            return [self._rolled_out(sample, self.draw(sample)) for sample in samples]
 
     @staticmethod
-    def _point(rollout: Rollout) -> TrajectoryPoint:
-        return simulate(rollout.student, rollout.noise, rollout.sigmas).at(rollout.anchor)
+    def _rolled_out(sample: Sample, rollout: Rollout) -> RolledOutSample:
+        trajectory = simulate(rollout.student, rollout.noise, rollout.sigmas)
+        return with_point(sample, trajectory.at(rollout.anchor), rollout.steps)
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ class _AtAnchor:
 
     def rolled_out(self) -> RolledOutSample:
         """Return the sample with its point at the anchor, which takes one more call of the student."""
-        return with_point(self.sample, self.rollout.point(self.x))
+        return with_point(self.sample, self.rollout.point(self.x), self.rollout.steps)
 
 
 class AnchorRollouts(Rollouts):
@@ -191,6 +192,7 @@ class AnchorRollouts(Rollouts):
 KINDS: dict[RolloutKind, type[Rollouts]] = {"to_anchor": AnchorRollouts, "full": FullRollouts, "none": NoRollouts}
 
 
-def with_point(sample: Sample, point: TrajectoryPoint) -> RolledOutSample:
-    """Return the sample together with the point of its rollout."""
-    return RolledOutSample(**{field.name: getattr(sample, field.name) for field in fields(Sample)}, point=point)
+def with_point(sample: Sample, point: TrajectoryPoint, steps: int) -> RolledOutSample:
+    """Return the sample together with the point of its rollout of `steps` steps."""
+    of_sample = {field.name: getattr(sample, field.name) for field in fields(Sample)}
+    return RolledOutSample(**of_sample, point=point, steps=steps)
