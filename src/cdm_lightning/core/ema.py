@@ -1,4 +1,7 @@
-"""Move the parameters of one network towards those of another, for the student's EMA and the merge into the fake score."""
+"""Move the weights of one network towards those of another.
+
+Two things need it: the student's EMA, and the averaging of a little of the student into the fake score (CDM, arXiv:2605.06376).
+"""
 
 import torch
 from torch import Tensor, nn
@@ -7,11 +10,11 @@ from torch.distributed.tensor import DTensor
 
 @torch.no_grad()
 def lerp_parameters_(target: nn.Module, source: nn.Module, weight: float) -> None:
-    """Set target <- (1 - weight) target + weight source, in place, for each parameter of the source.
+    """Set target <- (1 - weight) target + weight source, in place, for each parameter of the source, by name.
 
-    Parameters that only the target has (those of additional inputs) are not changed. Raises ValueError if the target
-    lacks a parameter of the source. If the networks are sharded, each rank moves its own shards. The target and the
-    source may be on different devices.
+    Buffers, and parameters that only the target has, are not changed. Raises ValueError if the target lacks a parameter of
+    the source. If the networks are sharded, both must be sharded alike, and each rank moves its own shards. The two networks
+    may be on different devices.
     """
     to, of = dict(target.named_parameters()), dict(source.named_parameters())
     if lacking := of.keys() - to.keys():
@@ -22,10 +25,13 @@ def lerp_parameters_(target: nn.Module, source: nn.Module, weight: float) -> Non
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a sharded tensor (a view of it); a plain tensor is returned unchanged."""
+    """Return this rank's shard of a `DTensor`, as a view; a plain tensor is returned unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def warmed_up_decay(step: int, decay: float) -> float:
-    """Return the decay after `step` updates: min(decay, (1 + step) / (10 + step)), the warm-up of the authors of CDM."""
+    """Return the EMA decay to use after `step` earlier updates: min(decay, (1 + step) / (10 + step)), as the authors of CDM do.
+
+    The low decays at the start make the EMA forget the weights that it started from.
+    """
     return min(decay, (1 + step) / (10 + step))

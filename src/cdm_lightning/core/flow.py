@@ -1,7 +1,7 @@
-"""Rectified flow: x_sigma = (1 - sigma) x0 + sigma noise, and the fields that predict its velocity, noise - x0.
+"""Rectified flow: x_sigma = (1 - sigma) x0 + sigma noise, and velocity fields, which predict its velocity noise - x0.
 
 Sigma runs from 1 (pure noise) to 0 (data). Shapes: B samples of shape * = (C, H, W); sigma is (B,) or 0-d.
-All dynamics use the one function `move`: the Euler step, the x0 prediction and CDM's off-trajectory point are calls of it.
+The one function `move` makes an Euler step, an x0 prediction (a step to sigma 0) and CDM's step off the student's trajectory.
 """
 
 from abc import ABC, abstractmethod
@@ -35,44 +35,51 @@ def move(x: Tensor, v: Tensor, sigma_from: Tensor, sigma_to: Tensor) -> Tensor:
 
 
 def denoise(x: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
-    """Return the x0 prediction of the velocity `v` at x and sigma, (B, *): a `move` to sigma 0."""
+    """Return the x0 that velocity `v` predicts at x and sigma: x - sigma v, (B, *), which is a `move` to sigma 0."""
     return move(x, v, sigma, torch.zeros_like(sigma))
 
 
 class VelocityField(ABC):
-    """A function (x (B, *), sigma (B,)) -> velocity (B, *) whose text, guidance and precision are already fixed."""
+    """A function (x (B, *), sigma (B,)) -> velocity (B, *): a network for one batch, with text, guidance and precision fixed."""
 
     @abstractmethod
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Return the predicted velocity noise - x0 at x (B, *) and sigma (B,), as (B, *)."""
 
     def select(self, rows: Rows) -> "VelocityField":
-        """Return the field for some samples of the batch; by default self, for a field that treats all samples alike."""
+        """Return the field for the samples `rows` of its batch, with their texts only.
+
+        By default this is self, for a field that holds nothing that differs between samples.
+        """
         return self
 
     def join(self, others: Sequence["VelocityField"]) -> "VelocityField | None":
-        """Return one field for the concatenated batches of self and `others`, or None if one call cannot compute them all."""
+        """Return one field for the batches of self and `others`, concatenated in this order, to save network calls.
+
+        Return None if one call cannot compute all of them, for example those of two networks. By default this is None.
+        """
         return None
 
     def given(self, **inputs: Tensor) -> "VelocityField":
-        """Return the field with a value (B,) for each additional input of its network, besides x, sigma and text.
+        """Return the field with values (B,) for the additional inputs of its network, by their names.
 
-        Raises ValueError if the network has no additional inputs.
+        An objective defines these inputs, besides x, sigma and text (`objectives.base.Role.inputs`). Raises ValueError if
+        the network has none.
         """
-        raise ValueError(f"{type(self).__name__} has no inputs of its own, but it was given {', '.join(inputs)}")
+        raise ValueError(f"{type(self).__name__} has no additional inputs, but it was given {', '.join(inputs)}")
 
     def with_features(self, x: Tensor, sigma: Tensor, blocks: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-        """Return the velocity (B, *) and the hidden states (B, N, D) after each of the network's `blocks`.
+        """Return the velocity (B, *) and the hidden states after each of the network's `blocks`: N tokens of width D, (B, N, D).
 
         `blocks` are indices; a negative index counts from the last block. Raises ValueError if the field is not a network,
-        and UserError for a block that the network does not have.
+        and UserError for a block that the network does not have or does not run.
         """
         raise ValueError(f"{type(self).__name__} has no blocks whose hidden states could be returned")
 
 
 @dataclass(frozen=True)
 class FunctionField(VelocityField):
-    """A velocity field made from a plain function (x, sigma) -> velocity that treats every sample alike."""
+    """A velocity field made from a plain function (x (B, *), sigma (B,)) -> velocity (B, *), which takes no text."""
 
     function: Callable[[Tensor, Tensor], Tensor]
 
@@ -87,15 +94,15 @@ class FunctionField(VelocityField):
 
 
 def plain_guidance(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
-    """Return the velocities u + scale (c - u) of classifier-free guidance, (B, *); scale 1 means no guidance."""
+    """Return uncond + scale (cond - uncond), the velocity of classifier-free guidance, (B, *); scale 1 means no guidance."""
     return uncond + scale * (cond - uncond)
 
 
 @dataclass(frozen=True)
 class GuidedField(VelocityField):
-    """A field with classifier-free guidance, computed by `guide`.
+    """Classifier-free guidance: `guide` combines the velocities of `cond` (with text) and `uncond` (without) at `scale`.
 
-    One network call computes both halves. At scale 1 only `cond` is called.
+    One network call computes both velocities if the two fields can be joined. At scale 1 only `cond` is called.
     """
 
     cond: VelocityField
@@ -112,7 +119,7 @@ class GuidedField(VelocityField):
         return self.guide(cond, uncond, self.scale)
 
     def select(self, rows: Rows) -> VelocityField:
-        """Return the guided field for some of the samples."""
+        """Return the guided field for the samples `rows`."""
         return GuidedField(self.cond.select(rows), self.uncond.select(rows), self.scale, self.guide)
 
 
@@ -122,9 +129,9 @@ def predict_x0(field: VelocityField, x: Tensor, sigma: Tensor) -> Tensor:
 
 
 def evaluate_together(calls: Sequence[tuple[VelocityField, Tensor, Tensor]]) -> list[Tensor]:
-    """Return the velocity of each call (field, x (B, *), sigma (B,)), in the order of the calls.
+    """Return the velocity (B, *) of each call (field, x (B, *), sigma (B,)), in the order of `calls`.
 
-    Calls whose fields can be joined are computed by one network call.
+    Calls whose fields can be joined (`VelocityField.join`) are computed by one network call. B may differ between calls.
     """
     results: dict[int, Tensor] = {}
     pending = list(range(len(calls)))

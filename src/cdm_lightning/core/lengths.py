@@ -1,7 +1,7 @@
-"""Distributions of K, the number of steps of a rollout (CDM, arXiv:2605.06376: the length of the dynamic schedule).
+"""Distributions of K, the number of Euler steps of a rollout (the student's path from noise to an image).
 
-To add a distribution, write a class with `sample` and `mean`. All classes here raise ValueError for arguments that do
-not define a distribution over K >= 1.
+CDM draws K anew in each iteration (arXiv:2605.06376, the length of its dynamic schedule). To add a distribution, write a class
+with `sample` and `mean`. All classes here raise ValueError for arguments that do not define a distribution over K >= 1.
 """
 
 import math
@@ -20,12 +20,12 @@ class LengthDistribution(Protocol):
         """The expected K."""
 
     def sample(self, rng: torch.Generator) -> int:
-        """Draw one K >= 1."""
+        """Draw one K >= 1 with the generator `rng`."""
 
 
 @dataclass(frozen=True)
 class UniformLength:
-    """K is uniform on low..high, both included; 1..28 is the paper's choice."""
+    """K is uniform on low..high, both included; 1..28 is the choice of CDM (arXiv:2605.06376)."""
 
     low: int = 1
     high: int = 28
@@ -72,7 +72,9 @@ class GeometricLength:
     def __post_init__(self) -> None:
         _check_range(1, self.high)
         if not 0 < self.ratio < math.inf:
-            raise ValueError(f"the ratio of a geometric length must be positive and finite, got {self.ratio}")
+            raise ValueError(
+                f"ratio={self.ratio} must be a positive, finite number: P(length K) is proportional to ratio^K"
+            )
 
     @property
     def mean(self) -> float:
@@ -114,11 +116,11 @@ class CategoricalLength:
 
     def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < 1:
-            raise ValueError(f"lengths must be whole numbers of at least 1, got {list(self.lengths)}")
+            raise ValueError(f"lengths={list(self.lengths)} must be one or more whole numbers of at least 1")
         weights = self._weights
         if len(weights) != len(self.lengths) or min(weights) < 0 or sum(weights) <= 0:
             raise ValueError(
-                f"{len(self.lengths)} lengths need one weight each; weights must be at least 0 and not all 0, got {list(weights)}"
+                f"weights={list(weights)} must be one number of at least 0 for each of the {len(self.lengths)} lengths, not all 0"
             )
 
     @property
@@ -137,7 +139,9 @@ class CategoricalLength:
 
 def _check_range(low: int, high: int) -> None:
     if not 1 <= low <= high:
-        raise ValueError(f"a rollout has at least 1 step: lengths from {low} to {high} are not a range of numbers >= 1")
+        raise ValueError(
+            f"the length of a rollout is at least 1 step, and low is at most high; got {low} to {high} steps"
+        )
 
 
 def _mean(lengths: Sequence[int], weights: Sequence[float]) -> float:

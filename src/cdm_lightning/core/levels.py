@@ -1,9 +1,10 @@
-"""Distributions of the sigma to which a sample is noised again during training, before networks are called on it.
+"""Distributions of the sigma at which a loss calls a network: mostly that to which an x0 prediction is noised again.
 
-`ceiling` (B,) is the sigma at which the sample was predicted; a distribution may ignore it. Sigmas are drawn and shifted
-on the host, and moved to the device once. Results are clamped to [low, high] and not rescaled, as the authors of CDM do;
-about 2 % of uniform draws are therefore at each end. Results are the values that the network is given. `space` says
-whether the shift of the model family is applied to the draw (before the clamp).
+All classes draw one sigma for each sample and clamp it to [low, high]. As in the code of CDM's authors, draws are not rescaled
+to this range, so about 2 % of uniform draws lie at each end. The result is the sigma that the network is given. With
+`space="before_shift"`, the model family's shift (for SD3: 3 s / (1 + 2 s)) is applied to the draw before the clamp;
+with "after_shift" it is not. Sigmas are drawn and shifted on the CPU and moved to the device once. All classes raise
+ValueError for an argument out of its range.
 """
 
 from dataclasses import dataclass
@@ -19,12 +20,19 @@ class SigmaLevels(Protocol):
     """The interface of a distribution that draws one sigma for each sample."""
 
     def sample(self, rng: StepRandom, purpose: str, ceiling: Tensor, shift: Shift) -> Tensor:
-        """Draw the sigmas (B,), float32, as the network is given them."""
+        """Draw the sigmas (B,), float32, on the device.
+
+        `purpose` names the use: another name gives other draws. `ceiling` (B,) is the sigma at which the student made the
+        prediction that is noised again; a distribution may ignore it. `shift` is the model family's shift.
+        """
 
 
 @dataclass(frozen=True)
 class UniformLevels:
-    """U(0, 1), clamped: the paper's choice for DM, CDM and the fake score. The paper applies no shift to these sigmas."""
+    """U(0, 1), clamped to [low, high]: the choice of CDM (arXiv:2605.06376) for the terms DM and CDM and for the fake score.
+
+    The paper applies no shift to these sigmas.
+    """
 
     low: float = 0.02
     high: float = 0.98
@@ -34,13 +42,17 @@ class UniformLevels:
         _check(self.low, self.high, self.space)
 
     def sample(self, rng: StepRandom, purpose: str, ceiling: Tensor, shift: Shift) -> Tensor:
-        """Draw the sigmas (B,), float32, as the network is given them."""
+        """Draw the sigmas (B,), float32, on the device; for the arguments see `SigmaLevels.sample`."""
         return rng.place(_seen(rng.uniform(purpose), self.space, shift).clamp(self.low, self.high))
 
 
 @dataclass(frozen=True)
 class CappedUniformLevels:
-    """U(0, ceiling), clamped: the paper's choice for CA. The ceiling is already a shifted sigma, so no shift is applied."""
+    """U(0, ceiling), clamped to [low, high]: the choice of CDM (arXiv:2605.06376) for its guidance term CA.
+
+    A sample is then noised to less than the sigma at which the student predicted it (unless that is below `low`). The
+    ceiling is already a shifted sigma, so no shift is applied.
+    """
 
     low: float = 0.02
     high: float = 0.98
@@ -49,13 +61,13 @@ class CappedUniformLevels:
         _check(self.low, self.high, "after_shift")
 
     def sample(self, rng: StepRandom, purpose: str, ceiling: Tensor, shift: Shift) -> Tensor:
-        """Draw the sigmas (B,), float32, as the network is given them."""
+        """Draw the sigmas (B,), float32, on the device; for the arguments see `SigmaLevels.sample`."""
         return (rng.place(rng.uniform(purpose)) * ceiling).clamp(self.low, self.high)
 
 
 @dataclass(frozen=True)
 class LogitNormalLevels:
-    """The sigmoid of a normal draw, clamped. With mean 0 and std 1 it is the training density of SD3 (arXiv:2403.03206)."""
+    """The sigmoid of a normal draw, clamped to [low, high]; mean 0 and std 1 are those of SD3's training (arXiv:2403.03206)."""
 
     mean: float = 0.0
     std: float = 1.0
@@ -66,10 +78,10 @@ class LogitNormalLevels:
     def __post_init__(self) -> None:
         _check(self.low, self.high, self.space)
         if not self.std > 0:
-            raise ValueError(f"std must be positive, got {self.std}")
+            raise ValueError(f"std={self.std} must be positive")
 
     def sample(self, rng: StepRandom, purpose: str, ceiling: Tensor, shift: Shift) -> Tensor:
-        """Draw the sigmas (B,), float32, as the network is given them."""
+        """Draw the sigmas (B,), float32, on the device; for the arguments see `SigmaLevels.sample`."""
         draws = (self.mean + self.std * rng.gaussian(purpose)).sigmoid()
         return rng.place(_seen(draws, self.space, shift).clamp(self.low, self.high))
 
@@ -81,4 +93,4 @@ def _seen(draws: Tensor, space: Space, shift: Shift) -> Tensor:
 def _check(low: float, high: float, space: str) -> None:
     check_space(space)
     if not 0 < low < high < 1:
-        raise ValueError(f"need 0 < low < high < 1, got {low} and {high}")
+        raise ValueError(f"low={low} and high={high} must satisfy 0 < low < high < 1")

@@ -1,8 +1,9 @@
 """Random numbers as functions of (seed, purpose, iteration, slot), so that no random state must be saved or restored.
 
-A slot is a sample's index inside the global batch, so the numbers do not depend on how many processes share the batch.
-They are computed on the CPU, so they do not depend on the device either. Noise is moved to the device at once; sigmas are
-moved (by `place`) after they have been shifted, so that the host never waits for the device.
+A purpose is a short name of what the numbers are for, such as "rollout.noise". A slot is a sample's index in the global
+batch (over all processes), so the numbers do not depend on how many processes share the batch. They are computed on the
+CPU, so they do not depend on the device either. Noise is moved to the device at once; sigmas are moved (by `place`) after
+they have been shifted, so that the host never waits for the device.
 
 Element n of a slot's draw is number (slot, n) of a SplitMix64 sequence (Steele, Lea and Flood, OOPSLA 2014). The start of
 the sequence is a hash of seed, purpose and iteration. SplitMix64 computes each number from its position, so all samples
@@ -25,15 +26,14 @@ ROUNDS = 4  # of the Feistel network: Luby and Rackoff (1988) need four for a st
 
 
 def stream(seed: int, purpose: str, *key: int) -> torch.Generator:
-    """Return a CPU generator whose seed depends on all arguments; only 32 bits are used, since torch keeps no more."""
+    """Return a CPU generator whose seed is a hash of all arguments; it has 32 bits, since torch's CPU generator keeps no more."""
     return torch.Generator().manual_seed(_hash(seed, purpose, *key) % (1 << 32))
 
 
 def permutation(size: int, seed: int, purpose: str, *key: int) -> "Tensor | FeistelPermutation":
-    """Return a permutation of 0..size-1 that depends on all arguments; its element `[place]` is the number at that place.
+    """Return a pseudo-random permutation of 0..size-1, a function of all arguments; `[place]` gives the number at a place.
 
-    Up to 2^16 numbers are shuffled in memory, and every order is equally likely. A larger permutation is not stored
-    (`FeistelPermutation`).
+    Up to 2^16 numbers are shuffled in memory by `torch.randperm`. A larger permutation is not stored (`FeistelPermutation`).
     """
     if size <= SHUFFLED_IN_MEMORY:
         return torch.randperm(size, generator=stream(seed, purpose, *key))
@@ -77,6 +77,7 @@ class StepRandom:
     """The random numbers of one iteration for the samples in `slots` (B): functions of (seed, purpose, iteration, slot).
 
     The same purpose always gives the same numbers, so every use needs its own purpose or its own `repeat` (see `again`).
+    `device` is where `normal` and `place` put their results; all other draws stay on the CPU.
     """
 
     def __init__(
@@ -93,22 +94,25 @@ class StepRandom:
         return len(self.slots)
 
     def again(self, repeat: int) -> "StepRandom":
-        """Return a copy that gives other numbers for the same purposes, for updates that an iteration repeats.
+        """Return a copy that gives other numbers for the same purposes, for optimizer steps that an iteration repeats.
 
-        `repeat` counts from 0, which gives the numbers of the first time.
+        `repeat` counts the repetitions from 0; `again(0)` gives the numbers of the first step.
         """
         return type(self)(self.seed, self.iteration, self.slots, self.device, repeat)
 
     def select(self, rows: Rows) -> "StepRandom":
-        """Return the random numbers of some of these samples."""
+        """Return a copy for the samples `rows` only, with the numbers that they have here."""
         return type(self)(self.seed, self.iteration, self.slots[rows], self.device, self.repeat)
 
     def shared(self, purpose: str) -> torch.Generator:
-        """Return a generator that is the same for all slots and processes, for draws that affect the number of network calls."""
+        """Return a generator that is the same for all samples and processes, such as for the number of steps of a rollout.
+
+        Processes that share one network must agree on draws that decide how often it is called.
+        """
         return stream(self.seed, purpose, *self._count)
 
     def uniform(self, purpose: str, n: int | None = None) -> Tensor:
-        """Draw from U[0, 1): float32, (B,) or (B, n), on the CPU, where sigmas are shifted before `place` moves them once."""
+        """Draw from U[0, 1): float32, (B,), or (B, n) if `n` is given, on the CPU; `place` moves the result to the device."""
         draws = _bits(self._key(purpose), self.slots, 1 if n is None else n) >> 40 & 0xFFFFFF
         return (draws[:, 0] if n is None else draws).float().mul_(2**-24)
 
@@ -121,15 +125,15 @@ class StepRandom:
         return self.place(_normal(self._key(purpose), self.slots, shape))
 
     def index(self, purpose: str, high: int) -> Tensor:
-        """Draw integers of [0, high), all equally likely if high is far below 2^31: int64, (B,), on the CPU.
+        """Draw integers from 0 to high - 1: int64, (B,), all equally likely if high is far below 2^31.
 
-        They stay on the CPU because the host decides by them which network calls to make.
+        They stay on the CPU, because the host decides by them which network calls to make.
         """
         draws = _bits(self._key(purpose), self.slots, 1)[:, 0] >> 33 & 0x7FFFFFFF
         return draws * high >> 31
 
     def place(self, values: Tensor) -> Tensor:
-        """Return the values on the device on which the networks compute."""
+        """Return the values on `device`, where the networks compute."""
         return values.to(self.device)
 
     def _key(self, purpose: str) -> int:
@@ -141,7 +145,10 @@ class StepRandom:
 
 
 def evaluation_noise(seed: int, indices: Sequence[int], shape: Sequence[int], device: torch.device | str) -> Tensor:
-    """Return the starting noise (N, *shape) of the prompts with these indices: a function of (seed, prompt index) only."""
+    """Return the starting noise (N, *shape), float32, of images of the prompts with these N indices.
+
+    It is a function of (seed, prompt index) only, so that all samplers and all iterations start from the same noise.
+    """
     rows = torch.as_tensor(indices, dtype=torch.int64, device="cpu")
     return _normal(_hash(seed, "evaluation noise"), rows, shape).to(device)
 

@@ -1,6 +1,8 @@
-"""Backward simulation: the student's own deterministic path from noise, and the one point of it that losses use.
+"""Rollouts (backward simulation): the student's own deterministic path from noise to an image, in K Euler steps.
 
-Shapes: B samples of shape * = (C, H, W), K steps, sigmas (B, K + 1) that decrease from 1 to 0. No gradients are recorded.
+The losses use one step of the path, which is drawn for each sample: its *anchor*, a step from 0 to K - 1. The *point* at the
+anchor is the state x at the start of that step, with its sigma and the student's velocity there. Shapes: B samples of shape
+* = (C, H, W), sigmas (B, K + 1) that decrease from 1 to 0. No gradients are recorded.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +18,7 @@ from cdm_lightning.core.flow import VelocityField, denoise, move, per_sample
 
 @dataclass(frozen=True)
 class TrajectoryPoint:
-    """One state of the rollout of each sample, with the student's velocity there."""
+    """One state on the rollout of each of B samples, with the student's velocity there; the steps may differ by sample."""
 
     x: Tensor  # (B, *)
     v: Tensor  # (B, *), the student's velocity at (x, sigma)
@@ -28,13 +30,13 @@ class TrajectoryPoint:
         return denoise(self.x, self.v, self.sigma)
 
     def move_to(self, sigma: Tensor) -> Tensor:
-        """Return the off-trajectory state at sigma (B,), reached in a straight line along v: (B, *)."""
+        """Return the state (B, *) at another sigma (B,), in a straight line along v; CDM's off-trajectory point is made so."""
         return move(self.x, self.v, self.sigma, sigma)
 
 
 @dataclass(frozen=True)
 class FullTrajectoryPoint(TrajectoryPoint):
-    """A point of a rollout that was simulated to its end, with the predictions that came after the point."""
+    """A point of a rollout that was simulated to its end, with two clean samples that came after the point."""
 
     x0_next: Tensor  # (B, *), the x0 prediction one step later
     x0_final: Tensor  # (B, *), the end of the rollout
@@ -42,7 +44,7 @@ class FullTrajectoryPoint(TrajectoryPoint):
 
 @dataclass(frozen=True)
 class Trajectory:
-    """All states of a rollout of K steps."""
+    """All states and velocities of a rollout of K steps, and its end."""
 
     x: Tensor  # (K, B, *)
     v: Tensor  # (K, B, *)
@@ -54,7 +56,7 @@ class Trajectory:
         return len(self.x)
 
     def at(self, anchor: Tensor) -> FullTrajectoryPoint:
-        """Return the point at step `anchor` (B,) of [0, K) for each sample; x0_next of the last step is the final state."""
+        """Return the point at step `anchor` (B,), from 0 to K - 1, of each sample; after the last step, x0_next is the final state."""
         anchor = anchor.to(self.final.device)
         point = self._states(anchor)
         ahead = self._states((anchor + 1).clamp(max=len(self) - 1))
@@ -69,7 +71,7 @@ class Trajectory:
 
 @torch.no_grad()
 def simulate(student: VelocityField, noise: Tensor, sigmas: Tensor) -> Trajectory:
-    """Make all K steps for all samples, from noise (B, *) along sigmas (B, K + 1)."""
+    """Roll out to the end: make all K steps for all samples, from noise (B, *) along sigmas (B, K + 1), by K student calls."""
     x, xs, vs = noise, [], []
     for sigma, next_sigma in pairwise(sigmas.T):
         v = student(x, sigma)
@@ -81,7 +83,7 @@ def simulate(student: VelocityField, noise: Tensor, sigmas: Tensor) -> Trajector
 
 @dataclass(frozen=True)
 class Rollout:
-    """The random draws of a rollout, and the student that makes its steps."""
+    """The random draws of a rollout that is still to be made, and the student that will make its steps."""
 
     student: VelocityField
     noise: Tensor  # (B, *)
@@ -95,22 +97,22 @@ class Rollout:
 
     @torch.no_grad()
     def point(self, x: Tensor) -> TrajectoryPoint:
-        """Return the points at the anchors, given the states x (B, *) that `walk` returned.
+        """Return the points at the anchors, given the states x (B, *) there, which `walk` returns.
 
-        It takes one call of the student for the whole batch.
+        One call of the student for the whole batch computes their velocities.
         """
         sigma = self.sigmas.gather(1, self.anchor.to(self.sigmas.device)[:, None]).squeeze(1)
         return TrajectoryPoint(x, self.student(x, sigma), sigma)
 
 
 def walk(rollouts: Sequence[Rollout], agree_on_calls: Callable[[int], int] = lambda calls: calls) -> list[Tensor]:
-    """Roll out to the anchors, and return the states (B, *) of each rollout there.
+    """Roll out each sample to its anchor only, and return the states (B, *) of each rollout there.
 
-    All rollouts are computed as one batch if one call of the student can compute them all. `rollout.point(x)` of a returned
-    state equals `simulate(...).at(anchor)` up to rounding, but the steps after the anchors are not computed.
+    All rollouts are computed as one batch if one call of the student can compute them all. For a returned state x,
+    `rollout.point(x)` equals `simulate(...).at(anchor)` up to rounding, without the cost of the steps after the anchors.
 
     Processes that hold shards of one network must all call it equally often: `agree_on_calls` takes the number of calls that
-    this walk needs and returns the number to make. The additional calls run on one sample, and their results are dropped.
+    this process needs and returns the number to make. The additional calls run on one sample, and their results are dropped.
     """
     joined = join_rollouts(rollouts)
     if joined is None:
@@ -119,7 +121,10 @@ def walk(rollouts: Sequence[Rollout], agree_on_calls: Callable[[int], int] = lam
 
 
 def join_rollouts(rollouts: Sequence[Rollout]) -> Rollout | None:
-    """Concatenate the rollouts into one; shorter ones are filled up with sigma 0. None if one call cannot compute them all."""
+    """Concatenate rollouts into one batch, or return None if one call of the student cannot compute them all.
+
+    The sigmas of rollouts with fewer steps are filled up with 0.
+    """
     first, *others = rollouts
     if not others:
         return first

@@ -1,8 +1,8 @@
-"""Sigma schedules of rollouts and of sampling, as plain tensors: K steps have K + 1 sigmas, from 1 down to 0.
+"""Sigma schedules of rollouts and of inference, as plain tensors: K steps have K + 1 sigmas, from 1 down to 0.
 
-A model family shifts sigmas towards noise (SD3: 3 s / (1 + 2 s)). `space` says what the arguments of a schedule mean:
-"before_shift" (values as in the paper, to which the shift is then applied) or "after_shift" (values as the network is
-given them). The returned sigmas are always the values that the network is given.
+A model family shifts sigmas towards noise (SD3: 3 s / (1 + 2 s)). `space` says in which values the sigmas of a schedule are
+configured: "before_shift" (as in papers; the shift is then applied) or "after_shift" (as the network is given them). The
+returned sigmas are always those that the network is given. Classes raise ValueError for arguments that give no such sigmas.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,32 +15,31 @@ from torch import Tensor
 from cdm_lightning.core.lengths import LengthDistribution
 from cdm_lightning.core.rng import StepRandom
 
-Shift = Callable[[Tensor], Tensor]
+Shift = Callable[[Tensor], Tensor]  # unshifted sigmas -> the sigmas that the network is given, of the same shape
 Space = Literal["before_shift", "after_shift"]
 
 
 class SigmaSchedule(Protocol):
-    """The interface of a schedule that draws the sigmas of one rollout."""
+    """The interface of a schedule, which draws the sigmas of the rollouts of an iteration."""
 
     @property
     def mean_length(self) -> float:
-        """The expected number of steps K, for the planner."""
+        """The expected number of steps K, from which `cdm_lightning.plan` computes the cost of a run."""
 
     def sample(self, rng: StepRandom, shift: Shift) -> Tensor:
-        """Draw the sigmas (B, K + 1), float32, strictly decreasing from 1 to 0, with the same K in every process.
+        """Draw the sigmas (B, K + 1), float32, on the device, strictly decreasing from 1 to 0, with the same K in every process.
 
-        They are drawn and shifted on the host and then moved to the device once, so that the host never waits for the device.
+        They are drawn and shifted on the CPU and then moved once, so that the host never waits for the device.
         """
 
 
 @dataclass(frozen=True)
 class RandomSchedule:
-    """CDM's dynamic continuous schedule.
+    """CDM's dynamic continuous schedule (arXiv:2605.06376): a random number of steps at random sigmas.
 
-    It draws K from `length`, and for each sample K - 1 sigmas from U(sigma_min, sigma_max), which are sorted. With
-    `stratified`, there is one draw in each of K - 1 equal bins instead (as in LightX2V). The defaults are those published
-    for SD3-Medium. The authors draw the sigmas once in each process; here each sample has its own sigmas, whatever the
-    number of processes.
+    It draws K from `length`, and for each sample K - 1 sigmas from U(sigma_min, sigma_max), which are sorted and put between
+    1 and 0. With `stratified`, there is instead one draw in each of K - 1 equal bins (as in LightX2V's code of CDM). The
+    defaults are those published for SD3-Medium. The authors draw the sigmas once per process; here each sample has its own.
     """
 
     length: LengthDistribution
@@ -52,7 +51,9 @@ class RandomSchedule:
     def __post_init__(self) -> None:
         check_space(self.space)
         if not 0 < self.sigma_min < self.sigma_max <= 1:
-            raise ValueError(f"need 0 < sigma_min < sigma_max <= 1, got {self.sigma_min} and {self.sigma_max}")
+            raise ValueError(
+                f"sigma_min={self.sigma_min} and sigma_max={self.sigma_max} must satisfy 0 < sigma_min < sigma_max <= 1"
+            )
 
     @property
     def mean_length(self) -> float:
@@ -60,7 +61,7 @@ class RandomSchedule:
         return float(self.length.mean)
 
     def sample(self, rng: StepRandom, shift: Shift) -> Tensor:
-        """Draw the sigmas (B, K + 1), float32, as the network is given them, strictly decreasing from 1 to 0."""
+        """Draw the sigmas (B, K + 1), float32, on the device, strictly decreasing from 1 to 0."""
         inner = self.length.sample(rng.shared("schedule.length")) - 1
         u = rng.uniform("schedule.sigmas", inner)
         if self.stratified:
@@ -71,7 +72,10 @@ class RandomSchedule:
 
 @dataclass(frozen=True)
 class FixedSchedule:
-    """The same steps in every rollout, as in DMD; the default is the 4-step inference schedule of CDM."""
+    """The same sigmas in every rollout, as in DMD; the default is the 4-step inference schedule of CDM (arXiv:2605.06376).
+
+    `sigmas` are those at which the student is called, without the final 0.
+    """
 
     sigmas: Sequence[float] = (1.0, 0.75, 0.5, 0.25)
     space: Space = "before_shift"
@@ -80,7 +84,9 @@ class FixedSchedule:
         check_space(self.space)
         falling = all(a > b for a, b in zip(self.sigmas, [*self.sigmas[1:], 0.0]))
         if not self.sigmas or self.sigmas[0] != 1 or not falling:
-            raise ValueError(f"sigmas must decrease strictly from 1 and stay above 0, got {list(self.sigmas)}")
+            raise ValueError(
+                f"sigmas={list(self.sigmas)} must decrease strictly from 1 and stay above 0 (the end is added)"
+            )
 
     @property
     def mean_length(self) -> float:
@@ -88,27 +94,33 @@ class FixedSchedule:
         return float(len(self.sigmas))
 
     def sample(self, rng: StepRandom, shift: Shift) -> Tensor:
-        """Return the sigmas (B, K + 1), float32, as the network is given them: the same row B times."""
+        """Return the sigmas (B, K + 1), float32, on the device: the same row B times."""
         inner = torch.tensor(self.sigmas[1:], dtype=torch.float32, device="cpu")
         return rng.place(_with_ends(inner.repeat(len(rng), 1), shift, self.space))
 
 
 def uniform_sigmas(nfe: int) -> Tensor:
-    """Return the unshifted sigmas 1, 1 - 1/nfe, ..., 1/nfe of inference with `nfe` network calls: (nfe,) float32."""
+    """Return the unshifted sigmas 1, 1 - 1/nfe, ..., 1/nfe of inference in `nfe` steps: (nfe,), float32.
+
+    Raises ValueError for `nfe` below 1.
+    """
     if nfe < 1:
         raise ValueError(f"nfe must be at least 1, got {nfe}")
     return (torch.arange(nfe, 0, -1, dtype=torch.float64) / nfe).float()
 
 
 def inference_sigmas(nfe: int, shift: Shift) -> Tensor:
-    """Return the sigmas of inference as the network is given them, with the final 0: (nfe + 1,) float32."""
+    """Return the shifted sigmas of inference in `nfe` steps, with the final 0: (nfe + 1,), float32.
+
+    Raises ValueError for `nfe` below 1.
+    """
     return torch.cat([shift(uniform_sigmas(nfe)), torch.zeros(1)])
 
 
 def check_space(space: str) -> None:
-    """Raise ValueError for an unknown space."""
+    """Raise ValueError unless `space` is "before_shift" or "after_shift"."""
     if space not in get_args(Space):
-        raise ValueError(f"space must be one of {', '.join(get_args(Space))}, got {space!r}")
+        raise ValueError(f"space={space!r} must be one of {', '.join(get_args(Space))}")
 
 
 def _with_ends(inner: Tensor, shift: Shift, space: Space) -> Tensor:
