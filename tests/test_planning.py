@@ -320,7 +320,7 @@ def test_the_plan_is_within_ten_percent_of_a_real_step(
 
 OTHERS = {  # what the two iterations of a cycle do: (student's calls of a rollout of two steps, whether it is updated)
     "consistency": [(2, True), (2, True)],
-    "adversarial": [(3, False), (1, True)],  # both iterations walk in the first
+    "dmd2": [(3, False), (1, True)],  # both iterations walk in the first
     "adaptive": [(2, False), (2, True)],  # each walks for itself
     "level_aware": [(3, False), (1, True)],
 }
@@ -330,7 +330,7 @@ ADAPTED = (CHECKPOINTED, "lora=lora", "lora.student.rank=8", "lora.fake_score.ra
 
 
 @pytest.mark.parametrize(
-    ("name", "form"), [*((name, (PLAIN,)) for name in OTHERS), ("adversarial", ADAPTED), ("level_aware", ADAPTED)]
+    ("name", "form"), [*((name, (PLAIN,)) for name in OTHERS), ("dmd2", ADAPTED), ("level_aware", ADAPTED)]
 )
 def test_an_objective_that_the_planner_does_not_know_is_planned_as_well(
     name: str, form: tuple[str, ...], tiny_folder, tmp_path: Path, monkeypatch

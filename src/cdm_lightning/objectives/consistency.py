@@ -1,0 +1,168 @@
+"""Consistency distillation: the student's prediction of the clean image is the same all along a path of the teacher's ODE.
+
+Two forms: `ConsistencyObjective` with a finite step (consistency models, arXiv:2303.01469; with guidance in the target and real
+images, latent consistency models, arXiv:2310.04378), and `ContinuousConsistencyObjective` without one (sCM, arXiv:2410.11081).
+Neither has a fake score. For rectified flow the prediction is f(x, s) = x - s v(x, s), and f(x, 0) = x holds by
+construction. Shapes: B samples of shape * = (C, H, W).
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from cdm_lightning.core.flow import GuidedField, VelocityField, interpolate, move, per_sample, predict_x0
+from cdm_lightning.core.levels import SigmaLevels, UniformLevels
+from cdm_lightning.objectives.base import Objective, RolledOutSample, RolloutKind, Sample, TermLosses, Update
+
+Start = Literal["student", "data"]
+
+
+@dataclass(frozen=True)
+class _AlongTheODE(Objective):
+    """What both forms share: where the points of the teacher's ODE come from, its guidance, and an update in each iteration.
+
+    `start` is "student" (the points that rollouts of the student reach, so that no images are needed) or "data" (real
+    latents noised to a sigma that `levels` draws, as published). `guidance_scale` is that of the teacher; 1 is no guidance.
+    """
+
+    start: Start = "student"
+    guidance_scale: float = 1.0
+    levels: SigmaLevels = field(default_factory=UniformLevels)
+
+    def __post_init__(self) -> None:
+        if self.start not in get_args(Start):
+            raise ValueError(f"start must be one of {', '.join(get_args(Start))}, got {self.start!r}")
+
+    @property
+    def rollout(self) -> RolloutKind:
+        """The kind "to_anchor", or "none" if the points come from real images."""
+        return "to_anchor" if self.start == "student" else "none"
+
+    @property
+    def needs_latents(self) -> bool:
+        """Whether the points come from real images."""
+        return self.start == "data"
+
+    @property
+    def student_period(self) -> int:
+        """1: the student is updated in every iteration."""
+        return 1
+
+    def updates(self, iteration: int) -> list[Update]:
+        """Return the update of the student."""
+        return [Update("student", self.student_losses)]
+
+    @abstractmethod
+    def student_losses(self, sample: Sample) -> Iterator[TermLosses]:
+        """Yield the loss."""
+
+    def _point(self, sample: Sample) -> tuple[Tensor, Tensor]:
+        """Return the states (B, *) and their sigmas (B,)."""
+        if isinstance(sample, RolledOutSample):
+            return sample.point.x, sample.point.sigma
+        latents = sample.latents
+        assert latents is not None  # `needs_latents`
+        sigma = self.levels.sample(sample.rng, "consistency.sigma", torch.ones(len(sample)), sample.shift)
+        return interpolate(latents, sample.rng.normal("consistency.noise", latents.shape[1:]), sigma), sigma
+
+    def _teacher(self, sample: Sample) -> VelocityField:
+        return GuidedField(sample.fields.teacher, sample.fields.teacher_uncond, self.guidance_scale)
+
+
+@dataclass(frozen=True)
+class ConsistencyObjective(_AlongTheODE):
+    """Consistency distillation with a finite step.
+
+    One Euler step of the teacher leads from (x, s) to t = max(s - `step`, 0). The prediction at (x, s) learns the prediction
+    at t, which is made without gradient: by the student itself for `target` "student" (arXiv:2310.14189), or by its EMA
+    for "student_ema" (arXiv:2303.01469). The distance is the pseudo-Huber distance of arXiv:2310.14189. Raises ValueError
+    for an argument out of its range.
+    """
+
+    step: float = 0.05
+    target: Literal["student", "student_ema"] = "student"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.step <= 1:
+            raise ValueError(f"step must be above 0 and at most 1, got {self.step}")
+        if self.target not in ("student", "student_ema"):
+            raise ValueError(f"target must be student or student_ema, got {self.target!r}")
+
+    def student_losses(self, sample: Sample) -> Iterator[TermLosses]:
+        """Yield the distance between the predictions at two points of one path of the teacher."""
+        x, sigma = self._point(sample)
+        with torch.no_grad():
+            earlier = (sigma - self.step).clamp(min=0)
+            moved = move(x, self._teacher(sample)(x, sigma), sigma, earlier)
+            target = predict_x0(sample.fields[self.target], moved, earlier)
+        predicted = predict_x0(sample.fields.student, x, sigma)
+        loss = pseudo_huber(predicted, target)
+        yield TermLosses(loss, {"consistency": loss}, {"x0_std": predicted.detach().std()})
+
+
+@dataclass(frozen=True)
+class ContinuousConsistencyObjective(_AlongTheODE):
+    """Continuous-time consistency distillation (sCM, arXiv:2410.11081), for rectified flow.
+
+    Along the teacher's path, dx/ds is the teacher's velocity u, and the prediction f = x - s v changes by the tangent
+    df/ds = u - v - s (dv/dx u + dv/ds), which consistency makes 0. The derivative of v is a Jacobian-vector product of the
+    student. The student's velocity learns v + g / (|g| + `tangent_floor`), where g is the tangent and |g| its root mean square
+    in a sample: the tangent normalization of the paper, whose floor is 0.1. As in the paper, the last part of the
+    tangent grows linearly to its full size over the first `warmup` iterations (published: 10,000).
+
+    `derivative` is "exact" (forward-mode differentiation, which the network's attention must support) or "finite": the
+    central difference over `finite_step` in sigma, which works with every network. Raises ValueError for an argument out of
+    its range.
+    """
+
+    tangent_floor: float = 0.1
+    warmup: int = 10_000
+    derivative: Literal["exact", "finite"] = "finite"
+    finite_step: float = 1e-3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.derivative not in ("exact", "finite"):
+            raise ValueError(f"derivative must be exact or finite, got {self.derivative!r}")
+        if self.tangent_floor <= 0 or self.warmup < 0 or not 0 < self.finite_step < 0.1:
+            raise ValueError(
+                "tangent_floor must be above 0, warmup at least 0, and finite_step above 0 and below 0.1, got "
+                f"{self.tangent_floor}, {self.warmup} and {self.finite_step}"
+            )
+
+    def student_losses(self, sample: Sample) -> Iterator[TermLosses]:
+        """Yield the squared distance of the student's velocity to its target."""
+        x, sigma = self._point(sample)
+        student = sample.fields.student
+        velocity = student(x, sigma)
+        with torch.no_grad():
+            u, v = self._teacher(sample)(x, sigma), velocity.detach()
+            share = min(1.0, sample.iteration / self.warmup) if self.warmup else 1.0
+            tangent = u - v - share * per_sample(sigma, x) * self._derivative(student, x, sigma, u)
+            size = tangent.square().mean(dim=tuple(range(1, x.ndim)), keepdim=True).sqrt()
+            target = v + tangent / (size + self.tangent_floor)
+        loss = (velocity - target).square().mean()
+        x0 = x - per_sample(sigma, x) * v
+        yield TermLosses(loss, {"consistency": loss}, {"tangent_rms": size.mean(), "x0_std": x0.std()})
+
+    def _derivative(self, student: VelocityField, x: Tensor, sigma: Tensor, u: Tensor) -> Tensor:
+        """Return dv/dx u + dv/ds (B, *), the derivative of the student's velocity along the teacher's path."""
+        if self.derivative == "exact":
+            return torch.func.jvp(lambda x, sigma: student(x, sigma), (x, sigma), (u, torch.ones_like(sigma)))[1]
+        low, high = (sigma - self.finite_step).clamp(min=0), (sigma + self.finite_step).clamp(max=1)
+        ahead = student(move(x, u, sigma, high), high)
+        return (ahead - student(move(x, u, sigma, low), low)) / per_sample(high - low, x)
+
+
+def pseudo_huber(a: Tensor, b: Tensor) -> Tensor:
+    """Return the mean over samples of sqrt(|a - b|^2 + c^2) - c, 0-d, with c = 0.00054 sqrt(d) for a, b (B, *) of d numbers each.
+
+    The distance and its constant are those of arXiv:2310.14189.
+    """
+    c = 0.00054 * a[0].numel() ** 0.5
+    return ((a.float() - b.float()).flatten(1).square().sum(dim=1) + c**2).sqrt().sub(c).mean()

@@ -1,0 +1,114 @@
+"""DMD2 (arXiv:2405.14867): distribution matching with an adversarial term on real images and a faster fake score.
+
+It has the terms of the CDM objective, without the off-trajectory term in its configuration (`conf/objective/dmd2.yaml`), and a
+head on hidden states of the fake score that tells noised real latents from noised predictions of the student.
+Shapes: B samples of shape * = (C, H, W), N tokens of width D.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cdm_lightning.core.flow import interpolate, predict_x0
+from cdm_lightning.core.levels import SigmaLevels, UniformLevels
+from cdm_lightning.objectives.base import Role, RolledOutSample, TermLosses, Update
+from cdm_lightning.objectives.cdm import CDMObjective
+
+
+class RealHead(nn.Module):
+    """A classifier of hidden states that says whether a noised latent comes from a real image; one branch for each block."""
+
+    def __init__(self, width: int, branches: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
+            for _ in range(branches)
+        )
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Features (B, N, D) of each block -> logits (B,), high for real images."""
+        logits = [branch(states).mean(dim=(1, 2)) for branch, states in zip(self.branches, features, strict=True)]
+        return torch.stack(logits).sum(dim=0)
+
+
+@dataclass(frozen=True)
+class DMD2Objective(CDMObjective):
+    """Distribution matching, and an adversarial term with real images.
+
+    The losses are those of the non-saturating GAN, -log of the probability that the head gives to the right answer. The head is
+    updated in every iteration, after the fake score. The fake score gets the same loss, times `classifier_weight`, so that
+    its hidden states after the blocks `feature_blocks` (negative numbers count from the last block) help the head. The
+    student gets, times `generator_weight`, the loss of its prediction at the anchor being called real. `gan_levels` draws the
+    sigma to which real and predicted latents are noised. The paper's weights are 1e-2 and 5e-3, with five fake-score updates
+    per update of the student (`student_every=5`). The other arguments are those of `CDMObjective`. Raises ValueError for an
+    argument out of its range.
+    """
+
+    classifier_weight: float = 1e-2
+    generator_weight: float = 5e-3
+    feature_blocks: Sequence[int] = (-1,)
+    gan_levels: SigmaLevels = field(default_factory=UniformLevels)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.feature_blocks or min(self.classifier_weight, self.generator_weight) < 0:
+            raise ValueError(
+                "feature_blocks must name at least one block, and classifier_weight and generator_weight must not be negative"
+            )
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """The fake score, and the head on its hidden states."""
+        return (*super().roles, Role("head", build=partial(RealHead, branches=len(self.feature_blocks))))
+
+    @property
+    def needs_latents(self) -> bool:
+        """True: the head compares with real images."""
+        return True
+
+    def updates(self, iteration: int) -> list[Update]:
+        """Return the updates of the fake score and of the head, followed by that of the student when its turn comes."""
+        fake_score, *student = super().updates(iteration)
+        return [fake_score, Update("head", self.head_losses), *student]
+
+    def fake_score_losses(self, sample: RolledOutSample) -> Iterator[TermLosses]:
+        """Yield the flow matching loss and, weighted, the loss of the head on real and on predicted latents."""
+        yield from super().fake_score_losses(sample)
+        for name, latents in self._compared(sample) if self.classifier_weight else []:
+            weighted = self.classifier_weight * self._loss(sample, name, self._features(sample, latents, name))
+            yield TermLosses(weighted, {name: weighted})
+
+    def head_losses(self, sample: RolledOutSample) -> Iterator[TermLosses]:
+        """Yield the loss of the head on real and on predicted latents, with features that carry no gradient."""
+        for name, latents in self._compared(sample):
+            with torch.no_grad():
+                features = self._features(sample, latents, name)
+            loss = self._loss(sample, name, features)
+            yield TermLosses(loss, {name: loss})
+
+    def student_losses(self, sample: RolledOutSample) -> Iterator[TermLosses]:
+        """Yield the terms of `CDMObjective` and the loss of the prediction at the anchor being called real."""
+        yield from super().student_losses(sample)
+        if self.generator_weight:
+            x0 = predict_x0(sample.fields.student, sample.point.x, sample.point.sigma)
+            loss = self.generator_weight * self._loss(sample, "real", self._features(sample, x0, "fake"))
+            yield TermLosses(loss, {"gan": loss})
+
+    def _compared(self, sample: RolledOutSample) -> list[tuple[str, Tensor]]:
+        assert sample.latents is not None  # `needs_latents`
+        return [("real", sample.latents), ("fake", sample.point.x0)]
+
+    def _features(self, sample: RolledOutSample, x0: Tensor, name: str) -> list[Tensor]:
+        """Return the hidden states (B, N, D) of the fake score for clean latents x0 (B, *) that are noised; `name` seeds the noise."""
+        sigma = self.gan_levels.sample(sample.rng, "gan.sigma", sample.point.sigma, sample.shift)
+        x = interpolate(x0, sample.rng.normal(f"gan.{name}", x0.shape[1:]), sigma)
+        return self.fake_score(sample, sample.point.sigma).with_features(x, sigma, self.feature_blocks)[1]
+
+    def _loss(self, sample: RolledOutSample, answer: str, features: list[Tensor]) -> Tensor:
+        """Return the mean of -log of the probability that the head gives to `answer` ("real" or "fake"), 0-d."""
+        logits = sample.fields.heads["head"](features)
+        return F.softplus(-logits if answer == "real" else logits).mean()
