@@ -1,7 +1,8 @@
-"""The distillation as a LightningModule: an objective trains the student and further networks on the student's rollouts.
+"""The distillation as a LightningModule: an objective trains the student and further networks.
 
-The unit of all counters is the iteration: one batch, one rollout and the updates that the objective asks for.
-`trainer.global_step`, `max_steps`, checkpoints and logs all count iterations.
+The unit of all counters is the iteration: one batch, one rollout (the student's own path from noise) and the optimizer steps
+that the objective asks for. `trainer.global_step`, `max_steps`, checkpoints and logs all count iterations. A *role* is the name
+of a network: "student", "student_ema", "teacher", or one that the objective adds, such as "fake_score".
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,15 +39,15 @@ COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class CDMModule(L.LightningModule):
-    """Distils `backbone` with `objective`: Continuous-Time Distribution Matching (arXiv:2605.06376), or any other objective.
+    """Distils the model of `backbone` with `objective`: CDM (arXiv:2605.06376), or any other objective.
 
-    `optim` has an optimizer recipe for each trained role. `ema` configures the student's EMA (default: no EMA). `lora` says
-    which roles are adapters on a frozen base. `schedule` draws the sigmas of rollouts, `resolution` the image sizes. `compute`
-    trades memory for speed. If `samplers` are given, validation generates images. Networks compute in `compute_dtype`
-    ("float32", "bfloat16"); trained weights, gradients, sigmas and losses are always float32. All random draws are functions
-    of (`seed`, iteration, slot in the global batch). `iteration` counts the finished iterations, `ema_updates` the updates of
-    `networks.student_ema`. `updated_roles` are the roles that the last iteration updated. Raises `UserError` for an argument
-    out of its range.
+    `optim` has the optimizer settings of each trained role. `ema` configures the student's EMA (default: no EMA). `lora` says
+    which roles are LoRA adapters on one frozen base. `schedule` draws the sigmas of rollouts, `resolution` the image sizes.
+    `compute` trades memory for speed. Validation generates images in each of the ways that `samplers` lists (default: none).
+    Networks compute in `compute_dtype` ("float32", "bfloat16"); trained weights, gradients, sigmas and losses are always
+    float32. All random draws are functions of (`seed`, iteration, index in the global batch). `iteration` counts the finished
+    iterations, `ema_updates` the updates of `networks.student_ema`. `updated_roles` are the roles that the last iteration
+    updated. Raises `UserError` for an argument out of its range.
     """
 
     networks: Networks  # set by `configure_model`, when the device is known
@@ -69,7 +70,7 @@ class CDMModule(L.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         if compute_dtype not in COMPUTE_DTYPES:
-            raise UserError(f"module: compute_dtype must be one of {', '.join(COMPUTE_DTYPES)}, got {compute_dtype!r}")
+            raise UserError(f"module.compute_dtype={compute_dtype} must be one of {', '.join(COMPUTE_DTYPES)}")
         self.lora, self.resolution = lora or LoRAPlan(), resolution or OwnSize()
         self.backbone, self.objective, self.schedule = backbone, objective, schedule
         self.updates = Updates(recipes_of(objective, optim))
@@ -88,7 +89,7 @@ class CDMModule(L.LightningModule):
     # ---- training
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Run one iteration: roll out the student to the anchors, then make the objective's updates in their order."""
+        """Run one iteration: roll out the student as the objective asks for, then make the objective's updates in their order."""
         samples = self.rollouts.samples(batch, self.iteration)
         steps = steps_of(self.objective, self.iteration, self.groups.of(self.iteration))
         for left, (update, repeat) in zip(reversed(range(len(steps))), steps):
@@ -122,7 +123,10 @@ class CDMModule(L.LightningModule):
     # ---- optimizers
 
     def configure_optimizers(self) -> list[Optimizer]:
-        """Build an optimizer for each trained role, in the order of `networks.trained`; UserError if all of a role is frozen."""
+        """Build an optimizer for each trained role, in the order of `networks.trained`.
+
+        Raises UserError if all weights of a role are frozen.
+        """
         parameters = trained_parameters(self.networks)
         return [self.updates.recipes[role].build(of_role) for role, of_role in parameters.items()]
 
@@ -141,23 +145,26 @@ class CDMModule(L.LightningModule):
 
     @property
     def network_names(self) -> tuple[str, ...]:
-        """The names of all networks, before they are built."""
+        """The roles of all networks of the run; known before the networks are built."""
         return network_names(self.objective.roles, self.ema.is_on)
 
     @property
     def whole_names(self) -> tuple[str, ...]:
-        """The names of the pretrained networks that share no weight with another one (`Networks.whole`)."""
+        """The roles of the networks that are neither LoRA adapters, nor the base under them, nor heads (`Networks.whole`)."""
         return whole_names(self.objective.roles, self.lora, self.backbone, self.ema.is_on)
 
     def configure_model(self) -> None:
-        """Build the networks and load the frozen parts; Lightning calls this before it restores weights.
+        """Build the networks, put them on their devices and load the backbone's frozen parts (text encoders, image codec).
 
-        Raises UserError if the trainer's precision is not "32-true".
+        Lightning calls this before it restores weights. Raises UserError if the trainer's precision is not "32-true", and if
+        the strategy keeps a network in host memory that the run does not have.
         """
         if hasattr(self, "networks"):
             return
         if self.trainer.precision != "32-true":
-            raise UserError("trainer.precision must be 32-true; set the networks' precision with module.compute_dtype")
+            raise UserError(
+                f"trainer.precision={self.trainer.precision} must be 32-true; set the networks' precision by module.compute_dtype"
+            )
         strategy = self.trainer.strategy
         with torch.device("cpu"):  # Lightning sets another default device, on which weights must not depend
             empty = isinstance(strategy, MeshStrategy)  # then each process reads only its own rows of the weights
@@ -172,7 +179,10 @@ class CDMModule(L.LightningModule):
         self.rollouts = self.make_rollouts(strategy.root_device, is_sharded)
 
     def make_rollouts(self, device: torch.device, is_sharded: bool = False) -> Rollouts:
-        """Return what turns batches into samples on `device`; with sharded networks, processes agree on the number of calls."""
+        """Return the object that turns batches of prompts into the objective's samples on `device`, by the student's rollouts.
+
+        With `is_sharded`, processes agree on the number of network calls, since each call needs all of them.
+        """
         return KINDS[self.objective.rollout](
             self.bind,
             self.backbone,
@@ -188,16 +198,19 @@ class CDMModule(L.LightningModule):
         )
 
     def on_train_start(self) -> None:
-        """Drop rollouts of an earlier training, which may be of other prompts or of another student."""
+        """Drop rollouts that an earlier training computed in advance, which may be of other prompts or of another student."""
         self.rollouts.forget()
 
     @property
     def fingerprint(self) -> str:
-        """The fingerprint of the backbone and of the adapters in use; a checkpoint with another fingerprint does not fit."""
+        """A text that identifies the networks: the backbone's fingerprint and the LoRA settings of the trained roles.
+
+        A checkpoint with another fingerprint does not fit this module.
+        """
         return self.backbone.fingerprint + self.lora.tag(self.updates.recipes)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Add the counters and the fingerprint of the networks to the checkpoint."""
+        """Add the fingerprint of the networks and the counters to the checkpoint: iterations, EMA updates, skipped steps."""
         checkpoint["cdm"] = {
             "fingerprint": self.fingerprint,
             "iteration": self.iteration,
@@ -206,7 +219,7 @@ class CDMModule(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        """Restore the counters."""
+        """Restore the counters that `on_save_checkpoint` stored."""
         state = checkpoint["cdm"]
         self.iteration, self.ema_updates = state["iteration"], state["ema_updates"] if self.ema.is_on else 0
         self.updates.load_state_dict(state)
@@ -215,14 +228,15 @@ class CDMModule(L.LightningModule):
 
     @property
     def evaluated_network(self) -> nn.Module:
-        """The network that is evaluated and exported: the student's EMA after its first update, the student before."""
+        """The network that is evaluated and exported: the student's EMA once it has been updated, until then the student."""
         average = self.networks.student_ema
         return average if average is not None and self.ema_updates else self.networks.student
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict:
-        """Generate images for all callbacks: {"prompts", "indices" (B,), "images": {sampler: (B, 3, H, W) in [0, 1]}}.
+        """Generate images of B prompts in each of the ways of `samplers`, and return them for all callbacks.
 
-        A padding batch, which only makes the number of calls equal in all processes, returns no prompts and no images.
+        The result is {"prompts": B texts, "indices": (B,), "images": {sampler: (B, 3, H, W) in [0, 1]}}. A padding batch, which
+        only makes the number of network calls equal in all processes, gives no prompts and no images.
         """
         networks = {"student": self.evaluated_network, "teacher": self.networks.teacher}
         images = generate_all(self.samplers, self.backbone, networks, batch, self.seed, self.compute_dtype)

@@ -1,1 +1,1 @@
-"""The training objectives: which networks are trained, on what, and in which order. They depend on torch and `core` only."""
+"""The training objectives: which networks are trained, by which losses and in which order. They need torch and `core` only."""

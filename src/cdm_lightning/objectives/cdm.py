@@ -1,10 +1,12 @@
-"""The CDM objective (arXiv:2605.06376): what the fake score and the student learn from one point of a rollout.
+"""The CDM objective (arXiv:2605.06376): what the fake score and the student learn from one point of each rollout.
 
-Its losses use velocity fields only. Shapes: B samples of shape * = (C, H, W). T is the teacher's x0 prediction, F that of
-the fake score, c the text and 0 no text. The terms of the student's loss are:
+The fake score learns the distribution of the student's x0 predictions by flow matching. The student's x0 prediction is noised
+again, and teacher and fake score predict x0 from it: T and F, with the text c or with no text 0. The student's loss moves its
+prediction in the direction of up to three terms:
   ca   guidance augmentation, in the direction guidance_scale (T(c) - T(0));
   dm   distribution matching, in the direction T(c) - F(c);
-  cdm  distribution matching off the trajectory, at a point that the student's rollout did not visit.
+  cdm  distribution matching off the trajectory, where the student predicts from a point that its rollout did not visit.
+Shapes: B samples of shape * = (C, H, W).
 """
 
 from collections.abc import Iterator, Sequence
@@ -39,21 +41,21 @@ class _Look:
 
 @dataclass(frozen=True)
 class CDMObjective(Objective):
-    """The three terms with their weights and ablations; a term of weight 0 costs no network call.
+    """CDM as published (the defaults), with the options of the paper's ablations; a term of weight 0 costs no network call.
 
     The fake score is updated `fake_score_steps` times in each iteration (published: once), on the same x0 predictions with
-    fresh noise and sigma. After each of these updates it is averaged with the student by the weight `fake_score_merge`
-    (0: no average). The student is updated in the last of every `student_every` iterations.
+    fresh noise and sigma. After each update it becomes (1 - `fake_score_merge`) times itself plus `fake_score_merge` times the
+    student (0: no averaging). The student is updated in the last of every `student_every` iterations.
 
-    `guidance_scale` is the factor of the CA direction, `norm_floor` the smallest number by which directions are divided.
-    The `*_levels` draw the sigma to which the sample of a term (or of the fake score) is noised again; each is given the
-    sigma of the student's call as its ceiling. `target_levels` draws the sigma s' at which CDM calls the student.
+    `guidance_scale` is the factor of the CA direction. A direction is divided by the mean distance of T and the student's x0
+    prediction, but at least by `norm_floor`. `ca_levels`, `dm_levels`, `cdm_levels` and `fake_score_levels` draw the sigma to
+    which a clean sample is noised again for each term and for the fake score.
 
-    `cdm_input` is the student's input there: "extrapolated" is the anchor point moved along its velocity, "trajectory" the
-    anchor point itself (s' is then its sigma), "renoised" the x0 prediction with fresh noise. `teacher_base` is the sample
-    that is noised again for teacher and fake score: "online" is the student's new x0 prediction, "next" and "final" are the
-    next x0 prediction and the end of the rollout. Raises ValueError for an unknown choice, for a number out of range,
-    and if every weight is 0 at the start.
+    For the CDM term the student is called at a sigma s' that `target_levels` draws, on the input `cdm_input`: "extrapolated"
+    is the anchor point (`core.rollout`) moved along its velocity to s', "renoised" is its x0 prediction with fresh noise, and
+    "trajectory" is the point itself, at its own sigma. `teacher_base` is the clean sample that is noised again for teacher and
+    fake score: "online" is the student's new x0 prediction, "next" is that of the rollout's next step, and "final" the end of
+    the rollout. Raises ValueError for an unknown choice, for a number out of its range, and if every weight is 0 at the start.
     """
 
     ca_weight: Weight = 1.0
@@ -75,14 +77,15 @@ class CDMObjective(Objective):
     def __post_init__(self) -> None:
         for name, kind in (("cdm_input", CDMInput), ("teacher_base", TeacherBase)):
             if getattr(self, name) not in get_args(kind):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(get_args(kind))}")
         if not self._weights(0):
-            raise ValueError("at least one of ca_weight, dm_weight and cdm_weight must be above 0 from the start")
+            raise ValueError("ca_weight, dm_weight and cdm_weight are all 0 in iteration 0; set at least one above 0")
         if self.norm_floor <= 0:
-            raise ValueError(f"norm_floor must be positive, got {self.norm_floor}")
+            raise ValueError(f"norm_floor={self.norm_floor} must be positive")
         if self.student_every < 1 or self.fake_score_steps < 1 or not 0 <= self.fake_score_merge <= 1:
             raise ValueError(
-                "student_every and fake_score_steps must be at least 1, fake_score_merge must be in [0, 1]"
+                f"student_every={self.student_every} and fake_score_steps={self.fake_score_steps} must be at least 1, and "
+                f"fake_score_merge={self.fake_score_merge} must be in [0, 1]"
             )
 
     # ---- roles, rollout and updates
@@ -94,16 +97,16 @@ class CDMObjective(Objective):
 
     @property
     def rollout(self) -> RolloutKind:
-        """The kind "full" if `teacher_base` needs what comes after the anchor, otherwise "to_anchor"."""
+        """Rollouts run to their end ("full") only if `teacher_base` is "next" or "final"; otherwise they stop at the anchor."""
         return "to_anchor" if self.teacher_base == "online" else "full"
 
     @property
     def student_period(self) -> int:
-        """The period is `student_every`."""
+        """The number of iterations from one student update to the next: `student_every`."""
         return self.student_every
 
     def updates(self, iteration: int) -> list[Update]:
-        """Return the update of the fake score, followed by that of the student in every `student_every`-th iteration."""
+        """Return the update of the fake score and, in the last of every `student_every` iterations, that of the student."""
         merge = Merge("student", self.fake_score_merge, "fake_score_merge") if self.fake_score_merge else None
         updates = [Update("fake_score", self.fake_score_losses, self.fake_score_steps, merge)]
         if iteration % self.student_every == self.student_every - 1:
@@ -117,7 +120,10 @@ class CDMObjective(Objective):
         yield TermLosses(self._fit(sample, sample.point.x0, sample.point.sigma, "fake_score"))
 
     def student_losses(self, sample: RolledOutSample) -> Iterator[TermLosses]:
-        """Yield the weighted terms with nonzero weight: first those at the anchor, then CDM. Each part is one student call."""
+        """Yield the loss in two parts, each with one student call: the terms at the anchor, and the CDM term off the trajectory.
+
+        Terms of weight 0 are left out. With `cdm_input="trajectory"`, the CDM term is at the anchor too.
+        """
         weights = self._weights(sample.iteration)
         at_anchor = [term for term in weights if term != "cdm" or self.cdm_input == "trajectory"]
         if at_anchor:
@@ -132,11 +138,14 @@ class CDMObjective(Objective):
             yield self._term_losses(sample, looks, weights, None if at_anchor else x0)
 
     def fake_score(self, sample: RolledOutSample, seen: Tensor) -> VelocityField:
-        """Return the fake score for predictions that the student made at sigma `seen` (B,); here it does not depend on `seen`."""
+        """Return the field of the fake score for predictions that the student made at sigma `seen` (B,).
+
+        Here it does not depend on `seen`; a subclass may override this (`objectives.level_aware`).
+        """
         return sample.fields["fake_score"]
 
     def guidance(self, term: str) -> float:
-        """Return the factor of T(c) - T(0) in the direction of a term: `guidance_scale` for "ca", 0 for the others."""
+        """Return the factor of T(c) - T(0) in the direction of the term: `guidance_scale` for "ca", 0 for "dm" and "cdm"."""
         return self.guidance_scale if term == "ca" else 0.0
 
     def _fit(self, sample: RolledOutSample, x0: Tensor, seen: Tensor, purpose: str) -> Tensor:

@@ -34,7 +34,7 @@ class LevelEmbedding(nn.Module):
         self.layers = nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), last)
 
     def forward(self, level: Tensor) -> Tensor:
-        """Numbers (B,) -> (B, D)."""
+        """Return the embeddings (B, D) of numbers (B,) in [0, 1]."""
         rates = torch.exp(-math.log(10_000) / FREQUENCIES * torch.arange(FREQUENCIES, device=level.device))
         angles = 1000 * level.float()[:, None] * rates
         return self.layers(torch.cat([angles.cos(), angles.sin()], dim=1))
@@ -50,8 +50,8 @@ class LevelAwareObjective(CDMObjective):
 
     The loss of the fake score is (1 - `off_trajectory_share`) times that of the prediction at the anchor, plus
     `off_trajectory_share` times that of the student's prediction off the trajectory, at the point that the CDM term would
-    use (`cdm_input`, `target_levels`). The second part costs one call of the student without gradient and one more update's
-    worth of the fake score; only every `off_trajectory_every`-th update of the fake score has it.
+    use (`cdm_input`, `target_levels`). The second part costs one call of the student without gradient and one more forward and
+    backward pass of the fake score; only every `off_trajectory_every`-th update of the fake score has it.
 
     `cdm_guidance_scale` adds guidance to the direction of the CDM term, which has none as published.
     The other arguments are those of `CDMObjective`. Raises ValueError for an argument out of its range.
@@ -80,7 +80,7 @@ class LevelAwareObjective(CDMObjective):
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        """The fake score with its additional inputs."""
+        """The fake score, with the additional inputs that `fake_score_conditioning` asks for."""
         names = {"none": (), "sigma": ("seen_sigma",), "sigma_and_steps": ("seen_sigma", "seen_steps")}[
             self.fake_score_conditioning
         ]
@@ -100,7 +100,7 @@ class LevelAwareObjective(CDMObjective):
             yield TermLosses(loss, {"off_trajectory": loss})
 
     def fake_score(self, sample: RolledOutSample, seen: Tensor) -> VelocityField:
-        """Return the fake score for predictions that the student made at sigma `seen` (B,)."""
+        """Return the field of the fake score, which is told that the student made its predictions at sigma `seen` (B,)."""
         fake_score = super().fake_score(sample, seen)
         if self.fake_score_conditioning == "none":
             return fake_score
@@ -109,5 +109,5 @@ class LevelAwareObjective(CDMObjective):
         return fake_score.given(seen_sigma=seen, seen_steps=torch.full_like(seen, 1 / sample.steps))
 
     def guidance(self, term: str) -> float:
-        """Return the factor of T(c) - T(0) in the direction of a term."""
+        """Return the factor of T(c) - T(0) in the direction of the term: `cdm_guidance_scale` for "cdm", else as in CDM."""
         return self.cdm_guidance_scale if term == "cdm" else super().guidance(term)
