@@ -1,1 +1,1 @@
-"""The training of an objective: its networks, the student's rollouts and the optimizer steps."""
+"""What carries an objective out: its networks, the student's rollouts (its own paths from noise) and the optimizer steps."""

@@ -1,4 +1,4 @@
-"""Options that affect the memory and speed of a run; they may be changed when a run is resumed."""
+"""The options of a run's memory and speed (the group `compute`); they may be changed when a run is resumed."""
 
 from dataclasses import dataclass
 
@@ -8,13 +8,14 @@ from cdm_lightning.training.gradient_checkpointing import Recomputation
 
 @dataclass(frozen=True)
 class Compute:
-    """Options that affect memory and speed; they change the result of a run by rounding at most.
+    """Options that trade memory for speed; they change the result of a run by rounding at most.
 
-    A process computes its batch in `accumulate` parts, one after another. `gradient_checkpointing` is the share of the
-    blocks that recompute their activations in the backward pass (false: none, true: all); attention is recomputed only with
-    `recompute_attention`. `compile_backend` is a backend of torch.compile, for example "inductor", which compiles the networks
-    block by block; null compiles nothing. The rollouts of at most `rollouts_together` iterations between two updates of the
-    student are computed as one batch. Raises UserError for a value out of its range.
+    A process computes its batch in `accumulate` parts, one after another (gradient accumulation). `gradient_checkpointing` is
+    the share of a network's blocks that recompute their activations in the backward pass, from 0 (or false) to 1 (or true);
+    the results of attention are recomputed only with `recompute_attention`. `compile_backend` is a backend of torch.compile,
+    for example "inductor", which compiles the networks block by block; null compiles nothing. While the student stays the
+    same, the rollouts of up to `rollouts_together` iterations are computed as one batch. Raises UserError for a value out of
+    its range.
     """
 
     accumulate: int = 1
@@ -26,10 +27,10 @@ class Compute:
     def __post_init__(self) -> None:
         for name in ("accumulate", "rollouts_together"):
             if getattr(self, name) < 1:
-                raise UserError(f"compute.{name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"compute.{name}={getattr(self, name)} must be at least 1")
         _ = self.recomputation
 
     @property
     def recomputation(self) -> Recomputation:
-        """Which activations the backward pass recomputes."""
+        """Which activations the backward pass recomputes; raises UserError for a share outside 0 to 1."""
         return Recomputation(float(self.gradient_checkpointing), self.recompute_attention)

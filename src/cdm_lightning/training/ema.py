@@ -10,24 +10,25 @@ from cdm_lightning.errors import UserError
 
 @dataclass(frozen=True)
 class EMA:
-    """How `networks.student_ema` follows the student after each iteration that updates the student.
+    """The settings of the EMA, which is updated after each iteration that updates the student.
 
-    The decay after n updates is min(`decay`, (1 + n) / (10 + n)); `decay=None` means that there is no EMA. 0.999 is the decay
-    of CDM (arXiv:2605.06376); short runs need a lower one. Raises UserError for a decay outside [0, 1).
+    After n earlier updates, the decay is min(`decay`, (1 + n) / (10 + n)), so that the EMA forgets the first weights quickly.
+    `decay=None` means that there is no EMA. 0.999 is the decay of CDM (arXiv:2605.06376); short runs need a lower one. Raises
+    UserError for a decay outside [0, 1).
     """
 
     decay: float | None = 0.999
 
     def __post_init__(self) -> None:
         if self.decay is not None and not 0 <= self.decay < 1:
-            raise UserError(f"ema.decay must be in [0, 1), or null for no EMA, got {self.decay}")
+            raise UserError(f"ema.decay={self.decay} must be in [0, 1), or null for no EMA")
 
     @property
     def is_on(self) -> bool:
-        """Whether the run has an EMA."""
+        """Whether the run has an EMA of the student."""
         return self.decay is not None
 
     def follow(self, average: nn.Module, student: nn.Module, updates: int) -> None:
-        """Move the EMA `average` towards the student, in place; `updates` counts the earlier calls."""
+        """Move the EMA network `average` towards `student`, in place; `updates` is the number of earlier updates."""
         assert self.decay is not None
         lerp_parameters_(average, student, 1 - warmed_up_decay(updates, self.decay))

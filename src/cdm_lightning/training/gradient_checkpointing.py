@@ -13,7 +13,9 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from cdm_lightning.backbones.base import CheckpointFunction
 from cdm_lightning.errors import UserError
 
-Guard = Callable[[nn.Module], Callable[..., Any]]  # a block -> a function that runs it in the same way each time
+Guard = Callable[
+    [nn.Module], Callable[..., Any]
+]  # block -> a function that runs it with the LoRA adapter that is on now
 
 ATTENTION = tuple(
     getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default
@@ -29,11 +31,12 @@ ATTENTION = tuple(
 
 @dataclass(frozen=True)
 class Recomputation:
-    """The first `share` of a network's blocks (rounded up) recompute their activations; the other blocks keep them.
+    """The first blocks of a network recompute their activations in the backward pass; the other blocks keep them in memory.
 
-    The backward pass frees the kept activations before it reaches the first blocks. With `attention=False`, the results of
-    attention are kept in all blocks: to recompute them takes much time and saves little memory. In SD3-Medium at 1024 x 1024
-    pixels, attention is a third of the operations, but its result is one tensor of dozens.
+    `share` is their share of all blocks, in [0, 1], rounded up to whole blocks. The first ones are chosen because the backward
+    pass reaches them last, when it has freed the activations that the others kept. With `attention=False`, the results of
+    attention are kept in all blocks: recomputing them takes much time and saves little memory. In SD3-Medium at 1024 x 1024
+    pixels, attention is a third of the operations, but its result is one tensor of dozens. UserError for a share outside [0, 1].
     """
 
     share: float = 0.0
@@ -42,13 +45,17 @@ class Recomputation:
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
             raise UserError(
-                f"compute.gradient_checkpointing must be a share of the blocks from 0 to 1, got {self.share:g}"
+                f"compute.gradient_checkpointing={self.share:g} must be a share of the blocks from 0 to 1, or true or false"
             )
 
     def function(
         self, network: nn.Module, block_types: tuple[type[nn.Module], ...], guard: Guard | None = None
     ) -> CheckpointFunction:
-        """Return the function that runs the network's blocks; `guard` wraps blocks that depend on more than their arguments."""
+        """Return the function (block, *arguments) -> result by which `network` runs each of its blocks.
+
+        `block_types` are the classes of the blocks. `guard` turns a block into a function that gives the same result when it
+        is run again in the backward pass; blocks of a base that several LoRA adapters share need it.
+        """
         blocks = [block for block in network.modules() if isinstance(block, block_types)]
         kept = set(blocks[math.ceil(self.share * len(blocks)) :])
         context: dict[str, Any] = (

@@ -1,4 +1,4 @@
-"""The networks of a distillation: the student, its EMA, the teacher, and those of the objective's roles."""
+"""The networks of a distillation: the student, its EMA, the teacher, and those that the objective trains in addition."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -20,18 +20,20 @@ if TYPE_CHECKING:
 
 
 class Networks(nn.Module):
-    """All networks of a run: `student` and one for each of the `roles` (trained, float32), `student_ema` and `teacher` (frozen).
+    """All networks of a run, as attributes: `student`, one for each of the `roles`, `student_ema` and `teacher`.
 
-    All start from the same pretrained weights, except for roles that the objective builds itself. Roles with an adapter in
-    `lora` share one frozen base, and their networks hold the adapter's parameters only. `seed` decides the random
-    initialization of adapters and built networks. If there is such a base and the backbone's teacher equals it
-    (`teacher_is_base`), the teacher is the base with all adapters off.
+    The student and the roles are trained, in float32; the other two are frozen. All start from the same pretrained weights,
+    except for the heads that the objective builds itself (`Role.build`). The roles to which `lora` gives an adapter share one
+    frozen base network, and their own networks hold the adapter's parameters only. If the backbone's teacher equals that base
+    (`Backbone.teacher_is_base`), the teacher is the base with all adapters off. `seed` decides the random initialization of
+    adapters, heads and additional inputs.
 
     The teacher is not registered as a submodule, because it never changes: no checkpoint and no optimizer contains it, and
     the backbone always builds the same one again. `place` moves it to the device.
 
     `recomputation` says which activations the backward pass recomputes (default: none). Without `average` there is no
-    `student_ema`. With `empty`, whole networks stay on the meta device if the backbone can fill them later, shard by shard.
+    `student_ema`. With `empty`, networks without adapters stay on the meta device if the backbone can fill them later, shard
+    by shard. Raises UserError for LoRA targets that the network does not have.
     """
 
     teacher: nn.Module
@@ -133,7 +135,10 @@ class Networks(nn.Module):
     # ---- views
 
     def view_base(self) -> None:
-        """Rebuild the teacher: a view of the shared base with all adapters off, or its own frozen network."""
+        """Set `teacher` again: to its own frozen network, or else to the shared base with all adapters off.
+
+        Call this after the base has been sharded, because sharding replaces its parameters.
+        """
         base_view = self._shared.base_view() if self._shared else None
         teacher = cast(nn.Module, self._own_teacher or base_view)  # at least one of the two is not None
         self._keep_unregistered(base_view=base_view, teacher=teacher.requires_grad_(False).eval())
@@ -144,12 +149,12 @@ class Networks(nn.Module):
 
     @property
     def trained(self) -> dict[str, nn.Module]:
-        """The trained networks by role; the student is first."""
+        """The trained networks by role: the student first, then the roles of the objective in their order."""
         return {role: getattr(self, role) for role in self.trained_roles}
 
     @property
     def by_role(self) -> dict[str, nn.Module]:
-        """All networks by role, including those that are not trained."""
+        """All networks by role: those that are trained, "student_ema" if there is an EMA, and "teacher"."""
         return {**self.trained, **self.average, "teacher": self.teacher}
 
     @property
@@ -159,14 +164,14 @@ class Networks(nn.Module):
 
     @property
     def base(self) -> nn.Module | None:
-        """The frozen network under the adapters; None if there are no adapters."""
+        """The frozen network that the LoRA adapters share; None if there are no adapters."""
         return self._shared.network if self._shared else None
 
     @property
     def whole(self) -> dict[str, nn.Module]:
-        """The pretrained networks that share no weight with another network, by role.
+        """The networks with all the weights of the pretrained one, which they share with no other network, by role.
 
-        Adapters are not among them, nor is a teacher that is the base under the adapters.
+        Adapters are not among them, nor is a teacher that is the base under the adapters, nor are heads.
         """
         from cdm_lightning.lora.views import RoleView
 
@@ -175,13 +180,16 @@ class Networks(nn.Module):
 
     @property
     def unregistered(self) -> list[nn.Module]:
-        """The networks that are not submodules: first a view of the adapters' base if there is one, then the teacher."""
+        """The networks that are not submodules: the base under the adapters, if there is one, and the teacher, in this order."""
         return [network for network in (self._base_view, self.teacher) if network is not None]
 
     # ---- the device
 
     def compile_blocks(self, block_types: tuple[type[nn.Module], ...], backend: str) -> None:
-        """Compile the blocks of every network; blocks of a shared base are compiled once."""
+        """Compile the blocks of every network with torch.compile; those of a shared base are compiled once.
+
+        `block_types` are the classes of the blocks, `backend` is the backend of torch.compile.
+        """
         for network in [*self.whole.values(), *([self.base] if self.base is not None else [])]:
             compile_blocks(network, block_types, backend)
 
@@ -191,7 +199,7 @@ class Networks(nn.Module):
             network.to(device)
 
     def train(self, mode: bool = True) -> "Networks":
-        """Set the mode of the trained networks; the EMA and the teacher stay in eval mode."""
+        """Set the trained networks to training mode, or to eval mode; the EMA and the teacher stay in eval mode."""
         super().train(mode)
         for network in self.average.values():
             network.eval()
@@ -206,7 +214,7 @@ def trainable(network: nn.Module) -> list[nn.Parameter]:
 def bind_networks(
     networks: Networks, backbone: Backbone, text: Conditioning, no_text: Conditioning, compute_dtype: torch.dtype
 ) -> VelocityFields:
-    """Return the networks as velocity fields for B prompts.
+    """Return the networks as velocity fields for B prompts, which compute in `compute_dtype` (by autocast) and return float32.
 
     `text` is the conditioning of the prompts, `no_text` that of B empty prompts, which only `teacher_uncond` uses.
     """
@@ -229,14 +237,17 @@ def bind_networks(
 
 
 def compile_blocks(network: nn.Module, block_types: tuple[type[nn.Module], ...], backend: str) -> None:
-    """Compile every block with torch.compile, in place; the names of weights do not change, and equal blocks share their code."""
+    """Compile every block of the network with torch.compile, in place; the names of its weights do not change.
+
+    Blocks that are alike share their compiled code, which is why blocks are compiled and not the network.
+    """
     for block in network.modules():
         if isinstance(block, block_types):
             block.compile(backend=backend)
 
 
 def trained_parameters(networks: Networks) -> dict[str, list[nn.Parameter]]:
-    """Return the parameters of each trained network that are not frozen; UserError if a role has none."""
+    """Return the parameters that are not frozen, by role of the trained networks; UserError if a role has none."""
     found = {role: trainable(network) for role, network in networks.trained.items()}
     if frozen := [role for role, parameters in found.items() if not parameters]:
         raise UserError(

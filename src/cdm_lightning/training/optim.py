@@ -15,9 +15,10 @@ from cdm_lightning.errors import UserError
 class LearningRate:
     """A learning rate with a linear warm-up to `peak` over `warmup` iterations, a constant part and a linear decay to 0.
 
-    The decay is from iteration `decay_from * total` to iteration `total`; `decay_from=1` or no `total` means no decay. The
-    rate is a function of the iteration alone, so it has no state to save or to step. CDM's published schedule is 100
-    iterations of warm-up, then constant (arXiv:2605.06376).
+    The decay is from iteration `decay_from * total` to iteration `total`; `decay_from=1` means no decay. The rate is a
+    function of the iteration alone, so it has no state to save or to step. CDM's published schedule is 100 iterations of
+    warm-up, then constant (arXiv:2605.06376). Raises UserError for a number out of its range, and for `decay_from` below 1
+    without `total`.
     """
 
     peak: float
@@ -27,9 +28,15 @@ class LearningRate:
 
     def __post_init__(self) -> None:
         if self.peak < 0 or self.warmup < 0 or not 0 <= self.decay_from <= 1:
-            raise UserError("learning_rate: peak and warmup must not be negative, decay_from must be in [0, 1]")
+            raise UserError(
+                f"optim.ROLE.learning_rate: peak={self.peak} and warmup={self.warmup} must be at least 0, and "
+                f"decay_from={self.decay_from} must be in [0, 1]"
+            )
         if self.decay_from < 1 and (self.total is None or self.total < 1):
-            raise UserError("learning_rate: decay_from below 1 needs total, the iteration at which the rate reaches 0")
+            raise UserError(
+                f"optim.ROLE.learning_rate: decay_from={self.decay_from} needs total, the iteration (at least 1) at which the "
+                f"rate reaches 0, got total={self.total}"
+            )
 
     def at(self, iteration: int) -> float:
         """Return the learning rate of `iteration`, counted from 0."""
@@ -44,8 +51,8 @@ class LearningRate:
 class OptimizerRecipe:
     """The optimizer settings of one network: `optimizer(parameters, lr=...)` builds it, `learning_rate` gives its rate.
 
-    Gradients are clipped to the norm `max_grad_norm` before each step. Raises `TypeError` if `optimizer` is a partial with
-    keywords that the optimizer's constructor does not take.
+    Before each step the gradients are clipped to the norm `max_grad_norm`, taken over all parameters of the network. Raises
+    `TypeError` if `optimizer` is a partial with keywords that the optimizer's constructor does not take.
     """
 
     optimizer: Callable[..., Optimizer]
@@ -61,7 +68,7 @@ class OptimizerRecipe:
         return self.optimizer(parameters, lr=self.learning_rate.at(0))
 
     def set_learning_rate(self, optimizer: Optimizer, iteration: int) -> None:
-        """Set the learning rate of `iteration`; if the optimizer keeps its rate in a tensor, as torchao's do, it is filled."""
+        """Set the learning rate of `iteration` in the optimizer; if it keeps its rate in a tensor, as torchao's do, in place."""
         rate = self.learning_rate.at(iteration)
         for group in optimizer.param_groups:
             if isinstance(group["lr"], Tensor):

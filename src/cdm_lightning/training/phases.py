@@ -8,14 +8,14 @@ import torch
 
 
 class PhaseTimer:
-    """The seconds spent in each phase since this process started: in "rollout" and in the updates of each role.
+    """The seconds spent in each phase of the iterations of this process: "rollout", and the updates of each role by its name.
 
     If `device` is a CUDA device, the timer waits for it before and after each phase, so that the times include the work of
-    the device.
+    the device. By default `device` is None: nothing waits, and the seconds are those of the host.
     """
 
     def __init__(self) -> None:
-        self.device: torch.device | None = None  # set by a monitor
+        self.device: torch.device | None = None  # set by the callback ThroughputMonitor
         self.seconds: dict[str, float] = {}
 
     @contextmanager

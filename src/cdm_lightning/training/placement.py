@@ -1,4 +1,4 @@
-"""Put the networks of a run on one device, or distribute them over a mesh of processes."""
+"""Put the networks of a run on one device, or distribute them over the devices of several processes."""
 
 import torch
 from lightning.pytorch.strategies import Strategy
@@ -11,9 +11,9 @@ from cdm_lightning.training.networks import Networks
 
 
 def place(networks: Networks, backbone: Backbone, strategy: Strategy, compute_dtype: torch.dtype) -> bool:
-    """Put all networks where `strategy` wants them, in place; return whether processes hold shards of one network.
+    """Put all networks on the devices of `strategy`, in place; return whether processes hold shards of one network.
 
-    Raises UserError if the strategy keeps a network in host memory that the run does not have.
+    Raises UserError if the strategy is to keep a network in host memory that the run does not have or that cannot be there.
     """
     if not isinstance(strategy, MeshStrategy):
         networks.place(strategy.root_device)
@@ -24,10 +24,11 @@ def place(networks: Networks, backbone: Backbone, strategy: Strategy, compute_dt
 
 
 def distribute(networks: Networks, backbone: Backbone, strategy: MeshStrategy, compute_dtype: torch.dtype) -> None:
-    """Put all networks on the strategy's mesh, in place: each rank keeps its own rows of each weight.
+    """Distribute all networks over the strategy's device mesh, in place: each rank keeps its own rows of each weight.
 
-    Networks that are still on the meta device are filled; each rank reads only its own rows. Every rank holds adapters, and
-    the networks that the objective builds itself, whole. The base under adapters is sharded if the strategy uses shards.
+    Networks that are still on the meta device are filled; each rank reads only its own rows. Small networks are not sharded:
+    each rank holds adapters, and the heads that the objective builds itself, whole. The base under adapters is sharded if the
+    strategy uses shards.
     """
     mesh, device = strategy.device_mesh["data_parallel", "tensor_parallel"], strategy.root_device
     policy, block_types = mixed_precision(compute_dtype), backbone.block_types

@@ -1,7 +1,7 @@
-"""The image size of an iteration: the backbone's own size, or one of several, drawn again in each iteration.
+"""The image size of an iteration: the one that the backbone is configured for, or one of several, drawn in each iteration.
 
-Training at several sizes needs no images: a rollout starts from noise of the size. The shift of the sigmas follows the
-size if the scheduler of the model family does so (`Backbone.at`).
+Training at several sizes needs no images: a rollout starts from noise of the size. The shift of the sigmas depends on the
+size if it does so in the scheduler of the model family (`Backbone.at`).
 """
 
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ from cdm_lightning.errors import UserError
 
 
 class Resolution(Protocol):
-    """The interface of a choice of image sizes."""
+    """The interface of what chooses the image size of an iteration."""
 
     def check(self, backbone: Backbone) -> None:
         """Raise UserError if the model family cannot make images of one of the sizes; reads only configuration files."""
 
     def draw(self, backbone: Backbone, rng: StepRandom) -> Backbone:
-        """Return the backbone at the size of this iteration: a function of (seed, iteration), the same in all processes."""
+        """Return the backbone for the image size of this iteration: a function of (seed, iteration), the same in all processes."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Buckets:
             raise UserError(f"resolution.weights={self.weights}: give a list of numbers of at least 0, or null")
         if len(weights) != len(pairs) or sum(weights) <= 0:
             raise UserError(
-                f"resolution: {len(pairs)} sizes need as many weights that are not all 0, got {list(weights)}"
+                f"resolution.weights={list(weights)}: {len(pairs)} sizes need as many weights, which are not all 0"
             )
 
     def check(self, backbone: Backbone) -> None:
@@ -74,7 +74,7 @@ class Buckets:
                 raise UserError(f"resolution.sizes, {height} x {width}: {error}") from error
 
     def draw(self, backbone: Backbone, rng: StepRandom) -> Backbone:
-        """Return the backbone at the size of this iteration: a function of (seed, iteration), the same in all processes."""
+        """Return the backbone for the image size of this iteration: a function of (seed, iteration), the same in all processes."""
         weights = torch.tensor(self.weights or [1.0] * len(self.sizes), dtype=torch.float64, device="cpu")
         chosen = int(torch.multinomial(weights, 1, generator=rng.shared("resolution")))
         return backbone.at(*self.sizes[chosen])

@@ -1,4 +1,4 @@
-"""The names of a run's networks before they are built, and checks of the roles of an objective."""
+"""The names of a run's networks, known before they are built, and checks of an objective's roles (networks by name)."""
 
 from collections.abc import Iterable
 
@@ -10,15 +10,18 @@ from cdm_lightning.training.networks import Networks
 
 
 def network_names(roles: Iterable[Role], average: bool = True) -> tuple[str, ...]:
-    """Return the names of all networks of an objective with these roles: the keys of `Networks.by_role`.
+    """Return the names of all networks of a run whose objective has these roles: the keys of `Networks.by_role`.
 
-    Without `average`, "student_ema" is not among them.
+    Without `average`, the run has no EMA, and "student_ema" is not among them.
     """
     return ("student", *(role.name for role in roles), *(["student_ema"] if average else []), "teacher")
 
 
 def whole_names(roles: Iterable[Role], lora: LoRAPlan, backbone: Backbone, average: bool = True) -> tuple[str, ...]:
-    """Return the keys that `Networks.whole` will have, in the order of `network_names`."""
+    """Return the names of the networks that are neither adapters, nor the base under them, nor heads.
+
+    They are the keys that `Networks.whole` will have, in the order of `network_names`.
+    """
     roles = list(roles)
     built = [role.name for role in roles if role.build is not None]
     pretrained = [name for name in network_names(roles, average) if name not in built]
@@ -28,7 +31,10 @@ def whole_names(roles: Iterable[Role], lora: LoRAPlan, backbone: Backbone, avera
 
 
 def check_roles(objective: Objective, lora: LoRAPlan, backbone: Backbone) -> None:
-    """Raise UserError for invalid role names, periods and updates, and for adapters and merges that do not fit the roles."""
+    """Raise UserError if the objective's roles, `student_period`, updates or merges are invalid or do not fit the adapters.
+
+    For example, two networks can be averaged only if both are whole or both have equal LoRA settings.
+    """
     names = network_names(objective.roles)
     for name in names[1:-2]:
         if names.count(name) > 1 or hasattr(Networks, name) or name.startswith("_") or name == "rollout":
@@ -56,5 +62,6 @@ def check_roles(objective: Objective, lora: LoRAPlan, backbone: Backbone) -> Non
         if update.merge is not None and lora.of(update.role) != lora.of(update.merge.source):
             raise UserError(
                 f"objective.{update.merge.option} averages the parameters of {update.merge.source} and {update.role}, but "
-                f"their lora settings differ: set objective.{update.merge.option}=0"
+                f"their lora settings differ: set objective.{update.merge.option}=0, or make lora.{update.role} and "
+                f"lora.{update.merge.source} equal"
             )

@@ -1,7 +1,8 @@
 """Make the samples for an objective's losses from a batch of prompts: text, random draws and the student's rollout.
 
-Only this file joins the rollouts of several iterations into one batch; `data/batches.py` reads their prompts together.
-Shapes: B samples, K steps, latents (B, C, H, W).
+A rollout is the student's own path from noise, in K steps. The losses use one step of it, the *anchor*, which is drawn for
+each sample; the *point* is the state there (`core.rollout`). Only this file computes the rollouts of several iterations as one
+batch; `data/batches.py` then reads their prompts together. Shapes: B samples, K steps, latents (B, C, H, W).
 """
 
 from abc import ABC, abstractmethod
@@ -30,17 +31,18 @@ Bind = Callable[
 
 @dataclass(frozen=True)
 class RolloutGroups:
-    """Which iterations roll out as one batch: at most `together`, and none of them after the next update of the student.
+    """Groups of up to `together` successive iterations whose rollouts are computed as one batch.
 
-    Between two updates the student does not change, so the rollouts are the same as one by one, with fewer network calls.
-    `period` is the objective's `student_period`; None means that each iteration rolls out alone.
+    A group never goes beyond the next update of the student. Until then the student does not change, so the rollouts are the
+    same as one by one, with fewer network calls. `period` is the number of iterations from one student update to the next
+    (`Objective.student_period`); None means that each iteration is a group of its own.
     """
 
     together: int = 1
     period: int | None = None
 
     def of(self, iteration: int) -> range:
-        """Return the iterations that roll out together with this one, including this one."""
+        """Return the iterations of the group that this iteration belongs to."""
         if self.period is None:
             return range(iteration, iteration + 1)
         turn = iteration % self.period
@@ -49,10 +51,13 @@ class RolloutGroups:
 
 
 class Rollouts(ABC):
-    """Makes the samples of an iteration; their random draws depend only on `seed`, iteration and slot in the global batch.
+    """Makes the samples of an iteration, which are the inputs of the losses, from a batch of prompts.
 
-    A batch is computed in `accumulate` parts. `agree_on_calls` makes the number of network calls of a rollout equal in all
-    processes that hold shards of one network.
+    Their random draws depend only on `seed`, the iteration and a sample's index in the global batch. `bind` gives the networks
+    for some prompts, `backbone`, `resolution` and `schedule` the image size and the sigmas. A batch is computed in `accumulate`
+    parts, with a sample for each. `groups` says which iterations roll out as one batch (default: each alone), `needs_latents`
+    whether samples have latents of real images. `agree_on_calls` takes the number of network calls that a rollout needs and
+    returns the number to make, which must be equal in all processes that hold shards of one network. `timer` adds up the time.
     """
 
     def __init__(
@@ -77,10 +82,13 @@ class Rollouts(ABC):
 
     @abstractmethod
     def samples(self, batch: PromptBatch, iteration: int) -> Sequence[Sample]:
-        """Return the samples of an iteration for the objective's losses, one for each part of the batch."""
+        """Return the samples of an iteration (counted from 0) for the objective's losses, one for each part of the batch."""
 
     def bound(self, batch: PromptBatch, iteration: int) -> list[Sample]:
-        """Return a sample for each part of the batch, without a rollout: text, image size, random draws, latents of images."""
+        """Return a `Sample` for each part of the batch, as it is before its rollout.
+
+        Raises UserError if the objective needs latents of real images and the batch has no images.
+        """
         samples = []
         for part in batch.split(self.accumulate):
             rng = StepRandom(self.seed, iteration, part.indices.tolist(), self.device)
@@ -105,7 +113,7 @@ class Rollouts(ABC):
         return backbone.encode_images(fit_to(part.images.to(self.device), backbone.image_size))
 
     def draw(self, sample: Sample) -> Rollout:
-        """Draw the random numbers of a rollout: noise, sigmas of K steps (the same K for all samples) and an anchor per sample."""
+        """Draw the random numbers of a rollout: noise, the sigmas of K steps (the same K for all samples), an anchor per sample."""
         noise = sample.rng.normal("rollout.noise", sample.latent_shape)
         sigmas = self.schedule.sample(sample.rng, sample.shift_steps)
         anchor = sample.rng.index("rollout.anchor", sigmas.shape[1] - 1)
@@ -117,7 +125,7 @@ class Rollouts(ABC):
 
 
 class NoRollouts(Rollouts):
-    """Samples without a rollout, for objectives that do not use the student's own path."""
+    """Makes samples without a rollout, for objectives that do not use the student's own path."""
 
     def samples(self, batch: PromptBatch, iteration: int) -> list[Sample]:
         """Return a plain `Sample` for each part of the batch."""
@@ -125,10 +133,10 @@ class NoRollouts(Rollouts):
 
 
 class FullRollouts(Rollouts):
-    """Rollouts to the end of the student's path, for objectives that use what comes after the anchor."""
+    """Makes samples by rollouts to the end of the student's path, for objectives that use what comes after the anchor."""
 
     def samples(self, batch: PromptBatch, iteration: int) -> list[RolledOutSample]:
-        """Return a sample with a `FullTrajectoryPoint` for each of the `accumulate` parts of the batch."""
+        """Return a sample with a `FullTrajectoryPoint` at the anchors for each part of the batch."""
         samples = self.bound(batch, iteration)
         with self.timer("rollout"):
             return [self._rolled_out(sample, self.draw(sample)) for sample in samples]
@@ -153,7 +161,7 @@ class _AtAnchor:
 
 
 class AnchorRollouts(Rollouts):
-    """Rollouts up to each sample's anchor; what comes after the anchor is not computed.
+    """Makes samples by rollouts that stop at each sample's anchor, so that the steps after it are not computed.
 
     The first iteration of a group rolls out the whole group, whose batches come with its own batch (`batch.group`). The
     results of the later iterations are kept until those iterations need them.
@@ -193,6 +201,6 @@ KINDS: dict[RolloutKind, type[Rollouts]] = {"to_anchor": AnchorRollouts, "full":
 
 
 def with_point(sample: Sample, point: TrajectoryPoint, steps: int) -> RolledOutSample:
-    """Return the sample together with the point of its rollout of `steps` steps."""
+    """Return the sample together with the point at the anchor of its rollout, which has `steps` steps."""
     of_sample = {field.name: getattr(sample, field.name) for field in fields(Sample)}
     return RolledOutSample(**of_sample, point=point, steps=steps)

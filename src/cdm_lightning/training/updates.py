@@ -13,10 +13,11 @@ from cdm_lightning.training.optim import OptimizerRecipe
 
 
 class Updates:
-    """Makes the optimizer steps of all roles and counts the skipped ones; the counts are part of a checkpoint.
+    """Makes the optimizer steps of all roles (trained networks) and counts the skipped ones; checkpoints hold the counts.
 
-    `skipped_steps` counts all skipped steps of a role, `skipped_in_a_row` those since its last step that was made. Both are
-    the same in all processes.
+    `recipes` are the optimizer settings by role. A step is skipped if its loss or gradient is not finite. By role,
+    `skipped_steps` counts all skipped steps and `skipped_in_a_row` those since the last step that was made; both counts are the
+    same in all processes.
     """
 
     def __init__(self, recipes: Mapping[str, OptimizerRecipe]) -> None:
@@ -33,11 +34,12 @@ class Updates:
         backward: Callable[[Tensor], None],
         iteration: int,
     ) -> dict[str, Tensor]:
-        """Make one optimizer step of `role`; return the figures of its losses and "grad_norm", all 0-d.
+        """Make one optimizer step of `role`; return its figures by name: "loss", terms, logs and "grad_norm", all 0-d.
 
-        `losses` are pairs (share of the batch, part of the loss). The backward pass of each part runs before the next part is
-        computed. Gradients of the other `networks` are dropped, for example those of a head that the student's loss passes
-        through. The host waits for the device only to learn whether the gradient is finite; if it is not, the step is skipped.
+        `losses` are pairs (share of the batch, part of the loss); figures are weighted by the shares. `backward` runs the
+        backward pass of each part before the next part is computed. Gradients of the other `networks` are dropped, for example
+        those of a head that the student's loss passes through. "grad_norm" is the norm before clipping. The host waits for the
+        device only to learn whether the gradient is finite; if it is not, the step is skipped.
         """
         recipe = self.recipes[role]
         recipe.set_learning_rate(optimizer, iteration)
@@ -68,17 +70,20 @@ class Updates:
         self.skipped_steps[role] += 0 if finite else 1
 
     def state_dict(self) -> dict[str, dict[str, int]]:
-        """Return the counts of skipped steps."""
+        """Return the counts of skipped steps for a checkpoint: count -> role -> number."""
         return {"skipped_steps": dict(self.skipped_steps), "skipped_in_a_row": dict(self.skipped_in_a_row)}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, int]]) -> None:
-        """Restore the counts; those of roles that are no longer trained are ignored."""
+        """Restore the counts that `state_dict` returned; those of roles that are no longer trained are ignored."""
         for name, counts in self.state_dict().items():
             getattr(self, name).update({role: state[name].get(role, 0) for role in counts})
 
 
 def recipes_of(objective: Objective, optim: Mapping[str, OptimizerRecipe]) -> dict[str, OptimizerRecipe]:
-    """Return the optimizer recipes of the roles that the objective trains; UserError if one has none. Others are ignored."""
+    """Return the optimizer settings (`OptimizerRecipe`) of the roles that the objective trains; others in `optim` are ignored.
+
+    Raises UserError for a role without settings, and for settings that are no `OptimizerRecipe`.
+    """
     roles = ("student", *(role.name for role in objective.roles))
     lacking = [role for role in roles if role not in optim]
     if lacking:
@@ -95,11 +100,11 @@ def recipes_of(objective: Objective, optim: Mapping[str, OptimizerRecipe]) -> di
 
 
 def steps_of(objective: Objective, iteration: int, group: range) -> list[tuple[Update, int]]:
-    """Return the optimizer steps of an iteration in their order, each with its index among the steps of its role.
+    """Return the optimizer steps of an iteration in their order, each with its number among the steps of its role, from 0.
 
-    The index counts from 0 and is part of the key of the random draws. `group` are the iterations that roll out as one batch
-    with this one. Raises ValueError if the objective has no update, since Lightning would never count the iteration, and if
-    it updates the student before the group ends, since the later rollouts of the group would be those of an older student.
+    The number is part of the key of the random draws (`StepRandom.again`). `group` are the iterations that roll out as one
+    batch with this one. Raises ValueError if the objective has no update, since Lightning would never count the iteration, and
+    if it updates the student before the group ends, since later rollouts of the group would be those of an older student.
     """
     name = type(objective).__name__
     updates = [update for update in objective.updates(iteration) for _ in range(update.repeat)]
@@ -115,5 +120,8 @@ def steps_of(objective: Objective, iteration: int, group: range) -> list[tuple[U
 
 
 def unless_infinite(loss: Tensor) -> Tensor:
-    """Return 1 for a finite loss and NaN otherwise; as a factor, NaN makes every gradient NaN, so all processes skip the step."""
+    """Return a factor for a 0-d loss: 1 if the loss is finite, otherwise NaN.
+
+    NaN makes every gradient NaN, so that after the gradients are averaged all processes skip the step.
+    """
     return torch.where(loss.detach().isfinite(), 1.0, float("nan"))
