@@ -6,6 +6,8 @@ No other file of this folder writes results, so that no measurement replaces a p
 import argparse
 from pathlib import Path
 
+from cdm_lightning.files import write_text
+
 OUTPUTS = Path(__file__).parents[1] / "outputs" / "benchmarks"
 PUBLISHED = Path(__file__).parent / "results"
 
@@ -35,3 +37,11 @@ def write(name: str, json_text: str, markdown_text: str, publish: bool) -> Path:
     path = folder / f"{name}.md"
     print(f"{markdown_text}\nwritten to: {path}")
     return path
+
+
+def keep(path: Path, text: str) -> None:
+    """Write a file of a measurement in parts, whole or not at all, below `OUTPUTS`; ValueError for another place."""
+    if not path.absolute().is_relative_to(OUTPUTS):
+        raise ValueError(f"{path} does not lie in {OUTPUTS}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_tables, step_time
+from benchmarks import gpu_tables, step_time, study
 from cdm_lightning import export, extract_lora, plan, sample
 from cdm_lightning.config import asset_path, compose
 
@@ -49,6 +49,8 @@ def test_commands_are_understood(command: str, tmp_path: Path) -> None:
             sample.parser().parse_args(arguments)
         case "benchmarks.tiny_sd3":
             assert arguments[0] in ("teacher", "student")
+        case "benchmarks.study":
+            study.parser().parse_args(arguments)
         case "benchmarks.step_time":
             step_time.parser().parse_args(arguments)
         case "benchmarks.gpu_tables":

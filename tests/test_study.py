@@ -1,0 +1,63 @@
+"""The study of objectives: its plan is complete and composes, tuning chooses by the rule, and the report has all runs."""
+
+import json
+import math
+
+import pytest
+import yaml
+
+from benchmarks.study import PLAN, Cell, Study, interval, rows_of
+from cdm_lightning.config import compose
+
+PLANNED = yaml.safe_load(PLAN.read_text(encoding="utf-8"))
+
+
+def figures(value: float, metric: str = "energy_distance") -> dict:
+    return {str(nfe): {metric: value} for nfe in PLANNED["steps"]}
+
+
+def keep(study: Study, cell: Cell, value: float) -> None:
+    result = {**cell.__dict__, "seconds": 1.0, "figures": figures(value)}
+    (study.folder / f"{cell.name}.json").write_text(json.dumps(result))
+
+
+@pytest.mark.parametrize("task", PLANNED["tasks"])
+def test_every_arm_composes_with_its_own_rates_and_length(task, tmp_path) -> None:
+    study = Study(PLANNED, task, tmp_path)
+    for arm in study.task["arms"]:
+        config = compose(study.overrides(Cell(task, arm, 2.0, 3, "long")))
+        assert config.trainer.max_steps == 4 * study.task["iterations"]
+        assert config.optim.student.learning_rate.peak == 2 * study.task["rates"]["student"]
+        assert config.seed == 3
+
+
+def test_the_factor_is_chosen_on_the_tuning_seeds_and_used_for_all_others(tmp_path) -> None:
+    study = Study(PLANNED, "toy2d", tmp_path)
+    first = next(study.missing(["once"]))
+    assert first.seed in PLANNED["tuning_seeds"]
+    assert not set(PLANNED["tuning_seeds"]) & set(PLANNED["seeds"])
+    assert study.rate("cdm") is None
+    for arm in study.task["arms"]:
+        for cell in study.tries(arm):
+            keep(study, cell, {0.5: 3.0, 1.0: 1.0, 2.0: 2.0}[cell.rate])
+    assert study.rate("cdm") == 1.0
+    missing = list(study.missing(["once", "long"]))
+    assert {cell.rate for cell in missing} == {1.0}
+    assert [cell.seed for cell in missing[: len(study.task["arms"])]] == [1] * len(study.task["arms"])
+    assert len(missing) == 2 * 5 * len(study.task["arms"])
+
+
+def test_the_report_has_means_and_intervals_over_seeds(tmp_path) -> None:
+    study = Study(PLANNED, "toy2d", tmp_path)
+    for arm in study.task["arms"]:
+        for cell in study.tries(arm):
+            keep(study, cell, cell.rate)
+    for cell in study.cells("cdm", "once"):
+        keep(study, cell, float(cell.seed))
+    (row,) = rows_of(study, "once")
+    assert row["runs"] == 5
+    assert row["rate"] == 0.5
+    assert row["4 steps"].startswith("3 (")
+    low, high = interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert low == pytest.approx(3 - 1.96 * math.sqrt(2 / 5), abs=0.15)
+    assert high == pytest.approx(3 + 1.96 * math.sqrt(2 / 5), abs=0.15)
