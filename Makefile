@@ -4,13 +4,14 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO_ARGS ?=
+FAULTS_ARGS ?=
 TEST_WORKERS ?= 2
 
 # The process keeps freed memory instead of returning it at every step. This is a fifth faster on the CPU (glibc; no effect elsewhere).
 export MALLOC_MMAP_THRESHOLD_ := 4294967295
 export MALLOC_TRIM_THRESHOLD_ := 4294967295
 
-.PHONY: help setup demo test test-slow soak lint lock clean
+.PHONY: help setup demo test test-slow soak faults lint lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,6 +37,9 @@ test-slow: setup  ## run the tests that take minutes each
 
 soak: setup  ## kill runs at random moments and count what is lost (SOAK_SEED=n chooses other moments)
 	$(BIN)/python -m pytest -m slow tests/test_faults.py tests/test_resume_spread.py
+
+faults: setup  ## 500 bad inputs, 50 kills and full disks; the table is outputs/faults/faults.md (FAULTS_ARGS="--publish")
+	PYTHONPATH=tests:. $(BIN)/python -m faults $(FAULTS_ARGS)
 
 lint: setup  ## check style and types
 	$(BIN)/ruff check .

@@ -1,5 +1,7 @@
 """Where benchmarks write: into `outputs/benchmarks/`, and with --publish into `benchmarks/results/`, which git tracks.
 
+The fault harness (tests/faults) writes into `outputs/faults/` in the same way.
+
 No other file of this folder writes results, so that no measurement replaces a published one unasked; see tests/test_habits.py.
 """
 
@@ -17,18 +19,18 @@ def add_publish(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--publish",
         action="store_true",
-        help="write into benchmarks/results/, which git tracks (default: outputs/benchmarks/)",
+        help="write into benchmarks/results/, which git tracks (default: outputs/)",
     )
 
 
-def folder_of(publish: bool) -> Path:
+def folder_of(publish: bool, topic: str = "benchmarks") -> Path:
     """The folder that a command writes into."""
-    return PUBLISHED if publish else OUTPUTS
+    return PUBLISHED if publish else OUTPUTS.with_name(topic)
 
 
-def write(name: str, json_text: str, markdown_text: str, publish: bool) -> Path:
+def write(name: str, json_text: str, markdown_text: str, publish: bool, topic: str = "benchmarks") -> Path:
     """Write `name`.json and `name`.md, each whole or not at all, and print the latter; the path of the latter."""
-    folder = folder_of(publish)
+    folder = folder_of(publish, topic)
     folder.mkdir(parents=True, exist_ok=True)
     for ending, text in ((".json", json_text), (".md", markdown_text)):
         temporary = folder / (name + ending + ".tmp")

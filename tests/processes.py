@@ -17,7 +17,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["processes", "cdm_lightning.train", "cdm_lightning.backbones.sd3", "peft"])
+PRELOADED = ["processes", "cdm_lightning.train", "cdm_lightning.backbones.sd3", "peft"]
+FORKS.set_forkserver_preload(PRELOADED)
 TIME_LIMIT = 240.0  # seconds for a job of forked processes
 COMMAND_LIMIT = 580.0  # seconds for a command line, most of them for imports
 
