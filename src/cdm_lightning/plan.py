@@ -1,9 +1,9 @@
 """`python -m cdm_lightning.plan experiment=sd3_cdm gpus=8x80`: memory, work and hours of a run, before it is started.
 
 The arguments are those of the training command and: gpus=COUNTxGB (required), strategy=single|ddp|fsdp2|hsdp,
-strategy.on_cpu=[NETWORK,...], peak_tflops= and utilisation= of a GPU, reserve= (the share of a GPU's memory that tensors may
-not take) and json=FILE. No weights are read. Several values of gpus, separated by commas, give one plan each; the networks
-are traced only once.
+strategy.on_cpu=[NETWORK,...] (networks that rest in host memory), peak_tflops= (of a GPU, in TFLOP/s), utilisation= (the share of
+the peak that a run reaches), reserve= (the share of a GPU's memory that tensors may not take) and json=FILE (also write the
+plan there). No weights are read. Several values of gpus, separated by commas, give one plan each.
 """
 
 import json
@@ -29,7 +29,7 @@ OWN = ("gpus", "strategy", "strategy.on_cpu", "peak_tflops", "utilisation", "res
 
 
 def plan(arguments: Sequence[str]) -> "list[Plan]":
-    """Return a plan for each value of gpus; UserError if a run cannot be planned."""
+    """Return a plan for each value of gpus in the command line's `arguments`; UserError if the run cannot be planned."""
     own, overrides = split(arguments)
     if "gpus" not in own:
         raise UserError("gpus is missing; give the number of GPUs and the memory of each, for example gpus=8x80")
@@ -60,7 +60,10 @@ def make_plan(
     peak_tflops: float,
     utilisation: float,
 ) -> "Plan":
-    """Return the plan for these GPUs in this layout."""
+    """Return the plan of a run on these GPUs, from its configuration and its `recipe` (what was measured of it).
+
+    Each GPU is assumed to reach the share `utilisation` of `peak_tflops` TFLOP/s.
+    """
     from cdm_lightning.planning.advice import faster, further, remedies
     from cdm_lightning.planning.memory import largest_batch, total
     from cdm_lightning.planning.table import Plan
@@ -90,19 +93,22 @@ def make_plan(
 
 
 def choose_layout(strategy: str | None, count: int, on_cpu: Sequence[str]) -> "Layout":
-    """Return the layout of `strategy`; the default is single on one GPU and fsdp2 on several."""
+    """Return how `strategy` lays out the networks on `count` GPUs; its default is single on one GPU and fsdp2 on several.
+
+    Raises UserError if strategy and number of GPUs do not fit together.
+    """
     from cdm_lightning.planning.layout import make_layout
 
     return make_layout(strategy or ("single" if count == 1 else "fsdp2"), count, on_cpu)
 
 
 def split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Split the arguments into the planner's own and the overrides of training; UserError for a flag."""
+    """Split the arguments into the planner's own, by name, and the overrides of training; UserError for one that starts with -."""
     own, overrides = {}, []
     for argument in arguments:
         key, sign, value = argument.partition("=")
         if argument.startswith("-"):
-            raise UserError(f"{argument}: the planner takes only overrides of the form KEY=VALUE")
+            raise UserError(f"{argument}: the planner takes only overrides of the form KEY=VALUE; leave {argument} out")
         if sign and key in OWN:
             own[key] = value
         else:
@@ -111,9 +117,9 @@ def split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def number(own: dict[str, str], key: str) -> float | None:
-    """Return a number of the planner's own arguments, or None if it is not given; UserError unless it is positive.
+    """Return the number that the planner's own argument `key` has, or None if it is not given.
 
-    reserve may also be 0.
+    Raises UserError unless the number is positive and finite; for reserve it may also be 0.
     """
     if key not in own:
         return None
@@ -122,7 +128,7 @@ def number(own: dict[str, str], key: str) -> float | None:
     except ValueError:
         value = -1.0
     if not 0 <= value < float("inf") or (value == 0 and key != "reserve"):
-        raise UserError(f"{key}={own[key]} must be a positive number")
+        raise UserError(f"{key}={own[key]} must be a positive number (reserve may be 0)")
     return value
 
 
@@ -131,7 +137,7 @@ def write_json(path: Path, plans: "Sequence[Plan]") -> None:
     try:
         write_text(path, json.dumps([p.as_json() for p in plans], indent=2) + "\n")
     except OSError as error:
-        raise UserError(f"json={path}: cannot be written ({error.strerror})") from error
+        raise UserError(f"json={path}: cannot be written ({error.strerror}); pass another file") from error
 
 
 def main() -> None:

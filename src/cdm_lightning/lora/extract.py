@@ -1,4 +1,4 @@
-"""Extract the LoRA nearest to the weight changes of a training, by truncated singular value decompositions."""
+"""Extract the LoRA nearest to the difference of a tuned network and its base, by truncated singular value decompositions."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -10,36 +10,38 @@ from torch import Tensor
 
 @dataclass
 class Extraction:
-    """The factors of linear layers, and two norms for every tensor that differs between the base and the tuned network.
+    """A LoRA that was extracted, and how much of the difference of the two networks it lacks.
 
-    `tensors` are "LAYER.lora_A.weight" (rank, in) and "LAYER.lora_B.weight" (out, rank), for scale 1. `norms` are the
-    Frobenius norms of a tensor's difference, and of the part of it that the factors do not hold.
+    `tensors` are the factors A and B of linear layers, "LAYER.lora_A.weight" (r, in) and "LAYER.lora_B.weight" (out, r), whose
+    product B A is to be added with scale 1. `norms` has, for each tensor that differs, the Frobenius norms of its difference
+    and of the part of it that the factors do not hold.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     norms: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def errors(self) -> Iterator[tuple[str, float]]:
-        """Yield (tensor, lost norm / norm of the difference) for each tensor that differs; 1 if it has no factors."""
+        """Yield (name, lost norm / norm of the difference) for each tensor that differs; the ratio is 1 if it has no factors."""
         for name, (whole, lost) in self.norms.items():
             yield name, lost / whole
 
     @property
     def error(self) -> float:
-        """The lost norm / norm of the difference over all tensors together; 0 if nothing differs."""
+        """The lost norm divided by the norm of the difference, over all tensors together: in [0, 1]; 0 if nothing differs."""
         whole, lost = (math.sqrt(sum(pair[i] ** 2 for pair in self.norms.values())) for i in (0, 1))
         return lost / whole if whole else 0.0
 
     @property
     def outside(self) -> list[str]:
-        """The tensors that differ but cannot be in a LoRA of linear layers: biases, norms, convolutions."""
+        """The names of tensors that differ but are not in the LoRA, since it has linear layers only: biases, norms, ..."""
         return [name for name in self.norms if f"{name.removesuffix('.weight')}.lora_A.weight" not in self.tensors]
 
 
 def extract(pairs: Iterable[tuple[str, Tensor, Tensor, bool]], rank: int, device: torch.device | str) -> Extraction:
-    """Return the best factors of at most `rank` for each tensor that differs.
+    """Return the nearest LoRA of at most `rank` to the difference of two networks, computed in float32 on `device`.
 
-    `pairs` are (name, base tensor, tuned tensor, whether it is the weight of a linear layer).
+    `pairs` has for each tensor (name, tensor of the base, tensor of the tuned network, whether it is the weight of a linear
+    layer).
     """
     found = Extraction()
     for name, base, tuned, is_linear in pairs:
@@ -57,10 +59,10 @@ def extract(pairs: Iterable[tuple[str, Tensor, Tensor, bool]], rank: int, device
 
 
 def truncated_factors(difference: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """Return A (r, in) and B (out, r), and the norm of difference - B A, where r = min(rank, out, in).
+    """Return factors A (r, in) and B (out, r) of `difference` (out, in), and the norm of difference - B A; r = min(rank, out, in).
 
-    B A is the nearest matrix of rank r, the truncated singular value decomposition (Eckart and Young, 1936). Each factor is
-    multiplied by the square roots of the singular values.
+    B A is the nearest matrix of rank r, the truncated singular value decomposition (Eckart and Young, 1936). Both factors get
+    the square roots of the singular values, so that they have equal norms.
     """
     left, values, right = torch.linalg.svd(difference, full_matrices=False)
     roots = values[:rank].sqrt()

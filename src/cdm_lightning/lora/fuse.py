@@ -1,4 +1,4 @@
-"""Add an adapter to the weights of its base, which gives a plain network without any module of peft."""
+"""Fuse a LoRA adapter: add it to the weights of its base, which gives a plain network without any module of peft."""
 
 import torch
 from torch import nn
@@ -10,9 +10,9 @@ ROLE = "fused"
 
 
 def fuse(weights: AdapterWeights, network: nn.Module) -> nn.Module:
-    """Add the adapter's update to the weights of `network`, in place, and return it in eval mode.
+    """Add the adapter's update (scale B A, for a plain LoRA) to the weights of `network`, in place; return it in eval mode.
 
-    `network` must be a float32 copy of the base. Raises KeyError if a tensor of the adapter is missing.
+    `network` must be a float32 copy of the adapter's base. Raises KeyError if a tensor of the adapter is missing.
     """
     layer_names = list(dict.fromkeys(name.rpartition(".lora_")[0] for name in weights.tensors))
     inject(network, ROLE, weights.adapter, layer_names)

@@ -1,4 +1,7 @@
-"""Which of the trained networks are LoRAs, and their settings: plain data, checked before any weights are loaded."""
+"""Which of the trained networks are LoRAs, and their settings: plain data, checked before any weights are loaded.
+
+A role is the name of a network in training, such as "student" or "fake_score".
+"""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -6,12 +9,12 @@ from dataclasses import dataclass
 
 from cdm_lightning.errors import UserError
 
-Presets = Mapping[str, tuple[str, ...]]  # a backbone's `lora_targets`
+Presets = Mapping[str, tuple[str, ...]]  # a backbone's `lora_targets`: preset -> the endings of names of linear layers
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA: the weight W of each target layer becomes W + scale B A, with A (rank, in) and B (out, rank).
+    """The settings of a LoRA: the weight W of each target layer becomes W + scale B A, with A (rank, in) and B (out, rank).
 
     `targets` is the name of a preset of the backbone (such as "attention") or a list of endings of layer names (such as
     ["to_q", "ff.net.2"]). The scale is alpha / rank, or alpha / sqrt(rank) with `use_rslora` (arXiv:2312.03732).
@@ -28,10 +31,12 @@ class Adapter:
     def __post_init__(self) -> None:
         if self.rank < 1 or self.alpha <= 0:
             raise UserError(
-                f"lora: rank must be at least 1 and alpha greater than 0, got {self.rank} and {self.alpha:g}"
+                f"lora.ROLE: rank must be at least 1 and alpha above 0, got rank={self.rank} and alpha={self.alpha:g}"
             )
         if not self.targets:
-            raise UserError("lora: targets is empty; give a preset of the backbone or a list of endings of layer names")
+            raise UserError(
+                "lora.ROLE.targets is empty; give a preset of the backbone or a list of endings of layer names"
+            )
         if not isinstance(self.targets, str):
             object.__setattr__(self, "targets", tuple(self.targets))
 
@@ -42,27 +47,28 @@ class Adapter:
 
     @property
     def tag(self) -> str:
-        """All settings as one short text, for the fingerprint of checkpoints."""
+        """All settings as one short text, by which a checkpoint recognizes the adapter that it was made with."""
         targets = self.targets if isinstance(self.targets, str) else "/".join(self.targets)
         return f"{self.rank}:{self.alpha:g}:{targets}" + ":rslora" * self.use_rslora + ":dora" * self.use_dora
 
     def endings(self, presets: Presets) -> tuple[str, ...]:
-        """Return the endings of the names of the target layers; UserError for a preset that the backbone does not have."""
+        """Return the endings of the names of the target layers; UserError for a preset that is not among the backbone's."""
         if not isinstance(self.targets, str):
             return tuple(self.targets)
         if self.targets not in presets:
             known = ", ".join(presets) or "none"
             raise UserError(
-                f"lora: the backbone has no preset targets={self.targets}, it has: {known}; use one of these or list endings"
+                f"lora.ROLE.targets={self.targets} is no preset of the backbone; it has: {known}. Use one of these or a list of "
+                "endings of layer names"
             )
         return presets[self.targets]
 
 
 class LoRAPlan:
-    """The adapters of trained networks by role: `LoRAPlan(student=Adapter(...))`.
+    """The adapters of the trained networks by role, for example `LoRAPlan(student=Adapter(...))`.
 
     All weights of a role without an adapter are trained. Adapters of roles that the objective does not train are not used.
-    Raises UserError for a value that is not an adapter.
+    Raises UserError for a value that is neither an `Adapter` nor None.
     """
 
     def __init__(self, **adapters: Adapter | None) -> None:
@@ -73,7 +79,7 @@ class LoRAPlan:
         self._adapters = {role: adapter for role in first if (adapter := adapters[role]) is not None}
 
     def of(self, role: str) -> Adapter | None:
-        """Return the adapter of a role, or None if all its weights are trained. "student_ema" has the student's adapter."""
+        """Return the adapter of a role, or None if all its weights are trained; "student_ema" has the settings of "student"."""
         return self._adapters.get("student" if role == "student_ema" else role)
 
     def among(self, roles: Iterable[str]) -> dict[str, Adapter]:
@@ -85,15 +91,15 @@ class LoRAPlan:
         return [role for role in self._adapters if role not in set(roles)]
 
     def tag(self, roles: Iterable[str]) -> str:
-        """Return the part of a checkpoint's fingerprint for the adapters of the trained `roles`; "" if there are none.
+        """Return a text of all settings of the adapters of the trained `roles`, or "" if they have none.
 
-        Checkpoints of other adapters then have another fingerprint and do not fit.
+        It is a part of the fingerprint by which a checkpoint with other adapters is refused.
         """
         used = set(roles)
         parts = [f"{role}={adapter.tag}" for role, adapter in self._adapters.items() if role in used]
         return f"+lora({', '.join(parts)})" if parts else ""
 
     def check(self, presets: Presets) -> None:
-        """Raise UserError if `targets` names a preset that the backbone does not have."""
+        """Raise UserError if an adapter's `targets` is a name that is not among the backbone's presets."""
         for adapter in self._adapters.values():
             adapter.endings(presets)

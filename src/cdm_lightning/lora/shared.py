@@ -1,8 +1,8 @@
-"""One frozen network with several adapters of peft, of which at most one is on at a time.
+"""One frozen base network with several LoRA adapters of peft, one for each role (trained network), at most one on at a time.
 
-peft's own switches (`set_adapter`, `disable_adapters`) also turn `requires_grad` on and off, so an optimizer's
-parameters would be frozen whenever another role runs. The switch here sets only the two attributes that peft's layers
-read in their forward pass.
+peft's own switches (`set_adapter`, `disable_adapters`) also turn `requires_grad` on and off, so an optimizer's parameters
+would be frozen whenever another role runs. The switch here sets only the two attributes that peft's layers read in their
+forward pass.
 """
 
 import math
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 
 class SharedBase:
-    """A frozen `network` (in eval mode, in its own dtype) with an adapter for each role; outside a view's call all are off.
+    """A frozen `network` (the base, in eval mode, in its own dtype) with an adapter for each role.
 
-    Adapters are float32 whatever the dtype of the base. A is initialized uniformly as in peft and B with zeros, so that
-    every role starts equal to the base. The initial A depends on (`seed`, layer) only and is the same for all roles, so that
-    the averages of two roles' factors at first stay within one subspace. Raises UserError for targets that the network
-    does not have.
+    `view(role)` is the base with one adapter as a network; outside calls of such views all adapters are off. Adapters are
+    float32 whatever the dtype of the base. Factor A is initialized uniformly as in peft and B with zeros, so that every role
+    starts equal to the base. The initial A depends on (`seed`, layer) only and is the same for all roles, so that the averages
+    of two roles' factors at first stay within one subspace. Raises UserError for targets that the network does not have.
     """
 
     def __init__(self, network: nn.Module, adapters: Mapping[str, Adapter], presets: Presets, seed: int) -> None:
@@ -53,16 +53,16 @@ class SharedBase:
         self._switch(None)
 
     def view(self, role: str) -> AdapterView:
-        """Return the base with this role's adapter as a network."""
+        """Return the base with the adapter of `role` as a network, whose parameters are those of the adapter."""
         return AdapterView(self, role, adapter_parameters(self.layers, role), self._adapters[role])
 
     def base_view(self) -> BaseView:
-        """Return the base alone as a network. Sharding makes new parameters, so call this again after it."""
+        """Return the base with all adapters off as a network; call this again after sharding, which makes new parameters."""
         return BaseView(self, {name: self.network.get_parameter(place) for name, place in self._place_of.items()})
 
     @contextmanager
     def running(self, role: str | None) -> Generator[None]:
-        """Turn on the adapter of `role` inside the `with` block (None: no adapter); afterwards, restore the former state."""
+        """Turn on the adapter of `role` only (None: no adapter) inside the `with` block; restore the former state afterwards."""
         before = self._role
         self._switch(role)
         try:
@@ -71,10 +71,10 @@ class SharedBase:
             self._switch(before)
 
     def with_its_adapter(self, block: nn.Module) -> Callable[..., Any]:
-        """Return the block as a function that always runs with the adapter that is on now.
+        """Return `block`, a module of the base, as a function that always runs with the adapter that is on now.
 
-        Gradient checkpointing recomputes blocks in the backward pass, after other roles may have run. Without this function,
-        the gradients would silently be those of another adapter.
+        Gradient checkpointing runs blocks again in the backward pass, when the adapters are off or another one is on. Without
+        this function, the gradients would silently be wrong.
         """
         return partial(self._rerun, self._role, block)
 
@@ -106,19 +106,25 @@ class SharedBase:
 
 
 def target_layers(network: nn.Module, adapter: Adapter, presets: Presets) -> list[str]:
-    """Return the names of the adapter's linear layers; UserError if there are none, or none for an ending in a list."""
+    """Return the names of the linear layers of `network` to which the adapter is added.
+
+    Raises UserError if there are none, and if `adapter.targets` lists an ending of which there are none.
+    """
     endings = adapter.endings(presets)
     linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     found = {ending: [name for name in linear if f".{name}".endswith(f".{ending}")] for ending in endings}
     absent = [ending for ending, names in found.items() if not names]
     if absent and (len(absent) == len(endings) or not isinstance(adapter.targets, str)):
-        raise UserError(f"lora: no linear layer of {type(network).__name__} has a name ending in {', '.join(absent)}")
+        raise UserError(
+            f"lora.ROLE.targets: no linear layer of {type(network).__name__} has a name ending in {', '.join(absent)}; "
+            "correct or remove it"
+        )
     chosen = {name for names in found.values() for name in names}
     return [name for name in linear if name in chosen]
 
 
 def inject(network: nn.Module, role: str, adapter: Adapter, layers: Sequence[str]) -> None:
-    """Add the adapter to the layers with these names, in place, with peft."""
+    """Add an adapter named `role` to the linear layers with these names, in place, with peft."""
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,  # pyrefly: ignore[bad-argument-type]  peft accepts any number
@@ -132,13 +138,16 @@ def inject(network: nn.Module, role: str, adapter: Adapter, layers: Sequence[str
 
 
 def tuner_layers(network: nn.Module) -> "dict[str, LoraLayer]":
-    """Return the layers with adapters, by the names of the layers that they have replaced."""
+    """Return peft's layers with adapters, by the names of the linear layers that they have replaced."""
     found = {name: module for name, module in network.named_modules() if isinstance(module, BaseTunerLayer)}
     return cast("dict[str, LoraLayer]", found)
 
 
 def adapter_parameters(layers: "Mapping[str, LoraLayer]", role: str) -> dict[str, nn.Parameter]:
-    """Return the parameters of one adapter: "LAYER.lora_A.weight" (rank, in), "LAYER.lora_B.weight" (out, rank), ..."""
+    """Return the parameters of the adapter `role`: "LAYER.lora_A.weight" (rank, in), "LAYER.lora_B.weight" (out, rank), ...
+
+    With DoRA, there is also "LAYER.lora_magnitude_vector.weight" (out,).
+    """
     return {
         f"{name}.{kind}.{key}": parameter
         for name, layer in layers.items()

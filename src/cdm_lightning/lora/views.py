@@ -1,4 +1,7 @@
-"""Views that present one role of a shared base as a network, for optimizers, the EMA, checkpoints and samplers."""
+"""Networks that call a shared base with one LoRA adapter on, or with none; they look like networks of their own.
+
+Optimizers, the EMA, checkpoints and the generation of images use them like any other `nn.Module`.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -14,9 +17,9 @@ if TYPE_CHECKING:  # peft takes seconds to import, and a run without adapters do
 
 
 class RoleView(nn.Module):
-    """A network that calls the shared base with the adapter of `role` on, or without an adapter if `role` is None.
+    """A network that calls the base of `shared` with the adapter of `role` on, or without an adapter if `role` is None.
 
-    Its parameters are the given ones, under their dotted names. The base is not one of its submodules.
+    Its own parameters are `parameters`, under their dotted names. The base is not one of its submodules.
     """
 
     def __init__(self, shared: "SharedBase", role: str | None, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -26,23 +29,23 @@ class RoleView(nn.Module):
             _hold(self, name, parameter)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the base with this role's adapter, and switch back to the former state after the call."""
+        """Call the base with these arguments and with this role's adapter only; restore the former adapter after the call."""
         with self.shared.running(self.role):
             return self.shared.network(*args, **kwargs)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the base's weights, and so of its inputs."""
+        """The dtype of the weights of the base."""
         return self.shared.dtype
 
     @property
     def config(self) -> Any:
-        """The base's own configuration."""
+        """The configuration of the base network."""
         return self.shared.network.config
 
 
 class AdapterView(RoleView):
-    """A role with an adapter; its parameters are the float32 parameters of the adapter."""
+    """The base with the adapter of one role on; the parameters of this network are the float32 parameters of the adapter."""
 
     def __init__(
         self, shared: "SharedBase", role: str, parameters: Mapping[str, nn.Parameter], adapter: Adapter
@@ -52,12 +55,15 @@ class AdapterView(RoleView):
 
     @property
     def weights(self) -> AdapterWeights:
-        """The adapter without its base, for export."""
+        """The adapter alone, without its base, for export."""
         return AdapterWeights(self.adapter, self.state_dict())
 
 
 class BaseView(RoleView):
-    """The base with all adapters off, which is the teacher. Its parameters are those of the base; moving it moves the base."""
+    """The base with all adapters off, which is usually the teacher.
+
+    The parameters of this network are those of the base, and moving it to a device moves the base.
+    """
 
     def __init__(self, shared: "SharedBase", parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__(shared, None, parameters)

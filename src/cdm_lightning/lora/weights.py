@@ -1,4 +1,4 @@
-"""The weights of an adapter without its base, as used by checkpoints, LoRA files and fused networks."""
+"""The weights of a LoRA adapter without its base, as checkpoints, LoRA files and the fusion into a base use them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ from cdm_lightning.lora.plan import Adapter
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """The tensors of one adapter by name: "LAYER.lora_A.weight" (rank, in), "LAYER.lora_B.weight" (out, rank), ..."""
+    """An adapter's settings, and its tensors by name: "LAYER.lora_A.weight" (rank, in), "LAYER.lora_B.weight" (out, rank), ..."""
 
     adapter: Adapter
     tensors: Mapping[str, Tensor]
 
     def portable(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """Return the tensors in the form of LoRA files, on the CPU.
+        """Return the tensors as LoRA files hold them: in `dtype`, on the CPU, with B multiplied by the scale.
 
-        B is multiplied by the scale. LoRA files have no standard entry for a scale, and all readers use 1 without one.
+        LoRA files have no standard entry for a scale, and all readers use scale 1 without one.
         """
         return {
             name.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector"): (

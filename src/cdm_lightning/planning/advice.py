@@ -1,4 +1,4 @@
-"""Options that make a run fit into memory, and how many bytes each of them saves. Plain arithmetic."""
+"""Options that make a run fit into the memory of a GPU, and how many bytes each of them saves: plain arithmetic."""
 
 from dataclasses import dataclass, replace
 
@@ -12,7 +12,10 @@ WORTH_A_TRY = 0.15  # the share of a GPU's memory that must be free before faste
 
 @dataclass(frozen=True)
 class Remedy:
-    """Overrides that save memory, the bytes saved on each GPU at the same batch, and the largest batch that then fits."""
+    """Command-line overrides that save memory, and what they bring.
+
+    `saves` are the bytes saved on each GPU at the same batch; `batch` is the largest batch of a GPU, in prompts, that fits then.
+    """
 
     overrides: str
     saves: float
@@ -20,7 +23,10 @@ class Remedy:
 
 
 def remedies(sizes: Sizes, layout: Layout, gpus: GPUs, batch: int, accumulate: int = 1) -> list[Remedy]:
-    """Return each way to use less memory that this run does not use yet: the largest saving first, and last all together."""
+    """Return each way to use less memory that this run does not use yet, the largest saving first, and last all of them together.
+
+    `batch` is the number of prompts on each GPU in an iteration, which are computed in `accumulate` parts.
+    """
     now = total(sizes, layout, batch, accumulate)
     found = []
     everything, everywhere = sizes, layout
@@ -54,13 +60,19 @@ def remedies(sizes: Sizes, layout: Layout, gpus: GPUs, batch: int, accumulate: i
 
 
 def further(recomputation: Recomputation, lora: bool) -> list[str]:
-    """Return overrides that need less memory but change the run: what they save is known only when they are planned."""
+    """Return overrides that save memory by more computation or by LoRA; how much is known only when they are planned.
+
+    `recomputation` is the run's present gradient checkpointing, `lora` whether it trains LoRAs.
+    """
     lines = [] if recomputation.share == 1 else ["compute.gradient_checkpointing=true"]
     return lines if lora else [*lines, "lora=lora"]
 
 
 def faster(recomputation: Recomputation, free: float, batch: int) -> list[str]:
-    """Return overrides that make the run faster, if the share `free` of the memory suffices; they must be planned again too."""
+    """Return overrides that make the run faster but need memory, if enough of it is free; they too must be planned again.
+
+    `free` is the free share of a GPU's usable memory; `batch` the number of prompts on each GPU. Empty if nothing is recomputed.
+    """
     if not recomputation.share or free < WORTH_A_TRY:
         return []
     first = ["compute.recompute_attention=false"] if recomputation.attention else []

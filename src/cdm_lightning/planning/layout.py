@@ -1,4 +1,4 @@
-"""How the networks of a run are distributed over its GPUs: the share that each GPU holds. Plain arithmetic."""
+"""How the networks of a run are distributed over its GPUs: the share that each GPU holds, by plain arithmetic."""
 
 import re
 from collections.abc import Sequence
@@ -13,7 +13,10 @@ STRATEGIES = ("single", "ddp", "fsdp2", "hsdp")
 
 @dataclass(frozen=True)
 class GPUs:
-    """A number of identical GPUs with this much memory each (vendors' GB = GiB); the share `reserve` is for CUDA and gaps."""
+    """`count` identical GPUs of `gigabytes` of memory each, in the GB of vendors, which are GiB.
+
+    The share `reserve` of the memory is left for CUDA itself and for gaps between tensors.
+    """
 
     count: int
     gigabytes: float
@@ -29,18 +32,23 @@ class GPUs:
 
 
 def read_gpus(text: str, reserve: float = 0.08) -> GPUs:
-    """Read "8x80" as eight GPUs of 80 GB; UserError for a text of another form."""
+    """Read "8x80" as eight GPUs of 80 GB; UserError for a text of another form and for a `reserve` outside [0, 1)."""
     match = re.fullmatch(r"(\d+)x(\d+(?:\.\d+)?)", str(text).strip())
     if not match or int(match[1]) < 1 or float(match[2]) <= 0:
         raise UserError(f"gpus={text}: write COUNTxGB, for example gpus=1x24 or gpus=8x80")
     if not 0 <= reserve < 1:
-        raise UserError(f"reserve={reserve} must be in [0, 1): it is the share of a GPU that tensors may not take")
+        raise UserError(
+            f"reserve={reserve} must be in [0, 1): it is the share of a GPU's memory that tensors may not take"
+        )
     return GPUs(int(match[1]), float(match[2]), reserve)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A layout of `replicas` copies of all networks, each in `shards` shards; networks `on_cpu` are kept in host memory."""
+    """How a strategy lays out the networks: `replicas` copies, each cut into `shards` shards, one for each GPU.
+
+    Networks whose roles (names) are in `on_cpu` rest in host memory between their calls.
+    """
 
     strategy: str
     replicas: int = 1
@@ -49,18 +57,18 @@ class Layout:
 
     @property
     def gathers(self) -> bool:
-        """Whether weights are gathered block by block for each call, instead of being cast by autocast."""
+        """Whether weights are gathered and cast block by block for each call (FSDP), instead of being cast by autocast."""
         return self.strategy != "single"
 
     def share(self, role: str) -> float:
-        """Return the share of a network that each GPU holds between its calls."""
+        """Return the share of the network of `role` that each GPU holds between the network's calls."""
         return 0.0 if role in self.on_cpu else 1 / self.shards
 
 
 def make_layout(strategy: str, count: int, on_cpu: Sequence[str] = ()) -> Layout:
-    """Return the layout of `strategy` on `count` GPUs; UserError if they do not fit together.
+    """Return the layout of `strategy` ("single", "ddp", "fsdp2", "hsdp") on `count` GPUs; UserError if they do not fit together.
 
-    hsdp takes nodes of eight GPUs.
+    For hsdp, each node of eight GPUs is assumed to hold one copy of the networks.
     """
     match strategy:
         case "single" if count == 1:

@@ -1,8 +1,8 @@
 """Record the bytes that a piece of code holds in memory at each moment, from the tensors that it makes.
 
-It works on real tensors and on fake ones (`torch._subclasses.FakeTensorMode`). A storage counts from the operation that
-made it until it is freed; views of it are not counted again. Scratch space of kernels and gaps of the allocator are not
-counted.
+This works on real tensors and on fake ones, which have shapes but no contents (`torch._subclasses.FakeTensorMode`). The storage
+of a tensor counts from the operation that made it until it is freed; views of it are not counted again. Scratch space of
+kernels and gaps of the allocator are not counted.
 """
 
 import weakref
@@ -23,9 +23,10 @@ PROBE = (
 
 @dataclass(frozen=True)
 class Timeline:
-    """The bytes in use after each change: with batch size B, fixed[t] + B sample[t] bytes at moment t.
+    """The bytes in use at each moment t of some code: fixed[t] + B sample[t] with a batch of B samples.
 
-    gradient[t] are the bytes of gradients, which are part of fixed[t]. All three have one entry for each moment.
+    gradient[t] are the bytes of gradients, which are part of fixed[t]. There is a moment, with an entry in all three, whenever
+    the bytes grow.
     """
 
     fixed: tuple[float, ...]
@@ -33,10 +34,11 @@ class Timeline:
     gradient: tuple[float, ...]
 
     def peak(self, batch: int, gradient_share: float = 1.0, fixed_share: float = 1.0, repeated: bool = False) -> float:
-        """Return the most bytes in use at any moment, with these shares of gradients and of other fixed bytes on this device.
+        """Return the most bytes in use at any moment with `batch` samples; 0 if nothing was recorded.
 
-        `repeated` means that the code runs more than once before the gradients are used, so that from the second time on all
-        gradients exist from the start.
+        This device holds the share `gradient_share` of the gradients, and `fixed_share` of the other fixed bytes. `repeated`
+        means that the code runs more than once before the gradients are used (gradient accumulation), so that from the second
+        time on all gradients exist from the start.
         """
         if not self.fixed:
             return 0.0
@@ -51,15 +53,15 @@ class Timeline:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Record the bytes of all tensors that are made inside the `with` block, except the `known` tensors.
+    """Record the bytes of all tensors that are made inside the `with` block, except the `known` tensors, as `timeline`.
 
     `probe` is the batch size of the code in the block, an even number. A tensor whose bytes are a multiple of it, or of its
     half (a part of the batch), is assumed to grow with the batch; with None all bytes count as fixed. Gradients of `trained`
     parameters are counted as gradients once they are accumulated.
 
-    `flops` are the floating-point operations of the block, by the formulas of `torch.utils.flop_counter`. Its
-    `FlopCounterMode` is not used: it adds hooks to modules, which keep recomputed activations in memory and would make the
-    bytes wrong.
+    `flops` are the floating-point operations of the block for the whole batch, by the formulas of `torch.utils.flop_counter`.
+    Its `FlopCounterMode` is not used: it adds hooks to modules, which keep recomputed activations in memory and would make
+    the bytes wrong.
     """
 
     def __init__(
@@ -85,7 +87,7 @@ class LiveBytes(TorchDispatchMode):
 
     @property
     def timeline(self) -> Timeline:
-        """The bytes that have been recorded so far."""
+        """What has been recorded so far."""
         return Timeline(*zip(*self._moments))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -133,7 +135,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def storages(module: nn.Module) -> Iterable[Tensor]:
-    """Yield the parameters and buffers of a module."""
+    """Yield the parameters and buffers of a module, which exist before the code that is recorded."""
     yield from module.parameters()
     yield from module.buffers()
 

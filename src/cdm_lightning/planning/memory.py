@@ -1,4 +1,7 @@
-"""The bytes that each part of a run takes on one GPU, from its sizes and layout. Plain arithmetic; all figures are bytes."""
+"""The bytes that each part of a run takes on one GPU, by plain arithmetic from its sizes and its layout over the GPUs.
+
+All figures are bytes. A role is the name of a network: "student", "student_ema", "teacher", or one of the objective's.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,11 +16,13 @@ MOST = 1_000_000  # the search for the largest batch stops here
 class Sizes:
     """The bytes of everything that a run holds, before it is sharded: networks, optimizer states and frozen parts.
 
-    `networks` are the bytes of the weights by role. `buffers` are the bytes of tables in a network that are not weights and
-    are never sharded, such as SD3's table of positions. `trained` (trained weights), `states` (of optimizers after their first
-    step) and `step_copies` (additional bytes during an optimizer step) are by trained role. The roles `held_whole`, adapters
-    and heads, are never sharded. `largest_block` and `outside_blocks` are numbers of weights of one network, and `compute` is
-    the number of bytes of a weight in the compute dtype. `phases` are the timelines of the rollout and of each role's updates.
+    By role, `networks` are the bytes of all weights, and `buffers` those of a network's tables that are not weights and are
+    never sharded, such as SD3's table of positions. By trained role, there are the bytes of trained weights (`trained`), of the
+    optimizer's state after its first step (`states`) and of what an optimizer step needs in addition (`step_copies`). `text` and
+    `vae` are the bytes of the text encoders and the image codec. `largest_block` is the number of weights in the largest block
+    of a network, `outside_blocks` that of weights in no block, and `compute` the bytes of one weight in the compute dtype.
+    `phases` are the timelines of the "rollout" and of each role's updates. The roles in `held_whole` are never sharded: adapters
+    and heads.
     """
 
     networks: Mapping[str, float]
@@ -34,16 +39,16 @@ class Sizes:
     held_whole: frozenset[str] = frozenset()
 
     def share(self, role: str, layout: Layout) -> float:
-        """Return the share of a network that each GPU holds between its calls."""
+        """Return the share of the network of `role` that each GPU holds between the network's calls."""
         return 1.0 if role in self.held_whole else layout.share(role)
 
     def gradient_share(self, role: str, layout: Layout) -> float:
-        """Return the share of a network's gradients that each GPU holds."""
+        """Return the share of the gradients of `role` that each GPU holds."""
         return 1.0 if role in self.held_whole else 1 / layout.shards
 
 
 def resting(sizes: Sizes, layout: Layout) -> dict[str, float]:
-    """Return the bytes that a GPU holds all the time, by part."""
+    """Return the bytes that a GPU holds all the time, by part: weights, tables, optimizer states, text encoders, image codec."""
     parts = {f"weights: {role}": size * sizes.share(role, layout) for role, size in sizes.networks.items()}
     return parts | {
         "tables of the networks": sum(size for role, size in sizes.buffers.items() if role not in layout.on_cpu),
@@ -54,10 +59,10 @@ def resting(sizes: Sizes, layout: Layout) -> dict[str, float]:
 
 
 def gathered(sizes: Sizes, layout: Layout) -> float:
-    """Return the bytes of gathered weights at one moment; 0 if the layout does not gather weights.
+    """Return the bytes that FSDP gathers at one moment; 0 for a layout that does not gather weights.
 
-    They are the weights outside blocks, two blocks (the current and the next one), and the float32 gradients of two blocks
-    that are not reduced yet.
+    They are the weights outside blocks and those of two blocks (the current and the next one) in the compute dtype, and the
+    float32 gradients of two blocks that are not reduced yet.
     """
     if not layout.gathers:
         return 0.0
@@ -65,9 +70,10 @@ def gathered(sizes: Sizes, layout: Layout) -> float:
 
 
 def phase_peaks(sizes: Sizes, layout: Layout, batch: int, accumulate: int = 1) -> dict[str, float]:
-    """Return the peak of each phase of an iteration with its gradients, in addition to what a GPU holds all the time.
+    """Return the peak bytes on a GPU in each phase of an iteration, with its gradients, on top of what `resting` returns.
 
-    The batch is computed in `accumulate` parts.
+    The phases are the rollout, each role's updates, and the optimizer step. `batch` samples of a GPU are computed in
+    `accumulate` parts.
     """
     part, repeated = at_once(batch, accumulate), accumulate > 1
     fixed = 0.0 if layout.gathers else 1.0  # autocast copies all weights; otherwise blocks are gathered instead
@@ -82,7 +88,7 @@ def phase_peaks(sizes: Sizes, layout: Layout, batch: int, accumulate: int = 1) -
 
 
 def total(sizes: Sizes, layout: Layout, batch: int, accumulate: int = 1) -> float:
-    """Return the most bytes that tensors take on a GPU during training."""
+    """Return the most bytes that tensors take on a GPU during training with `batch` samples, computed in `accumulate` parts."""
     return sum(resting(sizes, layout).values()) + max(phase_peaks(sizes, layout, batch, accumulate).values())
 
 
@@ -92,7 +98,10 @@ def at_once(batch: int, accumulate: int) -> int:
 
 
 def largest_batch(sizes: Sizes, layout: Layout, usable: float, accumulate: int = 1) -> int:
-    """Return the largest batch of a GPU, in `accumulate` parts, whose `total` is at most `usable` bytes; 0 if none fits."""
+    """Return the largest batch of a GPU, in samples, whose `total` is at most `usable` bytes; 0 if none fits.
+
+    It is a multiple of `accumulate`, the number of parts in which it is computed.
+    """
     low, high = 0, accumulate  # both are always multiples of `accumulate`, so that all parts have the same size
     while high < MOST and total(sizes, layout, high, accumulate) <= usable:
         low, high = high, 2 * high

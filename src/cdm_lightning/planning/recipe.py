@@ -1,4 +1,4 @@
-"""Compute the numbers of a plan from a configured module: the sizes of its parts and the work of an iteration."""
+"""Compute from a configured module what a plan needs: the bytes of its parts and the work of an iteration."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,7 +27,11 @@ PROBE_WEIGHTS = (256, 256)  # the shape of the weight with which an optimizer's 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The numbers of a run that a plan needs; `source` says where the architecture is from."""
+    """What a plan needs to know of a run, whatever the GPUs: the bytes of its parts and the work for a sample.
+
+    `parameters` are the numbers of parameters of the transformer, the text encoders and the image codec ("vae"), by name.
+    `source` says where the architecture was read.
+    """
 
     sizes: Sizes
     work: Work
@@ -36,9 +40,10 @@ class Recipe:
 
 
 def read_recipe(module: CDMModule, text_cached: bool) -> Recipe:
-    """Trace an iteration of `module` without weights.
+    """Return the recipe of `module`, from an iteration that is run on fake tensors, which have shapes but no contents.
 
-    Raises UserError if the architecture or the mean length of the schedule is not known.
+    With `text_cached`, no text encoder is counted. Raises UserError for a model family that cannot be planned, for an unknown
+    architecture, and for a schedule that does not say its mean number of steps.
     """
     backbone, mode = module.backbone, FakeTensorMode()
     frozen = hollow(backbone)
@@ -94,7 +99,7 @@ def _work(module: CDMModule, step: Step) -> Work:
 
 
 def mean_length(schedule: SigmaSchedule) -> float:
-    """Return the expected number of steps of a schedule's rollouts; UserError if it has no `mean_length`."""
+    """Return the expected number of steps of the schedule's rollouts; UserError if it has no property `mean_length`."""
     try:
         return float(schedule.mean_length)
     except AttributeError as error:
@@ -104,9 +109,10 @@ def mean_length(schedule: SigmaSchedule) -> float:
 
 
 def optimizer_bytes(recipe: OptimizerRecipe) -> tuple[float, float]:
-    """Return (bytes of state, bytes of copies during a step) for each trained weight, measured by one step of a small one.
+    """Return what an optimizer takes for each trained weight: bytes of its state, and bytes of copies during a step.
 
-    By default torch's optimizers update all weights on a GPU together (`foreach`), which takes one more copy of them.
+    The first is measured by a step on a small weight. By default torch's optimizers update all weights on a GPU together
+    (`foreach`), which takes one more float32 copy of them.
     """
     weight = nn.Parameter(torch.zeros(PROBE_WEIGHTS))
     optimizer = recipe.build([weight])

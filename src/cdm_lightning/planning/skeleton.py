@@ -1,4 +1,7 @@
-"""Give a backbone networks that have shapes but no contents, from a local folder or from architectures in this package."""
+"""Make a backbone build networks that have shapes but no contents.
+
+The sizes are from a local pipeline folder, or from the architectures of known pipelines in this package.
+"""
 
 import json
 import re
@@ -23,9 +26,9 @@ TWIN = re.compile(r"\.(fp16|bf16)[.-]")
 
 @dataclass(frozen=True)
 class FrozenParts:
-    """The numbers of parameters of the frozen parts: of each text encoder (`text`), and of the image codec (`vae`).
+    """The numbers of parameters of a pipeline's frozen parts: of each text encoder (`text`), and of the image codec (`vae`).
 
-    `source` says where the numbers come from.
+    `source` says where the numbers were read.
     """
 
     text: dict[str, int]
@@ -34,13 +37,13 @@ class FrozenParts:
 
 
 def hollow(backbone: Backbone) -> FrozenParts:
-    """Make `backbone` build networks on the meta device instead of loading them; return the sizes of its frozen parts.
+    """Make `backbone` build its networks without loading weights; return the sizes of its frozen parts.
 
-    Raises UserError if the architecture of the backbone is not known.
+    Raises UserError for a family that the planner does not support, and for a pipeline whose architecture is not known.
     """
     if not isinstance(backbone, PipelineBackbone):
         raise UserError(
-            f"the planner supports pipelines of diffusers only; {type(backbone).__name__} is not one of them"
+            f"backbone: the planner supports pipelines of diffusers only, not {type(backbone).__name__}; choose another backbone"
         )
     if backbone.unplannable is not None:
         raise UserError(backbone.unplannable)
@@ -48,7 +51,7 @@ def hollow(backbone: Backbone) -> FrozenParts:
 
 
 def to_mode(roots: Iterable[nn.Module], mode: FakeTensorMode) -> None:
-    """Replace all tensors of the networks by empty CPU tensors of `mode`, in place; shared tensors stay shared."""
+    """Replace all tensors of the networks by fake CPU tensors of `mode`, in place; tensors that modules share stay shared."""
     done: dict[int, tuple[Tensor, Tensor]] = {}
 
     def blank(tensor: Tensor) -> Tensor:
@@ -80,8 +83,7 @@ def _from_shipped(backbone: PipelineBackbone) -> FrozenParts:
     known = {entry["hub_id"]: entry for entry in entries}
     if backbone.pretrained not in known:
         raise UserError(
-            f"the planner does not know the sizes of {backbone.pretrained}; download it and pass its folder: "
-            "backbone.pretrained=FOLDER"
+            f"backbone.pretrained={backbone.pretrained}: the planner does not know its sizes; download it and pass its folder"
         )
     entry = known[backbone.pretrained]
     backbone.leave_weights_out(entry)
@@ -90,9 +92,9 @@ def _from_shipped(backbone: PipelineBackbone) -> FrozenParts:
 
 
 def count_parameters(folder: Path) -> int:
-    """Count the parameters in the safetensors files of a folder, without second copies in half precision.
+    """Count the parameters in the safetensors files of a folder, from their headers.
 
-    Raises UserError if there are none.
+    Second copies in half precision (`.fp16.`, `.bf16.`) do not count. Raises UserError if there are none.
     """
     total = 0
     for file in sorted(folder.glob("*.safetensors")):
@@ -113,5 +115,5 @@ def _size(shape: list[int]) -> int:
 
 
 def text_bytes(frozen: FrozenParts, text_dtype: str) -> int:
-    """Return the bytes of the text encoders in `text_dtype`."""
+    """Return the bytes of all text encoders in `text_dtype`, the name of a dtype such as "bfloat16"."""
     return sum(frozen.text.values()) * DTYPES[text_dtype].itemsize

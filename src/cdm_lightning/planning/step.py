@@ -1,7 +1,7 @@
-"""Run one iteration on fake tensors, which have no contents: the objective's updates, their backward passes and autocast.
+"""Run an iteration on fake tensors, which have shapes but no contents, to record its memory and floating-point operations.
 
-Networks, fields, rollout calls and losses are those of training, so the memory and the floating-point operations are
-measured on the code that will run, not estimated.
+Networks, rollout calls, losses, backward passes and autocast are those of training, so both are measured on the code that will
+run, not estimated.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,7 +26,7 @@ LATE = 1_000_000  # in cycles; weights that ramp up have reached their final val
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of an iteration: its memory at each moment, and the floating-point operations of one sample."""
+    """A part of an iteration: its bytes in memory at each moment, and the floating-point operations for one sample."""
 
     memory: Timeline = field(default_factory=lambda: Timeline((), (), ()))
     flops: float = 0.0
@@ -34,10 +34,10 @@ class Phase:
 
 @dataclass(frozen=True)
 class Step:
-    """An average iteration: one call of the student in the rollout, and the updates by role.
+    """An average iteration: one call of the student in the rollout, and the updates of each trained role (network).
 
-    The operations of a role are the sum over its updates in a cycle, divided by the number of iterations in the cycle. The
-    memory of a role is that of its updates, one after the other.
+    The iterations of `Objective.typical_cycle` are traced. The operations of a role are the sum over its updates in them,
+    divided by the number of iterations. The memory of a role is that of its updates, one after the other.
     """
 
     rollout: Phase
@@ -45,13 +45,13 @@ class Step:
 
 
 class BlankRandom(StepRandom):
-    """Random draws with the right shapes but without contents, for code that never reads the numbers."""
+    """Random draws for `batch` samples with the right shapes but without contents, for code that never reads the numbers."""
 
     def __init__(self, batch: int) -> None:
         super().__init__(seed=0, iteration=0, slots=range(batch), device="cpu")
 
     def again(self, repeat: int) -> "BlankRandom":
-        """Return self."""
+        """Return self: repeated updates need no other numbers."""
         return self
 
     def uniform(self, purpose: str, n: int | None = None) -> Tensor:
@@ -72,7 +72,7 @@ class BlankRandom(StepRandom):
 
 
 def trace_step(module: CDMModule, networks: Networks, mode: FakeTensorMode) -> Step:
-    """Trace an average iteration of `module` with `networks`, all tensors of which must belong to `mode`."""
+    """Run an average iteration of `module` on fake tensors; all tensors of `networks` must belong to `mode`."""
     cycle = module.objective.typical_cycle()
     late = LATE * len(cycle)
     phases: dict[tuple, Phase] = {}
@@ -146,7 +146,7 @@ def _states_kept(module: CDMModule, sample: Sample) -> list[Tensor]:
 
 
 def blank_sample(module: CDMModule, networks: Networks, iteration: int) -> Sample:
-    """Return a sample of `PROBE` prompts, like those of training but without contents, for the given networks."""
+    """Return a sample of `PROBE` prompts for the networks, like the samples of training but on tensors without contents."""
     backbone, rng = module.backbone, BlankRandom(PROBE)
     text, no_text = backbone.blank_conditioning(PROBE), repeat_rows(backbone.blank_conditioning(1), PROBE)
     return Sample(

@@ -13,7 +13,13 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is printed; `fits` is the largest batch of a GPU, and a batch is computed in `accumulate` parts."""
+    """Everything that is printed about one run on some GPUs.
+
+    `batch` is the number of prompts on each GPU in an iteration, computed in `accumulate` parts; `fits` is the largest that fits.
+    `hours` is the run's length at the share `utilisation` of each GPU's peak of `peak_tflops` TFLOP/s. `remedies` and `further`
+    are options that save memory, `faster` are options that use memory that is left. `source` says where the architecture was
+    read.
+    """
 
     name: str
     gpus: GPUs
@@ -34,11 +40,11 @@ class Plan:
 
     @property
     def total(self) -> float:
-        """The most bytes that tensors take on a GPU."""
+        """The most bytes that tensors take on a GPU during training."""
         return total(self.sizes, self.layout, self.batch, self.accumulate)
 
     def parts(self) -> dict[str, float]:
-        """Return the bytes on a GPU by part; they add up to `total`."""
+        """Return the bytes on a GPU by part, at the moment when it holds most; they add up to `total`."""
         peaks = phase_peaks(self.sizes, self.layout, self.batch, self.accumulate)
         worst = max(peaks, key=peaks.__getitem__)
         timeline = self.sizes.phases.get(worst)
@@ -59,7 +65,7 @@ class Plan:
         return sizes.trained[role] * sizes.gradient_share(role, self.layout)
 
     def as_json(self) -> dict[str, object]:
-        """Return the plan as a dictionary for JSON, in bytes and floating-point operations."""
+        """Return the plan as a dictionary for JSON; sizes are in bytes, work in floating-point operations."""
         return {
             "name": self.name,
             "gpus": str(self.gpus),
