@@ -187,8 +187,8 @@ def test_a_text_is_not_a_list(refused):
 
 
 def test_arguments_out_of_range(refused):
-    assert "student_every and fake_score_steps must be at least 1" in refused("objective.student_every=0")
-    assert "a rollout has at least 1 step" in refused("schedule.length.low=0")
+    assert "student_every=0 and fake_score_steps=1 must be at least 1" in refused("objective.student_every=0")
+    assert "the length of a rollout is at least 1 step" in refused("schedule.length.low=0")
     assert "every, keep and max_skipped must be at least 1" in refused("checkpoint.every=0")
     assert "batch_size" in refused("data.batch_size=0")
     assert "data.num_workers=-1 must be at least 0" in refused("data.num_workers=-1")
