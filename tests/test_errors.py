@@ -183,7 +183,7 @@ def test_a_text_is_not_a_list(refused):
     assert "validation.samplers=student_4 must be a list of SamplerSpec" in refused("validation.samplers=student_4")
     doubled = "[{_target_: cdm_lightning.evaluation.samplers.SamplerSpec, name: a},"
     doubled += "{_target_: cdm_lightning.evaluation.samplers.SamplerSpec, name: a}]"
-    assert "two samplers have the name 'a'" in refused(f"validation.samplers={doubled}")
+    assert "validation.samplers: two have the name 'a'" in refused(f"validation.samplers={doubled}")
 
 
 def test_arguments_out_of_range(refused):

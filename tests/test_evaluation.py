@@ -244,9 +244,9 @@ def test_ladder_does_not_depend_on_the_batch(toy: Toy2DBackbone) -> None:
     [
         ({"samplers": [SamplerSpec("a"), SamplerSpec("a")]}, "same name"),
         ({"count": 9}, "count=9, but there are only 8 prompts"),
-        ({"count": 1}, "count >= 2"),
+        ({"count": 1}, "count=1 must be at least 2"),
         ({"samplers": []}, "at least one sampler"),
-        ({"shown": 0}, "shown >= 1"),
+        ({"shown": 0}, "shown=0 at least 1"),
     ],
 )
 def test_contradictory_settings_are_refused(changes: dict, text: str) -> None:
@@ -257,7 +257,10 @@ def test_contradictory_settings_are_refused(changes: dict, text: str) -> None:
 @pytest.mark.parametrize(
     ("metric", "text"),
     [
-        (FrechetToSampler("nobody", "points"), "metric.m.sampler='nobody' is not among the samplers: teacher 50 steps"),
+        (
+            FrechetToSampler("nobody", "points"),
+            "metric.m.sampler='nobody' is not among the samplers; name one of teacher 50 steps",
+        ),
         (Diversity("points", prompts=9), "metric.m asks for 9 prompts, but the evaluation has count=8"),
     ],
 )

@@ -117,7 +117,7 @@ def test_unreadable_statistics_are_one_line(tmp_path: Path, content: bytes | Non
     path = tmp_path / "real.safetensors"
     if content is not None:
         path.write_bytes(content)
-    assert_one_line(lambda: FeatureStatistics.load(path), "cannot read reference statistics")
+    assert_one_line(lambda: FeatureStatistics.load(path), "no statistics of reference images can be read")
 
 
 # ---- CLIP

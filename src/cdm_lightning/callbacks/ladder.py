@@ -28,7 +28,7 @@ OTHERS = ("checkpoints", "logs", "samples", "scores")  # folders of a run that a
 
 
 class LadderReport(L.Callback):
-    """Evaluate the ladder after the last iteration, print the table and say where the results are.
+    """After training, measure teacher and student at several numbers of steps, print the table and export the student.
 
     The run's folder gets metrics.json, table.md, scores.csv, samples.png and, as `export_folder`, the student's pipeline
     folder for `export_nfe` steps. A run that has already been evaluated at its last iteration with the same settings is not
@@ -45,24 +45,24 @@ class LadderReport(L.Callback):
         self._has_trained = False
         if export_nfe < 1 or export_folder in OTHERS:
             raise UserError(
-                f"callbacks.ladder: export_nfe={export_nfe} must be at least 1, and export_folder={export_folder!r} a name of "
-                f"its own: not {', '.join(OTHERS)}"
+                f"callbacks.ladder: export_nfe={export_nfe} must be at least 1, and export_folder={export_folder!r} none of the "
+                f"run's other folders: {', '.join(OTHERS)}"
             )
 
     def setup(self, trainer: L.Trainer, pl_module: "CDMModule", stage: str) -> None:
-        """Raise `UserError` at the start for mistakes that would otherwise fail hours later."""
+        """Raise `UserError` before training for what would otherwise fail after it: export folder, metrics, image sizes."""
         check_output(Path(trainer.default_root_dir) / self.export_folder)
         self.evaluation.check(self.metrics)
         check_samplers(self.evaluation.samplers, pl_module.backbone)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: "CDMModule", *_: object) -> None:
-        """Note that this start has trained: earlier results are then out of date."""
+        """Remember that iterations have been trained, so that results in the run's folder are out of date."""
         self._has_trained = True
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
         """Evaluate, export and report, after all checkpoints have been written.
 
-        Processes that share one network must all run it, so each process makes all images and only the first one reports.
+        Processes that hold shards of one network must all call it, so every process makes all images; only the first reports.
         """
         run, backbone, network = Run(Path(trainer.default_root_dir)), pl_module.backbone, pl_module.evaluated_network
         if from_first(self._is_done(run, pl_module)):

@@ -1,4 +1,4 @@
-"""The metrics of a run, measured on the validation images."""
+"""The metrics of a run, measured on the validation images during training."""
 
 import sys
 from pathlib import Path
@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
 
 class ValidationMetrics(L.Callback):
-    """Log `val/METRIC/SAMPLER` for each metric and each sampler of validation, over the images of all processes.
+    """Log `val/METRIC/SAMPLER` for each metric and each of `validation.samplers` (ways to make images), over all processes.
 
-    The scores of single images are written to `FOLDER/iteration_0000500.csv` in the run's folder, one line for each sampler
-    and prompt. This callback holds the feature extractors, not the module, so that no checkpoint contains them.
+    The scores of single images are written to `FOLDER/iteration_0000500.csv` in the run's folder (with the number of the
+    iteration), one line for each sampler and prompt. The feature extractors are in this callback and not in the module, so that
+    no checkpoint contains them.
     """
 
     def __init__(self, metrics: MetricSuite, folder: str = "scores") -> None:
@@ -27,7 +28,7 @@ class ValidationMetrics(L.Callback):
         self._collected: dict[str, Collected] = {}
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Forget earlier images and prepare the metrics, which read their reference images the first time."""
+        """Forget the previous validation, and prepare the metrics, which the first time read their reference images."""
         self._collected = {}
         if not trainer.sanity_checking:
             self.metrics.prepare(pl_module.device)
@@ -42,7 +43,7 @@ class ValidationMetrics(L.Callback):
             self.metrics.measure(collected, images, outputs["prompts"], indices, texts)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Log the figures and write the scores."""
+        """Log the figures over the images of all processes, and write the scores of single images."""
         if trainer.sanity_checking or not self.metrics.metrics:
             return
         samplers: dict[str, Collected] = {}

@@ -17,14 +17,15 @@ if TYPE_CHECKING:
 
 
 class SampleGrid(L.Callback):
-    """Write `FOLDER/iteration_0000500.png` in the run's folder, with a row for each sampler and a column for each prompt.
+    """Write a picture of each validation into the run's folder, as `FOLDER/iteration_0000500.png` (number of the iteration).
 
-    The picture shows the first `num_prompts` validation prompts of the first process. Loggers that take images get it too.
+    It has a row for each of `validation.samplers` (ways to make images) and a column for each of the first `num_prompts`
+    validation prompts of the first process. Loggers that take images get it too. Raises ValueError for `num_prompts` below 1.
     """
 
     def __init__(self, num_prompts: int = 8, folder: str = "samples") -> None:
         if num_prompts < 1:
-            raise ValueError(f"num_prompts must be at least 1, got {num_prompts}")
+            raise ValueError(f"num_prompts={num_prompts} must be at least 1")
         self.num_prompts, self.folder = num_prompts, folder
         self._prompts: list[str] = []
         self._images: dict[str, list[Tensor]] = {}
@@ -34,7 +35,7 @@ class SampleGrid(L.Callback):
         self._prompts, self._images = [], {}
 
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: "CDMModule", outputs: dict, *_: object) -> None:
-        """Keep images until there are `num_prompts` of them."""
+        """Keep the images of this batch until there are those of `num_prompts` prompts."""
         wanted = self.num_prompts - len(self._prompts)
         if wanted <= 0 or not trainer.is_global_zero:
             return

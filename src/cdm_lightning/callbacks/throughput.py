@@ -1,4 +1,4 @@
-"""The speed of a run, the time of each phase and the peak memory."""
+"""The speed of a run, the time of each phase of an iteration, and the peak memory."""
 
 import resource
 import sys
@@ -17,9 +17,10 @@ class ThroughputMonitor(L.Callback):
     """Log `throughput/*` every `log_every_n_steps` iterations, as means over those iterations.
 
     samples_per_second is the number of prompts per second that all processes train on, without the time of validation.
-    rollout_seconds, student_seconds and so on for each trained role are seconds per iteration; an update that is not made
-    in every iteration is averaged over all of them. peak_memory_gib is the peak memory of the GPU, or of the process on a
-    CPU. The module waits for the device around each phase, so that the times of the phases are correct.
+    rollout_seconds, and NETWORK_seconds for the updates of each trained network (such as student_seconds), are seconds per
+    iteration; an update that is not made in every iteration is averaged over all of them. peak_memory_gib is the peak memory
+    so far, of the GPU, or of the process on a CPU. With this callback, the module waits for the device before and after each
+    phase, so that the times of the phases are correct.
     """
 
     def __init__(self) -> None:
@@ -28,14 +29,14 @@ class ThroughputMonitor(L.Callback):
         self._phases: dict[str, float] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Start the clocks."""
+        """Start to measure time and memory."""
         pl_module.timer.device = pl_module.device
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
         self._start_window(pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Stop the clock: `_began` holds minus the elapsed seconds until `on_validation_end` adds the time again."""
+        """Stop the clock: validation does not count."""
         self._began -= time.perf_counter()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
@@ -45,7 +46,7 @@ class ThroughputMonitor(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: "CDMModule", outputs: object, batch: "PromptBatch", *_: object
     ) -> None:
-        """Count the batch; every `log_every_n_steps` iterations, log the figures and start a new window."""
+        """Count the batch; every `log_every_n_steps` iterations, log the figures since the last time and start again."""
         self._samples += len(batch.prompts) * trainer.world_size
         self._iterations += 1
         # pyrefly: ignore[missing-attribute]  Lightning sets this attribute from another module

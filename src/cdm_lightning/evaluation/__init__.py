@@ -1,1 +1,1 @@
-"""Generating images with the networks of a run, and measuring several samplers on the same prompts."""
+"""Generating images with the networks of a run, and measuring teacher and student on the same prompts."""

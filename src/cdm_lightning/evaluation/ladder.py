@@ -1,7 +1,8 @@
 """The ladder evaluation: teacher and student at several numbers of steps, measured on the same prompts and noise.
 
-Shapes: images (N, 3, H, W) in [0, 1]. Images are generated once, in batches, and all metrics measure a batch before the
-next one is generated. Only features, scores and the few images of the overview picture are kept.
+A *sampler* is a way to make images: a network, a number of steps and a guidance scale (`SamplerSpec`). Images are generated
+once, in batches, and all metrics measure a batch before the next one is generated. Only features, scores and the few images of
+the overview picture are kept. Shapes: images (N, 3, H, W) in [0, 1].
 """
 
 import time
@@ -38,7 +39,10 @@ Row = dict[str, Any]
 
 @dataclass
 class SamplerResult:
-    """The result of one sampler: its collected data, the seconds of generation, and its first images (P, 3, H, W)."""
+    """What is kept of one sampler: the features and scores of its images, the seconds that they took, and the first images.
+
+    `shown` are the images (P, 3, H, W) of the first P prompts, for the overview picture.
+    """
 
     shown: Tensor
     collected: Collected = field(default_factory=Collected)
@@ -47,12 +51,13 @@ class SamplerResult:
 
 @dataclass(frozen=True)
 class LadderResult:
-    """The figures of each sampler, and the data that they come from.
+    """The figures of each sampler, and what they come from.
 
-    A row of `rows` has `sampler`, the figures of the metrics that apply to it, `network_calls` for an image and
+    A row of `rows` has `sampler` (its name), the figures of the metrics that apply to it, `network_calls` for an image and
     `seconds_per_image` (including decoding, and text encoding unless its results are kept in memory). `scores` has a row
-    for each sampler and prompt. `images` (P, 3, H, W) are those of the first prompts, by sampler. `measured` can be passed
-    as `known` to another run of the same evaluation.
+    for each sampler and prompt, with the scores of the single image. `images` (P, 3, H, W), by sampler, are those of the first
+    P `prompts`. `settings` is what determines the figures. `measured` can be passed as `known` to another `run` of the same
+    evaluation.
     """
 
     rows: list[Row]
@@ -67,9 +72,11 @@ class LadderResult:
 class LadderEvaluation:
     """The settings of an evaluation: its samplers, prompts and noise.
 
-    The first `count` of `prompts` are used (None: all). Image k of a prompt starts from the noise of (`seed` + k, prompt
-    index); images with k > 0 are made only for metrics that ask for copies. `real_images` adds a row of real images of the
-    same prompts, which shows the figures of a perfect sampler. Raises `UserError` for settings that contradict each other.
+    The first `count` of `prompts` are used (None: all), in batches of `batch_size`. Image k of a prompt starts from the noise of
+    (`seed` + k, prompt index); images with k > 0 are made only for metrics that ask for several images per prompt.
+    `real_images`, a function of (prompts, their indices, seed), adds a row of real images of the same prompts, which shows the
+    figures of a perfect sampler. The images of the first `shown` prompts are kept. Raises `UserError` for samplers of the same
+    name, numbers out of range and fewer prompts than `count`.
     """
 
     prompts: Sequence[str]
@@ -83,32 +90,39 @@ class LadderEvaluation:
     def __post_init__(self) -> None:
         names = [spec.name for spec in self.samplers]
         if len(set(names)) < len(names):
-            raise UserError(f"evaluation: two samplers have the same name among {', '.join(names)}")
+            raise UserError(
+                f"callbacks.ladder.evaluation.samplers: two have the same name among {', '.join(names)}; rename one"
+            )
         if self.count is None:
             object.__setattr__(self, "count", len(self.prompts))
         if self.size < 2 or self.batch_size < 1 or self.shown < 1 or not names:
-            raise UserError("evaluation: needs count >= 2, batch_size >= 1, shown >= 1 and at least one sampler")
+            raise UserError(
+                f"callbacks.ladder.evaluation: count={self.count} must be at least 2, batch_size={self.batch_size} and "
+                f"shown={self.shown} at least 1, and there must be at least one sampler"
+            )
         if len(self.prompts) < self.size:
             raise UserError(
-                f"evaluation: count={self.count}, but there are only {len(self.prompts)} prompts; reduce count"
+                f"callbacks.ladder.evaluation.count={self.count}, but there are only {len(self.prompts)} prompts; set it to at most "
+                "this number, or to null for all"
             )
 
     @property
     def size(self) -> int:
-        """The number of prompts."""
+        """The number of prompts that are used."""
         return self.count or 0
 
     def check(self, metrics: MetricSuite) -> None:
-        """UserError for a metric whose comparison sampler is not run, or that asks for more prompts than there are."""
+        """Raise UserError for a metric that compares with a sampler that is not run, or that asks for more prompts than `size`."""
         names = [spec.name for spec in self.samplers]
         for name, metric in metrics.metrics.items():
             if metric.sampler is not None and metric.sampler not in names:
                 raise UserError(
-                    f"metric.{name}.sampler={metric.sampler!r} is not among the samplers: {', '.join(names)}"
+                    f"metric.{name}.sampler={metric.sampler!r} is not among the samplers; name one of {', '.join(names)}"
                 )
             if metric.copies is not None and metric.copies.prompts > self.size:
                 raise UserError(
-                    f"metric.{name} asks for {metric.copies.prompts} prompts, but the evaluation has count={self.count}"
+                    f"metric.{name} asks for {metric.copies.prompts} prompts, but the evaluation has count={self.count}; reduce "
+                    "the number of prompts of the metric or raise callbacks.ladder.evaluation.count"
                 )
 
     def run(
@@ -120,9 +134,10 @@ class LadderEvaluation:
         silent: bool = False,
         known: Mapping[str, SamplerResult] | None = None,
     ) -> LadderResult:
-        """Measure all samplers with `networks` {"student", "teacher"}, on the device of these networks and `backbone`.
+        """Measure all samplers with `networks` {"student": ..., "teacher": ...}, on the device of these networks and `backbone`.
 
-        Samplers in `known` (those of the teacher, from an earlier run of the same evaluation) are not run again.
+        Networks compute in `compute_dtype`. With `silent`, no progress is shown. Samplers in `known` (such as those of the
+        teacher, from an earlier run of the same evaluation) are not run again. Raises the errors of `check`.
         """
         self.check(metrics)
         progress = Progress("reading reference images", self._total_calls(metrics), silent=silent)
@@ -206,7 +221,7 @@ class LadderEvaluation:
         return rows
 
     def settings(self, metrics: MetricSuite, backbone: Backbone) -> dict[str, Any]:
-        """Return the settings that determine the figures and are known before a measurement, to compare evaluations."""
+        """Return what determines the figures and is known before they are measured; equal settings make them comparable."""
         return {
             "count": self.count,
             "batch_size": self.batch_size,

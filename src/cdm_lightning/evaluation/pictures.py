@@ -1,4 +1,4 @@
-"""Drawing labelled overview pictures of images (P, 3, H, W) in [0, 1]."""
+"""Drawing labelled overview pictures of generated images (P, 3, H, W) in [0, 1]."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -17,10 +17,10 @@ LABEL_SIZE, CHARACTER = 13, 7  # pixels: font size, and average width of a chara
 
 
 def picture(images: Mapping[str, "Tensor"], prompts: Sequence[str]) -> "Image":
-    """Draw one row per sampler and one column per prompt, with the samplers' names on the left and the prompts on top.
+    """Draw the images (P, 3, H, W) of each sampler in a row, with the sampler's name on the left and the P prompts on top.
 
     Small images are enlarged by an integer factor without smoothing, and large ones are reduced; the factor is the same
-    for all samplers.
+    for all samplers, whose images may differ in size.
     """
     from PIL import Image, ImageDraw, ImageFont
     from torchvision.transforms.functional import to_pil_image
@@ -58,7 +58,10 @@ def _wrap(text: str, font, width: int) -> list[str]:
 
 
 def draw_grid(images: "Tensor", prompts: Sequence[str], title: str) -> "Image":
-    """Draw images (N, 3, H, W) in rows and columns under a title, each with its prompt below."""
+    """Draw images (N, 3, H, W) in [0, 1] in rows and columns under a title, each with its prompt below.
+
+    Small images are enlarged by an integer factor without smoothing.
+    """
     from PIL import Image, ImageDraw, ImageFont
     from torchvision.transforms.functional import to_pil_image
 

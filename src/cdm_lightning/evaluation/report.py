@@ -1,4 +1,4 @@
-"""The report of a ladder evaluation: a table, its figures as JSON, scores of single images, and a labelled picture."""
+"""The report of a ladder evaluation (teacher and student at several numbers of steps): table, figures, scores and picture."""
 
 import csv
 import io
@@ -16,7 +16,7 @@ FORMATS = {"seconds_per_image": "{:.4f}"}  # other figures: see `_cell`
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Return the rows as an aligned table for a terminal."""
+    """Return the rows (name of column -> value) as an aligned table for a terminal; a missing value is shown as -."""
     columns = _columns(rows)
     cells = [[column.replace("_", " ") for column in columns], *_cells(rows, columns)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
@@ -25,7 +25,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """Return the rows as a Markdown table."""
+    """Return the rows (name of column -> value) as a Markdown table; a missing value is shown as -."""
     columns = _columns(rows)
     heads, rules = [column.replace("_", " ") for column in columns], ["---", *["---:"] * (len(columns) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in [heads, rules, *_cells(rows, columns)]) + "\n"
@@ -52,7 +52,7 @@ def _cell(column: str, value: object) -> str:
 
 
 def csv_text(rows: Sequence[Row]) -> str:
-    """Return rows with the same keys as comma-separated values with a header line; empty for no rows."""
+    """Return rows that all have the same keys as comma-separated values under a header line; the empty text for no rows."""
     text = io.StringIO()
     if rows:
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
@@ -67,9 +67,11 @@ def _as_json(row: Row) -> Row:
 
 
 def save_report(result: LadderResult, folder: str | Path) -> dict[str, Path]:
-    """Write metrics.json, table.md, scores.csv and samples.png into `folder` and return their paths by these names.
+    """Write the result of an evaluation into `folder`, and return the paths of the files by their names.
 
-    scores.csv has a line for each sampler and prompt, so that two runs can be compared prompt by prompt.
+    metrics.json has the settings and the figures, table.md the figures as a table, samples.png the images of the first prompts,
+    and scores.csv a line for each sampler and prompt, so that two runs can be compared prompt by prompt. metrics.json is
+    written last: if it is there, the report is complete.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """Generating images from prompts for viewing and for metrics, with noise that depends only on (seed, prompt index).
 
-Shapes: images (N, 3, H, W) in [0, 1]. Every sampler of teacher and student takes deterministic Euler steps with the same
-spacing, `core.schedules.inference_sigmas(nfe, backbone.shift_steps)`: 1, 1 - 1/nfe, ..., 1/nfe before the
-family's shift, then 0.
+A *sampler* is a way to make images: a network, a number of steps and a guidance scale. All samplers of teacher and student
+take deterministic Euler steps along the sigmas 1, 1 - 1/nfe, ..., 1/nfe, shifted as the model family does, and then 0
+(`core.schedules.inference_sigmas`). Shapes: images (N, 3, H, W) in [0, 1].
 """
 
 import itertools
@@ -25,9 +25,9 @@ from cdm_lightning.errors import UserError
 
 @dataclass(frozen=True)
 class SamplerSpec:
-    """A way to generate images: the network, the number of steps, the guidance scale (1: none), and the size in pixels.
+    """A way to generate images: the network, the number of steps `nfe`, the guidance scale (1: none), and the size in pixels.
 
-    A side that is None is that of the backbone. UserError for an unknown network and for `nfe` less than 1.
+    A side that is None is that of the backbone. Raises UserError for an unknown network and for `nfe` below 1.
     """
 
     name: str
@@ -39,9 +39,9 @@ class SamplerSpec:
 
     def __post_init__(self) -> None:
         if self.network not in ("student", "teacher"):
-            raise UserError(f"sampler {self.name!r}: network must be student or teacher, got {self.network!r}")
+            raise UserError(f"sampler {self.name!r}: network={self.network!r} must be student or teacher")
         if self.nfe < 1:
-            raise UserError(f"sampler {self.name!r}: nfe must be at least 1, got {self.nfe}")
+            raise UserError(f"sampler {self.name!r}: nfe={self.nfe}, the number of steps, must be at least 1")
 
     def check(self, backbone: Backbone) -> None:
         """Raise UserError if the model family cannot make images of this sampler's height and width."""
@@ -52,15 +52,15 @@ class SamplerSpec:
 
     @property
     def network_calls(self) -> int:
-        """Network calls for one image: one per step, or two if guidance needs the unconditional velocity."""
+        """The number of network calls for one image: one per step, or two with guidance, which also needs a call without text."""
         return self.nfe * (1 if self.guidance_scale == 1 else 2)
 
 
 def check_samplers(samplers: Sequence[SamplerSpec], backbone: Backbone) -> None:
-    """Raise UserError for two samplers of one name, and for a size that the model family cannot generate."""
+    """Raise UserError if two samplers have the same name, and for a size that the model family cannot generate."""
     names = [spec.name for spec in samplers]
     if doubled := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"two samplers have the name {doubled[0]!r}; give each its own name")
+        raise UserError(f"validation.samplers: two have the name {doubled[0]!r}; give each its own name")
     for spec in samplers:
         spec.check(backbone)
 
@@ -73,9 +73,9 @@ def generate_all(
     seed: int,
     compute_dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """Generate images (B, 3, H, W) in [0, 1] of a batch of prompts with each sampler, by the sampler's name.
+    """Generate the images (B, 3, H, W) in [0, 1] of a batch of B prompts by each sampler, and return them by its name.
 
-    `networks` are "student" and "teacher".
+    `networks` holds the networks "student" and "teacher"; they compute in `compute_dtype`.
     """
     numbers, size = batch.indices.tolist(), len(batch.prompts)
     return {
@@ -94,10 +94,11 @@ def generate(
     batch_size: int,
     compute_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Generate images (N, 3, H, W) in [0, 1] on the CPU, one for each prompt.
+    """Generate images (N, 3, H, W) in [0, 1], on the CPU, one for each of N prompts.
 
-    `indices` (N) are the prompts' indices. The noise depends only on them and on `seed`, so that neither the batch size
-    nor the number of processes changes an image by more than float rounding. `backbone.setup` must have been called.
+    `spec` says in how many steps, with which guidance and at which size. `indices` (N) are the prompts' indices: the noise
+    depends only on them and on `seed`, so that neither the batch size nor the number of processes changes an image by more
+    than float rounding. `backbone.setup` must have been called. UserError for a size that the model family cannot make.
     """
     backbone, batches = backbone.at(spec.height, spec.width), []
     with _evaluating(network):

@@ -1,4 +1,4 @@
-"""The share of images that show everything that their prompts ask for."""
+"""Adherence: the share of images that show everything that their prompts ask for."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -12,7 +12,7 @@ class AdherenceJudge(Protocol):
     """Any object that judges whether an image shows what its prompt asks for, such as `ShapesClassifier`."""
 
     def adherence(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return (B,) bool for images (B, 3, H, W) in [0, 1]."""
+        """Return (B,) bool for images (B, 3, H, W) in [0, 1]: whether each shows what its prompt asks for."""
         ...
 
 
@@ -23,5 +23,5 @@ class Adherence(Metric):
         self.judge = judge
 
     def score(self, batch: ImageBatch) -> Tensor:
-        """Return scores (B,): 1 if an image adheres to its prompt, else 0."""
+        """Return scores (B,): 1 for an image that shows what its prompt asks for, else 0."""
         return self.judge.adherence(batch.images, batch.prompts).float()

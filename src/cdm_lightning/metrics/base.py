@@ -1,7 +1,8 @@
 """The interface of a metric, which computes figures from the images of one sampler.
 
-Shapes: images (B, 3, H, W) in [0, 1], features (N, D), scores (N,). A metric asks for feature extractors by name. Each
-extractor runs once on a batch, however many metrics ask for it. See docs/new-metric.md.
+A *sampler* is a way to make images: a network, a number of steps and a guidance scale. A *feature extractor* is a network that
+maps images to vectors, such as Inception or CLIP. A metric asks for extractors by name, and each runs once on a batch, however
+many metrics ask for it. Shapes: images (B, 3, H, W) in [0, 1], features (N, D), scores (N,). See docs/new-metric.md.
 """
 
 import itertools
@@ -17,7 +18,7 @@ Figures = float | Mapping[str, float] | None
 
 @runtime_checkable
 class TextEncoder(Protocol):
-    """An extractor that can also encode prompts, such as `metrics.extractors.OpenClipFeatures`."""
+    """A feature extractor that can also encode prompts, such as `metrics.extractors.OpenClipFeatures`."""
 
     def encode_texts(self, prompts: Sequence[str]) -> Tensor:
         """Return features (B, D) of B prompts."""
@@ -26,7 +27,7 @@ class TextEncoder(Protocol):
 
 @torch.no_grad()
 def extract(extractor: nn.Module, images: Tensor) -> Tensor:
-    """Return features (B, D) of images (B, 3, H, W) in [0, 1], on the extractor's device."""
+    """Return the features (B, D) of images (B, 3, H, W) in [0, 1]; the images are moved to the extractor's device."""
     state = next(itertools.chain(extractor.parameters(), extractor.buffers()), images)
     return extractor(images.to(state.device)).flatten(1)
 
@@ -36,7 +37,8 @@ class ImageBatch:
     """Images (B, 3, H, W) in [0, 1] of one sampler, their prompts, and the indices of these prompts in the prompt set.
 
     `extractors` are the feature extractors by name. Features are computed at the first request and then kept, so that
-    metrics share them. `known_texts` keeps the features of the prompts for the other samplers of the same batch.
+    metrics share them. `known_texts` holds the features (B, D) of the prompts by extractor; pass the same dictionary for other
+    samplers' images of the same prompts, so that prompts are encoded once.
     """
 
     images: Tensor
@@ -47,13 +49,13 @@ class ImageBatch:
     _known: dict[str, Tensor] = field(default_factory=dict)
 
     def features(self, name: str) -> Tensor:
-        """Return features (B, D) of the images by the extractor `name`, on its device."""
+        """Return the features (B, D) of the images by the extractor `name`, on its device."""
         if name not in self._known:
             self._known[name] = extract(self.extractors[name], self.images)
         return self._known[name]
 
     def text_features(self, name: str) -> Tensor:
-        """Return features (B, D) of the prompts by the extractor `name`, which must be a `TextEncoder`."""
+        """Return the features (B, D) of the prompts by the extractor `name`, which must be a `TextEncoder`."""
         if name not in self.known_texts:
             self.known_texts[name] = cast(TextEncoder, self.extractors[name]).encode_texts(self.prompts)
         return self.known_texts[name]
@@ -61,11 +63,11 @@ class ImageBatch:
 
 @dataclass(frozen=True)
 class MeasuredImages:
-    """The data that is kept of the N images of one sampler, in the order of their prompts' indices.
+    """What is kept of the N images of one sampler, in the order of their prompts' indices, for one metric's `figures`.
 
-    `features` are (N, D) by the name of their extractor, on the CPU. `scores` (N,) are the scores by the metric that
-    computes its figures, or None if it does not score single images. `copies` are the features (P, M, D) of M images for
-    each of the first P prompts; it is empty unless the metric asks for copies and the evaluation makes them.
+    `features` are (N, D) by the name of their extractor, on the CPU. `scores` (N,) are what the metric's own `score` returned,
+    or None if it does not score single images. `copies` are the features (P, M, D), by extractor, of M images for each of the
+    first P prompts; it is empty unless a metric asks for several images per prompt and the evaluation makes them.
     """
 
     prompts: list[str]
@@ -80,19 +82,19 @@ class MeasuredImages:
 
 @dataclass(frozen=True)
 class Copies:
-    """A request for `images` images of each of the first `prompts` prompts, which start from different noise."""
+    """A metric's request for several images of one prompt: `images` for each of the first `prompts`, from different noise."""
 
     prompts: int
     images: int
 
 
 class Metric:
-    """A measure of a sampler's images.
+    """The base class of metrics: a measure of the images of a sampler (a way to make images).
 
     A subclass overrides `score` if it measures single images, or `figures` if it measures all images together.
-    `features` are the names of the extractors that it needs, `text_features` those that must also read prompts. `copies`
-    asks for several images per prompt. `sampler` names another sampler to compare with; the metric has no figure if that
-    sampler is not run.
+    `features` are the names of the feature extractors that it needs, `text_features` those that must also encode prompts.
+    `copies` asks for several images per prompt (None: one). `sampler` names another sampler to compare with, if any; the
+    metric has no figure if that sampler is not run.
     """
 
     features: tuple[str, ...] = ()
@@ -101,20 +103,20 @@ class Metric:
     sampler: str | None = None
 
     def prepare(self, extractors: Mapping[str, nn.Module]) -> None:
-        """Do slow work once, before the first image; for example compute the features of reference images."""
+        """Do slow work once, before the first image, with all extractors by name; for example, measure reference images."""
 
     def score(self, batch: ImageBatch) -> Tensor | None:
-        """Return scores (B,) of the single images, which are kept by prompt; None if the metric has no such scores."""
+        """Return the scores (B,) of the single images, or None if the metric does not score single images (the default)."""
         return None
 
     def figures(self, measured: MeasuredImages, others: Mapping[str, MeasuredImages]) -> Figures:
-        """Return the figure of one sampler's images, several figures by name, or None if there is no figure.
+        """Return the figure of one sampler's images, or several figures by name, or None if there is no figure.
 
-        By default this is the mean score. `others` are the images of all samplers by name, including this one.
+        By default this is the mean of the scores. `others` has the images of all samplers by name, including this one.
         """
         scores = measured.scores
         return None if scores is None or not len(scores) else float(scores.double().mean())
 
     def facts(self) -> Mapping[str, float | str]:
-        """Return facts that are needed to read the figures, for example the number of reference images."""
+        """Return what a reader must know to compare the figures, by name, for example the number of reference images."""
         return {}

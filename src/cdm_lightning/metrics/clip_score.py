@@ -9,7 +9,7 @@ from cdm_lightning.metrics.base import ImageBatch, Metric
 class CLIPScore(Metric):
     """The mean of 100 x the cosine similarity of image and prompt, in [-100, 100].
 
-    `feature` names an extractor that can also encode prompts.
+    `feature` names a feature extractor that can also encode prompts.
     """
 
     def __init__(self, feature: str = "clip") -> None:

@@ -10,16 +10,18 @@ from cdm_lightning.metrics.base import Copies, MeasuredImages, Metric
 
 
 class Diversity(Metric):
-    """`pairwise_diversity` of `images_per_prompt` images for each of the first `prompts` prompts.
+    """The mean distance between the features of images of one prompt: how much the images depend on the noise.
 
-    `feature` names the extractor. An evaluation with one image per prompt, such as validation, gives no figure.
+    It is taken over `images_per_prompt` images for each of the first `prompts` prompts (`pairwise_diversity`). `feature`
+    names the feature extractor. There is no figure where one image per prompt is made, as in validation. Raises UserError
+    for prompts < 1 or images_per_prompt < 2.
     """
 
     def __init__(self, feature: str = "clip", prompts: int = 32, images_per_prompt: int = 4) -> None:
         if prompts < 1 or images_per_prompt < 2:
             raise UserError(
-                "diversity needs prompts >= 1 and images_per_prompt >= 2, "
-                f"got {prompts} and {images_per_prompt}; leave the metric out to turn it off"
+                f"Diversity (a metric) needs prompts >= 1 and images_per_prompt >= 2, got prompts={prompts} and "
+                f"images_per_prompt={images_per_prompt}; leave the metric out to turn it off"
             )
         self.feature, self.features = feature, (feature,)
         self.copies = Copies(prompts, images_per_prompt)
@@ -34,10 +36,10 @@ class Diversity(Metric):
 
 
 def pairwise_diversity(features: Tensor) -> float:
-    """Return the mean Euclidean distance over all pairs of images of a prompt, and over prompts.
+    """Return the mean Euclidean distance of two images of a prompt, over all pairs and over all prompts.
 
-    It is in the units of the features. features (P, M, D): P prompts with M >= 2 images each; ValueError for M < 2. A
-    value of 0 means that the images do not depend on the noise.
+    `features` (P, M, D) are those of M images for each of P prompts; the distance is in their units. 0 means that the images
+    do not depend on the noise. Raises ValueError for M < 2.
     """
     images = features.shape[1]
     if images < 2:

@@ -1,4 +1,4 @@
-"""Energy distance between two sets of points: a distance between distributions that needs no bandwidth."""
+"""Energy distance: a distance between the distributions of two sets of points, without a kernel or a bandwidth to choose."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -9,26 +9,26 @@ from cdm_lightning.metrics.base import MeasuredImages, Metric
 
 
 class EnergyDistance(Metric):
-    """The `energy_distance` of the images' features to equally many exact samples of the data distribution.
+    """The `energy_distance` of the images' features to equally many samples that are drawn from the data distribution itself.
 
-    `exact` gives the features (N, D) of exact samples for N prompts; `feature` names the extractor of the images' features.
+    `exact` returns the features (N, D) of such samples for N prompts; `feature` names the extractor of the images' features.
     """
 
     def __init__(self, exact: Callable[[Sequence[str]], Tensor], feature: str = "points") -> None:
         self.exact, self.feature, self.features = exact, feature, (feature,)
 
     def figures(self, measured: MeasuredImages, others: Mapping[str, MeasuredImages]) -> float | None:
-        """Return the distance, in the unit of length of the features; None for fewer than 2 images."""
+        """Return the distance, in the units of the features; None for fewer than 2 images."""
         if len(measured) < 2:
             return None
         return float(energy_distance(measured.features[self.feature], self.exact(measured.prompts)))
 
 
 def energy_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Return 2 E|a - b| - E|a - a'| - E|b - b'| of samples (N, D) and (M, D), as a 0-d float64 in their unit of length.
+    """Return 2 E|a - b| - E|a - a'| - E|b - b'| of points a (N, D) and b (M, D), as a 0-d float64 in their units.
 
     It is 0 for equal distributions (Székely and Rizzo, 2013). The estimate is unbiased (no point is paired with itself),
-    so for equal distributions it may be slightly negative. ValueError for a set of fewer than 2 points.
+    so for equal distributions it may be slightly negative. Raises ValueError for a set of fewer than 2 points.
     """
     if min(len(a), len(b)) < 2:
         raise ValueError(f"energy distance needs at least 2 points in each set, got {len(a)} and {len(b)}")

@@ -13,25 +13,29 @@ from cdm_lightning.metrics.open_clip_model import OpenClipModel
 
 
 class OpenClipFeatures(nn.Module):
-    """The unnormalised image embedding of a CLIP model; arguments and errors are those of `OpenClipModel`."""
+    """The embeddings of images, and of prompts, by a CLIP model, without normalization; for the arguments see `OpenClipModel`.
+
+    Raises `UserError` if the model or its weights are missing or cannot be loaded.
+    """
 
     def __init__(self, model: str, pretrained: str | None = None) -> None:
         super().__init__()
         self.model = OpenClipModel(model, pretrained)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return embeddings (B, D), not normalised, of images (B, 3, H, W) in [0, 1]."""
+        """Return the embeddings (B, D), not normalized, of images (B, 3, H, W) in [0, 1]."""
         return self.model.encode_images(images)
 
     def encode_texts(self, prompts: Sequence[str]) -> Tensor:
-        """Return embeddings (B, D), not normalised, of prompts."""
+        """Return the embeddings (B, D), not normalized, of B prompts."""
         return self.model.encode_texts(prompts)
 
 
 class InceptionFeatures(nn.Module):
-    """The 2048 features of the standard FID; `weights` is the file weights-inception-2015-12-05-6726825d.pth.
+    """The 2048 features of Inception v3 that the standard FID uses (Heusel et al., arXiv:1706.08500), by torch-fidelity.
 
-    Raises `UserError` if the file is missing or cannot be used, or if the package torch-fidelity is not installed.
+    `weights` is the file weights-inception-2015-12-05-6726825d.pth. Raises `UserError` if it is missing or cannot be used, or
+    if the package torch-fidelity is not installed.
     """
 
     def __init__(self, weights: str | Path) -> None:
@@ -54,5 +58,5 @@ class InceptionFeatures(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return features (B, 2048) of images (B, 3, H, W) in [0, 1], which are rounded to 8 bits as in a saved file."""
+        """Return the features (B, 2048) of images (B, 3, H, W) in [0, 1], which are rounded to 8 bits as in a saved file."""
         return self.network((images * 255).round().to(torch.uint8))

@@ -1,8 +1,8 @@
 """Fréchet distance between the features of generated and of reference images, computed by torchmetrics.
 
-Shapes: images (B, 3, H, W) in [0, 1], features (N, D). The distance between two Gaussians with
-the means m and covariances C of the features is |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Heusel et al.,
-arXiv:1706.08500). It decreases with the number of samples: compare only figures with equal counts.
+It is |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) for features with the means m and covariances C (Heusel et al.,
+arXiv:1706.08500); with the features of Inception it is called FID. It decreases with the number of images: compare only
+figures with equal numbers. Shapes: images (B, 3, H, W) in [0, 1], features (N, D).
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,7 +22,7 @@ from cdm_lightning.metrics.base import MeasuredImages, Metric, extract
 
 @dataclass(frozen=True)
 class FeatureStatistics:
-    """The statistics of one set for a Fréchet distance: mean (D,), covariance (D, D), both float64, and sample count."""
+    """What a Fréchet distance needs of a set of features: mean (D,), covariance (D, D), both float64, and their number."""
 
     mean: Tensor
     covariance: Tensor
@@ -30,7 +30,7 @@ class FeatureStatistics:
 
     @classmethod
     def of_features(cls, batches: Iterable[Tensor]) -> "FeatureStatistics":
-        """Compute the statistics of batches of features (B, D); ValueError for fewer than 2 samples in total."""
+        """Return the statistics of batches of features (B, D); ValueError for fewer than 2 features in total."""
         count, total, outer = 0, torch.zeros(()), torch.zeros(())
         for features in batches:
             features = features.cpu().double()  # not all devices have float64
@@ -42,11 +42,11 @@ class FeatureStatistics:
 
     @classmethod
     def of_images(cls, extractor: nn.Module, batches: Iterable[Tensor]) -> "FeatureStatistics":
-        """Compute the statistics of the features of batches of images (B, 3, H, W)."""
+        """Return the statistics of the features of batches of images (B, 3, H, W) in [0, 1]; ValueError for fewer than 2."""
         return cls.of_features(extract(extractor, images) for images in batches)
 
     def save(self, path: str | Path) -> None:
-        """Write the safetensors file `path` atomically, by one rename."""
+        """Write the statistics to the safetensors file `path`, completely or not at all."""
         state = {"mean": self.mean, "covariance": self.covariance.contiguous(), "count": torch.tensor(self.count)}
         with replacing(path) as temporary:
             save_file(state, temporary)
@@ -60,7 +60,8 @@ class FeatureStatistics:
         except (OSError, SafetensorError, KeyError) as error:
             reason = first_line(error)
             raise UserError(
-                f"cannot read reference statistics from {path} ({reason}); it must hold mean, covariance and count"
+                f"{path}: no statistics of reference images can be read ({reason}); give a safetensors file with mean, covariance "
+                "and count"
             ) from None
 
 
@@ -77,9 +78,9 @@ class _GivenFeatures(nn.Module):
 
 
 def frechet_distance(reference: FeatureStatistics, features: Tensor) -> float | None:
-    """Return the distance of features (N, D) to the reference, computed in float64 by torchmetrics.
+    """Return the Fréchet distance of features (N, D) to the reference, computed in float64 by torchmetrics.
 
-    None for N < 2; NaN for features that are not finite, such as those of a student that has diverged.
+    Return None for N < 2, and NaN for features that are not finite, such as those of a student that has diverged.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance  # takes seconds to import, so only where it is used
 
@@ -97,17 +98,17 @@ def frechet_distance(reference: FeatureStatistics, features: Tensor) -> float | 
 
 
 class Frechet(Metric):
-    """Fréchet distance of the images to those of `reference`, in the features of the extractor that `feature` names.
+    """The Fréchet distance of the images to those of `reference`, in the features of the extractor that `feature` names.
 
     `reference` yields batches of images (B, 3, H, W) in [0, 1] and is read once, or it is the statistics of their
-    features. Name the metric `fid` only with `InceptionFeatures`. There is no figure for fewer than 2 images.
+    features. Name the metric `fid` only with `InceptionFeatures`, since the distance depends on the features.
     """
 
     def __init__(self, reference: Iterable[Tensor] | FeatureStatistics, feature: str = "clip") -> None:
         self.reference, self.feature, self.features = reference, feature, (feature,)
 
     def prepare(self, extractors: Mapping[str, nn.Module]) -> None:
-        """Compute the statistics of the reference images, unless they are given."""
+        """Compute the statistics of the reference images, unless they are given; UserError for fewer than 2 images."""
         if not isinstance(self.reference, FeatureStatistics):
             try:
                 self.reference = FeatureStatistics.of_images(extractors[self.feature], self.reference)
@@ -119,19 +120,22 @@ class Frechet(Metric):
         return frechet_distance(cast(FeatureStatistics, self.reference), measured.features[self.feature])
 
     def facts(self) -> dict[str, float]:
-        """Return the number of reference images."""
+        """Return the number of reference images, since the distance depends on it."""
         return {"reference_images": cast(FeatureStatistics, self.reference).count}
 
 
 class FrechetToSampler(Metric):
-    """Fréchet distance of the images to those of another sampler, such as the teacher with many steps."""
+    """The Fréchet distance of the images to those of another sampler (way to make images), such as the teacher in 50 steps.
+
+    `sampler` is the name of that sampler, `feature` that of the feature extractor.
+    """
 
     def __init__(self, sampler: str, feature: str = "clip") -> None:
         self.sampler, self.feature, self.features = sampler, feature, (feature,)
         self._reference: tuple[MeasuredImages, FeatureStatistics] | None = None  # of the latest measurement
 
     def figures(self, measured: MeasuredImages, others: Mapping[str, MeasuredImages]) -> float | None:
-        """Return the distance; None for that sampler itself, if it is not run, and for fewer than 2 images."""
+        """Return the distance; None for that sampler's own images, if it is not run, and for fewer than 2 images of either."""
         reference = others.get(self.sampler or "")
         if reference is None or reference is measured or min(len(reference), len(measured)) < 2:
             return None

@@ -19,11 +19,11 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.pth")  # the weight files that open_clip
 
 
 class OpenClipModel(nn.Module):
-    """The two towers of a CLIP model, frozen, in float32 and in eval mode.
+    """The image and text encoders of a CLIP model, frozen, in float32 and in eval mode.
 
     `model` is `local-dir:FOLDER` (a folder with open_clip_config.json and weights), or a model name that open_clip knows.
     With a name, `pretrained` is a file of weights, or one of open_clip's tags, whose weights are downloaded. Raises
-    `UserError` if model or weights are missing.
+    `UserError` if the model or its weights are missing or cannot be loaded.
     """
 
     def __init__(self, model: str, pretrained: str | None = None) -> None:
@@ -49,7 +49,7 @@ class OpenClipModel(nn.Module):
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """Return embeddings (B, D), not normalised, of images (B, 3, H, W) in [0, 1] after open_clip's own preprocessing."""
+        """Return the embeddings (B, D), not normalized, of images (B, 3, H, W) in [0, 1], preprocessed as open_clip does."""
         images = images.to(self.device, torch.float32)
         for transform in self.geometry:
             images = transform(images)
@@ -57,7 +57,7 @@ class OpenClipModel(nn.Module):
 
     @torch.no_grad()
     def encode_texts(self, prompts: Sequence[str]) -> Tensor:
-        """Return embeddings (B, D), not normalised, of B prompts."""
+        """Return the embeddings (B, D), not normalized, of B prompts."""
         return self.clip.encode_text(self.tokenizer(list(prompts)).to(self.device))
 
 

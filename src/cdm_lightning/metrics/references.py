@@ -1,4 +1,7 @@
-"""Real images to compare with: iterables of batches (B, 3, H, W) in [0, 1] that can be iterated over repeatedly."""
+"""Real images to compare with, as iterables of batches (B, 3, H, W) in [0, 1].
+
+The shapes set is this package's procedural data set of captioned shapes (`data.shapes`).
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,10 +20,11 @@ CHUNK = 256  # renderings per batch
 
 @dataclass(frozen=True)
 class ShapesRenderings:
-    """`count` renderings of the first `captions` prompts in turn, equally often; they depend only on prompts and `seed`.
+    """`count` renderings (B, 3, 32, 32) of the shapes set, which show the first `captions` prompts in turn (None: all prompts).
 
-    Generated images are compared with real images of the same prompts, as FID on COCO is measured: other prompts would
-    add a distance that no generator can remove. Raises `UserError` if a prompt is not a caption of the shapes set.
+    They depend only on the prompts and on `seed`. Generated images are compared with real images of the same prompts, as FID on
+    COCO is measured: other prompts would add a distance that no generator can remove. Raises `UserError` if there are fewer
+    prompts than `captions`, and when it is read for a prompt that is not a caption of the shapes set.
     """
 
     prompts: Sequence[str]
@@ -30,7 +34,10 @@ class ShapesRenderings:
 
     def __post_init__(self) -> None:
         if self.captions is not None and not 1 <= self.captions <= len(self.prompts):
-            raise UserError(f"reference: captions={self.captions}, but there are {len(self.prompts)} prompts")
+            raise UserError(
+                f"reference (of a metric): captions={self.captions}, but there are {len(self.prompts)} prompts; set captions to "
+                "at most this number, or to null for all"
+            )
 
     def __iter__(self) -> Iterator[Tensor]:
         captions = self.captions or len(self.prompts)
@@ -41,16 +48,16 @@ class ShapesRenderings:
 
 
 def render_prompts(prompts: Sequence[str], indices: Sequence[int], seed: int) -> Tensor:
-    """Return a rendering (B, 3, 32, 32) of each caption, which depends only on (caption, index, seed).
+    """Return a rendering (B, 3, 32, 32) in [0, 1] of each of B prompts, which depends only on (prompt, its index, seed).
 
-    UserError for a text that is not a caption of the shapes set.
+    Raises UserError for a prompt that is not a caption of the shapes set.
     """
     seeds = [stream(seed, "rendering of a prompt", index).initial_seed() for index in indices]
     return torch.cat([render([scene_of(prompt)], its) for prompt, its in zip(prompts, seeds, strict=True)])
 
 
 def scene_of(prompt: str) -> Scene:
-    """Return the scene that a prompt describes; UserError for a text that is not a caption of the shapes set."""
+    """Return the scene of the shapes set that a prompt describes; UserError for a text that is none of its captions."""
     try:
         return parse_caption(prompt)
     except ValueError as error:
@@ -58,7 +65,7 @@ def scene_of(prompt: str) -> Scene:
 
 
 class ImageFolder:
-    """The images under a folder, in the order of their paths, as batches.
+    """The images in a folder and in the folders below it, in the order of their paths, in batches of `batch_size`.
 
     With `image_size` (a side in pixels), each image is resized to cover a square of that side and cropped to its centre.
     Without it, all images must have the same size. Raises `UserError` for a folder without images, for unreadable images

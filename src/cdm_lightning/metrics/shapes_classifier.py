@@ -1,4 +1,7 @@
-"""Adherence on the shapes set by a small classifier of images, which is trained separately from all generators."""
+"""A small classifier that judges whether an image of the shapes set shows what its caption says.
+
+It is trained separately from all generators. The shapes set is this package's procedural data set (`data.shapes`).
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,9 +29,10 @@ HEADS = {
 
 
 class ShapesClassifier(nn.Module):
-    """A classifier of images (N, 3, 32, 32) of the shapes set.
+    """A convolutional classifier of images (N, 3, 32, 32) of the shapes set, with a linear head for each question.
 
-    It predicts arrangement, place and, for each of two slots (the upper or left item first), colour, shape and size.
+    It predicts the arrangement of the shapes, the place of a single one and, for each of up to two shapes (the upper or left
+    one first), its colour, shape and size.
     """
 
     def __init__(self) -> None:
@@ -41,7 +45,7 @@ class ShapesClassifier(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(128, classes) for name, classes in HEADS.items()})
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Return the logits (N, classes) of each head for images (N, 3, 32, 32) in [0, 1]."""
+        """Return the logits (N, classes) of each head by name, for images (N, 3, 32, 32) in [0, 1]."""
         features = self.features(images * 2 - 1)
         return {name: head(features) for name, head in self.heads.items()}
 
@@ -54,15 +58,15 @@ class ShapesClassifier(nn.Module):
         except (OSError, SafetensorError, RuntimeError) as error:
             reason = first_line(error)
             raise UserError(
-                f"cannot load the shapes classifier from {path} ({reason}); give a file that this project wrote"
+                f"{path}: the shapes classifier cannot be loaded ({reason}); give a file that cdm_lightning.pretrain wrote"
             ) from None
         return model.eval().requires_grad_(False)
 
     @torch.no_grad()
     def adherence(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return (N,) bool: whether each image (N, 3, 32, 32) shows everything that its caption says.
+        """Return (N,) bool: whether each image (N, 3, 32, 32) in [0, 1] shows everything that its caption says.
 
-        ValueError for a text that is not a caption of the shapes set.
+        Raises ValueError for a prompt that is not a caption of the shapes set.
         """
         device = next(self.parameters()).device
         chunks = [self(chunk.to(device)) for chunk in images.split(512)]
@@ -74,7 +78,7 @@ class ShapesClassifier(nn.Module):
 
 
 def expected(scene: Scene) -> dict[str, int]:
-    """Return the classes that a caption asks for, by head, without heads that the caption says nothing about."""
+    """Return the class that a caption's scene asks for, by the classifier's head; heads that it leaves open are left out."""
     if scene.relation is None:
         place = {} if scene.place is None else {"place": list(PLACES).index(scene.place)}
         return {"arrangement": 0, **place, **_item(scene, 0)}

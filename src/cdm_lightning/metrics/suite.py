@@ -1,4 +1,7 @@
-"""All metrics of a run and the feature extractors that they share, for validation and for the ladder evaluation."""
+"""All metrics of a run and the feature extractors that they share, for validation and for the evaluation at the end of a run.
+
+A *sampler* is a way to make images: a network, a number of steps and a guidance scale.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +18,7 @@ Row = dict[str, float]  # figure -> value
 
 @dataclass
 class Collected:
-    """The data that is kept of one sampler's images, batch by batch: features, scores and prompts, but no images."""
+    """What is kept of one sampler's images, batch by batch: features, scores and prompts, but not the images."""
 
     prompts: list[str] = field(default_factory=list)
     indices: list[int] = field(default_factory=list)
@@ -24,7 +27,7 @@ class Collected:
     copies: dict[str, list[Tensor]] = field(default_factory=dict)  # extractor -> (P, D) of each additional image
 
     def add(self, other: "Collected") -> None:
-        """Append the data of the same sampler that another process has collected."""
+        """Append what another process has collected of the same sampler, except for `copies`."""
         self.prompts += other.prompts
         self.indices += other.indices
         for mine, theirs in ((self.features, other.features), (self.scores, other.scores)):
@@ -32,7 +35,7 @@ class Collected:
                 mine.setdefault(name, []).extend(batches)
 
     def of(self, metric: str) -> MeasuredImages:
-        """Return the data for the metric of that name, in the order of the prompts' indices."""
+        """Return what the metric of this name needs for its figures, in the order of the prompts' indices."""
         order = sorted(range(len(self.indices)), key=self.indices.__getitem__)
         features = {name: torch.cat(batches)[order] for name, batches in self.features.items()}
         scores = self.scores.get(metric)
@@ -48,9 +51,10 @@ class Collected:
 
 
 class MetricSuite:
-    """The metrics by name, and the feature extractors by the names that the metrics use.
+    """The metrics by name, and the feature extractors by the names that the metrics use for them.
 
-    Raises UserError for an object that is not a `Metric`, and for a metric whose feature extractor is missing.
+    Raises UserError for an object that is not a `Metric` or not a torch module, for a metric whose feature extractor is missing
+    or cannot encode prompts, and for a metric that has the name of a column of the results.
     """
 
     def __init__(
@@ -82,7 +86,7 @@ class MetricSuite:
 
     @property
     def copies(self) -> Copies:
-        """The largest numbers of prompts and of images per prompt that a metric asks for; (0, 1) if none asks."""
+        """The largest numbers of prompts, and of images per prompt, that any metric asks for; (0, 1) if none asks."""
         wishes = [metric.copies for metric in self.metrics.values() if metric.copies is not None]
         return Copies(
             max((wish.prompts for wish in wishes), default=0), max((wish.images for wish in wishes), default=1)
@@ -90,11 +94,11 @@ class MetricSuite:
 
     @property
     def needed(self) -> list[str]:
-        """The names of the extractors that some metric needs; their features of all images are kept."""
+        """The names of the extractors that at least one metric needs; their features of all images are kept."""
         return sorted({name for metric in self.metrics.values() for name in metric.features})
 
     def prepare(self, device: torch.device) -> None:
-        """Move the extractors and the metrics' own networks to the device; the first call also prepares the metrics."""
+        """Move the extractors and the metrics' own networks to the device; the first call also runs each `Metric.prepare`."""
         parts = [
             *self.extractors.values(),
             *(part for metric in self.metrics.values() for part in vars(metric).values()),
@@ -108,13 +112,16 @@ class MetricSuite:
         self._prepared = True
 
     def facts(self) -> dict[str, float | str]:
-        """Return the facts of all metrics, which are needed to read their figures, under the keys METRIC_FACT."""
+        """Return the facts of all metrics (`Metric.facts`) under the keys METRIC_FACT, such as "fid_reference_images"."""
         return {
             f"{name}_{fact}": value for name, metric in self.metrics.items() for fact, value in metric.facts().items()
         }
 
     def figures(self, samplers: Mapping[str, Collected]) -> dict[str, Row]:
-        """Return the figures of each sampler by metric; a metric with several figures has the keys METRIC_FIGURE."""
+        """Return the figures by sampler and metric; a metric with several figures has the keys METRIC_FIGURE.
+
+        A metric that has no figure for a sampler is left out there.
+        """
         rows: dict[str, Row] = {sampler: {} for sampler in samplers}
         for name, metric in self.metrics.items():
             measured = {sampler: collected.of(name) for sampler, collected in samplers.items()}
@@ -134,7 +141,10 @@ class MetricSuite:
         indices: Sequence[int],
         texts: dict[str, Tensor] | None = None,
     ) -> None:
-        """Measure images (B, 3, H, W) of one sampler; `texts` keeps features of the prompts for the other samplers."""
+        """Add the features and scores of images (B, 3, H, W) in [0, 1] of one sampler to `collected`.
+
+        `texts` keeps the prompts' features by extractor: pass the same dictionary for other samplers' images of these prompts.
+        """
         batch = ImageBatch(images, prompts, indices, self.extractors, {} if texts is None else texts)
         collected.prompts += prompts
         collected.indices += indices
@@ -146,12 +156,12 @@ class MetricSuite:
                 collected.scores.setdefault(name, []).append(scores.float().cpu())
 
     def measure_copy(self, collected: Collected, images: Tensor) -> None:
-        """Measure one more image for each of the first P prompts, in their order: (P, 3, H, W)."""
+        """Add the features of one more image for each of the first P prompts, in their order: (P, 3, H, W) in [0, 1]."""
         for name in self.needed:
             collected.copies.setdefault(name, []).append(extract(self.extractors[name], images).cpu())
 
     def scores(self, samplers: Mapping[str, Collected]) -> list[dict[str, str | int | float]]:
-        """Return a row for each sampler and prompt with the scores of the single images, for paired comparisons."""
+        """Return a row for each sampler and prompt with the scores of its image by metric, for comparisons prompt by prompt."""
         rows: list[dict[str, str | int | float]] = []
         for sampler, collected in samplers.items():
             measured = {name: collected.of(name) for name in self.metrics if name in collected.scores}
