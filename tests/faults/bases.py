@@ -25,6 +25,7 @@ SD3 = (  # the bundled pipeline
     "experiment=tiny_sd3_cdm",
     "run_name=mine",
     "trainer.accelerator=cpu",
+    "data=prompts",  # 64 of them
     "callbacks=none",
     "metric=[]",
     "trainer.max_steps=1",

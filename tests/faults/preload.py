@@ -26,6 +26,7 @@ LAZY = (
     "cdm_lightning.run.student",
     "diffusers.loaders.lora_pipeline",
     "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
+    "diffusers.guiders",
     "diffusers.utils.dummy_pt_objects",
     "lightning.pytorch.loggers",
     "matplotlib.figure",
