@@ -122,7 +122,7 @@ def test_an_output_folder_that_is_a_file(refused, tmp_path):
     (tmp_path / "outputs").mkdir()
     (tmp_path / "outputs/mine").touch()
     assert "outputs/mine" in refused()
-    assert "outputs/mine" in refused("run_name=mine/below")
+    assert "run_name='mine/below' must be a name" in refused("run_name=mine/below")
 
 
 def test_a_pipeline_folder_that_does_not_exist(refused):

@@ -18,7 +18,8 @@ from omegaconf import DictConfig
 
 from cdm_lightning.config import answer_questions, build, run_cli
 from cdm_lightning.errors import UserError
-from cdm_lightning.files import locked
+from cdm_lightning.files import locked, sweep_folder
+from cdm_lightning.files.leftovers import OWN
 from cdm_lightning.terminal.progress import Progress
 
 if TYPE_CHECKING:  # importing torch takes seconds: error messages should not wait for it
@@ -194,8 +195,15 @@ def choose_device(accelerator: str) -> str:
 @contextmanager
 def writing(folder: Path) -> Generator[None]:
     """Hold the folder's lock inside the block; make the folder first, and remove the files that a killed writer left."""
+    from cdm_lightning.data.text_shards import MANIFEST, SHARDS
+
     with ExitStack() as held:
         try:
+            if not (folder / MANIFEST).is_file() and (others := names_in(folder) - {LOCK, SHARDS}):
+                raise UserError(
+                    f"{folder}: is no text cache, since it holds {min(others)} and no {MANIFEST}; set text_cache.folder to a "
+                    "new folder"
+                )
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(folder / LOCK))
         except BlockingIOError as error:
@@ -206,12 +214,19 @@ def writing(folder: Path) -> Generator[None]:
             raise UserError(
                 f"{folder}: cannot be the text cache's folder ({error.strerror}); set another text_cache.folder"
             ) from error
-        for leftover in folder.rglob("*.tmp"):
-            leftover.unlink()
+        for place in (folder, folder / SHARDS):
+            sweep_folder(place)
         try:
             yield
         except OSError as error:
             raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from error
+
+
+def names_in(folder: Path) -> set[str]:
+    """Return the names in a folder that is there, without those of our temporary files."""
+    if not folder.is_dir():
+        return set()
+    return {path.name for path in folder.iterdir() if not path.name.startswith(OWN)}
 
 
 def main() -> None:

@@ -5,10 +5,10 @@ in its model card runs the student's own sigmas.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from cdm_lightning.config import fail
 from cdm_lightning.errors import UserError
 from cdm_lightning.exporting.pipeline import DTYPES, check_output, export_pipeline, require_adapter
 from cdm_lightning.run.folder import Run
@@ -113,8 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options = parser().parse_args(arguments)
         written = export_checkpoint(**vars(options))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(error)
     print(f"exported {'pipeline' if options.form not in FILES else options.form}: {written}")
 
 

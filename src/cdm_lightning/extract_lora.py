@@ -6,14 +6,14 @@ and an exported student whose weights were all trained. The error that remains i
 
 import argparse
 import os
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cdm_lightning.config import fail
 from cdm_lightning.errors import UserError
-from cdm_lightning.files import replacing
+from cdm_lightning.files import replacing, require_replaceable
 from cdm_lightning.terminal.quiet import quiet_libraries
 
 if TYPE_CHECKING:  # these take seconds to import: --help and error messages should not wait for them
@@ -33,6 +33,10 @@ def extract_lora(base: str, tuned: str, rank: int, output: str | Path, device: s
         raise UserError(f"--rank must be at least 1, got {rank}")
     if output.is_dir() or output.suffix != ".safetensors":
         raise UserError(f"{output}: pass the name of a .safetensors file to write")
+    try:
+        require_replaceable(output)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({error.strerror}); pass another --output") from error
     from cdm_lightning.backbones.transformer_files import TransformerFiles, require_same_shapes
     from cdm_lightning.distributed.devices import choose_device
     from cdm_lightning.lora.extract import extract
@@ -103,8 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         found = extract_lora(**vars(options))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(error)
     print(report(found))
     print(f"LoRA: {options.output} (use it with the scheduler of {options.tuned})")
 

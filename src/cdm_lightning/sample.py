@@ -5,13 +5,14 @@ such as the teacher's, can be sampled with the same noise: that of image i depen
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cdm_lightning.config import fail
 from cdm_lightning.errors import UserError
+from cdm_lightning.files import replacing, require_replaceable
 from cdm_lightning.run.folder import is_run
 from cdm_lightning.terminal.quiet import quiet_libraries
 
@@ -104,10 +105,16 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
     return found
 
 
+def check_output(output: Path) -> None:
+    """UserError if `output` exists and is no regular file."""
+    try:
+        require_replaceable(output)
+    except OSError as error:
+        raise UserError(f"{output}: the picture cannot be written ({error.strerror}); pass another --output") from error
+
+
 def write_picture(picture: "Image", output: Path) -> None:
     """Save the picture as PNG, completely or not at all; UserError if it cannot be written to `output`."""
-    from cdm_lightning.files import replacing
-
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with replacing(output) as temporary:
@@ -145,6 +152,7 @@ def run(options: argparse.Namespace) -> Path:
     prompts, output = read_prompts(options.prompt, options.prompts_file), Path(options.output)
     if output.is_dir():
         raise UserError(f"{output} is a folder; pass the name of a picture to write")
+    check_output(output)
     if options.batch_size < 1 or (options.steps is not None and options.steps < 1):
         raise UserError("--steps and --batch-size must be at least 1")
     from cdm_lightning.evaluation.pictures import draw_grid
@@ -175,8 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         output = run(parser().parse_args(arguments))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(error)
     print(f"picture: {output}")
 
 

@@ -35,7 +35,7 @@ from cdm_lightning.distributed.launch import is_launched, launch
 from cdm_lightning.distributed.strategy import MeshStrategy, device_count
 from cdm_lightning.errors import UserError
 from cdm_lightning.evaluation.samplers import check_samplers
-from cdm_lightning.files import first_line
+from cdm_lightning.files import first_line, require_name
 from cdm_lightning.metrics.suite import MetricSuite
 from cdm_lightning.run.folder import Run
 from cdm_lightning.run.lock import only_process_in
@@ -61,6 +61,7 @@ def train(config: DictConfig) -> TrainResult:
     """
     if not isinstance(config.seed, int) or not 0 <= config.seed < 2**32:
         raise UserError(f"seed={config.seed}: give a whole number from 0 to {2**32 - 1}")
+    require_name(config.run_name, "run_name")
     run = Run.create(Path(config.output_dir))
     with only_process_in(run):
         return train_in(run, config)

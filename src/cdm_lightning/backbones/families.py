@@ -19,6 +19,10 @@ FAMILIES = {  # imported when needed: each imports its own classes of diffusers 
     "SanaPipeline": ("sana", "SanaBackbone"),
     "ZImagePipeline": ("z_image", "ZImageBackbone"),
 }
+# All backbones of the package, which may be built from the folder of a run.
+BACKBONES = frozenset(f"cdm_lightning.backbones.{module}.{name}" for module, name in FAMILIES.values()) | {
+    "cdm_lightning.backbones.toy2d.Toy2DBackbone"
+}
 
 
 def open_pipeline(

@@ -10,17 +10,20 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.configuration_utils import ConfigMixin
 from diffusers.utils import logging as diffusers_log
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_log
 
 from cdm_lightning.errors import UserError
-from cdm_lightning.files import first_line
+from cdm_lightning.files import first_line, irregular, open_regular, read_text, require_name
 
 INDEX = "model_index.json"
+LIBRARIES = ("diffusers", "transformers")  # what the parts of a pipeline come from
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -53,6 +56,7 @@ def locate_index(pretrained: str, revision: str | None) -> Path:
     """
     folder = Path(pretrained).expanduser()
     if folder.is_dir():
+        require_plain(folder, pretrained)
         return folder
     if folder.exists():
         raise UserError(f"{pretrained} is a file, not a pipeline folder; pass the folder that holds {INDEX}")
@@ -77,14 +81,49 @@ def downloading(hub_id: str) -> Generator[None]:
 def read_index(folder: Path, name: str) -> dict[str, Any]:
     """Return the index in `folder`; UserError if it is missing or broken. Messages call the folder `name`."""
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index = json.loads(read_text(folder / INDEX))
     except FileNotFoundError:
         raise UserError(
             f"{name} is not a diffusers pipeline: it has no {INDEX}; pass the pipeline's top folder"
         ) from None
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{name}/{INDEX} cannot be read ({first_line(error)}); copy the pipeline again") from error
-    return index if isinstance(index, dict) else {}
+    index = index if isinstance(index, dict) else {}
+    for part, entry in index.items():
+        check_entry(part, entry, f"{name}/{INDEX}")
+    return index
+
+
+def check_entry(part: str, entry: Any, where: str) -> None:
+    """UserError unless an entry of an index is a setting, or a part in a folder of its own and of a class of two libraries.
+
+    A part is [library, class]; both are null for a part that is left out. Its name is the name of its folder, and files are
+    read from there and copied to there, so it must not lead anywhere else.
+    """
+    if part.startswith("_") or not isinstance(entry, list):
+        return
+    require_name(part, f"{where}: the name of a part")
+    if entry == [None, None]:
+        return
+    if len(entry) != 2 or not all(isinstance(name, str) and name.isidentifier() for name in entry):
+        raise UserError(f"{where}: {part} must be [library, class], got {entry!s:.80}; copy the pipeline again")
+    library, found = entry[0], getattr(diffusers, entry[1], None) if entry[0] == "diffusers" else None
+    is_part = isinstance(found, type) and issubclass(found, ConfigMixin) and not issubclass(found, DiffusionPipeline)
+    if library not in LIBRARIES or (library == "diffusers" and not is_part):
+        raise UserError(
+            f"{where}: {part} is of {'.'.join(entry)}, which is no part of a pipeline; only parts of diffusers and "
+            "transformers are loaded, and no code from a folder"
+        )
+
+
+def require_plain(folder: Path, name: str) -> None:
+    """UserError if the pipeline's folder holds anything but regular files and folders; reading a pipe would never end."""
+    parts = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    for path in (path for part in parts for path in ((part,) if not part.is_dir() else irregular(part))):
+        if not path.is_file():
+            raise UserError(
+                f"{name}: {path.relative_to(folder)} is no regular file; remove it or copy the pipeline again"
+            )
 
 
 def check_index(folder: Path, name: str, family: type[DiffusionPipeline], parts: Sequence[str]) -> None:
@@ -112,7 +151,7 @@ def hash_part(folder: Path) -> str:
         raise UserError(f"{folder} holds no files; copy the pipeline again")
     whole = hashlib.blake2b(digest_size=8)
     for path in files:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             content = hashlib.file_digest(file, hashlib.blake2b).digest()
         whole.update(path.relative_to(folder).as_posix().encode() + b"\0" + content)
     return whole.hexdigest()
@@ -120,7 +159,7 @@ def hash_part(folder: Path) -> str:
 
 def copy_parts(source: Path, target: Path, without: Sequence[str]) -> None:
     """Copy the index and the parts that it names, except the parts `without` and half-precision copies of files."""
-    index = json.loads((source / INDEX).read_text(encoding="utf-8"))
+    index = read_index(source, str(source))
     parts = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] and name not in without]
     shutil.copyfile(source / INDEX, target / INDEX)
     for part in parts:

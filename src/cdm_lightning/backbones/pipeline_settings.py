@@ -21,6 +21,7 @@ from cdm_lightning.backbones.base import Backbone
 from cdm_lightning.backbones.lora_file import locate_lora
 from cdm_lightning.backbones.pipeline_folder import loading, locate_pipeline
 from cdm_lightning.errors import UserError
+from cdm_lightning.files import read_text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -125,7 +126,7 @@ class PipelineSettings(Backbone):
     def tokenizer_config(self) -> dict[str, Any]:
         """The configuration of the folder's first tokenizer; empty if the folder has no such file."""
         file = self.folder / "tokenizer" / "tokenizer_config.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return json.loads(read_text(file)) if file.is_file() else {}
 
     @shared_property
     def has_weights(self) -> bool:

@@ -19,6 +19,7 @@ from cdm_lightning.backbones.base import Conditioning
 from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone, weights_dtype
 from cdm_lightning.backbones.lora_file import presets
 from cdm_lightning.errors import UserError
+from cdm_lightning.files import read_text
 
 
 class SanaBackbone(PipelineBackbone):
@@ -68,7 +69,7 @@ class SanaBackbone(PipelineBackbone):
 
     def _load_scheduler(self, subfolder: str) -> FlowMatchEulerDiscreteScheduler:
         path = self.folder / subfolder / "scheduler_config.json"
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_text(path))
         if config.get("_class_name") == FlowMatchEulerDiscreteScheduler.__name__:
             return super()._load_scheduler(subfolder)
         if not config.get("use_flow_sigmas") or config.get("prediction_type") != "flow_prediction":

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cdm_lightning.backbones.baked_schedule import UNBAKED
 from cdm_lightning.backbones.lora_file import WEIGHTS, write_lora_file
 from cdm_lightning.backbones.pipeline_folder import INDEX, copy_parts
+from cdm_lightning.files import read_text
 
 CALL = "call.json"  # file with the call arguments, other than the prompt, for the student's own images
 USAGE = """
@@ -154,12 +155,12 @@ def _write_call(folder: Path, call: StudentCall, model_card: str, usage: str) ->
 def read_call(folder: Path) -> dict[str, Any]:
     """Return the arguments of the plain call of an exported folder; empty for any other pipeline."""
     path = folder / CALL
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return json.loads(read_text(path)) if path.is_file() else {}
 
 
 def _name_scheduler(index: Path, name: str) -> None:
     """Write the class of the exported scheduler into the index if the original pipeline has another."""
-    entries = json.loads(index.read_text(encoding="utf-8"))
+    entries = json.loads(read_text(index))
     if entries["scheduler"] != ["diffusers", name]:
         entries["scheduler"] = ["diffusers", name]
         index.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
@@ -168,7 +169,7 @@ def _name_scheduler(index: Path, name: str) -> None:
 def _tidy(folder: Path) -> None:
     """Remove the training machine's path from the configuration and give the weights the file mode of that file."""
     config = folder / "config.json"
-    entries = json.loads(config.read_text(encoding="utf-8"))
+    entries = json.loads(read_text(config))
     entries.pop("_name_or_path", None)
     config.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for weights in folder.glob("*.safetensors"):  # safetensors makes its files readable by the owner only

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cdm_lightning.backbones.pipeline_folder import HUB_ID, INDEX
 from cdm_lightning.errors import UserError
-from cdm_lightning.files import first_line
+from cdm_lightning.files import first_line, read_text, require_regular
 
 HALF = (".fp16.", ".bf16.")  # marks of files with the same weights in half precision
 
@@ -31,7 +31,7 @@ class TransformerFiles:
         try:
             for file in sorted((self.folder / "transformer").glob("*.safetensors")):
                 if not any(mark in file.name for mark in HALF):
-                    with safe_open(file, "pt") as content:
+                    with safe_open(require_regular(file), "pt") as content:
                         self._file_of |= dict.fromkeys(content.keys(), file)
         except (OSError, SafetensorError) as error:
             raise UserError(
@@ -98,7 +98,7 @@ def _locate(pretrained: str) -> Path:
 def _class(file: Path, kind: type) -> type:
     """Return the diffusers class that a configuration file names; UserError unless it is a subclass of `kind`."""
     try:
-        name = json.loads(file.read_text(encoding="utf-8")).get("_class_name")
+        name = json.loads(read_text(file)).get("_class_name")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{file} cannot be read ({first_line(error)}); pass a complete pipeline folder") from error
     found = getattr(diffusers, str(name), None)

@@ -15,6 +15,7 @@ from cdm_lightning.evaluation.ladder import LadderEvaluation
 from cdm_lightning.evaluation.report import METRICS, PICTURE, SCORES, TABLE, save_report, table
 from cdm_lightning.evaluation.samplers import check_samplers
 from cdm_lightning.exporting.pipeline import check_output, export_pipeline, exported_iteration
+from cdm_lightning.files import require_name
 from cdm_lightning.metrics.suite import MetricSuite
 from cdm_lightning.run.folder import Run
 
@@ -40,7 +41,8 @@ class LadderReport(L.Callback):
         self, evaluation: LadderEvaluation, metrics: MetricSuite, export_folder: str = "student", export_nfe: int = 4
     ) -> None:
         self.evaluation, self.metrics = evaluation, metrics
-        self.export_folder, self.export_nfe = export_folder, export_nfe
+        self.export_folder = require_name(export_folder, "callbacks.ladder.export_folder")
+        self.export_nfe = export_nfe
         self.prompts = evaluation.prompts  # these prompts must be in the text cache
         self._has_trained = False
         if export_nfe < 1 or export_folder in OTHERS:

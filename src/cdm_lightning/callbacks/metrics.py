@@ -8,7 +8,7 @@ import lightning as L
 
 from cdm_lightning.distributed.ranks import gather
 from cdm_lightning.evaluation.report import csv_text
-from cdm_lightning.files import write_text
+from cdm_lightning.files import require_name, write_text
 from cdm_lightning.metrics.suite import Collected, MetricSuite
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class ValidationMetrics(L.Callback):
     """
 
     def __init__(self, metrics: MetricSuite, folder: str = "scores") -> None:
-        self.metrics, self.folder = metrics, folder
+        self.metrics, self.folder = metrics, require_name(folder, "callbacks.metrics.folder")
         self._collected: dict[str, Collected] = {}
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:

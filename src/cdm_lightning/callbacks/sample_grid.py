@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from cdm_lightning.evaluation.pictures import picture
-from cdm_lightning.files import replacing
+from cdm_lightning.files import replacing, require_name
 
 if TYPE_CHECKING:
     from cdm_lightning.module import CDMModule
@@ -26,7 +26,8 @@ class SampleGrid(L.Callback):
     def __init__(self, num_prompts: int = 8, folder: str = "samples") -> None:
         if num_prompts < 1:
             raise ValueError(f"num_prompts={num_prompts} must be at least 1")
-        self.num_prompts, self.folder = num_prompts, folder
+        self.num_prompts = num_prompts
+        self.folder = require_name(folder, "callbacks.sample_grid.folder")
         self._prompts: list[str] = []
         self._images: dict[str, list[Tensor]] = {}
 

@@ -24,7 +24,7 @@ from cdm_lightning.checkpoint.state import plain_values_of, restore, tensors_of
 from cdm_lightning.checkpoint.stored import StoredCheckpoint, newest_checkpoint, read_checkpoint, require_good
 from cdm_lightning.distributed import ranks
 from cdm_lightning.errors import Preempted, UserError
-from cdm_lightning.files import write_text
+from cdm_lightning.files import read_text, write_text
 
 if TYPE_CHECKING:
     from cdm_lightning.module import CDMModule
@@ -166,7 +166,7 @@ class IterationCheckpoint(Checkpoint):
     def read_best(self) -> dict[str, Any] | None:
         """Return metric, value and iteration of the best checkpoint so far; None if there is none for this metric."""
         try:
-            found = json.loads((self.folder / BEST).read_text(encoding="utf-8"))
+            found = json.loads(read_text(self.folder / BEST, follow=False))
         except (OSError, ValueError):
             return None
         kept = {iteration_of(path) for path in checkpoints_in(self.folder)}

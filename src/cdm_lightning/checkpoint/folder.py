@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import cast
 
 from cdm_lightning.errors import UserError
-from cdm_lightning.files import sync
+from cdm_lightning.files import open_regular, read_text, sync
 
 NAME = "iteration_{:07d}"
 PATTERN = re.compile(r"iteration_(\d{7,})")
@@ -109,11 +109,11 @@ def set_aside(path: Path) -> Path:
 def read_marker(path: Path) -> Mapping[str, dict[str, int]]:
     """Return the sizes and checksums of a checkpoint's files by name; raise `UserError` if it was never finished."""
     try:
-        files = json.loads((path / MARKER).read_text(encoding="utf-8"))["files"]
+        files = json.loads(read_text(path / MARKER, follow=False))["files"]
         return {str(name): {"bytes": int(of["bytes"]), "crc32": int(of["crc32"])} for name, of in files.items()}
     except FileNotFoundError as error:
         raise UserError(f"{path}: not a finished checkpoint (it has no {MARKER})") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: {MARKER} cannot be read") from error
 
 
@@ -133,7 +133,7 @@ def find_fault(path: Path, sums: Mapping[str, dict[str, int]], names: Iterable[s
 def checksum(file: Path) -> int:
     """Return the CRC-32 of a file's content."""
     found = 0
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         while chunk := stream.read(CHUNK):
             found = zlib.crc32(chunk, found)
     return found

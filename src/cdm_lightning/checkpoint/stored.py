@@ -6,9 +6,10 @@ Lightning and the callbacks is read by torch with `weights_only`, which refuses 
 
 import io
 import json
+import math
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,10 +23,23 @@ from cdm_lightning.checkpoint.folder import checkpoints_in, find_fault, read_mar
 from cdm_lightning.checkpoint.tensors import load_tensors, stored_sizes
 from cdm_lightning.distributed import ranks
 from cdm_lightning.errors import UserError
+from cdm_lightning.files import first_line, open_regular, read_text, require_regular
 
 RECORD, TRAINER, SUFFIX = "state.json", "trainer.pt", ".safetensors"
 HEADER = "cdm_lightning"  # the key of the record in the header of a single file
-UNREADABLE = (RuntimeError, OSError, ValueError, KeyError, TypeError, EOFError, SafetensorError, pickle.UnpicklingError)
+MOST_TRAINER = 1 << 33  # bytes: the objective may keep tensors in it
+UNREADABLE = (
+    RuntimeError,
+    RecursionError,
+    MemoryError,
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    EOFError,
+    SafetensorError,
+    pickle.UnpicklingError,
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +72,13 @@ class StoredCheckpoint:
     def sizes(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """(shape, dtype) of each tensor by name; raises `UserError` if the files are not safetensors files."""
         try:
+            if not self.files:
+                raise FileNotFoundError("it holds no tensors")
+            for file in self.files:  # the safetensors library checks the header, torch's reader believes it
+                with safe_open(require_regular(file), framework="pt"):
+                    pass
             sizes = stored_sizes(self.files)
+            require_room(sizes, sum(file.stat().st_size for file in self.files))
         except UNREADABLE as error:
             raise UserError(
                 f"{self.path}: its tensors cannot be read; this is not a cdm_lightning checkpoint"
@@ -74,7 +94,12 @@ class StoredCheckpoint:
         """Read whole tensors to the CPU, in this process alone: those whose names begin with `prefix`, which is removed."""
         wanted = {name: of for name, of in self.sizes.items() if name.startswith(prefix)}
         found = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in wanted.items()}
-        load_tensors(found, self.files, alone=True)
+        try:
+            load_tensors(found, self.files, alone=True)
+        except UNREADABLE as error:
+            raise UserError(
+                f"{self.path}: its tensors cannot be read ({first_line(error)}); use another one"
+            ) from error
         return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
 
     def network_weights(self, name: str) -> dict[str, Tensor]:
@@ -96,7 +121,8 @@ class StoredCheckpoint:
     def trainer_bytes(self) -> bytes:
         """Return the content of the file that `trainer_state` reads."""
         if self.path.is_dir():
-            return (self.path / TRAINER).read_bytes()
+            with open_regular(self.path / TRAINER, MOST_TRAINER, follow=False) as file:
+                return file.read()
         with safe_open(self.path, framework="pt") as file:
             return file.get_tensor(TRAINER).numpy().tobytes()
 
@@ -132,6 +158,14 @@ def read_checkpoint(path: Path, fingerprint: str | None = None) -> StoredCheckpo
     return found
 
 
+def require_room(sizes: Mapping[str, tuple[torch.Size, torch.dtype]], most: int) -> None:
+    """Raise ValueError if tensors of these sizes take more than `most` bytes: the headers of files can say anything."""
+    if any(side < 0 for size, _ in sizes.values() for side in size):
+        raise ValueError("a tensor has a negative size")
+    if sum(math.prod(size) * dtype.itemsize for size, dtype in sizes.values()) > most:
+        raise ValueError("the tensors are larger than the files")
+
+
 def require_good(stored: StoredCheckpoint) -> StoredCheckpoint:
     """Return `stored` unchanged; raise `UserError` if the size or checksum of a file is not the one recorded."""
     if fault := stored.find_fault():
@@ -141,13 +175,13 @@ def require_good(stored: StoredCheckpoint) -> StoredCheckpoint:
 
 def _open_folder(path: Path) -> StoredCheckpoint:
     sums = read_marker(path)
-    record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+    record = json.loads(read_text(path / RECORD, follow=False))
     files = tuple(path / name for name in sorted(sums) if name.endswith(SUFFIX) and "/" not in name)
     return StoredCheckpoint(path, record, files)
 
 
 def _open_file(path: Path) -> StoredCheckpoint:
-    with safe_open(path, framework="pt") as file:
+    with safe_open(require_regular(path), framework="pt") as file:
         return StoredCheckpoint(path, json.loads(file.metadata()[HEADER]), (path,))
 
 

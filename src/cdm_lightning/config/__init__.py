@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from cdm_lightning.config.arguments import check_arguments
 from cdm_lightning.config.secrets import masked_text
 from cdm_lightning.errors import Preempted, UserError
+from cdm_lightning.files import require_name
 
 PACKAGE = Path(__file__).parents[1]
 QUESTIONS = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
@@ -39,6 +40,7 @@ MOVED = {  # options that had another key before 2026-11-27: the old key and the
     "module.samplers": "validation.samplers",
     "callbacks.ema.decay": "ema.decay",
 }
+IN_RESOLVER = "UserError raised while resolving interpolation: "
 WRONG_ARGUMENTS = re.compile(r"unexpected keyword argument|required (positional|keyword-only) argument|multiple values")
 
 
@@ -63,7 +65,10 @@ def job_folder(override_dirname: str) -> str:
 
 
 def register_resolvers() -> None:
-    """Register `${asset:...}` and `${job_folder:...}` with OmegaConf."""
+    """Register `${asset:...}`, `${job_folder:...}` and `${run_folder:...}` with OmegaConf."""
+    OmegaConf.register_new_resolver(
+        "run_folder", lambda name: f"outputs/{require_name(name, 'run_name')}", replace=True
+    )
     OmegaConf.register_new_resolver("asset", asset_path, replace=True)
     OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
 
@@ -210,6 +215,8 @@ def process_number() -> int:
 def one_line(error: BaseException) -> str:
     """Return the text of an error in one line, without secrets and without Hydra's list of search paths."""
     text = str(error).partition("Config search path:")[0]
+    if IN_RESOLVER in text:  # a mistake that a resolver of ours has found
+        text = text.partition(IN_RESOLVER)[2].splitlines()[0]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     lines += [f"{old} is now {new}" for old, new in MOVED.items() if f"'{old}'" in text]
     return masked_text(re.sub(r"([.:,]); ", r"\1 ", "; ".join(lines)))

@@ -11,8 +11,10 @@ from cdm_lightning.core.rng import stream
 from cdm_lightning.data.prompts import PromptFile, Prompts
 from cdm_lightning.data.shapes import parse_caption, render
 from cdm_lightning.errors import UserError
+from cdm_lightning.files import open_regular, read_text
 
 METADATA = "metadata.jsonl"
+MOST_METADATA, MOST_IMAGE = 1 << 32, 1 << 30  # bytes
 
 
 class CaptionedFolder(Prompts):
@@ -37,7 +39,7 @@ class CaptionedFolder(Prompts):
             raise UserError(
                 f"{folder}: no {METADATA}; write one there, each line with the file_name and text of an image"
             )
-        lines = [line for line in listed.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in read_text(listed, MOST_METADATA).splitlines() if line.strip()]
         if not lines:
             raise UserError(f"{listed} lists no images; write a line with file_name and text for each image")
         self._entries = [self._entry(line, number) for number, line in enumerate(lines, start=1)]
@@ -70,7 +72,7 @@ class CaptionedFolder(Prompts):
 
         path = self._entries[index][0]
         try:
-            with Image.open(path) as file:
+            with open_regular(path, MOST_IMAGE) as content, Image.open(content) as file:
                 upright = ImageOps.exif_transpose(file)  # cameras do not turn the pixels; they store how to turn them
                 pixels = pil_to_tensor(upright.convert("RGB")).float() / 255
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # a damaged file raises these

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cdm_lightning.errors import UserError
+from cdm_lightning.files import open_regular
 
 FILE = 1 << 48  # positions are file number * FILE + byte offset
 
@@ -29,21 +30,21 @@ class LineFiles:
     def read(self, position: int) -> str:
         """Return the text at `position`."""
         number, offset = divmod(position, FILE)
-        with self.paths[number].open("rb") as file:
+        with open_regular(self.paths[number]) as file:
             file.seek(offset)
             return self._parse(file.readline().decode("utf-8"))
 
     def place(self, position: int) -> str:
         """Return the place of a text as in "captions.txt, line 3"."""
         number, offset = divmod(position, FILE)
-        with self.paths[number].open("rb") as file:
+        with open_regular(self.paths[number]) as file:
             line = 1
             while file.tell() < offset and file.readline():
                 line += 1
         return f"{self.paths[number]}, line {line}"
 
     def _scan_file(self, path: Path, position: int) -> Iterator[tuple[int, str]]:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             for number, line in enumerate(file, start=1):
                 yield position, self._text(line, path, number)
                 position += len(line)

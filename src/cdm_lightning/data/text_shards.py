@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cdm_lightning.errors import UserError
-from cdm_lightning.files import replacing, write_text
+from cdm_lightning.files import read_text, replacing, require_regular, write_text
 
 MANIFEST, SHARDS = "text_cache.json", "shards"
 FORMAT = 1
@@ -90,7 +90,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     if not path.is_file():
         return None
     with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-        manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
+        manifest = Manifest(**json.loads(read_text(path)))
         if manifest.format == FORMAT and manifest.dtype in DTYPES and manifest.bytes_per_prompt > 0:
             return manifest
     raise UserError(f"{path}: not a text cache that this version reads; make a new one in another folder")
@@ -146,7 +146,7 @@ def write_shard(folder: Path, manifest: Manifest, keys: Sequence[bytes], cond: M
 def shard_keys(path: Path, manifest: Manifest) -> np.ndarray:
     """Return the keys (n,) of a shard's prompts; raise `UserError` if it is incomplete or belongs to another cache."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(require_regular(path), framework="pt") as file:
             owner = (file.metadata() or {}).get("cache")
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - not a dictionary
             keys = file.get_tensor("keys").numpy()
@@ -161,7 +161,7 @@ def shard_keys(path: Path, manifest: Manifest) -> np.ndarray:
 def read_row(path: Path, manifest: Manifest, row: int) -> dict[str, Tensor]:
     """Read the conditioning (...) of prompt `row` of a shard, in the stored dtypes; raise `UserError` if it is damaged."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(require_regular(path), framework="pt") as file:
             cond = {name: file.get_slice(PREFIX + name)[row : row + 1][0] for name in manifest.tensors}
             expected = int(file.get_slice("crc32")[row : row + 1])
     except (SafetensorError, OSError, ValueError) as error:

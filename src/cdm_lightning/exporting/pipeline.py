@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from cdm_lightning.errors import UserError
-from cdm_lightning.files import replacing_folder
+from cdm_lightning.files import read_text, replacing_folder
 from cdm_lightning.run.folder import Run
 
 if TYPE_CHECKING:  # these take seconds to import: --help and error messages should not wait for them
@@ -111,6 +111,6 @@ def check_output(output: Path) -> None:
 def exported_iteration(folder: Path) -> int | None:
     """Return the iteration of the student in a folder that an export wrote; None for any other folder."""
     try:
-        return int(json.loads((folder / MARKER).read_text(encoding="utf-8"))["iteration"])
+        return int(json.loads(read_text(folder / MARKER, follow=False))["iteration"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -13,9 +13,11 @@ from torch import Tensor
 from cdm_lightning.core.rng import stream
 from cdm_lightning.data.shapes import Scene, parse_caption, render
 from cdm_lightning.errors import UserError
+from cdm_lightning.files import open_regular
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CHUNK = 256  # renderings per batch
+MOST_IMAGE = 1 << 30  # bytes
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class ImageFolder:
         from torchvision.transforms.functional import pil_to_tensor
 
         try:
-            with Image.open(path) as file:
+            with open_regular(path, MOST_IMAGE) as content, Image.open(content) as file:
                 image = file.convert("RGB")
         except OSError as error:
             raise UserError(f"{path}: cannot be read as an image ({error}); remove it") from error

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from cdm_lightning.checkpoint.folder import MARKER, PATTERN, checkpoints_in
 from cdm_lightning.errors import UserError
-from cdm_lightning.files import first_line
+from cdm_lightning.files import first_line, read_text
 
 if TYPE_CHECKING:  # importing torch takes seconds: --help and error messages should not wait for it
     from cdm_lightning.checkpoint.stored import StoredCheckpoint
 
 CONFIG, STARTS, CHECKPOINTS, METRICS = "config.yaml", "starts.jsonl", "checkpoints", "metrics.json"
+MOST_CONFIG = 1 << 22  # bytes of config.yaml: it takes a second to parse; usual is a few kilobytes
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,12 @@ class Run:
 
     def config(self) -> dict[str, Any]:
         """The resolved configuration of its last start; UserError if it cannot be read or names no backbone."""
-        import yaml
+        from cdm_lightning.config.registered import load_tree
 
         path = self.folder / CONFIG
         try:
-            config = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, ValueError, OSError) as error:
+            config = load_tree(read_text(path, MOST_CONFIG, follow=False))
+        except (ValueError, OSError) as error:
             raise UserError(f"{path} cannot be read: {first_line(error)}") from error
         if not isinstance(config, dict) or "backbone" not in config:
             raise UserError(f"{path} names no backbone, so it is not the configuration of a run")
@@ -90,10 +91,10 @@ class Run:
         """The figures of its last evaluation, or None if there are none; UserError if the file cannot be read."""
         path = self.folder / METRICS
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            return json.loads(read_text(path, follow=False))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path} cannot be read ({first_line(error)}); repair it or remove it") from error
 
 

@@ -64,6 +64,7 @@ def require_same_configuration(saved: dict[str, Any], config: dict[str, Any], fo
     """
     if not saved:
         return
+    saved = without_unknown_classes(saved, config)
     before, now = without_copies(modernised(flatten(saved))), without_copies(flatten(config))
     for flat in (before, now):  # only the batch size over all processes counts
         processes = device_count(flat["trainer.devices"]) * flat["trainer.num_nodes"]
@@ -117,6 +118,25 @@ def is_default(key: str, config: Mapping[str, Any]) -> bool:
     if isinstance(value, Mapping):
         return value.get("_target_") == f"{type(default).__module__}.{type(default).__qualname__}"
     return (list(default) if isinstance(default, tuple) else default) == value
+
+
+def without_unknown_classes(saved: Any, config: Mapping[str, Any]) -> Any:
+    """Return the saved configuration with `(CLASS)` for each class that is neither ours nor named by `config`.
+
+    The defaults of a constructor are looked up by importing its class, and a run's folder must not choose what is imported.
+    """
+    known = {value for key, value in flatten(dict(config)).items() if key.rpartition(".")[2] == "_target_"}
+
+    def shown(node: Any) -> Any:
+        if not isinstance(node, Mapping):
+            return node
+        found = {str(key): shown(child) for key, child in node.items()}
+        target = found.get("_target_")
+        if isinstance(target, str) and target not in known and not target.startswith("cdm_lightning."):
+            found["_target_"] = f"({target})"
+        return found
+
+    return shown(saved)
 
 
 def flatten(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,12 +6,18 @@ from pathlib import Path
 from torch import nn
 
 from cdm_lightning.backbones.base import Backbone
+from cdm_lightning.backbones.families import BACKBONES
 from cdm_lightning.checkpoint.stored import StoredCheckpoint, read_checkpoint
 from cdm_lightning.config import build
+from cdm_lightning.config.registered import registered, require_registered
 from cdm_lightning.errors import UserError
 from cdm_lightning.lora.plan import LoRAPlan
 from cdm_lightning.lora.weights import AdapterWeights
-from cdm_lightning.run.folder import Run
+from cdm_lightning.run.folder import CONFIG, Run
+
+LORA = ("cdm_lightning.lora.plan.LoRAPlan", "cdm_lightning.lora.plan.Adapter")
+PARTS = {"backbone": BACKBONES, "lora": LORA}  # what is built from a run's folder, of which classes
+GROUP = "cdm_lightning.{}"  # of the entry points that register more of them
 
 
 @dataclass(frozen=True)
@@ -46,15 +52,31 @@ class TrainedStudent:
 def open_student(source: str | Path, weights: str = "auto", pretrained: str | None = None) -> TrainedStudent:
     """Open the student of a checkpoint, or of a run folder's newest one; for the arguments see `export_checkpoint`."""
     run, checkpoint = Run.find(source)
-    config = run.config()
-    if pretrained is not None:
-        config["backbone"]["pretrained"] = pretrained
-    backbone = build(config, "backbone")
-    plan = build(config, "lora") if config.get("lora") else LoRAPlan()  # runs of older versions do not have it
+    backbone, plan = build_parts(run, pretrained)
     found = run.checkpoint(checkpoint)
     stored = read_checkpoint(found.path, backbone.fingerprint + plan.tag(found.trained_roles))
     weights = choose_weights(weights, stored.ema_updates, stored.path)
     return TrainedStudent(backbone, plan, stored, weights, run)
+
+
+def build_parts(run: Run, pretrained: str | None = None) -> tuple[Backbone, LoRAPlan]:
+    """Build the backbone and the LoRA plan of a run, the only objects that are built from a run's folder.
+
+    Raises `UserError` before anything is built if the run's configuration names a class that is not registered.
+    """
+    config = run.config()
+    for key, own in PARTS.items():
+        if key == "backbone" or config.get(key):  # runs of older versions do not have `lora`
+            require_registered(
+                config[key], registered(GROUP.format(key), own), f"{run.folder / CONFIG}: {key}", GROUP.format(key)
+            )
+    if pretrained is not None:
+        config["backbone"]["pretrained"] = pretrained
+    backbone = build(config, "backbone")
+    plan = build(config, "lora") if config.get("lora") else LoRAPlan()
+    if not isinstance(backbone, Backbone) or not isinstance(plan, LoRAPlan):
+        raise UserError(f"{run.folder / CONFIG}: backbone and lora must be a backbone and a LoRA plan")
+    return backbone, plan
 
 
 def choose_weights(weights: str, ema_updates: int, checkpoint: Path) -> str:

@@ -1,0 +1,78 @@
+"""Reading regular files of a bounded size, and checking names."""
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from io import BufferedReader
+from pathlib import Path
+
+from cdm_lightning.errors import UserError
+
+MOST_TEXT = 1 << 26  # bytes of a small file such as JSON; the files of a run and of a pipeline have a few kilobytes
+LONGEST_NAME = 255  # bytes, in all common file systems
+
+
+def open_regular(path: str | Path, most: int | None = None, follow: bool = True) -> BufferedReader:
+    """Open a regular file to read its bytes; raise OSError for anything else and for one of more than `most` bytes.
+
+    With `follow=False` a link is refused too.
+    """
+    flags = (
+        os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
+    )  # otherwise opening a pipe waits for a writer
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.ELOOP and not follow:
+            raise OSError(error.errno, "it is a link, which is not followed", str(path)) from error
+        raise
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        if most is not None and found.st_size > most:
+            raise OSError(errno.EFBIG, f"it has {found.st_size:,} bytes, more than {most:,}", str(path))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def require_regular(path: str | Path) -> Path:
+    """Return `path` if it is, or leads to, a regular file; raise OSError if it is missing or anything else."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return Path(path)
+
+
+def read_text(path: str | Path, most: int = MOST_TEXT, follow: bool = True) -> str:
+    """Return the text (UTF-8) of a regular file of at most `most` bytes; OSError or UnicodeDecodeError otherwise."""
+    with open_regular(path, most, follow) as file:
+        return file.read().decode("utf-8")
+
+
+def irregular(folder: str | Path) -> Iterator[Path]:
+    """Yield what is in a folder, at any depth, and is neither a folder nor a regular file nor a link to one."""
+    for path in sorted(Path(folder).rglob("*")):
+        if not path.is_file() and not path.is_dir():
+            yield path
+
+
+def require_name(name: object, option: str) -> str:
+    """Return `name` if it is one component of a path; raise `UserError`, which names the `option`, if it is not.
+
+    A name is a text or a number without slashes and control characters, not empty, not "." or "..", of at most 255 bytes.
+    """
+    text = str(name) if isinstance(name, (str, int, float)) and not isinstance(name, bool) else ""
+    is_fit = text.strip() and text not in (".", "..") and text.isprintable() and not set(text) & {"/", "\\"}
+    if not is_fit or len(os.fsencode(text)) > LONGEST_NAME:
+        raise UserError(
+            f"{option}={str(name)!r:.80} must be a name: one component of a path, such as my_run, without /"
+        )
+    return text
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text without its full stop, or the error's type if it has no text."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

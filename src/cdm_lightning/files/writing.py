@@ -1,0 +1,107 @@
+"""Writing a file or a folder completely or not at all, even if the process is killed or the disk is full."""
+
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from cdm_lightning.files.leftovers import OLD, hold, sweep, temporary_path
+
+
+@contextmanager
+def replacing(path: str | Path) -> Generator[Path]:
+    """Yield a temporary path for the block to write one file to; afterwards the file takes the place of `path`.
+
+    The content is on the disk before that, so a crash leaves either the old or the new file. An earlier file's mode is
+    kept, and a link to a file stays a link. After an error inside the block, `path` is unchanged and the temporary file is
+    deleted. Raises OSError if the file cannot be written, and before the block if `path` exists and is no regular file.
+    """
+    path = require_replaceable(path)
+    sweep(path)
+    temporary = temporary_path(path)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    try:
+        hold(descriptor)
+        mode = stat.S_IMODE((path.stat() if path.exists() else os.fstat(descriptor)).st_mode)
+        yield temporary
+        temporary.chmod(mode)
+        sync(temporary)
+        os.replace(temporary, require_replaceable(path))
+        sync(path.parent)
+    finally:
+        os.close(descriptor)
+        with suppress(OSError):
+            temporary.unlink()
+
+
+@contextmanager
+def replacing_folder(path: str | Path) -> Generator[Path]:
+    """Yield a new empty folder next to `path`, which takes its place at the end; an earlier folder there is deleted.
+
+    After an error inside the block, `path` is unchanged and the new folder is deleted. An earlier folder's mode is kept, and
+    a link to a folder stays a link. Leftovers of killed writers of the same `path` are deleted first. Raises OSError if the
+    folder cannot be written or if `path` exists and is no folder.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "it exists and is no folder", str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path)
+    temporary, old = temporary_path(path), temporary_path(path, OLD)
+    temporary.mkdir()
+    descriptor = os.open(temporary, os.O_RDONLY)
+    try:
+        hold(descriptor)
+        yield temporary
+        for written in (*temporary.rglob("*"), temporary):
+            sync(written)
+        _exchange(temporary, path, old)
+        sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        os.close(descriptor)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _exchange(temporary: Path, path: Path, old: Path) -> None:
+    """Rename `temporary` to `path`; an earlier folder there becomes `old`, and is put back if that fails."""
+    if not path.exists():
+        temporary.rename(path)
+        return
+    temporary.chmod(stat.S_IMODE(path.stat().st_mode))
+    path.rename(old)
+    try:
+        temporary.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+
+
+def require_replaceable(path: str | Path) -> Path:
+    """Return the path that `path` leads to if a file can be written there; raise OSError if it is no regular file.
+
+    Links are followed. A folder, a device, a pipe and a socket are refused.
+    """
+    path = Path(os.path.realpath(path))
+    with suppress(FileNotFoundError):
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise OSError(errno.EINVAL, "it exists and is no regular file", str(path))
+    return path
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file (UTF-8) completely or not at all; raise OSError if it cannot be written."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def sync(path: Path) -> None:
+    """Wait until the content of a file, or the list of names in a folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
