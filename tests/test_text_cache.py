@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,6 @@ import torch
 from safetensors.torch import load_file
 
 from cdm_lightning import cache_text as cache_text_module
-from cdm_lightning import files
 from cdm_lightning.backbones.pipeline_folder import hash_part
 from cdm_lightning.backbones.sd3 import SD3Backbone
 from cdm_lightning.backbones.toy2d import Toy2DBackbone
@@ -24,6 +24,7 @@ from cdm_lightning.data.prompts import PromptList
 from cdm_lightning.data.text_cache import StoredText, TextCacheSettings
 from cdm_lightning.data.text_shards import MANIFEST, SHARDS, prompt_key, read_manifest
 from cdm_lightning.errors import UserError
+from cdm_lightning.files.leftovers import temporary_path
 from cdm_lightning.train import train
 
 PROMPTS = [f"a {size} {colour} ring" for size in ("small", "large") for colour in ("red", "green", "blue", "white")]
@@ -124,7 +125,10 @@ def test_a_killed_run_leaves_whole_shards_and_goes_on(backbone, fill, tmp_path, 
         fill(PROMPTS)
     first = shards(tmp_path)
     assert first
-    (tmp_path / "cache" / SHARDS / "x.7.tmp").write_bytes(b"half of a shard")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = temporary_path(tmp_path / "cache" / SHARDS / "x.safetensors")
+    left.with_name(left.name.replace(f"-{os.getpid()}-", f"-{dead.pid}-")).write_bytes(b"half of a shard")
     monkeypatch.setattr(SD3Backbone, "encode_prompts", encode)
     before = {path: path.stat().st_mtime_ns for path in first}
     done = len(opened(backbone, tmp_path))
@@ -264,7 +268,7 @@ def first_only(encode: Callable) -> Callable:
 
 def test_a_shard_that_cannot_be_written(backbone, fill, tmp_path, monkeypatch):
     fill(PROMPTS[:2])
-    monkeypatch.setattr(files.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(UserError, match=r"safetensors: cannot be written \(.*No space left on device\)"):
         fill(PROMPTS)
     monkeypatch.undo()

@@ -11,7 +11,7 @@ from cdm_lightning.core.rng import stream
 from cdm_lightning.data.prompts import PromptFile, Prompts
 from cdm_lightning.data.shapes import parse_caption, render
 from cdm_lightning.errors import UserError
-from cdm_lightning.files import open_regular, read_text
+from cdm_lightning.files import read_text, require_regular
 
 METADATA = "metadata.jsonl"
 MOST_METADATA, MOST_IMAGE = 1 << 32, 1 << 30  # bytes
@@ -72,7 +72,7 @@ class CaptionedFolder(Prompts):
 
         path = self._entries[index][0]
         try:
-            with open_regular(path, MOST_IMAGE) as content, Image.open(content) as file:
+            with Image.open(require_regular(path, MOST_IMAGE)) as file:
                 upright = ImageOps.exif_transpose(file)  # cameras do not turn the pixels; they store how to turn them
                 pixels = pil_to_tensor(upright.convert("RGB")).float() / 255
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # a damaged file raises these

@@ -28,22 +28,24 @@ def open_regular(path: str | Path, most: int | None = None, follow: bool = True)
             raise OSError(error.errno, "it is a link, which is not followed", str(path)) from error
         raise
     try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise OSError(errno.EINVAL, "it is no regular file", str(path))
-        if most is not None and found.st_size > most:
-            raise OSError(errno.EFBIG, f"it has {found.st_size:,} bytes, more than {most:,}", str(path))
+        _require(os.fstat(descriptor), path, most)
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
         raise
 
 
-def require_regular(path: str | Path) -> Path:
-    """Return `path` if it is, or leads to, a regular file; raise OSError if it is missing or anything else."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+def require_regular(path: str | Path, most: int | None = None) -> Path:
+    """Return `path` if it is, or leads to, a regular file of at most `most` bytes; raise OSError if it is anything else."""
+    _require(os.stat(path), path, most)
     return Path(path)
+
+
+def _require(found: os.stat_result, path: str | Path, most: int | None) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    if most is not None and found.st_size > most:
+        raise OSError(errno.EFBIG, f"it has {found.st_size:,} bytes, more than {most:,}", str(path))
 
 
 def read_text(path: str | Path, most: int = MOST_TEXT, follow: bool = True) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from cdm_lightning.core.rng import stream
 from cdm_lightning.data.shapes import Scene, parse_caption, render
 from cdm_lightning.errors import UserError
-from cdm_lightning.files import open_regular
+from cdm_lightning.files import require_regular
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CHUNK = 256  # renderings per batch
@@ -98,7 +98,7 @@ class ImageFolder:
         from torchvision.transforms.functional import pil_to_tensor
 
         try:
-            with open_regular(path, MOST_IMAGE) as content, Image.open(content) as file:
+            with Image.open(require_regular(path, MOST_IMAGE)) as file:
                 image = file.convert("RGB")
         except OSError as error:
             raise UserError(f"{path}: cannot be read as an image ({error}); remove it") from error
