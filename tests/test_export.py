@@ -341,7 +341,7 @@ def test_an_earlier_export_is_replaced_as_a_whole(run, tmp_path):
 
 def test_a_failed_export_leaves_the_earlier_one_and_nothing_else(run, tmp_path):
     folder = export.export_checkpoint(run[0], tmp_path / "student")
-    assert "nfe must be at least 1" in refusal(run[0], folder, nfe=0)
+    assert "nfe=0 must be at least 1" in refusal(run[0], folder, nfe=0)
     (run[0] / "metrics.json").write_text("{ half a")
     try:
         assert "metrics.json cannot be read" in refusal(run[0], folder)

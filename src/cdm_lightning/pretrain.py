@@ -1,4 +1,4 @@
-"""`python -m cdm_lightning.pretrain experiment=tiny_sd3_teacher`: train the bundled weights from scratch."""
+"""`python -m cdm_lightning.pretrain experiment=tiny_sd3_teacher`: train the bundled tiny pipeline and scorers from scratch."""
 
 import os
 from pathlib import Path
@@ -14,9 +14,10 @@ STAGES = ("prompts", "vae", "teacher", "classifier", "clip")
 
 
 def pretrain(cfg: DictConfig) -> Path:
-    """Run the stages in `cfg.stages` and write the assets into `cfg.output`.
+    """Run the stages in `cfg.stages` (some of `STAGES`), write the results into `cfg.output` and return this folder.
 
-    An interrupted stage continues where it stopped.
+    An interrupted stage continues where it stopped, from its state in `cfg.work_dir`. Raises UserError for an unknown stage
+    and if `cfg.output` is a file.
     """
     import torch
 
@@ -25,7 +26,7 @@ def pretrain(cfg: DictConfig) -> Path:
 
     unknown = [stage for stage in cfg.stages if stage not in STAGES]
     if unknown:
-        raise UserError(f"stages={unknown} is not known; choose from {', '.join(STAGES)}")
+        raise UserError(f"stages={unknown} is not known; choose among {', '.join(STAGES)}")
     output, work = Path(cfg.output), Path(cfg.work_dir)
     if output.is_file():
         raise UserError(f"output={output} is a file; give a folder")
@@ -57,9 +58,9 @@ def pretrain(cfg: DictConfig) -> Path:
 
 
 def save_pipeline(pipeline, folder: Path) -> None:
-    """Write the pipeline as diffusers does, completely or not at all.
+    """Write the pipeline into `folder` as diffusers does, completely or not at all.
 
-    The transformer, which makes up most of the size, is in half precision.
+    The transformer, which takes most of the space, is converted to half precision, in place.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""`python -m cdm_lightning.sample --model FOLDER --prompt TEXT`: draw a labelled grid of images from a pipeline folder.
+"""`python -m cdm_lightning.sample --model FOLDER --prompt TEXT`: generate images and draw them as a labelled grid.
 
 An exported folder, a run's folder and a checkpoint give the images of the student. Any other pipeline of a known family,
 such as the teacher's, can be sampled with the same noise: that of image i depends only on the seed and on i.
@@ -47,13 +47,13 @@ def sample_images(
     height: int | None = None,
     width: int | None = None,
 ) -> "Samples":
-    """Generate an image for each prompt.
+    """Generate an image for each of N prompts with `model`: a run, a checkpoint, an export, a pipeline folder or a hub id.
 
     `steps=None` is the number that an export was made for, 4 for a run, and the default of the pipeline's call for any
     other pipeline. `lora` is a LoRA file or an exported LoRA, which has its own number of steps; it is fused into the
     model. `height` and `width` are in pixels, by default those of the model. A guidance scale of at most 1 means no
-    guidance. Raises UserError for a model that is neither a run nor a pipeline of a known family, and for a size that the
-    model cannot make.
+    guidance. `device` is "auto" (CUDA if there is one) or a device of torch. Raises UserError for a model that is neither a run
+    nor a pipeline of a known family, for a size that the model cannot make, and for a device that cannot be used.
     """
     from cdm_lightning.distributed.devices import choose_device
     from cdm_lightning.evaluation.samplers import SamplerSpec, generate
@@ -68,19 +68,25 @@ def sample_images(
 
 
 def open_run(model: str, lora: str | None) -> "Opened":
-    """Return a run's backbone, the function that makes its student's network, and the number of steps of the paper."""
+    """Return the backbone of a run, a function that makes its student's network, and 4, the steps that CDM trains for.
+
+    Raises UserError if `lora` is given, and if the run has no checkpoint that can be read.
+    """
     from cdm_lightning.run.student import open_student, plain_network
 
     if lora is not None:
-        raise UserError("--lora goes with a pipeline, not with a run; export the run first")
+        raise UserError(
+            f"--lora goes with a pipeline, not with the run {model}; export the run and pass the export as --model"
+        )
     found = open_student(model)
     return found.backbone, lambda: plain_network(found.backbone, found.network()), RUN_STEPS
 
 
 def open_model(model: str, lora: str | None = None) -> "Opened":
-    """Return the backbone of a folder or hub id, the function that makes its network, and the steps of its call.
+    """Return the backbone of a pipeline folder or hub id, a function that makes its network, and its default number of steps.
 
-    Sizes and steps are those of the exported student, or of the exported LoRA if `lora` is one.
+    Sizes and steps are those that the student was exported for, or the LoRA if `lora` is an exported one. Raises UserError for
+    a pipeline of an unknown family.
     """
     from cdm_lightning.backbones.families import open_pipeline
 
@@ -101,7 +107,7 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
         lines = PromptFile(file)
         found += [lines[i] for i in range(len(lines))]
     if not found:
-        raise UserError("no prompt: pass --prompt TEXT or --prompts-file FILE")
+        raise UserError("there is no prompt; pass --prompt TEXT or --prompts-file FILE")
     return found
 
 
@@ -148,13 +154,18 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> Path:
-    """Generate the images, write the picture and return its path."""
+    """Generate the images that the command line asks for, write the picture and return its path.
+
+    Raises UserError for options that cannot work, before a model is loaded.
+    """
     prompts, output = read_prompts(options.prompt, options.prompts_file), Path(options.output)
     if output.is_dir():
-        raise UserError(f"{output} is a folder; pass the name of a picture to write")
+        raise UserError(f"--output={output} is a folder; pass the name of a picture to write")
     check_output(output)
     if options.batch_size < 1 or (options.steps is not None and options.steps < 1):
-        raise UserError("--steps and --batch-size must be at least 1")
+        raise UserError(
+            f"--steps and --batch-size must be at least 1, got --steps={options.steps} and --batch-size={options.batch_size}"
+        )
     from cdm_lightning.evaluation.pictures import draw_grid
 
     made = sample_images(

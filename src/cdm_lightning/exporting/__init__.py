@@ -1,1 +1,1 @@
-"""Writing a trained student for use in other programs: pipeline folders, LoRA files and model cards."""
+"""Writing a trained student for use in other programs: as a pipeline folder or a LoRA file, with a model card."""

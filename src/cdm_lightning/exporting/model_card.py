@@ -1,4 +1,4 @@
-"""The README of an exported student: a description, the recipe of its training, and its metrics."""
+"""The model card of an exported student (its README.md): a description, the configuration of its training, and its metrics."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,7 +42,12 @@ A student that makes an image in {calls}, without guidance. It was distilled fro
 
 @dataclass(frozen=True)
 class ModelCard:
-    """The facts for a model card; `config` is the run's configuration and `metrics` is its metrics.json, if any."""
+    """What a model card says of a student.
+
+    `nfe` is the number of network calls for an image, `weights` the network that was exported ("student_ema" or "student"),
+    `iteration` the number of iterations that it was trained for, and `dtype` that of its file. `config` is the run's
+    configuration and `metrics` the content of its metrics.json, if there are any.
+    """
 
     name: str
     nfe: int
@@ -54,12 +59,12 @@ class ModelCard:
 
     @property
     def method(self) -> str:
-        """The name of the objective: of CDM with its paper, of another one by its class."""
+        """The training method: CDM with its paper, or the class of another objective."""
         name = str(self.config.get("objective", {}).get("_target_", "CDMObjective")).rpartition(".")[2]
         return PAPER if name == "CDMObjective" else f"the objective `{name}`"
 
     def text(self) -> str:
-        """Return the card as Markdown with the header that model hubs read."""
+        """Return the card as Markdown, with the YAML header that model hubs read."""
         base = self.config.get("backbone", {}).get("pretrained")
         is_hub_id = base is not None and base.count("/") == 1 and not Path(base).exists()
         is_pipeline = base is not None  # and not the plane, which no hub's library loads
@@ -86,9 +91,9 @@ class ModelCard:
 
 
 def recipe(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parts of a configuration that determine a run's weights (`run.same`), and the length of training.
+    """Return the options of a run's configuration that affect its weights (`run.same`), and the length of training.
 
-    Objects are named by their classes, and absolute paths are reduced to their last part.
+    Objects are named by their classes, and absolute paths are reduced to their last part, because cards may be public.
     """
     chosen = _deciding({key: value for key, value in config.items() if key not in ("backbone", "module")}, "")
     module = {
@@ -126,7 +131,11 @@ def _readable(node: Any) -> Any:
 
 
 def metrics_table(metrics: Any) -> str:
-    """Return a Markdown table of a list of rows, of named rows or of single figures; a sentence if there is nothing."""
+    """Return metrics as a Markdown table, or a sentence if there are none.
+
+    `metrics` is the content of a metrics.json: {"rows": [row, ...]}, a list of rows, rows by name, or single figures by name,
+    where a row maps columns to values.
+    """
     if isinstance(metrics, Mapping) and isinstance(metrics.get("rows"), list):
         metrics = metrics["rows"]
     if isinstance(metrics, Mapping) and metrics:

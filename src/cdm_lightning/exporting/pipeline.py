@@ -1,4 +1,4 @@
-"""Exporting a student as a pipeline folder of its model family, or as a LoRA."""
+"""Exporting a student as a pipeline folder of its model family, or as a LoRA file in a folder."""
 
 import copy
 import json
@@ -35,16 +35,18 @@ def export_pipeline(
 ) -> Path:
     """Write `network` as a pipeline folder for `nfe` steps, completely or not at all, and return the folder.
 
-    A LoRA is fused into the pretrained network, or with `form="lora"` written as a separate file. `weights` and
-    `iteration` describe the network in the model card; the card's recipe and metrics are those of `run`. Raises UserError
-    for an `output` that is a file, or a folder with files that no export wrote.
+    A LoRA is fused into the pretrained network, or with `form="lora"` written as a LoRA file. The network's file has the dtype
+    named `dtype` (float32, float16, bfloat16). `weights` and `iteration` describe the network in the model card, and the card's
+    configuration and metrics are those of `run`. An earlier export in `output` is replaced. Raises UserError for an `output`
+    that is a file, holds files that no export wrote or cannot be written, for `nfe` below 1, for an unknown `dtype`, and for
+    `form="lora"` if the network is not a LoRA.
     """
     import torch
 
     output = Path(output)
     check_output(output)
     if nfe < 1 or dtype not in DTYPES:
-        raise UserError(f"nfe must be at least 1 and dtype one of {', '.join(DTYPES)}, got {nfe} and {dtype}")
+        raise UserError(f"nfe={nfe} must be at least 1, and dtype={dtype} one of {', '.join(DTYPES)}")
     save = prepare(backbone, network, form, getattr(torch, dtype))
     record = {"nfe": nfe, "weights": weights, "iteration": iteration, "dtype": dtype}
     card = model_card(output.name, record, run)
@@ -54,16 +56,17 @@ def export_pipeline(
             save(temporary, nfe, card)
             (temporary / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{output}: cannot be written ({error.strerror or error})") from error
+        raise UserError(f"{output}: cannot be written ({error.strerror or error}); pass another folder") from error
     return output
 
 
 def prepare(
     backbone: "Backbone", network: "nn.Module | AdapterWeights", form: str, dtype: "torch.dtype"
 ) -> Callable[[Path, int, str], None]:
-    """Return the function of (folder, nfe, model card) that writes `network` in the given form.
+    """Return a function (folder, nfe, text of the model card) that writes `network` in `dtype`.
 
-    UserError for `form="lora"` if the network is not a LoRA.
+    With `form="lora"` it writes a LoRA file, otherwise a pipeline folder, into which a LoRA is fused. Raises UserError for
+    `form="lora"` if the network is not a LoRA.
     """
     from cdm_lightning.lora.views import AdapterView
     from cdm_lightning.lora.weights import AdapterWeights
@@ -83,7 +86,7 @@ def prepare(
 
 
 def require_adapter(is_adapter: bool) -> None:
-    """UserError unless the student is a LoRA."""
+    """Raise UserError unless the student is a LoRA."""
     if not is_adapter:
         raise UserError(
             "all of this student's weights were trained, so it is not a LoRA: export it with --form pipeline, then make a "
@@ -92,7 +95,10 @@ def require_adapter(is_adapter: bool) -> None:
 
 
 def model_card(name: str, record: dict[str, Any], run: Run | None) -> str:
-    """Return the text of the model card, with the configuration and metrics of the run, if any."""
+    """Return the text of the model card `name`, with the configuration and the metrics of `run`, if there are any.
+
+    `record` has the other fields of `ModelCard`: nfe, weights, iteration and dtype.
+    """
     from cdm_lightning.exporting.model_card import ModelCard
 
     config = run.config() if run is not None and run.is_started else {}
@@ -101,7 +107,7 @@ def model_card(name: str, record: dict[str, Any], run: Run | None) -> str:
 
 
 def check_output(output: Path) -> None:
-    """UserError unless `output` is free for an export: it does not exist, is an empty folder or is an earlier export."""
+    """Raise UserError unless an export may be written to `output`: a new or empty folder, or an earlier export."""
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file; pass the name of a folder to write")
     if output.is_dir() and any(output.iterdir()) and not (output / MARKER).is_file():
@@ -109,7 +115,7 @@ def check_output(output: Path) -> None:
 
 
 def exported_iteration(folder: Path) -> int | None:
-    """Return the iteration of the student in a folder that an export wrote; None for any other folder."""
+    """Return the number of iterations that the student in an exported folder was trained for; None for any other folder."""
     try:
         return int(json.loads(read_text(folder / MARKER, follow=False))["iteration"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -35,11 +35,11 @@ class _AlongTheODE(Objective):
 
     def __post_init__(self) -> None:
         if self.start not in get_args(Start):
-            raise ValueError(f"start must be one of {', '.join(get_args(Start))}, got {self.start!r}")
+            raise ValueError(f"start={self.start!r} must be one of {', '.join(get_args(Start))}")
 
     @property
     def rollout(self) -> RolloutKind:
-        """The kind "to_anchor", or "none" if the points come from real images."""
+        """Rollouts stop at the anchor ("to_anchor"), or are not made ("none") if the points come from real images."""
         return "to_anchor" if self.start == "student" else "none"
 
     @property
@@ -49,7 +49,7 @@ class _AlongTheODE(Objective):
 
     @property
     def student_period(self) -> int:
-        """1: the student is updated in every iteration."""
+        """The number of iterations from one student update to the next: 1."""
         return 1
 
     def updates(self, iteration: int) -> list[Update]:
@@ -58,7 +58,7 @@ class _AlongTheODE(Objective):
 
     @abstractmethod
     def student_losses(self, sample: Sample) -> Iterator[TermLosses]:
-        """Yield the loss."""
+        """Yield the loss of the student."""
 
     def _point(self, sample: Sample) -> tuple[Tensor, Tensor]:
         """Return the states (B, *) and their sigmas (B,)."""
@@ -89,9 +89,9 @@ class ConsistencyObjective(_AlongTheODE):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.step <= 1:
-            raise ValueError(f"step must be above 0 and at most 1, got {self.step}")
+            raise ValueError(f"step={self.step} must be above 0 and at most 1")
         if self.target not in ("student", "student_ema"):
-            raise ValueError(f"target must be student or student_ema, got {self.target!r}")
+            raise ValueError(f"target={self.target!r} must be student or student_ema")
 
     def student_losses(self, sample: Sample) -> Iterator[TermLosses]:
         """Yield the distance between the predictions at two points of one path of the teacher."""
@@ -128,11 +128,11 @@ class ContinuousConsistencyObjective(_AlongTheODE):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.derivative not in ("exact", "finite"):
-            raise ValueError(f"derivative must be exact or finite, got {self.derivative!r}")
+            raise ValueError(f"derivative={self.derivative!r} must be exact or finite")
         if self.tangent_floor <= 0 or self.warmup < 0 or not 0 < self.finite_step < 0.1:
             raise ValueError(
-                "tangent_floor must be above 0, warmup at least 0, and finite_step above 0 and below 0.1, got "
-                f"{self.tangent_floor}, {self.warmup} and {self.finite_step}"
+                f"tangent_floor={self.tangent_floor} must be above 0, warmup={self.warmup} at least 0, and "
+                f"finite_step={self.finite_step} above 0 and below 0.1"
             )
 
     def student_losses(self, sample: Sample) -> Iterator[TermLosses]:

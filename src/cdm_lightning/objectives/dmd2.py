@@ -30,7 +30,7 @@ class RealHead(nn.Module):
         )
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Features (B, N, D) of each block -> logits (B,), high for real images."""
+        """Return logits (B,), high for real images, from the hidden states (B, N, D) after each of the blocks."""
         logits = [branch(states).mean(dim=(1, 2)) for branch, states in zip(self.branches, features, strict=True)]
         return torch.stack(logits).sum(dim=0)
 
@@ -57,7 +57,8 @@ class DMD2Objective(CDMObjective):
         super().__post_init__()
         if not self.feature_blocks or min(self.classifier_weight, self.generator_weight) < 0:
             raise ValueError(
-                "feature_blocks must name at least one block, and classifier_weight and generator_weight must not be negative"
+                f"feature_blocks={self.feature_blocks} must name at least one block, and classifier_weight="
+                f"{self.classifier_weight} and generator_weight={self.generator_weight} must be at least 0"
             )
 
     @property
@@ -71,7 +72,7 @@ class DMD2Objective(CDMObjective):
         return True
 
     def updates(self, iteration: int) -> list[Update]:
-        """Return the updates of the fake score and of the head, followed by that of the student when its turn comes."""
+        """Return the updates of the fake score and of the head and, in the last of every `student_every` iterations, the student's."""
         fake_score, *student = super().updates(iteration)
         return [fake_score, Update("head", self.head_losses), *student]
 

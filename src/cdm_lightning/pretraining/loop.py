@@ -1,4 +1,4 @@
-"""The optimisation loop of all pretraining stages: AdamW, warm-up, linear decay to zero, gradient clipping, resuming."""
+"""The training loop of all stages of `cdm_lightning.pretrain`: AdamW, warm-up, linear decay to 0, gradient clipping, resuming."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -17,7 +17,8 @@ class Recipe:
     """The settings of a stage's training: `iterations` optimizer steps on `batch_size` samples each.
 
     The learning rate reaches `lr` after `warmup` iterations and falls linearly to 0 from the fraction `decay_from` of all
-    iterations on.
+    iterations on. `weight_decay` and `betas` are those of AdamW; gradients are clipped to the norm `max_grad_norm`. The stage
+    returns an EMA of the weights of decay `ema_decay` (0: the last weights). All random draws are functions of `seed`.
     """
 
     iterations: int
@@ -32,7 +33,7 @@ class Recipe:
     seed: int = 0
 
     def lr_at(self, iteration: int) -> float:
-        """Return the learning rate of an iteration: linear warm-up, then constant, then linear decay."""
+        """Return the learning rate of an iteration, counted from 0: linear warm-up, then constant, then linear decay."""
         start = self.decay_from * self.iterations
         decay = 1 - max(0.0, iteration - start) / max(1.0, self.iterations - start)
         return self.lr * min(1.0, (iteration + 1) / max(1, self.warmup)) * decay
@@ -49,10 +50,10 @@ def optimise(
     log_every: int = 200,
     save_every: int = 1000,
 ) -> nn.Module:
-    """Train `network` in place on `loss(iteration, generator)` and return it with its EMA weights (the last ones without EMA).
+    """Train `network` in place on the 0-d `loss(iteration, generator)`, and return it with the EMA of its weights.
 
-    An interrupted stage resumes from `folder/NAME.pt`; a finished one is loaded from it. The generator of an iteration
-    depends only on (seed, name, iteration), so that a resumed run equals an uninterrupted one.
+    The parameters `train` are trained (default: all). An interrupted stage resumes from `folder/NAME.pt`, where NAME is `name`; a
+    finished one is loaded from it. The generator depends only on (seed, name, iteration), so a resumed run equals another one.
     """
     parameters = list(network.parameters() if train is None else train)
     options = {"lr": recipe.lr, "betas": recipe.betas, "weight_decay": recipe.weight_decay}

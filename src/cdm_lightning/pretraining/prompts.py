@@ -1,4 +1,7 @@
-"""Stage 0: the caption files of the shapes set for training and for held-out evaluation."""
+"""Stage 0 of `cdm_lightning.pretrain`: the caption files of the shapes set, for training and for held-out evaluation.
+
+The shapes set is this package's procedural data set of captioned shapes (`data.shapes`).
+"""
 
 from pathlib import Path
 
@@ -6,9 +9,10 @@ from cdm_lightning.data.shapes import draw_scenes
 
 
 def write_prompts(folder: Path, train: int, heldout: int, pairs: float, seed: int) -> None:
-    """Write `shapes_train.txt` and `shapes_heldout.txt` into `folder`, with one caption per line.
+    """Write `shapes_train.txt` with `train` captions and `shapes_heldout.txt` with `heldout` captions into `folder`, one per line.
 
-    The captions are drawn in the same way as the teacher's training captions.
+    They depend on `seed` only, and about the share `pairs` of them describes two shapes. The held-out captions describe
+    combinations that no training caption has (`data.shapes.Scene.held_out`).
     """
     folder.mkdir(parents=True, exist_ok=True)
     for split, count in (("train", train), ("heldout", heldout)):

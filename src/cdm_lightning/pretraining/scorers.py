@@ -1,4 +1,7 @@
-"""Stages 3 and 4: a tiny CLIP and a classifier of shapes, which measure the generators and are not trained with them."""
+"""Stages 3 and 4 of `cdm_lightning.pretrain`: a classifier of shapes and a tiny CLIP, which measure the generated images.
+
+They are trained on renderings of the shapes set (`data.shapes`), apart from all generators.
+"""
 
 import json
 from pathlib import Path
@@ -19,7 +22,7 @@ from cdm_lightning.pretraining.tiny_sd3 import CLIP_TOKENS, build_clip_tokenizer
 
 
 def perturb(images: Tensor, rng: torch.Generator) -> Tensor:
-    """Blur half of the images slightly and add noise to all, so that a scorer does not depend on pixel-exact edges."""
+    """Blur half of the images (B, 3, H, W) in [0, 1] slightly and add noise to all, so that no model relies on exact edges."""
     blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
     weight = (torch.rand(len(images), 1, 1, 1, generator=rng) - 0.5).clamp(min=0) * 1.6
     noise = 0.04 * torch.rand(len(images), 1, 1, 1, generator=rng) * torch.randn(images.shape, generator=rng)
@@ -27,7 +30,10 @@ def perturb(images: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def train_classifier(recipe: Recipe, folder: Path, output: Path, pool: int = 49152) -> ShapesClassifier:
-    """Train the classifier on `pool` renderings of every combination of the shapes set and write `output` (safetensors)."""
+    """Train the classifier on `pool` renderings, write it to the safetensors file `output`, and return it in eval mode.
+
+    The captions are drawn from all combinations of the shapes set, also those that are held out from the teacher.
+    """
     scenes = draw_scenes(pool, recipe.seed + 1000, "all", pairs=0.5)
     layout = lay_out(scenes, recipe.seed + 1000)
     images = render_layout(layout, recipe.seed + 1000)
@@ -49,7 +55,10 @@ def train_classifier(recipe: Recipe, folder: Path, output: Path, pool: int = 491
 
 
 def clip_config(vocabulary: int, eos: int) -> dict:
-    """Return the `open_clip_config.json` of the tiny CLIP: 32-pixel images in 4-pixel patches, captions of 12 tokens."""
+    """Return the content of `open_clip_config.json` for the tiny CLIP: 32-pixel images in 4-pixel patches, 12 text tokens.
+
+    `vocabulary` is the number of tokens and `eos` the id of the end token.
+    """
     return {
         "model_cfg": {
             "embed_dim": 64,
@@ -76,7 +85,7 @@ def clip_config(vocabulary: int, eos: int) -> dict:
 
 
 def train_clip(recipe: Recipe, folder: Path, output: Path, pool: int = 49152) -> None:
-    """Train the CLIP contrastively on `pool` renderings of the teacher's captions and write an open_clip folder."""
+    """Train the tiny CLIP contrastively on `pool` renderings of training captions, and write `output` as an open_clip folder."""
     tokenizer: CLIPTokenizer = build_clip_tokenizer(all_words())
     config = clip_config(len(tokenizer), tokenizer.eos_token_id)
     torch.manual_seed(recipe.seed)

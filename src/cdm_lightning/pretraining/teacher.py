@@ -1,4 +1,8 @@
-"""Stage 2: the velocity network and the three text encoders of the tiny pipeline, trained by flow matching."""
+"""Stage 2 of `cdm_lightning.pretrain`: transformer and three text encoders of the tiny SD3 pipeline, trained by flow matching.
+
+Shapes: latents (B, C, h, w). Captions have 12 CLIP tokens, and at most `keep` T5 tokens, to which one padding token is added:
+it stands for all padding up to T5's full length, which has the same result because this T5 has no positions.
+"""
 
 import functools
 import math
@@ -21,7 +25,10 @@ CHUNK = 1024
 
 @dataclass(frozen=True)
 class Captioned:
-    """N latents (N, C, h, w) with the token ids of their captions; the last row of the ids is the empty caption."""
+    """N latents (N, C, h, w) with the token ids of their captions: CLIP (N + 1, 12) and T5 (N + 1, keep + 1).
+
+    The last row of the ids is the empty caption, for caption dropout.
+    """
 
     latents: Tensor
     clip_ids: Tensor
@@ -29,7 +36,7 @@ class Captioned:
 
 
 class TextConditioned(nn.Module):
-    """One module of all trained parts: the transformer, two CLIP encoders and T5."""
+    """One module of all trained parts of the pipeline: the transformer, the two CLIP encoders and T5."""
 
     def __init__(self, pipeline: StableDiffusion3Pipeline) -> None:
         super().__init__()
@@ -39,7 +46,7 @@ class TextConditioned(nn.Module):
         use_compact_padding(self.transformer, pipeline.tokenizer_max_length + T5_TOKENS)
 
     def forward(self, x: Tensor, sigma: Tensor, clip_ids: Tensor, t5_ids: Tensor) -> Tensor:
-        """Latents x (B, C, h, w), sigma (B,), CLIP ids (B, 12), T5 ids (B, keep + 1) -> velocity (B, C, h, w)."""
+        """Return the velocity (B, C, h, w) for latents x (B, C, h, w), sigma (B,), CLIP ids (B, 12) and T5 ids (B, keep + 1)."""
         embeds, pooled = self.encode(clip_ids, t5_ids)
         return self.transformer(
             hidden_states=x,
@@ -50,7 +57,7 @@ class TextConditioned(nn.Module):
         )[0]
 
     def encode(self, clip_ids: Tensor, t5_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the results of SD3's `encode_prompt`, with gradients: embeddings (B, 12 + keep + 1, D) and pooled (B, P)."""
+        """Return what SD3's `encode_prompt` returns, with gradients: embeddings (B, 12 + keep + 1, D), pooled ones (B, P)."""
         outputs = [clip(clip_ids, output_hidden_states=True) for clip in self.clip]
         hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
         t5 = encode_compact(self.t5, t5_ids, T5_TOKENS)
@@ -59,7 +66,10 @@ class TextConditioned(nn.Module):
 
 
 def encode_compact(t5: T5EncoderModel, ids: Tensor, full_length: int) -> Tensor:
-    """Encode ids (B, N) -> (B, N, D) by a T5 without positions; the last token stands for all padding to `full_length`."""
+    """Return the embeddings (B, N, D) of ids (B, N) by a T5 without positions.
+
+    The last id is padding and stands for all padding up to `full_length` tokens.
+    """
     count = ids.shape[1]
     mask = torch.zeros(len(ids), 1, 1, count)
     mask[..., -1] = math.log(full_length - count + 1)
@@ -67,7 +77,10 @@ def encode_compact(t5: T5EncoderModel, ids: Tensor, full_length: int) -> Tensor:
 
 
 def tokenise(pipeline: StableDiffusion3Pipeline, captions: list[str], keep: int) -> tuple[Tensor, Tensor]:
-    """Return CLIP ids (N, 12) and T5 ids (N, keep + 1), which end in padding; ValueError if a caption is longer."""
+    """Return the CLIP ids (N, 12) and T5 ids (N, keep + 1) of N captions; the T5 ids end in padding.
+
+    Raises ValueError if a caption has more than `keep` T5 tokens.
+    """
     longest = max(len(ids) for ids in pipeline.tokenizer_3(captions).input_ids)
     if longest > keep:
         raise ValueError(f"a caption has {longest} T5 tokens, more than {keep}")
@@ -78,7 +91,10 @@ def tokenise(pipeline: StableDiffusion3Pipeline, captions: list[str], keep: int)
 
 @torch.no_grad()
 def captioned_latents(pipeline: StableDiffusion3Pipeline, count: int, seed: int, keep: int, pairs: float) -> Captioned:
-    """Encode `count` renderings of training captions into latents, and tokenise the captions."""
+    """Encode `count` renderings of training captions into latents, and tokenise the captions and the empty one.
+
+    The share `pairs` of the renderings shows two shapes. All draws are functions of `seed`.
+    """
     scenes = draw_scenes(count, seed, "train", pairs=pairs)
     vae, latents = pipeline.vae, []
     for begin in range(0, count, CHUNK):
@@ -103,7 +119,9 @@ def train_teacher(
 ) -> StableDiffusion3Pipeline:
     """Train the pipeline in place by flow matching with caption dropout and logit-normal sigmas (SD3, arXiv:2403.03206).
 
-    The data are `count` renderings, of which the share `pairs` shows two shapes. A caption has at most `keep` T5 tokens.
+    The data are `count` renderings, of which the share `pairs` shows two shapes. A caption has at most `keep` T5 tokens, and is
+    replaced by the empty one with the probability `caption_dropout`. Sigma is the sigmoid of a normal draw with mean
+    `sigma_mean` and standard deviation `sigma_std`. `folder` keeps the state of an interrupted training.
     """
     model = TextConditioned(pipeline).train().requires_grad_(True)
     if compile_network:

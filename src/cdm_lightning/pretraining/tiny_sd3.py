@@ -1,4 +1,4 @@
-"""A real `StableDiffusion3Pipeline` of toy size: it has the classes of SD3-Medium with small sizes.
+"""The tiny pipeline: a real `StableDiffusion3Pipeline`, which has the classes of SD3-Medium with small sizes.
 
 Images have 32 x 32 pixels; the VAE halves the side (16 x 16 latents of 4 channels), and the transformer cuts the latents
 into 16 patches. The CLIP encoders read 12 tokens. The T5 has no relative positions (its bias table stays zero), so that all
@@ -36,7 +36,10 @@ SHIFT = 3.0  # as in SD3-Medium's scheduler
 def build_pipeline(
     seed: int = 0, heads: int = 3, layers: int = 4, latent_channels: int = 4
 ) -> StableDiffusion3Pipeline:
-    """Build a pipeline with random weights, which depend only on `seed`; it is frozen and in eval mode."""
+    """Build the tiny pipeline with random weights, which depend only on `seed`; it is frozen and in eval mode.
+
+    `heads` and `layers` are those of the transformer, and `latent_channels` is C of its latents (B, C, 16, 16).
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         clip_tokenizer, t5_tokenizer = build_clip_tokenizer(all_words()), build_t5_tokenizer(all_words())
@@ -58,10 +61,10 @@ def build_pipeline(
 
 
 def start_from(pipeline: StableDiffusion3Pipeline, folder: str | Path) -> None:
-    """Copy all weights from an earlier tiny pipeline; embeddings of tokens that it did not have stay random.
+    """Copy all weights of the tiny pipeline in `folder` into `pipeline`, to train it further with more words.
 
-    The VAE is copied too, because the transformer was trained on its latents. Raises `UserError` if `folder` does not
-    hold a tiny pipeline of the same sizes.
+    Embeddings of tokens that the earlier pipeline did not have stay random. The VAE is copied too, because the transformer was
+    trained on its latents. Raises `UserError` if `folder` does not hold a tiny pipeline of the same sizes.
     """
     folder = locate_pipeline(str(folder), None, StableDiffusion3Pipeline, ("transformer", "vae"))
     with loading(folder):
@@ -87,7 +90,7 @@ def start_from(pipeline: StableDiffusion3Pipeline, folder: str | Path) -> None:
 
 
 def build_transformer(heads: int, layers: int, latent_channels: int) -> SD3Transformer2DModel:
-    """Build the velocity network: 16 tokens of 4 x 4 latents, heads of width 32, RMS-normed queries and keys (SD3.5)."""
+    """Build the velocity network: 16 patches of 4 x 4 latents, heads of width 32, RMS-normed queries and keys as in SD3.5."""
     return SD3Transformer2DModel(
         sample_size=16,
         patch_size=4,
@@ -105,7 +108,7 @@ def build_transformer(heads: int, layers: int, latent_channels: int) -> SD3Trans
 
 
 def build_vae(latent_channels: int) -> AutoencoderKL:
-    """Build the autoencoder (B, 3, 32, 32) <-> (B, latent_channels, 16, 16); its training sets scaling and shift."""
+    """Build the autoencoder of images (B, 3, 32, 32) and latents (B, latent_channels, 16, 16); training sets its scale and shift."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -123,7 +126,7 @@ def build_vae(latent_channels: int) -> AutoencoderKL:
 
 
 def build_clip(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
-    """Build a CLIP text encoder of two layers; its hidden and projected widths are 32."""
+    """Build a CLIP text encoder of two layers for 12 tokens; its hidden and projected widths are 32."""
     return CLIPTextModelWithProjection(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -141,7 +144,7 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
 
 
 def build_t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
-    """Build an encoder of one layer whose relative-position table is zero: only the CLIP encoders see the word order."""
+    """Build a T5 encoder of one layer whose relative-position table is zero: only the CLIP encoders see the order of words."""
     config = T5Config(
         vocab_size=len(tokenizer),
         d_model=T5_WIDTH,
@@ -158,7 +161,7 @@ def build_t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
 
 
 def build_clip_tokenizer(words: Sequence[str]) -> CLIPTokenizer:
-    """Build a byte-level BPE tokenizer with CLIP's end-of-word mark, in which each caption word is one token.
+    """Build a byte-level BPE tokenizer with CLIP's end-of-word mark, in which each of `words` is one token.
 
     The trainer would number final letters in the order of a hash table, which differs between processes. They are
     therefore given as special tokens in a fixed order.
@@ -181,7 +184,7 @@ def build_clip_tokenizer(words: Sequence[str]) -> CLIPTokenizer:
 
 
 def build_t5_tokenizer(words: Sequence[str]) -> T5Tokenizer:
-    """Build a unigram tokenizer in which each caption word is one piece, with single letters for all other text."""
+    """Build a unigram tokenizer in which each of `words` is one token, with single letters for all other text."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
     pieces += [(f"▁{word}", -2.0) for word in words]
     pieces += [(letter, -8.0) for letter in "abcdefghijklmnopqrstuvwxyz0123456789,.'\"-"]

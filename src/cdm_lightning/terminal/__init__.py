@@ -1,1 +1,1 @@
-"""What is shown on the terminal, and which messages of libraries are hidden."""
+"""What a command shows on the terminal: the progress of long tasks, and no messages of libraries that do not apply."""

@@ -1,4 +1,4 @@
-"""The progress of a long task: a bar on a terminal, or a line every few seconds in a log."""
+"""The progress of a long task on stderr: a bar on a terminal, or a line every ten seconds in a log."""
 
 import sys
 import time
@@ -13,7 +13,10 @@ Figures = Callable[[], Mapping[str, str]]  # called only to show figures, becaus
 
 
 class Progress:
-    """A counter on stderr from `initial` to `total`; set `silent` on all processes but the first."""
+    """A counter of steps from `initial` to `total`, shown on stderr with elapsed and remaining time.
+
+    With several processes, all but the first are `silent`.
+    """
 
     def __init__(self, description: str, total: int, initial: int = 0, silent: bool = False) -> None:
         self.description, self.total, self.done, self.silent = description, total, initial, silent
@@ -23,7 +26,7 @@ class Progress:
             self._bar = tqdm(desc=description, total=total, initial=initial, bar_format=BAR, dynamic_ncols=True)
 
     def describe(self, description: str) -> None:
-        """Change the description of the current phase."""
+        """Change the text that says what is being done, and show it."""
         if description == self.description:
             return
         self.description = description
@@ -33,7 +36,10 @@ class Progress:
             self._write_line({})
 
     def advance(self, count: int = 1, figures: Figures = dict) -> None:
-        """Add `count` to what is done, and show the figures if it is time."""
+        """Count `count` more steps as done; now and then, and at the end, show the count and what `figures()` returns.
+
+        `figures` is called only then, because reading a loss makes the host wait for the device.
+        """
         self.done += count
         now = time.perf_counter()
         last = self.done >= self.total
@@ -46,7 +52,7 @@ class Progress:
             self._write_line(figures())
 
     def print(self, text: str) -> None:
-        """Print a separate line, which the bar does not overwrite."""
+        """Print `text` as a line of its own on stderr, which the bar does not overwrite."""
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         elif not self.silent:

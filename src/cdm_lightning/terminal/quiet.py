@@ -1,4 +1,4 @@
-"""Hide messages of libraries that do not apply here; to be called before the libraries are imported."""
+"""Hide messages of libraries that do not apply here."""
 
 import logging
 import warnings
@@ -13,7 +13,10 @@ NO_EXCEPTIONS = "should be kept in float32: []"  # part of a diffusers warning a
 
 
 def quiet_libraries() -> None:
-    """Hide the advice of libraries; their warnings stay visible, except for those that do not apply here."""
+    """Hide the advice of Lightning and some warnings of torch and diffusers that do not apply here; others stay visible.
+
+    Call this before these libraries are imported.
+    """
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
     for library in ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
