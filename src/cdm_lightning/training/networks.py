@@ -13,6 +13,7 @@ from cdm_lightning.core.rng import stream
 from cdm_lightning.errors import UserError
 from cdm_lightning.lora.plan import LoRAPlan
 from cdm_lightning.objectives.base import Role, VelocityFields
+from cdm_lightning.training.compilation import compile_blocks
 from cdm_lightning.training.gradient_checkpointing import Guard, Recomputation
 
 if TYPE_CHECKING:
@@ -234,16 +235,6 @@ def bind_networks(
         },
         heads={role: trained[role] for role in networks.built_roles},
     )
-
-
-def compile_blocks(network: nn.Module, block_types: tuple[type[nn.Module], ...], backend: str) -> None:
-    """Compile every block of the network with torch.compile, in place; the names of its weights do not change.
-
-    Blocks that are alike share their compiled code, which is why blocks are compiled and not the network.
-    """
-    for block in network.modules():
-        if isinstance(block, block_types):
-            block.compile(backend=backend)
 
 
 def trained_parameters(networks: Networks) -> dict[str, list[nn.Parameter]]:
