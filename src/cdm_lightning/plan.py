@@ -141,7 +141,7 @@ def write_json(path: Path, plans: "Sequence[Plan]") -> None:
 
 
 def main() -> None:
-    """Run the command line."""
+    """Print the plans that the command line asks for; a user's mistake is one line on stderr, with exit status 2."""
     quiet_libraries()
     try:
         plans = plan(sys.argv[1:])

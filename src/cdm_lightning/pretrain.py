@@ -70,7 +70,7 @@ def save_pipeline(pipeline, folder: Path) -> None:
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the stages that the command line asks for; a user's mistake is one line on stderr, with exit status 2."""
     run_cli(pretrain, "pretrain")
 
 

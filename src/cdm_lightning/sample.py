@@ -112,7 +112,7 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
 
 
 def check_output(output: Path) -> None:
-    """UserError if `output` exists and is no regular file."""
+    """Raise UserError if `output` exists and is not a regular file, which a picture could replace."""
     try:
         require_replaceable(output)
     except OSError as error:

@@ -27,7 +27,7 @@ class TrainingProgress(L.Callback):
             print("loading the networks", file=sys.stderr, flush=True)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Start the progress and the clock."""
+        """Start the bar, and the clock of the speed (samples per second)."""
         self._progress = Progress("training", trainer.max_steps, trainer.global_step, silent=not trainer.is_global_zero)
         self._began, self._samples = time.perf_counter(), 0
 

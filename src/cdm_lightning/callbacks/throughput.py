@@ -40,7 +40,7 @@ class ThroughputMonitor(L.Callback):
         self._began -= time.perf_counter()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Let the clock continue."""
+        """Start the clock again after validation."""
         self._began += time.perf_counter()
 
     def on_train_batch_end(

@@ -17,7 +17,7 @@ class LengthDistribution(Protocol):
 
     @property
     def mean(self) -> float:
-        """The expected K."""
+        """The expected number of steps K."""
 
     def sample(self, rng: torch.Generator) -> int:
         """Draw one K >= 1 with the generator `rng`."""
@@ -25,7 +25,7 @@ class LengthDistribution(Protocol):
 
 @dataclass(frozen=True)
 class UniformLength:
-    """K is uniform on low..high, both included; 1..28 is the choice of CDM (arXiv:2605.06376)."""
+    """The number of steps K is uniform on low..high, both included; 1..28 is the choice of CDM (arXiv:2605.06376)."""
 
     low: int = 1
     high: int = 28
@@ -35,7 +35,7 @@ class UniformLength:
 
     @property
     def mean(self) -> float:
-        """The expected K."""
+        """The expected number of steps K."""
         return (self.low + self.high) / 2
 
     def sample(self, rng: torch.Generator) -> int:
@@ -45,7 +45,7 @@ class UniformLength:
 
 @dataclass(frozen=True)
 class FixedLength:
-    """K is always `length`."""
+    """The number of steps K is always `length`."""
 
     length: int = 4
 
@@ -54,7 +54,7 @@ class FixedLength:
 
     @property
     def mean(self) -> float:
-        """The expected K."""
+        """The expected number of steps K."""
         return float(self.length)
 
     def sample(self, rng: torch.Generator) -> int:
@@ -64,7 +64,7 @@ class FixedLength:
 
 @dataclass(frozen=True)
 class GeometricLength:
-    """P(K) is proportional to ratio^K on 1..high: with a ratio below 1, long rollouts are rarer than short ones."""
+    """The probability of K steps is proportional to ratio^K on 1..high: with a ratio below 1, long rollouts are rarer."""
 
     ratio: float = 0.85
     high: int = 28
@@ -78,7 +78,7 @@ class GeometricLength:
 
     @property
     def mean(self) -> float:
-        """The expected K."""
+        """The expected number of steps K."""
         return _mean(range(1, self.high + 1), [self.ratio**k for k in range(self.high)])
 
     def sample(self, rng: torch.Generator) -> int:
@@ -88,7 +88,7 @@ class GeometricLength:
 
 @dataclass(frozen=True)
 class LogUniformLength:
-    """P(K) is proportional to log((K + 1) / K) on low..high, so that each doubling of K is about equally likely."""
+    """The probability of K steps is proportional to log((K + 1) / K) on low..high: each doubling of K is about equally likely."""
 
     low: int = 1
     high: int = 28
@@ -98,7 +98,7 @@ class LogUniformLength:
 
     @property
     def mean(self) -> float:
-        """The expected K."""
+        """The expected number of steps K."""
         lengths = range(self.low, self.high + 1)
         return _mean(lengths, [math.log1p(1 / k) for k in lengths])
 
@@ -109,7 +109,7 @@ class LogUniformLength:
 
 @dataclass(frozen=True)
 class CategoricalLength:
-    """K is one of `lengths`, with probabilities proportional to `weights` (equal probabilities if `weights` is None)."""
+    """The number of steps K is one of `lengths`, with probabilities proportional to `weights` (None: equal probabilities)."""
 
     lengths: Sequence[int] = (1, 2, 4, 8, 16)
     weights: Sequence[float] | None = None
@@ -125,7 +125,7 @@ class CategoricalLength:
 
     @property
     def mean(self) -> float:
-        """The expected K."""
+        """The expected number of steps K."""
         return _mean(self.lengths, self._weights)
 
     def sample(self, rng: torch.Generator) -> int:

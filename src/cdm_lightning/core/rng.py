@@ -121,7 +121,7 @@ class StepRandom:
         return _normal(self._key(purpose), self.slots, ())
 
     def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
-        """Draw standard normal numbers: float32, (B, *shape), on the device."""
+        """Draw standard normal numbers for each sample: float32, (B, *shape), on `device`."""
         return self.place(_normal(self._key(purpose), self.slots, shape))
 
     def index(self, purpose: str, high: int) -> Tensor:

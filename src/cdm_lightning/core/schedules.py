@@ -105,7 +105,7 @@ def uniform_sigmas(nfe: int) -> Tensor:
     Raises ValueError for `nfe` below 1.
     """
     if nfe < 1:
-        raise ValueError(f"nfe must be at least 1, got {nfe}")
+        raise ValueError(f"nfe={nfe}, the number of steps, must be at least 1")
     return (torch.arange(nfe, 0, -1, dtype=torch.float64) / nfe).float()
 
 

@@ -42,7 +42,7 @@ class Adapter:
 
     @property
     def scale(self) -> float:
-        """The factor of B A."""
+        """The factor of B A: alpha / rank, or alpha / sqrt(rank) with `use_rslora`."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
     @property

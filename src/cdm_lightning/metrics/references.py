@@ -63,7 +63,9 @@ def scene_of(prompt: str) -> Scene:
     try:
         return parse_caption(prompt)
     except ValueError as error:
-        raise UserError(f"real images: {error}; the shapes set can render only its own captions") from None
+        raise UserError(
+            f"real images: {error}; the shapes set can render only its own captions, so use those as prompts"
+        ) from None
 
 
 class ImageFolder:

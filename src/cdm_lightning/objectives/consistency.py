@@ -77,9 +77,12 @@ class _AlongTheODE(Objective):
 class ConsistencyObjective(_AlongTheODE):
     """Consistency distillation with a finite step.
 
-    One Euler step of the teacher leads from (x, s) to t = max(s - `step`, 0). The prediction at (x, s) learns the prediction
+    One Euler step of the teacher leads from a state x at sigma s to t = max(s - `step`, 0). The x0 prediction at s learns the one
     at t, which is made without gradient: by the student itself for `target` "student" (arXiv:2310.14189), or by its EMA
-    for "student_ema" (arXiv:2303.01469). The distance is the pseudo-Huber distance of arXiv:2310.14189. Raises ValueError
+    for "student_ema" (arXiv:2303.01469). The distance is the pseudo-Huber distance of arXiv:2310.14189.
+
+    With `start="student"`, x is a state on the student's own path, so that no images are needed; with "data", as published, it is
+    a real latent that is noised to a sigma from `levels`. `guidance_scale` is the teacher's (1: no guidance). Raises ValueError
     for an argument out of its range.
     """
 
@@ -116,8 +119,8 @@ class ContinuousConsistencyObjective(_AlongTheODE):
     tangent grows linearly to its full size over the first `warmup` iterations (published: 10,000).
 
     `derivative` is "exact" (forward-mode differentiation, which the network's attention must support) or "finite": the
-    central difference over `finite_step` in sigma, which works with every network. Raises ValueError for an argument out of
-    its range.
+    central difference over `finite_step` in sigma, which works with every network. `start`, `guidance_scale` and `levels` are
+    those of `ConsistencyObjective`. Raises ValueError for an argument out of its range.
     """
 
     tangent_floor: float = 0.1

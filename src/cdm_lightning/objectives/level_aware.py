@@ -67,7 +67,7 @@ class LevelAwareObjective(CDMObjective):
         choices = get_args(FakeScoreConditioning)
         if self.fake_score_conditioning not in choices:
             got = self.fake_score_conditioning
-            raise ValueError(f"fake_score_conditioning must be one of {', '.join(choices)}, got {got!r}")
+            raise ValueError(f"fake_score_conditioning={got!r} must be one of {', '.join(choices)}")
         if not 0 <= self.off_trajectory_share < 1 or self.off_trajectory_every < 1:
             raise ValueError(
                 f"off_trajectory_share={self.off_trajectory_share} must be at least 0 and below 1, and "

@@ -1,4 +1,4 @@
-"""Hide messages of libraries that do not apply here."""
+"""Hide messages of Lightning, torch and diffusers that do not apply to this package."""
 
 import logging
 import warnings

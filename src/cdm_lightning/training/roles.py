@@ -45,7 +45,7 @@ def check_roles(objective: Objective, lora: LoRAPlan, backbone: Backbone) -> Non
     built = [role.name for role in objective.roles if role.build is not None]
     if adapted := lora.among(built):
         raise UserError(
-            f"lora.{next(iter(adapted))}: the objective builds this network itself, so it cannot be an adapter"
+            f"lora.{next(iter(adapted))}: the objective builds this network itself, so it cannot be an adapter; set it to null"
         )
     period = objective.student_period
     if period is not None and (not isinstance(period, int) or period < 1):
