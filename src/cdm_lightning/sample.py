@@ -112,7 +112,7 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
 
 
 def check_output(output: Path) -> None:
-    """Raise UserError if `output` exists and is not a regular file, which a picture could replace."""
+    """Raise UserError if there is anything but a regular file at `output`, since only a file may be replaced by the picture."""
     try:
         require_replaceable(output)
     except OSError as error:

@@ -52,8 +52,8 @@ def optimise(
 ) -> nn.Module:
     """Train `network` in place on the 0-d `loss(iteration, generator)`, and return it with the EMA of its weights.
 
-    The parameters `train` are trained (default: all). An interrupted stage resumes from `folder/NAME.pt`, where NAME is `name`; a
-    finished one is loaded from it. The generator depends only on (seed, name, iteration), so a resumed run equals another one.
+    The parameters `train` are trained (default: all). An interrupted stage resumes from `folder/NAME.pt` (NAME is `name`), a finished
+    one is loaded from it. The generator depends on (seed, name, iteration) only: a resumed run equals an uninterrupted one.
     """
     parameters = list(network.parameters() if train is None else train)
     options = {"lr": recipe.lr, "betas": recipe.betas, "weight_decay": recipe.weight_decay}

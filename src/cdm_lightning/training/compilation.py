@@ -1,9 +1,10 @@
 """Compile the blocks of a network with torch.compile, so that every call of a run stays compiled.
 
 One block is called in many ways: with and without gradients, by a batch of any size, by frozen and by trained networks, with
-another adapter, and once more in the backward pass by gradient checkpointing. Dynamo compiles each way separately and guards it.
-Beyond its limit it runs what is new without compiling it, which is slow, and where gradient checkpointing recomputes a block in
-the other way than it was computed, torch raises `CheckpointError`. The limit here is therefore far above what a run needs.
+several LoRA adapters, and once more in the backward pass by gradient checkpointing. Dynamo, the tracer of torch.compile, compiles
+a variant for each way. Beyond a limit of variants it runs what is new without compiling it, which is slow; and where gradient
+checkpointing then recomputes without compilation what was compiled, or the reverse, torch raises `CheckpointError`. The limit here
+is therefore far above what a run needs.
 """
 
 import inspect
@@ -21,11 +22,11 @@ DYNAMO = "torch._dynamo.convert_frame"  # the logger of that warning
 def compile_blocks(
     network: nn.Module, block_types: tuple[type[nn.Module], ...], backend: str, limit: int = VARIANTS
 ) -> None:
-    """Compile every block with torch.compile, in place; the names of weights do not change, and equal blocks share their code.
+    """Compile every block of the network with torch.compile, in place; the names of its weights do not change.
 
-    The batch size and the number of tokens are symbols in the compiled code, so that other sizes do not compile again. If one
-    forward function needs more than `limit` variants, a warning names the blocks that run it: from then on, some of their calls
-    are not compiled.
+    `block_types` are the classes of the blocks. Blocks that are alike share their compiled code. The batch size and the number
+    of tokens are symbols in that code, so that other sizes do not compile again. If one forward function needs more than `limit`
+    variants, a warning names the blocks that run it: from then on, some of their calls are not compiled.
     """
     blocks = [module for module in network.modules() if isinstance(module, block_types)]
     options: dict = {"backend": backend, "dynamic": True}

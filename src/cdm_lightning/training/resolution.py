@@ -1,6 +1,6 @@
 """The image size of an iteration: the one that the backbone is configured for, or one of several, drawn in each iteration.
 
-Training at several sizes needs no images: a rollout starts from noise of the size. The shift of the sigmas depends on the
+Training at several sizes needs no images: a rollout starts from noise of that size. The shift of the sigmas depends on the
 size if it does so in the scheduler of the model family (`Backbone.at`).
 """
 

@@ -85,7 +85,7 @@ class Rollouts(ABC):
         """Return the samples of an iteration (counted from 0) for the objective's losses, one for each part of the batch."""
 
     def bound(self, batch: PromptBatch, iteration: int) -> list[Sample]:
-        """Return a `Sample` for each part of the batch, as it is before its rollout.
+        """Return a `Sample` for each part of the batch, before its rollout: networks with text, random draws, image size, latents.
 
         Raises UserError if the objective needs latents of real images and the batch has no images.
         """
