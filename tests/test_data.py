@@ -145,7 +145,7 @@ def test_a_folder_is_its_files_in_the_order_of_their_names(tmp_path):
 
 
 def test_folders_that_are_no_prompts(tmp_path):
-    with pytest.raises(UserError, match=r"holds no .txt, .jsonl, .parquet file"):
+    with pytest.raises(UserError, match=r"holds no .txt, .jsonl, .ndjson, .parquet, .csv, .tsv, .json file"):
         PromptFile(tmp_path)
     write(tmp_path, "a.txt", "a")
     write(tmp_path, "b.jsonl", "{}")

@@ -158,6 +158,15 @@ class Backbone(Anatomy, ABC):
             or f"{type(self).__name__} cannot be planned: it does not define the shapes of its conditioning"
         )
 
+    def alike(self, conds: Sequence[Conditioning]) -> Sequence[Conditioning] | None:
+        """Return the conditioning of several batches in equal shapes, so that one network call can take all; None if impossible.
+
+        A family whose shapes depend on the prompts must be able to do so: processes that hold shards of one network must
+        make the same calls whatever their own prompts are.
+        """
+        shapes = [{name: value.shape[1:] for name, value in cond.items()} for cond in conds]
+        return conds if all(shape == shapes[0] for shape in shapes) else None
+
     @abstractmethod
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """Return the network's velocity, noise - x0, as (B, C, H, W) in float32."""
@@ -254,14 +263,13 @@ class BoundField(VelocityField):
         return replace(self, cond=select_rows(self.cond, rows), inputs=inputs)
 
     def join(self, others: Sequence[VelocityField]) -> VelocityField | None:
-        """Return one field for all batches; None unless all call one network alike, with conditioning of the same shapes."""
+        """Return one field for all batches; None unless all call one network, with conditioning that can be made alike."""
         fields = [self, *(other for other in others if isinstance(other, BoundField) and self._is_like(other))]
         inputs = join_values([field.inputs for field in fields])
         if inputs is None or len(fields) <= len(others):
             return None
-        return replace(self, cond=concat([field.cond for field in fields]), inputs=inputs)
+        conds = self.backbone.alike([field.cond for field in fields])
+        return None if conds is None else replace(self, cond=concat(conds), inputs=inputs)
 
     def _is_like(self, other: "BoundField") -> bool:
-        shapes, other_shapes = ({k: v.shape[1:] for k, v in field.cond.items()} for field in (self, other))
-        same_call = self.network is other.network and self.compute_dtype == other.compute_dtype
-        return same_call and shapes == other_shapes
+        return self.network is other.network and self.compute_dtype == other.compute_dtype

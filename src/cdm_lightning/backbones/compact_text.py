@@ -93,6 +93,12 @@ def compact_text(embeds: Tensor, keep: int) -> Tensor:
     return torch.cat([embeds[:, :keep], embeds[:, -1:]], dim=1)
 
 
+def lengthened(embeds: Tensor, tokens: int) -> Tensor:
+    """(B, N, D) -> (B, `tokens`, D), which means the same: the last token, which stands for all padding, is repeated."""
+    more = tokens - embeds.shape[1]
+    return torch.cat([embeds, embeds[:, -1:].expand(-1, more, -1)], dim=1) if more > 0 else embeds
+
+
 def use_compact_padding(network: nn.Module, full_length: int) -> None:
     """Use `CompactPaddingAttention` in every attention of an `SD3Transformer2DModel`; a saved network is not affected."""
     transformer = cast("SD3Transformer2DModel", network)

@@ -3,6 +3,7 @@
 Shapes: B batch, (C, h, w) latent, N text tokens (CLIP then T5), D their width, P width of the pooled text.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from cdm_lightning.backbones.baked_schedule import bake
 from cdm_lightning.backbones.base import Conditioning
-from cdm_lightning.backbones.compact_text import use_compact_padding
+from cdm_lightning.backbones.compact_text import lengthened, use_compact_padding
 from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone, weights_dtype
 from cdm_lightning.backbones.lora_file import JOINT_ATTENTION, JOINT_FEED_FORWARD, presets
 from cdm_lightning.backbones.pipeline_settings import shared_property
@@ -100,6 +101,13 @@ class SD3Backbone(PipelineBackbone):
             "prompt_embeds": torch.empty(batch, self.clip_tokens + t5_tokens, config["joint_attention_dim"]),
             "pooled": torch.empty(batch, config["pooled_projection_dim"]),
         }
+
+    def alike(self, conds: Sequence[Conditioning]) -> Sequence[Conditioning] | None:
+        """Return the conditioning of several batches in equal shapes: compacted texts of any lengths can be joined."""
+        if self.compact_text is not None:
+            longest = max(cond["prompt_embeds"].shape[1] for cond in conds)
+            conds = [{**cond, "prompt_embeds": lengthened(cond["prompt_embeds"], longest)} for cond in conds]
+        return super().alike(conds)
 
     @shared_property
     def _text(self) -> PromptEncoder:

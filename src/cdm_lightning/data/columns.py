@@ -6,16 +6,19 @@ copied once into an uncompressed Arrow file, group by group, which needs little 
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from cdm_lightning.data.unchanged import FileState
 from cdm_lightning.errors import UserError
 from cdm_lightning.files import first_line, replacing
 
 BATCH_ROWS = 10_000
+ReadTexts = Callable[[Sequence[Path], str, ModuleType], Iterator[list[str | None]]]  # (files, field, pyarrow) -> texts
 INSTALL = "pip install 'cdm-lightning[data]'"
 
 
@@ -24,6 +27,7 @@ class ArrowColumn:
 
     def __init__(self, path: Path, name: str) -> None:
         self.path, self.name = path, name
+        self._state: FileState | None = None  # when it was scanned
 
     @cached_property
     def column(self) -> Any:
@@ -37,10 +41,11 @@ class ArrowColumn:
             ) from error
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "name": self.name}
+        return {"path": self.path, "name": self.name, "_state": self._state}
 
     def scan(self) -> Iterator[tuple[int, str]]:
         """Yield (row, text) for all rows."""
+        self._state = FileState.of(self.path)
         position = 0
         for chunk in self.column.iterchunks():
             for text in chunk.to_pylist():
@@ -48,7 +53,9 @@ class ArrowColumn:
                 position += 1
 
     def read(self, position: int) -> str:
-        """Return the text of a row."""
+        """Return the text of a row; raise `UserError` if the file has changed, since reading a cut map ends the process."""
+        if self._state is not None:
+            self._state.require(self.path, self.path)
         return self.column[position].as_py() or ""
 
     def place(self, position: int) -> str:
@@ -56,22 +63,24 @@ class ArrowColumn:
         return f"{self.name}, row {position + 1}"
 
 
-def open_parquet(paths: Sequence[Path], field: str, cache_folder: str | Path | None) -> ArrowColumn:
-    """Open the column `field` of parquet files, after copying it into the cache folder if the copy is not there yet.
+def open_columns(
+    paths: Sequence[Path], field: str, cache_folder: str | Path | None, kind: str, texts: ReadTexts
+) -> ArrowColumn:
+    """Open the texts under `field` of files, after `texts` has copied them into the cache folder if no copy is there yet.
 
-    The name of the copy is a hash of the files' paths, sizes and modification times, so changed files are copied again.
-    Raises `UserError` for a file that is missing, unreadable or without the column.
+    The name of the copy is a hash of the `kind` and of the files' paths, sizes and modification times, so changed files are
+    copied again. Raises `UserError` for a file that is missing, unreadable or without the column.
     """
     for path in paths:
         if not path.is_file():
             raise UserError(f"{path}: cannot read the prompt file (no such file)")
     pyarrow = import_pyarrow(paths[0])
-    for path in paths:
-        check_column(path, field, pyarrow)
     states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    target = copy_path(cache_folder, "parquet", field, states)
+    target = copy_path(cache_folder, kind, field, states)
     if not target.is_file():
-        write_column(target, parquet_texts(paths, field, pyarrow))
+        batches = texts(paths, field, pyarrow)
+        first = next(batches, [])  # an unreadable file is refused before anything is written
+        write_column(target, chain([first], batches))
     return ArrowColumn(target, str(paths[0] if len(paths) == 1 else paths[0].parent))
 
 
@@ -94,6 +103,8 @@ def check_column(path: Path, field: str, pyarrow: ModuleType) -> None:
 
 def parquet_texts(paths: Sequence[Path], field: str, pyarrow: ModuleType) -> Iterator[list[str | None]]:
     """Yield the texts of the column, `BATCH_ROWS` at a time at most; raise `UserError` for a damaged file."""
+    for path in paths:
+        check_column(path, field, pyarrow)
     for path in paths:
         try:
             with pyarrow.parquet.ParquetFile(path) as file:

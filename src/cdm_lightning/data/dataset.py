@@ -9,7 +9,8 @@ from types import ModuleType
 from typing import Any
 
 from cdm_lightning.data.columns import BATCH_ROWS, INSTALL, ArrowColumn, copy_path, write_column
-from cdm_lightning.data.prompts import FIELD, MAX_CHARACTERS, SelectedPrompts
+from cdm_lightning.data.formats import FIELD
+from cdm_lightning.data.prompts import MAX_CHARACTERS, SelectedPrompts
 from cdm_lightning.data.selection import Selection, TextSource
 from cdm_lightning.errors import UserError
 from cdm_lightning.files import first_line

@@ -8,13 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cdm_lightning.core.rng import stream
+from cdm_lightning.data.lines import LineFiles
 from cdm_lightning.data.prompts import PromptFile, Prompts
+from cdm_lightning.data.selection import flaw_of, is_visible
 from cdm_lightning.data.shapes import parse_caption, render
 from cdm_lightning.errors import UserError
-from cdm_lightning.files import read_text, require_regular
+from cdm_lightning.files import require_regular
 
 METADATA = "metadata.jsonl"
-MOST_METADATA, MOST_IMAGE = 1 << 32, 1 << 30  # bytes
+MOST_IMAGE = 1 << 30  # bytes
 
 
 class CaptionedFolder(Prompts):
@@ -39,20 +41,22 @@ class CaptionedFolder(Prompts):
             raise UserError(
                 f"{folder}: no {METADATA}; write one there, each line with the file_name and text of an image"
             )
-        lines = [line for line in read_text(listed, MOST_METADATA).splitlines() if line.strip()]
-        if not lines:
+        lines = enumerate((text for _, text in LineFiles([listed], whole=True).scan()), start=1)
+        self._entries = [self._entry(line, number) for number, line in lines if line]
+        if not self._entries:
             raise UserError(f"{listed} lists no images; write a line with file_name and text for each image")
-        self._entries = [self._entry(line, number) for number, line in enumerate(lines, start=1)]
 
     def _entry(self, line: str, number: int) -> tuple[Path, str]:
         where = f"{self.folder / METADATA}, line {number}"
         try:
             entry = json.loads(line)
             name, text = entry["file_name"], entry["text"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f'{where}: must be {{"file_name": "IMAGE", "text": "CAPTION"}}') from error
-        if not isinstance(name, str) or not isinstance(text, str) or not text.strip():
+        if not isinstance(name, str) or not isinstance(text, str) or not is_visible(text):
             raise UserError(f"{where}: file_name and text must be texts, and text must not be empty")
+        if flaw := flaw_of(text) or flaw_of(name):
+            raise UserError(f"{where}: {flaw}")
         path = self.folder / name
         if not path.is_file():
             raise UserError(f"{where}: there is no file {path}; correct file_name or remove the line")

@@ -2,66 +2,106 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from io import TextIOWrapper
 from pathlib import Path
+from typing import TextIO
 
+from cdm_lightning.data.unchanged import FileState
 from cdm_lightning.errors import UserError
 from cdm_lightning.files import open_regular
 
 FILE = 1 << 48  # positions are file number * FILE + byte offset
+LONGEST_LINE = 1 << 24  # characters; a longer line is no prompt, and reading it would only fill the memory
+BYTE_ORDER_MARK = "\ufeff"  # some editors write it at the start of a file
 
 
 class LineFiles:
-    """The lines of UTF-8 files, one file after the other; with a `field`, the text in this field of each line's JSON object.
+    r"""The lines of UTF-8 files, one file after the other; with a `field`, the text in this field of each line's JSON object.
 
-    Every access opens the file again, so loader workers may share this object.
+    Lines of plain text end where `str.splitlines` ends them, which includes `\r`, U+0085 and U+2028. Lines of JSON objects
+    end with `\n`, `\r\n` or `\r` only, since the others may stand inside a JSON text. With `whole`, the texts are the lines
+    of JSON objects as they stand. Every access opens the file again, so loader workers may share this object. A file that
+    has changed since `scan` read it is noticed at the next access.
     """
 
-    def __init__(self, paths: Sequence[Path], field: str | None = None) -> None:
+    def __init__(self, paths: Sequence[Path], field: str | None = None, whole: bool = False) -> None:
         self.paths, self.field = list(paths), field
+        self._is_text = field is None and not whole
+        self._states: dict[int, FileState] = {}  # of the files that have been scanned, by number
 
     def scan(self) -> Iterator[tuple[int, str]]:
         """Yield (position, text) for each line; raise `UserError` for an unreadable file or a line without a text."""
         for number, path in enumerate(self.paths):
             try:
-                yield from self._scan_file(path, number * FILE)
+                with opened(path) as file:
+                    self._states[number] = FileState.of(file.fileno())
+                    for line, (offset, text) in enumerate(self._lines(file, path), start=1):
+                        yield number * FILE + offset, self._checked(text, path, line)
+                    self._states[number].require(file.fileno(), path)  # else it is still being written
             except OSError as error:
                 raise UserError(f"{path}: cannot read the prompt file ({error.strerror})") from error
 
     def read(self, position: int) -> str:
-        """Return the text at `position`."""
+        """Return the text at `position`; raise `UserError` if the file has changed since it was scanned."""
         number, offset = divmod(position, FILE)
-        with open_regular(self.paths[number]) as file:
-            file.seek(offset)
-            return self._parse(file.readline().decode("utf-8"))
+        path = self.paths[number]
+        try:
+            with opened(path) as file:
+                file.seek(offset)
+                line = file.readline(LONGEST_LINE)
+                if number in self._states:
+                    self._states[number].require(file.fileno(), path)
+        except OSError as error:
+            raise UserError(f"{path}: cannot read the prompt file ({error.strerror})") from error
+        return self._parse(self._pieces(line)[0] if line else line)
 
     def place(self, position: int) -> str:
         """Return the place of a text as in "captions.txt, line 3"."""
         number, offset = divmod(position, FILE)
-        with open_regular(self.paths[number]) as file:
-            line = 1
-            while file.tell() < offset and file.readline():
-                line += 1
-        return f"{self.paths[number]}, line {line}"
+        path = self.paths[number]
+        with opened(path) as file:
+            line = next((n for n, (found, _) in enumerate(self._lines(file, path), start=1) if found >= offset), 1)
+        return f"{path}, line {line}"
 
-    def _scan_file(self, path: Path, position: int) -> Iterator[tuple[int, str]]:
-        with open_regular(path) as file:
-            for number, line in enumerate(file, start=1):
-                yield position, self._text(line, path, number)
-                position += len(line)
+    def _lines(self, file: TextIO, path: Path) -> Iterator[tuple[int, str]]:
+        """Yield (byte offset, line) for all lines; raise `UserError` for bytes that are not UTF-8 and for an endless line."""
+        offset = number = 0
+        while line := file.readline(LONGEST_LINE):
+            if len(line) == LONGEST_LINE:
+                raise UserError(
+                    f"{path}, line {number + 1}: longer than {LONGEST_LINE:,} characters; write one prompt on each line"
+                )
+            for piece in self._pieces(line):
+                number += 1
+                try:
+                    size = len(piece) if piece.isascii() else len(piece.encode())
+                except UnicodeEncodeError as error:
+                    raise UserError(f"{path}, line {number}: the prompt file is not UTF-8; convert it first") from error
+                yield offset, piece
+                offset += size
 
-    def _text(self, line: bytes, path: Path, number: int) -> str:
+    def _pieces(self, line: str) -> list[str]:
+        return line.splitlines(keepends=True) if self._is_text else [line]
+
+    def _checked(self, line: str, path: Path, number: int) -> str:
         try:
-            return self._parse(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}, line {number}: the prompt file is not UTF-8; convert it first") from error
-        except (ValueError, KeyError, TypeError) as error:
+            return self._parse(line)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f'{path}, line {number}: not a JSON object with a text in "{self.field}"') from error
 
     def _parse(self, line: str) -> str:
-        line = line.strip("\ufeff \t\r\n")  # \ufeff is the byte order mark, which some editors write at the start
+        line = line.strip(BYTE_ORDER_MARK + " \t\r\n")
         if self.field is None or not line:
             return line
         prompt = json.loads(line)[self.field]
         if not isinstance(prompt, str):
             raise TypeError(f"{self.field} is not a text")
         return prompt
+
+
+def opened(path: Path) -> TextIO:
+    r"""Open a text file so that `seek` takes a byte offset at which a character begins.
+
+    Lines end with `\n`, `\r\n` or `\r`, which are kept. Bytes that are not UTF-8 become lone surrogates.
+    """
+    return TextIOWrapper(open_regular(path), "utf-8", errors="surrogateescape", newline="")

@@ -11,13 +11,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cdm_lightning.data.batches import Order, ShuffledEpochs
-from cdm_lightning.data.columns import open_parquet
-from cdm_lightning.data.lines import LineFiles
-from cdm_lightning.data.selection import Selection, TextSource
+from cdm_lightning.data.formats import open_files
+from cdm_lightning.data.selection import Selection, TextSource, flaw_of, is_visible
 from cdm_lightning.errors import UserError
 
-LINES, PARQUET = (".txt", ".jsonl"), ".parquet"
-FIELD = "prompt"  # the default field of .jsonl and .parquet files
 MAX_CHARACTERS = 10_000
 
 
@@ -71,24 +68,28 @@ class SelectedPrompts(Prompts):
         return len(self.positions)
 
     def __getitem__(self, index: int) -> str:
-        """Return prompt number `index`, where prompts that are left out do not count."""
-        return self.source.read(int(self.positions[index])).strip()
+        """Return prompt number `index`, where prompts that are left out do not count; `UserError` if its file has changed."""
+        prompt = self.source.read(int(self.positions[index])).strip()
+        if not is_visible(prompt):
+            raise UserError(f"{self.name}: prompt {index} has become blank since the run began; restore the file")
+        return prompt
 
 
 class PromptFile(SelectedPrompts):
     """The prompts of a file, or of a folder with files of one kind in the order of their names.
 
-    A text file holds one prompt on each line, a `*.jsonl` file one object on each line with the prompt under `field`, and a
-    `*.parquet` file a column `field`. A parquet column is copied once into `cache_folder` (default: the user's cache
+    A text file holds one prompt on each line, a `*.jsonl` file one object on each line with the prompt under `field`.
+    `*.parquet`, `*.csv` and `*.tsv` files have a column `field`, and a `*.json` file holds a list of texts, or of objects
+    with the prompt under `field`. Such a column or list is copied once into `cache_folder` (default: the user's cache
     folder), where any row can be read alone. All texts are checked once, when the file is opened. Afterwards only the
     position of each prompt is kept: 8 bytes per prompt, in a tensor that loader workers share.
 
-    Blank prompts are left out. Prompts of more than `max_characters` are left out too, or refused with
+    Prompts without a visible character are left out. Prompts of more than `max_characters` are left out too, or refused with
     `overlong="refuse"`. `deduplicate` keeps only the first of several prompts that differ in nothing but white space.
     `counts` says how many prompts were left out.
 
-    Raises `UserError` for a file that is missing, empty, not UTF-8 or not in the format of its ending, and for a `field`
-    that does not exist.
+    Raises `UserError` for a file that is missing, empty, not UTF-8 or not in the format of its ending, for a `field`
+    that does not exist, and for a prompt that no tokenizer can read.
     """
 
     def __init__(
@@ -105,12 +106,19 @@ class PromptFile(SelectedPrompts):
 
 
 class PromptList(Prompts):
-    """A few prompts given in the configuration, repeated `repeat` times; raises `UserError` if there are none."""
+    """A few prompts given in the configuration, repeated `repeat` times.
+
+    Raises `UserError` if there are none, and for one that no tokenizer can read.
+    """
 
     def __init__(self, prompts: Sequence[str], repeat: int = 1) -> None:
         self.prompts, self.repeat = list(prompts), repeat
         if not self.prompts or repeat < 1:
             raise UserError("a prompt list needs at least one prompt and a repeat of at least 1")
+        for number, prompt in enumerate(self.prompts, start=1):
+            flaw = flaw_of(prompt) if isinstance(prompt, str) else f"{prompt!r} is not a text; put it in quotes"
+            if flaw:
+                raise UserError(f"data: prompt {number} of the list: {flaw}")
 
     def __len__(self) -> int:
         return len(self.prompts) * self.repeat
@@ -120,33 +128,3 @@ class PromptList(Prompts):
         if index >= len(self):
             raise IndexError(f"prompt {index} of {len(self)}")
         return self.prompts[index % len(self.prompts)]
-
-
-def open_files(path: Path, field: str | None, cache_folder: str | Path | None) -> TextSource:
-    """Open the texts of a file or folder by its files' endings; raise `UserError` for mixed kinds or a text file with a `field`."""
-    files = files_in(path) if path.is_dir() else [path]
-    kinds = {file.suffix if file.suffix in (*LINES, PARQUET) else LINES[0] for file in files}
-    if len(kinds) > 1:
-        raise UserError(
-            f"{path}: holds {' and '.join(sorted(kinds))} files; a folder must hold one kind: use data=mixed"
-        )
-    (kind,) = kinds
-    if kind == LINES[0] and field is not None:
-        raise UserError(
-            f"{path}: `field: {field}` needs a .jsonl or .parquet file; a text file holds one prompt on each line"
-        )
-    if kind == PARQUET:
-        return open_parquet(files, field or FIELD, cache_folder)
-    return LineFiles(files, None if kind == LINES[0] else field or FIELD)
-
-
-def files_in(folder: Path) -> list[Path]:
-    """Return the prompt files in a folder and its subfolders, sorted by name; raise `UserError` if there are none."""
-    if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
-        raise UserError(
-            f"{folder}: this is a saved Hugging Face data set; use data=dataset data.train.dataset={folder}"
-        )
-    files = sorted(file for file in folder.rglob("*") if file.suffix in (*LINES, PARQUET) and file.is_file())
-    if not files:
-        raise UserError(f"{folder}: the folder holds no {', '.join((*LINES, PARQUET))} file")
-    return files

@@ -1,6 +1,7 @@
 """The selection of prompts from a source: blank, over-long and repeated texts are left out and counted."""
 
 import hashlib
+import unicodedata
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from torch import Tensor
 from cdm_lightning.errors import UserError
 
 POLICIES = ("skip", "refuse")
+INVISIBLE = frozenset(("Cc", "Cf", "Cn", "Mn", "Zl", "Zp", "Zs"))  # categories of Unicode without ink of their own
+FILLERS = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # letters and symbols that Unicode defines as blank
 KEY_BYTES = 16  # of the hash that identifies a prompt: the chance of a collision among 10 million is below 1e-24
 
 
@@ -67,12 +70,15 @@ class Selection:
         positions, keys, blank, overlong = array("q"), bytearray(), 0, 0
         for position, text in source.scan():
             text = text.strip()
-            if not text:
+            if not is_visible(text):
                 blank += 1
             elif len(text) > self.max_characters:
                 overlong += 1
-                self._refuse_overlong(source.place(position), len(text))
+                if self.overlong == "refuse":  # finding a place reads the file from its start: only for a message
+                    raise self._overlong(source.place(position), len(text))
             else:
+                if flaw := flaw_of(text):
+                    raise UserError(f"{source.place(position)}: {flaw}")
                 positions.append(position)
                 if self.deduplicate:
                     keys += hashlib.blake2b(" ".join(text.split()).encode(), digest_size=KEY_BYTES).digest()
@@ -82,12 +88,32 @@ class Selection:
         repeated = len(positions) - len(found)
         return found, Counts(len(found), blank, overlong, repeated, self.max_characters)
 
-    def _refuse_overlong(self, place: str, length: int) -> None:
-        if self.overlong == "refuse":
-            raise UserError(
-                f"{place}: a prompt of {length:,} characters is longer than max_characters={self.max_characters}; "
-                "shorten it or set overlong=skip"
-            )
+    def _overlong(self, place: str, length: int) -> UserError:
+        return UserError(
+            f"{place}: a prompt of {length:,} characters is longer than max_characters={self.max_characters}; "
+            "shorten it or set overlong=skip"
+        )
+
+
+def is_visible(text: str) -> bool:
+    """Return whether a text shows anything: spaces, controls, zero-width characters, lone marks and fillers do not."""
+    return any(unicodedata.category(c) not in INVISIBLE and c not in FILLERS for c in text)
+
+
+def flaw_of(text: str) -> str | None:
+    """Return why no tokenizer can read a text, with the cure; None if one can.
+
+    A lone surrogate is half of a character, as a JSON text cut in the middle of an emoji has it. It cannot be encoded.
+    """
+    if "\0" in text:
+        return "the prompt holds a NUL character; is the file UTF-16? convert it to UTF-8"
+    if text.isascii():
+        return None
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"the prompt holds half a character (\\u{ord(text[error.start]):04x}), which is no text; complete or remove it"
+    return None
 
 
 def first_occurrences(keys: bytes | bytearray) -> np.ndarray:
