@@ -54,7 +54,7 @@ def finished(template: Path, tmp_path: Path) -> Path:
 
 def test_the_folder_holds_tensors_record_and_marker(template):
     path = checkpoints_in(template / "checkpoints")[-1]
-    assert {file.name for file in path.iterdir()} == {SHARD, "state.json", "trainer.pt", MARKER}
+    assert {file.name for file in path.iterdir()} == {SHARD, "state.json", "trainer.pt", "run.json", MARKER}
     sums = json.loads((path / MARKER).read_text())["files"]
     assert {name: of["bytes"] for name, of in sums.items()} == {
         file.name: file.stat().st_size for file in path.iterdir() if file.name != MARKER
@@ -137,7 +137,8 @@ def test_a_run_goes_on_from_the_one_before_and_says_so(finished, template, toy_r
     assert f"skipped a checkpoint: {newest}: {SHARD} is damaged: its checksum is wrong" in said
     assert f"resuming from {older} (iteration 5)" in said
     assert_equal_states(template / "checkpoints/iteration_0000010", resumed.checkpoint)
-    assert {path.name for path in newest.parent.iterdir()} == {older.name, newest.name, "unused_iteration_0000010"}
+    left = {path.name for path in newest.parent.iterdir()}
+    assert left == {".lock", older.name, newest.name, "unused_iteration_0000010"}
 
 
 def test_nothing_but_damaged_checkpoints_is_refused(finished, toy_run):
@@ -222,7 +223,7 @@ def test_a_full_disk_during_a_save_does_not_stop_the_run(template, toy_run, smal
     assert "No space left on device" in said
     assert "iteration_0000004 is intact" in said
     left = small_disk.path / "run/checkpoints"
-    assert sorted(path.name for path in left.iterdir()) == ["iteration_0000004", "iteration_0000010"]
+    assert sorted(path.name for path in left.iterdir()) == [".lock", "iteration_0000004", "iteration_0000010"]
     assert read_checkpoint(left / "iteration_0000004").find_fault() is None
     assert_equal_states(template / "checkpoints/iteration_0000010", result.checkpoint)
 

@@ -165,7 +165,8 @@ def test_old_checkpoints_are_dropped(toy_run):
     assert [path.name for path in kept] == ["iteration_0000008", "iteration_0000010"]
     everything = toy_run("checkpoint.every=2", "checkpoint.keep=null", folder="all")
     assert len(checkpoints_in(everything.folder / "checkpoints")) == 5
-    assert sorted(path.name for path in (result.folder / "checkpoints").iterdir()) == [path.name for path in kept]
+    found = sorted(path.name for path in (result.folder / "checkpoints").iterdir())
+    assert found == [".lock", *(path.name for path in kept)]
 
 
 def test_another_configuration_is_refused_but_a_longer_run_is_not(toy_run):

@@ -25,8 +25,8 @@ from omegaconf import DictConfig, OmegaConf
 from cdm_lightning.backbones.base import Backbone
 from cdm_lightning.checkpoint.callback import IterationCheckpoint
 from cdm_lightning.checkpoint.folder import checkpoints_in, refuse_old_files
-from cdm_lightning.checkpoint.stored import read_checkpoint
-from cdm_lightning.config import build, build_named, one_line, run_cli
+from cdm_lightning.checkpoint.stored import StoredCheckpoint, read_checkpoint, recorded_iteration
+from cdm_lightning.config import build, build_named, one_line, process_number, run_cli
 from cdm_lightning.config.secrets import plain
 from cdm_lightning.data.datamodule import PromptDataModule
 from cdm_lightning.data.text_cache import StoredText, TextCacheSettings
@@ -37,10 +37,11 @@ from cdm_lightning.errors import UserError
 from cdm_lightning.evaluation.samplers import check_samplers
 from cdm_lightning.files import first_line, require_name
 from cdm_lightning.metrics.suite import MetricSuite
-from cdm_lightning.run.folder import Run
+from cdm_lightning.run.folder import Run, checkpoint_folder
+from cdm_lightning.run.inputs import ACCEPT, Inputs, inputs_of, require_same_inputs
 from cdm_lightning.run.lock import only_process_in
 from cdm_lightning.run.record import record_start
-from cdm_lightning.run.same import require_same_configuration
+from cdm_lightning.run.same import moved_ends, require_same_configuration
 from cdm_lightning.terminal.quiet import quiet_libraries
 
 
@@ -63,7 +64,7 @@ def train(config: DictConfig) -> TrainResult:
         raise UserError(f"seed={config.seed}: give a whole number from 0 to {2**32 - 1}")
     require_name(config.run_name, "run_name")
     run = Run.create(Path(config.output_dir))
-    with only_process_in(run):
+    with only_process_in(run.folder, checkpoint_folder(run, plain(config))):
         return train_in(run, config)
 
 
@@ -77,7 +78,9 @@ def train_in(run: Run, config: DictConfig) -> TrainResult:
     module.resolution.check(module.backbone)
     check_samplers(module.samplers, module.backbone)
     checkpoint = build(config, "checkpoint")
-    checkpoint.begin_with = find_beginning(config, run, checkpoint, module.fingerprint)
+    inputs = inputs_of(plain(config), local_folders(module.backbone))
+    checkpoint.begin_with = find_beginning(config, run, checkpoint, module.fingerprint, inputs)
+    checkpoint.about = {"config": plain(config), "inputs": inputs}
     metrics = cache(lambda: MetricSuite(build_named(config, "metric"), build_named(config, "feature")))
     callbacks = build(config, "callbacks", offered={"metrics": metrics})
     use_text_cache(build(config, "text_cache"), module.backbone, data, callbacks)
@@ -87,7 +90,7 @@ def train_in(run: Run, config: DictConfig) -> TrainResult:
     if trainer.is_global_zero:
         for role in module.lora.unused(module.updates.recipes):
             print(f"lora.{role} is not used, because the objective does not train {role}", file=sys.stderr, flush=True)
-        record_start(plain(config), run, trainer.world_size)
+        record_start(plain(config), run, trainer.world_size, inputs)
     try:
         trainer.fit(module, data)
     except RuntimeError as error:
@@ -134,34 +137,51 @@ def use_text_cache(
         backbone.use_text_memory(RememberedText(backbone.encode_prompts, prompts, most_bytes))
 
 
-def find_beginning(config: DictConfig, run: Run, checkpoint: IterationCheckpoint, fingerprint: str) -> Path | None:
+def find_beginning(
+    config: DictConfig, run: Run, checkpoint: IterationCheckpoint, fingerprint: str, inputs: Inputs
+) -> Path | None:
     """Return the checkpoint of another run if `resume` names one; raise `UserError` if the run cannot start like this.
 
     `resume` is "auto" (resume from this run's newest good checkpoint, if there is one), "never" (refuse a folder with
-    checkpoints) or the path of a checkpoint of another run. That checkpoint is used as long as this run has none of its own.
-    Its backbone must be the same, but its configuration may differ.
+    checkpoints) or the path of a checkpoint of another run. That checkpoint is used as long as this run has none of its own,
+    and need not exist any more once it has. Its backbone must be the same, but its configuration may differ. `inputs` are the
+    files that the run stands on, which must be those of its last checkpoint.
     """
     refuse_old_files(checkpoint.folder)
     own = checkpoints_in(checkpoint.folder)
     if config.resume == "never" and own:
         raise UserError(f"{run.folder} holds checkpoints, but resume=never; set another run_name or remove the folder")
     if own:
-        require_same_backbone(own, fingerprint)
-        require_same_configuration(run.config() if run.is_started else {}, plain(config), run.folder)
+        stored = require_same_backbone(own, fingerprint)
+        about = {} if stored is None else stored.about
+        is_elsewhere = not checkpoint.folder.resolve().is_relative_to(run.folder.resolve())
+        saved = run.config() if run.is_started else about.get("config", {})
+        for earlier in (saved, about.get("config", {}) if is_elsewhere else {}):  # there they may be those of another run
+            require_same_configuration(earlier, plain(config), run.folder)
+        accepted = require_same_inputs(about.get("inputs"), inputs, run.folder, bool(config.get(ACCEPT)))
+        for line in (accepted, moved_ends(saved, plain(config))):
+            if line and not process_number():
+                print(line, file=sys.stderr, flush=True)
+        return None
     if config.resume in ("auto", "never"):
         return None
     return read_checkpoint(Path(config.resume), fingerprint).path
 
 
-def require_same_backbone(own: Sequence[Path], fingerprint: str) -> None:
-    """Raise `UserError` if the newest checkpoint that can be opened has another fingerprint."""
-    for path in reversed(own):
+def local_folders(backbone: Backbone) -> dict[str, Path]:
+    """Return the folder of the backbone's pretrained pipeline, which may be one that was downloaded; empty without one."""
+    return {"backbone.pretrained": Path(backbone.folder)} if isinstance(getattr(backbone, "folder", None), Path) else {}
+
+
+def require_same_backbone(own: Sequence[Path], fingerprint: str) -> StoredCheckpoint | None:
+    """Return the newest checkpoint that can be opened, None if none can; `UserError` if it has another fingerprint."""
+    for path in sorted(own, key=recorded_iteration, reverse=True):
         with suppress(UserError):  # a damaged one is reported later, when the run looks for a good checkpoint
             stored = read_checkpoint(path)
             break
     else:
-        return
-    read_checkpoint(stored.path, fingerprint)
+        return None
+    return read_checkpoint(stored.path, fingerprint)
 
 
 def start(config: DictConfig) -> None:

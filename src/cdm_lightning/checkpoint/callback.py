@@ -1,35 +1,32 @@
 """When a run saves, from which checkpoint it resumes, and when it stops early."""
 
-import json
-import math
 import shutil
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
+from safetensors import SafetensorError
+from torch import Tensor
 
-from cdm_lightning.checkpoint.folder import (
-    checkpoints_in,
-    iteration_of,
-    remove,
-    set_aside,
-    sweep,
-)
+from cdm_lightning.checkpoint.best import Best, note_validation
+from cdm_lightning.checkpoint.folder import checkpoints_in, iteration_of, remove, sweep
+from cdm_lightning.checkpoint.health import not_finite, not_finite_in
 from cdm_lightning.checkpoint.objective_state import class_of, require_readable, restore_objective
 from cdm_lightning.checkpoint.save import save_checkpoint
 from cdm_lightning.checkpoint.signals import StopSignals
+from cdm_lightning.checkpoint.start import choose_start
 from cdm_lightning.checkpoint.state import plain_values_of, restore, tensors_of
-from cdm_lightning.checkpoint.stored import StoredCheckpoint, newest_checkpoint, read_checkpoint, require_good
+from cdm_lightning.checkpoint.stored import FINITE, OTHER, RECORD, TRAINER, StoredCheckpoint, read_checkpoint
+from cdm_lightning.checkpoint.validation import make_up_validation
 from cdm_lightning.distributed import ranks
 from cdm_lightning.errors import Preempted, UserError
-from cdm_lightning.files import read_text, write_text
+from cdm_lightning.files import restoring
 
 if TYPE_CHECKING:
     from cdm_lightning.module import CDMModule
-
-BEST = "best.json"
 
 
 class IterationCheckpoint(Checkpoint):
@@ -38,8 +35,9 @@ class IterationCheckpoint(Checkpoint):
     The newest `keep` checkpoints are kept (None: all), and in addition the one with the best value of the validation metric
     `best`; `best_is` says whether the smallest ("min") or the largest ("max") value is best. A run stops with `UserError`
     when `max_skipped` consecutive updates of a network were skipped because their gradient was not finite (None: never). At
-    the start the run resumes from the newest good checkpoint in `folder`, or from `begin_with` if there is none. A save that
-    fails because of the disk does not stop the run, unless it is the save of the last iteration.
+    the start the run resumes from the newest good checkpoint in `folder`, or from `begin_with` if there is none; a validation
+    that was due at its iteration is made up. A save that fails because of the disk does not stop the run, unless it is the save
+    of the last iteration. A save of weights that are not finite is refused and stops the run with `UserError`.
     """
 
     def __init__(
@@ -56,8 +54,9 @@ class IterationCheckpoint(Checkpoint):
         if best_is not in ("min", "max"):
             raise UserError(f"checkpoint: best_is must be min or max, got {best_is!r}")
         self.folder, self.every, self.keep = Path(folder), every, keep
-        self.best, self.best_is, self.max_skipped = best, best_is, max_skipped
+        self.best, self.max_skipped = Best(self.folder, best, best_is), max_skipped
         self.begin_with: Path | None = None  # a checkpoint of another run to start from
+        self.about: Mapping[str, Any] | None = None  # stored in each checkpoint: `StoredCheckpoint.about`
         self._start: StoredCheckpoint | None = None
         self._signals = StopSignals()
         self._trainer_state: dict[str, Any] = {}
@@ -70,23 +69,12 @@ class IterationCheckpoint(Checkpoint):
             if ranks.rank() == 0 and (left := sweep(self.folder)):
                 say(f"deleted the remains of an interrupted save: {', '.join(left)}")
             ranks.gather(None)  # no process looks for checkpoints before this is done
+            _ = self.best.read()  # a file that is none of ours is refused now
             self._start = self.choose_start(pl_module.fingerprint)
 
     def choose_start(self, fingerprint: str) -> StoredCheckpoint | None:
         """Choose the checkpoint to resume from, None for a fresh start; raise `UserError` if there are only unusable ones."""
-        start = newest_checkpoint(self.folder, lambda path, why: say(f"skipped a checkpoint: {why}"))
-        if start is not None and ranks.rank() == 0:
-            for path in checkpoints_in(self.folder):
-                if iteration_of(path) > start.iteration:
-                    say(f"renamed: {set_aside(path)} (it can be deleted)")
-        if start is None and self.begin_with is not None:
-            start = require_good(read_checkpoint(self.begin_with))
-        if start is None:
-            return None
-        start = read_checkpoint(start.path, fingerprint)
-        _ = start.sizes, start.trainer_state()  # refuse a file that is not a checkpoint before any network is built
-        say(f"resuming from {start.path} (iteration {start.iteration})")
-        return start
+        return choose_start(self.folder, self.begin_with, fingerprint, say)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
         """Restore weights, optimizers, counters and the state of loops, callbacks and the objective.
@@ -94,19 +82,28 @@ class IterationCheckpoint(Checkpoint):
         Raise `UserError` for an objective whose state could not be read back from a checkpoint.
         """
         require_readable(pl_module.objective)
-        if self._start is None:
+        start, self._start = self._start, None
+        if start is None:
             return
-        restore(pl_module.networks, pl_module.optimizers_by_role, self._start)
-        pl_module.on_load_checkpoint({"cdm": self._start.record})
-        state = self._start.trainer_state()
-        if note := restore_objective(pl_module.objective, state):
-            say(note)
-        trainer.fit_loop.load_state_dict(state["fit_loop"])
-        # pyrefly: ignore[missing-attribute]  Lightning sets this attribute from another module
-        for callback in trainer.callbacks:
-            if callback.state_key in state["callbacks"]:
-                callback.load_state_dict(state["callbacks"][callback.state_key])
-        self._start = None
+        of_record, of_state = ((start.path / name if start.path.is_dir() else start.path) for name in (RECORD, TRAINER))
+        with restoring(of_record, OTHER):
+            restore(pl_module.networks, pl_module.optimizers_by_role, start)
+            pl_module.on_load_checkpoint({"cdm": start.record})
+        with restoring(of_state, OTHER):
+            state = start.trainer_state()
+            if note := restore_objective(pl_module.objective, state):
+                say(note)
+            trainer.fit_loop.load_state_dict(state["fit_loop"])
+            # pyrefly: ignore[missing-attribute]  Lightning sets this attribute from another module
+            for callback in trainer.callbacks:
+                if callback.state_key in state["callbacks"]:
+                    callback.load_state_dict(state["callbacks"][callback.state_key])
+        if trainer.global_step != start.iteration:
+            raise UserError(f"{of_state}: is of iteration {trainer.global_step}, not {start.iteration}; {OTHER}")
+        if start.path.parent == self.folder:
+            if self.best.metric is not None:
+                self._trainer_state = trainer_state(trainer, pl_module)
+            make_up_validation(trainer, pl_module, start, say)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
         """Handle the stop signals instead of Lightning."""
@@ -119,7 +116,7 @@ class IterationCheckpoint(Checkpoint):
         self._check_health(pl_module)
         iteration, stop = trainer.global_step, self._signals.asked()
         last = iteration == trainer.max_steps
-        if self.best is not None:
+        if self.best.metric is not None:
             # A save after validation must equal a save at this point.
             self._trainer_state = trainer_state(trainer, pl_module)
         if stop or last or trainer.should_stop or iteration % self.every == 0:
@@ -133,44 +130,39 @@ class IterationCheckpoint(Checkpoint):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
         """Keep the checkpoint of this iteration if its metric is the best so far; `UserError` for an unknown metric."""
-        if self.best is None or trainer.sanity_checking or not self._trainer_state:
+        if trainer.sanity_checking:
             return
-        found = trainer.callback_metrics.get(self.best)
+        if self.best.metric is not None and self._trainer_state:
+            self._keep_if_best(trainer, pl_module)
+        self._write(lambda: note_validation(self.folder, trainer.global_step))
+
+    def _keep_if_best(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
+        found = trainer.callback_metrics.get(str(self.best.metric))
         value = ranks.from_first(None if found is None else float(found))
         if value is None:
             known = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/")))
-            raise UserError(f"checkpoint.best={self.best}: validation logs no such metric; it logs {known or 'none'}")
+            raise UserError(
+                f"checkpoint.best={self.best.metric}: validation logs no such metric; it logs {known or 'none'}"
+            )
         iteration = trainer.global_step
-        if not ranks.from_first(math.isfinite(value) and self._is_better(value)):
+        if not ranks.from_first(self.best.is_improved_by(value)):
             return
         saved = [iteration_of(path) for path in checkpoints_in(self.folder)]
-        if ranks.from_first(iteration in saved) or self._save(trainer, pl_module, self._trainer_state):
-            self._note_best(value, iteration)
-
-    def _is_better(self, value: float) -> bool:
-        best = self.read_best()
-        return best is None or (value < best["value"] if self.best_is == "min" else value > best["value"])
-
-    def _note_best(self, value: float, iteration: int) -> None:
-        if ranks.rank() == 0:
-            noted = {"metric": self.best, "value": value, "iteration": iteration}
-            try:
-                write_text(self.folder / BEST, json.dumps(noted))
-            except OSError as error:  # the disk is full, for example; the run continues, as after a failed save
-                say(
-                    f"WARNING: {self.folder / BEST} could not be written ({error.strerror or error}); the run continues"
-                )
-                return
+        is_saved = ranks.from_first(iteration in saved) or self._save(trainer, pl_module, self._trainer_state)
+        if is_saved and self._write(lambda: self.best.note(value, iteration)) and ranks.rank() == 0:
             self._drop_old()
 
-    def read_best(self) -> dict[str, Any] | None:
-        """Return metric, value and iteration of the best checkpoint so far; None if there is none for this metric."""
-        try:
-            found = json.loads(read_text(self.folder / BEST, follow=False))
-        except (OSError, ValueError):
-            return None
-        kept = {iteration_of(path) for path in checkpoints_in(self.folder)}
-        return found if found.get("metric") == self.best and found.get("iteration") in kept else None
+    def _write(self, work: Callable[[], None]) -> bool:
+        """Write a small file on the first process and return True; a full disk gives a line and False, and the run continues."""
+        if ranks.rank() == 0:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                work()
+            except OSError as error:
+                name = error.filename or self.folder
+                say(f"WARNING: {name} could not be written ({error.strerror or error}); the run continues")
+                return False
+        return True
 
     def on_train_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
         """Restore the previous signal handlers."""
@@ -189,19 +181,36 @@ class IterationCheckpoint(Checkpoint):
         record: dict[str, Any] = {}
         module.on_save_checkpoint(record)
         optimizers = module.optimizers_by_role
+        tensors = tensors_of(module.networks, optimizers)
+        self._require_finite(tensors, module)
         record = {
             **record["cdm"],
             "world_size": trainer.world_size,
             "optimizers": plain_values_of(module.networks, optimizers),
+            FINITE: True,
         }
         try:
-            path = save_checkpoint(self.folder, tensors_of(module.networks, optimizers), record, state)
+            path = save_checkpoint(self.folder, tensors, record, state, self.about)
         except OSError as error:
             self._report_failure(error, record["iteration"], needed)
             return None
         if ranks.rank() == 0:
             self._drop_old()
         return path
+
+    def _require_finite(self, tensors: Mapping[str, Tensor], module: "CDMModule") -> None:
+        """Raise `UserError` on all processes if a weight of a trained network is not finite on any of them."""
+        if (name := not_finite(tensors, module.networks)) is not None:
+            raise UserError(
+                f"weights that are not finite at iteration {module.iteration} ({name}): nothing was saved; {self._advice()}"
+            )
+
+    def _advice(self) -> str:
+        """Say from which good checkpoint without skipped updates one can go on after a divergence."""
+        for path in reversed(checkpoints_in(self.folder)):
+            if is_healthy(path):
+                return f"resume from {path} with other settings, such as a lower learning rate"
+        return "there is no checkpoint from before that; start again with other settings, such as a lower learning rate"
 
     def _report_failure(self, error: OSError, iteration: int, needed: bool) -> None:
         older = checkpoints_in(self.folder)
@@ -216,7 +225,11 @@ class IterationCheckpoint(Checkpoint):
         say(f"WARNING: {text}; the run continues and tries again at the next save")
 
     def _drop_old(self) -> None:
-        best = self.read_best()
+        try:
+            best = self.best.read()
+        except UserError as error:  # nothing is deleted while it is not known which one is best
+            say(f"WARNING: {error}")
+            return
         plain = [
             path for path in checkpoints_in(self.folder) if best is None or iteration_of(path) != best["iteration"]
         ]
@@ -230,13 +243,9 @@ class IterationCheckpoint(Checkpoint):
         """Raise `UserError` after too many skipped updates in a row; the counts are the same on all processes."""
         for name, count in module.updates.skipped_in_a_row.items():
             if self.max_skipped is not None and count >= self.max_skipped:
-                good = [path for path in checkpoints_in(self.folder) if not any(skipped_in(path).values())]
-                advice = (
-                    f"resume from {good[-1]} with other settings" if good else "there is no checkpoint from before that"
-                )
                 raise UserError(
                     f"the gradient of {name} was not finite {count} times in a row (checkpoint.max_skipped), "
-                    f"up to iteration {module.iteration}: {advice}"
+                    f"up to iteration {module.iteration}: {self._advice()}"
                 )
 
 
@@ -253,12 +262,14 @@ def trainer_state(trainer: L.Trainer, module: "CDMModule") -> dict[str, Any]:
     }
 
 
-def skipped_in(path: Path) -> dict[str, int]:
-    """Return how many updates in a row had been skipped, by network, when this checkpoint was written."""
+def is_healthy(path: Path) -> bool:
+    """Return whether a checkpoint can be read, was written after an update that was not skipped, and has finite weights."""
     try:
-        return read_checkpoint(path).record["skipped_in_a_row"]
-    except UserError:
-        return {"unreadable": 1}
+        stored = read_checkpoint(path)
+        skipped = any(stored.record.get("skipped_in_a_row", {}).values())
+        return not skipped and (bool(stored.record.get(FINITE)) or not_finite_in(stored.files) is None)
+    except (UserError, OSError, AttributeError, SafetensorError):
+        return False
 
 
 def say(text: str) -> None:

@@ -16,6 +16,7 @@ from typing import cast
 
 from cdm_lightning.errors import UserError
 from cdm_lightning.files import open_regular, read_text, sync
+from cdm_lightning.files.records import WRONG_CONTENT
 
 NAME = "iteration_{:07d}"
 PATTERN = re.compile(r"iteration_(\d{7,})")
@@ -106,6 +107,12 @@ def set_aside(path: Path) -> Path:
     return target
 
 
+def rename(path: Path, target: Path) -> None:
+    """Give a checkpoint another name, and wait until that is on the disk."""
+    os.rename(path, target)
+    sync(target.parent)
+
+
 def read_marker(path: Path) -> Mapping[str, dict[str, int]]:
     """Return the sizes and checksums of a checkpoint's files by name; raise `UserError` if it was never finished."""
     try:
@@ -113,7 +120,7 @@ def read_marker(path: Path) -> Mapping[str, dict[str, int]]:
         return {str(name): {"bytes": int(of["bytes"]), "crc32": int(of["crc32"])} for name, of in files.items()}
     except FileNotFoundError as error:
         raise UserError(f"{path}: not a finished checkpoint (it has no {MARKER})") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, *WRONG_CONTENT) as error:
         raise UserError(f"{path}: {MARKER} cannot be read") from error
 
 

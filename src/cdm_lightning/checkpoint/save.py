@@ -11,16 +11,21 @@ import torch
 from torch import Tensor
 
 from cdm_lightning.checkpoint.folder import FileSums, begin, commit, temporary_path, write_synced
-from cdm_lightning.checkpoint.stored import RECORD, TRAINER
+from cdm_lightning.checkpoint.stored import ABOUT, RECORD, TRAINER
 from cdm_lightning.checkpoint.tensors import save_tensors
 from cdm_lightning.distributed import ranks
 
 
 def save_checkpoint(
-    folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any], trainer_state: Mapping[str, Any]
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    record: Mapping[str, Any],
+    trainer_state: Mapping[str, Any],
+    about: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the checkpoint of iteration `record["iteration"]` into `folder` and return its path.
 
+    `about` says of which run it is (`StoredCheckpoint.about`); None if that is not known.
     Raises OSError on all processes if the checkpoint cannot be written; earlier checkpoints are then unchanged.
     """
     temporary = temporary_path(folder, record["iteration"])
@@ -29,18 +34,26 @@ def save_checkpoint(
         sums: FileSums = {}
         for of_rank in ranks.gather(save_tensors(tensors, temporary)):
             sums |= of_rank
-        return Path(_on_first(lambda: _finish(temporary, sums, record, trainer_state)))
+        return Path(_on_first(lambda: _finish(temporary, sums, record, trainer_state, about)))
     except OSError:
         if ranks.rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _finish(temporary: Path, sums: FileSums, record: Mapping[str, Any], trainer_state: Mapping[str, Any]) -> str:
+def _finish(
+    temporary: Path,
+    sums: FileSums,
+    record: Mapping[str, Any],
+    trainer_state: Mapping[str, Any],
+    about: Mapping[str, Any] | None,
+) -> str:
     packed = io.BytesIO()
     torch.save(dict(trainer_state), packed)
     sums[TRAINER] = write_synced(temporary / TRAINER, packed.getvalue())
     sums[RECORD] = write_synced(temporary / RECORD, json.dumps(record, indent=1).encode())
+    if about is not None:
+        sums[ABOUT] = write_synced(temporary / ABOUT, json.dumps(about, indent=1).encode())
     return str(commit(temporary, sums))
 
 

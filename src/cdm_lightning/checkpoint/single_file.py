@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cdm_lightning.checkpoint.stored import HEADER, TRAINER, StoredCheckpoint
+from cdm_lightning.checkpoint.stored import ABOUT_HEADER, HEADER, TRAINER, StoredCheckpoint
 from cdm_lightning.errors import UserError
 from cdm_lightning.files import replacing
 
@@ -18,7 +18,8 @@ SUFFIX = ".safetensors"
 def write_checkpoint(stored: StoredCheckpoint, output: Path) -> Path:
     """Write a complete checkpoint (networks, optimizers and counters) and return the path; it is held in memory once."""
     trainer = torch.frombuffer(bytearray(stored.trainer_bytes()), dtype=torch.uint8)
-    return write_file({**stored.tensors(), TRAINER: trainer}, {HEADER: json.dumps(stored.record)}, output)
+    header = {HEADER: json.dumps(stored.record), ABOUT_HEADER: json.dumps(stored.about)}
+    return write_file({**stored.tensors(), TRAINER: trainer}, header, output)
 
 
 def write_weights(stored: StoredCheckpoint, network: str, dtype: torch.dtype, output: Path) -> Path:

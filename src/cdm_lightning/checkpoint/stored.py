@@ -19,14 +19,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cdm_lightning.checkpoint.folder import checkpoints_in, find_fault, read_marker
+from cdm_lightning.checkpoint.folder import checkpoints_in, find_fault, iteration_of, read_marker
+from cdm_lightning.checkpoint.health import not_finite_in
 from cdm_lightning.checkpoint.tensors import load_tensors, stored_sizes
 from cdm_lightning.distributed import ranks
 from cdm_lightning.errors import UserError
-from cdm_lightning.files import first_line, open_regular, read_text, require_regular
+from cdm_lightning.files import first_line, open_regular, read_record, require_entries, require_regular, restoring
 
-RECORD, TRAINER, SUFFIX = "state.json", "trainer.pt", ".safetensors"
-HEADER = "cdm_lightning"  # the key of the record in the header of a single file
+RECORD, TRAINER, ABOUT, SUFFIX = "state.json", "trainer.pt", "run.json", ".safetensors"
+HEADER, ABOUT_HEADER = (
+    "cdm_lightning",
+    "cdm_lightning_run",
+)  # the keys of state.json and run.json in a single file's header
+FINITE = "finite"  # the entry of the record which says that the weights were checked for NaN and infinity
+OTHER = "use another checkpoint"  # the cure of a broken one
 MOST_TRAINER = 1 << 33  # bytes: the objective may keep tensors in it
 UNREADABLE = (
     RuntimeError,
@@ -46,7 +52,7 @@ UNREADABLE = (
 class StoredCheckpoint:
     """A checkpoint, either a folder or a single .safetensors file with the same content.
 
-    `record` holds counters, fingerprint, world size and versions.
+    `record` holds counters, fingerprint and world size; `about` says of which run it is (see there).
     """
 
     path: Path
@@ -67,6 +73,15 @@ class StoredCheckpoint:
     def trained_roles(self) -> tuple[str, ...]:
         """The roles whose networks were trained."""
         return tuple(self.record.get("optimizers", ()))
+
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        """What the run was: {"config": its configuration, "inputs": its prompt and model files}; empty from older versions."""
+        if self.path.is_dir():
+            is_there = ABOUT in read_marker(self.path)
+            return read_record(self.path / ABOUT, OTHER) if is_there else {}
+        with restoring(self.path, OTHER), safe_open(self.path, framework="pt") as file:
+            return dict(json.loads((file.metadata() or {}).get(ABOUT_HEADER, "{}")))
 
     @cached_property
     def sizes(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -114,9 +129,12 @@ class StoredCheckpoint:
     def trainer_state(self) -> dict[str, Any]:
         """Read the state of Lightning's loops, callbacks and objective; `UserError` for more than plain values and tensors."""
         try:
-            return torch.load(io.BytesIO(self.trainer_bytes()), map_location="cpu", weights_only=True)
-        except UNREADABLE as error:
+            state = torch.load(io.BytesIO(self.trainer_bytes()), map_location="cpu", weights_only=True)
+        except (*UNREADABLE, AttributeError, IndexError) as error:
             raise UserError(f"{self.path}: its {TRAINER} cannot be read or holds more than plain values") from error
+        if not isinstance(state, dict):
+            raise UserError(f"{self.path}: its {TRAINER} holds {type(state).__name__}, not a dictionary; {OTHER}")
+        return state
 
     def trainer_bytes(self) -> bytes:
         """Return the content of the file that `trainer_state` reads."""
@@ -127,12 +145,18 @@ class StoredCheckpoint:
             return file.get_tensor(TRAINER).numpy().tobytes()
 
     def find_fault(self) -> str | None:
-        """Describe the first fault in the files, None if there is none; the processes of a run share the reading."""
-        if not self.path.is_dir():
-            return None  # its header has been read, and safetensors compares it with the length of the file
-        sums = read_marker(self.path)
-        names = sorted(sums)[ranks.rank() :: ranks.world_size()]
-        return next((fault for fault in ranks.gather(find_fault(self.path, sums, names)) if fault), None)
+        """Describe the first fault in the files, None if there is none; the processes of a run share the reading.
+
+        A fault is also a weight that is not finite; older versions did not look for that when they saved.
+        """
+        fault = None
+        if self.path.is_dir():  # of a file, safetensors compares the header with the length
+            sums = read_marker(self.path)
+            fault = find_fault(self.path, sums, sorted(sums)[ranks.rank() :: ranks.world_size()])
+        if fault is None and not self.record.get(FINITE):
+            name = not_finite_in(self.files[ranks.rank() :: ranks.world_size()])
+            fault = None if name is None else f"its weights are not finite ({name})"
+        return next((fault for fault in ranks.gather(fault) if fault), None)
 
 
 def read_checkpoint(path: Path, fingerprint: str | None = None) -> StoredCheckpoint:
@@ -150,11 +174,14 @@ def read_checkpoint(path: Path, fingerprint: str | None = None) -> StoredCheckpo
         )
     try:
         found = _open_folder(path) if path.is_dir() else _open_file(path)
-        fingerprint_found, _ = found.record["fingerprint"], (found.iteration, found.ema_updates)
-    except UNREADABLE as error:
+    except (*UNREADABLE, AttributeError) as error:
         raise UserError(f"{path}: truncated, or not a cdm_lightning checkpoint; use another one") from error
-    if fingerprint is not None and fingerprint_found != fingerprint:
-        raise UserError(f"{path}: made with the backbone {fingerprint_found}, but the configuration has {fingerprint}")
+    where = path / RECORD if path.is_dir() else path
+    require_entries(found.record, where, OTHER, fingerprint=str, iteration=int, ema_updates=int)
+    if fingerprint is not None and found.record["fingerprint"] != fingerprint:
+        raise UserError(
+            f"{path}: made with the backbone {found.record['fingerprint']}, but the configuration has {fingerprint}"
+        )
     return found
 
 
@@ -175,23 +202,32 @@ def require_good(stored: StoredCheckpoint) -> StoredCheckpoint:
 
 def _open_folder(path: Path) -> StoredCheckpoint:
     sums = read_marker(path)
-    record = json.loads(read_text(path / RECORD, follow=False))
+    record = read_record(path / RECORD, OTHER)
     files = tuple(path / name for name in sorted(sums) if name.endswith(SUFFIX) and "/" not in name)
     return StoredCheckpoint(path, record, files)
 
 
 def _open_file(path: Path) -> StoredCheckpoint:
     with safe_open(require_regular(path), framework="pt") as file:
-        return StoredCheckpoint(path, json.loads(file.metadata()[HEADER]), (path,))
+        return StoredCheckpoint(path, dict(json.loads(file.metadata()[HEADER])), (path,))
+
+
+def recorded_iteration(path: Path) -> int:
+    """Return the iteration in a checkpoint's record, or that in its name if the record cannot be read."""
+    try:
+        return read_checkpoint(path).iteration
+    except UserError:
+        return iteration_of(path)
 
 
 def newest_checkpoint(folder: Path, refused: Callable[[Path, str], None] | None = None) -> StoredCheckpoint | None:
     """Return the newest good checkpoint of a folder, None if it has no checkpoint; raise `UserError` if all are bad.
 
-    The sizes and checksums of all files of a checkpoint are compared. `refused(path, why)` is called for each newer, bad
-    checkpoint; without it a warning is issued. All processes of a run find the same checkpoint.
+    The sizes and checksums of all files of a checkpoint are compared. Which one is newest is decided by the iterations in their
+    records, not by their names. `refused(path, why)` is called for each newer, bad checkpoint; without it a warning is issued.
+    All processes of a run find the same checkpoint.
     """
-    candidates = ranks.from_first(checkpoints_in(folder))
+    candidates = ranks.from_first(sorted(checkpoints_in(folder), key=_age))
     for path in reversed(candidates):
         stored, why = _try(path)
         if why is None:
@@ -205,6 +241,12 @@ def newest_checkpoint(folder: Path, refused: Callable[[Path, str], None] | None 
             f"{folder}: none of its {len(candidates)} checkpoints is good; move them away to start from scratch"
         )
     return None
+
+
+def _age(path: Path) -> tuple[int, bool]:
+    """Sort by the recorded iteration, and of two with the same one, prefer the one that has it in its name."""
+    iteration = recorded_iteration(path)
+    return iteration, iteration_of(path) == iteration
 
 
 def _try(path: Path) -> tuple[StoredCheckpoint | None, str | None]:

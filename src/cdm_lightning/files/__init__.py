@@ -7,6 +7,7 @@ device. Everything in the package that writes or reads small files goes through 
 from cdm_lightning.files.leftovers import sweep, sweep_folder
 from cdm_lightning.files.locks import locked
 from cdm_lightning.files.reading import first_line, irregular, open_regular, read_text, require_name, require_regular
+from cdm_lightning.files.records import read_record, require_entries, restoring
 from cdm_lightning.files.writing import replacing, replacing_folder, require_replaceable, sync, write_text
 
 __all__ = (
@@ -14,12 +15,15 @@ __all__ = (
     "irregular",
     "locked",
     "open_regular",
+    "read_record",
     "read_text",
     "replacing",
     "replacing_folder",
+    "require_entries",
     "require_name",
     "require_regular",
     "require_replaceable",
+    "restoring",
     "sweep",
     "sweep_folder",
     "sync",

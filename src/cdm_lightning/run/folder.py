@@ -1,6 +1,5 @@
 """A run as one object: its folder, configuration, checkpoints and figures."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cdm_lightning.checkpoint.folder import MARKER, PATTERN, checkpoints_in
 from cdm_lightning.errors import UserError
-from cdm_lightning.files import first_line, read_text
+from cdm_lightning.files import first_line, read_record, read_text
 
 if TYPE_CHECKING:  # importing torch takes seconds: --help and error messages should not wait for it
     from cdm_lightning.checkpoint.stored import StoredCheckpoint
@@ -22,6 +21,7 @@ class Run:
     """The folder of a run: `config.yaml`, `starts.jsonl`, `checkpoints/`, and `metrics.json` once it has been evaluated."""
 
     folder: Path
+    kept: Path | None = None  # a checkpoint that is kept elsewhere than its run, and knows the run's configuration
 
     @classmethod
     def create(cls, folder: Path) -> "Run":
@@ -40,13 +40,22 @@ class Run:
         source = Path(source)
         if not source.exists():
             raise UserError(f"{source} does not exist; pass a run folder or one of its checkpoints")
-        folder, checkpoint = (source.absolute().parent.parent, source) if is_checkpoint(source) else (source, None)
+        if not is_checkpoint(source):
+            if not (source / CONFIG).is_file():
+                raise UserError(
+                    f"{source} is not a run folder, because it has no {CONFIG}; "
+                    f"pass outputs/RUN or a folder in outputs/RUN/{CHECKPOINTS}"
+                )
+            return cls(source), None
+        folder = source.absolute().parent.parent
+        if stored_about(source).get("config"):
+            return cls(folder, kept=source), source
         if not (folder / CONFIG).is_file():
             raise UserError(
-                f"{folder} is not a run folder, because it has no {CONFIG}; "
-                f"pass outputs/RUN or a folder in outputs/RUN/{CHECKPOINTS}"
+                f"{folder} is not a run folder, because it has no {CONFIG}, and {source.name} does not know its configuration; "
+                f"pass outputs/RUN or a checkpoint in outputs/RUN/{CHECKPOINTS}"
             )
-        return cls(folder), checkpoint
+        return cls(folder), source
 
     @property
     def name(self) -> str:
@@ -61,7 +70,7 @@ class Run:
     @property
     def is_started(self) -> bool:
         """Whether it has a configuration."""
-        return (self.folder / CONFIG).is_file()
+        return self.kept is not None or (self.folder / CONFIG).is_file()
 
     def config(self) -> dict[str, Any]:
         """The resolved configuration of its last start; UserError if it cannot be read or names no backbone."""
@@ -69,7 +78,10 @@ class Run:
 
         path = self.folder / CONFIG
         try:
-            config = load_tree(read_text(path, MOST_CONFIG, follow=False))
+            if self.kept is not None:
+                path, config = self.kept, stored_about(self.kept)["config"]
+            else:
+                config = load_tree(read_text(path, MOST_CONFIG, follow=False))
         except (ValueError, OSError) as error:
             raise UserError(f"{path} cannot be read: {first_line(error)}") from error
         if not isinstance(config, dict) or "backbone" not in config:
@@ -89,13 +101,51 @@ class Run:
 
     def metrics(self) -> Mapping[str, Any] | None:
         """The figures of its last evaluation, or None if there are none; UserError if the file cannot be read."""
-        path = self.folder / METRICS
+        if self.kept is not None and not (self.folder / CONFIG).is_file():
+            return None  # the folder is not that of its run
         try:
-            return json.loads(read_text(path, follow=False))
+            return read_record(self.folder / METRICS, "repair it or remove it")
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{path} cannot be read ({first_line(error)}); repair it or remove it") from error
+
+
+def stored_about(checkpoint: Path) -> dict[str, Any]:
+    """Return what a checkpoint knows of its run (`StoredCheckpoint.about`); empty if it is no readable checkpoint."""
+    from cdm_lightning.checkpoint.stored import read_checkpoint
+
+    try:
+        return read_checkpoint(checkpoint).about
+    except UserError:
+        return {}
+
+
+def checkpoint_folder(run: Run, config: Mapping[str, Any]) -> Path:
+    """Return the folder of the checkpoints of a run that is about to start with this configuration.
+
+    Raises `UserError` if the run has checkpoints in another folder and none in this one: it would begin anew.
+    """
+    folder = Path(str(config["checkpoint"]["folder"]))
+    if not (run.folder / CONFIG).is_file() or checkpoints_in(folder):
+        return folder
+    try:
+        saved = run.config()
+    except UserError:  # reported when the configurations are compared
+        return folder
+    options = saved.get("checkpoint")
+    earlier = Path(str(options.get("folder"))) if isinstance(options, Mapping) else folder
+    is_moved = earlier.is_relative_to(str(saved.get("output_dir"))) and (
+        earlier.relative_to(str(saved.get("output_dir"))) == _relative(folder, run.folder)
+    )  # the whole run has another place, and its checkpoints with it
+    if not is_moved and earlier.resolve() != folder.resolve() and (old := checkpoints_in(earlier)):
+        raise UserError(
+            f"{run.folder}: the run has checkpoints in {earlier} (the last is {old[-1].name}), but checkpoint.folder={folder} "
+            f"holds none; set checkpoint.folder={earlier}, move them, or set another run_name to begin anew"
+        )
+    return folder
+
+
+def _relative(folder: Path, base: Path) -> Path | None:
+    return folder.relative_to(base) if folder.is_relative_to(base) else None
 
 
 def is_checkpoint(path: Path) -> bool:

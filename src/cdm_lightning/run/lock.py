@@ -1,31 +1,33 @@
-"""A lock on the folder of a run, because a second start would delete what the first one is writing."""
+"""A lock on the folders that a run writes, because a second start would delete what the first one is writing."""
 
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from cdm_lightning.config import process_number
 from cdm_lightning.errors import UserError
 from cdm_lightning.files import locked
-from cdm_lightning.run.folder import Run
 
 LOCK = ".lock"
 
 
 @contextmanager
-def only_process_in(run: Run) -> Generator[None]:
-    """Hold the lock of the run's folder inside the block; raise `UserError` if a process of another start holds it.
+def only_process_in(*folders: Path) -> Generator[None]:
+    """Hold the locks of these folders inside the block; raise `UserError` if a process of another start holds one of them.
 
-    Only the first process of a run takes the lock, on behalf of all its processes.
+    They are the run's folder and that of its checkpoints, which may lie elsewhere; each is made if it is missing. Only the first
+    process of a run takes the locks, on behalf of all its processes.
     """
     with ExitStack() as held:
-        if not process_number():
+        for folder in {folder.resolve(): folder for folder in folders}.values() if not process_number() else ():
             try:
-                held.enter_context(locked(run.folder / LOCK))
+                folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(folder / LOCK))
             except BlockingIOError as error:
                 raise UserError(
-                    f"{run.folder}: another training process uses this folder ({error.strerror}); wait for it, stop it, "
+                    f"{folder}: another training process uses this folder ({error.strerror}); wait for it, stop it, "
                     "or set another run_name"
                 ) from error
             except OSError as error:
-                raise UserError(f"{run.folder}: cannot be written ({error.strerror}); set another run_name") from error
+                raise UserError(f"{folder}: cannot be written ({error.strerror}); set another run_name") from error
         yield

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -19,11 +20,11 @@ from cdm_lightning.run.folder import CONFIG, STARTS, Run
 PACKAGES = ("cdm-lightning", "torch", "lightning", "diffusers", "transformers", "peft", "safetensors", "hydra-core")
 
 
-def record_start(config: dict[str, Any], run: Run, processes: int) -> None:
+def record_start(config: dict[str, Any], run: Run, processes: int, inputs: Mapping[str, Any] | None = None) -> None:
     """Write `config`, which must be resolved and without secrets, and add a line for this start to `starts.jsonl`.
 
-    The line holds the time, command, configuration, versions, commit, hardware and the number of `processes`. It holds no
-    environment variables.
+    The line holds the time, command, configuration, versions, commit, hardware, the number of `processes` and the `inputs`:
+    the files that the run stands on, with sizes and hashes. It holds no environment variables.
     """
     write_text(run.folder / CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     start = {
@@ -35,6 +36,7 @@ def record_start(config: dict[str, Any], run: Run, processes: int) -> None:
         "commit": commit(),
         "hardware": hardware(),
         "config": config,
+        "inputs": dict(inputs or {}),
     }
     with (run.folder / STARTS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(start) + "\n")

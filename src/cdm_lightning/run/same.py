@@ -16,6 +16,7 @@ FREE = (  # groups and options that change no result: where a run is, its length
     "run_name",
     "output_dir",
     "resume",
+    "accept_changed_inputs",
     "compute",
     "validation",
     "metric",
@@ -32,7 +33,8 @@ FREE = (  # groups and options that change no result: where a run is, its length
     "data.val_batch_size",
     "data.val_prompts",
 )
-FREE_ENDINGS = (".learning_rate.total", ".cache_folder")  # the learning rate's total follows max_steps
+TOTAL = ".learning_rate.total"  # it usually follows max_steps
+FREE_ENDINGS = (TOTAL, ".cache_folder")
 # Options that had another key before 2026-11-27: the old key, or the beginning of one, and the new one.
 ELSEWHERE = {
     **MOVED,
@@ -59,8 +61,8 @@ def require_same_configuration(saved: dict[str, Any], config: dict[str, Any], fo
     """Raise `UserError` if the run in `folder`, whose configuration is `saved`, differs in an option that affects the weights.
 
     The batch size per process may change if the batch size over all processes stays the same. `max_steps` is free: a longer
-    run continues a shorter one, and a decaying learning rate then follows the new end. An option that did not exist in the
-    version that started the run is compared with the default of its constructor.
+    run continues a shorter one, and a decaying learning rate then follows the new end, unless its end was set by hand. An
+    option that did not exist in the version that started the run is compared with the default of its constructor.
     """
     if not saved:
         return
@@ -69,10 +71,38 @@ def require_same_configuration(saved: dict[str, Any], config: dict[str, Any], fo
     for flat in (before, now):  # only the batch size over all processes counts
         processes = device_count(flat["trainer.devices"]) * flat["trainer.num_nodes"]
         flat["data.batch_size x processes"] = flat.pop("data.batch_size") * processes
-    keys = sorted(key for key in before.keys() | now.keys() if decides(key))
+    keys = sorted(key for key in before.keys() | now.keys() if decides(key) or not may_follow(key, before, now))
     if differing := [key for key in keys if not is_same(key, before, now, saved, config)]:
         named = ", ".join(differing[:5])
         raise UserError(f"{folder} holds a run of another configuration (it differs in {named}); set another run_name")
+
+
+def may_follow(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Return whether this option is anything but the end of a decay that does not follow `max_steps` in both configurations."""
+    if not key.endswith(TOTAL):
+        return True
+    decays = [flat.get(key.removesuffix("total") + "decay_from", 1) != 1 for flat in (before, now)]
+    follows = [flat.get(key) == flat.get("trainer.max_steps") for flat in (before, now) if key in flat]
+    return not any(decays) or all(follows)
+
+
+def moved_ends(saved: dict[str, Any], config: dict[str, Any]) -> str | None:
+    """Say in one line that learning rates decay towards another end than before the resume; None if none does."""
+    before, now = modernised(flatten(saved)), flatten(config)
+    moved = {
+        key: before[key]
+        for key in sorted(now)
+        if key.endswith(TOTAL)
+        and now.get(key.removesuffix("total") + "decay_from", 1) != 1
+        and before.get(key, now[key]) != now[key]
+    }
+    if not moved:
+        return None
+    key, end = next(iter(moved.items()))
+    return (
+        f"the learning rate decays to 0 at iteration {now[key]} now, no longer at {end}, since {', '.join(moved)} "
+        f"follows trainer.max_steps: it may jump up where the run goes on; {key}={end} keeps the earlier end"
+    )
 
 
 def is_same(

@@ -1,0 +1,65 @@
+"""The best checkpoint by a validation metric, and the last validation: two small files beside the checkpoints."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cdm_lightning.checkpoint.folder import checkpoints_in, iteration_of
+from cdm_lightning.errors import UserError
+from cdm_lightning.files import read_record, require_entries, write_text
+
+BEST, VALIDATED = "best.json", "validated.json"
+
+
+@dataclass(frozen=True)
+class Best:
+    """Which checkpoint in `folder` is best by `metric`, of which the smallest value is best ("min") or the largest ("max")."""
+
+    folder: Path
+    metric: str | None
+    best_is: str = "min"
+
+    def read(self) -> dict[str, Any] | None:
+        """Return metric, value and iteration of the best checkpoint so far; None if there is none for this metric.
+
+        Raises `UserError`, which names the file, if it holds anything else.
+        """
+        path, cure = self.folder / BEST, "remove it; the next validation decides anew"
+        try:
+            found = read_record(path, cure)
+        except FileNotFoundError:
+            return None
+        require_entries(found, path, cure, metric=str, value=(int, float), iteration=int)
+        if not math.isfinite(found["value"]):
+            raise UserError(f"{path}: value is {found['value']}, which is not finite; {cure}")
+        kept = {iteration_of(path) for path in checkpoints_in(self.folder)}
+        return found if found["metric"] == self.metric and found["iteration"] in kept else None
+
+    def is_improved_by(self, value: float) -> bool:
+        """Return whether a finite `value` is better than that of the best checkpoint; NaN and infinity never are."""
+        if not math.isfinite(value):
+            return False
+        best = self.read()
+        return best is None or (value < best["value"] if self.best_is == "min" else value > best["value"])
+
+    def note(self, value: float, iteration: int) -> None:
+        """Write that the checkpoint of this iteration is the best one; raise OSError if it cannot be written."""
+        write_text(self.folder / BEST, json.dumps({"metric": self.metric, "value": value, "iteration": iteration}))
+
+
+def note_validation(folder: Path, iteration: int) -> None:
+    """Write that the validation of this iteration has been made; raise OSError if it cannot be written."""
+    write_text(folder / VALIDATED, json.dumps({"iteration": iteration}))
+
+
+def last_validation(folder: Path) -> int:
+    """Return the iteration of the last validation that was made, -1 if none was; UserError for other content of its file."""
+    path, cure = folder / VALIDATED, "remove it; a validation is then made again"
+    try:
+        found = read_record(path, cure)
+    except FileNotFoundError:
+        return -1
+    require_entries(found, path, cure, iteration=int)
+    return found["iteration"]

@@ -1,0 +1,44 @@
+"""Whether weights are finite: no checkpoint with NaN or infinity in its weights is ever called good."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from cdm_lightning.distributed import ranks
+
+CHECKED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+WEIGHTS = "networks."  # how the names of weights begin in a checkpoint
+
+
+def not_finite(tensors: Mapping[str, Tensor], networks: nn.Module) -> str | None:
+    """Return the name of the first weight with a value that is not finite on any process; None if all are finite.
+
+    `tensors` are those of a checkpoint by name, whole or this process's shards. Buffers are not weights. All processes must
+    call it together, and each gets the same name.
+    """
+    buffers = {f"{WEIGHTS}{name}" for name, _ in networks.named_buffers()}
+    names, flags = [], []
+    for name, tensor in tensors.items():
+        if name.startswith(WEIGHTS) and name not in buffers and tensor.dtype in CHECKED:
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            names.append(name.removeprefix(WEIGHTS))
+            flags.append(local.detach().isfinite().all())
+    good = torch.stack([flag.to(flags[0].device) for flag in flags]).cpu().tolist() if flags else []
+    mine = next((name for name, is_good in zip(names, good, strict=True) if not is_good), None)
+    return next((name for name in ranks.gather(mine) if name), None)
+
+
+def not_finite_in(files: Iterable[Path]) -> str | None:
+    """Return the name of the first weight in a checkpoint's files that is not finite; None if all are, or none can be read."""
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for name in cast(list[str], file.keys()):
+                tensor = file.get_tensor(name) if name.startswith(WEIGHTS) else None
+                if tensor is not None and tensor.dtype in CHECKED and not tensor.isfinite().all():
+                    return name.removeprefix(WEIGHTS)
+    return None

@@ -1,0 +1,72 @@
+"""From which checkpoint a run goes on: the newest good one of its own by the iterations in their records."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from cdm_lightning.checkpoint.folder import NAME, checkpoints_in, iteration_of, rename, set_aside
+from cdm_lightning.checkpoint.stored import (
+    StoredCheckpoint,
+    newest_checkpoint,
+    read_checkpoint,
+    recorded_iteration,
+    require_good,
+)
+from cdm_lightning.distributed import ranks
+from cdm_lightning.errors import UserError
+
+
+def choose_start(
+    folder: Path, begin_with: Path | None, fingerprint: str, say: Callable[[str], None]
+) -> StoredCheckpoint | None:
+    """Return the checkpoint to go on from, None for a fresh start; raise `UserError` if there are only unusable ones.
+
+    That is the newest good one in `folder`, or `begin_with` if it holds none. Later checkpoints in `folder`, which are bad,
+    are set aside, and names that differ from the records are put right; the chosen one is never set aside.
+    """
+    start = newest_checkpoint(folder, lambda path, why: say(f"skipped a checkpoint: {why}"))
+    if start is not None:
+        start = in_order(start, say)
+    elif begin_with is not None:
+        start = require_good(read_checkpoint(begin_with))
+    if start is None:
+        return None
+    start = read_checkpoint(start.path, fingerprint)
+    _ = start.sizes, start.trainer_state()  # refuse a file that is not a checkpoint before any network is built
+    say(f"resuming from {start.path} (iteration {start.iteration})")
+    return start
+
+
+def in_order(start: StoredCheckpoint, say: Callable[[str], None]) -> StoredCheckpoint:
+    """Set aside what is later than `start` in its folder, give all checkpoints the names of their records, and open it again."""
+    path, error = start.path, None
+    if ranks.rank() == 0:
+        try:
+            path = _put_in_order(start, say)
+        except OSError as caught:
+            error = caught
+    try:
+        ranks.agree(error)
+    except OSError as caught:
+        raise UserError(
+            f"{start.path.parent}: its checkpoints cannot be renamed ({caught.strerror or caught})"
+        ) from caught
+    return read_checkpoint(ranks.from_first(path))
+
+
+def _put_in_order(start: StoredCheckpoint, say: Callable[[str], None]) -> Path:
+    folder, chosen = start.path.parent, start.path
+    for path in checkpoints_in(folder):
+        if path != chosen and recorded_iteration(path) > start.iteration:
+            say(f"renamed: {set_aside(path)} (it can be deleted)")
+    wrong = [path for path in checkpoints_in(folder) if iteration_of(path) != recorded_iteration(path)]
+    for path in sorted(wrong, key=lambda path: path != chosen):  # the chosen one first
+        named = folder / NAME.format(recorded_iteration(path))
+        if named.exists() and path != chosen:  # a copy of another one
+            say(f"renamed: {set_aside(path)} (a copy of {named.name}; it can be deleted)")
+            continue
+        if named.exists():
+            say(f"renamed: {set_aside(named)} (it can be deleted)")
+        say(f"renamed: {path} to {named.name}, since it holds that iteration")
+        rename(path, named)
+        chosen = named if path == chosen else chosen
+    return chosen

@@ -1,0 +1,46 @@
+"""A validation that was due when a run ended: it is made before the run goes on, so that its figures are those of any run."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import lightning as L
+
+from cdm_lightning.checkpoint.best import last_validation
+from cdm_lightning.checkpoint.stored import FINITE, StoredCheckpoint
+from cdm_lightning.distributed import ranks
+
+if TYPE_CHECKING:
+    from cdm_lightning.module import CDMModule
+
+
+def is_due(trainer: L.Trainer, start: StoredCheckpoint) -> bool:
+    """Return whether a validation was due at the iteration of `start` and has not been made; the same on all processes.
+
+    Of checkpoints of older versions, which did not note their validations, that is not known: False.
+    """
+    interval = trainer.val_check_interval
+    if not trainer.enable_validation or not isinstance(interval, int) or not start.record.get(FINITE):
+        return False
+    is_time = start.iteration > 0 and start.iteration % interval == 0
+    return is_time and ranks.from_first(last_validation(start.path.parent) < start.iteration)
+
+
+def make_up_validation(
+    trainer: L.Trainer, module: "CDMModule", start: StoredCheckpoint, say: Callable[[str], None]
+) -> None:
+    """Make the validation of the iteration of `start` now if it was due and was not made, as Lightning's loop makes it.
+
+    The checkpoint is written before the validation, so a run that is killed between the two has the checkpoint alone.
+    """
+    if not is_due(trainer, start):
+        return
+    say(f"the validation of iteration {start.iteration} was not finished; it is made now")
+    loop, first = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector._first_loop_iter
+    progress = loop.batch_progress.state_dict()
+    loop.restarting = False
+    trainer.validating = True
+    loop.run()
+    trainer.training = True
+    trainer._logger_connector._first_loop_iter = first
+    loop.batch_progress.load_state_dict(progress)  # Lightning counts this validation when it goes on
+    loop.restarting = True

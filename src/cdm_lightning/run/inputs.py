@@ -1,0 +1,179 @@
+"""What a run stands on: the prompt files, model folders and LoRA files that its configuration names, and their contents.
+
+They are recorded with each start and in each checkpoint, as sizes and hashes, and compared when the run is resumed: training
+that goes on with other prompts or another teacher under the same path would be another run. Modification times do not count,
+so a copy is as good as the original. A start must not read a hundred gigabytes, so large files of weights are hashed in part:
+see `content_hash`.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from cdm_lightning.config import parameters_of
+from cdm_lightning.errors import UserError
+from cdm_lightning.files import open_regular
+from cdm_lightning.run.same import decides
+
+ACCEPT = "accept_changed_inputs"  # the option that accepts changes
+WHOLE, WHOLE_TEXT = 1 << 25, 1 << 31  # bytes: files of at most this size are read in full
+PIECE, PIECES = 1 << 12, 4096  # bytes of a piece of a larger file, and the number of pieces
+BINARY = (".safetensors", ".bin", ".pt", ".arrow", ".parquet", ".gguf", ".msgpack", ".h5", ".onnx")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # of an image set; its list of captions is compared, not they
+MOST_FILES = 10_000  # of a folder
+MOST_HEADER = 1 << 27  # bytes of a safetensors header
+THREADS = 8
+
+Inputs = dict[str, dict[str, Any]]  # option: {"path": as configured, "files": {name: [bytes, hash]}}
+
+
+def inputs_of(config: Mapping[str, Any], folders: Mapping[str, Path] | None = None) -> Inputs:
+    """Return the files and folders that decide a run's weights, by the option that names them, with sizes and hashes.
+
+    An option names one if its value is an existing file or folder, and either its constructor takes a path or the value looks
+    like one. `folders` are those of options with another kind of value, such as the id of a pipeline on a hub.
+    """
+    named = dict(paths_in(config))
+    named |= {key: (named[key][0] if key in named else str(path), path) for key, path in (folders or {}).items()}
+    wanted = [(key, name, file) for key, (_, path) in named.items() for name, file in files_of(path)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = list(pool.map(lambda entry: describe(entry[2]), wanted))
+    inputs: Inputs = {key: {"path": text, "files": {}} for key, (text, _) in sorted(named.items())}
+    for (key, name, _), of in zip(wanted, found, strict=True):
+        inputs[key]["files"][name] = of
+    return inputs
+
+
+def paths_in(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, tuple[str, Path]]]:
+    """Yield (option, (value, path)) for each option that decides the weights and names an existing file or folder."""
+    parameters = parameters_of(node["_target_"]) if isinstance(node.get("_target_"), str) else {}
+    for name, value in node.items():
+        key = f"{prefix}{name}"
+        if key == "module" or not decides(key):  # the module's options are copies of other groups
+            continue
+        if isinstance(value, Mapping):
+            yield from paths_in(value, f"{key}.")
+            continue
+        for number, text in enumerate(value if isinstance(value, list) else [value]):
+            takes_path = name in ("pretrained", "path") or (
+                name in parameters and "Path" in str(parameters[name].annotation)
+            )
+            if isinstance(text, str) and text.isprintable() and (takes_path or os.sep in text) and _exists(text):
+                path = Path(text).expanduser()
+                yield (f"{key}.{number}" if isinstance(value, list) else key), (text, path)
+
+
+def _exists(text: str) -> bool:
+    try:
+        return Path(text).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # too long for a path, or the home of an unknown user
+        return False
+
+
+def files_of(path: Path) -> list[tuple[str, Path]]:
+    """Return (name, file) of a file or of the regular files in a folder, without pictures and hidden files."""
+    if not path.is_dir():
+        return [(path.name, path)] if path.is_file() else []
+    found = []
+    for folder, names, files in os.walk(path, followlinks=True):
+        names[:] = sorted(name for name in names if not name.startswith("."))
+        for name in sorted(files):
+            file = Path(folder) / name
+            if not name.startswith(".") and file.suffix.lower() not in PICTURES and file.is_file():
+                found.append((file.relative_to(path).as_posix(), file))
+        if len(found) >= MOST_FILES:
+            break
+    return found[:MOST_FILES]
+
+
+def describe(file: Path) -> list[Any]:
+    """Return [bytes, hash] of a file; an unreadable one has the hash "unreadable", and what needs it says why."""
+    try:
+        return [file.stat().st_size, content_hash(file)]
+    except (OSError, ValueError):
+        return [0, "unreadable"]
+
+
+def content_hash(file: Path) -> str:
+    """Return a hash of a file's content.
+
+    Files of at most 32 MiB and texts of at most 2 GiB are read in full. Of a larger one 4096 pieces of 4 KiB are read, evenly
+    spaced from the first to the last; of a safetensors file its header and one piece of each tensor in addition, so that a
+    tensor which was trained further is noticed wherever it lies.
+    """
+    size = file.stat().st_size
+    whole = hashlib.blake2b(digest_size=16)
+    with open_regular(file) as stream:
+        if size <= (WHOLE if file.suffix.lower() in BINARY else WHOLE_TEXT):
+            while chunk := stream.read(1 << 22):
+                whole.update(chunk)
+            return whole.hexdigest()
+        places = {number * (size - PIECE) // (PIECES - 1) for number in range(PIECES)}
+        if file.suffix == ".safetensors":
+            header_size = int.from_bytes(stream.read(8), "little")
+            header = stream.read(min(header_size, MOST_HEADER))
+            whole.update(header)
+            places |= {8 + header_size + begin for begin in _tensor_middles(header)}
+        for place in sorted(place for place in places if place < size):
+            stream.seek(place)
+            whole.update(stream.read(PIECE))
+    return whole.hexdigest()
+
+
+def _tensor_middles(header: bytes) -> Iterator[int]:
+    try:
+        entries = json.loads(header)
+        for entry in entries.values():
+            if isinstance(entry, dict) and "data_offsets" in entry:
+                begin, end = entry["data_offsets"]
+                yield (int(begin) + int(end)) // 2
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return
+
+
+def changes(before: Any, now: Inputs) -> list[str]:
+    """Return what differs between the inputs of a checkpoint and those of now, in a few words each.
+
+    Only options that both have are compared: whether another option or path is allowed is decided by `run.same`.
+    """
+    found = []
+    for key, inputs in now.items():
+        earlier = before.get(key) if isinstance(before, Mapping) else None
+        files = earlier.get("files") if isinstance(earlier, Mapping) else None
+        if not isinstance(files, Mapping):
+            continue
+        where = f"{key}={inputs['path']}"
+        here = inputs["files"]
+        for name in [*files, *(name for name in here if name not in files)]:
+            if name not in here:
+                found.append(f"{where}: {name} is gone")
+            elif name not in files:
+                found.append(f"{where}: {name} is new")
+            elif list(files[name]) != list(here[name]):
+                sizes = [of[0] if isinstance(of, list) and of else "?" for of in (files[name], here[name])]
+                shown = (
+                    f"{sizes[0]} bytes, now {sizes[1]}" if sizes[0] != sizes[1] else "other content of the same size"
+                )
+                found.append(f"{where}: {name} has changed ({shown})")
+    return found
+
+
+def require_same_inputs(before: Any, now: Inputs, folder: Path, accept: bool) -> str | None:
+    """Raise `UserError` if files that a run stands on have changed since its checkpoint, unless that is accepted.
+
+    `before` is what the checkpoint recorded. Returns a line that says what was accepted, or None.
+    """
+    found = changes(before, now)
+    if not found:
+        return None
+    text = f"{found[0]}{f', and {len(found) - 1} more files' if len(found) > 1 else ''}"
+    if accept:
+        return f"accepted what has changed since the last checkpoint: {text}"
+    raise UserError(
+        f"{folder}: the run stands on files that have changed since its last checkpoint: {text}; restore them, set another "
+        f"run_name, or accept the change with {ACCEPT}=true"
+    )
