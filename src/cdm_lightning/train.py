@@ -156,7 +156,10 @@ def find_beginning(
         about = {} if stored is None else stored.about
         is_elsewhere = not checkpoint.folder.resolve().is_relative_to(run.folder.resolve())
         saved = run.config() if run.is_started else about.get("config", {})
-        for earlier in (saved, about.get("config", {}) if is_elsewhere else {}):  # there they may be those of another run
+        for earlier in (
+            saved,
+            about.get("config", {}) if is_elsewhere else {},
+        ):  # there they may be those of another run
             require_same_configuration(earlier, plain(config), run.folder)
         accepted = require_same_inputs(about.get("inputs"), inputs, run.folder, bool(config.get(ACCEPT)))
         for line in (accepted, moved_ends(saved, plain(config))):
@@ -170,7 +173,8 @@ def find_beginning(
 
 def local_folders(backbone: Backbone) -> dict[str, Path]:
     """Return the folder of the backbone's pretrained pipeline, which may be one that was downloaded; empty without one."""
-    return {"backbone.pretrained": Path(backbone.folder)} if isinstance(getattr(backbone, "folder", None), Path) else {}
+    folder = getattr(backbone, "folder", None)
+    return {"backbone.pretrained": folder} if isinstance(folder, Path) else {}
 
 
 def require_same_backbone(own: Sequence[Path], fingerprint: str) -> StoredCheckpoint | None:

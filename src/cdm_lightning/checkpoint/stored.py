@@ -77,11 +77,15 @@ class StoredCheckpoint:
     @cached_property
     def about(self) -> dict[str, Any]:
         """What the run was: {"config": its configuration, "inputs": its prompt and model files}; empty from older versions."""
+        path = self.path / ABOUT if self.path.is_dir() else self.path
         if self.path.is_dir():
-            is_there = ABOUT in read_marker(self.path)
-            return read_record(self.path / ABOUT, OTHER) if is_there else {}
-        with restoring(self.path, OTHER), safe_open(self.path, framework="pt") as file:
-            return dict(json.loads((file.metadata() or {}).get(ABOUT_HEADER, "{}")))
+            found = read_record(path, OTHER) if ABOUT in read_marker(self.path) else {}
+        else:
+            with restoring(path, OTHER), safe_open(path, framework="pt") as file:
+                found = dict(json.loads((file.metadata() or {}).get(ABOUT_HEADER, "{}")))
+        if found:
+            require_entries(found, path, OTHER, config=dict, inputs=dict)
+        return found
 
     @cached_property
     def sizes(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
