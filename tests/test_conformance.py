@@ -95,6 +95,7 @@ def case(request, tiny_folder) -> Case:
     folder = tiny_folder(family.name)
     stock = load(folder)
     family.prepare(stock)
+    stock.vae.enable_slicing()  # as backbones decode; a whole batch is rounded differently
     backbone = family.backbone(str(folder), **family.options)
     backbone.setup(torch.device("cpu"))
     return Case(family, folder, stock, backbone, backbone.build_network())

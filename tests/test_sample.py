@@ -38,6 +38,7 @@ def test_an_exported_folder_gives_the_images_of_the_plain_call(exported):
     assert made.steps == 2
     pipeline = StableDiffusion3Pipeline.from_pretrained(exported)
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.vae.enable_slicing()  # as `sample` decodes; a whole batch is rounded differently
     noise = evaluation_noise(3, range(3), (4, 8, 12), "cpu")
     options = {"height": 16, "width": 24, "max_sequence_length": 40}
     theirs = pipeline(

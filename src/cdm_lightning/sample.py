@@ -46,25 +46,33 @@ def sample_images(
     lora: str | None = None,
     height: int | None = None,
     width: int | None = None,
+    dtype: str = "float32",
 ) -> "Samples":
     """Generate an image for each of N prompts with `model`: a run, a checkpoint, an export, a pipeline folder or a hub id.
 
     `steps=None` is the number that an export was made for, 4 for a run, and the default of the pipeline's call for any
     other pipeline. `lora` is a LoRA file or an exported LoRA, which has its own number of steps; it is fused into the
     model. `height` and `width` are in pixels, by default those of the model. A guidance scale of at most 1 means no
-    guidance. `device` is "auto" (CUDA if there is one) or a device of torch. Raises UserError for a model that is neither a run
-    nor a pipeline of a known family, for a size that the model cannot make, and for a device that cannot be used.
+    guidance. `device` is "auto" (CUDA if there is one) or a device of torch, and `dtype` that of the network ("float32" or
+    "bfloat16"). All prompts are encoded first; then the text encoders are freed, before the network is loaded. Raises
+    UserError for a model that is neither a run nor a pipeline of a known family, for a size that the model cannot make, and
+    for a device or dtype that cannot be used.
     """
     from cdm_lightning.distributed.devices import choose_device
-    from cdm_lightning.evaluation.samplers import SamplerSpec, generate
+    from cdm_lightning.evaluation.samplers import SamplerSpec, encode_ahead, generate
+    from cdm_lightning.module import COMPUTE_DTYPES
 
+    if dtype not in COMPUTE_DTYPES:
+        raise UserError(f"--dtype {dtype} must be one of {', '.join(COMPUTE_DTYPES)}")
     backbone, build_network, default = open_run(model, lora) if is_run(Path(model)) else open_model(model, lora)
     backbone, steps = backbone.at(height, width), steps or default
     spec = SamplerSpec("sample", nfe=steps, guidance_scale=max(1.0, guidance_scale))
     place = choose_device(device)
-    network = build_network().to(place)
     backbone.setup(place)
-    return Samples(generate(backbone, network, spec, prompts, range(len(prompts)), seed, batch_size), steps)
+    encode_ahead(backbone, prompts, batch_size)
+    network, numbers = build_network().to(place, COMPUTE_DTYPES[dtype]), range(len(prompts))
+    images = generate(backbone, network, spec, prompts, numbers, seed, batch_size, COMPUTE_DTYPES[dtype])
+    return Samples(images, steps)
 
 
 def open_run(model: str, lora: str | None) -> "Opened":
@@ -148,6 +156,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--width", type=int, metavar="PIXELS", help="default: the size that the model was made for")
     made.add_argument("--seed", type=int, default=0, metavar="N", help="the seed of the noise (default: 0)")
     made.add_argument("--batch-size", type=int, default=8, metavar="N", help="images at a time (default: 8)")
+    made.add_argument(
+        "--dtype", default="float32", metavar="D", help="of the network: float32 or bfloat16 (half the memory)"
+    )
     made.add_argument("--device", default="auto", help="default: CUDA if there is one")
     made.add_argument("--output", default="grid.png", metavar="FILE", help="the picture to write (default: grid.png)")
     return made
@@ -179,6 +190,7 @@ def run(options: argparse.Namespace) -> Path:
         options.lora,
         options.height,
         options.width,
+        options.dtype,
     )
     guidance = f"guidance {options.guidance_scale:g}" if options.guidance_scale > 1 else "no guidance"
     steps = "1 step" if made.steps == 1 else f"{made.steps} steps"

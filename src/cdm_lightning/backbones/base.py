@@ -65,6 +65,7 @@ class Backbone(Anatomy, ABC):
     text_cache: TextCache | None = None  # see `use_text_cache`
     text_memory: TextMemory | None = None  # see `use_text_memory`
     lora_targets: Mapping[str, tuple[str, ...]] = {}  # presets of LoRA targets: name suffixes of linear layers
+    decode_tile: int | None = None  # images with a longer side, in pixels, are decoded in tiles; read by `setup`
     teacher_is_base: bool = True  # whether the network of `build_base` without its adapters is the teacher
     unplannable: str | None = None  # a sentence: why the planner cannot plan the family; shown before any file is read
 
@@ -143,6 +144,10 @@ class Backbone(Anatomy, ABC):
     def use_text_memory(self, memory: TextMemory) -> None:
         """Take all conditioning from `memory` from now on; it must have been made with this backbone's `encode_prompts`."""
         self.text_memory, self.encode_prompts = memory, memory.encode
+
+    def drop_text_encoders(self) -> None:
+        """Free the text encoders, after which only prompts that are stored can be encoded; by default there are none."""
+        return
 
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:

@@ -4,6 +4,7 @@ Shapes: B batch, (C, h, w) latent. The stock pipeline itself encodes prompts, it
 processor converts pixels. Training therefore sees the same inputs as `pipe(prompt)`.
 """
 
+import gc
 import sys
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from cdm_lightning.backbones.baked_schedule import from_config
 from cdm_lightning.backbones.base import CheckpointFunction, Conditioning
+from cdm_lightning.backbones.frozen_parts import decode_sparingly, keep_last_state_only
 from cdm_lightning.backbones.lora_file import fused_network
 from cdm_lightning.backbones.pipeline_folder import hash_part, loading
 from cdm_lightning.backbones.pipeline_settings import DTYPES, PipelineSettings, shared_property
@@ -44,6 +46,7 @@ class PipelineBackbone(PipelineSettings):
     The arguments are those of `PipelineSettings`.
     """
 
+    has_language_head: ClassVar[bool] = False  # whether the text encoder is a whole language model
     unguided: ClassVar[Mapping[str, Any]] = {"guidance_scale": 1.0}  # call arguments for one network call per step
     notes: ClassVar[tuple[str, ...]] = ("`guidance_scale` is 0 or 1: one network call a step.",)  # for the model card
 
@@ -159,7 +162,10 @@ class PipelineBackbone(PipelineSettings):
     @shared_property
     def _text_parts(self) -> DiffusionPipeline:
         """The text encoders and tokenizers, without the image codec."""
-        return self._load_parts(["vae"])
+        parts = self._load_parts(["vae"])
+        if self.has_language_head:
+            keep_last_state_only(parts.text_encoder)
+        return parts
 
     def _load_parts(self, without: Iterable[str]) -> DiffusionPipeline:
         """Load the pipeline without the transformer and the parts `without`, frozen and in eval mode (T5 has dropout)."""
@@ -176,6 +182,7 @@ class PipelineBackbone(PipelineSettings):
     def setup(self, device: torch.device) -> None:
         """Load the image codec and, without a text cache, the text encoders onto `device`."""
         self._codec.to(device)
+        decode_sparingly(self._codec.vae, self.decode_tile)
         if self.text_cache is not None:
             self.text_cache.to(device)
             return
@@ -183,6 +190,13 @@ class PipelineBackbone(PipelineSettings):
         self.shared.pop("_unconditional", None)  # it is still on the old device
         if self.text_memory is not None:
             self.text_memory.forget()
+
+    def drop_text_encoders(self) -> None:
+        """Free the text encoders and the GPU's memory that they took."""
+        self.shared.pop("_text_parts", None)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     @property
     def text_parts(self) -> tuple[str, ...]:

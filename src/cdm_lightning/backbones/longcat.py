@@ -32,6 +32,7 @@ class LongCatBackbone(PipelineBackbone):
     parts = ("transformer", "scheduler", "vae", "text_encoder", "tokenizer", "text_processor")
     time_embedding = "time_embed"
     text_tokens = range(512, 513)  # fixed by the pipeline
+    has_language_head = True
     unguided: ClassVar[Mapping[str, Any]] = {"guidance_scale": 1.0, "enable_prompt_rewrite": False}
     notes = (
         "`guidance_scale` is 1: one network call a step.",

@@ -37,6 +37,7 @@ class QwenImageBackbone(PipelineBackbone):
     time_embedding = "time_text_embed"
     text_tokens = range(1, 1025)
     shift_options = ("use_dynamic_shifting", "shift_terminal")
+    has_language_head = True
     unguided: ClassVar[Mapping[str, Any]] = {"true_cfg_scale": 1.0}
     notes = ("`true_cfg_scale` is 1: one network call a step.",)
 

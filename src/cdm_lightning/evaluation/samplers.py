@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from cdm_lightning.backbones.base import Backbone, BoundField, repeat_rows
+from cdm_lightning.backbones.base import Backbone, BoundField, Conditioning, repeat_rows
 from cdm_lightning.core.flow import GuidedField, VelocityField
 from cdm_lightning.core.rng import evaluation_noise
 from cdm_lightning.core.rollout import sample
@@ -107,6 +107,30 @@ def generate(
             field = _bind(backbone, network, spec, prompts[part], compute_dtype)
             batches.append(_sample_images(backbone, field, spec, indices[part], seed, device_of(network)))
     return torch.cat(batches)
+
+
+class EncodedAhead:
+    """The conditioning of the batches of prompts that `generate` will ask for, encoded once."""
+
+    def __init__(self, by_batch: Mapping[tuple[str, ...], Conditioning]) -> None:
+        self._by_batch = dict(by_batch)
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Return the conditioning of a batch of B prompts; KeyError for a batch that was not encoded."""
+        return self._by_batch[tuple(prompts)]
+
+    def forget(self) -> None:
+        """Keep everything, since nothing could encode it again."""
+        return
+
+
+@torch.no_grad()
+def encode_ahead(backbone: Backbone, prompts: Sequence[str], batch_size: int) -> None:
+    """Encode N prompts in the batches of `generate`, and free the text encoders, so that the network can have their memory."""
+    batches = [tuple(prompts[start : start + batch_size]) for start in range(0, len(prompts), batch_size)]
+    encoded = {batch: backbone.encode_prompts(list(batch)) for batch in [*batches, ("",)]}
+    backbone.use_text_memory(EncodedAhead(encoded))
+    backbone.drop_text_encoders()
 
 
 @torch.no_grad()

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from cdm_lightning.errors import UserError
 from cdm_lightning.training.gradient_checkpointing import Recomputation
 
+SMALLEST_TILE = 64  # pixels; a tile must be several latents wide
+
 
 @dataclass(frozen=True)
 class Compute:
@@ -14,8 +16,9 @@ class Compute:
     the share of a network's blocks that recompute their activations in the backward pass, from 0 (or false) to 1 (or true);
     the results of attention are recomputed only with `recompute_attention`. `compile_backend` is a backend of torch.compile,
     for example "inductor", which compiles the networks block by block; null compiles nothing. While the student stays the
-    same, the rollouts of up to `rollouts_together` iterations are computed as one batch. Raises UserError for a value out of
-    its range.
+    same, the rollouts of up to `rollouts_together` iterations are computed as one batch. Images with a side above `decode_tile`
+    pixels are decoded in overlapping tiles of that size, which takes less memory in validation (null: never). Raises
+    UserError for a value out of its range.
     """
 
     accumulate: int = 1
@@ -23,11 +26,14 @@ class Compute:
     recompute_attention: bool = True
     compile_backend: str | None = None
     rollouts_together: int = 2
+    decode_tile: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("accumulate", "rollouts_together"):
             if getattr(self, name) < 1:
                 raise UserError(f"compute.{name}={getattr(self, name)} must be at least 1")
+        if self.decode_tile is not None and self.decode_tile < SMALLEST_TILE:
+            raise UserError(f"compute.decode_tile={self.decode_tile} must be at least {SMALLEST_TILE} pixels, or null")
         _ = self.recomputation
 
     @property
