@@ -39,7 +39,7 @@ soak: setup  ## kill runs at random moments and count what is lost (SOAK_SEED=n 
 	$(BIN)/python -m pytest -m slow tests/test_faults.py tests/test_resume_spread.py
 
 faults: setup  ## 500 bad inputs, 50 kills and full disks; the table is outputs/faults/faults.md (FAULTS_ARGS="--publish")
-	PYTHONPATH=tests:. $(BIN)/python -m faults $(FAULTS_ARGS)
+	PYTHONPATH=$(CURDIR)/tests:$(CURDIR) $(BIN)/python -m faults $(FAULTS_ARGS)
 
 lint: setup  ## check style and types
 	$(BIN)/ruff check .
