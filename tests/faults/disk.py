@@ -94,10 +94,8 @@ def serve(loaded: Path, place: Path, points: int, seed: int) -> None:
         at = 1 + (number * writes + seed % writes) // points
         kind, length = (("once", 0), ("for a while", WHILE), ("from then on", ENDLESS))[number % 3]
         key = f"disk full: at write {at} of {writes}, {kind}"
-        if key in done:
-            result = Result(key, "disk full", "", "done before")
-        else:
-            result = _try(disk, key, place, straight, at, at + length)
+        skipped = Result(key, "disk full", "", "done before")
+        result = skipped if key in done else _try(disk, key, place, straight, at, at + length)
         print(json.dumps(result.as_json()), flush=True)
 
 

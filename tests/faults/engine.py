@@ -125,7 +125,7 @@ def execute(case: Case, arguments: Sequence[str], box: Path) -> int | None:
 
 def _execute_anew(case: Case, arguments: Sequence[str], box: Path) -> int | None:
     variables = environment(**_variables(str(box)), **case.environment)
-    command = [sys.executable, "-m", f"cdm_lightning.{case.command}", *arguments]
+    command = [sys.executable, "-m", _module(case.command), *arguments]
     with (box / "out.txt").open("wb") as out, (box / "err.txt").open("wb") as error:
         process = subprocess.Popen(
             command,
@@ -143,6 +143,10 @@ def _execute_anew(case: Case, arguments: Sequence[str], box: Path) -> int | None
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     return status
+
+
+def _module(command: str) -> str:
+    return command if "." in command else f"cdm_lightning.{command}"
 
 
 def _variables(box: str) -> dict[str, str]:
@@ -175,7 +179,7 @@ def _child(box: str, command: str, arguments: Sequence[str], variables: dict[str
     signal.signal(signal.SIGINT, signal.default_int_handler)
     _tell_of_training(os.path.join(box, "trained"))
     sys.argv = [f"{command}.py", *arguments]
-    importlib.import_module(f"cdm_lightning.{command}").main()
+    importlib.import_module(_module(command)).main()
 
 
 def _tell_of_training(path: str) -> None:

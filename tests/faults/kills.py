@@ -6,6 +6,7 @@ moments on every machine; or seconds, for what happens between them.
 
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from killable import Run, die, start
+from killable import POINTS, Run, die, die_at, start
 
 from cdm_lightning.checkpoint.folder import checkpoints_in, iteration_of
 from cdm_lightning.checkpoint.stored import read_checkpoint
@@ -106,6 +107,12 @@ def die_at_event(rank: int, place: str, count: int, of_rank: int, tally: str) ->
     sys.addaudithook(watch)
 
 
+def die_at_point(rank: int, point: str, count: int, of_rank: int) -> None:
+    """`die_at` in a session of its own, so that what is left of it can be found."""
+    os.setsid()
+    die_at(rank, point, count, of_rank)
+
+
 class Soak:
     """A run in one layout that is disturbed again and again, and its undisturbed twin."""
 
@@ -142,6 +149,11 @@ class Soak:
             count = self.rng.randint(1, max(2, self.events))
             what = f"event {count}"
             run = self._start(folder, count, victim)
+        elif kind == "kill at a point of a save":
+            point, count = self.rng.choice(POINTS), self.rng.randint(1, 3)
+            victim = victim if point in ("step", "shard") else 0  # the first process alone does the rest
+            what = f"{point} {count}"
+            run = start(self.layout.overrides, folder, self.layout.processes, die_at_point, (point, count, victim))
         else:
             run = self._start(folder, 0, victim)
             seconds = self.rng.uniform(0, self.seconds)
@@ -276,6 +288,8 @@ def first_difference(straight: Path, other: Path) -> str | None:
 KINDS = (
     "kill at a file event",
     "kill at a file event",
+    "kill at a point of a save",
+    "kill at a point of a save",
     "kill one",
     "kill all",
     *(f"{number.name} to {whom}" for number in SIGNALS for whom in ("one", "group")),
@@ -283,16 +297,27 @@ KINDS = (
 
 
 def disturb(
-    kills: int, seed: int, place: Path, report: Callable[[Result], None], layouts: Sequence[Layout] = LAYOUTS
-) -> list[Result]:
-    """So many disturbances, spread over the layouts; `report` is called with each."""
-    found = []
+    kills: int,
+    seed: int,
+    place: Path,
+    report: Callable[[Result], None],
+    layouts: Sequence[Layout] = LAYOUTS,
+    done: Sequence[Result] = (),
+) -> list[str]:
+    """So many disturbances, spread over the layouts; `report` is called with each round's. The keys of all.
+
+    A layout is left out if as many of its disturbances are among those `done`.
+    """
+    keys: list[str] = []
     for number, layout in enumerate(layouts):
         share = kills // len(layouts) + (number < kills % len(layouts))
-        if not share:
+        before = [result.key for result in done if result.kind == f"kills: {layout.name}"]
+        if len(before) >= share:
+            keys += before[:share]
             continue
-        soak = Soak(layout, place / layout.name.replace(", ", "_"), random.Random(f"{seed} {layout.name}"))
-        for result in soak.rounds(share, KINDS):
+        folder = place / layout.name.replace(", ", "_")
+        shutil.rmtree(folder, ignore_errors=True)
+        for result in Soak(layout, folder, random.Random(f"{seed} {layout.name}")).rounds(share, KINDS):
             report(result)
-            found.append(result)
-    return found
+            keys.append(result.key)
+    return keys

@@ -263,7 +263,7 @@ def option_cases() -> list[Case]:
     ):
         for text in texts:
             more = [text] if "'" in text else text.split(" ")
-            cases.append(Case(kind, f"toy {text[:60]}", "train", [*TOY, *more], expects))
+            cases.append(Case(kind, f"toy {text[:90]}", "train", [*TOY, *more], expects))
     return cases
 
 
@@ -276,7 +276,7 @@ def _of_leaf(base: str, key: str, value: Any) -> Iterator[Case]:
     for texts, expects in ((senseless, "refused"), (edges, "either")):
         for text in texts:
             if text not in ENDLESS.get(key, ()):
-                yield Case("options", f"{base} {key}={text[:30]}", "train", [*overrides, f"{key}={text}"], expects)
+                yield Case("options", f"{base} {key}={text[:40]}", "train", [*overrides, f"{key}={text}"], expects)
 
 
 def _values(key: str, value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -27,7 +27,7 @@ SHARES = {  # of the long form, in percent; what is left of a kind with few case
 def all_cases(seed: int = 0) -> tuple[Case, ...]:
     """All cases that there are; `seed` decides on the random ones."""
     rng = random.Random(seed)
-    return (
+    cases = (
         *option_cases(),
         *prompt_cases(),
         *model_cases(rng),
@@ -37,6 +37,7 @@ def all_cases(seed: int = 0) -> tuple[Case, ...]:
         *output_cases(),
         *secret_cases(),
     )
+    return tuple({case.key: case for case in cases}.values())
 
 
 def plan(count: int, seed: int = 0, kinds: tuple[str, ...] = tuple(SHARES)) -> list[Case]:

@@ -32,7 +32,7 @@ def lost(results: Sequence[Result]) -> int:
     return sum("lost" in result.faults for result in results)
 
 
-def facts(command: str, seconds: float) -> dict[str, str]:
+def facts(command: str) -> dict[str, str]:
     """Date, commit, command and machine."""
     import torch
 
@@ -43,7 +43,6 @@ def facts(command: str, seconds: float) -> dict[str, str]:
         "command": command,
         "machine": f"{os.cpu_count()} CPU cores ({_processor()})",
         "software": f"torch {torch.__version__}, Python {platform.python_version()}",
-        "minutes": f"{seconds / 60:.1f}",
     }
 
 
