@@ -2,9 +2,23 @@
 
 
 def __getattr__(name: str) -> str:
-    """`__version__`, that of the installed package, which has it from pyproject.toml; read when it is asked for."""
-    if name == "__version__":
-        from importlib.metadata import version
+    """`__version__`: that of the installed package, or of pyproject.toml in a checkout that is not installed; read when asked for."""
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib.metadata import PackageNotFoundError, version
 
+    try:
         return version("cdm-lightning")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    except PackageNotFoundError:
+        return _version_of_checkout()
+
+
+def _version_of_checkout() -> str:
+    import tomllib
+    from pathlib import Path
+
+    file = Path(__file__).parents[2] / "pyproject.toml"
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))["project"]["version"]
+    except (OSError, KeyError, ValueError):
+        return "unknown"

@@ -6,6 +6,7 @@ forwarded to the processes that train, and their exit status becomes its own.
 """
 
 import importlib
+import inspect
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import cast
+from typing import Any, cast
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 GRACE = 30  # seconds between the failure of one process and the moment when the others are killed
@@ -65,6 +66,8 @@ def run_processes(
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    known = "shutdown_timeout" in inspect.signature(LaunchConfig).parameters  # torch 2.11 always waits for 30 s
+    shutdown: dict[str, Any] = {"shutdown_timeout": grace} if known else {}
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -74,7 +77,7 @@ def run_processes(
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         signals_to_handle="SIGQUIT",  # all other signals are forwarded, because the processes need time to save
-        shutdown_timeout=grace,
+        **shutdown,
     )
     try:
         elastic_launch(settings, sys.executable)(*program, str(folder))

@@ -14,11 +14,34 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
 PROBE = (
     2 * 1009
 )  # a batch size that divides no weight's size: tensors that it, or its half, divides grow with the batch
+
+
+ATTENTION = ("flash_attention_for_cpu", "fused_attention_overrideable")  # the kinds that torch 2.11 has no formulas for
+
+
+def count_attention() -> None:
+    """Give torch's counter the formulas of attention that this version of torch lacks; without them attention counts nothing."""
+    aten = torch.ops.aten
+
+    def forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    def backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return sdpa_backward_flop_count(gradient, query, key, value)
+
+    for kind in ATTENTION:
+        for ending, formula in (("", forward), ("_backward", backward)):
+            operator = getattr(aten, f"_scaled_dot_product_{kind}{ending}", None)
+            if operator is not None and operator not in flop_registry:
+                register_flop_formula(operator)(formula)
+
+
+count_attention()
 
 
 @dataclass(frozen=True)
@@ -150,6 +173,7 @@ class GPUAutocast(torch.overrides.TorchFunctionMode):
     FLOAT32 = frozenset(
         {
             nn.functional.layer_norm,
+            nn.functional.rms_norm,
             nn.functional.group_norm,
             nn.functional.softmax,
             nn.functional.mse_loss,

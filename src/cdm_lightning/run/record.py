@@ -7,11 +7,12 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import yaml
 
+import cdm_lightning
 from cdm_lightning.config import PACKAGE
 from cdm_lightning.config.secrets import masked_command
 from cdm_lightning.files import write_text
@@ -32,7 +33,7 @@ def record_start(config: dict[str, Any], run: Run, processes: int, inputs: Mappi
         "command": masked_command(sys.argv),
         "processes": processes,
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": {name: package_version(name) for name in PACKAGES},
         "commit": commit(),
         "hardware": hardware(),
         "config": config,
@@ -42,6 +43,16 @@ def record_start(config: dict[str, Any], run: Run, processes: int, inputs: Mappi
         file.write(json.dumps(start) + "\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def package_version(name: str) -> str | None:
+    """Return the version of a package; that of this one also in a checkout that is not installed. None if it is not known."""
+    if name == PACKAGES[0]:
+        return cdm_lightning.__version__
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def commit() -> str | None:
