@@ -182,8 +182,7 @@ def argument_cases() -> list[Case]:
         for command, (good, ways) in table.items():
             for more in ways:
                 name = f"{command} {' '.join(more)[:40] or 'without'}"
-                seconds = 120.0 if expects == "runs" else 60.0
-                cases.append(Case("arguments", name, command, [*good, *more], expects, seconds=seconds))
+                cases.append(Case("arguments", name, command, [*good, *more], expects))
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0"}
     for command, (good, ways) in RUNS.items():
         arguments = [*good, *(["gpus=8x80"] if command == "plan" else ways[1] if len(ways) > 1 else ways[0])]

@@ -29,7 +29,7 @@ class Case:
     keeps: Sequence[str] = ()  # paths in `work` that must be what they were, for example a FIFO
     into_home: bool = False  # the command is told to write into the home folder
     fresh: bool = False  # a new interpreter, since what is tried is set when one starts
-    seconds: float = 60.0
+    seconds: float = 180.0  # until it counts as a hang, even on a busy machine
 
     @property
     def key(self) -> str:

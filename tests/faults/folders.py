@@ -264,7 +264,7 @@ def run_cases(rng: random.Random, random_changes: int = 150) -> list[Case]:
         cases.append(_resumed(name, change))
     for _ in range(random_changes):
         file, value = (
-            rng.choice(("COMPLETE.json", "best.json", "config.yaml", "state.json")),
+            rng.choice(("COMPLETE.json", "best.json", "config.yaml", "state.json", "run.json")),
             rng.choice((*breaking.VALUES, ...)),
         )
         seed = rng.randrange(10**6)
@@ -297,7 +297,7 @@ def _resumed(name: str, change: breaking.Break, expects: Expected = "either") ->
 
 
 def _files_of_runs() -> list[str]:
-    inside = ("COMPLETE.json", "trainer.pt", "shard-00001-model-00001-of-00001.safetensors", "state.json")
+    inside = ("COMPLETE.json", "trainer.pt", "shard-00001-model-00001-of-00001.safetensors", "state.json", "run.json")
     both = [f"checkpoints/iteration_000000{number}/{name}" for number in (1, 2) for name in inside]
     return [*both, "checkpoints/best.json", "config.yaml", "starts.jsonl", "logs/version_0/metrics.csv", ".lock"]
 

@@ -36,7 +36,7 @@ EVENTS = (
 )
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 LEFTOVERS = (".saving_", ".removing_", ".tmp", ".old")
-ENDS_WITHIN = 120.0  # seconds until processes whose sibling was killed have to be gone
+ENDS_WITHIN = 180.0  # seconds until processes whose sibling was killed have to be gone
 TOY = (
     "experiment=toy2d_cdm",
     "trainer.accelerator=cpu",
@@ -122,7 +122,7 @@ class Soak:
         self.straight.mkdir(parents=True)
         began = time.monotonic()
         run = self._start(self.straight, 0, 0)
-        if run.wait(300) != [0] * layout.processes:
+        if run.wait(600) != [0] * layout.processes:
             raise RuntimeError(f"the undisturbed run of {layout.name} fails:\n{run.output}")
         self.seconds = time.monotonic() - began
         self.events = int((self.straight.parent / "tally").read_text() or 0)
@@ -213,7 +213,7 @@ class Soak:
         """Let the run go on to its end; what is wrong with it then."""
         run = self._start(folder, 0, 0)
         try:
-            codes = run.wait(300)
+            codes = run.wait(600)
         except AssertionError as hanging:
             return "hang", str(hanging)[-300:]
         if any(codes):
@@ -234,7 +234,7 @@ class Soak:
         return start(self.layout.overrides, folder, self.layout.processes, die_at_event, arguments)
 
 
-def survivors(run: Run, seconds: float = 20.0) -> list[int]:
+def survivors(run: Run, seconds: float = 60.0) -> list[int]:
     """Processes of the run's sessions that are still there after some time: its data workers, for example."""
     sessions, end = {process.pid for process in run.processes}, time.monotonic() + seconds
     while True:

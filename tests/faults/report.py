@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks import evidence
@@ -34,15 +35,13 @@ def lost(results: Sequence[Result]) -> int:
 
 def facts(command: str) -> dict[str, str]:
     """Date, commit, command and machine."""
-    import torch
-
     changed = "" if not _git("status", "--porcelain") else " with changes"
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": _git("rev-parse", "--short=10", "HEAD") + changed,
         "command": command,
         "machine": f"{os.cpu_count()} CPU cores ({_processor()})",
-        "software": f"torch {torch.__version__}, Python {platform.python_version()}",
+        "software": f"torch {version('torch')}, Python {platform.python_version()}",
     }
 
 

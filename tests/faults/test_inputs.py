@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from faults import engine, report
+from faults.__main__ import parser
 from faults.arguments import output_cases
 from faults.bases import make_stock
 from faults.breaking import fifo
@@ -99,6 +100,12 @@ def test_the_long_form_has_500_different_cases_of_all_kinds() -> None:
     assert len({tried.key for tried in chosen}) == 500
     assert {tried.kind for tried in chosen} == set(SHARES) == {tried.kind for tried in all_cases()}
     assert [tried.key for tried in plan(500)] == [tried.key for tried in chosen]
+
+
+def test_results_go_to_an_ignored_folder_by_default() -> None:
+    assert parser().parse_args([]).publish is False
+    assert parser().parse_args(["--publish"]).publish is True
+    assert report.evidence.folder_of(False, "faults") == report.ROOT / "outputs" / "faults"
 
 
 def test_the_table_counts_each_kind() -> None:
