@@ -63,7 +63,8 @@ def foreign_torch(path: Path) -> None:
     """The same as torch would have saved it."""
     import torch
 
-    torch.save({"state_dict": Foreign()}, path)
+    with path.open("wb") as file:
+        torch.save({"state_dict": Foreign()}, file)
 
 
 def fifo(path: Path) -> None:

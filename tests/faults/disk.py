@@ -16,7 +16,7 @@ from pathlib import Path
 
 from processes import ROOT, environment
 
-from faults.engine import Result
+from faults.engine import LEFT_OUT, Result
 from faults.kills import PIPELINE, first_difference
 
 SOURCE = Path(__file__).with_name("disk_full.c")
@@ -57,7 +57,7 @@ def fill(
     place.mkdir(parents=True, exist_ok=True)
     loaded = library(place)
     if loaded is None:
-        report(skipped := Result("disk full: left out, no C compiler", "disk full", "", "left out"))
+        report(skipped := Result("disk full: no C compiler", "disk full", "", LEFT_OUT))
         return [skipped.key]
     variables = environment(LD_PRELOAD=str(loaded), HF_HUB_OFFLINE="1")
     variables["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT), variables["PYTHONPATH"]])

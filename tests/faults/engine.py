@@ -27,6 +27,7 @@ HOME = {"thesis/chapter.tmp": b"ten years of work", "notes.txt": b"mine", ".cach
 CANARY = "pwned"  # foreign code makes a file of this name
 MOST_MEMORY = 12 << 30  # bytes of address space of one case, well above what the libraries map
 MOST_FILE = 1 << 30  # bytes of a file that a case may write
+LEFT_OUT = "left out"  # the outcome of a case that could not be made here
 FAULTS = {  # in the order of the table's columns
     "lost": "a file of somebody else, or a finished checkpoint, was changed or is gone",
     "foreign code": "code from an input was executed",
@@ -44,7 +45,7 @@ FAULTS = {  # in the order of the table's columns
 
 @dataclass
 class Result:
-    """What came of a case: "ran", "refused", "saved" or "failed"; the faults; and what it printed last."""
+    """What came of a case: "ran", "refused", "saved", "failed" or "left out"; the faults; and what it printed last."""
 
     key: str
     kind: str
@@ -95,7 +96,11 @@ def run(case: Case, box: Path, stock: Path) -> Result:
         (home / name).parent.mkdir(exist_ok=True)
         (home / name).write_bytes(content)
     if case.prepare is not None:
-        case.prepare(work, stock)
+        try:
+            case.prepare(work, stock)
+        except (OSError, KeyError, IndexError, TypeError) as error:  # the stock does not have what it breaks (any more)
+            shutil.rmtree(box)
+            return Result(case.key, case.kind, case.line, LEFT_OUT, said=f"cannot be made: {error!r}")
     arguments = [text.replace("STOCK", str(stock)) for text in case.arguments]
     before, special = _listing(box), {name: _form(work / name) for name in case.keeps}
     begin = time.monotonic()

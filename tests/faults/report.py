@@ -10,10 +10,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks import evidence
-from faults.engine import FAULTS, Result
+from faults.engine import FAULTS, LEFT_OUT, Result
 
 ROOT = Path(__file__).parents[2]
-COLUMNS = ("ran", "refused", "saved", *FAULTS)
+COLUMNS = ("ran", "refused", "saved", *FAULTS, LEFT_OUT)
 
 
 def table(results: Sequence[Result]) -> str:
@@ -52,6 +52,7 @@ def write(results: Sequence[Result], about: dict[str, str], publish: bool) -> Pa
         "`ran`, `refused` (in one line, exit status 2) and `saved` (exit status 75) are free of faults. The faults:"
     ]
     lines += [f"- {name}: {text}" for name, text in FAULTS.items()]
+    lines += [f"- {LEFT_OUT}: {result.key} ({result.said})" for result in results if result.outcome == LEFT_OUT]
     bad = [result for result in results if not result.good]
     if bad:
         lines += ["", "## Cases with faults"]

@@ -40,6 +40,7 @@ def test_bad_inputs_are_refused_in_one_line_and_nothing_is_lost(kind: str, stock
     results = engine.run_all(cases, tmp_path, stock)
     bad = [result for result in results if not result.good]
     assert not bad, "\n".join(map(str, ["", *bad]))
+    assert not [result for result in results if result.outcome == engine.LEFT_OUT]
     assert report.lost(results) == 0
 
 
