@@ -27,6 +27,7 @@ HOME = {"thesis/chapter.tmp": b"ten years of work", "notes.txt": b"mine", ".cach
 CANARY = "pwned"  # foreign code makes a file of this name
 MOST_MEMORY = 12 << 30  # bytes of address space of one case, well above what the libraries map
 MOST_FILE = 1 << 30  # bytes of a file that a case may write
+MOST_NOTICES = 3  # lines before an error that count as notices
 LEFT_OUT = "left out"  # the outcome of a case that could not be made here
 FAULTS = {  # in the order of the table's columns
     "lost": "a file of somebody else, or a finished checkpoint, was changed or is gone",
@@ -216,7 +217,7 @@ def _judge(case: Case, box: Path, status: int | None) -> Result:
         faults.append("ended")
     if outcome == "refused" and not faults:
         by_argparse = bool(lines) and lines[0].startswith("usage: ") and ": error: " in lines[-1]
-        if not by_argparse and not (lines and lines[-1].startswith("error: ") and len(lines) == 1):
+        if not by_argparse and not _is_one_line(lines):
             faults.append("not one line")
         if (box / "trained").exists():
             faults.append("late")
@@ -228,6 +229,13 @@ def _judge(case: Case, box: Path, status: int | None) -> Result:
     if "not one line" in faults:
         said = printable(" | ".join(lines))
     return Result(case.key, case.kind, case.line, "failed" if faults else outcome, faults, said)
+
+
+def _is_one_line(lines: Sequence[str]) -> bool:
+    """Whether there is one error, at the end, after a few notices of one line each."""
+    *before, last = lines or [""]
+    is_notice = [len(line) < 500 and not line.lower().startswith("error") for line in before]
+    return last.startswith("error: ") and len(before) <= MOST_NOTICES and all(is_notice)
 
 
 def _damage(case: Case, box: Path, before: set[str]) -> list[str]:

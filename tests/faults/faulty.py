@@ -25,7 +25,7 @@ def main() -> None:
     if fault == "leaked":
         print(sys.argv[2])
     if fault == "not one line":
-        print("more", file=sys.stderr)
+        print("error: more", file=sys.stderr)
     if fault == "late":
         (home.parent / "trained").touch()
     if fault == "ended":
