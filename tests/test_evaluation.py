@@ -243,7 +243,7 @@ def test_ladder_does_not_depend_on_the_batch(toy: Toy2DBackbone) -> None:
     ("changes", "text"),
     [
         ({"samplers": [SamplerSpec("a"), SamplerSpec("a")]}, "same name"),
-        ({"count": 9}, "count=9, but there are only 8 prompts"),
+        ({"count": 9, "prompts": ["a"]}, "count=1 must be at least 2"),
         ({"count": 1}, "count=1 must be at least 2"),
         ({"samplers": []}, "at least one sampler"),
         ({"shown": 0}, "shown=0 at least 1"),

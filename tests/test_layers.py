@@ -13,6 +13,7 @@ NAME = PACKAGE.name
 VERBS = ("cache_text", "export", "extract_lora", "plan", "pretrain", "sample", "train")  # what a user types
 ROOMS = (  # from the ground up: each may import those before it
     "errors",
+    "kinds",
     "files",
     "core",
     "terminal",
@@ -114,7 +115,9 @@ def core_rule(path: str, name: str) -> bool:
     if not path.startswith("core/"):
         return True
     root = name.split(".")[0]
-    return is_under(name, "core") if own(name) else root == "torch" or root in stdlib_module_names
+    if own(name):
+        return is_under(name, "core") or is_under(name, "kinds")  # the kinds of options: annotations alone
+    return root in ("torch", "annotated_types") or root in stdlib_module_names
 
 
 def config_rule(path: str, name: str) -> bool:

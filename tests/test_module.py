@@ -598,7 +598,9 @@ class Named(Alone):
 @pytest.mark.parametrize("names", [("judge", "judge"), ("train",), ("trained",), ("base",), ("rollout",), ("_shared",)])
 def test_names_that_are_taken_are_refused_before_anything_is_built(names):
     optim = {name: recipe() for name in ("student", *names)}
-    with pytest.raises(UserError, match=f"Named calls a role '{names[0]}', which is taken"):
+    with pytest.raises(
+        UserError, match=f"Named calls a role '{names[0]}', which is taken by the module or begins with _; choose"
+    ):
         CDMModule(Toy2DBackbone(fit_steps=1), Named(*names), RandomSchedule(UniformLength(1, 4)), optim)
 
 

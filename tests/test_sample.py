@@ -126,7 +126,9 @@ def test_mistakes(capsys, tmp_path, tiny_pipeline_folder):
     assert "no prompt" in refusal(capsys, "--model", model)
     assert "missing.txt" in refusal(capsys, "--model", model, "--prompts-file", str(tmp_path / "missing.txt"))
     assert "is a folder" in refusal(capsys, "--model", model, "--prompt", "x", "--output", str(tmp_path))
-    assert "at least 1" in refusal(capsys, "--model", model, "--prompt", "x", "--steps", "0")
+    assert "--steps: '0' must be a whole number of at least 1" in refusal(
+        capsys, "--model", model, "--prompt", "x", "--steps", "0"
+    )
     assert "has no model_index.json" in refusal(capsys, "--model", str(tmp_path), "--prompt", "x")
     (tmp_path / "file").write_text("")
     nowhere = str(tmp_path / "file" / "grid.png")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, cast
 from omegaconf import DictConfig
 
 from cdm_lightning.config import answer_questions, build, run_cli
+from cdm_lightning.config.whole import check_config
 from cdm_lightning.errors import UserError
 from cdm_lightning.files import locked, sweep_folder
 from cdm_lightning.files.leftovers import OWN
@@ -45,6 +46,7 @@ class Filled:
 
 def cache_text(config: DictConfig) -> Filled:
     """Encode the training and validation prompts of `config`, those of its callbacks, and the empty prompt."""
+    check_config(config)
     settings = build(config, "text_cache")
     if settings.folder is None:
         raise UserError("text_cache.folder is not set: name the folder to write, text_cache.folder=DIR")

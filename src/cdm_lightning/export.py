@@ -11,6 +11,8 @@ from pathlib import Path
 from cdm_lightning.config import fail
 from cdm_lightning.errors import UserError
 from cdm_lightning.exporting.pipeline import DTYPES, check_output, export_pipeline, require_adapter
+from cdm_lightning.kinds import FileOrFolder, Model, Pixels, Steps
+from cdm_lightning.kinds.command_line import Parser, argument
 from cdm_lightning.run.folder import Run
 from cdm_lightning.terminal.quiet import quiet_libraries
 
@@ -70,18 +72,26 @@ def export_file(source: Path, output: Path, weights: str, dtype: str, form: str)
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    made = argparse.ArgumentParser(
-        prog="python -m cdm_lightning.export", description="Export a student as a pipeline folder or LoRA."
+    made = Parser(prog="python -m cdm_lightning.export", description="Export a student as a pipeline folder or LoRA.")
+    made.add_argument(
+        "source",
+        type=argument(FileOrFolder),
+        metavar="RUN",
+        help="a run folder (its newest checkpoint is used) or a checkpoint",
     )
-    made.add_argument("source", metavar="RUN", help="a run folder (its newest checkpoint is used) or a checkpoint")
     made.add_argument(
         "--output",
         required=True,
+        type=argument(FileOrFolder),
         metavar="PATH",
         help="the folder to write (an earlier export is replaced) or the new file",
     )
     made.add_argument(
-        "--nfe", type=int, default=4, metavar="N", help="the number of steps to export for (default: %(default)s)"
+        "--nfe",
+        type=argument(Steps),
+        default=4,
+        metavar="N",
+        help="the number of steps to export for (default: %(default)s)",
     )
     made.add_argument(
         "--weights", choices=("auto", *WEIGHTS), default="auto", help="default: the EMA weights if there are any"
@@ -96,13 +106,15 @@ def parser() -> argparse.ArgumentParser:
         help="pipeline: a pipeline folder, with a LoRA fused in; lora: the LoRA alone; weights: the student as a "
         ".safetensors file; checkpoint: the whole checkpoint as a .safetensors file",
     )
+    for side in ("height", "width"):
+        what = f"the {side} in the model card's call (default: that of the run)"
+        made.add_argument(f"--{side}", type=argument(Pixels), metavar="PIXELS", help=what)
     made.add_argument(
-        "--height", type=int, metavar="PIXELS", help="the height in the model card's call (default: that of the run)"
+        "--pretrained",
+        type=argument(Model),
+        metavar="FOLDER",
+        help="the pretrained pipeline, if it has moved since the run",
     )
-    made.add_argument(
-        "--width", type=int, metavar="PIXELS", help="the width in the model card's call (default: that of the run)"
-    )
-    made.add_argument("--pretrained", metavar="FOLDER", help="the pretrained pipeline, if it has moved since the run")
     return made
 
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 from cdm_lightning.config import fail
 from cdm_lightning.errors import UserError
 from cdm_lightning.files import replacing, require_replaceable
+from cdm_lightning.kinds import FileOrFolder, Model, Name, Width
+from cdm_lightning.kinds.command_line import Parser, argument
 from cdm_lightning.terminal.quiet import quiet_libraries
 
 if TYPE_CHECKING:  # these take seconds to import: --help and error messages should not wait for them
@@ -87,16 +89,37 @@ def report(found: "Extraction") -> str:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    made = argparse.ArgumentParser(
-        prog="python -m cdm_lightning.extract_lora", description="Extract a LoRA from tuned weights."
-    )
-    made.add_argument("--base", required=True, metavar="PIPELINE", help="the pretrained pipeline: a folder or hub id")
+    made = Parser(prog="python -m cdm_lightning.extract_lora", description="Extract a LoRA from tuned weights.")
     made.add_argument(
-        "--tuned", required=True, metavar="PIPELINE", help="the same pipeline after training: a folder or hub id"
+        "--base",
+        required=True,
+        type=argument(Model),
+        metavar="PIPELINE",
+        help="the pretrained pipeline: a folder or hub id",
     )
-    made.add_argument("--rank", required=True, type=int, metavar="R", help="the rank of each layer's update")
-    made.add_argument("--output", required=True, metavar="FILE", help="the LoRA file to write (.safetensors)")
-    made.add_argument("--device", default="auto", help="the device for the decompositions (default: CUDA if available)")
+    made.add_argument(
+        "--tuned",
+        required=True,
+        type=argument(Model),
+        metavar="PIPELINE",
+        help="the same pipeline after training: a folder or hub id",
+    )
+    made.add_argument(
+        "--rank", required=True, type=argument(Width), metavar="R", help="the rank of each layer's update"
+    )
+    made.add_argument(
+        "--output",
+        required=True,
+        type=argument(FileOrFolder),
+        metavar="FILE",
+        help="the LoRA file to write (.safetensors)",
+    )
+    made.add_argument(
+        "--device",
+        type=argument(Name),
+        default="auto",
+        help="the device for the decompositions (default: CUDA if available)",
+    )
     return made
 
 

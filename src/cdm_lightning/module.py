@@ -22,6 +22,7 @@ from cdm_lightning.distributed.sharding import average_figures
 from cdm_lightning.distributed.strategy import MeshStrategy
 from cdm_lightning.errors import UserError
 from cdm_lightning.evaluation.samplers import SamplerSpec, generate_all
+from cdm_lightning.kinds import ComputeDtype, Name, Seed
 from cdm_lightning.lora.plan import LoRAPlan
 from cdm_lightning.objectives.base import Objective, Sample, Update, VelocityFields
 from cdm_lightning.training.compute import Compute
@@ -58,10 +59,10 @@ class CDMModule(L.LightningModule):
         backbone: Backbone,
         objective: Objective,
         schedule: SigmaSchedule,
-        optim: Mapping[str, OptimizerRecipe],
+        optim: Mapping[Name, OptimizerRecipe],
         samplers: Sequence[SamplerSpec] = (),
-        seed: int = 0,
-        compute_dtype: str = "float32",
+        seed: Seed = 0,
+        compute_dtype: ComputeDtype = "float32",
         ema: EMA | None = None,
         lora: LoRAPlan | None = None,
         resolution: Resolution | None = None,

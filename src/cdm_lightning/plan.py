@@ -8,13 +8,17 @@ plan there). No weights are read. Several values of gpus, separated by commas, g
 
 import json
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cdm_lightning.config import build, compose, fail
+from cdm_lightning.config.whole import check_config
 from cdm_lightning.errors import UserError
 from cdm_lightning.files import write_text
+from cdm_lightning.kinds import FileOrFolder, Positive, PositiveShare, ShareBelowOne
+from cdm_lightning.kinds.command_line import argument as kind_of
 from cdm_lightning.terminal.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
     from cdm_lightning.planning.recipe import Recipe
     from cdm_lightning.planning.table import Plan
 
+KINDS = {"peak_tflops": Positive, "utilisation": PositiveShare, "reserve": ShareBelowOne, "json": FileOrFolder}
 OWN = ("gpus", "strategy", "strategy.on_cpu", "peak_tflops", "utilisation", "reserve", "json")
 
 
@@ -33,8 +38,11 @@ def plan(arguments: Sequence[str]) -> "list[Plan]":
     own, overrides = split(arguments)
     if "gpus" not in own:
         raise UserError("gpus is missing; give the number of GPUs and the memory of each, for example gpus=8x80")
-    peak, utilisation, reserve = (number(own, key) for key in ("peak_tflops", "utilisation", "reserve"))
+    peak, utilisation, reserve = (value_of(own, key) for key in ("peak_tflops", "utilisation", "reserve"))
+    if Path(value_of(own, "json") or "x.json").is_dir():
+        raise UserError(f"json={own['json']} is a folder; pass the name of a file to write")
     config = compose([*overrides, "output_dir=."])
+    check_config(config)
     from cdm_lightning.planning.layout import read_gpus
 
     wanted = [read_gpus(text, 0.08 if reserve is None else reserve) for text in own["gpus"].split(",")]
@@ -116,20 +124,14 @@ def split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     return own, overrides
 
 
-def number(own: dict[str, str], key: str) -> float | None:
-    """Return the number that the planner's own argument `key` has, or None if it is not given.
-
-    Raises UserError unless the number is positive and finite; for reserve it may also be 0.
-    """
+def value_of(own: dict[str, str], key: str) -> Any:
+    """Return the value of the planner's own argument `key`, None if it is not given; UserError if it is not of its kind."""
     if key not in own:
         return None
     try:
-        value = float(own[key])
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf") or (value == 0 and key != "reserve"):
-        raise UserError(f"{key}={own[key]} must be a positive number (reserve may be 0)")
-    return value
+        return kind_of(KINDS[key])(own[key])
+    except ArgumentTypeError as error:
+        raise UserError(f"{key}: {error}") from error
 
 
 def write_json(path: Path, plans: "Sequence[Plan]") -> None:

@@ -5,14 +5,17 @@ such as the teacher's, can be sampled with the same noise: that of image i depen
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cdm_lightning.config import fail
 from cdm_lightning.errors import UserError
 from cdm_lightning.files import replacing, require_replaceable
+from cdm_lightning.kinds import BatchSize, FileOrFolder, Finite, Model, Name, Pixels, Prompt, Seed, Steps
+from cdm_lightning.kinds.command_line import Parser, argument
 from cdm_lightning.run.folder import is_run
 from cdm_lightning.terminal.quiet import quiet_libraries
 
@@ -24,6 +27,18 @@ if TYPE_CHECKING:  # these take seconds to import: --help and error messages sho
 
     Opened = tuple[Backbone, Callable[[], nn.Module], int]  # the backbone, a function that makes its network, the steps
 
+KINDS = {
+    "model": Model,
+    "file": FileOrFolder,
+    "output": FileOrFolder,
+    "prompt": Prompt,
+    "steps": Steps,
+    "guidance": Finite,  # 1 or less is none
+    "pixels": Pixels,
+    "seed": Seed,
+    "batch": BatchSize,
+    "name": Name,
+}
 RUN_STEPS = 4  # for a run's student: the steps that CDM (arXiv:2605.06376) trains for
 
 
@@ -58,21 +73,45 @@ def sample_images(
     UserError for a model that is neither a run nor a pipeline of a known family, for a size that the model cannot make, and
     for a device or dtype that cannot be used.
     """
+    opened = open_sized(model, lora, height, width, steps)
+    images = list(sampled(opened, prompts, guidance_scale, seed, batch_size, device, dtype))
+    import torch
+
+    return Samples(torch.cat(images), opened[2])
+
+
+def sampled(
+    opened: "Opened",
+    prompts: Sequence[str],
+    guidance_scale: float,
+    seed: int,
+    batch_size: int,
+    device: str,
+    dtype: str = "float32",
+) -> "Iterator[Tensor]":
+    """Yield the images (B, 3, H, W) of each batch of prompts, on the CPU; `opened` is what `open_sized` returns."""
     from cdm_lightning.distributed.devices import choose_device
     from cdm_lightning.evaluation.samplers import SamplerSpec, encode_ahead, generate
     from cdm_lightning.module import COMPUTE_DTYPES
 
     if dtype not in COMPUTE_DTYPES:
         raise UserError(f"--dtype {dtype} must be one of {', '.join(COMPUTE_DTYPES)}")
-    backbone, build_network, default = open_run(model, lora) if is_run(Path(model)) else open_model(model, lora)
-    backbone, steps = backbone.at(height, width), steps or default
+    backbone, build_network, steps = opened
     spec = SamplerSpec("sample", nfe=steps, guidance_scale=max(1.0, guidance_scale))
     place = choose_device(device)
     backbone.setup(place)
     encode_ahead(backbone, prompts, batch_size)
-    network, numbers = build_network().to(place, COMPUTE_DTYPES[dtype]), range(len(prompts))
-    images = generate(backbone, network, spec, prompts, numbers, seed, batch_size, COMPUTE_DTYPES[dtype])
-    return Samples(images, steps)
+    network = build_network().to(place, COMPUTE_DTYPES[dtype])
+    for start in range(0, len(prompts), batch_size):
+        numbers = range(start, min(start + batch_size, len(prompts)))
+        part = [prompts[number] for number in numbers]
+        yield generate(backbone, network, spec, part, numbers, seed, batch_size, COMPUTE_DTYPES[dtype])
+
+
+def open_sized(model: str, lora: str | None, height: int | None, width: int | None, steps: int | None) -> "Opened":
+    """Open a run or a pipeline for images of this size and this number of steps; None is what the model was made for."""
+    backbone, build_network, default = open_run(model, lora) if is_run(Path(model)) else open_model(model, lora)
+    return backbone.at(height, width), build_network, steps or default
 
 
 def open_run(model: str, lora: str | None) -> "Opened":
@@ -139,64 +178,79 @@ def write_picture(picture: "Image", output: Path) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    made = argparse.ArgumentParser(prog="python -m cdm_lightning.sample", description="Draw a labelled grid of images.")
+    made = Parser(prog="python -m cdm_lightning.sample", description="Draw a labelled grid of images.")
+    kinds = {name: argument(kind) for name, kind in KINDS.items()}
+    what = "an export, a run, a pipeline folder or a hub id"
+    made.add_argument("--model", required=True, type=kinds["model"], metavar="FOLDER", help=what)
     made.add_argument(
-        "--model", required=True, metavar="FOLDER", help="an export, a run, a pipeline folder or a hub id"
+        "--lora", type=kinds["file"], metavar="FOLDER", help="a LoRA file or an exported LoRA to add to a pipeline"
     )
-    made.add_argument("--lora", metavar="FOLDER", help="a LoRA file or an exported LoRA to add to a pipeline")
     made.add_argument(
-        "--prompt", action="append", default=[], metavar="TEXT", help="a prompt; the option may be given several times"
+        "--prompt",
+        action="append",
+        default=[],
+        type=kinds["prompt"],
+        metavar="TEXT",
+        help="a prompt; the option may be given several times",
     )
-    made.add_argument("--prompts-file", metavar="FILE", help="a text file with one prompt per line, or .jsonl")
-    made.add_argument("--steps", type=int, metavar="N", help="default: the number that the folder was exported for")
     made.add_argument(
-        "--guidance-scale", type=float, default=1.0, metavar="S", help="1 or less is no guidance (default: 1)"
+        "--prompts-file", type=kinds["file"], metavar="FILE", help="a text file with one prompt per line, or .jsonl"
     )
-    made.add_argument("--height", type=int, metavar="PIXELS", help="default: the size that the model was made for")
-    made.add_argument("--width", type=int, metavar="PIXELS", help="default: the size that the model was made for")
-    made.add_argument("--seed", type=int, default=0, metavar="N", help="the seed of the noise (default: 0)")
-    made.add_argument("--batch-size", type=int, default=8, metavar="N", help="images at a time (default: 8)")
+    made.add_argument(
+        "--steps", type=kinds["steps"], metavar="N", help="default: the number that the folder was exported for"
+    )
+    what = "1 or less is no guidance (default: 1)"
+    made.add_argument("--guidance-scale", type=kinds["guidance"], default=1.0, metavar="S", help=what)
+    for side in ("--height", "--width"):
+        made.add_argument(
+            side, type=kinds["pixels"], metavar="PIXELS", help="default: the size that the model was made for"
+        )
+    made.add_argument("--seed", type=kinds["seed"], default=0, metavar="N", help="the seed of the noise (default: 0)")
+    made.add_argument("--batch-size", type=kinds["batch"], default=8, metavar="N", help="images at a time (default: 8)")
+    made.add_argument("--device", type=kinds["name"], default="auto", help="default: CUDA if there is one")
+    made.add_argument(
+        "--output",
+        type=kinds["output"],
+        default="grid.png",
+        metavar="FILE",
+        help="the picture to write (default: grid.png); FOLDER/ writes a file for each image",
+    )
     made.add_argument(
         "--dtype", default="float32", metavar="D", help="of the network: float32 or bfloat16 (half the memory)"
     )
-    made.add_argument("--device", default="auto", help="default: CUDA if there is one")
-    made.add_argument("--output", default="grid.png", metavar="FILE", help="the picture to write (default: grid.png)")
     return made
 
 
 def run(options: argparse.Namespace) -> Path:
-    """Generate the images that the command line asks for, write the picture and return its path.
+    """Generate the images that the command line asks for, write the picture or the folder of pictures, and return its path.
 
-    Raises UserError for options that cannot work, before a model is loaded.
+    Raises UserError for options that cannot work, before anything is generated.
     """
     prompts, output = read_prompts(options.prompt, options.prompts_file), Path(options.output)
-    if output.is_dir():
-        raise UserError(f"--output={output} is a folder; pass the name of a picture to write")
-    check_output(output)
-    if options.batch_size < 1 or (options.steps is not None and options.steps < 1):
+    is_folder = options.output.endswith("/")
+    if not output.name or (output.is_dir() and not is_folder):
         raise UserError(
-            f"--steps and --batch-size must be at least 1, got --steps={options.steps} and --batch-size={options.batch_size}"
+            f"--output={output} is a folder; pass the name of a picture to write, or FOLDER/ to write a file for each image"
         )
-    from cdm_lightning.evaluation.pictures import draw_grid
+    check_output(output / "00000.png" if is_folder else output)
+    opened = open_sized(options.model, options.lora, options.height, options.width, options.steps)
+    numbers = options.seed, options.batch_size, options.device, options.dtype
+    images = sampled(opened, prompts, options.guidance_scale, *numbers)
+    from cdm_lightning.evaluation.pictures import draw_grid, require_one_picture, to_picture
 
-    made = sample_images(
-        options.model,
-        prompts,
-        options.steps,
-        options.guidance_scale,
-        options.seed,
-        options.batch_size,
-        options.device,
-        options.lora,
-        options.height,
-        options.width,
-        options.dtype,
-    )
+    if is_folder:
+        numbers = count()
+        for image in (image for batch in images for image in batch):
+            write_picture(to_picture(image), output / f"{next(numbers):05d}.png")
+        return output
+    require_one_picture(len(prompts), opened[0].image_size)
+    import torch
+
     guidance = f"guidance {options.guidance_scale:g}" if options.guidance_scale > 1 else "no guidance"
-    steps = "1 step" if made.steps == 1 else f"{made.steps} steps"
+    steps = "1 step" if opened[2] == 1 else f"{opened[2]} steps"
     name = Path(options.model).name + (f" + {Path(options.lora).name}" if options.lora else "")
     title = f"{name}: {steps}, {guidance}, seed {options.seed}"
-    write_picture(draw_grid(made.images, prompts, title), output)
+    write_picture(draw_grid(torch.cat(list(images)), prompts, title), output)
     return output
 
 
@@ -207,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         output = run(parser().parse_args(arguments))
     except UserError as error:
         fail(error)
-    print(f"picture: {output}")
+    print(f"{'pictures' if output.is_dir() else 'picture'}: {output}")
 
 
 if __name__ == "__main__":

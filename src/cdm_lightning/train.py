@@ -20,14 +20,18 @@ if __name__ == "__main__":
 
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from cdm_lightning.backbones.base import Backbone
+from cdm_lightning.callbacks.metrics import ValidationMetrics
 from cdm_lightning.checkpoint.callback import IterationCheckpoint
 from cdm_lightning.checkpoint.folder import checkpoints_in, refuse_old_files
 from cdm_lightning.checkpoint.stored import StoredCheckpoint, read_checkpoint, recorded_iteration
 from cdm_lightning.config import build, build_named, one_line, process_number, run_cli
+from cdm_lightning.config.folders import require_writable_folders
 from cdm_lightning.config.secrets import plain
+from cdm_lightning.config.whole import check_config
 from cdm_lightning.data.datamodule import PromptDataModule
 from cdm_lightning.data.text_cache import StoredText, TextCacheSettings
 from cdm_lightning.data.text_memory import RememberedText
@@ -37,6 +41,7 @@ from cdm_lightning.errors import UserError
 from cdm_lightning.evaluation.samplers import check_samplers
 from cdm_lightning.files import first_line, require_name
 from cdm_lightning.metrics.suite import MetricSuite
+from cdm_lightning.module import CDMModule
 from cdm_lightning.run.folder import Run, checkpoint_folder
 from cdm_lightning.run.inputs import ACCEPT, Inputs, inputs_of, require_same_inputs
 from cdm_lightning.run.lock import only_process_in
@@ -60,9 +65,9 @@ def train(config: DictConfig) -> TrainResult:
 
     All checks are made before networks are built.
     """
-    if not isinstance(config.seed, int) or not 0 <= config.seed < 2**32:
-        raise UserError(f"seed={config.seed}: give a whole number from 0 to {2**32 - 1}")
-    require_name(config.run_name, "run_name")
+    check_config(config)
+    require_name(str(config.run_name), "run_name")
+    require_writable_folders(config)
     run = Run.create(Path(config.output_dir))
     with only_process_in(run.folder, checkpoint_folder(run, plain(config))):
         return train_in(run, config)
@@ -71,21 +76,31 @@ def train(config: DictConfig) -> TrainResult:
 def train_in(run: Run, config: DictConfig) -> TrainResult:
     """Train in the folder of a run, which the caller has locked; raise the same errors as `train`."""
     L.seed_everything(config.seed, verbose=False)
-    strategy, module = (build(config, key) for key in ("strategy", "module"))
+    strategy, module = build(config, "strategy"), build(config, "module", of=CDMModule)
     if isinstance(strategy, MeshStrategy):
         strategy.check(module.network_names, module.whole_names)
-    data = build(config, "data", groups=module.groups.of, images=module.objective.needs_latents)
+    data = build(config, "data", of=PromptDataModule, groups=module.groups.of, images=module.objective.needs_latents)
+    if module.compute.accumulate > data.batch_size:
+        raise UserError(
+            f"compute.accumulate={module.compute.accumulate} parts of a batch need at least as many prompts, but "
+            f"data.batch_size={data.batch_size}"
+        )
     module.resolution.check(module.backbone)
     check_samplers(module.samplers, module.backbone)
-    checkpoint = build(config, "checkpoint")
+    checkpoint = build(config, "checkpoint", of=IterationCheckpoint)
     inputs = inputs_of(plain(config), local_folders(module.backbone))
     checkpoint.begin_with = find_beginning(config, run, checkpoint, module.fingerprint, inputs)
     checkpoint.about = {"config": plain(config), "inputs": inputs}
     metrics = cache(lambda: MetricSuite(build_named(config, "metric"), build_named(config, "feature")))
-    callbacks = build(config, "callbacks", offered={"metrics": metrics})
-    use_text_cache(build(config, "text_cache"), module.backbone, data, callbacks)
+    callbacks = build(config, "callbacks", offered={"metrics": metrics}, of=L.Callback)
+    use_text_cache(build(config, "text_cache", of=TextCacheSettings), module.backbone, data, callbacks)
+    logged = [
+        name for callback in callbacks if isinstance(callback, ValidationMetrics) for name in callback.names(module)
+    ]
+    if all(type(callback).__module__.startswith("cdm_lightning.") for callback in callbacks):
+        checkpoint.best.check(logged if config.trainer.limit_val_batches else [])
     trainer = make_trainer(
-        config, strategy=strategy, callbacks=[*callbacks, checkpoint], logger=build(config, "logger")
+        config, strategy=strategy, callbacks=[*callbacks, checkpoint], logger=build(config, "logger", of=Logger)
     )
     if trainer.is_global_zero:
         for role in module.lora.unused(module.updates.recipes):
@@ -110,11 +125,7 @@ def train_in(run: Run, config: DictConfig) -> TrainResult:
 
 def make_trainer(config: DictConfig, **parts: Any) -> L.Trainer:
     """Build Lightning's trainer with these parts; raise `UserError` for values that it refuses and for missing devices."""
-    make = build(config, "trainer")
-    for name in ("log_every_n_steps", "val_check_interval"):  # Lightning divides by these values
-        value = config.trainer.get(name)
-        if isinstance(value, (int, float)) and value <= 0:
-            raise UserError(f"trainer.{name}={value} must be above 0; trainer.limit_val_batches=0 turns validation off")
+    make = build(config, "trainer", of=L.Trainer)
     try:
         return make(**parts)
     except (MisconfigurationException, ValueError) as error:
@@ -190,6 +201,7 @@ def require_same_backbone(own: Sequence[Path], fingerprint: str) -> StoredCheckp
 
 def start(config: DictConfig) -> None:
     """Train in this process, or start several processes if the configuration asks for them and no launcher has."""
+    check_config(config)
     processes = device_count(config.trainer.devices)
     if processes == 1 or is_launched() or config.strategy._target_.endswith(".single_process"):
         train(config)

@@ -77,5 +77,8 @@ def baked_shift(nfe: int, shift: float, timesteps: int) -> tuple[float, float]:
     b, c = (timesteps - 1) * (1 - q), timesteps - 1
     discriminant = b * b - 4 * q * c
     if discriminant < 0:
-        raise UserError(f"{nfe} steps at shift {shift} cannot be baked into a stock scheduler; export with fewer steps")
+        raise UserError(
+            f"{nfe} steps at shift {shift} cannot be baked into a stock scheduler, no schedule of which has these sigmas; "
+            "export for fewer steps, with --nfe (export_nfe in callbacks.ladder)"
+        )
     return 2 * c / (b + math.sqrt(discriminant)), shift / (nfe + shift - 1)

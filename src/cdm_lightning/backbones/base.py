@@ -134,7 +134,9 @@ class Backbone(Anatomy, ABC):
 
         Raises `UserError` for a family that has no text encoder whose output could be cached.
         """
-        raise UserError(f"{type(self).__name__} has no text encoder to cache; leave text_cache.folder=null")
+        raise UserError(
+            f"{type(self).__name__} has no text encoder to cache, so a text cache is of no use; set text_cache.folder=null"
+        )
 
     def use_text_cache(self, cache: TextCache) -> None:
         """Take all conditioning from `cache` from now on; call this before `setup`."""

@@ -17,6 +17,7 @@ from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone, weights
 from cdm_lightning.backbones.lora_file import JOINT_ATTENTION, JOINT_FEED_FORWARD, presets
 from cdm_lightning.backbones.packing import dtype_of_call, grid_ids, pack, rounded_timestep, unpack
 from cdm_lightning.backbones.student_folder import StudentCall
+from cdm_lightning.kinds import Guidance
 
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
@@ -39,7 +40,7 @@ class FluxBackbone(PipelineBackbone):
     time_embedding = "time_text_embed"
     unguided: ClassVar[Mapping[str, Any]] = {}  # the pipeline applies guidance only with a negative prompt
 
-    guidance_embed: float = 3.5
+    guidance_embed: Guidance = 3.5
 
     @property
     def latent_channels(self) -> int:

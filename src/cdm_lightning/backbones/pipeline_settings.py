@@ -22,6 +22,7 @@ from cdm_lightning.backbones.lora_file import locate_lora
 from cdm_lightning.backbones.pipeline_folder import loading, locate_pipeline
 from cdm_lightning.errors import UserError
 from cdm_lightning.files import read_text
+from cdm_lightning.kinds import DtypeName, FileOrFolder, Model, Pixels, Revision, Scale, Tokens
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -71,15 +72,15 @@ class PipelineSettings(Backbone):
     text_tokens: ClassVar[range] = range(1, 513)  # the allowed numbers of text tokens
     shift_options: ClassVar[tuple[str, ...]] = ("use_dynamic_shifting",)  # allowed in addition to a static shift
 
-    pretrained: str
-    revision: str | None = None
-    height: int | None = None
-    width: int | None = None
-    max_sequence_length: int | None = None
-    teacher_dtype: str = "float32"
-    text_dtype: str = "float32"
-    teacher_lora: str | Path | None = None
-    teacher_lora_scale: float = 1.0
+    pretrained: Model
+    revision: Revision | None = None
+    height: Pixels | None = None
+    width: Pixels | None = None
+    max_sequence_length: Tokens | None = None
+    teacher_dtype: DtypeName = "float32"
+    text_dtype: DtypeName = "float32"
+    teacher_lora: FileOrFolder | None = None
+    teacher_lora_scale: Scale = 1.0
     shared: dict[str, Any] = field(default_factory=dict, init=False)  # shared by all image sizes; see `shared_property`
 
     def __post_init__(self) -> None:

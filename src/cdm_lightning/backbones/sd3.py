@@ -18,6 +18,7 @@ from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone, weights
 from cdm_lightning.backbones.lora_file import JOINT_ATTENTION, JOINT_FEED_FORWARD, presets
 from cdm_lightning.backbones.pipeline_settings import shared_property
 from cdm_lightning.backbones.sd3_text import PromptEncoder
+from cdm_lightning.kinds import Tokens
 
 CLIP_TOKENS = 77  # the value of every published pipeline
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
@@ -40,7 +41,7 @@ class SD3Backbone(PipelineBackbone):
     shift_options = ()
     time_embedding = "time_text_embed"
 
-    compact_text: int | None = None
+    compact_text: Tokens | None = None
 
     # ---- sizes
 

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cdm_lightning.backbones.base import Backbone, CheckpointFunction, Conditioning
 from cdm_lightning.files import replacing
+from cdm_lightning.kinds import CountOrNone, LayerCount, Seed, Width
 
 MODES = ("east", "northeast", "north", "northwest", "west", "southwest", "south", "southeast")
 RADIUS = 1.5  # of the circle of modes
@@ -101,7 +102,7 @@ class Toy2DBackbone(Backbone):
     lora_targets = {"blocks": ("linear",)}  # noqa: RUF012
     teacher_is_base = False
 
-    def __init__(self, hidden: int = 64, depth: int = 3, fit_steps: int = 1000) -> None:
+    def __init__(self, hidden: Width = 64, depth: LayerCount = 3, fit_steps: CountOrNone = 1000) -> None:
         self.hidden = hidden
         self.depth = depth
         self.fit_steps = fit_steps
@@ -223,7 +224,7 @@ class PointsOfPictures(nn.Module):
         return Toy2DBackbone().encode_images(images).flatten(1)
 
 
-def exact_points(prompts: Sequence[str], seed: int = 0) -> Tensor:
+def exact_points(prompts: Sequence[str], seed: Seed = 0) -> Tensor:
     """Draw points (B, 2) from the data distribution of each prompt; they depend on the seed."""
     return Toy2DBackbone().exact_samples(prompts, seed).flatten(1)
 

@@ -16,6 +16,7 @@ from cdm_lightning.evaluation.report import METRICS, PICTURE, SCORES, TABLE, sav
 from cdm_lightning.evaluation.samplers import check_samplers
 from cdm_lightning.exporting.pipeline import check_output, export_pipeline, exported_iteration
 from cdm_lightning.files import require_name
+from cdm_lightning.kinds import FolderOfRun, Steps
 from cdm_lightning.metrics.suite import MetricSuite
 from cdm_lightning.run.folder import Run
 
@@ -38,7 +39,11 @@ class LadderReport(L.Callback):
     """
 
     def __init__(
-        self, evaluation: LadderEvaluation, metrics: MetricSuite, export_folder: str = "student", export_nfe: int = 4
+        self,
+        evaluation: LadderEvaluation,
+        metrics: MetricSuite,
+        export_folder: FolderOfRun = "student",
+        export_nfe: Steps = 4,
     ) -> None:
         self.evaluation, self.metrics = evaluation, metrics
         self.export_folder = require_name(export_folder, "callbacks.ladder.export_folder")

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 
 import lightning as L
 
+from cdm_lightning.data.datamodule import PromptDataModule
 from cdm_lightning.distributed.ranks import gather
 from cdm_lightning.evaluation.report import csv_text
 from cdm_lightning.files import require_name, write_text
+from cdm_lightning.kinds import FolderOfRun
 from cdm_lightning.metrics.suite import Collected, MetricSuite
 
 if TYPE_CHECKING:
@@ -23,9 +25,19 @@ class ValidationMetrics(L.Callback):
     no checkpoint contains them.
     """
 
-    def __init__(self, metrics: MetricSuite, folder: str = "scores") -> None:
+    def __init__(self, metrics: MetricSuite, folder: FolderOfRun = "scores") -> None:
         self.metrics, self.folder = metrics, require_name(folder, "callbacks.metrics.folder")
         self._collected: dict[str, Collected] = {}
+
+    def names(self, pl_module: "CDMModule") -> list[str]:
+        """Return the names of what is logged, METRIC or METRIC_FIGURE for a metric with several figures: val/METRIC/SAMPLER."""
+        return [f"val/{name}/{spec.name}" for name in self.metrics.metrics for spec in pl_module.samplers]
+
+    def setup(self, trainer: L.Trainer, pl_module: "CDMModule", stage: str) -> None:
+        """Raise `UserError` for validation prompts that a metric cannot judge, before the first step."""
+        data = getattr(trainer, "datamodule", None)
+        if isinstance(data, PromptDataModule) and trainer.limit_val_batches and pl_module.samplers:
+            self.metrics.check_prompts(data.val, data.val_prompts)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
         """Forget the previous validation, and prepare the metrics, which the first time read their reference images."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cdm_lightning.evaluation.pictures import picture
 from cdm_lightning.files import replacing, require_name
+from cdm_lightning.kinds import FolderOfRun, Pictures
 
 if TYPE_CHECKING:
     from cdm_lightning.module import CDMModule
@@ -23,7 +24,7 @@ class SampleGrid(L.Callback):
     validation prompts of the first process. Loggers that take images get it too. Raises ValueError for `num_prompts` below 1.
     """
 
-    def __init__(self, num_prompts: int = 8, folder: str = "samples") -> None:
+    def __init__(self, num_prompts: Pictures = 8, folder: FolderOfRun = "samples") -> None:
         if num_prompts < 1:
             raise ValueError(f"num_prompts={num_prompts} must be at least 1")
         self.num_prompts = num_prompts

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,16 @@ class Best:
     folder: Path
     metric: str | None
     best_is: str = "min"
+
+    def check(self, logged: Collection[str]) -> None:
+        """Raise `UserError` if `metric` is none that validation will log, nor one of these and "_", for several figures."""
+        if self.metric is None:
+            return
+        *_, figure, sampler = ["", *self.metric.removeprefix("val/").rsplit("/", 1)]
+        names = {tuple(name.removeprefix("val/").rsplit("/", 1)) for name in logged}
+        if not any(sampler == of and (figure == name or figure.startswith(f"{name}_")) for name, of in names):
+            known = ", ".join(sorted(logged)) or "nothing: choose metric=[NAME] and samplers of validation"
+            raise UserError(f"checkpoint.best={self.metric} is no metric of validation, which measures {known}")
 
     def read(self) -> dict[str, Any] | None:
         """Return metric, value and iteration of the best checkpoint so far; None if there is none for this metric.

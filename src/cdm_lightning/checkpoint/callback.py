@@ -24,6 +24,7 @@ from cdm_lightning.checkpoint.validation import make_up_validation
 from cdm_lightning.distributed import ranks
 from cdm_lightning.errors import Preempted, UserError
 from cdm_lightning.files import restoring
+from cdm_lightning.kinds import Count, FolderToWrite, Iterations, MetricName
 
 if TYPE_CHECKING:
     from cdm_lightning.module import CDMModule
@@ -42,15 +43,17 @@ class IterationCheckpoint(Checkpoint):
 
     def __init__(
         self,
-        folder: str | Path,
-        every: int = 500,
-        keep: int | None = 2,
-        best: str | None = None,
+        folder: FolderToWrite,
+        every: Iterations = 500,
+        keep: Count | None = 2,
+        best: MetricName | None = None,
         best_is: Literal["min", "max"] = "min",
-        max_skipped: int | None = 50,
+        max_skipped: Count | None = 50,
     ) -> None:
-        if every < 1 or (keep is not None and keep < 1) or (max_skipped is not None and max_skipped < 1):
-            raise UserError("checkpoint: every, keep and max_skipped must be at least 1")
+        for name, value in (("every", every), ("keep", keep), ("max_skipped", max_skipped)):
+            if value is not None and value < 1:
+                allowed = "" if name == "every" else ", or null"
+                raise UserError(f"checkpoint.{name}={value} must be at least 1{allowed}")
         if best_is not in ("min", "max"):
             raise UserError(f"checkpoint: best_is must be min or max, got {best_is!r}")
         self.folder, self.every, self.keep = Path(folder), every, keep

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+import yaml
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cdm_lightning.config.arguments import check_arguments
+from cdm_lightning.config.arguments import check_arguments, with_texts
+from cdm_lightning.config.composition import composition_error
 from cdm_lightning.config.secrets import masked_text
 from cdm_lightning.errors import Preempted, UserError
 from cdm_lightning.files import require_name
@@ -42,6 +44,14 @@ MOVED = {  # options that had another key before 2026-11-27: the old key and the
 }
 IN_RESOLVER = "UserError raised while resolving interpolation: "
 WRONG_ARGUMENTS = re.compile(r"unexpected keyword argument|required (positional|keyword-only) argument|multiple values")
+
+
+COMPOSITION = (
+    HydraException,
+    OmegaConfBaseException,
+    yaml.YAMLError,
+    UnicodeDecodeError,
+)  # what a wrong file or override gives
 
 
 def conf_dir() -> Path:
@@ -82,7 +92,7 @@ def compose(overrides: Sequence[str] = (), config_name: str = "train") -> DictCo
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
         try:
             return hydra.compose(config_name, overrides=list(overrides))
-        except (HydraException, OmegaConfBaseException, ValueError) as error:  # a `group=null` gives a ValueError
+        except (*COMPOSITION, ValueError) as error:  # a `group=null` gives a ValueError
             raise UserError(one_line(error)) from error
 
 
@@ -90,13 +100,14 @@ def build(
     config: DictConfig | Mapping[str, Any],
     key: str,
     offered: Mapping[str, Callable[[], Any]] | None = None,
+    of: type | None = None,
     **more: Any,
 ) -> Any:
     """Build the object that the node `key` (names joined by dots) describes.
 
     For a node without `_target_`, return the list of the objects that its children describe, in their order. `more` holds
     arguments that no configuration file can hold, for a node with `_target_`. `offered` makes objects by name; each object
-    of a list gets those whose name is a parameter of its constructor.
+    of a list gets those whose name is a parameter of its constructor. `of` is the type that each object must have.
 
     Raises `UserError` if a constructor does not take a key, misses one or refuses a value, and if a node of such a list has
     no `_target_`.
@@ -107,7 +118,7 @@ def build(
     if not isinstance(node, Mapping | DictConfig):
         raise UserError(f"{key}={node} must be a mapping with a _target_; see conf")
     if "_target_" in node:
-        return _instantiate(node, key, **more)
+        return _require(_instantiate(node, key, **more), node, key, of)
     built = []
     for name, child in ((f"{key}.{name}", child) for name, child in node.items() if child is not None):
         if not isinstance(child, Mapping | DictConfig) or "_target_" not in child:
@@ -118,7 +129,17 @@ def build(
                 child, name, **{k: make() for k, make in (offered or {}).items() if k in taken and k not in child}
             )
         )
+        _require(built[-1], child, name, of)
     return built
+
+
+def _require(built: Any, node: Any, key: str, of: type | None) -> Any:
+    """Return the object, or raise `UserError` if it is not of the type `of`."""
+    if of is None or isinstance(built, of) or (isinstance(built, partial) and built.func is of):
+        return built
+    raise UserError(
+        f"{key}._target_={node['_target_']} gives a {type(built).__name__}, but {key} must be a {of.__name__}"
+    )
 
 
 def build_named(config: DictConfig, key: str) -> dict[str, Any]:
@@ -128,6 +149,7 @@ def build_named(config: DictConfig, key: str) -> dict[str, Any]:
 
 def _instantiate(node: Any, key: str, **more: Any) -> Any:
     check_arguments(node, key)
+    node = with_texts(node) if isinstance(node, DictConfig) else node
     try:
         built = hydra.utils.instantiate(node, _convert_="all", **more)
         if isinstance(built, partial):  # otherwise its keywords would be checked only when it is called
@@ -186,7 +208,11 @@ def run_cli(task: Callable[[DictConfig], object], config_name: str) -> None:
 
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(job)()
-    except (HydraException, OmegaConfBaseException, FileExistsError, NotADirectoryError, PermissionError) as error:
+    except (HydraException, OmegaConfBaseException, OSError) as error:
+        fail(error)
+    except yaml.YAMLError as error:
+        if composed:
+            raise
         fail(error)
     except ValueError as error:  # Hydra raises it for a `group=null`
         if composed:  # an error from inside the task is a bug and keeps its traceback
@@ -214,7 +240,7 @@ def process_number() -> int:
 
 def one_line(error: BaseException) -> str:
     """Return the text of an error in one line, without secrets and without Hydra's list of search paths."""
-    text = str(error).partition("Config search path:")[0]
+    text = composition_error(error) or str(error).partition("Config search path:")[0]
     if IN_RESOLVER in text:  # a mistake that a resolver of ours has found
         text = text.partition(IN_RESOLVER)[2].splitlines()[0]
     lines = [line.strip() for line in text.splitlines() if line.strip()]

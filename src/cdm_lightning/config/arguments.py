@@ -1,39 +1,167 @@
-"""A check, before anything is built, that a configuration's values fit the annotations of the constructors."""
+"""A check, before anything is built, that a configuration's values are of the kinds that the constructors' annotations name.
 
+Single values are validated by pydantic, from the annotation alone (`cdm_lightning.kinds`). Libraries' constructors, whose
+annotations say nothing of ranges, are in `config.libraries`.
+"""
+
+import copy
+import difflib
 import inspect
+import pkgutil
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from pathlib import PurePath
+from functools import cache
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
-import hydra
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from annotated_types import Len, MaxLen, MinLen
+from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override, open_dict
 
+from cdm_lightning.config.libraries import instead_of, options_of
+from cdm_lightning.config.origin import where_set
 from cdm_lightning.errors import UserError
+from cdm_lightning.files import first_line
+from cdm_lightning.kinds.values import is_text, problem_of, told
 
-LISTS = (list, Sequence, Iterable, Collection)
-NUMBERS = {bool: (bool,), int: (int,), float: (int, float)}  # what each accepts: a truth value is not a number
+LISTS = (list, tuple, set, frozenset, Sequence, Iterable, Collection)
 VAR_POSITIONAL, VAR_KEYWORD = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+SCALARS = (bool, int, float, str, bytes, NoneType)
+OTHERS = "**"  # stands for the names of all other keyword arguments
+OF_HYDRA = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
 
 
 def check_arguments(node: Any, key: str) -> None:
-    """Raise `UserError` for a value in `node` (named `key`) that does not fit the annotation of its parameter.
+    """Raise `UserError` for a value in `node` (named `key`) that is not of the kind that its parameter's annotation names.
 
-    A parameter without an annotation, or with one that says nothing about plain values, is left to the constructor.
+    Also raises it for a key that is not a parameter. A parameter without an annotation is left to the constructor.
     """
     if isinstance(node, ListConfig):
         for number, child in enumerate(node):
             check_arguments(child, f"{key}.{number}")
     if not isinstance(node, DictConfig):
         return
-    annotated = _annotated(node.get("_target_"))
+    target = node.get("_target_")
+    if target is not None and not isinstance(target, str):
+        raise UserError(f"{key}._target_={target} must be the dotted name of a class; see conf")
+    _check_keys(node, key, target)
+    annotated = annotations_of(target)
     for name in (name for name in node if not OmegaConf.is_missing(node, name)):
-        value, where = node[name], _name_of(node, str(name), key)
-        hint, default = annotated.get(str(name), (Any, None))
-        if type(value) is not type(default):  # the default's type always fits: libraries write `name: int = None`
-            _check_value(value, _kinds(hint), where)
+        value, where = value_of(node, str(name), key), _name_of(node, str(name), key)
+        if (hint := annotated.get(str(name), annotated.get(OTHERS))) is not None and str(name) not in OF_HYDRA:
+            check_value(value, hint, where)
         check_arguments(value, where)
+
+
+def check_value(value: Any, hint: Any, where: str) -> None:
+    """Raise `UserError` for the value of the option `where` if it is not of the kind `hint`, an annotation."""
+    kinds = alternatives(hint)
+    scalars = all(_asked(kind) in SCALARS or _asked(kind) is Literal for kind in kinds)
+    if isinstance(value, DictConfig) and "_target_" in value and not scalars:
+        return  # its type is known only after the call
+    if isinstance(value, ListConfig | DictConfig):
+        wanted = [kind for kind in kinds if _holds(kind, value)]
+        problem = None if wanted else ""
+        for kind in wanted[:1]:
+            problem = _wrong_length(value, kind)
+            _check_items(value, kind, where)
+    else:
+        problem = _problem_of_value(value, kinds)
+    if problem is not None:
+        shown = "null" if value is None else str(value)[:200]
+        because = f", but {problem}" if problem else ""
+        raise UserError(f"{where}={shown} must be {told(kinds)}{because}{where_set(where)}")
+
+
+def with_texts(node: DictConfig) -> DictConfig:
+    """Return a copy of the node in which a number is a text where its parameter takes only texts, such as a name "123"."""
+    copied = copy.deepcopy(node)
+    copied._set_parent(cast(Any, node._get_parent()))
+    _write_texts(copied)
+    return copied
+
+
+def _write_texts(node: Any) -> None:
+    if not isinstance(node, DictConfig | ListConfig) or node._is_none() or node._is_missing():
+        return
+    annotated = annotations_of(node.get("_target_")) if isinstance(node, DictConfig) else {}
+    for name in list(node) if isinstance(node, DictConfig) else range(len(node)):
+        if OmegaConf.is_missing(node, name):
+            continue
+        value = node[name]
+        if isinstance(value, bool | int | float) and is_text(alternatives(annotated.get(str(name), Any))):
+            with open_dict(node), flag_override(node, "readonly", False):
+                node[name] = str(value)
+        elif not OmegaConf.is_interpolation(node, name):
+            _write_texts(value)
+
+
+def annotations_of(target: str | None) -> dict[str, Any]:
+    """Return the annotation of each argument of a `_target_`; none if it cannot be read: instantiation reports the reason."""
+    if target is None:
+        return {}
+    return _annotations(target)
+
+
+@cache
+def _annotations(target: str) -> dict[str, Any]:
+    known = options_of(target)
+    try:
+        called = pkgutil.resolve_name(target)
+        function = called.__init__ if isinstance(called, type) else called
+        parameters = inspect.signature(called).parameters
+        hints = get_type_hints(function, include_extras=True)
+    except Exception:
+        return known
+    found: dict[str, Any] = {}
+    for parameter in parameters.values():
+        if parameter.kind is VAR_KEYWORD and parameter.name in hints:
+            found[OTHERS] = hints[parameter.name]
+        elif parameter.kind is not VAR_POSITIONAL and parameter.name in hints:
+            hint, default = hints[parameter.name], parameter.default
+            foreign = not target.startswith("cdm_lightning.") and default is not parameter.empty
+            found[parameter.name] = hint | type(default) if foreign and _is_plain(hint) else hint  # `name: int = None`
+    return found | known
+
+
+def _check_keys(node: DictConfig, key: str, target: str | None) -> None:
+    """Raise `UserError` for a key that is no parameter of the node's `_target_`, or one that has no meaning here."""
+    if target is None:
+        return
+    for name in map(str, node):
+        if instead := instead_of(target, name):
+            raise UserError(f"{key}.{name} is not used here; {instead}{where_set(f'{key}.{name}')}")
+    try:
+        parameters = inspect.signature(pkgutil.resolve_name(target)).parameters
+    except (ValueError, TypeError):
+        if not callable(_found(target)):
+            raise UserError(f"{key}._target_={target} is no class or function{where_set(f'{key}._target_')}") from None
+        return  # it is written in C, without a signature
+    except Exception as error:
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{key}._target_={target} cannot be found ({why}){where_set(f'{key}._target_')}") from error
+    if any(parameter.kind is VAR_KEYWORD for parameter in parameters.values()):
+        return
+    for name in (str(name) for name in node):
+        if name not in parameters and name not in OF_HYDRA:
+            near = difflib.get_close_matches(name, parameters, 1)
+            hint = f"; did you mean {near[0]}?" if near else f"; it has: {', '.join(parameters) or 'none'}"
+            raise UserError(f"{key} has no option {name!r} ({target.rpartition('.')[2]} does not take it){hint}")
+
+
+def _found(target: str) -> Any:
+    try:
+        return pkgutil.resolve_name(target)
+    except Exception:
+        return None
+
+
+def value_of(node: DictConfig, name: str, key: str) -> Any:
+    try:
+        return node[name]
+    except Exception as error:  # an interpolation of a key that is not there
+        raw = cast(Any, node)._get_node(name)._value()
+        where = f"{key}.{name}".lstrip(".")
+        raise UserError(f"{where}={raw} cannot be resolved ({first_line(error)}){where_set(where)}") from error
 
 
 def _name_of(node: DictConfig, name: str, key: str) -> str:
@@ -43,65 +171,67 @@ def _name_of(node: DictConfig, name: str, key: str) -> str:
     return raw[2:-1] if isinstance(raw, str) and is_absolute else f"{key}.{name}"
 
 
-def _kinds(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+def alternatives(hint: Any) -> tuple[Any, ...]:
+    """Return the alternatives of an annotation, each with its own metadata."""
+    if get_origin(hint) is Annotated and get_origin(get_args(hint)[0]) in (Union, UnionType):
+        base, *marks = get_args(hint)
+        return tuple(Annotated[kind, *marks] for part in get_args(base) for kind in alternatives(part))
+    if get_origin(hint) in (Union, UnionType):
+        return tuple(kind for part in get_args(hint) for kind in alternatives(part))
+    return (NoneType if hint is None else hint,)
 
 
-def _check_value(value: Any, kinds: Sequence[Any], where: str) -> None:
-    if not any(_fits(value, kind) for kind in kinds):
-        told = "null" if value is None else value
-        raise UserError(f"{where}={told} must be {' or '.join(dict.fromkeys(map(_told, kinds)))}")
-    items = [of for kind in kinds if get_origin(kind) in LISTS for of in _kinds(get_args(kind)[0])]
-    if isinstance(value, ListConfig) and items:
-        for number, child in enumerate(value):
-            _check_value(child, items, f"{where}.{number}")
+def base_of(kind: Any) -> Any:
+    """Return an annotation without its metadata."""
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    """Return whether a value fits a parameter of this kind; True if that cannot be decided here."""
-    if isinstance(value, DictConfig) and "_target_" in value:
-        return True  # its type is known only after the call
-    asked = get_origin(kind) or kind
-    if asked is Literal:  # check only the type: the constructor names the allowed values in its own error
-        return any(_fits(value, type(choice)) for choice in get_args(kind))
-    if asked in (Any, object) or not isinstance(asked, type):
+def _asked(kind: Any) -> Any:
+    base = base_of(kind)
+    return get_origin(base) or base
+
+
+def _is_plain(kind: Any) -> bool:
+    """Whether the kind is one of values that a configuration file can hold without `_target_`, or of lists and mappings."""
+    asked = _asked(kind)
+    if asked is Literal or asked in SCALARS or asked in LISTS or asked in (Union, UnionType):
         return True
-    if asked in NUMBERS:
-        return type(value) in NUMBERS[asked]
-    if asked in LISTS and isinstance(value, str):
-        return False  # a text is a sequence of letters, but nobody means that
-    if asked is str:  # a name can look like a number or a truth value
-        return isinstance(value, (str, bool, int, float))
-    if issubclass(asked, PurePath) or (isinstance(value, ListConfig) and issubclass(asked, tuple | set | frozenset)):
-        return value is not None
-    plain = [] if isinstance(value, ListConfig) else {} if isinstance(value, DictConfig) else value
-    try:
-        return isinstance(plain, asked)
-    except TypeError:  # a protocol, or a mapping with fixed keys
-        return plain == {}
+    return isinstance(asked, type) and (issubclass(asked, Mapping) or asked.__name__ in ("Path", "PurePath"))
 
 
-def _told(kind: Any) -> str:
-    """Return the name of a kind in the words of a configuration file."""
-    asked = get_origin(kind) or kind
-    if asked is Literal:
-        return " or ".join(map(str, get_args(kind)))
-    if not isinstance(asked, type) or kind is NoneType:
-        return "null" if kind is NoneType else str(kind)
-    if asked in LISTS or issubclass(asked, tuple):
-        return "a list" + (f" of {_told(get_args(kind)[0])}" if get_args(kind) else "")
-    return "a mapping" if issubclass(asked, Mapping) else asked.__name__
+def _holds(kind: Any, value: ListConfig | DictConfig) -> bool:
+    asked = _asked(kind)
+    if not isinstance(asked, type):
+        return asked is Any
+    if asked is object:
+        return True
+    return asked in LISTS if isinstance(value, ListConfig) else issubclass(asked, Mapping)
 
 
-def _annotated(target: Any) -> dict[str, tuple[Any, Any]]:
-    """Return type and default of a `_target_`'s arguments; none if it cannot be read: instantiation reports the reason."""
-    if target is None:
-        return {}
-    try:
-        called = hydra.utils.get_object(target)
-        function = called.__init__ if isinstance(called, type) else called
-        hints, parameters = get_type_hints(function), inspect.signature(function).parameters
-    except Exception:
-        return {}
-    one = [parameter for parameter in parameters.values() if parameter.kind not in (VAR_POSITIONAL, VAR_KEYWORD)]
-    return {parameter.name: (hints[parameter.name], parameter.default) for parameter in one if parameter.name in hints}
+def _wrong_length(value: ListConfig | DictConfig, kind: Any) -> str | None:
+    """Return what is wrong with the number of entries, None if nothing is."""
+    for mark in get_args(kind)[1:] if get_origin(kind) is Annotated else ():
+        least = mark.min_length if isinstance(mark, MinLen | Len) else 0
+        most = mark.max_length if isinstance(mark, MaxLen | Len) else None
+        if len(value) < least or (most is not None and len(value) > most):
+            return f"it has {len(value)} entries"
+    return None
+
+
+def _check_items(value: ListConfig | DictConfig, kind: Any, where: str) -> None:
+    of = [arg for arg in get_args(base_of(kind)) if arg is not Ellipsis]
+    for name in value if isinstance(value, DictConfig) else range(len(value)) if of else ():
+        hint = of[-1] if isinstance(value, DictConfig) else of[min(int(name), len(of) - 1)]
+        check_value(value[name], hint, f"{where}.{name}")
+
+
+def _problem_of_value(value: Any, kinds: Sequence[Any]) -> str | None:
+    """Return what is wrong with a plain value, "" if its type is wrong; None if it is fine or cannot be judged here."""
+    asked = [_asked(kind) for kind in kinds]
+    if any(one in (Any, object) or (not isinstance(one, type) and one is not Literal) for one in asked):
+        return None
+    plain = [kind for kind in kinds if _is_plain(kind)]
+    built = [one for one, kind in zip(asked, kinds, strict=True) if not _is_plain(kind)]
+    if any(not getattr(one, "_is_protocol", False) and isinstance(value, one) for one in built):
+        return None
+    return problem_of(value, plain) if plain else ""

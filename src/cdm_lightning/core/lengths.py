@@ -7,9 +7,11 @@ with `sample` and `mean`. All classes here raise ValueError for arguments that d
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import torch
+
+from cdm_lightning.kinds import NotEmpty, NotNegative, Positive, Steps
 
 
 class LengthDistribution(Protocol):
@@ -27,8 +29,8 @@ class LengthDistribution(Protocol):
 class UniformLength:
     """The number of steps K is uniform on low..high, both included; 1..28 is the choice of CDM (arXiv:2605.06376)."""
 
-    low: int = 1
-    high: int = 28
+    low: Steps = 1
+    high: Steps = 28
 
     def __post_init__(self) -> None:
         _check_range(self.low, self.high)
@@ -47,7 +49,7 @@ class UniformLength:
 class FixedLength:
     """The number of steps K is always `length`."""
 
-    length: int = 4
+    length: Steps = 4
 
     def __post_init__(self) -> None:
         _check_range(self.length, self.length)
@@ -66,8 +68,8 @@ class FixedLength:
 class GeometricLength:
     """The probability of K steps is proportional to ratio^K on 1..high: with a ratio below 1, long rollouts are rarer."""
 
-    ratio: float = 0.85
-    high: int = 28
+    ratio: Positive = 0.85
+    high: Steps = 28
 
     def __post_init__(self) -> None:
         _check_range(1, self.high)
@@ -90,8 +92,8 @@ class GeometricLength:
 class LogUniformLength:
     """The probability of K steps is proportional to log((K + 1) / K) on low..high: each doubling of K is about equally likely."""
 
-    low: int = 1
-    high: int = 28
+    low: Steps = 1
+    high: Steps = 28
 
     def __post_init__(self) -> None:
         _check_range(self.low, self.high)
@@ -111,8 +113,8 @@ class LogUniformLength:
 class CategoricalLength:
     """The number of steps K is one of `lengths`, with probabilities proportional to `weights` (None: equal probabilities)."""
 
-    lengths: Sequence[int] = (1, 2, 4, 8, 16)
-    weights: Sequence[float] | None = None
+    lengths: Annotated[Sequence[Steps], NotEmpty] = (1, 2, 4, 8, 16)
+    weights: Sequence[NotNegative] | None = None
 
     def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < 1:

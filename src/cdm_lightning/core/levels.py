@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cdm_lightning.core.rng import StepRandom
 from cdm_lightning.core.schedules import Shift, Space, check_space
+from cdm_lightning.kinds import Finite, InnerSigma, Positive
 
 
 class SigmaLevels(Protocol):
@@ -34,8 +35,8 @@ class UniformLevels:
     The paper applies no shift to these sigmas.
     """
 
-    low: float = 0.02
-    high: float = 0.98
+    low: InnerSigma = 0.02
+    high: InnerSigma = 0.98
     space: Space = "after_shift"
 
     def __post_init__(self) -> None:
@@ -54,8 +55,8 @@ class CappedUniformLevels:
     ceiling is already a shifted sigma, so no shift is applied.
     """
 
-    low: float = 0.02
-    high: float = 0.98
+    low: InnerSigma = 0.02
+    high: InnerSigma = 0.98
 
     def __post_init__(self) -> None:
         _check(self.low, self.high, "after_shift")
@@ -69,10 +70,10 @@ class CappedUniformLevels:
 class LogitNormalLevels:
     """The sigmoid of a normal draw, clamped to [low, high]; mean 0 and std 1 are those of SD3's training (arXiv:2403.03206)."""
 
-    mean: float = 0.0
-    std: float = 1.0
-    low: float = 0.02
-    high: float = 0.98
+    mean: Finite = 0.0
+    std: Positive = 1.0
+    low: InnerSigma = 0.02
+    high: InnerSigma = 0.98
     space: Space = "after_shift"
 
     def __post_init__(self) -> None:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from cdm_lightning.kinds import Iteration, Iterations, Weight
+
 
 @dataclass(frozen=True)
 class LinearRamp:
@@ -11,9 +13,9 @@ class LinearRamp:
     ValueError unless over >= 1 and start >= 0.
     """
 
-    value: float
-    over: int
-    start: int = 0
+    value: Weight
+    over: Iterations
+    start: Iteration = 0
 
     def __post_init__(self) -> None:
         if self.over < 1 or self.start < 0:

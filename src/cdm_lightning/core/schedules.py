@@ -7,13 +7,14 @@ returned sigmas are always those that the network is given. Classes raise ValueE
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Annotated, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from cdm_lightning.core.lengths import LengthDistribution
 from cdm_lightning.core.rng import StepRandom
+from cdm_lightning.kinds import NotEmpty, Sigma
 
 Shift = Callable[[Tensor], Tensor]  # unshifted sigmas -> the sigmas that the network is given, of the same shape
 Space = Literal["before_shift", "after_shift"]
@@ -43,8 +44,8 @@ class RandomSchedule:
     """
 
     length: LengthDistribution
-    sigma_min: float = 0.25
-    sigma_max: float = 0.95
+    sigma_min: Sigma = 0.25
+    sigma_max: Sigma = 0.95
     stratified: bool = False
     space: Space = "before_shift"
 
@@ -77,7 +78,7 @@ class FixedSchedule:
     `sigmas` are those at which the student is called, without the final 0.
     """
 
-    sigmas: Sequence[float] = (1.0, 0.75, 0.5, 0.25)
+    sigmas: Annotated[Sequence[Sigma], NotEmpty] = (1.0, 0.75, 0.5, 0.25)
     space: Space = "before_shift"
 
     def __post_init__(self) -> None:

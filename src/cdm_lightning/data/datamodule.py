@@ -12,6 +12,7 @@ from cdm_lightning.data.batches import DrawnPrompts, EndlessBatches, PromptBatch
 from cdm_lightning.data.mixture import MixedPrompts
 from cdm_lightning.data.prompts import Prompts
 from cdm_lightning.errors import UserError
+from cdm_lightning.kinds import BatchSize, Count, Seed, Workers
 
 
 class PromptDataModule(L.LightningDataModule):
@@ -28,11 +29,11 @@ class PromptDataModule(L.LightningDataModule):
         self,
         train: Prompts,
         val: Prompts,
-        batch_size: int,
-        val_batch_size: int | None = None,
-        val_prompts: int | None = None,
-        seed: int = 0,
-        num_workers: int = 0,
+        batch_size: BatchSize,
+        val_batch_size: BatchSize | None = None,
+        val_prompts: Count | None = None,
+        seed: Seed = 0,
+        num_workers: Workers = 0,
         groups: Callable[[int], range] | None = None,
         images: bool = False,
     ) -> None:

@@ -14,6 +14,7 @@ from cdm_lightning.data.prompts import MAX_CHARACTERS, SelectedPrompts
 from cdm_lightning.data.selection import Selection, TextSource
 from cdm_lightning.errors import UserError
 from cdm_lightning.files import first_line
+from cdm_lightning.kinds import Count, Field, FileOrFolder, FolderToRead, Name, Overlong, Revision
 
 
 class PromptDataset(SelectedPrompts):
@@ -31,17 +32,17 @@ class PromptDataset(SelectedPrompts):
 
     def __init__(
         self,
-        dataset: str | Path,
-        split: str = "train",
-        field: str = FIELD,
-        subset: str | None = None,
-        revision: str | None = None,
+        dataset: FileOrFolder,
+        split: Name = "train",
+        field: Field = FIELD,
+        subset: Name | None = None,
+        revision: Revision | None = None,
         streaming: bool = False,
-        limit: int | None = None,
-        max_characters: int = MAX_CHARACTERS,
-        overlong: str = "skip",
+        limit: Count | None = None,
+        max_characters: Count = MAX_CHARACTERS,
+        overlong: Overlong = "skip",
         deduplicate: bool = False,
-        cache_folder: str | Path | None = None,
+        cache_folder: FolderToRead | None = None,
     ) -> None:
         selection = Selection(max_characters, overlong, deduplicate)
         name = f"{dataset}, split {split}"

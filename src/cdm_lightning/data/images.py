@@ -3,8 +3,10 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import torch.nn.functional as F
+from annotated_types import Len
 from torch import Tensor
 
 from cdm_lightning.core.rng import stream
@@ -14,6 +16,7 @@ from cdm_lightning.data.selection import flaw_of, is_visible
 from cdm_lightning.data.shapes import parse_caption, render
 from cdm_lightning.errors import UserError
 from cdm_lightning.files import require_regular
+from cdm_lightning.kinds import FileOrFolder, FolderToRead, Pixels, Seed
 
 METADATA = "metadata.jsonl"
 MOST_IMAGE = 1 << 30  # bytes
@@ -32,7 +35,7 @@ class CaptionedFolder(Prompts):
 
     has_images = True
 
-    def __init__(self, folder: str | Path, image_size: Sequence[int]) -> None:
+    def __init__(self, folder: FolderToRead, image_size: Annotated[Sequence[Pixels], Len(2, 2)]) -> None:
         self.folder, self.image_size = Path(folder), tuple(image_size)
         if len(self.image_size) != 2 or min(self.image_size) < 1:
             raise UserError(f"{folder}: image_size must be height and width in pixels, got {list(self.image_size)}")
@@ -92,7 +95,7 @@ class DrawnCaptions(PromptFile):
 
     has_images = True
 
-    def __init__(self, path: str | Path, seed: int = 0) -> None:
+    def __init__(self, path: FileOrFolder, seed: Seed = 0) -> None:
         super().__init__(path)
         self.seed = seed
 

@@ -12,6 +12,7 @@ from cdm_lightning.core.rng import permutation
 from cdm_lightning.data.batches import Order, ShuffledEpochs
 from cdm_lightning.data.prompts import Prompts
 from cdm_lightning.errors import UserError
+from cdm_lightning.kinds import Name, Positive
 
 LARGEST_BLOCK = 10_000  # the largest number of positions after which the shares are exact
 
@@ -28,7 +29,7 @@ class MixedPrompts(Prompts):
     more than 10,000 as whole numbers, and for images of different sizes.
     """
 
-    def __init__(self, sources: Mapping[str, Prompts], weights: Mapping[str, float] | None = None) -> None:
+    def __init__(self, sources: Mapping[Name, Prompts], weights: Mapping[Name, Positive] | None = None) -> None:
         if not sources:
             raise UserError("data: a mixture needs at least one source")
         self.sources = dict(sources)

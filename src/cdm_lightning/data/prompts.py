@@ -6,6 +6,7 @@ The texts of files are not held in memory, only the position of each.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -14,6 +15,7 @@ from cdm_lightning.data.batches import Order, ShuffledEpochs
 from cdm_lightning.data.formats import open_files
 from cdm_lightning.data.selection import Selection, TextSource, flaw_of, is_visible
 from cdm_lightning.errors import UserError
+from cdm_lightning.kinds import Count, Field, FileOrFolder, FolderToRead, NotEmpty, Overlong, Prompt
 
 MAX_CHARACTERS = 10_000
 
@@ -94,12 +96,12 @@ class PromptFile(SelectedPrompts):
 
     def __init__(
         self,
-        path: str | Path,
-        field: str | None = None,
-        max_characters: int = MAX_CHARACTERS,
-        overlong: str = "skip",
+        path: FileOrFolder,
+        field: Field | None = None,
+        max_characters: Count = MAX_CHARACTERS,
+        overlong: Overlong = "skip",
         deduplicate: bool = False,
-        cache_folder: str | Path | None = None,
+        cache_folder: FolderToRead | None = None,
     ) -> None:
         selection = Selection(max_characters, overlong, deduplicate)
         super().__init__(open_files(Path(path), field, cache_folder), str(path), selection)
@@ -111,7 +113,7 @@ class PromptList(Prompts):
     Raises `UserError` if there are none, and for one that no tokenizer can read.
     """
 
-    def __init__(self, prompts: Sequence[str], repeat: int = 1) -> None:
+    def __init__(self, prompts: Annotated[Sequence[Prompt], NotEmpty], repeat: Count = 1) -> None:
         self.prompts, self.repeat = list(prompts), repeat
         if not self.prompts or repeat < 1:
             raise UserError("a prompt list needs at least one prompt and a repeat of at least 1")

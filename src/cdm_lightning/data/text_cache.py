@@ -26,6 +26,7 @@ from cdm_lightning.data.text_shards import (
     shard_paths,
 )
 from cdm_lightning.errors import UserError
+from cdm_lightning.kinds import BatchSize, CountOrNone, DtypeName, FolderToRead, Megabytes, Positive
 
 SHOWN = 60  # the number of characters of a prompt that a message shows
 
@@ -43,13 +44,13 @@ class TextCacheSettings:
     Raises `UserError` for values out of range.
     """
 
-    folder: str | Path | None = None
-    dtype: str = "bfloat16"
-    batch_size: int = 16
-    shard_megabytes: float = 256
-    check_up_to: int = 1_000_000
-    remember_up_to: int = 20_000
-    remember_megabytes: float = 256
+    folder: FolderToRead | None = None
+    dtype: DtypeName = "bfloat16"
+    batch_size: BatchSize = 16
+    shard_megabytes: Positive = 256
+    check_up_to: CountOrNone = 1_000_000
+    remember_up_to: CountOrNone = 20_000
+    remember_megabytes: Megabytes = 256
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

@@ -13,6 +13,7 @@ from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from cdm_lightning.errors import UserError
+from cdm_lightning.kinds import DevicesOption, Network, Processes
 
 
 class MeshStrategy(ModelParallelStrategy):
@@ -54,7 +55,7 @@ def check_on_cpu(on_cpu: Sequence[str], networks: Sequence[str], whole: Sequence
         raise UserError(f"strategy.on_cpu names {wrong}; it may list {', '.join(whole) or 'nothing here'}")
 
 
-def single_process(devices: int | str | Sequence[int] = 1, num_nodes: int = 1) -> str:
+def single_process(devices: DevicesOption = 1, num_nodes: Processes = 1) -> str:
     """Return the name of Lightning's strategy for one process on one device; raise `UserError` for more processes.
 
     `devices` is what `Trainer` takes: a count, a list of indices, "auto", or one of these as text. The processes that a
@@ -69,22 +70,18 @@ def single_process(devices: int | str | Sequence[int] = 1, num_nodes: int = 1) -
     return "auto"
 
 
-def data_parallel(
-    devices: int | str | Sequence[int] = 1, num_nodes: int = 1, on_cpu: Sequence[str] = ()
-) -> MeshStrategy:
+def data_parallel(devices: DevicesOption = 1, num_nodes: Processes = 1, on_cpu: Sequence[Network] = ()) -> MeshStrategy:
     """Return the strategy in which each process holds whole copies of the networks."""
     return MeshStrategy(replicas=world_size(devices, num_nodes), shards=1, on_cpu=on_cpu)
 
 
-def fully_sharded(
-    devices: int | str | Sequence[int] = 1, num_nodes: int = 1, on_cpu: Sequence[str] = ()
-) -> MeshStrategy:
+def fully_sharded(devices: DevicesOption = 1, num_nodes: Processes = 1, on_cpu: Sequence[Network] = ()) -> MeshStrategy:
     """Return the strategy in which each process holds one shard of each weight, gradient and optimizer state."""
     return MeshStrategy(replicas=1, shards=world_size(devices, num_nodes), on_cpu=on_cpu)
 
 
 def hybrid_sharded(
-    devices: int | str | Sequence[int] = 1, num_nodes: int = 1, replicas: int = 1, on_cpu: Sequence[str] = ()
+    devices: DevicesOption = 1, num_nodes: Processes = 1, replicas: Processes = 1, on_cpu: Sequence[Network] = ()
 ) -> MeshStrategy:
     """Return the strategy of `replicas` copies, each sharded over an equal group of processes; `UserError` if uneven."""
     processes = world_size(devices, num_nodes)

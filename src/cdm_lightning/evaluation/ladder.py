@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cdm_lightning.backbones.base import Backbone
 from cdm_lightning.errors import UserError
 from cdm_lightning.evaluation.samplers import SamplerSpec, device_of, generate
+from cdm_lightning.kinds import BatchSize, NotEmpty, Pictures, Seed, Several
 from cdm_lightning.metrics.suite import Collected, MetricSuite
 from cdm_lightning.terminal.progress import Progress
 
@@ -72,20 +73,20 @@ class LadderResult:
 class LadderEvaluation:
     """The settings of an evaluation: its samplers, prompts and noise.
 
-    The first `count` of `prompts` are used (None: all), in batches of `batch_size`. Image k of a prompt starts from the noise of
-    (`seed` + k, prompt index); images with k > 0 are made only for metrics that ask for several images per prompt.
-    `real_images`, a function of (prompts, their indices, seed), adds a row of real images of the same prompts, which shows the
-    figures of a perfect sampler. The images of the first `shown` prompts are kept. Raises `UserError` for samplers of the same
-    name, numbers out of range and fewer prompts than `count`.
+    The first `count` of `prompts` are used (all, if there are fewer or it is None), in batches of `batch_size`. Image k of a prompt
+    starts from the noise of (`seed` + k, prompt index); images with k > 0 are made only for metrics that ask for several images
+    per prompt. `real_images`, a function of (prompts, their indices, seed), adds a row of real images of the same prompts, which
+    shows the figures of a perfect sampler. The images of the first `shown` prompts are kept. Raises `UserError` for samplers of the
+    same name and numbers out of range.
     """
 
     prompts: Sequence[str]
-    samplers: Sequence[SamplerSpec] = STEPS
+    samplers: Annotated[Sequence[SamplerSpec], NotEmpty] = STEPS
     real_images: MakeImages | None = None
-    count: int | None = 512
-    batch_size: int = 64
-    seed: int = 0
-    shown: int = 8
+    count: Several | None = 512
+    batch_size: BatchSize = 64
+    seed: Seed = 0
+    shown: Pictures = 8
 
     def __post_init__(self) -> None:
         names = [spec.name for spec in self.samplers]
@@ -93,17 +94,12 @@ class LadderEvaluation:
             raise UserError(
                 f"callbacks.ladder.evaluation.samplers: two have the same name among {', '.join(names)}; rename one"
             )
-        if self.count is None:
-            object.__setattr__(self, "count", len(self.prompts))
+        count = len(self.prompts) if self.count is None else min(self.count, len(self.prompts))
+        object.__setattr__(self, "count", count)
         if self.size < 2 or self.batch_size < 1 or self.shown < 1 or not names:
             raise UserError(
                 f"callbacks.ladder.evaluation: count={self.count} must be at least 2, batch_size={self.batch_size} and "
                 f"shown={self.shown} at least 1, and there must be at least one sampler"
-            )
-        if len(self.prompts) < self.size:
-            raise UserError(
-                f"callbacks.ladder.evaluation.count={self.count}, but there are only {len(self.prompts)} prompts; set it to at most "
-                "this number, or to null for all"
             )
 
     @property
@@ -113,6 +109,9 @@ class LadderEvaluation:
 
     def check(self, metrics: MetricSuite) -> None:
         """Raise UserError for a metric that compares with a sampler that is not run, or that asks for more prompts than `size`."""
+        metrics.check_prompts(self.prompts, self.size)
+        if self.real_images is not None:
+            _ = self.real_images([self.prompts[0], self.prompts[self.size - 1]], [0, self.size - 1], self.seed)
         names = [spec.name for spec in self.samplers]
         for name, metric in metrics.metrics.items():
             if metric.sampler is not None and metric.sampler not in names:

@@ -4,6 +4,8 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from cdm_lightning.errors import UserError
+
 if TYPE_CHECKING:  # torch takes seconds to import, and --help should not wait for it
     from PIL.Image import Image
     from torch import Tensor
@@ -12,6 +14,7 @@ CELL = (96, 256)  # smallest and largest side of an image in the picture, in pix
 MARGIN, LINE, FONT_SIZE = 6, 14, 12  # pixels
 SMALLEST_TILE = 160  # pixels; smaller images of a grid are enlarged by an integer factor, without smoothing
 MOST_COLUMNS = 6
+MOST_PIXELS = 16_384  # on a side of a grid
 GAP, LABEL_LINE, LABEL_LINES = 8, 16, 4  # of the grid: in pixels, in pixels, number of lines below each image
 LABEL_SIZE, CHARACTER = 13, 7  # pixels: font size, and average width of a character
 
@@ -57,27 +60,55 @@ def _wrap(text: str, font, width: int) -> list[str]:
     return textwrap.wrap(text, letters, max_lines=4, placeholder=" ...") or [""]
 
 
+def require_one_picture(count: int, size: tuple[int, int]) -> None:
+    """Raise UserError if a grid of `count` images of `size` (height, width) would have sides that few programs can show."""
+    grid = _grid_size(count, *size)
+    if max(grid) > MOST_PIXELS:
+        raise UserError(
+            f"{count:,} images do not fit into one picture ({grid[0]:,} x {grid[1]:,} pixels, at most {MOST_PIXELS:,} on a side); "
+            "pass --output FOLDER/ to write a file for each"
+        )
+
+
+def _tile(height: int, width: int) -> tuple[int, int]:
+    """Return the (width, height) of an image of this size in a grid."""
+    scale = -(-SMALLEST_TILE // width)
+    return width * scale, height * scale
+
+
+def _grid_size(count: int, height: int, width: int) -> tuple[int, int]:
+    """Return the (width, height) of a grid of `count` images of this size."""
+    tile, columns = _tile(height, width), min(count, MOST_COLUMNS)
+    rows = -(-count // columns)
+    return (
+        columns * (tile[0] + GAP) + GAP,
+        rows * (tile[1] + LABEL_LINES * LABEL_LINE + GAP) + 2 * LABEL_LINE,
+    )
+
+
+def to_picture(image: "Tensor") -> "Image":
+    """Return an image (3, H, W) in [0, 1] as a picture of its own size, rounded to 8 bits as diffusers does."""
+    from torchvision.transforms.functional import to_pil_image
+
+    return to_pil_image((image * 255).round().byte())
+
+
 def draw_grid(images: "Tensor", prompts: Sequence[str], title: str) -> "Image":
     """Draw images (N, 3, H, W) in [0, 1] in rows and columns under a title, each with its prompt below.
 
     Small images are enlarged by an integer factor without smoothing.
     """
     from PIL import Image, ImageDraw, ImageFont
-    from torchvision.transforms.functional import to_pil_image
 
     height, width = images.shape[2:]
-    scale = -(-SMALLEST_TILE // width)
-    tile = (width * scale, height * scale)
-    columns = min(len(prompts), MOST_COLUMNS)
+    tile, columns = _tile(height, width), min(len(prompts), MOST_COLUMNS)
     cell = (tile[0] + GAP, tile[1] + LABEL_LINES * LABEL_LINE + GAP)
-    rows = -(-len(prompts) // columns)
-    grid = Image.new("RGB", (columns * cell[0] + GAP, rows * cell[1] + 2 * LABEL_LINE), "white")
+    grid = Image.new("RGB", _grid_size(len(prompts), height, width), "white")
     draw, font = ImageDraw.Draw(grid), ImageFont.load_default(size=LABEL_SIZE)
     draw.text((GAP, GAP), title, fill="black", font=font)
     for i, (image, prompt) in enumerate(zip(images, prompts)):
         left, top = GAP + i % columns * cell[0], 2 * LABEL_LINE + i // columns * cell[1]
-        pixels = (image * 255).round().byte()  # as diffusers makes its PIL images
-        grid.paste(to_pil_image(pixels).resize(tile, Image.Resampling.NEAREST), (left, top))
+        grid.paste(to_picture(image).resize(tile, Image.Resampling.NEAREST), (left, top))
         words = textwrap.wrap(prompt, tile[0] // CHARACTER, max_lines=LABEL_LINES, placeholder=" ...")
         draw.multiline_text((left, top + tile[1]), "\n".join(words), fill="black", font=font, spacing=2)
     return grid

@@ -21,6 +21,7 @@ from cdm_lightning.core.rollout import sample
 from cdm_lightning.core.schedules import inference_sigmas
 from cdm_lightning.data.batches import PromptBatch
 from cdm_lightning.errors import UserError
+from cdm_lightning.kinds import Guidance, Name, Pixels, Steps
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,12 @@ class SamplerSpec:
     A side that is None is that of the backbone. Raises UserError for an unknown network and for `nfe` below 1.
     """
 
-    name: str
+    name: Name
     network: Literal["student", "teacher"] = "student"
-    nfe: int = 4
-    guidance_scale: float = 1.0
-    height: int | None = None
-    width: int | None = None
+    nfe: Steps = 4
+    guidance_scale: Guidance = 1.0
+    height: Pixels | None = None
+    width: Pixels | None = None
 
     def __post_init__(self) -> None:
         if self.network not in ("student", "teacher"):

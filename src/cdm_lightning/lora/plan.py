@@ -6,8 +6,10 @@ A role is the name of a network in training, such as "student" or "fake_score".
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 from cdm_lightning.errors import UserError
+from cdm_lightning.kinds import LayerEnding, NotEmpty, Positive, Width
 
 Presets = Mapping[str, tuple[str, ...]]  # a backbone's `lora_targets`: preset -> the endings of names of linear layers
 
@@ -22,9 +24,9 @@ class Adapter:
     for an argument out of its range.
     """
 
-    rank: int = 64
-    alpha: float = 128.0
-    targets: str | Sequence[str] = "attention_feed_forward"
+    rank: Width = 64
+    alpha: Positive = 128.0
+    targets: LayerEnding | Annotated[Sequence[LayerEnding], NotEmpty] = "attention_feed_forward"
     use_rslora: bool = False
     use_dora: bool = False
 

@@ -22,6 +22,12 @@ class Adherence(Metric):
     def __init__(self, judge: AdherenceJudge) -> None:
         self.judge = judge
 
+    def check_prompt(self, prompt: str) -> None:
+        """Ask the judge, if it can be asked without an image."""
+        check = getattr(self.judge, "check_prompt", None)
+        if check is not None:
+            check(prompt)
+
     def score(self, batch: ImageBatch) -> Tensor:
         """Return scores (B,): 1 for an image that shows what its prompt asks for, else 0."""
         return self.judge.adherence(batch.images, batch.prompts).float()

@@ -105,6 +105,9 @@ class Metric:
     def prepare(self, extractors: Mapping[str, nn.Module]) -> None:
         """Do slow work once, before the first image, with all extractors by name; for example, measure reference images."""
 
+    def check_prompt(self, prompt: str) -> None:
+        """Raise UserError or ValueError for a prompt whose images cannot be judged; asked before training, for all prompts."""
+
     def score(self, batch: ImageBatch) -> Tensor | None:
         """Return the scores (B,) of the single images, or None if the metric does not score single images (the default)."""
         return None

@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from cdm_lightning.kinds import FeatureName
 from cdm_lightning.metrics.base import ImageBatch, Metric
 
 
@@ -12,7 +13,7 @@ class CLIPScore(Metric):
     `feature` names a feature extractor that can also encode prompts.
     """
 
-    def __init__(self, feature: str = "clip") -> None:
+    def __init__(self, feature: FeatureName = "clip") -> None:
         self.feature = feature
         self.features = self.text_features = (feature,)
 

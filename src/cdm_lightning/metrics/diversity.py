@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cdm_lightning.errors import UserError
+from cdm_lightning.kinds import Count, FeatureName, Several
 from cdm_lightning.metrics.base import Copies, MeasuredImages, Metric
 
 
@@ -17,7 +18,7 @@ class Diversity(Metric):
     for prompts < 1 or images_per_prompt < 2.
     """
 
-    def __init__(self, feature: str = "clip", prompts: int = 32, images_per_prompt: int = 4) -> None:
+    def __init__(self, feature: FeatureName = "clip", prompts: Count = 32, images_per_prompt: Several = 4) -> None:
         if prompts < 1 or images_per_prompt < 2:
             raise UserError(
                 f"Diversity (a metric) needs prompts >= 1 and images_per_prompt >= 2, got prompts={prompts} and "

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from cdm_lightning.kinds import FeatureName
 from cdm_lightning.metrics.base import MeasuredImages, Metric
 
 
@@ -14,7 +15,7 @@ class EnergyDistance(Metric):
     `exact` returns the features (N, D) of such samples for N prompts; `feature` names the extractor of the images' features.
     """
 
-    def __init__(self, exact: Callable[[Sequence[str]], Tensor], feature: str = "points") -> None:
+    def __init__(self, exact: Callable[[Sequence[str]], Tensor], feature: FeatureName = "points") -> None:
         self.exact, self.feature, self.features = exact, feature, (feature,)
 
     def figures(self, measured: MeasuredImages, others: Mapping[str, MeasuredImages]) -> float | None:

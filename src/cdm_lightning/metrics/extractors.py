@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cdm_lightning.errors import UserError
 from cdm_lightning.files import first_line
+from cdm_lightning.kinds import FileToRead, Model, Weights
 from cdm_lightning.metrics.open_clip_model import OpenClipModel
 
 
@@ -18,7 +19,7 @@ class OpenClipFeatures(nn.Module):
     Raises `UserError` if the model or its weights are missing or cannot be loaded.
     """
 
-    def __init__(self, model: str, pretrained: str | None = None) -> None:
+    def __init__(self, model: Model, pretrained: Weights | None = None) -> None:
         super().__init__()
         self.model = OpenClipModel(model, pretrained)
 
@@ -38,7 +39,7 @@ class InceptionFeatures(nn.Module):
     if the package torch-fidelity is not installed.
     """
 
-    def __init__(self, weights: str | Path) -> None:
+    def __init__(self, weights: FileToRead) -> None:
         super().__init__()
         if not Path(weights).is_file():
             raise UserError(

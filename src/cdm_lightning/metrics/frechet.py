@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cdm_lightning.errors import UserError
 from cdm_lightning.files import first_line, replacing
+from cdm_lightning.kinds import FeatureName, Name
 from cdm_lightning.metrics.base import MeasuredImages, Metric, extract
 
 
@@ -104,7 +105,7 @@ class Frechet(Metric):
     features. Name the metric `fid` only with `InceptionFeatures`, since the distance depends on the features.
     """
 
-    def __init__(self, reference: Iterable[Tensor] | FeatureStatistics, feature: str = "clip") -> None:
+    def __init__(self, reference: Iterable[Tensor] | FeatureStatistics, feature: FeatureName = "clip") -> None:
         self.reference, self.feature, self.features = reference, feature, (feature,)
 
     def prepare(self, extractors: Mapping[str, nn.Module]) -> None:
@@ -130,7 +131,7 @@ class FrechetToSampler(Metric):
     `sampler` is the name of that sampler, `feature` that of the feature extractor.
     """
 
-    def __init__(self, sampler: str, feature: str = "clip") -> None:
+    def __init__(self, sampler: Name, feature: FeatureName = "clip") -> None:
         self.sampler, self.feature, self.features = sampler, feature, (feature,)
         self._reference: tuple[MeasuredImages, FeatureStatistics] | None = None  # of the latest measurement
 

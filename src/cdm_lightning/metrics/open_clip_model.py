@@ -75,7 +75,12 @@ def _check_source(model: str, pretrained: str | None, known: Sequence[str], tags
     if model not in known:
         raise UserError(f"open_clip does not know the model {model!r}; give one of its names or {LOCAL_DIR}FOLDER")
     if pretrained is None:
-        raise UserError(f"the CLIP model {model} has no weights: set `pretrained` to a file or to a tag of open_clip")
+        raise UserError(
+            f"the CLIP model {model} has no weights: set feature.NAME.pretrained, with the NAME of this extractor, "
+            "to a file or to a tag of open_clip"
+        )
     if not Path(pretrained).is_file() and pretrained not in tags_of(model):
         tags = ", ".join(tags_of(model))
-        raise UserError(f"CLIP weights {pretrained} are missing: neither a file nor a tag of {model} ({tags})")
+        raise UserError(
+            f"CLIP weights {pretrained} are missing: feature.NAME.pretrained must be a file or a tag of {model} ({tags})"
+        )

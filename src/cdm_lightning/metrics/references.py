@@ -14,6 +14,7 @@ from cdm_lightning.core.rng import stream
 from cdm_lightning.data.shapes import Scene, parse_caption, render
 from cdm_lightning.errors import UserError
 from cdm_lightning.files import require_regular
+from cdm_lightning.kinds import BatchSize, Count, FolderToRead, Index, Pixels, Seed, Several
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CHUNK = 256  # renderings per batch
@@ -26,13 +27,13 @@ class ShapesRenderings:
 
     They depend only on the prompts and on `seed`. Generated images are compared with real images of the same prompts, as FID on
     COCO is measured: other prompts would add a distance that no generator can remove. Raises `UserError` if there are fewer
-    prompts than `captions`, and when it is read for a prompt that is not a caption of the shapes set.
+    prompts than `captions`, and for a prompt that is not a caption of the shapes set.
     """
 
     prompts: Sequence[str]
-    captions: int | None = None  # None: all prompts
-    count: int = 4096
-    seed: int = 0
+    captions: Count | None = None  # None: all prompts
+    count: Several = 4096
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if self.captions is not None and not 1 <= self.captions <= len(self.prompts):
@@ -40,6 +41,8 @@ class ShapesRenderings:
                 f"reference (of a metric): captions={self.captions}, but there are {len(self.prompts)} prompts; set captions to "
                 "at most this number, or to null for all"
             )
+        for number in range(self.captions or len(self.prompts)):
+            _ = scene_of(self.prompts[number])  # refused now, not when the images are needed
 
     def __iter__(self) -> Iterator[Tensor]:
         captions = self.captions or len(self.prompts)
@@ -49,7 +52,7 @@ class ShapesRenderings:
             yield render(scenes, stream(self.seed, "reference", start).initial_seed())
 
 
-def render_prompts(prompts: Sequence[str], indices: Sequence[int], seed: int) -> Tensor:
+def render_prompts(prompts: Sequence[str], indices: Sequence[Index], seed: Seed) -> Tensor:
     """Return a rendering (B, 3, 32, 32) in [0, 1] of each of B prompts, which depends only on (prompt, its index, seed).
 
     Raises UserError for a prompt that is not a caption of the shapes set.
@@ -76,7 +79,7 @@ class ImageFolder:
     and for images of different sizes.
     """
 
-    def __init__(self, folder: str | Path, image_size: int | None = None, batch_size: int = 64) -> None:
+    def __init__(self, folder: FolderToRead, image_size: Pixels | None = None, batch_size: BatchSize = 64) -> None:
         self.folder, self.image_size, self.batch_size = Path(folder), image_size, batch_size
         self.paths = sorted(path for path in self.folder.rglob("*") if path.suffix.lower() in SUFFIXES)
         if not self.paths:

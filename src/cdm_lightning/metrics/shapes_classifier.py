@@ -4,7 +4,6 @@ It is trained separately from all generators. The shapes set is this package's p
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from cdm_lightning.data.shapes import COLOURS, PLACES, SHAPES, SIZES, Item, Scene, parse_caption
 from cdm_lightning.errors import UserError
 from cdm_lightning.files import first_line
+from cdm_lightning.kinds import FileToRead
 
 ARRANGEMENTS = ("single", "one above the other", "side by side")
 HEADS = {
@@ -50,7 +50,7 @@ class ShapesClassifier(nn.Module):
         return {name: head(features) for name, head in self.heads.items()}
 
     @classmethod
-    def load(cls, path: str | Path) -> "ShapesClassifier":
+    def load(cls, path: FileToRead) -> "ShapesClassifier":
         """Read a trained classifier from a safetensors file; UserError if the file is missing or holds something else."""
         model = cls()
         try:
@@ -61,6 +61,10 @@ class ShapesClassifier(nn.Module):
                 f"{path}: the shapes classifier cannot be loaded ({reason}); give a file that cdm_lightning.pretrain wrote"
             ) from None
         return model.eval().requires_grad_(False)
+
+    def check_prompt(self, prompt: str) -> None:
+        """Raise ValueError for a prompt that is not a caption of the shapes set."""
+        parse_caption(prompt)
 
     @torch.no_grad()
     def adherence(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

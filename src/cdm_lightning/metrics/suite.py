@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from cdm_lightning.data.text_cache import Texts
 from cdm_lightning.errors import UserError
 from cdm_lightning.metrics.base import Copies, ImageBatch, MeasuredImages, Metric, extract
 
@@ -110,6 +111,20 @@ class MetricSuite:
             for metric in self.metrics.values():
                 metric.prepare(self.extractors)
         self._prepared = True
+
+    def check_prompts(self, prompts: Texts, count: int) -> None:
+        """Raise `UserError` if a metric cannot judge one of the first `count` prompts."""
+        for name, metric in self.metrics.items():
+            if type(metric).check_prompt is Metric.check_prompt:
+                continue
+            for number in range(count):
+                try:
+                    metric.check_prompt(prompts[number])
+                except (UserError, ValueError) as error:
+                    raise UserError(
+                        f"metric.{name} cannot judge prompt {number + 1} of those that it measures ({error}); leave {name} out "
+                        "or give other prompts"
+                    ) from error
 
     def facts(self) -> dict[str, float | str]:
         """Return the facts of all metrics (`Metric.facts`) under the keys METRIC_FACT, such as "fid_reference_images"."""

@@ -22,11 +22,12 @@ from cdm_lightning.core.levels import CappedUniformLevels, SigmaLevels, UniformL
 from cdm_lightning.core.losses import directed_loss, flow_matching_loss
 from cdm_lightning.core.ramps import LinearRamp, weight_at
 from cdm_lightning.core.rollout import FullTrajectoryPoint
+from cdm_lightning.kinds import Count, Guidance, Iterations, Positive, Share, Weight
 from cdm_lightning.objectives.base import Merge, Objective, Role, RolledOutSample, RolloutKind, TermLosses, Update
 
 CDMInput = Literal["extrapolated", "trajectory", "renoised"]
 TeacherBase = Literal["online", "next", "final"]
-Weight = float | LinearRamp
+TermWeight = Weight | LinearRamp
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,11 @@ class CDMObjective(Objective):
     the rollout. Raises ValueError for an unknown choice, for a number out of its range, and if every weight is 0 at the start.
     """
 
-    ca_weight: Weight = 1.0
-    dm_weight: Weight = 1.0
-    cdm_weight: Weight = 1.0
-    guidance_scale: float = 7.0
-    norm_floor: float = 0.1
+    ca_weight: TermWeight = 1.0
+    dm_weight: TermWeight = 1.0
+    cdm_weight: TermWeight = 1.0
+    guidance_scale: Guidance = 7.0
+    norm_floor: Positive = 0.1
     fake_score_levels: SigmaLevels = field(default_factory=UniformLevels)
     ca_levels: SigmaLevels = field(default_factory=CappedUniformLevels)
     dm_levels: SigmaLevels = field(default_factory=UniformLevels)
@@ -70,9 +71,9 @@ class CDMObjective(Objective):
     target_levels: SigmaLevels = field(default_factory=UniformLevels)
     cdm_input: CDMInput = "extrapolated"
     teacher_base: TeacherBase = "online"
-    student_every: int = 2
-    fake_score_steps: int = 1
-    fake_score_merge: float = 1e-3
+    student_every: Iterations = 2
+    fake_score_steps: Count = 1
+    fake_score_merge: Share = 1e-3
 
     def __post_init__(self) -> None:
         for name, kind in (("cdm_input", CDMInput), ("teacher_base", TeacherBase)):

@@ -9,13 +9,15 @@ construction. Shapes: B samples of shape * = (C, H, W).
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import torch
+from annotated_types import Gt, Lt
 from torch import Tensor
 
 from cdm_lightning.core.flow import GuidedField, VelocityField, interpolate, move, per_sample, predict_x0
 from cdm_lightning.core.levels import SigmaLevels, UniformLevels
+from cdm_lightning.kinds import Guidance, Iteration, Positive, Sigma
 from cdm_lightning.objectives.base import Objective, RolledOutSample, RolloutKind, Sample, TermLosses, Update
 
 Start = Literal["student", "data"]
@@ -30,7 +32,7 @@ class _AlongTheODE(Objective):
     """
 
     start: Start = "student"
-    guidance_scale: float = 1.0
+    guidance_scale: Guidance = 1.0
     levels: SigmaLevels = field(default_factory=UniformLevels)
 
     def __post_init__(self) -> None:
@@ -86,7 +88,7 @@ class ConsistencyObjective(_AlongTheODE):
     for an argument out of its range.
     """
 
-    step: float = 0.05
+    step: Sigma = 0.05
     target: Literal["student", "student_ema"] = "student"
 
     def __post_init__(self) -> None:
@@ -123,10 +125,10 @@ class ContinuousConsistencyObjective(_AlongTheODE):
     those of `ConsistencyObjective`. Raises ValueError for an argument out of its range.
     """
 
-    tangent_floor: float = 0.1
-    warmup: int = 10_000
+    tangent_floor: Positive = 0.1
+    warmup: Iteration = 10_000
     derivative: Literal["exact", "finite"] = "finite"
-    finite_step: float = 1e-3
+    finite_step: Annotated[float, Gt(0), Lt(0.1)] = 1e-3
 
     def __post_init__(self) -> None:
         super().__post_init__()

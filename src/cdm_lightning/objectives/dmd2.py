@@ -8,6 +8,7 @@ Shapes: B samples of shape * = (C, H, W), N tokens of width D.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from cdm_lightning.core.flow import interpolate, predict_x0
 from cdm_lightning.core.levels import SigmaLevels, UniformLevels
+from cdm_lightning.kinds import BlockIndex, NotEmpty, Weight
 from cdm_lightning.objectives.base import Role, RolledOutSample, TermLosses, Update
 from cdm_lightning.objectives.cdm import CDMObjective
 
@@ -48,9 +50,9 @@ class DMD2Objective(CDMObjective):
     argument out of its range.
     """
 
-    classifier_weight: float = 1e-2
-    generator_weight: float = 5e-3
-    feature_blocks: Sequence[int] = (-1,)
+    classifier_weight: Weight = 1e-2
+    generator_weight: Weight = 5e-3
+    feature_blocks: Annotated[Sequence[BlockIndex], NotEmpty] = (-1,)
     gan_levels: SigmaLevels = field(default_factory=UniformLevels)
 
     def __post_init__(self) -> None:

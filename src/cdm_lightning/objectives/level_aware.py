@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cdm_lightning.core.flow import VelocityField, predict_x0
+from cdm_lightning.kinds import Count, Guidance, ShareBelowOne
 from cdm_lightning.objectives.base import Role, RolledOutSample, TermLosses
 from cdm_lightning.objectives.cdm import CDMObjective
 
@@ -58,9 +59,9 @@ class LevelAwareObjective(CDMObjective):
     """
 
     fake_score_conditioning: FakeScoreConditioning = "sigma"
-    off_trajectory_share: float = 0.5
-    off_trajectory_every: int = 1
-    cdm_guidance_scale: float = 0.0
+    off_trajectory_share: ShareBelowOne = 0.5
+    off_trajectory_every: Count = 1
+    cdm_guidance_scale: Guidance = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

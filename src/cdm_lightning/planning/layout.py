@@ -74,7 +74,9 @@ def make_layout(strategy: str, count: int, on_cpu: Sequence[str] = ()) -> Layout
         case "single" if count == 1:
             return Layout(strategy, on_cpu=tuple(on_cpu))
         case "single":
-            raise UserError(f"strategy=single runs on one GPU, but gpus has {count}; set strategy=ddp, fsdp2 or hsdp")
+            raise UserError(
+                f"strategy=single runs on one GPU, but gpus asks for {count}; set strategy=ddp, fsdp2 or hsdp"
+            )
         case "ddp":
             return Layout(strategy, replicas=count, on_cpu=tuple(on_cpu))
         case "fsdp2":
@@ -82,7 +84,8 @@ def make_layout(strategy: str, count: int, on_cpu: Sequence[str] = ()) -> Layout
         case "hsdp":
             if count % NODE:
                 raise UserError(
-                    f"strategy=hsdp needs whole nodes of {NODE} GPUs, but gpus has {count}; set strategy=fsdp2"
+                    f"strategy=hsdp needs whole nodes of {NODE} GPUs, but gpus asks for {count}: "
+                    f"give a multiple of {NODE}, or set strategy=fsdp2"
                 )
             return Layout(strategy, replicas=count // NODE, shards=NODE, on_cpu=tuple(on_cpu))
     raise UserError(f"strategy={strategy} is not one of {', '.join(STRATEGIES)}")

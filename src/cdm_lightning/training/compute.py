@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from cdm_lightning.errors import UserError
+from cdm_lightning.kinds import Choice, Count, Pixels, Share
 from cdm_lightning.training.gradient_checkpointing import Recomputation
 
 SMALLEST_TILE = 64  # pixels; a tile must be several latents wide
@@ -21,12 +22,12 @@ class Compute:
     UserError for a value out of its range.
     """
 
-    accumulate: int = 1
-    gradient_checkpointing: float | bool = False
+    accumulate: Count = 1
+    gradient_checkpointing: Share | bool = False
     recompute_attention: bool = True
-    compile_backend: str | None = None
-    rollouts_together: int = 2
-    decode_tile: int | None = None
+    compile_backend: Choice | None = None
+    rollouts_together: Count = 2
+    decode_tile: Pixels | None = None
 
     def __post_init__(self) -> None:
         for name in ("accumulate", "rollouts_together"):

@@ -6,6 +6,7 @@ from torch import nn
 
 from cdm_lightning.core.ema import lerp_parameters_, warmed_up_decay
 from cdm_lightning.errors import UserError
+from cdm_lightning.kinds import ShareBelowOne
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class EMA:
     UserError for a decay outside [0, 1).
     """
 
-    decay: float | None = 0.999
+    decay: ShareBelowOne | None = 0.999
 
     def __post_init__(self) -> None:
         if self.decay is not None and not 0 <= self.decay < 1:

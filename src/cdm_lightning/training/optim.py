@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cdm_lightning.errors import UserError
+from cdm_lightning.kinds import GradientNorm, Iteration, Rate, Share
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,10 @@ class LearningRate:
     without `total`.
     """
 
-    peak: float
-    warmup: int = 100
-    total: int | None = None
-    decay_from: float = 1.0
+    peak: Rate
+    warmup: Iteration = 100
+    total: Iteration | None = None
+    decay_from: Share = 1.0
 
     def __post_init__(self) -> None:
         if self.peak < 0 or self.warmup < 0 or not 0 <= self.decay_from <= 1:
@@ -57,7 +58,7 @@ class OptimizerRecipe:
 
     optimizer: Callable[..., Optimizer]
     learning_rate: LearningRate
-    max_grad_norm: float = 1.0
+    max_grad_norm: GradientNorm = 1.0
 
     def __post_init__(self) -> None:
         if isinstance(self.optimizer, partial):

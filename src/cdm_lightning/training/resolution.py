@@ -7,13 +7,15 @@ size if it does so in the scheduler of the model family (`Backbone.at`).
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Protocol, cast
+from typing import Annotated, Protocol, cast
 
 import torch
+from annotated_types import Len
 
 from cdm_lightning.backbones.base import Backbone
 from cdm_lightning.core.rng import StepRandom
 from cdm_lightning.errors import UserError
+from cdm_lightning.kinds import NotEmpty, NotNegative, Pixels
 
 
 class Resolution(Protocol):
@@ -48,8 +50,8 @@ class Buckets:
     such pairs, and for weights that are not one number of at least 0 for each size or are all 0.
     """
 
-    sizes: Sequence[Sequence[int]]
-    weights: Sequence[float] | None = None
+    sizes: Annotated[Sequence[Annotated[Sequence[Pixels], Len(2, 2)]], NotEmpty]
+    weights: Sequence[NotNegative] | None = None
 
     def __post_init__(self) -> None:
         pairs = self.sizes if isinstance(self.sizes, Sequence) and not isinstance(self.sizes, str) else ()

@@ -39,7 +39,8 @@ def check_roles(objective: Objective, lora: LoRAPlan, backbone: Backbone) -> Non
     for name in names[1:-2]:
         if names.count(name) > 1 or hasattr(Networks, name) or name.startswith("_") or name == "rollout":
             raise UserError(
-                f"objective: {type(objective).__name__} calls a role {name!r}, which is taken; choose another name"
+                f"objective: {type(objective).__name__} calls a role {name!r}, which is taken by the module or begins "
+                "with _; choose another name"
             )
     lora.check(backbone.lora_targets)
     built = [role.name for role in objective.roles if role.build is not None]

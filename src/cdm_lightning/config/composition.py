@@ -1,0 +1,34 @@
+"""What to do about errors in configuration files and overrides, whose own texts speak of parsers."""
+
+import re
+import sys
+
+import yaml
+from hydra.errors import OverrideParseException
+
+
+def composition_error(error: BaseException) -> str | None:
+    """Return what is wrong and how to mend it for an error of composing a configuration; None for an error that says it itself."""
+    if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark or error.context_mark):
+        return f"{mark.name}, line {mark.line + 1}: this is not valid YAML ({error.problem or error.context})"
+    if isinstance(error, yaml.YAMLError):
+        return f"a configuration file is not valid YAML: {str(error).splitlines()[0]}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"a configuration file is not UTF-8 ({error.reason} at byte {error.start})"
+    if isinstance(error, OverrideParseException):
+        return _of_override(error.override)
+    if "Config group override must be a string" in str(error):
+        named = [argument for argument in sys.argv[1:] if re.fullmatch(r"[\w/]+=(null|[\[{-]?\d.*|\{.*)", argument)]
+        which = f"{named[0]}: " if named else ""
+        return f"{which}a group takes the name of one of its options (see conf), not null, a number or a mapping"
+    return None
+
+
+def _of_override(override: str) -> str:
+    key, sign, value = override.partition("=")
+    if not sign:
+        return f"cannot read the argument {override!r}: write KEY=VALUE"
+    if value.startswith(("[", "{")):
+        return f"cannot read the argument {override!r}: brackets and quotes in the value must be closed, and the whole be quoted"
+    quoted = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f"""cannot read the argument {override!r}: put the value in quotes that the shell leaves, as in '{key}="{quoted}"'"""

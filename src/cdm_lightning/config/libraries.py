@@ -1,0 +1,99 @@
+"""The options of other libraries' classes that conf/ names: their ranges, and those that have no meaning here.
+
+The libraries' own annotations have no ranges. Lightning's options that this project does in another way are refused with the
+option to use instead, since its trainer would fail, ignore them or change which prompts a run sees.
+"""
+
+from types import NoneType
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Le, Len
+
+from cdm_lightning.kinds import (
+    Count,
+    CountOrNone,
+    DevicesOption,
+    FolderInside,
+    FolderToWrite,
+    Iterations,
+    Name,
+    NotNegative,
+    Positive,
+    Processes,
+    Share,
+    ShareBelowOne,
+    Text,
+)
+
+TRAINER = "lightning.pytorch.Trainer"
+Duration = Annotated[str, Text("a time as DD:HH:MM:SS", pattern=r"\d+:\d+:\d+:\d+")]
+Batches = Annotated[int, Ge(0), Le(10**9)] | Share  # a number of batches, or a share of them
+Prefix = Annotated[str, Text("a prefix", may_be_empty=True)]
+LOGGER: dict[str, Any] = {
+    "save_dir": FolderToWrite,
+    "name": FolderInside | None,
+    "prefix": Prefix,
+    "version": CountOrNone | FolderInside | None,
+}
+ADAM: dict[str, Any] = {
+    "betas": Annotated[list[ShareBelowOne], Len(2, 2)],
+    "eps": Positive,
+    "weight_decay": NotNegative,
+    "amsgrad": bool,
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    TRAINER: {
+        "accelerator": Literal["auto", "cpu", "gpu", "cuda", "mps"],
+        "devices": DevicesOption,
+        "num_nodes": Processes,
+        "max_steps": Iterations,
+        "max_epochs": Literal[-1],
+        "log_every_n_steps": Iterations,
+        "val_check_interval": Iterations,
+        "limit_val_batches": Batches,
+        "check_val_every_n_epoch": NoneType,
+        "num_sanity_val_steps": CountOrNone,
+        "default_root_dir": FolderToWrite,
+        "profiler": Literal["simple", "advanced", "pytorch"] | None,
+        "max_time": Duration | None,
+        "use_distributed_sampler": Literal[False],
+    },
+    "lightning.pytorch.loggers.CSVLogger": LOGGER | {"flush_logs_every_n_steps": Count},
+    "lightning.pytorch.loggers.TensorBoardLogger": LOGGER,
+    "lightning.pytorch.loggers.WandbLogger": LOGGER
+    | {"name": Name | None, "version": Name | None, "project": Name | None},
+    "torch.optim.AdamW": ADAM | {"fused": bool | None, "foreach": bool | None},
+    "torchao.optim.AdamW8bit": ADAM | {"block_size": Count, "bf16_stochastic_round": bool},
+}
+INSTEAD = {  # Lightning's options that are not used here, and what does the same
+    "strategy": "choose a group: strategy=ddp, fsdp2 or hsdp",
+    "callbacks": "add a callback as callbacks.NAME._target_=CLASS",
+    "logger": "choose a group: logger=csv, tensorboard, wandb or none",
+    "precision": "set module.compute_dtype",
+    "plugins": "set module.compute_dtype, or choose a strategy",
+    "accumulate_grad_batches": "set compute.accumulate",
+    "gradient_clip_val": "set optim.student.max_grad_norm, and that of the other trained networks",
+    "gradient_clip_algorithm": "gradients are clipped by their norm: set optim.student.max_grad_norm",
+    "limit_train_batches": "set trainer.max_steps; a run has no epochs",
+    "limit_test_batches": "set trainer.limit_val_batches",
+    "limit_predict_batches": "set trainer.limit_val_batches",
+    "overfit_batches": "give few prompts: data.train.path=FILE",
+    "fast_dev_run": "use debug=fast",
+    "min_steps": "set trainer.max_steps",
+    "min_epochs": "set trainer.max_steps; a run has no epochs",
+    "reload_dataloaders_every_n_epochs": "a run has no epochs",
+    "enable_checkpointing": "set checkpoint.every",
+    "model_registry": "checkpoints are written by checkpoint.folder and checkpoint.every",
+    "barebones": "choose callbacks=none logger=none",
+    "sync_batchnorm": "no network here has batch normalisation",
+}
+
+
+def options_of(target: str) -> dict[str, Any]:
+    """Return the kinds of the options of a library's class by their names; none if the class is not listed."""
+    return OPTIONS.get(target, {})
+
+
+def instead_of(target: str | None, name: str) -> str | None:
+    """Return what to do instead of setting this option of a library's class; None if it may be set."""
+    return INSTEAD.get(name) if target == TRAINER else None

@@ -1,0 +1,82 @@
+"""A check of a whole configuration, before anything is built: what has to be there, and every value of every option."""
+
+from typing import Any
+
+from omegaconf import DictConfig
+
+from cdm_lightning.config.arguments import check_arguments, check_value, value_of
+from cdm_lightning.config.origin import where_set
+from cdm_lightning.errors import UserError
+from cdm_lightning.kinds import FileOrFolder, FolderOfRun, FolderToWrite, Seed
+
+TOP: dict[str, Any] = {"seed": Seed, "run_name": FolderOfRun, "output_dir": FolderToWrite, "resume": FileOrFolder}
+SWITCHES = ("accept_changed_inputs",)  # truth values, which an older configuration may lack
+OBJECTS = (  # groups that describe one object
+    "backbone",
+    "resolution",
+    "lora",
+    "objective",
+    "schedule",
+    "ema",
+    "compute",
+    "data",
+    "trainer",
+    "strategy",
+    "text_cache",
+    "checkpoint",
+    "module",
+)
+FAMILIES = ("optim", "metric", "feature", "callbacks", "logger")  # groups that describe several objects by name
+GLOBAL = ("experiment", "debug", "metric")  # groups whose files set options of other groups
+NEEDED = ("optim",)  # of which at least one is needed
+
+
+def check_config(config: DictConfig) -> None:
+    """Raise `UserError` for the first option of a training configuration that is missing, unknown or not of its kind."""
+    for key in (*TOP, *OBJECTS, *NEEDED):
+        if key not in config:
+            raise UserError(f"{key} is missing in the configuration; leave out ~{key}")
+    _check_packages(config)
+    for key, kind in TOP.items():
+        check_value(value_of(config, key, ""), kind, key)
+    for key in SWITCHES:
+        check_value(config.get(key, False), bool, key)
+    for key in OBJECTS:
+        node = value_of(config, key, "")
+        if not isinstance(node, DictConfig) or "_target_" not in node:
+            raise UserError(f"{key}={_shown(node)} must be a mapping with a _target_; see conf/{key}{where_set(key)}")
+        check_arguments(node, key)
+    for key in FAMILIES:
+        _check_family(value_of(config, key, "") if key in config else None, key)
+
+
+def _check_packages(config: DictConfig) -> None:
+    """Raise `UserError` for a file of a group that sets options of other groups, but lacks the line that says so."""
+    for group in GLOBAL:
+        node = config.get(group)
+        if isinstance(node, DictConfig) and (
+            group not in FAMILIES or any(name in node for name in ("metric", "feature"))
+        ):
+            raise UserError(
+                f"the file that is chosen as {group}=... has to begin with the line `# @package _global_`, as those of "
+                f"conf/{group} do; without it, its options are taken for options of {group}"
+            )
+
+
+def _check_family(node: Any, key: str) -> None:
+    if node is None and key not in NEEDED:
+        return
+    if not isinstance(node, DictConfig):
+        raise UserError(f"{key}={_shown(node)} must be a mapping of names to objects; see conf/{key}{where_set(key)}")
+    for name, child in node.items():
+        where = f"{key}.{name}"
+        if child is None and key not in NEEDED:
+            continue
+        if not isinstance(child, DictConfig) or "_target_" not in child:
+            left = "" if key in NEEDED else f", or {where}=null to leave it out"
+            raise UserError(f"{where} has no _target_: set {where}._target_=CLASS{left}")
+        check_arguments(child, where)
+
+
+def _shown(value: object) -> str:
+    return "null" if value is None else str(value)[:200]

@@ -1,0 +1,42 @@
+"""Arguments of the commands: of the same kinds as the options of a configuration, and one line for a mistake."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Annotated, Any, NoReturn, get_args, get_origin
+
+from cdm_lightning.kinds.values import problem_of, told
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that says a mistake in one line, without the usage, and exits with status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the mistake and exit."""
+        line = message.removeprefix("argument ").replace("\n", " ")
+        print(f"error: {line}; --help lists the options", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def argument(kind: Any) -> Callable[[str], Any]:
+    """Return the `type` of an argument of this kind, such as `kinds.Steps`: it converts the text and checks the value."""
+    kinds = get_args(get_args(kind)[0]) if _is_path(kind) else ()
+    checked = [Annotated[part, *get_args(kind)[1:]] for part in kinds] or [kind]
+    number = get_args(kind)[0] if get_origin(kind) is Annotated and get_args(kind)[0] in (int, float) else str
+
+    def convert(text: str) -> Any:
+        problem, value = "", None
+        with suppress(ValueError):
+            value = number(text)
+            problem = problem_of(value, checked)
+        if problem is None:
+            return value
+        because = f", but {problem}" if problem else ""
+        raise argparse.ArgumentTypeError(f"{text[:200]!r} must be {told(checked)}{because}")
+
+    return convert
+
+
+def _is_path(kind: Any) -> bool:
+    return get_origin(kind) is Annotated and bool(get_args(get_args(kind)[0]))
