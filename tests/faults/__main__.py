@@ -122,10 +122,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run_parts(names: Sequence[str], options: argparse.Namespace, place: Path, progress: Progress) -> list[str]:
-    """Run the inputs, and then kills and full disks side by side; the keys of all."""
-    keys = inputs(options, place, progress) if "inputs" in names else []
+    """Run the inputs, and then kills and full disks side by side; the keys of all. A part that fails is a row of its own."""
+
+    def guarded(name: str) -> list[str]:
+        try:
+            return PARTS[name](options, place, progress)
+        except Exception as error:
+            failed = Result(f"{name}: the harness failed", name, "", "failed", ["ended"], f"{error!r}"[:2000])
+            progress.add(failed)
+            done = [key for key, result in progress.results.items() if result.kind.partition(":")[0] == name]
+            return list(dict.fromkeys([*done, failed.key]))
+
+    keys = guarded("inputs") if "inputs" in names else []
     with ThreadPoolExecutor(2) as pool:
-        others = [pool.submit(PARTS[name], options, place, progress) for name in names if name != "inputs"]
+        others = [pool.submit(guarded, name) for name in names if name != "inputs"]
         return keys + [key for other in others for key in other.result()]
 
 
