@@ -17,6 +17,7 @@ from pathlib import Path
 from benchmarks.evidence import add_publish
 from faults import report
 from faults.engine import Result
+from faults.plans import SHARES, plan
 
 
 def parser() -> argparse.ArgumentParser:
@@ -72,7 +73,6 @@ def inputs(options: argparse.Namespace, place: Path, progress: Progress) -> list
     """Run the bad inputs that are not done yet; the keys of all."""
     from faults.bases import make_stock
     from faults.engine import run_all
-    from faults.plans import SHARES, plan
 
     cases = plan(options.inputs, options.seed, tuple(options.kind or SHARES))
     left = [case for case in cases if case.key not in progress.results]
@@ -130,7 +130,8 @@ def run_parts(names: Sequence[str], options: argparse.Namespace, place: Path, pr
         except Exception as error:
             failed = Result(f"{name}: the harness failed", name, "", "failed", ["ended"], f"{error!r}"[:2000])
             progress.add(failed)
-            done = [key for key, result in progress.results.items() if result.kind.partition(":")[0] == name]
+            kinds = tuple(SHARES) if name == "inputs" else (name,)
+            done = [key for key, result in progress.results.items() if result.kind.startswith(kinds)]
             return list(dict.fromkeys([*done, failed.key]))
 
     keys = guarded("inputs") if "inputs" in names else []

@@ -317,7 +317,15 @@ def disturb(
             continue
         folder = place / layout.name.replace(", ", "_")
         shutil.rmtree(folder, ignore_errors=True)
-        for result in Soak(layout, folder, random.Random(f"{seed} {layout.name}")).rounds(share, KINDS):
+        try:
+            found = Soak(layout, folder, random.Random(f"{seed} {layout.name}")).rounds(share, KINDS)
+        except (RuntimeError, AssertionError) as error:  # the undisturbed run itself fails; the other layouts go on
+            found = [
+                Result(
+                    f"{layout.name}: undisturbed", f"kills: {layout.name}", "", "failed", ["ended"], str(error)[-500:]
+                )
+            ]
+        for result in found:
             report(result)
             keys.append(result.key)
     return keys
