@@ -297,6 +297,7 @@ def test_objects_of_another_class(refused):
         "module._target_=builtins.dict"
     )
     assert "callbacks.mine must be a Callback" in refused("+callbacks.mine._target_=builtins.dict")
+    assert "compute.compile_backend=fast is no backend of torch.compile" in refused("compute.compile_backend=fast")
     assert "backbone._target_=no.such cannot be found" in refused("backbone._target_=no.such")
 
 

@@ -35,6 +35,13 @@ class Compute:
                 raise UserError(f"compute.{name}={getattr(self, name)} must be at least 1")
         if self.decode_tile is not None and self.decode_tile < SMALLEST_TILE:
             raise UserError(f"compute.decode_tile={self.decode_tile} must be at least {SMALLEST_TILE} pixels, or null")
+        if self.compile_backend is not None:
+            from torch._dynamo import list_backends  # takes seconds to import, so only where it is used
+
+            if self.compile_backend not in (known := list_backends(exclude_tags=())):
+                raise UserError(
+                    f"compute.compile_backend={self.compile_backend} is no backend of torch.compile: {', '.join(known)}, or null"
+                )
         _ = self.recomputation
 
     @property
