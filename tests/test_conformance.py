@@ -268,7 +268,8 @@ def test_an_exported_student_reloads_in_plain_diffusers(case, tmp_path):
     theirs = plain(list(PROMPTS), latents=latents, output_type="pt", **call).images
     ours = generate(case.backbone, student, SamplerSpec("student"), PROMPTS, range(3), seed=0, batch_size=3)
     torch.testing.assert_close(theirs, ours, **ROUNDING)
-    torch.testing.assert_close(plain.scheduler.sigmas, inference_sigmas(4, case.backbone.shift_steps), **EXACT)
+    sigmas = inference_sigmas(4, case.backbone.shift_steps)
+    torch.testing.assert_close(plain.scheduler.sigmas.float(), sigmas, **EXACT)
     assert (ours - case.backbone.decode_latents(case.stock_run(noise))).abs().mean() > 1e-3
     made = sample_images(str(folder), PROMPTS, seed=0)  # knows family, sizes and steps by the folder alone
     assert made.steps == 4
@@ -420,7 +421,7 @@ def test_sana_leaves_a_scheduler_that_is_no_flow_solver(case, tmp_path):
     index = json.loads(
         (export.export_pipeline(case.backbone, case.network, tmp_path / "s") / "model_index.json").read_text()
     )
-    assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    assert index["scheduler"] == ["diffusers", "FlowMapEulerDiscreteScheduler"]
 
 
 def test_packing_is_that_of_the_pipelines():

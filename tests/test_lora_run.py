@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
+    FlowMapEulerDiscreteScheduler,
     LongCatImagePipeline,
     LongCatImageTransformer2DModel,
     StableDiffusion3Pipeline,
@@ -79,7 +79,7 @@ def with_lora(base: Path, folder: Path) -> StableDiffusion3Pipeline:
     """What the README of an exported LoRA says."""
     pipeline = stock(base)
     pipeline.load_lora_weights(folder, weight_name=WEIGHTS)
-    pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
+    pipeline.scheduler = FlowMapEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
     return pipeline
 
 

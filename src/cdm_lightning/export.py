@@ -5,12 +5,13 @@ in its model card runs the student's own sigmas.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from cdm_lightning.config import fail
 from cdm_lightning.errors import UserError
-from cdm_lightning.exporting.pipeline import DTYPES, check_output, export_pipeline, require_adapter
+from cdm_lightning.exporting.pipeline import DTYPES, check_output, export_pipeline, how_to_call, require_adapter
 from cdm_lightning.kinds import FileOrFolder, Model, Pixels, Steps
 from cdm_lightning.kinds.command_line import Parser, argument
 from cdm_lightning.run.folder import Run
@@ -127,6 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         fail(error)
     print(f"exported {'pipeline' if options.form not in FILES else options.form}: {written}")
+    if options.form not in FILES and (line := how_to_call(written)):
+        print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -14,15 +14,15 @@ from typing import Any, ClassVar, cast
 import numpy as np
 import torch
 from accelerate import init_empty_weights
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
+from diffusers import DiffusionPipeline, FlowMapEulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, ModelMixin
 from torch import Tensor, nn
 
-from cdm_lightning.backbones.baked_schedule import from_config
 from cdm_lightning.backbones.base import CheckpointFunction, Conditioning
 from cdm_lightning.backbones.frozen_parts import decode_sparingly, keep_last_state_only
 from cdm_lightning.backbones.lora_file import fused_network
 from cdm_lightning.backbones.pipeline_folder import hash_part, loading
 from cdm_lightning.backbones.pipeline_settings import DTYPES, PipelineSettings, shared_property
+from cdm_lightning.backbones.plain_scheduler import from_config
 from cdm_lightning.backbones.student_folder import OwnLoRA, StudentCall, write_lora, write_pipeline
 from cdm_lightning.backbones.transformer_files import TransformerFiles
 from cdm_lightning.core.schedules import inference_sigmas
@@ -262,10 +262,20 @@ class PipelineBackbone(PipelineSettings):
             exported=self.exported_scheduler(nfe),
             sigmas=inference_sigmas(nfe, self.shift_steps),
             arguments={"num_inference_steps": nfe, **self.unguided, **self.call_sizes()},
-            notes=self.notes,
+            notes=(*self.notes, *self._guidance_notes()),
         )
 
-    def exported_scheduler(self, nfe: int) -> FlowMatchEulerDiscreteScheduler:
+    def _guidance_notes(self) -> list[str]:
+        """Return a warning for each argument of `unguided` whose default in the pipeline's call is guidance."""
+        defaults = {name: self.call_default(name) for name in self.unguided}
+        return [
+            f"Pass `{name}={value}` in every call: the pipeline's default, {defaults[name]}, is guidance for the original "
+            "network. It doubles the network calls and ruins the images of a student."
+            for name, value in self.unguided.items()
+            if isinstance(value, float) and defaults[name] not in (None, value)
+        ]
+
+    def exported_scheduler(self, nfe: int) -> FlowMatchEulerDiscreteScheduler | FlowMapEulerDiscreteScheduler:
         """Return the scheduler with which the pipeline's plain call of `nfe` steps runs the student's sigmas.
 
         By default it is the scheduler of training: the pipeline itself asks for the sigmas 1, 1 - 1/nfe, ..., 1/nfe

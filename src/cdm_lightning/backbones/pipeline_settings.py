@@ -16,10 +16,10 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from diffusers.configuration_utils import ConfigMixin
 
-from cdm_lightning.backbones.baked_schedule import UNBAKED, require_known_shift
 from cdm_lightning.backbones.base import Backbone
 from cdm_lightning.backbones.lora_file import locate_lora
 from cdm_lightning.backbones.pipeline_folder import loading, locate_pipeline
+from cdm_lightning.backbones.plain_scheduler import OF_TRAINING, of_training, require_known_shift
 from cdm_lightning.errors import UserError
 from cdm_lightning.files import read_text
 from cdm_lightning.kinds import DtypeName, FileOrFolder, Model, Pixels, Revision, Scale, Tokens
@@ -156,14 +156,18 @@ class PipelineSettings(Backbone):
 
     @shared_property
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
-        """The scheduler that the pipeline was trained with; an exported folder holds it in addition to a baked one."""
-        subfolder = UNBAKED if (self.folder / UNBAKED).is_dir() else "scheduler"
+        """The scheduler that the pipeline was trained with; an exported folder may hold it beside the one of its call."""
+        subfolder = next((name for name in OF_TRAINING if (self.folder / name).is_dir()), "scheduler")
         with loading(self.folder / subfolder):
             scheduler = self._load_scheduler(subfolder)
         require_known_shift(scheduler, self.pretrained, self.title, self.shift_options)
         return scheduler
 
     def _load_scheduler(self, subfolder: str) -> FlowMatchEulerDiscreteScheduler:
+        if made := of_training(
+            cast(dict[str, Any], FlowMatchEulerDiscreteScheduler.load_config(self.folder, subfolder=subfolder))
+        ):
+            return made
         loaded = FlowMatchEulerDiscreteScheduler.from_pretrained(self.folder, subfolder=subfolder)
         return cast(FlowMatchEulerDiscreteScheduler, loaded)
 

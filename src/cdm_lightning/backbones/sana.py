@@ -10,14 +10,19 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline, SanaTransformer2DModel
+from diffusers import (
+    FlowMapEulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SanaPipeline,
+    SanaTransformer2DModel,
+)
 from diffusers.models.transformers.sana_transformer import SanaTransformerBlock
 from torch import Tensor, nn
 
-from cdm_lightning.backbones.baked_schedule import bake
 from cdm_lightning.backbones.base import Conditioning
 from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone, weights_dtype
 from cdm_lightning.backbones.lora_file import presets
+from cdm_lightning.backbones.plain_scheduler import plain_scheduler
 from cdm_lightning.errors import UserError
 from cdm_lightning.files import read_text
 
@@ -70,15 +75,18 @@ class SanaBackbone(PipelineBackbone):
     def _load_scheduler(self, subfolder: str) -> FlowMatchEulerDiscreteScheduler:
         path = self.folder / subfolder / "scheduler_config.json"
         config = json.loads(read_text(path))
-        if config.get("_class_name") == FlowMatchEulerDiscreteScheduler.__name__:
+        if config.get("_class_name") in (
+            FlowMatchEulerDiscreteScheduler.__name__,
+            FlowMapEulerDiscreteScheduler.__name__,
+        ):
             return super()._load_scheduler(subfolder)
         if not config.get("use_flow_sigmas") or config.get("prediction_type") != "flow_prediction":
             raise UserError(f"the scheduler of {self.pretrained} is not one of a flow model; restore {path.name}")
         return FlowMatchEulerDiscreteScheduler(config["num_train_timesteps"], shift=config["flow_shift"])
 
-    def exported_scheduler(self, nfe: int) -> FlowMatchEulerDiscreteScheduler:
-        """Return a scheduler with the student's sigmas baked in: in a plain call, the scheduler itself spaces the steps."""
-        return bake(self.scheduler, nfe)
+    def exported_scheduler(self, nfe: int) -> FlowMapEulerDiscreteScheduler:
+        """Return a scheduler that runs the student's sigmas in a plain call: there, the scheduler itself spaces the steps."""
+        return plain_scheduler(self.scheduler, nfe)
 
     # ---- network and text
 

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import FlowMapEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.models.attention import JointTransformerBlock
 from torch import Tensor, nn
 
-from cdm_lightning.backbones.baked_schedule import bake
 from cdm_lightning.backbones.base import Conditioning
 from cdm_lightning.backbones.compact_text import lengthened, use_compact_padding
 from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone, weights_dtype
 from cdm_lightning.backbones.lora_file import JOINT_ATTENTION, JOINT_FEED_FORWARD, presets
 from cdm_lightning.backbones.pipeline_settings import shared_property
+from cdm_lightning.backbones.plain_scheduler import plain_scheduler
 from cdm_lightning.backbones.sd3_text import PromptEncoder
 from cdm_lightning.kinds import Tokens
 
@@ -79,9 +79,9 @@ class SD3Backbone(PipelineBackbone):
         )[0]
         return output.float()
 
-    def exported_scheduler(self, nfe: int) -> FlowMatchEulerDiscreteScheduler:
-        """Return a scheduler with the student's sigmas baked in: in a plain call, the scheduler itself spaces the steps."""
-        return bake(self.scheduler, nfe)
+    def exported_scheduler(self, nfe: int) -> FlowMapEulerDiscreteScheduler:
+        """Return a scheduler that runs the student's sigmas in a plain call: there, the scheduler itself spaces the steps."""
+        return plain_scheduler(self.scheduler, nfe)
 
     # ---- text
 

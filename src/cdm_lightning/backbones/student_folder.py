@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
+from diffusers import DiffusionPipeline, FlowMapEulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, ModelMixin
 from torch import Tensor, nn
 
-from cdm_lightning.backbones.baked_schedule import UNBAKED
 from cdm_lightning.backbones.lora_file import WEIGHTS, write_lora_file
 from cdm_lightning.backbones.pipeline_folder import INDEX, copy_parts
+from cdm_lightning.backbones.plain_scheduler import KEPT
 from cdm_lightning.files import read_text
 
 CALL = "call.json"  # file with the call arguments, other than the prompt, for the student's own images
@@ -51,12 +51,14 @@ pipe.set_adapters(["own", "cdm"], [{scale:g}, 1.0])"""
 LOAD_BOTH_PARTS = """pipe.transformer.load_lora_adapter("{name}", prefix=None, adapter_name="own")
 pipe.transformer.load_lora_adapter("FOLDER", prefix=None, weight_name="{weights}", adapter_name="cdm")
 pipe.transformer.set_adapters(["own", "cdm"], [{scale:g}, 1.0])"""
-BAKED = """The schedule of {nfe} step{plural}, {sigmas}, is baked into the scheduler's configuration
-  ({recipe}): do not pass `sigmas`, they would be bent by it.
-- Another number of steps runs a schedule that the student was not made for. The scheduler of training, for those who want
-  to set sigmas themselves, is `scheduler/unbaked`."""
+OWN = """The scheduler runs the student's own sigmas for every number of steps, the shifted values of 1, 1 - 1/n, ..., 1/n: {nfe}
+  step{plural} run {sigmas} ({recipe}). Values that are passed as `sigmas` are shifted too."""
 STOCK = """The schedule of {nfe} step{plural}, {sigmas}, is what the pipeline's own scheduler makes of that number at this size
   of image. It follows the size and the number as in the original pipeline."""
+TERMINAL = """For one step, first switch off the terminal sigma, with which the scheduler would divide 0 by 0:
+  `pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, shift_terminal=None)`."""
+ONE_STEP = """The scheduler is for one step. For more, load the one of training, from the folder `{kept}`:
+  `pipe.scheduler = type(pipe.scheduler).from_pretrained("FOLDER", subfolder="{kept}")`."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,13 @@ class StudentCall:
     """How an exported folder is to be called.
 
     `pipeline` is the name of the pipeline's class. `scheduler` is the scheduler of training; `exported` is the one that
-    the plain call uses (the same object, or one with a baked schedule), and `sigmas` (nfe + 1,) are the sigmas that it
+    the plain call uses (the same object, or one that spaces its steps as in training), and `sigmas` (nfe + 1,) are the sigmas that it
     runs. `arguments` are to be passed in addition to the prompt, and `notes` explain them.
     """
 
     pipeline: str
     scheduler: FlowMatchEulerDiscreteScheduler
-    exported: FlowMatchEulerDiscreteScheduler
+    exported: FlowMatchEulerDiscreteScheduler | FlowMapEulerDiscreteScheduler
     sigmas: Tensor
     arguments: Mapping[str, Any]
     notes: Sequence[str]
@@ -78,6 +80,11 @@ class StudentCall:
     def with_(self, **changes: Any) -> "StudentCall":
         """Return the same call with some entries changed."""
         return replace(self, **changes)
+
+    @property
+    def keeps_scheduler(self) -> bool:
+        """Whether the scheduler of training has to be kept beside the one of the call, which does not tell it."""
+        return self.exported is not self.scheduler and not isinstance(self.exported, FlowMapEulerDiscreteScheduler)
 
     def usage(self) -> str:
         """Return the section of the model card that shows the call."""
@@ -98,17 +105,19 @@ class StudentCall:
         """Return the values for the usage section of the model card, by placeholder."""
         nfe = len(self.sigmas) - 1
         config: Any = self.exported.config  # a FrozenDict, whose keys are attributes
-        schedule = STOCK if self.exported is self.scheduler else BAKED
-        schedule = schedule.format(
+        is_own = isinstance(self.exported, FlowMapEulerDiscreteScheduler)
+        schedule = (OWN if is_own else STOCK).format(
             nfe=nfe,
             plural="" if nfe == 1 else "s",
             sigmas=" > ".join(f"{sigma:.4g}" for sigma in self.sigmas.tolist()),
-            recipe=f"shift {config.shift:.6g}, shift_terminal {config.shift_terminal}",
+            recipe=f"shift {config.shift:.6g}",
         )
+        more = [TERMINAL] if not is_own and config.shift_terminal else []
+        more += [ONE_STEP.format(kept=KEPT)] if self.keeps_scheduler else []
         return {
             "pipeline": self.pipeline,
             "arguments": ", ".join(f"{name}={value}" for name, value in self.arguments.items()),
-            "notes": "\n".join(f"- {note}" for note in (*self.notes, schedule)),
+            "notes": "\n".join(f"- {note}" for note in (*self.notes, schedule, *more)),
         }
 
 
@@ -146,8 +155,8 @@ def write_lora(
 def _write_call(folder: Path, call: StudentCall, model_card: str, usage: str) -> None:
     """Write the schedulers, the arguments of the call and the model card."""
     call.exported.save_pretrained(folder / "scheduler")
-    if call.exported is not call.scheduler:
-        call.scheduler.save_pretrained(folder / UNBAKED)
+    if call.keeps_scheduler:
+        call.scheduler.save_pretrained(folder / KEPT)
     (folder / CALL).write_text(json.dumps(dict(call.arguments), indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(model_card.rstrip() + "\n" + usage, encoding="utf-8")
 

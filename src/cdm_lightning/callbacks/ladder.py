@@ -14,7 +14,7 @@ from cdm_lightning.errors import UserError
 from cdm_lightning.evaluation.ladder import LadderEvaluation
 from cdm_lightning.evaluation.report import METRICS, PICTURE, SCORES, TABLE, save_report, table
 from cdm_lightning.evaluation.samplers import check_samplers
-from cdm_lightning.exporting.pipeline import check_output, export_pipeline, exported_iteration
+from cdm_lightning.exporting.pipeline import check_output, export_pipeline, exported_iteration, how_to_call
 from cdm_lightning.files import require_name
 from cdm_lightning.kinds import FolderOfRun, Steps
 from cdm_lightning.metrics.suite import MetricSuite
@@ -130,6 +130,8 @@ class LadderReport(L.Callback):
         print(f"table    {_shown(run.folder / TABLE)} (figures: {_shown(run.folder / METRICS)})")
         print(f"picture  {_shown(run.folder / PICTURE)}")
         print(f"student  {_shown(run.folder / self.export_folder)}", flush=True)
+        if line := how_to_call(run.folder / self.export_folder):
+            print(f"         {line}", flush=True)
 
 
 def _shown(path: Path) -> str:

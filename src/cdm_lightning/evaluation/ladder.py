@@ -22,6 +22,7 @@ from cdm_lightning.metrics.suite import Collected, MetricSuite
 from cdm_lightning.terminal.progress import Progress
 
 REAL = "real images"
+OTHER_NOISE = 1 << 20  # added to the seed: images from other noise than those that all samplers share
 STEPS = (
     SamplerSpec("teacher 50 steps", "teacher", 50),
     SamplerSpec("teacher 50 steps, guidance 1.5", "teacher", 50, 1.5),
@@ -146,6 +147,7 @@ class LadderEvaluation:
         if self.real_images is not None:
             progress.describe("measuring real images")
             measured[REAL] = self._measure(metrics, self.real_images, 0, progress, texts)
+            measured[REAL].collected.has_noise = False
         for spec in self.samplers:
             if known and spec.name in known:
                 measured[spec.name] = known[spec.name]
@@ -158,6 +160,8 @@ class LadderEvaluation:
                 return generate(backbone, network, spec, prompts, indices, seed, self.batch_size, compute_dtype)
 
             measured[spec.name] = self._measure(metrics, make, spec.network_calls, progress, texts)
+            if metrics.other_noise and spec.network == "student":  # the teacher's many steps would double the time
+                self._measure_other_noise(metrics, measured[spec.name].collected, make, spec.network_calls, progress)
         progress.close()
         collected = {name: result.collected for name, result in measured.items()}
         return LadderResult(
@@ -177,7 +181,9 @@ class LadderEvaluation:
         return self.size + metrics.copies.prompts * (metrics.copies.images - 1)
 
     def _total_calls(self, metrics: MetricSuite) -> int:
-        return self._images(metrics) * sum(spec.network_calls for spec in self.samplers)
+        students = sum(spec.network_calls for spec in self.samplers if spec.network == "student")
+        other = self.size * students if metrics.other_noise else 0
+        return self._images(metrics) * sum(spec.network_calls for spec in self.samplers) + other
 
     def _measure(
         self,
@@ -208,6 +214,16 @@ class LadderEvaluation:
             metrics.measure_copy(result.collected, make(prompts, range(len(prompts)), self.seed + copy))
             progress.advance(len(prompts) * calls)
         return result
+
+    def _measure_other_noise(
+        self, metrics: MetricSuite, collected: Collected, make: MakeImages, calls: int, progress: Progress
+    ) -> None:
+        """Generate one image for each prompt from noise that no other image has, and keep its features."""
+        for start in range(0, self.size, self.batch_size):
+            prompts = self._prompts[start : start + self.batch_size]
+            images = make(prompts, range(start, start + len(prompts)), self.seed + OTHER_NOISE)
+            metrics.measure_other_noise(collected, images)
+            progress.advance(len(prompts) * calls)
 
     def _rows(self, metrics: MetricSuite, measured: Mapping[str, SamplerResult]) -> list[Row]:
         figures = metrics.figures({name: result.collected for name, result in measured.items()})

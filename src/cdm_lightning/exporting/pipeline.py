@@ -114,6 +114,20 @@ def check_output(output: Path) -> None:
         raise UserError(f"{output} is not empty and was not written by an export (no {MARKER}); pass another folder")
 
 
+def how_to_call(folder: Path) -> str | None:
+    """Return the line that says how an exported folder is called; None if it is not one for diffusers.
+
+    diffusers can store no default for a call, and the pipelines' own guidance ruins a student's images.
+    """
+    from cdm_lightning.backbones.student_folder import read_call
+
+    call = read_call(folder)
+    if not call:
+        return None
+    arguments = ", ".join(f"{name}={value}" for name, value in call.items())
+    return f'call it with pipe("a prompt", {arguments}): the defaults of the pipeline, such as its guidance, are not a student\'s'
+
+
 def exported_iteration(folder: Path) -> int | None:
     """Return the number of iterations that the student in an exported folder was trained for; None for any other folder."""
     try:

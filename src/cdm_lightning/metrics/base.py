@@ -67,7 +67,9 @@ class MeasuredImages:
 
     `features` are (N, D) by the name of their extractor, on the CPU. `scores` (N,) are what the metric's own `score` returned,
     or None if it does not score single images. `copies` are the features (P, M, D), by extractor, of M images for each of the
-    first P prompts; it is empty unless a metric asks for several images per prompt and the evaluation makes them.
+    first P prompts; it is empty unless a metric asks for several images per prompt and the evaluation makes them. `other_noise`
+    are the features (N, D) of images of the same prompts from other noise, if a metric asks for them. `has_noise` is False for
+    real images.
     """
 
     prompts: list[str]
@@ -75,6 +77,8 @@ class MeasuredImages:
     features: Mapping[str, Tensor]
     scores: Tensor | None = None
     copies: Mapping[str, Tensor] = field(default_factory=dict)
+    other_noise: Mapping[str, Tensor] = field(default_factory=dict)
+    has_noise: bool = True
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -94,13 +98,14 @@ class Metric:
     A subclass overrides `score` if it measures single images, or `figures` if it measures all images together.
     `features` are the names of the feature extractors that it needs, `text_features` those that must also encode prompts.
     `copies` asks for several images per prompt (None: one). `sampler` names another sampler to compare with, if any; the
-    metric has no figure if that sampler is not run.
+    metric has no figure if that sampler is not run. `other_noise` asks for each student's images from other noise in addition.
     """
 
     features: tuple[str, ...] = ()
     text_features: tuple[str, ...] = ()
     copies: Copies | None = None
     sampler: str | None = None
+    other_noise: bool = False
 
     def prepare(self, extractors: Mapping[str, nn.Module]) -> None:
         """Do slow work once, before the first image, with all extractors by name; for example, measure reference images."""

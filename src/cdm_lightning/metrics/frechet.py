@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cdm_lightning.errors import UserError
 from cdm_lightning.files import first_line, replacing
 from cdm_lightning.kinds import FeatureName, Name
-from cdm_lightning.metrics.base import MeasuredImages, Metric, extract
+from cdm_lightning.metrics.base import Figures, MeasuredImages, Metric, extract
 
 
 @dataclass(frozen=True)
@@ -133,13 +133,22 @@ class FrechetToSampler(Metric):
 
     def __init__(self, sampler: Name, feature: FeatureName = "clip") -> None:
         self.sampler, self.feature, self.features = sampler, feature, (feature,)
+        self.other_noise = True
         self._reference: tuple[MeasuredImages, FeatureStatistics] | None = None  # of the latest measurement
 
-    def figures(self, measured: MeasuredImages, others: Mapping[str, MeasuredImages]) -> float | None:
-        """Return the distance; None for that sampler's own images, if it is not run, and for fewer than 2 images of either."""
+    def figures(self, measured: MeasuredImages, others: Mapping[str, MeasuredImages]) -> Figures:
+        """Return {"same_noise": distance, "other_noise": distance}; None for that sampler itself and if it is not run.
+
+        An image from the noise of the sampler's own image of that prompt resembles it, which makes the first distance small.
+        The second is that of images from other noise, if the evaluation makes them. Fewer than 2 images have no distance.
+        """
         reference = others.get(self.sampler or "")
         if reference is None or reference is measured or min(len(reference), len(measured)) < 2:
             return None
         if self._reference is None or self._reference[0] is not reference:
             self._reference = reference, FeatureStatistics.of_features([reference.features[self.feature]])
-        return frechet_distance(self._reference[1], measured.features[self.feature])
+        sets = {"same_noise" if measured.has_noise else "other_noise": measured.features[self.feature]}
+        if self.feature in measured.other_noise:
+            sets["other_noise"] = measured.other_noise[self.feature]
+        found = {name: frechet_distance(self._reference[1], features) for name, features in sets.items()}
+        return {name: value for name, value in found.items() if value is not None}

@@ -26,6 +26,10 @@ class Collected:
     features: dict[str, list[Tensor]] = field(default_factory=dict)  # extractor -> (B, D) of each batch
     scores: dict[str, list[Tensor]] = field(default_factory=dict)  # metric -> (B,) of each batch
     copies: dict[str, list[Tensor]] = field(default_factory=dict)  # extractor -> (P, D) of each additional image
+    other_noise: dict[str, list[Tensor]] = field(
+        default_factory=dict
+    )  # extractor -> (B, D) of each batch from other noise
+    has_noise: bool = True  # False for real images
 
     def add(self, other: "Collected") -> None:
         """Append what another process has collected of the same sampler, except for `copies`."""
@@ -48,6 +52,8 @@ class Collected:
             copies={
                 name: torch.stack([features[name][: len(more[0])], *more], 1) for name, more in self.copies.items()
             },
+            other_noise={name: torch.cat(batches) for name, batches in self.other_noise.items()},
+            has_noise=self.has_noise,
         )
 
 
@@ -92,6 +98,11 @@ class MetricSuite:
         return Copies(
             max((wish.prompts for wish in wishes), default=0), max((wish.images for wish in wishes), default=1)
         )
+
+    @property
+    def other_noise(self) -> bool:
+        """Whether a metric asks for each student's images from other noise in addition."""
+        return any(metric.other_noise for metric in self.metrics.values())
 
     @property
     def needed(self) -> list[str]:
@@ -169,6 +180,13 @@ class MetricSuite:
             scores = metric.score(batch)
             if scores is not None:
                 collected.scores.setdefault(name, []).append(scores.float().cpu())
+
+    def measure_other_noise(self, collected: Collected, images: Tensor) -> None:
+        """Measure a batch of images (B, 3, H, W) from other noise than those of `measure`, of the same prompts."""
+        for name in sorted(
+            {name for metric in self.metrics.values() if metric.other_noise for name in metric.features}
+        ):
+            collected.other_noise.setdefault(name, []).append(extract(self.extractors[name], images).cpu())
 
     def measure_copy(self, collected: Collected, images: Tensor) -> None:
         """Add the features of one more image for each of the first P prompts, in their order: (P, 3, H, W) in [0, 1]."""
