@@ -57,7 +57,8 @@ def plain_scheduler(scheduler: FlowMatchEulerDiscreteScheduler, nfe: int) -> Flo
     if nfe < 1:
         raise UserError(f"nfe={nfe} is less than one network call; pass 1 or more")
     config: Any = scheduler.config  # a FrozenDict: its keys are attributes
-    plain = FlowMapEulerDiscreteScheduler(config.num_train_timesteps, config.shift)
+    # by name: `from_config` would replace arguments that were given by position with their defaults
+    plain = FlowMapEulerDiscreteScheduler(num_train_timesteps=config.num_train_timesteps, shift=config.shift)
     sigmas: Any = uniform_sigmas(nfe).numpy()  # the parameter is declared as a list but used as an array
     scheduler.set_timesteps(sigmas=sigmas)
     plain.set_timesteps(nfe)
@@ -74,4 +75,4 @@ def of_training(config: dict[str, Any]) -> FlowMatchEulerDiscreteScheduler | Non
     """Return the scheduler of training for the configuration of one that `plain_scheduler` made; None for any other."""
     if config.get("_class_name") != FlowMapEulerDiscreteScheduler.__name__:
         return None
-    return FlowMatchEulerDiscreteScheduler(config["num_train_timesteps"], shift=config["shift"])
+    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=config["num_train_timesteps"], shift=config["shift"])

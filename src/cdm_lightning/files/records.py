@@ -25,7 +25,7 @@ def read_record(path: str | Path, cure: str, most: int = MOST_TEXT) -> dict[str,
         raise
     except (OSError, ValueError, RecursionError, MemoryError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
-        raise UserError(f"{path}: cannot be read ({reason}); {cure}") from error
+        raise UserError(f"{path} cannot be read ({reason}); {cure}") from error
     if not isinstance(found, dict):
         raise UserError(f"{path}: holds {type(found).__name__}, not a JSON object; {cure}")
     return found
