@@ -9,7 +9,7 @@ from faults.cases import Case, Expected, Prepare
 
 SAMPLE = ("--model", "STOCK/exported", *ASKED)
 EXPORT = ("STOCK/run", "--output", "out")
-PLAN = ("experiment=toy2d_cdm",)
+PLAN = ("experiment=tiny_sd3_cdm",)
 EXTRACT = ("--base", "STOCK/model", "--tuned", "STOCK/exported", "--rank", "1", "--output", "l.safetensors")
 CACHE = (*SD3, "text_cache.folder=cache")
 REFUSED: dict[

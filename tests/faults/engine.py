@@ -111,6 +111,8 @@ def run(case: Case, box: Path, stock: Path) -> Result:
     result.faults += [f for f in _damage(case, box, before) if f not in result.faults]
     if any(_form(work / name) != form for name, form in special.items()) and "lost" not in result.faults:
         result.faults.insert(0, "lost")
+    if result.faults:
+        result.outcome = "failed"
     shutil.rmtree(box, ignore_errors=True)
     return result
 

@@ -14,12 +14,12 @@ from faults.cases import Case
 from faults.plans import SHARES, all_cases, plan
 
 SHORT = {  # cases of each kind
-    "options": 20,
+    "options": 14,
     "names": 3,
     "good inputs": 3,
     "prompts": 9,
-    "model folders": 9,
-    "run folders": 10,
+    "model folders": 7,
+    "run folders": 9,
     "LoRA files": 3,
     "arguments": 6,
     "outputs": 4,
