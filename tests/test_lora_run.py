@@ -217,9 +217,9 @@ def test_a_pipeline_without_a_lora_loader_gets_a_file_for_its_transformer(tmp_pa
         f"{layer}.lora_B.weight": torch.randn(out_features, 2),
     }
     file = write_lora_file(LongCatImagePipeline, factors, tmp_path)
-    tensors, metadata = read_lora_file(LongCatImagePipeline, file)
-    assert tensors.keys() == factors.keys()
-    assert metadata is None
+    own = read_lora_file(LongCatImagePipeline, file)
+    assert own.tensors.keys() == factors.keys()
+    assert own.settings is None
     before = network.get_submodule(layer).weight.detach().clone()
     network.load_lora_adapter(tmp_path, prefix=None, weight_name=WEIGHTS)
     network.fuse_lora()

@@ -391,7 +391,7 @@ def test_hub_ids_are_fetched_by_revision(folder, monkeypatch):
 def test_broken_weights(copied, part):
     weights = next((copied / part).glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:1000])
-    assert f"cannot load {copied}" in refusal(SD3Backbone(str(copied)))
+    assert f"{copied / part}" in refusal(SD3Backbone(str(copied)))
 
 
 def test_missing_weights_are_not_made_up(copied):
@@ -406,7 +406,7 @@ def test_missing_weights_are_not_made_up(copied):
 
 def test_missing_part(copied):
     shutil.rmtree(copied / "scheduler")
-    assert "cannot load" in refusal(SD3Backbone(str(copied)))
+    assert f"{copied} lacks scheduler" in refusal(SD3Backbone(str(copied)))
 
 
 @pytest.mark.parametrize("size", [{"height": 36}, {"width": 10}, {"height": 0}, {"width": 128}])

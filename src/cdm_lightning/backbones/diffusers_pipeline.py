@@ -20,13 +20,16 @@ from torch import Tensor, nn
 from cdm_lightning.backbones.base import CheckpointFunction, Conditioning
 from cdm_lightning.backbones.frozen_parts import decode_sparingly, keep_last_state_only
 from cdm_lightning.backbones.lora_file import fused_network
-from cdm_lightning.backbones.pipeline_folder import hash_part, loading
+from cdm_lightning.backbones.pipeline_folder import hash_part, loading, read_index
 from cdm_lightning.backbones.pipeline_settings import DTYPES, PipelineSettings, shared_property
 from cdm_lightning.backbones.plain_scheduler import from_config
 from cdm_lightning.backbones.student_folder import OwnLoRA, StudentCall, write_lora, write_pipeline
 from cdm_lightning.backbones.transformer_files import TransformerFiles
+from cdm_lightning.backbones.whole_folder import pairs_of, parts_of, require_contents, require_known_tokens
 from cdm_lightning.core.schedules import inference_sigmas
 from cdm_lightning.errors import UserError
+
+TRIED = 8  # latents along one side of the image that is decoded to try the codec
 
 
 def weights_dtype(network: nn.Module) -> torch.dtype:
@@ -101,10 +104,12 @@ class PipelineBackbone(PipelineSettings):
         return fused_network(self.pipeline_class, self._load_pretrained, self._skeleton, *sizes)
 
     def _skeleton(self) -> nn.Module:
-        return self.transformer_class(**self.network_config)
+        network: Any = self.transformer_class  # its type does not declare `from_config`
+        return network.from_config(dict(self.network_config))
 
     def _load_pretrained(self, dtype: torch.dtype) -> nn.Module:
         where = self.folder / "transformer"
+        require_contents(self.folder, {"transformer": self.transformer_class.__name__})
         with loading(where):
             network, report = self.transformer_class.from_pretrained(
                 self.folder, subfolder="transformer", dtype=dtype, output_loading_info=True
@@ -170,19 +175,38 @@ class PipelineBackbone(PipelineSettings):
     def _load_parts(self, without: Iterable[str]) -> DiffusionPipeline:
         """Load the pipeline without the transformer and the parts `without`, frozen and in eval mode (T5 has dropout)."""
         left_out = dict.fromkeys(["transformer", *without])
-        with loading(self.folder):
-            pipeline = self.pipeline_class.from_pretrained(
-                self.folder, dtype={"vae": torch.float32, "default": DTYPES[self.text_dtype]}, **left_out
-            )
+        found = parts_of(read_index(self.folder, self.pretrained))
+        parts = {name: kind for name, kind in found.items() if name not in left_out}
+        require_contents(self.folder, parts)
+        try:
+            pipeline = self._from_files(self.folder, left_out)
+        except UserError:
+            for part in parts:  # the error does not say which part it is about
+                self._from_files(self.folder / part, left_out | dict.fromkeys(parts.keys() - {part}))
+            raise
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
                 part.eval().requires_grad_(False)
+        for tokenizer, encoder in pairs_of([part for part in self.parts if part not in left_out]):
+            with loading(self.folder / tokenizer):
+                require_known_tokens(getattr(pipeline, tokenizer), getattr(pipeline, encoder), self.folder / tokenizer)
         return pipeline
 
+    def _from_files(self, blamed: Path, left_out: Mapping[str, None]) -> DiffusionPipeline:
+        with loading(blamed):
+            return self.pipeline_class.from_pretrained(
+                self.folder, dtype={"vae": torch.float32, "default": DTYPES[self.text_dtype]}, **left_out
+            )
+
     def setup(self, device: torch.device) -> None:
-        """Load the image codec and, without a text cache, the text encoders onto `device`."""
+        """Load the image codec and, without a text cache, the text encoders onto `device`.
+
+        UserError for parts that do not fit together: each is used once.
+        """
         self._codec.to(device)
         decode_sparingly(self._codec.vae, self.decode_tile)
+        with loading(self.folder / "vae"):
+            self.decode_latents(torch.zeros(1, self.latent_channels, TRIED, TRIED, device=device))
         if self.text_cache is not None:
             self.text_cache.to(device)
             return
@@ -190,6 +214,8 @@ class PipelineBackbone(PipelineSettings):
         self.shared.pop("_unconditional", None)  # it is still on the old device
         if self.text_memory is not None:
             self.text_memory.forget()
+        with loading(self.folder / "text_encoder"):
+            _ = self._unconditional
 
     def drop_text_encoders(self) -> None:
         """Free the text encoders and the GPU's memory that they took."""

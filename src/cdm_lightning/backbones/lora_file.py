@@ -1,17 +1,19 @@
 """LoRA files of diffusers: writing them for a pipeline's own loader, reading them, and fusing them into a network."""
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from cdm_lightning.backbones.pipeline_folder import blaming
 from cdm_lightning.errors import UserError
-from cdm_lightning.files import first_line
 
 if TYPE_CHECKING:
     from diffusers.loaders.peft import PeftAdapterMixin
@@ -54,19 +56,46 @@ def locate_lora(path: str | Path) -> Path:
     return file
 
 
-def read_lora_file(family: type[DiffusionPipeline], file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Return (the transformer's LoRA tensors by name, peft's settings or None).
+@dataclass(frozen=True)
+class OwnWeights:
+    """The contents of a LoRA file as diffusers reads them, with names that begin with `prefix`.
 
-    UserError for a broken file and for a file with other contents than a LoRA of the transformer.
+    `alphas` are the numbers that a family's loader returns apart from the tensors, and `settings` are those of peft.
     """
-    try:
-        if hasattr(family, "lora_state_dict"):
-            options = {"weight_name": file.name, "use_safetensors": True, "local_files_only": True}
-            tensors, metadata = family.lora_state_dict(str(file.parent), **options, return_lora_metadata=True)
+
+    file: Path
+    prefix: str | None
+    tensors: Mapping[str, Tensor]
+    alphas: Mapping[str, Any] | None = None
+    settings: Mapping[str, Any] | None = None
+
+    def layers(self) -> dict[str, dict[str, Tensor]]:
+        """Return the tensors of each layer by their kind, as in {"ff.net.2": {"lora_A.weight": (rank, in), ...}}."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in self.tensors.items():
+            layer, _, kind = name.removeprefix(f"{self.prefix}.").partition(".lora_")
+            found.setdefault(layer, {})[f"lora_{kind}"] = tensor
+        return found
+
+
+def read_lora_file(family: type[DiffusionPipeline], file: Path) -> OwnWeights:
+    """Return the transformer's LoRA in a file, read as the family's `load_lora_weights` reads it.
+
+    UserError for a broken file, for a file with other contents than a LoRA of the transformer, and for factors that do not
+    belong together.
+    """
+    prefix = getattr(family, "transformer_name", "transformer") if hasattr(family, "lora_state_dict") else None
+    alphas = settings = None
+    with blaming(lambda reason: f"{file} cannot be read as a LoRA ({reason}); copy it again"):
+        if prefix is None:
+            tensors = load_file(file)
         else:
-            tensors, metadata = load_file(file), None
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{file} cannot be read as a LoRA ({first_line(error)})") from error
+            options = {"weight_name": file.name, "use_safetensors": True, "local_files_only": True}
+            read: Any = getattr(family, "lora_state_dict")  # noqa: B009  not every pipeline has it
+            has_alphas = "return_alphas" in signature(read).parameters
+            options |= {"return_alphas": True} if has_alphas else {}
+            tensors, *more, settings = read(str(file.parent), **options, return_lora_metadata=True)
+            alphas = more[0] if has_alphas else None
     others = [key for key in tensors if ".lora" not in key]
     if others or not tensors:
         raise UserError(f"{file} is not a LoRA: it holds {others[0] if others else 'nothing'}")
@@ -75,43 +104,70 @@ def read_lora_file(family: type[DiffusionPipeline], file: Path) -> tuple[dict[st
         raise UserError(
             f"{file} changes the text encoder too ({text[0]}), which is not supported; pass a LoRA that does not"
         )
-    prefix = f"{getattr(family, 'transformer_name', 'transformer')}."
-    return _without(prefix, tensors), None if metadata is None else _without(prefix, metadata)
+    if prefix is not None and not all(key.startswith(f"{prefix}.") for key in tensors):
+        tensors = {f"{prefix}.{key.removeprefix(f'{prefix}.')}": value for key, value in tensors.items()}
+    own = OwnWeights(file, prefix, tensors, alphas or None, settings)
+    for layer, factors in own.layers().items():
+        if flaw := flaw_of_factors(factors):
+            raise UserError(f"{file}: {layer} {flaw}; make the file again")
+    for name, alpha in (alphas or {}).items():
+        if not math.isfinite(float(alpha)):
+            raise UserError(f"{file}: {name} is {float(alpha)}; make the file again")
+    return own
 
 
-def _without(prefix: str, named: Mapping[str, Any]) -> dict[str, Any]:
-    return {name.removeprefix(prefix): value for name, value in named.items()}
+def flaw_of_factors(factors: Mapping[str, Tensor]) -> str | None:
+    """Return why the tensors of one layer are not the factors of a LoRA; None if they are."""
+    a, b = factors.get("lora_A.weight"), factors.get("lora_B.weight")
+    if a is None or b is None:
+        return f"has {', '.join(factors)} without lora_{'A' if a is None else 'B'}.weight"
+    shapes = f"{list(a.shape)} and {list(b.shape)}"
+    if min(a.ndim, b.ndim) < 2:
+        return f"has factors of the shapes {shapes}, which are no matrices"
+    if a.shape[0] != b.shape[1] or not a.shape[0]:
+        return f"has factors of the shapes {shapes}, which have no rank in common"
+    for kind, tensor in factors.items():
+        if not tensor.is_floating_point():
+            return f"has {kind} of whole numbers"
+        if not torch.isfinite(tensor).all():
+            return f"has {kind} with values that are not finite"
+    return None
 
 
-def check_fit(tensors: Mapping[str, Tensor], network: nn.Module, file: Path) -> None:
+def check_fit(own: OwnWeights, network: nn.Module) -> None:
     """UserError unless every layer of the LoRA is a layer of `network` of the same size.
 
     `network` may be on the meta device.
     """
-    modules = dict(network.named_modules())
-    layers = dict.fromkeys(key.split(".lora")[0] for key in tensors)
+    modules, layers, file = dict(network.named_modules()), own.layers(), own.file
     unknown = [name for name in layers if not isinstance(getattr(modules.get(name), "weight", None), Tensor)]
     if unknown:
         raise UserError(
             f"{file} is the LoRA of another model: {len(unknown)} of its {len(layers)} layers, such as {unknown[0]}, are "
             f"not in this {type(network).__name__}"
         )
-    for name in layers:
-        out_features, in_features = cast(Tensor, modules[name].weight).shape[:2]
-        a, b = tensors.get(f"{name}.lora_A.weight"), tensors.get(f"{name}.lora_B.weight")
-        sizes = [] if a is None or b is None else [b.shape[0], a.shape[1]]
-        if sizes and sizes != [out_features, in_features]:
+    for name, factors in layers.items():
+        weight = cast(Tensor, modules[name].weight)
+        if weight.ndim != factors["lora_A.weight"].ndim:
+            raise UserError(f"{file} is the LoRA of another model: {name} has factors of another kind of layer")
+        sizes = [factors["lora_B.weight"].shape[0], factors["lora_A.weight"].shape[1]]
+        if sizes != list(weight.shape[:2]):
             raise UserError(
-                f"{file} is the LoRA of another model: {name} is {sizes[0]} x {sizes[1]} there, {out_features} x "
-                f"{in_features} here"
+                f"{file} is the LoRA of another model: {name} is {sizes[0]} x {sizes[1]} there, {weight.shape[0]} x "
+                f"{weight.shape[1]} here"
             )
 
 
-def fuse_lora(network: nn.Module, tensors: Mapping[str, Tensor], metadata: dict[str, Any] | None, scale: float) -> None:
+def fuse_lora(network: nn.Module, own: OwnWeights, scale: float) -> None:
     """Add `scale` times the LoRA to the weights of a diffusers transformer, in place, by diffusers' own loader."""
     adapted = cast("PeftAdapterMixin", network)
-    adapted.load_lora_adapter(dict(tensors), prefix=None, adapter_name=ADAPTER, metadata=metadata)
-    adapted.fuse_lora(lora_scale=scale, adapter_names=[ADAPTER])
+    options: Any = {} if own.alphas is None else {"network_alphas": dict(own.alphas)}
+    metadata = None if own.settings is None else dict(own.settings)
+    with blaming(lambda reason: f"{own.file} cannot be used as a LoRA ({reason}); make the file again"):
+        adapted.load_lora_adapter(
+            dict(own.tensors), prefix=own.prefix, adapter_name=ADAPTER, metadata=metadata, **options
+        )
+        adapted.fuse_lora(lora_scale=scale, adapter_names=[ADAPTER])
     adapted.unload_lora()
 
 
@@ -129,9 +185,9 @@ def fused_network(
     network without weights, before any weights are loaded.
     """
     file = locate_lora(path)
-    tensors, metadata = read_lora_file(family, file)
+    own = read_lora_file(family, file)
     with torch.device("meta"):
-        check_fit(tensors, skeleton(), file)
+        check_fit(own, skeleton())
     network = load(torch.float32)
-    fuse_lora(network, tensors, metadata, scale)
+    fuse_lora(network, own, scale)
     return network.to(dtype)

@@ -1,10 +1,9 @@
 """Finding a diffusers pipeline on disk or on the Hugging Face hub, with a one-line error if it cannot be used."""
 
 import hashlib
-import json
 import re
 import shutil
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -12,17 +11,17 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.utils import logging as diffusers_log
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 from transformers.utils import logging as transformers_log
 
-from cdm_lightning.errors import UserError
-from cdm_lightning.files import first_line, irregular, open_regular, read_text, require_name
+from cdm_lightning.backbones.settings_file import read_settings
+from cdm_lightning.backbones.whole_folder import AGAIN, INDEX, parts_of, require_settings
+from cdm_lightning.errors import Preempted, UserError
+from cdm_lightning.files import first_line, irregular, open_regular, require_name
 
-INDEX = "model_index.json"
 LIBRARIES = ("diffusers", "transformers")  # what the parts of a pipeline come from
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -38,10 +37,11 @@ def locate_pipeline(
         pretrained, revision
     )  # the index first, so that a wrong family is refused before gigabytes are downloaded
     check_index(folder, pretrained, family, parts)
-    if Path(pretrained).expanduser().is_dir():
-        return folder
-    with downloading(pretrained):
-        return Path(family.download(pretrained, revision=revision))
+    if not Path(pretrained).expanduser().is_dir():
+        with downloading(pretrained):
+            folder = Path(family.download(pretrained, revision=revision))
+    require_settings(folder, parts_of(read_index(folder, pretrained)))
+    return folder
 
 
 def pipeline_class_name(pretrained: str, revision: str | None) -> str | None:
@@ -80,15 +80,9 @@ def downloading(hub_id: str) -> Generator[None]:
 
 def read_index(folder: Path, name: str) -> dict[str, Any]:
     """Return the index in `folder`; UserError if it is missing or broken. Messages call the folder `name`."""
-    try:
-        index = json.loads(read_text(folder / INDEX))
-    except FileNotFoundError:
-        raise UserError(
-            f"{name} is not a diffusers pipeline: it has no {INDEX}; pass the pipeline's top folder"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{name}/{INDEX} cannot be read ({first_line(error)}); copy the pipeline again") from error
-    index = index if isinstance(index, dict) else {}
+    if not (folder / INDEX).exists():
+        raise UserError(f"{name} is not a diffusers pipeline: it has no {INDEX}; pass the pipeline's top folder")
+    index = read_settings(folder / INDEX, f"{name}/{INDEX}")
     for part, entry in index.items():
         check_entry(part, entry, f"{name}/{INDEX}")
     return index
@@ -135,7 +129,10 @@ def check_index(folder: Path, name: str, family: type[DiffusionPipeline], parts:
     found = index.get("_class_name")
     if found != family.__name__:
         raise UserError(f"{name} holds a {found}, not a {family.__name__}; choose the backbone of its family")
-    absent = [part for part in parts if not (index.get(part) or [None])[0]]
+    wrong = [part for part in parts if part in index and not isinstance(index[part], list)]
+    if wrong:
+        raise UserError(f"{name}/{INDEX}: {wrong[0]} must be [library, class], not {index[wrong[0]]!r}; {AGAIN}")
+    absent = [part for part in parts if part not in parts_of(index)]
     if absent:
         raise UserError(f"{name} lacks {', '.join(absent)}; pass a complete {family.__name__}")
 
@@ -159,8 +156,7 @@ def hash_part(folder: Path) -> str:
 
 def copy_parts(source: Path, target: Path, without: Sequence[str]) -> None:
     """Copy the index and the parts that it names, except the parts `without` and half-precision copies of files."""
-    index = read_index(source, str(source))
-    parts = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] and name not in without]
+    parts = [name for name in parts_of(read_index(source, str(source))) if name not in without]
     shutil.copyfile(source / INDEX, target / INDEX)
     for part in parts:
         # copyfile: a read-only source, such as an installed package, must not make a read-only copy
@@ -175,13 +171,42 @@ def loading(what: Path) -> Generator[None]:
     Weights are loaded onto the CPU whatever torch's default device is. The libraries' progress bars are off, except those
     of downloads.
     """
+    with (
+        blaming(lambda reason: f"cannot load {what} ({reason}); its files are incomplete: copy them again"),
+        torch.device("cpu"),
+        without_bars(diffusers_log),
+        without_bars(transformers_log),
+    ):
+        yield
+
+
+@contextmanager
+def blaming(message: Callable[[str], str]) -> Generator[None]:
+    """Turn whatever a library raises inside the block into a UserError: `message` of the first line of its error.
+
+    The block does nothing but read and use files. What libraries raise for bad ones is of every type, and not documented.
+    """
     try:
-        with torch.device("cpu"), without_bars(diffusers_log), without_bars(transformers_log):
-            yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"cannot load {what} ({first_line(error)}); its files are incomplete: copy them again"
-        ) from error
+        yield
+    except (UserError, Preempted, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UserError(message(first_line(error))) from error
+
+
+def codec_class(folder: Path, part: str = "vae") -> type[Any]:
+    """Return the class of diffusers that the index names for the image codec; UserError unless it is one."""
+    name = parts_of(read_index(folder, str(folder))).get(part)
+    found = getattr(diffusers, str(name), None)
+    if not (isinstance(found, type) and issubclass(found, ModelMixin) and hasattr(found, "decode")):
+        raise UserError(f"{folder / INDEX} names {name} as its {part}, which is no image codec of diffusers; {AGAIN}")
+    return found
+
+
+def require_buildable(network: type[Any], config: Mapping[str, Any], file: Path) -> None:
+    """UserError, which names `file`, unless a model of diffusers can be built from its settings; no memory is used."""
+    with loading(file), torch.device("meta"):
+        network.from_config(dict(config))
 
 
 @contextmanager

@@ -14,16 +14,26 @@ from typing import Any, ClassVar, Self, cast
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
-from diffusers.configuration_utils import ConfigMixin
 
 from cdm_lightning.backbones.base import Backbone
 from cdm_lightning.backbones.lora_file import locate_lora
-from cdm_lightning.backbones.pipeline_folder import loading, locate_pipeline
+from cdm_lightning.backbones.pipeline_folder import codec_class, loading, locate_pipeline, require_buildable
 from cdm_lightning.backbones.plain_scheduler import OF_TRAINING, of_training, require_known_shift
+from cdm_lightning.backbones.settings_file import read_settings
+from cdm_lightning.backbones.whole_folder import require_numbers, require_sizes
 from cdm_lightning.errors import UserError
-from cdm_lightning.files import read_text
 from cdm_lightning.kinds import DtypeName, FileOrFolder, Model, Pixels, Revision, Scale, Tokens
 
+SCHEDULER_NUMBERS = (
+    "num_train_timesteps",
+    "shift",
+    "flow_shift",
+    "base_shift",
+    "max_shift",
+    "base_image_seq_len",
+    "max_image_seq_len",
+    "shift_terminal",
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -115,19 +125,35 @@ class PipelineSettings(Backbone):
 
     @shared_property
     def network_config(self) -> dict[str, Any]:
-        """The arguments of the transformer's constructor."""
-        return self._config("transformer")
+        """The arguments of the transformer's constructor; UserError for values that it cannot be built from."""
+        config, file = self._config("transformer"), self.folder / "transformer" / "config.json"
+        require_buildable(self.transformer_class, config, file)
+        self.network_config = config  # for the sizes that follow from it
+        self._require_sizes(file, "latent_channels", "patch", "feature_width", "time_embedding_width")
+        return config
 
     @shared_property
     def vae_config(self) -> dict[str, Any]:
-        """The arguments of the image codec's constructor."""
-        return self._config("vae")
+        """The arguments of the image codec's constructor; UserError for values that it cannot be built from."""
+        config, file = self._config("vae"), self.folder / "vae" / "config.json"
+        require_buildable(codec_class(self.folder), config, file)
+        require_numbers(config, ("scaling_factor", "shift_factor"), file)
+        self.vae_config = config
+        self._require_sizes(file, "vae_factor")
+        return config
 
     @shared_property
     def tokenizer_config(self) -> dict[str, Any]:
         """The configuration of the folder's first tokenizer; empty if the folder has no such file."""
         file = self.folder / "tokenizer" / "tokenizer_config.json"
-        return json.loads(read_text(file)) if file.is_file() else {}
+        config = read_settings(file) if file.is_file() else {}
+        require_numbers(config, ("model_max_length",), file)
+        return config
+
+    def _require_sizes(self, file: Path, *names: str) -> None:
+        with loading(file):
+            sizes = {name: getattr(self, name) for name in names}
+        require_sizes(sizes, file)
 
     @shared_property
     def has_weights(self) -> bool:
@@ -149,17 +175,21 @@ class PipelineSettings(Backbone):
         _ = self.scheduler, self.tokenizer_config, self.latent_shape  # under `FakeTensorMode` numbers have no values
 
     def _config(self, part: str) -> dict[str, Any]:
-        with loading(self.folder / part):
-            loaded = cast(type[ConfigMixin], self.transformer_class).load_config(self.folder, subfolder=part)
-            config = cast(dict[str, Any], loaded)
+        config = read_settings(self.folder / part / "config.json")
         return {key: value for key, value in config.items() if not key.startswith("_")}
 
     @shared_property
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
         """The scheduler that the pipeline was trained with; an exported folder may hold it beside the one of its call."""
         subfolder = next((name for name in OF_TRAINING if (self.folder / name).is_dir()), "scheduler")
+        file = self.folder / subfolder / "scheduler_config.json"
+        require_numbers(read_settings(file), SCHEDULER_NUMBERS, file)
         with loading(self.folder / subfolder):
             scheduler = self._load_scheduler(subfolder)
+        config: Any = scheduler.config  # a FrozenDict, whose keys are attributes
+        require_sizes({"num_train_timesteps": config.num_train_timesteps}, file)
+        if not config.shift > 0:
+            raise UserError(f"{file}: shift={config.shift} must be above 0; copy the folder again")
         require_known_shift(scheduler, self.pretrained, self.title, self.shift_options)
         return scheduler
 

@@ -4,7 +4,6 @@ Shapes: B batch, (C, h, w) latent, N text tokens of Gemma with a mask, D their w
 uses a multi-step solver; the student is trained, sampled and exported with the Euler scheduler and the same shift.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -23,8 +22,8 @@ from cdm_lightning.backbones.base import Conditioning
 from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone, weights_dtype
 from cdm_lightning.backbones.lora_file import presets
 from cdm_lightning.backbones.plain_scheduler import plain_scheduler
+from cdm_lightning.backbones.settings_file import read_settings
 from cdm_lightning.errors import UserError
-from cdm_lightning.files import read_text
 
 
 class SanaBackbone(PipelineBackbone):
@@ -74,7 +73,7 @@ class SanaBackbone(PipelineBackbone):
 
     def _load_scheduler(self, subfolder: str) -> FlowMatchEulerDiscreteScheduler:
         path = self.folder / subfolder / "scheduler_config.json"
-        config = json.loads(read_text(path))
+        config = read_settings(path)
         if config.get("_class_name") in (
             FlowMatchEulerDiscreteScheduler.__name__,
             FlowMapEulerDiscreteScheduler.__name__,
@@ -82,7 +81,7 @@ class SanaBackbone(PipelineBackbone):
             return super()._load_scheduler(subfolder)
         if not config.get("use_flow_sigmas") or config.get("prediction_type") != "flow_prediction":
             raise UserError(f"the scheduler of {self.pretrained} is not one of a flow model; restore {path.name}")
-        return FlowMatchEulerDiscreteScheduler(config["num_train_timesteps"], shift=config["flow_shift"])
+        return FlowMatchEulerDiscreteScheduler(config.get("num_train_timesteps", 1000), shift=config["flow_shift"])
 
     def exported_scheduler(self, nfe: int) -> FlowMapEulerDiscreteScheduler:
         """Return a scheduler that runs the student's sigmas in a plain call: there, the scheduler itself spaces the steps."""

@@ -10,10 +10,12 @@ from diffusers import DiffusionPipeline, FlowMapEulerDiscreteScheduler, FlowMatc
 from torch import Tensor, nn
 
 from cdm_lightning.backbones.lora_file import WEIGHTS, write_lora_file
-from cdm_lightning.backbones.pipeline_folder import INDEX, copy_parts
+from cdm_lightning.backbones.pipeline_folder import copy_parts
 from cdm_lightning.backbones.plain_scheduler import KEPT
-from cdm_lightning.files import read_text
+from cdm_lightning.backbones.settings_file import read_settings
+from cdm_lightning.backbones.whole_folder import INDEX, require_numbers, require_sizes
 
+CALL_SIZES = ("height", "width", "max_sequence_length", "num_inference_steps")
 CALL = "call.json"  # file with the call arguments, other than the prompt, for the student's own images
 USAGE = """
 ## Usage
@@ -162,14 +164,20 @@ def _write_call(folder: Path, call: StudentCall, model_card: str, usage: str) ->
 
 
 def read_call(folder: Path) -> dict[str, Any]:
-    """Return the arguments of the plain call of an exported folder; empty for any other pipeline."""
+    """Return the arguments of the plain call of an exported folder; empty for any other pipeline.
+
+    UserError for a file with other contents than such arguments.
+    """
     path = folder / CALL
-    return json.loads(read_text(path)) if path.is_file() else {}
+    call = read_settings(path) if path.is_file() else {}
+    require_sizes({name: call[name] for name in CALL_SIZES if name in call}, path)
+    require_numbers(call, ("guidance_scale", "true_cfg_scale"), path)
+    return call
 
 
 def _name_scheduler(index: Path, name: str) -> None:
     """Write the class of the exported scheduler into the index if the original pipeline has another."""
-    entries = json.loads(read_text(index))
+    entries = read_settings(index)
     if entries["scheduler"] != ["diffusers", name]:
         entries["scheduler"] = ["diffusers", name]
         index.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
@@ -178,7 +186,7 @@ def _name_scheduler(index: Path, name: str) -> None:
 def _tidy(folder: Path) -> None:
     """Remove the training machine's path from the configuration and give the weights the file mode of that file."""
     config = folder / "config.json"
-    entries = json.loads(read_text(config))
+    entries = read_settings(config)
     entries.pop("_name_or_path", None)
     config.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for weights in folder.glob("*.safetensors"):  # safetensors makes its files readable by the owner only

@@ -1,6 +1,5 @@
 """Reading the transformer of a pipeline folder tensor by tensor, without holding the whole network in memory."""
 
-import json
 from functools import cached_property
 from pathlib import Path
 
@@ -11,9 +10,11 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from cdm_lightning.backbones.pipeline_folder import HUB_ID, INDEX
+from cdm_lightning.backbones.pipeline_folder import HUB_ID, loading
+from cdm_lightning.backbones.settings_file import read_settings
+from cdm_lightning.backbones.whole_folder import INDEX, require_weights
 from cdm_lightning.errors import UserError
-from cdm_lightning.files import first_line, read_text, require_regular
+from cdm_lightning.files import first_line, require_regular
 
 HALF = (".fp16.", ".bf16.")  # marks of files with the same weights in half precision
 
@@ -27,6 +28,7 @@ class TransformerFiles:
     def __init__(self, pretrained: str) -> None:
         self.pretrained = pretrained
         self.folder = _locate(pretrained)
+        require_weights(self.folder / "transformer")
         self._file_of: dict[str, Path] = {}
         try:
             for file in sorted((self.folder / "transformer").glob("*.safetensors")):
@@ -70,7 +72,7 @@ class TransformerFiles:
         """The names of the weights of linear layers."""
         config = self.folder / "transformer" / "config.json"
         family = _class(config, ModelMixin)
-        with torch.device("meta"):
+        with loading(config), torch.device("meta"):
             network = family.from_config(family.load_config(config))
         return frozenset(f"{name}.weight" for name, module in network.named_modules() if isinstance(module, nn.Linear))
 
@@ -97,10 +99,7 @@ def _locate(pretrained: str) -> Path:
 
 def _class(file: Path, kind: type) -> type:
     """Return the diffusers class that a configuration file names; UserError unless it is a subclass of `kind`."""
-    try:
-        name = json.loads(read_text(file)).get("_class_name")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{file} cannot be read ({first_line(error)}); pass a complete pipeline folder") from error
+    name = read_settings(file).get("_class_name")
     found = getattr(diffusers, str(name), None)
     if not (isinstance(found, type) and issubclass(found, kind)):
         raise UserError(f"{file} names {name}, which is not a {kind.__name__} of diffusers")

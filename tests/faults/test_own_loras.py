@@ -1,0 +1,139 @@
+"""LoRA files of one's own: the same weights as diffusers' own loader in every family, or one line that names the file."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import load_file, save_file
+from tiny_pipelines import FAMILIES
+from torch import Tensor, nn
+
+from cdm_lightning.backbones.lora_file import WEIGHTS, write_lora_file
+from cdm_lightning.backbones.sd3 import SD3Backbone
+from cdm_lightning.errors import UserError
+
+RANK, ALPHA = 4, 10.0
+
+
+def factors_of(network: nn.Module) -> dict[str, Tensor]:
+    """Random factors of the attention's linear layers."""
+    generator, factors = torch.Generator().manual_seed(0), {}
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear) and name.endswith(("to_q", "to_v")):
+            out_features, in_features = module.weight.shape
+            factors[f"{name}.lora_A.weight"] = 0.2 * torch.randn(RANK, in_features, generator=generator)
+            factors[f"{name}.lora_B.weight"] = 0.2 * torch.randn(out_features, RANK, generator=generator)
+    return factors
+
+
+@pytest.mark.parametrize("alpha", [None, ALPHA], ids=["plain", "alpha"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_lora_of_ones_own_is_what_diffusers_loads(tiny_folder, tmp_path, name, alpha):
+    family, folder = FAMILIES[name], tiny_folder(name)
+    plain = family.backbone(str(folder), **family.options)
+    before = plain.build_network()
+    file = write_lora_file(plain.pipeline_class, factors_of(before), tmp_path)
+    if alpha is not None:
+        tensors = load_file(file)
+        layers = dict.fromkeys(key.partition(".lora_")[0] for key in tensors)
+        tensors |= {f"{layer}.alpha": torch.tensor(alpha) for layer in layers}
+        if name in ("qwen_image", "z_image"):  # files with alphas have this prefix there
+            tensors = {key.replace("transformer.", "diffusion_model.", 1): value for key, value in tensors.items()}
+        save_file(tensors, file)
+
+    pipeline, refused = family.backbone.pipeline_class.from_pretrained(folder), False
+    try:
+        if hasattr(pipeline, "load_lora_weights"):
+            pipeline.load_lora_weights(tmp_path, weight_name=WEIGHTS)
+        elif alpha is None:
+            pipeline.transformer.load_lora_adapter(tmp_path, prefix=None, weight_name=WEIGHTS)
+        else:
+            refused = True
+        pipeline.transformer.fuse_lora()
+        pipeline.transformer.unload_lora()
+    except ValueError:  # "Invalid LoRA checkpoint": this family's files have no alphas
+        refused = True
+
+    own = family.backbone(str(folder), **family.options, teacher_lora=str(file))
+    if refused:
+        assert alpha is not None
+        with pytest.raises(UserError, match="is not a LoRA: it holds"):
+            own.build_network()
+        return
+    ours, theirs, changed = own.build_network().state_dict(), pipeline.transformer.state_dict(), 0.0
+    for key, value in before.state_dict().items():
+        assert torch.equal(ours[key], theirs[key]), key
+        changed = max(changed, (theirs[key] - value).abs().max().item())
+    assert changed > 0.1
+
+
+def test_an_alpha_of_flux_has_the_strength_that_it_says(tiny_folder, tmp_path):
+    """Alpha 10 at rank 4 is 2.5 times the factors' product; without the alphas it was fused at 1."""
+    family = FAMILIES["flux"] if "flux" in FAMILIES else next(f for name, f in FAMILIES.items() if "flux" in name)
+    folder = tiny_folder(family.name)
+    network = family.backbone(str(folder), **family.options).build_network()
+    factors = factors_of(network)
+    layer = next(iter(factors)).partition(".lora_")[0]
+    save_file(
+        {f"transformer.{key}": value for key, value in factors.items()}
+        | {f"transformer.{name}.alpha": torch.tensor(ALPHA) for name in {k.partition(".lora_")[0] for k in factors}},
+        tmp_path / "own.safetensors",
+    )
+    fused = family.backbone(str(folder), **family.options, teacher_lora=str(tmp_path / "own.safetensors"))
+    change = (fused.build_network().get_submodule(layer).weight - network.get_submodule(layer).weight).detach()
+    product = factors[f"{layer}.lora_B.weight"] @ factors[f"{layer}.lora_A.weight"]
+    torch.testing.assert_close(change, ALPHA / RANK * product, rtol=1e-4, atol=1e-5)
+
+
+A, B = "lora_A.weight", "lora_B.weight"
+FAULTS = {
+    "A without B": (lambda t: {k: v for k, v in t.items() if not k.endswith(B)}, "without lora_B.weight"),
+    "one B is missing": (
+        lambda t: {k: v for k, v in t.items() if k != next(n for n in t if n.endswith(B))},
+        "without lora_B",
+    ),
+    "B without A": (lambda t: {k: v for k, v in t.items() if not k.endswith(A)}, "without lora_A.weight"),
+    "rank 0": (lambda t: {k: v[:0] if k.endswith(A) else v[:, :0] for k, v in t.items()}, "no rank in common"),
+    "two ranks": (lambda t: {k: v[:2].clone() if k.endswith(A) else v for k, v in t.items()}, "no rank in common"),
+    "vectors": (lambda t: {k: v.flatten() for k, v in t.items()}, "which are no matrices"),
+    "scalars": (lambda t: {k: v.sum() for k, v in t.items()}, "which are no matrices"),
+    "convolutions": (lambda t: {k: v[..., None, None] for k, v in t.items()}, "LoRA of another model"),
+    "NaN": (lambda t: {k: v * float("nan") for k, v in t.items()}, "not finite"),
+    "infinity": (lambda t: {k: v / 0 for k, v in t.items()}, "not finite"),
+    "whole numbers": (lambda t: {k: v.to(torch.int8) for k, v in t.items()}, "whole numbers"),
+    "alpha": (lambda t: t | {"transformer.x.alpha": torch.tensor(1.0)}, "is not a LoRA: it holds transformer.x.alpha"),
+    "nothing": (lambda t: {"transformer.note": torch.zeros(1)}, "is not a LoRA: it holds transformer.note"),
+}
+
+
+@pytest.fixture(scope="module")
+def style(tiny_pipeline_folder, tmp_path_factory) -> Path:
+    network = SD3Backbone(str(tiny_pipeline_folder)).build_network()
+    return write_lora_file(StableDiffusion3Pipeline, factors_of(network), tmp_path_factory.mktemp("style"))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_factors_that_do_not_belong_together_are_one_line(tiny_pipeline_folder, style, tmp_path, monkeypatch, fault):
+    spoil, message = FAULTS[fault]
+    file = tmp_path / "own.safetensors"
+    save_file({key: value.contiguous() for key, value in spoil(load_file(style)).items()}, file)
+    backbone = SD3Backbone(str(tiny_pipeline_folder), teacher_lora=str(file))
+    monkeypatch.setattr(backbone, "_load_pretrained", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(UserError) as caught:
+        backbone.build_teacher()
+    assert message in str(caught.value)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "settings", ["{", "[]", '{"transformer.r": "four"}', '{"transformer.r": 0}', '{"transformer.nonsense": 1}']
+)
+def test_settings_of_a_lora_file_that_peft_cannot_use_are_one_line(tiny_pipeline_folder, style, tmp_path, settings):
+    file = tmp_path / "own.safetensors"
+    save_file(load_file(style), file, metadata={"format": "pt", "lora_adapter_metadata": settings})
+    with pytest.raises(UserError) as caught:
+        SD3Backbone(str(tiny_pipeline_folder), teacher_lora=str(file)).build_teacher()
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
