@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, TextIO
 
 from cdm_lightning.terminal.secrets import masked_text
@@ -42,4 +43,5 @@ def mask_output() -> None:
         for logger in (logging.root, *logging.root.manager.loggerDict.values()):  # handlers that keep the stream itself
             for handler in getattr(logger, "handlers", ()):
                 if isinstance(handler, logging.StreamHandler) and handler.stream is stream:
-                    handler.stream = masked
+                    with suppress(AttributeError):  # the handler of last resort asks for `sys.stderr` each time
+                        handler.stream = masked

@@ -151,7 +151,9 @@ def _masked_named(found: re.Match[str]) -> str:
     inner = value.strip("\"'")
     if not is_secret_key(name) and value[0] in "{[\"'":  # a secret may be inside
         return f"{name}{sign}{value[0]}{NAMED.sub(_masked_named, value[1:-1])}{value[-1]}"
-    if not is_secret_key(name) or inner.lower() in SWITCHES or inner == MASK or inner.startswith("${"):
+    if not is_secret_key(name):  # as in "RuntimeError: password=..."
+        return f"{name}{sign}{NAMED.sub(_masked_named, value)}"
+    if inner.lower() in SWITCHES or inner == MASK or inner.startswith("${"):
         return found[0]
     if sign.strip() == ":" and not _is_random(inner) and not re.search(r"pass|secret", name, re.IGNORECASE):
         return found[0]
