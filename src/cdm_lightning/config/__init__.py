@@ -22,9 +22,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cdm_lightning.config.arguments import check_arguments, with_texts
 from cdm_lightning.config.composition import composition_error
-from cdm_lightning.config.secrets import masked_text
+from cdm_lightning.config.secrets import masked_command, masked_text
 from cdm_lightning.errors import Preempted, UserError
 from cdm_lightning.files import require_name
+from cdm_lightning.terminal.output import mask_output
 
 PACKAGE = Path(__file__).parents[1]
 QUESTIONS = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
@@ -67,7 +68,10 @@ def asset_path(name: str) -> str:
 
 def job_folder(override_dirname: str) -> str:
     """Return the folder name of a sweep's job, made from its overrides: one level deep, the same for the same command."""
-    name = re.sub(r"[^\w.,=+-]+", ".", override_dirname) or "defaults"
+    shown = masked_text(override_dirname)
+    name = re.sub(r"[^\w.,=+-]+", ".", shown) or "defaults"
+    if shown != override_dirname:  # enough to tell the jobs of a sweep apart, and too little to find a secret by trying
+        return f"{name[:LONGEST_NAME]}-{hashlib.blake2b(override_dirname.encode(), digest_size=2).hexdigest()}"
     if len(name) <= LONGEST_NAME:
         return name
     digest = hashlib.blake2b(override_dirname.encode(), digest_size=6).hexdigest()
@@ -192,6 +196,7 @@ def run_cli(task: Callable[[DictConfig], object], config_name: str) -> None:
     A run that was stopped by a signal exits with status 75.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra prints its own lines and exits with status 1
+    mask_output()
     register_resolvers()
     composed = False
 
@@ -199,6 +204,7 @@ def run_cli(task: Callable[[DictConfig], object], config_name: str) -> None:
     def job(config: DictConfig) -> None:
         nonlocal composed
         composed = True
+        sys.argv[1:] = masked_command(sys.argv[1:])  # loggers record it; Hydra has read it
         try:
             task(config)
         except UserError as error:

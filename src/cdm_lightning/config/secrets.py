@@ -1,48 +1,32 @@
-"""The masking of secrets in configurations, commands and messages."""
+"""The masking of secrets in configurations; `terminal.secrets` knows what a secret is."""
 
-import os
-import re
-from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+import yaml
+from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-SECRET_KEY = re.compile(r"token|secret|password|api_?key|credential", re.IGNORECASE)
-ACCESS_TOKEN = re.compile(r"\b(hf|ghp|gho|glpat|sk|xox[abp])[-_][A-Za-z0-9_-]{16,}|(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
-SHORTEST_SECRET = 6  # characters; shorter values are switches and counts
+from cdm_lightning.files import read_text, write_text
+from cdm_lightning.terminal.secrets import masked, masked_command, masked_text
+
+__all__ = ("MaskSweep", "masked", "masked_command", "masked_text", "plain")
+SWEEP = "multirun.yaml"  # what Hydra writes at the start of a sweep
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
-    """Return the resolved configuration as plain containers, with secrets masked.
-
-    Masked are the texts that `masked_text` masks and all values under keys like `token` or `api_key`.
-    """
-    return _masked(OmegaConf.to_container(config, resolve=True))
+    """Return the resolved configuration as plain containers, with secrets masked."""
+    return masked(OmegaConf.to_container(config, resolve=True))
 
 
-def _masked(node: Any, key: str = "") -> Any:
-    if isinstance(node, dict):
-        return {name: _masked(child, str(name)) for name, child in node.items()}
-    if isinstance(node, list):
-        return [_masked(child, key) for child in node]
-    is_number = isinstance(node, (int, float)) and len(str(node)) >= SHORTEST_SECRET  # a token can be all digits
-    if SECRET_KEY.search(key) and (isinstance(node, str) or is_number):
-        return "***"
-    return masked_text(node) if isinstance(node, str) else node
+class MaskSweep(Callback):
+    """Mask the secrets in the configuration that Hydra writes for a whole sweep, before the first of its jobs runs."""
 
-
-def masked_command(arguments: Sequence[str]) -> list[str]:
-    """Return command-line arguments with secrets masked: as in `masked_text`, and values of keys like `token`."""
-    pairs = [argument.partition("=") for argument in arguments]
-    return [
-        f"{key}=***" if sign and SECRET_KEY.search(key) else masked_text(key + sign + value)
-        for key, sign, value in pairs
-    ]
-
-
-def masked_text(text: str) -> str:
-    """Mask what looks like an access token, and the values of environment variables with names like `HF_TOKEN`."""
-    for name, value in os.environ.items():
-        if SECRET_KEY.search(name) and len(value) >= SHORTEST_SECRET:
-            text = text.replace(value, "***")
-    return ACCESS_TOKEN.sub("***", text)
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Mask the file of the sweep that the job belongs to, if there is one."""
+        path = Path(config.hydra.sweep.dir) / SWEEP
+        if config.hydra.mode.name == "MULTIRUN" and path.is_file():
+            with suppress(OSError, ValueError, yaml.YAMLError):
+                found = yaml.safe_load(read_text(path))
+                write_text(path, yaml.safe_dump(masked(found), sort_keys=False, allow_unicode=True))

@@ -20,6 +20,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
+from cdm_lightning.terminal.secrets import masked_command
+
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 GRACE = 30  # seconds between the failure of one process and the moment when the others are killed
 ORPHAN_CHECK = 2.0  # seconds between two checks whether the parent process still exists
@@ -40,10 +42,26 @@ def launch(config_text: str, processes: int, task: str, command: Sequence[str] =
     """
     with tempfile.TemporaryDirectory(prefix="cdm_lightning_") as name:  # only its owner can read it
         folder = Path(name)
-        (folder / CONFIG).write_text(config_text, encoding="utf-8")
-        (folder / COMMAND).write_text(json.dumps({"task": task, "command": list(command)}), encoding="utf-8")
-        with forwarded_signals(folder):
+        with handed_over(config_text, folder / CONFIG) as config, forwarded_signals(folder):
+            order = {"task": task, "command": masked_command(command), "config": str(config)}
+            (folder / COMMAND).write_text(json.dumps(order), encoding="utf-8")
             return run_processes(folder, processes)
+
+
+@contextmanager
+def handed_over(text: str, path: Path) -> Generator[Path]:
+    """Yield a path at which the processes started in the block can read this text, which may hold secrets.
+
+    On Linux the text is a file in memory, because a killed process would leave one on the disk; elsewhere it is at `path`.
+    """
+    if not hasattr(os, "memfd_create"):
+        path.write_text(text, encoding="utf-8")
+        yield path
+        return
+    with os.fdopen(os.memfd_create(path.name), "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        yield Path(f"/proc/{os.getpid()}/fd/{file.fileno()}")
 
 
 def run_processes(
@@ -143,7 +161,7 @@ def main(arguments: Sequence[str]) -> None:
     register_resolvers()
     try:
         module, _, function = order["task"].partition(":")
-        getattr(importlib.import_module(module), function)(cast(DictConfig, OmegaConf.load(folder / CONFIG)))
+        getattr(importlib.import_module(module), function)(cast(DictConfig, OmegaConf.load(order["config"])))
     except UserError as error:
         fail(error)
     except Preempted as stop:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from cdm_lightning.errors import UserError
 from cdm_lightning.files import read_text, replacing_folder
 from cdm_lightning.run.folder import Run
+from cdm_lightning.terminal.secrets import masked
 
 if TYPE_CHECKING:  # these take seconds to import: --help and error messages should not wait for them
     import torch
@@ -101,7 +102,7 @@ def model_card(name: str, record: dict[str, Any], run: Run | None) -> str:
     """
     from cdm_lightning.exporting.model_card import ModelCard
 
-    config = run.config() if run is not None and run.is_started else {}
+    config = masked(run.config()) if run is not None and run.is_started else {}
     metrics = None if run is None else run.metrics()
     return ModelCard(name=name, config=config, metrics=metrics, **record).text()
 

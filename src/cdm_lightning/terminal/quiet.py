@@ -3,6 +3,8 @@
 import logging
 import warnings
 
+from cdm_lightning.terminal.output import mask_output
+
 UNFIT_WARNINGS = (
     ".*does not have many workers.*",  # reading lines of text needs no workers
     ".*in eval mode at the start of training.*",  # the student's EMA is meant to be in eval mode
@@ -13,10 +15,11 @@ NO_EXCEPTIONS = "should be kept in float32: []"  # part of a diffusers warning a
 
 
 def quiet_libraries() -> None:
-    """Hide the advice of Lightning and some warnings of torch and diffusers that do not apply here; others stay visible.
+    """Hide the advice of Lightning and some warnings of torch and diffusers that do not apply here; mask secrets in all output.
 
     Call this before these libraries are imported.
     """
+    mask_output()
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
     for library in ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
