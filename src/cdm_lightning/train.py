@@ -97,7 +97,8 @@ def train_in(run: Run, config: DictConfig) -> TrainResult:
     logged = [
         name for callback in callbacks if isinstance(callback, ValidationMetrics) for name in callback.names(module)
     ]
-    if all(type(callback).__module__.startswith("cdm_lightning.") for callback in callbacks):
+    own = all(type(callback).__module__.startswith("cdm_lightning.") for callback in callbacks)
+    if own and type(module) is CDMModule:  # a class of somebody else may log more
         checkpoint.best.check(logged if config.trainer.limit_val_batches else [])
     trainer = make_trainer(
         config, strategy=strategy, callbacks=[*callbacks, checkpoint], logger=build(config, "logger", of=Logger)
