@@ -10,6 +10,7 @@ import json
 import sys
 from argparse import ArgumentTypeError
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,11 @@ if TYPE_CHECKING:
     from cdm_lightning.planning.table import Plan
 
 KINDS = {"peak_tflops": Positive, "utilisation": PositiveShare, "reserve": ShareBelowOne, "json": FileOrFolder}
+STRATEGY_OF = {
+    "data_parallel": "ddp",
+    "fully_sharded": "fsdp2",
+    "hybrid_sharded": "hsdp",
+}  # by the end of their _target_
 OWN = ("gpus", "strategy", "strategy.on_cpu", "peak_tflops", "utilisation", "reserve", "json")
 
 
@@ -47,14 +53,21 @@ def plan(arguments: Sequence[str]) -> "list[Plan]":
 
     wanted = [read_gpus(text, 0.08 if reserve is None else reserve) for text in own["gpus"].split(",")]
     on_cpu = [name.strip() for name in own.get("strategy.on_cpu", "").strip("[]").split(",") if name.strip()]
-    layouts = [choose_layout(own.get("strategy"), gpus.count, on_cpu) for gpus in wanted]
+    if "strategy.on_cpu" not in own:
+        on_cpu = list(config.strategy.get("on_cpu") or [])
+    strategy = own.get("strategy") or STRATEGY_OF.get(config.strategy._target_.rpartition(".")[2])
+    layouts = [choose_layout(strategy, gpus.count, on_cpu) for gpus in wanted]
     from cdm_lightning.distributed.strategy import check_on_cpu
     from cdm_lightning.planning.recipe import read_recipe
+    from cdm_lightning.planning.validation import trace_validation
     from cdm_lightning.planning.work import PEAK_TFLOPS, UTILISATION
 
     module = build(config, "module")
     check_on_cpu(on_cpu, module.network_names, module.whole_names)
     recipe = read_recipe(module, config.text_cache.folder is not None)
+    if config.trainer.limit_val_batches != 0:
+        seen = trace_validation(module, recipe.parameters["vae"], config.data.val_batch_size)
+        recipe = replace(recipe, sizes=replace(recipe.sizes, validation=seen))
     rates = (PEAK_TFLOPS if peak is None else peak, UTILISATION if utilisation is None else utilisation)
     return [make_plan(config, module, recipe, gpus, layout, *rates) for gpus, layout in zip(wanted, layouts)]
 

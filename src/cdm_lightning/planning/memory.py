@@ -3,13 +3,35 @@
 All figures are bytes. A role is the name of a network: "student", "student_ema", "teacher", or one of the objective's.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cdm_lightning.planning.layout import Layout
 from cdm_lightning.planning.live import Timeline
 
+VALIDATION = "validation"  # the name of its phase
 MOST = 1_000_000  # the search for the largest batch stops here
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The bytes of validation: of decoding the `first` image of a batch, and of each image `more`.
+
+    Sampling takes that of a rollout of `share` times as many samples as validation has in a batch, which is `batch` (None: the
+    batch of training).
+    """
+
+    first: float
+    more: float
+    share: float = 1.0
+    batch: int | None = None
+
+    def peak(self, rollout: Timeline | None, batch: int, fixed: float) -> float:
+        """Return the most bytes in use, given the timeline of a rollout and the share of its fixed bytes on this GPU."""
+        images = self.batch or batch
+        sampled = rollout.peak(math.ceil(images * self.share), 1.0, fixed) if rollout is not None else 0.0
+        return max(sampled, self.first + (images - 1) * self.more)
 
 
 @dataclass(frozen=True)
@@ -21,7 +43,8 @@ class Sizes:
     optimizer's state after its first step (`states`) and of what an optimizer step needs in addition (`step_copies`). `text` and
     `vae` are the bytes of the text encoders and the image codec. `largest_block` is the number of weights in the largest block
     of a network, `outside_blocks` that of weights in no block, and `compute` the bytes of one weight in the compute dtype.
-    `phases` are the timelines of the "rollout" and of each role's updates. The roles in `held_whole` are never sharded: adapters
+    `phases` are the timelines of the "rollout" and of each role's updates, and `validation` that of validation (None: it
+    is not counted). The roles in `held_whole` are never sharded: adapters
     and heads.
     """
 
@@ -37,6 +60,7 @@ class Sizes:
     compute: int
     phases: Mapping[str, Timeline]
     held_whole: frozenset[str] = frozenset()
+    validation: Validation | None = None
 
     def share(self, role: str, layout: Layout) -> float:
         """Return the share of the network of `role` that each GPU holds between the network's calls."""
@@ -72,8 +96,8 @@ def gathered(sizes: Sizes, layout: Layout) -> float:
 def phase_peaks(sizes: Sizes, layout: Layout, batch: int, accumulate: int = 1) -> dict[str, float]:
     """Return the peak bytes on a GPU in each phase of an iteration, with its gradients, on top of what `resting` returns.
 
-    The phases are the rollout, each role's updates, and the optimizer step. `batch` samples of a GPU are computed in
-    `accumulate` parts.
+    The phases are the rollout, each role's updates, the optimizer step, and validation if it is counted. In training, the
+    `batch` samples of a GPU are computed in `accumulate` parts.
     """
     part, repeated = at_once(batch, accumulate), accumulate > 1
     fixed = 0.0 if layout.gathers else 1.0  # autocast copies all weights; otherwise blocks are gathered instead
@@ -84,6 +108,9 @@ def phase_peaks(sizes: Sizes, layout: Layout, batch: int, accumulate: int = 1) -
     peaks["optimizer step"] = max(  # a network's gradients are dropped before those of the next are computed
         sizes.gradient_share(role, layout) * (size + sizes.step_copies[role]) for role, size in sizes.trained.items()
     )
+    if sizes.validation is not None:
+        rollout = sizes.phases.get("rollout")
+        peaks[VALIDATION] = sizes.validation.peak(rollout, batch, fixed) + gathered(sizes, layout)
     return peaks
 
 

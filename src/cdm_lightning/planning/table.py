@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from cdm_lightning.planning.advice import Remedy
 from cdm_lightning.planning.layout import GPUs, Layout
 from cdm_lightning.planning.live import Timeline
-from cdm_lightning.planning.memory import Sizes, checkpoint_bytes, gathered, phase_peaks, resting, total
+from cdm_lightning.planning.memory import VALIDATION, Sizes, checkpoint_bytes, gathered, phase_peaks, resting, total
 from cdm_lightning.planning.work import Work
 
 GB = 1e9
@@ -49,7 +49,7 @@ class Plan:
         worst = max(peaks, key=peaks.__getitem__)
         timeline = self.sizes.phases.get(worst)
         gradients = self._gradients(worst, timeline)
-        collected = gathered(self.sizes, self.layout) if timeline else 0.0
+        collected = gathered(self.sizes, self.layout) if timeline or worst == VALIDATION else 0.0
         parts = {**resting(self.sizes, self.layout), "gradients": gradients}
         if collected:
             parts["gathered blocks"] = collected
@@ -57,6 +57,8 @@ class Plan:
 
     def _gradients(self, phase: str, timeline: Timeline | None) -> float:
         """Return the bytes of gradients in a phase; without a timeline, those of the optimizer step that takes most."""
+        if phase == VALIDATION:
+            return 0.0
         if timeline is not None:
             return max(timeline.gradient, default=0.0) * self.sizes.gradient_share(phase, self.layout)
         sizes = self.sizes
@@ -96,6 +98,7 @@ class Plan:
         lines.append(
             "  peak of each phase, in GB, above what is held all the time: "
             + ", ".join(f"{k} {v / GB:.2f}" for k, v in others)
+            + f"; {max(others, key=lambda item: item[1])[0]} takes most"
         )
         work = self.work
         lines.append(
