@@ -149,7 +149,7 @@ def ask_in(monkeypatch, owner: type, name: str, call: int, number: int = signal.
 PLACES = {  # where the signal comes, and the iteration of the checkpoint that there is then
     "loading": (Toy2DBackbone, "build_network", 1, None),
     "an iteration": (CDMModule, "training_step", 2, 2),
-    "a read": (DrawnPrompts, "__getitem__", 14, 2),  # of the fourth batch of four, which is read ahead
+    "a read": (DrawnPrompts, "__getitem__", 14, 1),  # of the fourth batch of four, which is read ahead
     "a validation": (CDMModule, "validation_step", 1, 3),
     "the last validation": (CDMModule, "validation_step", 2, 6),
 }
@@ -232,7 +232,10 @@ def test_a_suspended_worker_ends_the_run_with_a_line_and_a_checkpoint(toy_run, t
 
 
 def test_a_rank_whose_launcher_died_before_it_signed_on_ends_itself(tmp_path):
-    sign_on = "from pathlib import Path; from cdm_lightning.distributed.launch import sign_on; sign_on(Path(sys.argv[1]))\ntime.sleep(60)"
+    sign_on = (
+        "from pathlib import Path; from cdm_lightning.distributed.launch import sign_on\n"
+        "sign_on(Path(sys.argv[1])); time.sleep(60)"
+    )
     (tmp_path / LAUNCHER).write_text("1")  # its parent is this process
     assert program(sign_on, arguments=(str(tmp_path),))[0] == 75
 
