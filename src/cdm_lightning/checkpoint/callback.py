@@ -12,12 +12,12 @@ from torch import Tensor
 
 from cdm_lightning.checkpoint.best import Best, note_validation
 from cdm_lightning.checkpoint.folder import checkpoints_in, iteration_of, remove, sweep
-from cdm_lightning.checkpoint.health import is_healthy, not_finite
+from cdm_lightning.checkpoint.health import not_finite
 from cdm_lightning.checkpoint.objective_state import class_of, require_readable, restore_objective
 from cdm_lightning.checkpoint.save import save_checkpoint
 from cdm_lightning.checkpoint.start import choose_start
 from cdm_lightning.checkpoint.state import plain_values_of, restore, tensors_of
-from cdm_lightning.checkpoint.stored import FINITE, OTHER, RECORD, TRAINER, StoredCheckpoint
+from cdm_lightning.checkpoint.stored import FINITE, OTHER, RECORD, TRAINER, StoredCheckpoint, is_healthy
 from cdm_lightning.checkpoint.validation import make_up_validation
 from cdm_lightning.distributed import ranks
 from cdm_lightning.ends import signals

@@ -5,13 +5,11 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from cdm_lightning.checkpoint.stored import FINITE, read_checkpoint
 from cdm_lightning.distributed import ranks
-from cdm_lightning.errors import UserError
 
 CHECKED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WEIGHTS = "networks."  # how the names of weights begin in a checkpoint
@@ -44,13 +42,3 @@ def not_finite_in(files: Iterable[Path]) -> str | None:
                 if tensor is not None and tensor.dtype in CHECKED and not tensor.isfinite().all():
                     return name.removeprefix(WEIGHTS)
     return None
-
-
-def is_healthy(path: Path) -> bool:
-    """Return whether a checkpoint can be read, was written after an update that was not skipped, and has finite weights."""
-    try:
-        stored = read_checkpoint(path)
-        skipped = any(stored.record.get("skipped_in_a_row", {}).values())
-        return not skipped and (bool(stored.record.get(FINITE)) or not_finite_in(stored.files) is None)
-    except (UserError, OSError, AttributeError, SafetensorError):
-        return False
