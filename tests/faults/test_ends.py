@@ -1,5 +1,6 @@
 """How a run ends: signals at every moment, processes that hang or lose their launcher, and too many processes."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -190,6 +191,9 @@ def test_a_signal_in_the_evaluation_at_the_end_is_75_and_the_next_start_evaluate
 
 def own_group(rank: int) -> None:
     os.setpgid(0, 0)
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # as on a command line; the server of this process would import anew
 
 
 GROUPS = [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.slow) for number in ASKING[1:])]

@@ -98,7 +98,12 @@ def worker_failure(error: BaseException) -> str:
 
 
 def _end_with_parent(worker: int) -> None:
-    """Let Linux kill this process when the one that started it ends; elsewhere torch's workers look for it themselves."""
+    """Ignore signals, and let Linux kill this process when its parent ends; elsewhere torch's workers look for it themselves.
+
+    A worker that another process forked (`spawn`, `forkserver`) has not inherited the mask of signals that are held.
+    """
+    for number in signals.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
