@@ -13,7 +13,7 @@ from torch import Tensor
 from cdm_lightning.checkpoint.best import Best, note_validation
 from cdm_lightning.checkpoint.folder import checkpoints_in, iteration_of, remove, sweep
 from cdm_lightning.checkpoint.health import not_finite
-from cdm_lightning.checkpoint.objective_state import class_of, require_readable, restore_objective
+from cdm_lightning.checkpoint.objective_state import require_readable, restore_objective, trainer_state
 from cdm_lightning.checkpoint.save import save_checkpoint
 from cdm_lightning.checkpoint.start import choose_start
 from cdm_lightning.checkpoint.state import plain_values_of, restore, tensors_of
@@ -275,19 +275,6 @@ class IterationCheckpoint(Checkpoint):
                     f"the gradient of {name} was not finite {count} times in a row (checkpoint.max_skipped), "
                     f"up to iteration {module.iteration}: {self._advice()}"
                 )
-
-
-def trainer_state(trainer: L.Trainer, module: "CDMModule") -> dict[str, Any]:
-    """Return the state of Lightning's loop, the callbacks and the objective."""
-    # pyrefly: ignore[missing-attribute]  Lightning sets this attribute from another module
-    callbacks = {callback.state_key: state for callback in trainer.callbacks if (state := callback.state_dict())}
-    objective = module.objective.state_dict()
-    return {
-        "fit_loop": trainer.fit_loop.state_dict(),
-        "callbacks": callbacks,
-        "objective": objective,
-        "objective_class": class_of(module.objective),
-    }
 
 
 def say_stopped(iteration: int, path: Path | None) -> None:

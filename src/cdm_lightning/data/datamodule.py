@@ -13,7 +13,7 @@ from cdm_lightning.data.loader import SteadyLoader
 from cdm_lightning.data.mixture import MixedPrompts
 from cdm_lightning.data.prompts import Prompts
 from cdm_lightning.errors import UserError
-from cdm_lightning.kinds import BatchSize, Count, Seed, Workers
+from cdm_lightning.kinds import BatchSize, Count, Seconds, Seed, Workers
 
 LONGEST_TIMEOUT = 10**6  # seconds, eleven days; longer ones overflow in the operating system
 
@@ -39,7 +39,7 @@ class PromptDataModule(L.LightningDataModule):
         num_workers: Workers = 0,
         groups: Callable[[int], range] | None = None,
         images: bool = False,
-        worker_timeout: float = 600.0,
+        worker_timeout: Seconds = 600.0,
     ) -> None:
         super().__init__()
         self.groups, self.images = groups, images

@@ -14,10 +14,10 @@ from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from cdm_lightning.errors import UserError
-from cdm_lightning.kinds import DevicesOption, Network, Processes
+from cdm_lightning.kinds import DevicesOption, Network, Processes, Seconds
 
 TIMEOUT = 1800.0  # seconds, the default of torch.distributed
-LONGEST_TIMEOUT = 10**7  # seconds, four months
+LONGEST_TIMEOUT = 10**6  # seconds, eleven days
 FEWEST_PROCESSES = 4  # allowed on a machine with fewer CPU cores, to try a layout out
 
 
@@ -29,7 +29,7 @@ class MeshStrategy(ModelParallelStrategy):
     than `timeout` seconds for another one raises an error, which ends the run; `UserError` unless it is above 0.
     """
 
-    def __init__(self, replicas: int, shards: int, on_cpu: Sequence[str] = (), timeout: float = TIMEOUT) -> None:
+    def __init__(self, replicas: int, shards: int, on_cpu: Sequence[str] = (), timeout: Seconds = TIMEOUT) -> None:
         if not 0 < timeout <= LONGEST_TIMEOUT:
             raise UserError(f"strategy.timeout={timeout} must be above 0 and at most {LONGEST_TIMEOUT} seconds")
         super().__init__(
@@ -87,7 +87,7 @@ def data_parallel(
     devices: DevicesOption = 1,
     num_nodes: Processes = 1,
     on_cpu: Sequence[Network] = (),
-    timeout: float = TIMEOUT,
+    timeout: Seconds = TIMEOUT,
 ) -> MeshStrategy:
     """Return the strategy in which each process holds whole copies of the networks."""
     return MeshStrategy(world_size(devices, num_nodes), 1, on_cpu, timeout)
@@ -97,7 +97,7 @@ def fully_sharded(
     devices: DevicesOption = 1,
     num_nodes: Processes = 1,
     on_cpu: Sequence[Network] = (),
-    timeout: float = TIMEOUT,
+    timeout: Seconds = TIMEOUT,
 ) -> MeshStrategy:
     """Return the strategy in which each process holds one shard of each weight, gradient and optimizer state."""
     return MeshStrategy(1, world_size(devices, num_nodes), on_cpu, timeout)
@@ -108,7 +108,7 @@ def hybrid_sharded(
     num_nodes: Processes = 1,
     replicas: Processes = 1,
     on_cpu: Sequence[Network] = (),
-    timeout: float = TIMEOUT,
+    timeout: Seconds = TIMEOUT,
 ) -> MeshStrategy:
     """Return the strategy of `replicas` copies, each sharded over an equal group of processes; `UserError` if uneven."""
     processes = world_size(devices, num_nodes)
