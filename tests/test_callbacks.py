@@ -23,6 +23,7 @@ from cdm_lightning.backbones.base import Backbone
 from cdm_lightning.backbones.sd3 import SD3Backbone
 from cdm_lightning.backbones.toy2d import Toy2DBackbone
 from cdm_lightning.callbacks.ladder import LadderReport
+from cdm_lightning.callbacks.loggers import GuardedLogger
 from cdm_lightning.callbacks.metrics import ValidationMetrics
 from cdm_lightning.callbacks.progress import TrainingProgress
 from cdm_lightning.callbacks.sample_grid import SampleGrid
@@ -315,7 +316,7 @@ def test_grids_show_the_first_prompts_at_each_validation(tmp_path: Path) -> None
 
 def test_grids_reach_tensorboard(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    fit(tmp_path, [SampleGrid(2)], max_steps=3, logger=TensorBoardLogger(tmp_path, name="logs"))
+    fit(tmp_path, [SampleGrid(2)], max_steps=3, logger=GuardedLogger(TensorBoardLogger(tmp_path, name="logs")))
     events = accumulator.EventAccumulator(str(tmp_path / "logs" / "version_0"))
     events.Reload()
     assert [event.step for event in events.Images("val/samples")] == [3]

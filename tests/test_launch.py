@@ -73,11 +73,14 @@ def test_signals_reach_all_processes(tmp_path):
 
 def test_a_signal_that_comes_before_a_process_is_up_ends_it(tmp_path):
     (tmp_path / "signal").write_text("15")
-    assert run_processes(tmp_path, 2, write_program(tmp_path, WAITING), grace=2) == 143
+    assert run_processes(tmp_path, 2, write_program(tmp_path, WAITING), grace=2) == 75
 
 
 def test_a_process_whose_launcher_died_ends_itself(tmp_path):
-    starter = "import subprocess, sys, time; subprocess.Popen([sys.executable, *sys.argv[1:]], start_new_session=True); time.sleep(60)"
+    starter = (
+        "import os, subprocess, sys, time; open(sys.argv[-1] + '/launcher', 'w').write(str(os.getpid())); "
+        "subprocess.Popen([sys.executable, *sys.argv[1:]], start_new_session=True); time.sleep(60)"
+    )
     program = write_program(tmp_path, f"{SIGN_ON} sign_on(folder); time.sleep(60)")
     launcher = subprocess.Popen([sys.executable, "-c", starter, *program, str(tmp_path)])
     while not list(tmp_path.glob("*.pid")):

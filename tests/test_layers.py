@@ -15,6 +15,7 @@ ROOMS = (  # from the ground up: each may import those before it
     "errors",
     "kinds",
     "files",
+    "ends",
     "core",
     "terminal",
     "config",

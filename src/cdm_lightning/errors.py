@@ -16,7 +16,14 @@ class UserError(Exception):
         super().__init__(message)
 
 
-class Preempted(Exception):
-    """A run that a signal has stopped between two iterations; running the same command again continues it."""
+class Preempted(SystemExit):
+    """A run that a signal has stopped; everything is saved, and running the same command again continues it.
+
+    It is a `SystemExit`, because code that catches every `Exception` must not keep a run from stopping.
+    """
 
     exit_code = 75  # EX_TEMPFAIL in sysexits.h, which means: try again later
+
+    def __init__(self, where: str = "") -> None:
+        super().__init__(self.exit_code)
+        self.where = where

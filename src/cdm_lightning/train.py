@@ -5,6 +5,7 @@ versions and hardware of each start), `checkpoints/`, and the files of loggers a
 resumes the run.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,10 +14,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from cdm_lightning.ends import signals
+from cdm_lightning.ends.streams import make_tolerant
+
+if __name__ == "__main__":  # before the imports below, because they take seconds
+    signals.watch()
+    make_tolerant()
+
 from cdm_lightning.config import answer_questions
 
 if __name__ == "__main__":
-    answer_questions("train")  # called before the imports below, because they take seconds
+    answer_questions("train")
 
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -24,6 +32,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from cdm_lightning.backbones.base import Backbone
+from cdm_lightning.callbacks.loggers import GuardedLogger
 from cdm_lightning.callbacks.metrics import ValidationMetrics
 from cdm_lightning.checkpoint.callback import IterationCheckpoint
 from cdm_lightning.checkpoint.folder import checkpoints_in, refuse_old_files
@@ -33,10 +42,12 @@ from cdm_lightning.config.folders import require_writable_folders
 from cdm_lightning.config.secrets import plain
 from cdm_lightning.config.whole import check_config
 from cdm_lightning.data.datamodule import PromptDataModule
+from cdm_lightning.data.loader import worker_failure
 from cdm_lightning.data.text_cache import StoredText, TextCacheSettings
 from cdm_lightning.data.text_memory import RememberedText
-from cdm_lightning.distributed.launch import is_launched, launch
-from cdm_lightning.distributed.strategy import MeshStrategy, device_count
+from cdm_lightning.distributed.launch import follow, is_launched, launch
+from cdm_lightning.distributed.ranks import lost_process
+from cdm_lightning.distributed.strategy import MeshStrategy, device_count, require_devices
 from cdm_lightning.errors import UserError
 from cdm_lightning.evaluation.samplers import check_samplers
 from cdm_lightning.files import first_line, require_name
@@ -69,7 +80,8 @@ def train(config: DictConfig) -> TrainResult:
     require_name(str(config.run_name), "run_name")
     require_writable_folders(config)
     run = Run.create(Path(config.output_dir))
-    with only_process_in(run.folder, checkpoint_folder(run, plain(config))):
+    with signals.watched(), only_process_in(run.folder, checkpoint_folder(run, plain(config))):
+        signals.loading("before training")
         return train_in(run, config)
 
 
@@ -101,7 +113,10 @@ def train_in(run: Run, config: DictConfig) -> TrainResult:
     if own and type(module) is CDMModule:  # a class of somebody else may log more
         checkpoint.best.check(logged if config.trainer.limit_val_batches else [])
     trainer = make_trainer(
-        config, strategy=strategy, callbacks=[*callbacks, checkpoint], logger=build(config, "logger", of=Logger)
+        config,
+        strategy=strategy,
+        callbacks=[*callbacks, checkpoint],
+        logger=[GuardedLogger(logger) for logger in build(config, "logger", of=Logger)],
     )
     if trainer.is_global_zero:
         for role in module.lora.unused(module.updates.recipes):
@@ -109,28 +124,41 @@ def train_in(run: Run, config: DictConfig) -> TrainResult:
         record_start(plain(config), run, trainer.world_size, inputs)
     try:
         trainer.fit(module, data)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        found = explained(error, bool(config.data.num_workers), config.strategy.get("timeout"))
+        if found is None:
             raise
-        raise UserError(f"{first_line(error)} (out of memory?); run the same command again to continue") from error
-    except (ConnectionError, EOFError) as error:  # the worker died while it passed on a batch, before torch noticed
-        if not config.data.num_workers:
-            raise
-        raise UserError(
-            f"DataLoader worker exited unexpectedly ({first_line(error)}; out of memory?); "
-            "run the same command again to continue"
-        ) from error
+        raise found from error
+    finally:
+        data.kill_workers()
+    signals.finished()
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return TrainResult(run.folder, next(reversed(checkpoints_in(checkpoint.folder)), None), module.iteration, metrics)
+
+
+def explained(error: Exception, has_workers: bool, timeout: float | None) -> UserError | None:
+    """Return the line that explains the failure of a loader worker or of another process; None for any other error."""
+    by_worker = has_workers and isinstance(error, (ConnectionError, EOFError))  # it died while it passed on a batch
+    if by_worker or "DataLoader worker" in str(error):
+        return UserError(worker_failure(error))
+    if lost_process(error):
+        return UserError(
+            f"another process of this run has ended, or did not answer for {timeout} seconds (strategy.timeout): "
+            f"{first_line(error)}; {signals.AGAIN} from the last checkpoint"
+        )
+    return None
 
 
 def make_trainer(config: DictConfig, **parts: Any) -> L.Trainer:
     """Build Lightning's trainer with these parts; raise `UserError` for values that it refuses and for missing devices."""
     make = build(config, "trainer", of=L.Trainer)
     try:
-        return make(**parts)
+        trainer = make(**parts)
     except (MisconfigurationException, ValueError) as error:
         raise UserError(f"trainer: {one_line(error)}") from error
+    # Lightning's own handlers communicate with other processes inside the handler, which hangs if not all got the signal.
+    trainer._signal_connector.register_signal_handlers = lambda: None
+    return trainer
 
 
 def use_text_cache(
@@ -204,9 +232,12 @@ def start(config: DictConfig) -> None:
     """Train in this process, or start several processes if the configuration asks for them and no launcher has."""
     check_config(config)
     processes = device_count(config.trainer.devices)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        follow(os.getppid())
     if processes == 1 or is_launched() or config.strategy._target_.endswith(".single_process"):
         train(config)
         return
+    require_devices(config.trainer.devices, config.trainer.accelerator)
     if config.trainer.num_nodes != 1:
         raise UserError(
             f"trainer.num_nodes={config.trainer.num_nodes}: start this command on every node, with torchrun or srun; see "

@@ -32,17 +32,6 @@ from cdm_lightning.errors import UserError
 TRIED = 8  # latents along one side of the image that is decoded to try the codec
 
 
-def weights_dtype(network: nn.Module) -> torch.dtype:
-    """Return the dtype of the network's weights.
-
-    This is faster than `ModelMixin.dtype`, which visits every module in each call: that takes a millisecond for the
-    bundled pipeline and several for a large one.
-    """
-    if isinstance(network, ModelMixin):
-        return next(parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())
-    return cast(torch.dtype, network.dtype)  # the attribute of a view of a shared base
-
-
 class PipelineBackbone(PipelineSettings):
     """A text-to-image pipeline of diffusers, from a local folder or a hub id; files are read only when needed.
 

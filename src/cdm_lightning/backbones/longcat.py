@@ -16,9 +16,10 @@ from diffusers.models.transformers.transformer_longcat_image import (
 from torch import Tensor, nn
 
 from cdm_lightning.backbones.base import Conditioning
-from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone, weights_dtype
+from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone
 from cdm_lightning.backbones.lora_file import JOINT_ATTENTION, JOINT_FEED_FORWARD, presets
 from cdm_lightning.backbones.packing import dtype_of_call, grid_ids, pack, renormalised, rounded_timestep, unpack
+from cdm_lightning.backbones.weights_dtype import weights_dtype
 
 
 class LongCatBackbone(PipelineBackbone):

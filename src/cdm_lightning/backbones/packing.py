@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from cdm_lightning.backbones.diffusers_pipeline import weights_dtype
+from cdm_lightning.backbones.weights_dtype import weights_dtype
 from cdm_lightning.core.transfer import send
 
 

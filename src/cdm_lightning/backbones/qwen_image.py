@@ -14,9 +14,10 @@ from diffusers.models.transformers.transformer_qwenimage import QwenImageTransfo
 from torch import Tensor, nn
 
 from cdm_lightning.backbones.base import Conditioning
-from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone, weights_dtype
+from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone
 from cdm_lightning.backbones.lora_file import JOINT_ATTENTION, presets
 from cdm_lightning.backbones.packing import dtype_of_call, pack, renormalised, rounded_timestep, unpack
+from cdm_lightning.backbones.weights_dtype import weights_dtype
 
 FEED_FORWARD = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
 

@@ -19,10 +19,11 @@ from diffusers.models.transformers.sana_transformer import SanaTransformerBlock
 from torch import Tensor, nn
 
 from cdm_lightning.backbones.base import Conditioning
-from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone, weights_dtype
+from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone
 from cdm_lightning.backbones.lora_file import presets
 from cdm_lightning.backbones.plain_scheduler import plain_scheduler
 from cdm_lightning.backbones.settings_file import read_settings
+from cdm_lightning.backbones.weights_dtype import weights_dtype
 from cdm_lightning.errors import UserError
 
 

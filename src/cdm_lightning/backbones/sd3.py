@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from cdm_lightning.backbones.base import Conditioning
 from cdm_lightning.backbones.compact_text import lengthened, use_compact_padding
-from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone, weights_dtype
+from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone
 from cdm_lightning.backbones.lora_file import JOINT_ATTENTION, JOINT_FEED_FORWARD, presets
 from cdm_lightning.backbones.pipeline_settings import shared_property
 from cdm_lightning.backbones.plain_scheduler import plain_scheduler
 from cdm_lightning.backbones.sd3_text import PromptEncoder
+from cdm_lightning.backbones.weights_dtype import weights_dtype
 from cdm_lightning.kinds import Tokens
 
 CLIP_TOKENS = 77  # the value of every published pipeline

@@ -15,8 +15,9 @@ from diffusers.models.transformers.transformer_z_image import ADALN_EMBED_DIM, Z
 from torch import Tensor, nn
 
 from cdm_lightning.backbones.base import Conditioning
-from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone, weights_dtype
+from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone
 from cdm_lightning.backbones.lora_file import presets
+from cdm_lightning.backbones.weights_dtype import weights_dtype
 
 
 class ZImageBackbone(PipelineBackbone):

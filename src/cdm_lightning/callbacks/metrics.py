@@ -1,6 +1,5 @@
 """The metrics of a run, measured on the validation images during training."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,6 +7,7 @@ import lightning as L
 
 from cdm_lightning.data.datamodule import PromptDataModule
 from cdm_lightning.distributed.ranks import gather
+from cdm_lightning.ends.optional import may_fail
 from cdm_lightning.evaluation.report import csv_text
 from cdm_lightning.files import require_name, write_text
 from cdm_lightning.kinds import FolderOfRun
@@ -66,12 +66,7 @@ class ValidationMetrics(L.Callback):
             pl_module.log_dict({f"val/{figure}/{sampler}": value for figure, value in row.items()})
         scores = self.metrics.scores(samplers)
         if trainer.is_global_zero and scores:
-            path = Path(trainer.default_root_dir) / self.folder / f"iteration_{pl_module.iteration:07d}.csv"
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_text(path, csv_text(scores))
-            except OSError as error:  # as with a checkpoint, a full disk does not end the run
-                reason = error.strerror or error
-                print(
-                    f"WARNING: {path} could not be written ({reason}); the run continues", file=sys.stderr, flush=True
-                )
+            folder = Path(trainer.default_root_dir) / self.folder
+            with may_fail(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                write_text(folder / f"iteration_{pl_module.iteration:07d}.csv", csv_text(scores))

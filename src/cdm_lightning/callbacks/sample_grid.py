@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import lightning as L
-import numpy as np
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from cdm_lightning.ends.optional import may_fail
 from cdm_lightning.evaluation.pictures import picture
 from cdm_lightning.files import replacing, require_name
 from cdm_lightning.kinds import FolderOfRun, Pictures
@@ -50,13 +49,11 @@ class SampleGrid(L.Callback):
         if trainer.sanity_checking or not self._images:
             return
         made = picture({name: torch.cat(images) for name, images in self._images.items()}, self._prompts)
-        path = Path(trainer.default_root_dir) / self.folder / f"iteration_{pl_module.iteration:07d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            made.save(temporary, format="PNG")
+        folder = Path(trainer.default_root_dir) / self.folder
+        with may_fail(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with replacing(folder / f"iteration_{pl_module.iteration:07d}.png") as temporary:
+                made.save(temporary, format="PNG")
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                pixels = np.asarray(made)
-                logger.experiment.add_image("val/samples", pixels, pl_module.iteration, dataformats="HWC")
-            elif hasattr(logger, "log_image"):  # Weights & Biases and loggers with the same method
-                logger.log_image("val/samples", [made], step=pl_module.iteration)
+            if hasattr(logger, "log_picture"):
+                logger.log_picture("val/samples", made, pl_module.iteration)

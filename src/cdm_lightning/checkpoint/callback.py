@@ -4,24 +4,23 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
-from safetensors import SafetensorError
 from torch import Tensor
 
 from cdm_lightning.checkpoint.best import Best, note_validation
 from cdm_lightning.checkpoint.folder import checkpoints_in, iteration_of, remove, sweep
-from cdm_lightning.checkpoint.health import not_finite, not_finite_in
-from cdm_lightning.checkpoint.objective_state import class_of, require_readable, restore_objective
+from cdm_lightning.checkpoint.health import not_finite
+from cdm_lightning.checkpoint.objective_state import require_readable, restore_objective, trainer_state
 from cdm_lightning.checkpoint.save import save_checkpoint
-from cdm_lightning.checkpoint.signals import StopSignals
 from cdm_lightning.checkpoint.start import choose_start
 from cdm_lightning.checkpoint.state import plain_values_of, restore, tensors_of
-from cdm_lightning.checkpoint.stored import FINITE, OTHER, RECORD, TRAINER, StoredCheckpoint, read_checkpoint
+from cdm_lightning.checkpoint.stored import FINITE, OTHER, RECORD, TRAINER, StoredCheckpoint, is_healthy
 from cdm_lightning.checkpoint.validation import make_up_validation
 from cdm_lightning.distributed import ranks
+from cdm_lightning.ends import signals
 from cdm_lightning.errors import Preempted, UserError
 from cdm_lightning.files import restoring
 from cdm_lightning.kinds import Count, FolderToWrite, Iterations, MetricName
@@ -38,7 +37,8 @@ class IterationCheckpoint(Checkpoint):
     when `max_skipped` consecutive updates of a network were skipped because their gradient was not finite (None: never). At
     the start the run resumes from the newest good checkpoint in `folder`, or from `begin_with` if there is none; a validation
     that was due at its iteration is made up. A save that fails because of the disk does not stop the run, unless it is the save
-    of the last iteration. A save of weights that are not finite is refused and stops the run with `UserError`.
+    of the last iteration. A save of weights that are not finite is refused and stops the run with `UserError`. An error between
+    two iterations of a run with one process, for example of a loader worker, ends it with a checkpoint.
     """
 
     def __init__(
@@ -61,8 +61,8 @@ class IterationCheckpoint(Checkpoint):
         self.begin_with: Path | None = None  # a checkpoint of another run to start from
         self.about: Mapping[str, Any] | None = None  # stored in each checkpoint: `StoredCheckpoint.about`
         self._start: StoredCheckpoint | None = None
-        self._signals = StopSignals()
-        self._trainer_state: dict[str, Any] = {}
+        self._trainer_state: dict[str, Any] = {}  # after the last iteration that this start has trained
+        self._is_between = False  # whether no iteration is half done
 
     # ---- the start
 
@@ -109,27 +109,43 @@ class IterationCheckpoint(Checkpoint):
             make_up_validation(trainer, pl_module, start, say)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Handle the stop signals instead of Lightning."""
-        self._signals.install()
+        """From now on signals are noted, because iterations have to be finished and saved."""
+        signals.training()
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: "CDMModule", *_: object) -> None:
+        """Note that an iteration has begun."""
+        self._is_between = False
 
     # ---- every iteration
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: "CDMModule", *_: object) -> None:
         """Save if a save is due. Lightning calls checkpoint callbacks last, when the state is complete."""
         self._check_health(pl_module)
-        iteration, stop = trainer.global_step, self._signals.asked()
+        iteration, stop = trainer.global_step, ranks.any_of(signals.is_asked())
         last = iteration == trainer.max_steps
-        if self.best.metric is not None:
-            # A save after validation must equal a save at this point.
-            self._trainer_state = trainer_state(trainer, pl_module)
+        self._trainer_state = trainer_state(trainer, pl_module)  # a later save must equal a save at this point
+        self._is_between = True
         if stop or last or trainer.should_stop or iteration % self.every == 0:
-            path = self._save(trainer, pl_module, trainer_state(trainer, pl_module), needed=last)
-            if stop and not last:
-                saved = (
-                    f"saved {path}" if path else "the last save failed, so the run will resume from an older checkpoint"
-                )
-                say(f"stopped at iteration {iteration}: {saved}; run the same command again to continue")
-                raise Preempted(f"at iteration {iteration}")
+            path = self._save(trainer, pl_module, self._trainer_state, needed=last)
+            if stop:
+                self._stop(iteration, path)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: "CDMModule", *_: object) -> None:
+        """Save and stop if a signal has come; the validation is made again when the run continues."""
+        if not trainer.sanity_checking and ranks.any_of(signals.is_asked()):
+            self._stop(trainer.global_step, self._save_late(trainer, pl_module))
+
+    def _save_late(self, trainer: L.Trainer, module: "CDMModule") -> Path | None:
+        """Return the checkpoint of the last iteration, which is written now if it was not due then."""
+        iteration = trainer.global_step
+        found = {iteration_of(path): path for path in checkpoints_in(self.folder)}.get(iteration)
+        if ranks.from_first(found is not None):
+            return found
+        return self._save(trainer, module, self._trainer_state) if self._trainer_state else None
+
+    def _stop(self, iteration: int, path: Path | None) -> NoReturn:
+        say_stopped(iteration, path)
+        raise Preempted(f"at iteration {iteration}")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
         """Keep the checkpoint of this iteration if its metric is the best so far; `UserError` for an unknown metric."""
@@ -168,12 +184,21 @@ class IterationCheckpoint(Checkpoint):
         return True
 
     def on_train_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Restore the previous signal handlers."""
-        self._signals.restore()
+        """Stop if a signal has come; from now on everything is saved, and signals stop the run at once."""
+        if ranks.any_of(signals.is_asked()):
+            self._stop(trainer.global_step, self._save_late(trainer, pl_module))
+        signals.loading("after training, before the evaluation was complete")
 
     def on_exception(self, trainer: L.Trainer, pl_module: "CDMModule", exception: BaseException) -> None:
-        """Restore the previous signal handlers."""
-        self._signals.restore()
+        """Save what there is, if the only process stops between two iterations."""
+        if self._is_between and self._trainer_state and ranks.world_size() == 1 and not signals.is_saved():
+            path = self._save_late(trainer, pl_module)
+            if isinstance(exception, Preempted):
+                say_stopped(trainer.global_step, path)
+            elif path:
+                say(f"saved {path}")
+        if not isinstance(exception, Preempted):
+            signals.failing()
 
     # ---- saving
 
@@ -252,27 +277,11 @@ class IterationCheckpoint(Checkpoint):
                 )
 
 
-def trainer_state(trainer: L.Trainer, module: "CDMModule") -> dict[str, Any]:
-    """Return the state of Lightning's loop, the callbacks and the objective."""
-    # pyrefly: ignore[missing-attribute]  Lightning sets this attribute from another module
-    callbacks = {callback.state_key: state for callback in trainer.callbacks if (state := callback.state_dict())}
-    objective = module.objective.state_dict()
-    return {
-        "fit_loop": trainer.fit_loop.state_dict(),
-        "callbacks": callbacks,
-        "objective": objective,
-        "objective_class": class_of(module.objective),
-    }
-
-
-def is_healthy(path: Path) -> bool:
-    """Return whether a checkpoint can be read, was written after an update that was not skipped, and has finite weights."""
-    try:
-        stored = read_checkpoint(path)
-        skipped = any(stored.record.get("skipped_in_a_row", {}).values())
-        return not skipped and (bool(stored.record.get(FINITE)) or not_finite_in(stored.files) is None)
-    except (UserError, OSError, AttributeError, SafetensorError):
-        return False
+def say_stopped(iteration: int, path: Path | None) -> None:
+    """Say that a signal has stopped the run at this iteration, and where it is saved; None if the save failed."""
+    signals.saved()
+    saved = f"saved {path}" if path else "the last save failed, so the run will resume from an older checkpoint"
+    say(f"stopped at iteration {iteration}: {saved}; {signals.AGAIN}")
 
 
 def say(text: str) -> None:

@@ -11,6 +11,9 @@ from cdm_lightning.errors import UserError
 from cdm_lightning.files import first_line
 
 if TYPE_CHECKING:
+    import lightning as L
+
+    from cdm_lightning.module import CDMModule
     from cdm_lightning.objectives.base import Objective
 
 
@@ -42,3 +45,16 @@ def restore_objective(objective: "Objective", state: Mapping[str, Any]) -> str |
         return f"the state of the checkpoint's objective ({state['objective_class']}) is ignored by {name}"
     objective.load_state_dict(stored)
     return None
+
+
+def trainer_state(trainer: "L.Trainer", module: "CDMModule") -> dict[str, Any]:
+    """Return the state of Lightning's loop, the callbacks and the objective."""
+    # pyrefly: ignore[missing-attribute]  Lightning sets this attribute from another module
+    callbacks = {callback.state_key: state for callback in trainer.callbacks if (state := callback.state_dict())}
+    objective = module.objective.state_dict()
+    return {
+        "fit_loop": trainer.fit_loop.state_dict(),
+        "callbacks": callbacks,
+        "objective": objective,
+        "objective_class": class_of(module.objective),
+    }

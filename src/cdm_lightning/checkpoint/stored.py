@@ -264,3 +264,13 @@ def _try(path: Path) -> tuple[StoredCheckpoint | None, str | None]:
     if why is None and stored is not None and (fault := stored.find_fault()):
         why = f"{path}: {fault}"
     return stored, why
+
+
+def is_healthy(path: Path) -> bool:
+    """Return whether a checkpoint can be read, was written after an update that was not skipped, and has finite weights."""
+    try:
+        stored = read_checkpoint(path)
+        skipped = any(stored.record.get("skipped_in_a_row", {}).values())
+        return not skipped and (bool(stored.record.get(FINITE)) or not_finite_in(stored.files) is None)
+    except (UserError, OSError, AttributeError, SafetensorError):
+        return False

@@ -23,7 +23,9 @@ from omegaconf.errors import OmegaConfBaseException
 from cdm_lightning.config.arguments import check_arguments, with_texts
 from cdm_lightning.config.composition import composition_error
 from cdm_lightning.config.secrets import masked_command, masked_text
-from cdm_lightning.errors import Preempted, UserError
+from cdm_lightning.ends import signals
+from cdm_lightning.ends.streams import tolerant_streams
+from cdm_lightning.errors import UserError
 from cdm_lightning.files import require_name
 from cdm_lightning.terminal.output import mask_output
 
@@ -193,7 +195,7 @@ def answer_questions(config_name: str) -> None:
 def run_cli(task: Callable[[DictConfig], object], config_name: str) -> None:
     """Run `task` on the command line's configuration. A user's mistake gives one line on stderr and exit status 2.
 
-    A run that was stopped by a signal exits with status 75.
+    A run that was stopped by a signal exits with status 75 (`ends.signals`).
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra prints its own lines and exits with status 1
     mask_output()
@@ -209,21 +211,17 @@ def run_cli(task: Callable[[DictConfig], object], config_name: str) -> None:
             task(config)
         except UserError as error:
             fail(error)  # called inside the job, because Hydra would otherwise print its own line first
-        except Preempted as stop:
-            sys.exit(stop.exit_code)
 
-    try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(job)()
-    except (HydraException, OmegaConfBaseException, OSError) as error:
-        fail(error)
-    except yaml.YAMLError as error:
-        if composed:
-            raise
-        fail(error)
-    except ValueError as error:  # Hydra raises it for a `group=null`
-        if composed:  # an error from inside the task is a bug and keeps its traceback
-            raise
-        fail(error)
+    with signals.watched(), tolerant_streams():
+        signals.loading("before training")
+        try:
+            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(job)()
+        except (HydraException, OmegaConfBaseException, OSError) as error:
+            fail(error)
+        except (yaml.YAMLError, ValueError) as error:  # Hydra raises a ValueError for a `group=null`
+            if composed:  # an error from inside the task is a bug and keeps its traceback
+                raise
+            fail(error)
 
 
 def fail(error: BaseException) -> NoReturn:
@@ -234,6 +232,7 @@ def fail(error: BaseException) -> NoReturn:
     """
     process = process_number()
     if process:
+        signals.failing()
         time.sleep(OTHERS_WAIT)
     print(f"error: {f'process {process}: ' if process else ''}{one_line(error)}", file=sys.stderr, flush=True)
     sys.exit(2)

@@ -9,10 +9,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from cdm_lightning.data.batches import DrawnPrompts, EndlessBatches, PromptBatch, collate, evaluation_batches
+from cdm_lightning.data.loader import SteadyLoader
 from cdm_lightning.data.mixture import MixedPrompts
 from cdm_lightning.data.prompts import Prompts
 from cdm_lightning.errors import UserError
-from cdm_lightning.kinds import BatchSize, Count, Seed, Workers
+from cdm_lightning.kinds import BatchSize, Count, Seconds, Seed, Workers
+
+LONGEST_TIMEOUT = 10**6  # seconds, eleven days; longer ones overflow in the operating system
 
 
 class PromptDataModule(L.LightningDataModule):
@@ -21,8 +24,8 @@ class PromptDataModule(L.LightningDataModule):
     `batch_size` is per process. Validation uses the first `val_prompts` prompts of `val`, or all of them if it is None.
     `seed` fixes the order of the training prompts. `groups(n)` is the range of the iterations that are rolled out together
     with iteration n, so that their batches are read together (default: each iteration alone). `images` requests the real
-    image of each training prompt. Raises `UserError` for sizes that are not positive, and if images are requested from
-    prompts without images.
+    image of each training prompt. The run ends if the loader workers deliver no batch for `worker_timeout` seconds. Raises
+    `UserError` for sizes that are not positive, and if images are requested from prompts without images.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class PromptDataModule(L.LightningDataModule):
         num_workers: Workers = 0,
         groups: Callable[[int], range] | None = None,
         images: bool = False,
+        worker_timeout: Seconds = 600.0,
     ) -> None:
         super().__init__()
         self.groups, self.images = groups, images
@@ -54,6 +58,12 @@ class PromptDataModule(L.LightningDataModule):
             raise UserError(
                 f"data.num_workers={num_workers} must be at least 0; with 0 the training process reads the prompts itself"
             )
+        if not 0 < worker_timeout <= LONGEST_TIMEOUT:
+            raise UserError(
+                f"data.worker_timeout={worker_timeout} must be above 0 and at most {LONGEST_TIMEOUT} seconds"
+            )
+        self.worker_timeout = worker_timeout
+        self._loaders: list[SteadyLoader] = []
 
     def prepare_data(self) -> None:
         """Print once which prompts were left out of the sets and how sets are mixed."""
@@ -91,15 +101,23 @@ class PromptDataModule(L.LightningDataModule):
         """Leave the batch on the host: prompts are text, and the random draws need their keys on the CPU."""
         return batch
 
-    @staticmethod
-    def _loader(prompts: DrawnPrompts, batches: EndlessBatches | list, num_workers: int) -> DataLoader:
-        return DataLoader(
+    def kill_workers(self) -> None:
+        """End the loader workers that are still there after training."""
+        for loader in self._loaders:
+            loader.kill_workers()
+
+    def _loader(self, prompts: DrawnPrompts, batches: EndlessBatches | list, num_workers: int) -> DataLoader:
+        loader = SteadyLoader(
             prompts,
             batch_sampler=batches,
             num_workers=num_workers,
             collate_fn=collate,
             persistent_workers=num_workers > 0,
+            timeout=self.worker_timeout if num_workers else 0,
+            is_alone=cast(L.Trainer, self.trainer).world_size == 1,
         )
+        self._loaders.append(loader)
+        return loader
 
 
 def _without_images(prompts: Prompts) -> str:

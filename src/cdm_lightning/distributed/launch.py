@@ -2,7 +2,8 @@
 
 Hydra composes the configuration only once, in the launching process. The processes read it from a private temporary folder,
 so all of them have the same configuration and none of them runs a sweep again. Signals to the launching process are
-forwarded to the processes that train, and their exit status becomes its own.
+forwarded to the processes that train, and their exit status becomes its own. Those processes have sessions of their own, so
+a signal to the process group of the launcher (Ctrl-C, `timeout`) reaches them once, through the launcher.
 """
 
 import importlib
@@ -15,17 +16,18 @@ import tempfile
 import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
+from cdm_lightning.ends import signals
+from cdm_lightning.errors import Preempted
 from cdm_lightning.terminal.secrets import masked_command
 
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 GRACE = 30  # seconds between the failure of one process and the moment when the others are killed
-ORPHAN_CHECK = 2.0  # seconds between two checks whether the parent process still exists
-CONFIG, COMMAND, SIGNALLED = "config.yaml", "command.json", "signal"
+ORPHAN_CHECK = 1.0  # seconds between two checks whether the parent process still exists
+CONFIG, COMMAND, LAUNCHER, SIGNALLED = "config.yaml", "command.json", "launcher", "signal"
 
 
 def is_launched(variables: Mapping[str, str] = os.environ) -> bool:
@@ -80,6 +82,7 @@ def run_processes(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    (folder / LAUNCHER).write_text(str(os.getpid()))
     # The processes themselves print what is wrong.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)
@@ -94,7 +97,7 @@ def run_processes(
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
-        signals_to_handle="SIGQUIT",  # all other signals are forwarded, because the processes need time to save
+        signals_to_handle="none",  # all signals are forwarded, because the processes need time to save
         **shutdown,
     )
     try:
@@ -112,17 +115,30 @@ def run_processes(
 
 @contextmanager
 def forwarded_signals(folder: Path) -> Generator[None]:
-    """Inside the block, forward signals from this process to the processes that have signed on in `folder`."""
+    """Inside the block, forward signals from this process to the processes that have signed on in `folder`.
+
+    A second signal stops them at once, also those that are suspended and could not stop themselves.
+    """
+    first: list[float] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
-        (folder / SIGNALLED).write_text(str(number))  # for processes that sign on later
-        for process in folder.glob("*.pid"):
-            try:
-                os.kill(int(process.stem), number)
-            except ProcessLookupError:
-                continue
+        is_second = bool(first) and time.monotonic() - first[0] >= signals.SAME_EVENT
+        if first and not is_second:
+            return
+        first.append(time.monotonic())
+        with suppress(OSError):
+            (folder / SIGNALLED).write_text(str(number))  # for processes that sign on later
+        signed_on = list(folder.glob("*.pid"))
+        for process in signed_on:
+            with suppress(ProcessLookupError):
+                os.kill(int(process.stem), signal.SIGKILL if is_second else number)
+        if is_second and not signed_on:
+            raise SystemExit(128 + number)
 
-    before = {number: signal.signal(number, forward) for number in FORWARDED}
+    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
+    for number, handler in before.items():
+        if number != signal.SIGHUP or handler is not signal.SIG_IGN:
+            signal.signal(number, forward)
     try:
         yield
     finally:
@@ -131,15 +147,25 @@ def forwarded_signals(folder: Path) -> Generator[None]:
 
 
 def sign_on(folder: Path) -> None:
-    """Let this process receive the launcher's signals; exit now if one came before, and later if the launcher dies."""
+    """Let this process receive the launcher's signals, and end it if one came before or the launcher is dead.
+
+    The status is then 75, because nothing has been done. Later the process stops, as after a signal, if the launcher dies.
+    """
+    signals.watch()
     (folder / f"{os.getpid()}.pid").touch()
     if (folder / SIGNALLED).exists():
-        sys.exit(128 + int((folder / SIGNALLED).read_text()))
-    threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
+        raise Preempted("before it began")
+    follow(int((folder / LAUNCHER).read_text()))
 
 
-def _follow(parent: int) -> None:
-    """End this process by SIGTERM when its parent has died, because nothing would control it any more."""
+def follow(parent: int) -> None:
+    """End this process now if `parent` is not its parent, which has died then, and by SIGTERM when the parent dies."""
+    if os.getppid() != parent:
+        raise Preempted("because its launcher has died")
+    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+
+
+def _watch(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(ORPHAN_CHECK)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -154,9 +180,12 @@ def main(arguments: Sequence[str]) -> None:
     from omegaconf import DictConfig, OmegaConf
 
     from cdm_lightning.config import fail, register_resolvers
-    from cdm_lightning.errors import Preempted, UserError
+    from cdm_lightning.ends.streams import make_tolerant
+    from cdm_lightning.errors import UserError
     from cdm_lightning.terminal.quiet import quiet_libraries
 
+    make_tolerant()
+    signals.loading("before training")
     quiet_libraries()
     register_resolvers()
     try:
@@ -164,8 +193,6 @@ def main(arguments: Sequence[str]) -> None:
         getattr(importlib.import_module(module), function)(cast(DictConfig, OmegaConf.load(order["config"])))
     except UserError as error:
         fail(error)
-    except Preempted as stop:
-        sys.exit(stop.exit_code)
 
 
 if __name__ == "__main__":

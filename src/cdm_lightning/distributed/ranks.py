@@ -59,3 +59,8 @@ def agree(error: OSError | None) -> None:
     found = next((text for text in texts if text is not None), None)
     if found is not None:
         raise OSError(found) from error
+
+
+def lost_process(error: BaseException) -> bool:
+    """Return whether this error says that another process of the run has ended or does not answer."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

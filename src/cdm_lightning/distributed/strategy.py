@@ -6,6 +6,7 @@ networks are the mesh (W, 1) and shards without copies are (1, W). Mesh dimensio
 
 import os
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import cast
 
 import torch
@@ -13,18 +14,30 @@ from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from cdm_lightning.errors import UserError
-from cdm_lightning.kinds import DevicesOption, Network, Processes
+from cdm_lightning.kinds import DevicesOption, Network, Processes, Seconds
+
+TIMEOUT = 1800.0  # seconds, the default of torch.distributed
+LONGEST_TIMEOUT = 10**6  # seconds, eleven days
+FEWEST_PROCESSES = 4  # allowed on a machine with fewer CPU cores, to try a layout out
 
 
 class MeshStrategy(ModelParallelStrategy):
     """Lightning's FSDP2 strategy on `replicas` x `shards` processes; `training.placement.distribute` does the sharding.
 
     The shards of the networks in `on_cpu` stay in host memory and are copied to the device block by block when they
-    compute. If such a network is trained, its optimizer steps are also made in host memory.
+    compute. If such a network is trained, its optimizer steps are also made in host memory. A process that waits longer
+    than `timeout` seconds for another one raises an error, which ends the run; `UserError` unless it is above 0.
     """
 
-    def __init__(self, replicas: int, shards: int, on_cpu: Sequence[str] = ()) -> None:
-        super().__init__(data_parallel_size=replicas, tensor_parallel_size=shards, save_distributed_checkpoint=False)
+    def __init__(self, replicas: int, shards: int, on_cpu: Sequence[str] = (), timeout: Seconds = TIMEOUT) -> None:
+        if not 0 < timeout <= LONGEST_TIMEOUT:
+            raise UserError(f"strategy.timeout={timeout} must be above 0 and at most {LONGEST_TIMEOUT} seconds")
+        super().__init__(
+            data_parallel_size=replicas,
+            tensor_parallel_size=shards,
+            save_distributed_checkpoint=False,
+            timeout=timedelta(seconds=timeout),
+        )
         self.replicas, self.shards, self.on_cpu = replicas, shards, tuple(on_cpu)
 
     def check(self, networks: Sequence[str], whole: Sequence[str]) -> None:
@@ -70,18 +83,32 @@ def single_process(devices: DevicesOption = 1, num_nodes: Processes = 1) -> str:
     return "auto"
 
 
-def data_parallel(devices: DevicesOption = 1, num_nodes: Processes = 1, on_cpu: Sequence[Network] = ()) -> MeshStrategy:
+def data_parallel(
+    devices: DevicesOption = 1,
+    num_nodes: Processes = 1,
+    on_cpu: Sequence[Network] = (),
+    timeout: Seconds = TIMEOUT,
+) -> MeshStrategy:
     """Return the strategy in which each process holds whole copies of the networks."""
-    return MeshStrategy(replicas=world_size(devices, num_nodes), shards=1, on_cpu=on_cpu)
+    return MeshStrategy(world_size(devices, num_nodes), 1, on_cpu, timeout)
 
 
-def fully_sharded(devices: DevicesOption = 1, num_nodes: Processes = 1, on_cpu: Sequence[Network] = ()) -> MeshStrategy:
+def fully_sharded(
+    devices: DevicesOption = 1,
+    num_nodes: Processes = 1,
+    on_cpu: Sequence[Network] = (),
+    timeout: Seconds = TIMEOUT,
+) -> MeshStrategy:
     """Return the strategy in which each process holds one shard of each weight, gradient and optimizer state."""
-    return MeshStrategy(replicas=1, shards=world_size(devices, num_nodes), on_cpu=on_cpu)
+    return MeshStrategy(1, world_size(devices, num_nodes), on_cpu, timeout)
 
 
 def hybrid_sharded(
-    devices: DevicesOption = 1, num_nodes: Processes = 1, replicas: Processes = 1, on_cpu: Sequence[Network] = ()
+    devices: DevicesOption = 1,
+    num_nodes: Processes = 1,
+    replicas: Processes = 1,
+    on_cpu: Sequence[Network] = (),
+    timeout: Seconds = TIMEOUT,
 ) -> MeshStrategy:
     """Return the strategy of `replicas` copies, each sharded over an equal group of processes; `UserError` if uneven."""
     processes = world_size(devices, num_nodes)
@@ -89,7 +116,7 @@ def hybrid_sharded(
         raise UserError(
             f"strategy=hsdp: {processes} processes cannot form {replicas} equal groups; set strategy.replicas to a divisor"
         )
-    return MeshStrategy(replicas=replicas, shards=processes // replicas, on_cpu=on_cpu)
+    return MeshStrategy(replicas, processes // replicas, on_cpu, timeout)
 
 
 def world_size(devices: int | str | Sequence[int], num_nodes: int) -> int:
@@ -107,6 +134,22 @@ def launched_processes() -> int | None:
     """Return the number of processes that torchrun or SLURM has started; None if neither has."""
     tasks = int(os.environ.get("SLURM_NTASKS", "1"))
     return int(os.environ.get("WORLD_SIZE", "0")) or (tasks if tasks > 1 else None)
+
+
+def require_devices(devices: int | str | Sequence[int], accelerator: str = "auto") -> None:
+    """Raise `UserError` if this machine has not that many devices, before a process is started for each of them.
+
+    On the CPU a process needs a core of its own; a few more are allowed, to try a layout out.
+    """
+    count = device_count(devices)
+    is_gpu = accelerator in ("cuda", "gpu") or (accelerator == "auto" and torch.cuda.is_available())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    most = torch.cuda.device_count() if is_gpu else max(cores, FEWEST_PROCESSES)
+    if accelerator not in ("auto", "cpu", "cuda", "gpu"):
+        return  # Lightning knows it
+    if not 1 <= count <= most:
+        what = f"{most} GPUs" if is_gpu else f"{cores} CPU cores, enough for {most} processes"
+        raise UserError(f"trainer.devices={devices}: this machine has {what}; set a number from 1 to {most}")
 
 
 def device_count(devices: int | str | Sequence[int]) -> int:

@@ -7,9 +7,10 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from cdm_lightning.ends.optional import may_fail
 from cdm_lightning.evaluation.ladder import LadderResult, Row
 from cdm_lightning.evaluation.pictures import picture
-from cdm_lightning.files import replacing, write_text
+from cdm_lightning.files import replacing
 
 METRICS, TABLE, SCORES, PICTURE = "metrics.json", "table.md", "scores.csv", "samples.png"
 FORMATS = {"seconds_per_image": "{:.4f}"}  # other figures: see `_cell`
@@ -71,15 +72,24 @@ def save_report(result: LadderResult, folder: str | Path) -> dict[str, Path]:
 
     metrics.json has the settings and the figures, table.md the figures as a table, samples.png the images of the first prompts,
     and scores.csv a line for each sampler and prompt, so that two runs can be compared prompt by prompt. metrics.json is
-    written last: if it is there, the report is complete.
+    written last: if it is there, the evaluation is complete. A file that cannot be written is a warning; the file of an earlier
+    evaluation is then deleted, so that no report mixes two evaluations.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / name for name in (METRICS, TABLE, SCORES, PICTURE)}
-    with replacing(paths[PICTURE]) as path:
-        picture(result.images, result.prompts).save(path, format="PNG")
-    write_text(paths[SCORES], csv_text(result.scores))
-    write_text(paths[TABLE], markdown_table(result.rows))
     content = {"settings": result.settings, "rows": [_as_json(row) for row in result.rows]}
-    write_text(paths[METRICS], json.dumps(content, indent=2) + "\n")  # last: it marks the report as complete
+    shown = io.BytesIO()
+    picture(result.images, result.prompts).save(shown, format="PNG")
+    texts = {
+        PICTURE: shown.getvalue(),
+        SCORES: csv_text(result.scores).encode(),
+        TABLE: markdown_table(result.rows).encode(),
+        METRICS: (json.dumps(content, indent=2) + "\n").encode(),  # last: it marks the report as complete
+    }
+    for name, text in texts.items():
+        with may_fail(paths[name]):
+            folder.mkdir(parents=True, exist_ok=True)
+            paths[name].unlink(missing_ok=True)
+            with replacing(paths[name]) as path:
+                path.write_bytes(text)
     return paths

@@ -4,6 +4,7 @@ A device, a pipe or a socket is neither written nor read: a read could wait or g
 device. Everything in the package that writes or reads small files goes through these functions.
 """
 
+from cdm_lightning.files.disk import append_text, disk_error, disk_errors
 from cdm_lightning.files.leftovers import sweep, sweep_folder
 from cdm_lightning.files.locks import locked
 from cdm_lightning.files.reading import first_line, irregular, open_regular, read_text, require_name, require_regular
@@ -11,6 +12,9 @@ from cdm_lightning.files.records import read_record, require_entries, restoring
 from cdm_lightning.files.writing import replacing, replacing_folder, require_replaceable, sync, write_text
 
 __all__ = (
+    "append_text",
+    "disk_error",
+    "disk_errors",
     "first_line",
     "irregular",
     "locked",

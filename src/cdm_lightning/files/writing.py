@@ -8,6 +8,7 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from cdm_lightning.files.disk import disk_errors
 from cdm_lightning.files.leftovers import OLD, hold, sweep, temporary_path
 
 
@@ -26,7 +27,8 @@ def replacing(path: str | Path) -> Generator[Path]:
     try:
         hold(descriptor)
         mode = stat.S_IMODE((path.stat() if path.exists() else os.fstat(descriptor)).st_mode)
-        yield temporary
+        with disk_errors():
+            yield temporary
         temporary.chmod(mode)
         sync(temporary)
         os.replace(temporary, require_replaceable(path))
@@ -55,7 +57,8 @@ def replacing_folder(path: str | Path) -> Generator[Path]:
     descriptor = os.open(temporary, os.O_RDONLY)
     try:
         hold(descriptor)
-        yield temporary
+        with disk_errors():
+            yield temporary
         for written in (*temporary.rglob("*"), temporary):
             sync(written)
         _exchange(temporary, path, old)

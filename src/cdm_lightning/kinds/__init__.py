@@ -105,6 +105,7 @@ Scale = Annotated[float, Ge(-1000), Le(1000)]  # of a LoRA; 0 is off, a negative
 Rate = Annotated[float, Ge(0), Le(1000)]  # a learning rate
 GradientNorm = Annotated[float, Gt(0), Infinite()]  # infinite: no clipping
 Megabytes = Annotated[float, Ge(0), Le(1e9)]
+Seconds = Annotated[float, Gt(0), Le(1e6)]  # that something may take; longer ones overflow in the operating system
 
 # ---- texts
 

@@ -15,7 +15,8 @@ import yaml
 import cdm_lightning
 from cdm_lightning.config import PACKAGE
 from cdm_lightning.config.secrets import masked_command
-from cdm_lightning.files import write_text
+from cdm_lightning.ends.optional import may_fail
+from cdm_lightning.files import append_text, write_text
 from cdm_lightning.run.folder import CONFIG, STARTS, Run
 
 PACKAGES = ("cdm-lightning", "torch", "lightning", "diffusers", "transformers", "peft", "safetensors", "hydra-core")
@@ -25,9 +26,10 @@ def record_start(config: dict[str, Any], run: Run, processes: int, inputs: Mappi
     """Write `config`, which must be resolved and without secrets, and add a line for this start to `starts.jsonl`.
 
     The line holds the time, command, configuration, versions, commit, hardware, the number of `processes` and the `inputs`:
-    the files that the run stands on, with sizes and hashes. It holds no environment variables.
+    the files that the run stands on, with sizes and hashes. It holds no environment variables. A disk error is a warning.
     """
-    write_text(run.folder / CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    with may_fail(run.folder / CONFIG):
+        write_text(run.folder / CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     start = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": masked_command(sys.argv),
@@ -39,10 +41,8 @@ def record_start(config: dict[str, Any], run: Run, processes: int, inputs: Mappi
         "config": config,
         "inputs": dict(inputs or {}),
     }
-    with (run.folder / STARTS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(start) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    with may_fail(run.folder / STARTS):
+        append_text(run.folder / STARTS, json.dumps(start) + "\n")
 
 
 def package_version(name: str) -> str | None:

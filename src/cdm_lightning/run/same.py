@@ -29,6 +29,7 @@ FREE = (  # groups and options that change no result: where a run is, its length
     "text_cache",  # holds the same conditioning that the text encoders would return
     "module.samplers",
     "data.num_workers",
+    "data.worker_timeout",
     "data.val",
     "data.val_batch_size",
     "data.val_prompts",

@@ -1,0 +1,18 @@
+"""The dtype in which a network holds its weights."""
+
+from typing import cast
+
+import torch
+from diffusers import ModelMixin
+from torch import nn
+
+
+def weights_dtype(network: nn.Module) -> torch.dtype:
+    """Return the dtype of the network's weights.
+
+    This is faster than `ModelMixin.dtype`, which visits every module in each call: that takes a millisecond for the
+    bundled pipeline and several for a large one.
+    """
+    if isinstance(network, ModelMixin):
+        return next(parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())
+    return cast(torch.dtype, network.dtype)  # the attribute of a view of a shared base

@@ -1,0 +1,153 @@
+"""Loggers that may fail without ending a run: one guard around all of them, and a CSV file that a full disk cannot damage."""
+
+import csv
+import io
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch.loggers as library
+import numpy as np
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+
+from cdm_lightning.ends.optional import may_fail
+from cdm_lightning.files import append_text, disk_error, write_text
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class GuardedLogger(library.Logger):
+    """Any logger; an error in it is a warning, once, and the run continues. It logs again as soon as that is possible.
+
+    While a logger is set up, only errors of the disk are forgiven: a missing login is a mistake that is reported at once.
+    """
+
+    def __init__(self, logger: library.Logger) -> None:
+        super().__init__()
+        self.inner = logger
+        self._title = f"the log of {type(logger).__name__}"
+        if isinstance(logger, library.TensorBoardLogger):
+            _hide_thread_errors()
+
+    @property
+    def name(self) -> str | None:
+        """The name of the logger."""
+        return self.inner.name
+
+    @property
+    def version(self) -> int | str | None:
+        """The version of the logger's files."""
+        return self.inner.version
+
+    @property
+    def root_dir(self) -> str | None:
+        """The folder of all versions."""
+        return self.inner.root_dir
+
+    @property
+    def log_dir(self) -> str | None:
+        """The folder of this version."""
+        return self.inner.log_dir
+
+    @property
+    def save_dir(self) -> str | None:
+        """The folder that the logger was given."""
+        return self.inner.save_dir
+
+    @property
+    def experiment(self) -> Any:
+        """What the logger writes with; Lightning asks for it at the start, so that mistakes come up early."""
+        with may_fail(self._title, proves=False):
+            return getattr(self.inner, "experiment", None)
+        return None
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Log figures."""
+        self._call("log_metrics", metrics=metrics, step=step)
+
+    def log_hyperparams(self, params: Any, *values: Any, **options: Any) -> None:
+        """Log hyperparameters."""
+        self._call("log_hyperparams", params, *values, **options)
+
+    def log_picture(self, name: str, picture: "Image", step: int) -> None:
+        """Log a picture, if the logger takes pictures."""
+        if isinstance(self.inner, library.TensorBoardLogger):
+            with may_fail(self._title, Exception, proves=False):
+                self.inner.experiment.add_image(name, np.asarray(picture), step, dataformats="HWC")
+        elif hasattr(self.inner, "log_image"):  # Weights & Biases and loggers with the same method
+            self._call("log_image", name, [picture], step=step)
+
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+        """Tell the logger of a checkpoint."""
+        self._call("after_save_checkpoint", checkpoint_callback)
+
+    def save(self) -> None:
+        """Write what was logged."""
+        self._call("save", proves=True)
+
+    def finalize(self, status: str) -> None:
+        """Write what was logged and close the files."""
+        self._call("finalize", status)
+
+    def _call(self, method: str, *values: Any, proves: bool = False, **options: Any) -> None:
+        with may_fail(self._title, Exception, proves=proves):
+            try:
+                getattr(self.inner, method)(*values, **options)
+            except Exception:
+                if isinstance(self.inner, library.TensorBoardLogger):
+                    self.inner._experiment = None  # its thread has ended: the next figures begin a new file
+                raise
+
+
+class CSVLogger(library.CSVLogger):
+    """Lightning's CSV logger, with a file that is whole whenever a full disk or a crash ends a write."""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """What writes the rows."""
+        if self._experiment is None:
+            Path(self.root_dir).mkdir(parents=True, exist_ok=True)
+            self._experiment = WholeRows(log_dir=self.log_dir)
+        return self._experiment
+
+
+class WholeRows(ExperimentWriter):
+    """Rows of a CSV file; those that could not be written are kept and written with the next ones."""
+
+    def save(self) -> None:
+        """Write all rows that are not written yet; raise OSError if that fails, and keep them."""
+        if not self.metrics:
+            return
+        path = Path(self.metrics_file_path)
+        keys = sorted(set(self.metrics_keys).union(*self.metrics))
+        if keys == self.metrics_keys and path.exists():
+            append_text(path, csv_rows(self.metrics, keys))
+        else:  # another column: the file is written anew
+            old = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))) if path.exists() else []
+            write_text(path, csv_rows([*old, *self.metrics], keys, header=True))
+            self.metrics_keys = keys
+        self.metrics = []
+
+
+def csv_rows(rows: list[dict[str, Any]], keys: list[str], header: bool = False) -> str:
+    """Return the rows as lines of a CSV file."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, keys, lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _hide_thread_errors() -> None:
+    """Print no traceback for a disk error in a thread that writes; the error comes up in the main thread, which warns."""
+    before = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        if arguments.exc_value is None or disk_error(arguments.exc_value) is None:
+            before(arguments)
+
+    threading.excepthook = hook

@@ -1,0 +1,109 @@
+"""A `DataLoader` whose workers are not ended by signals, and whose reader does not wait for ever."""
+
+import atexit
+import ctypes
+import multiprocessing.util  # noqa: F401  see `_kill_all`
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext, suppress
+from multiprocessing import active_children
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from cdm_lightning.ends import signals
+from cdm_lightning.errors import UserError
+from cdm_lightning.files import first_line
+
+PR_SET_PDEATHSIG = 1  # of prctl(2)
+_started: set[Any] = set()  # all workers of this process
+
+
+class SteadyLoader(DataLoader):
+    """A `DataLoader` for a run that signals may stop.
+
+    Signals to the whole process group do not reach the workers: the process that trains decides when they end. A worker is
+    killed when that process ends, also a suspended one. With `is_alone` (the run has one process), a signal ends the wait
+    for a batch at once.
+    """
+
+    def __init__(self, *values: Any, is_alone: bool = True, **options: Any) -> None:
+        super().__init__(*values, worker_init_fn=_end_with_parent, **options)
+        self.is_alone = is_alone
+        self._workers: set[Any] = set()
+
+    def __iter__(self) -> Any:
+        """Return an iterator of batches; it raises `UserError` if a worker dies or delivers nothing in `timeout` seconds."""
+        before = set(active_children())
+        with signals.held():
+            batches = super().__iter__()
+        started = set(active_children()) - before
+        self._workers |= started
+        _started.update(started)
+        return _Batches(batches, self)
+
+    def kill_workers(self) -> None:
+        """End the workers that did not end when the loader was shut down, because they are suspended or hang."""
+        kill(self._workers)
+        _started.difference_update(self._workers)
+        self._workers = set()
+
+
+class _Batches(Iterator):
+    """The batches of a loader."""
+
+    def __init__(self, batches: Iterator, loader: SteadyLoader) -> None:
+        self._batches, self._loader = batches, loader
+
+    def __next__(self) -> Any:
+        try:
+            with signals.waiting() if self._loader.is_alone else nullcontext():
+                return next(self._batches)
+        except RuntimeError as error:
+            if "DataLoader" not in str(error):
+                raise
+            raise UserError(worker_failure(error)) from error
+        except (ConnectionError, EOFError) as error:  # the worker died while it passed on a batch, before torch noticed
+            if not self._loader.num_workers:
+                raise
+            raise UserError(worker_failure(error)) from error
+
+
+def kill(workers: Iterable[Any]) -> None:
+    """End these processes."""
+    for worker in workers:
+        with suppress(ValueError):  # it has been closed
+            if worker.is_alive():
+                worker.kill()
+
+
+@atexit.register  # after the import of multiprocessing.util, so before its own: that one waits for all workers to end
+def _kill_all() -> None:
+    if _started:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call their end an error
+        kill(_started)
+
+
+def worker_failure(error: BaseException) -> str:
+    """Return the line that explains an error of torch's loader: a worker that has died, or one that does not answer."""
+    if "timed out" in str(error):
+        return (
+            f"{first_line(error)}: a loader worker hangs or is suspended, or reads from a file system that does not answer "
+            f"(data.worker_timeout); {signals.AGAIN}"
+        )
+    if isinstance(error, RuntimeError):
+        return f"{first_line(error)} (out of memory?); {signals.AGAIN}"
+    return f"DataLoader worker exited unexpectedly ({first_line(error)}; out of memory?); {signals.AGAIN}"
+
+
+def _end_with_parent(worker: int) -> None:
+    """Ignore signals, and let Linux kill this process when its parent ends; elsewhere torch's workers look for it themselves.
+
+    A worker that another process forked (`spawn`, `forkserver`) has not inherited the mask of signals that are held.
+    """
+    for number in signals.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,42 @@
+"""Files that a run can do without: logs, pictures, tables. A disk error while one is written is a warning, once."""
+
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cdm_lightning.files import disk_error
+
+_failing: set[str] = set()
+
+
+@contextmanager
+def may_fail(what: str | Path, *also: type[Exception], proves: bool = True) -> Generator[None]:
+    """Run a block that writes `what`; a disk error in it, or an error of a class in `also`, becomes a warning on stderr.
+
+    The warning is printed once, and a line when `what` can be written again. A block that does not prove this by its
+    success, because it only fills a buffer, passes `proves=False`.
+    """
+    name = str(what)
+    try:
+        yield
+    except Exception as error:
+        cause = disk_error(error)
+        if cause is None and not isinstance(error, also):
+            raise
+        if name not in _failing:
+            _failing.add(name)
+            _say(f"WARNING: {name} could not be written ({_reason(cause or error)}); the run continues")
+    else:
+        if proves and name in _failing:
+            _failing.discard(name)
+            _say(f"{name} can be written again")
+
+
+def _reason(error: BaseException) -> str:
+    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return str(text).splitlines()[0]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

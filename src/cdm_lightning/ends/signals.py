@@ -1,0 +1,207 @@
+"""Signals that ask a run to stop: one rule from its first second to its last.
+
+The first signal saves what there is and ends the process with exit code 75. What that takes depends on the phase:
+
+- While libraries are imported there is nothing to save: the process exits in the handler.
+- While data and networks are loaded, and after training while the student is evaluated and exported, everything that exists
+  is stored already: the handler raises `Preempted`, and the code that is interrupted cleans up.
+- In training the signal is noted, and all processes stop together after the iteration or the validation batch.
+- When all is saved, a further signal exits at once with 75.
+
+A second signal stops at once, without saving. Signals within `SAME_EVENT` seconds count as one, because the programs that
+stop a run often send several: `timeout` signals the process and its group, systemd adds SIGHUP to SIGTERM.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from enum import Enum
+from types import FrameType
+from typing import Any
+
+from cdm_lightning.errors import Preempted
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGQUIT)
+SAME_EVENT = 0.5  # seconds
+AGAIN = "run the same command again to continue"
+
+
+class Phase(Enum):
+    """What the first signal does."""
+
+    IMPORTING = "exit in the handler"
+    LOADING = "raise Preempted: everything is stored"
+    TRAINING = "note it: the iteration has to be finished and saved"
+    FINISHED = "nothing: the run is over"
+
+
+class _State:
+    """The state of the one main thread that Python runs handlers in."""
+
+    def __init__(self) -> None:
+        self.process = 0  # the process that installed the handlers; 0: none
+        self.phase, self.where = Phase.IMPORTING, "before the run began"
+        self.first: signal.Signals | None = None
+        self.time = 0.0  # of the first signal, in seconds
+        self.saved = self.is_waiting = False
+
+
+_state = _State()
+
+
+def watch() -> bool:
+    """Install the handlers; return False if they are installed already or this is not the main thread.
+
+    SIGHUP stays ignored if it was ignored before, as `nohup` does.
+    """
+    if _state.process == os.getpid() or threading.current_thread() is not threading.main_thread():
+        return False
+    _state.__init__()
+    _state.process = os.getpid()
+    _install()
+    return True
+
+
+def _install() -> None:
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _handle)
+
+
+@contextmanager
+def watched() -> Generator[None]:
+    """Watch for signals inside the block; afterwards restore the handlers, unless the process was watched before."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    installed = watch()
+    try:
+        yield
+    finally:
+        if installed:
+            _state.process = 0
+            for number, handler in before.items():
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+def loading(where: str) -> None:
+    """From now on everything is stored: the first signal raises `Preempted`, and so does one that has come already.
+
+    `where` completes the message "stopped ...", for example "while loading".
+    """
+    _enter(Phase.LOADING, where)
+
+
+def training() -> None:
+    """From now on the first signal is noted for `is_asked`; raise `Preempted` if one has come already."""
+    _enter(Phase.TRAINING, "in training")
+    if _state.process == os.getpid():
+        _install()  # libraries may have replaced the handlers
+
+
+def failing() -> None:
+    """From now on there is nothing more to save, because an error ends the process: a signal raises `Preempted`."""
+    _state.phase, _state.where, _state.first = Phase.LOADING, "after an error", None
+
+
+def finished() -> None:
+    """From now on nothing is left to do, and the first signal is without effect."""
+    _state.phase = Phase.FINISHED
+
+
+def saved() -> None:
+    """Everything that the first signal asked for is stored: a further signal ends the process at once with 75."""
+    _state.saved = True
+
+
+def is_saved() -> bool:
+    """Return whether everything is stored that a signal asked for."""
+    return _state.saved
+
+
+def is_asked() -> bool:
+    """Return whether a signal has asked this process to stop."""
+    return _state.first is not None
+
+
+@contextmanager
+def waiting() -> Generator[None]:
+    """Inside the block nothing is half done: the first signal raises `Preempted` also in training.
+
+    A signal that has come before raises it at the start of the block.
+    """
+    _state.is_waiting = True
+    try:
+        if _state.first is not None and _state.phase is Phase.TRAINING:
+            raise Preempted("in training")
+        yield
+    finally:
+        _state.is_waiting = False
+
+
+@contextmanager
+def held() -> Generator[None]:
+    """Hold signals back inside the block; processes that are started in it never get them, except SIGKILL and SIGSTOP.
+
+    The operating system passes the mask of blocked signals on to new processes, so there is no moment in which one of them
+    could be ended by a signal that goes to the whole process group.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _enter(phase: Phase, where: str) -> None:
+    _state.phase, _state.where = phase, where
+    if _state.first is not None and not _state.saved:
+        _stop(where)
+
+
+def _stop(where: str) -> None:
+    _state.saved = True
+    _say(f"{_name()}: stopped {where}; {AGAIN}")
+    raise Preempted(where)
+
+
+def _handle(number: int, frame: FrameType | None) -> Any:
+    if os.getpid() != _state.process:
+        return  # a process that was forked; it gets its orders from the one that forked it
+    if _state.first is not None:
+        if time.monotonic() - _state.time >= SAME_EVENT:
+            _end_at_once(number)
+        return
+    _state.first, _state.time = signal.Signals(number), time.monotonic()
+    if _state.phase is Phase.IMPORTING:
+        _say(f"{_name()}: stopped {_state.where}; {AGAIN}")
+        os._exit(Preempted.exit_code)
+    if _state.phase is Phase.LOADING:
+        _stop(_state.where)
+    if _state.phase is Phase.TRAINING:
+        _say(f"{_name()}: saving after this iteration, then stopping (a second signal stops at once)")
+        if _state.is_waiting:
+            raise Preempted("in training")
+
+
+def _end_at_once(number: int) -> None:
+    """End the process by this signal, or with 75 if all is saved."""
+    if _state.saved:
+        os._exit(Preempted.exit_code)
+    _say(f"{signal.Signals(number).name}: a second signal, stopped at once without saving")
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    os._exit(128 + number)  # the first process of a container has no default handlers
+
+
+def _name() -> str:
+    return _state.first.name if _state.first is not None else "signal"
+
+
+def _say(text: str) -> None:
+    """Write a line on stderr without Python's buffers, which may be in use where the signal came."""
+    if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0):
+        return  # the first process says it
+    with suppress(OSError):
+        os.write(2, f"{text}\n".encode())

@@ -1,0 +1,84 @@
+"""stdout and stderr that may go away: the reader of a pipe ends, a terminal is closed, the disk of a log file is full."""
+
+import errno
+import os
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+GONE = (errno.EPIPE, errno.EIO, errno.ENXIO, errno.ECONNRESET, errno.EBADF)  # nobody will ever read what is written
+
+
+class TolerantStream:
+    """A text stream whose writes never fail; text that cannot be written is left out."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write the text if it can be written; return its length."""
+        try:
+            self._stream.write(text)
+        except (OSError, ValueError) as error:  # ValueError: the file is closed
+            self._give_up(error)
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        """Write each line."""
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        """Flush what can be flushed."""
+        try:
+            self._stream.flush()
+        except (OSError, ValueError) as error:
+            self._give_up(error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _give_up(self, error: Exception) -> None:
+        """If the reader is gone, lead the file descriptor to /dev/null; a full disk may have room again later."""
+        if isinstance(error, OSError) and error.errno in GONE:
+            with suppress(OSError, ValueError, AttributeError):
+                _to_null(self._stream.fileno())
+
+
+def _to_null(descriptor: int) -> None:
+    null = os.open(os.devnull, os.O_RDWR)
+    if null != descriptor:
+        os.dup2(null, descriptor)
+        os.close(null)
+
+
+def make_tolerant() -> None:
+    """Let stdout and stderr be `TolerantStream`s, and open those that were closed before this process started.
+
+    A closed descriptor would be given to the next file that is opened, and messages of C libraries would go into that file.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            _to_null(descriptor)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  it stays open until the process ends
+        if not isinstance(stream, TolerantStream):
+            setattr(sys, name, TolerantStream(stream))
+
+
+@contextmanager
+def tolerant_streams() -> Generator[None]:
+    """Let stdout and stderr be tolerant inside the block, and afterwards be what they were."""
+    before = sys.stdout, sys.stderr
+    make_tolerant()
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        sys.stdout, sys.stderr = before
