@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cdm_lightning.backbones.anatomy import Anatomy, gather_for_backward, outputs_of, pick_blocks
 from cdm_lightning.backbones.own_inputs import giving, join_values
 from cdm_lightning.core.flow import Rows, VelocityField, plain_guidance
+from cdm_lightning.core.transfer import send
 from cdm_lightning.errors import UserError
 
 CheckpointFunction = Callable[..., Any]  # (block, *arguments) -> its result, recomputed in the backward pass
@@ -26,7 +27,7 @@ def select_rows(cond: Conditioning, rows: Rows) -> Conditioning:
     """Return the conditioning of some samples; a slice of samples is not copied."""
     if isinstance(rows, slice):
         return {name: value[rows] for name, value in cond.items()}
-    return {name: value.index_select(0, rows.to(value.device)) for name, value in cond.items()}
+    return {name: value.index_select(0, send(rows, value.device)) for name, value in cond.items()}
 
 
 def repeat_rows(cond: Conditioning, times: int) -> Conditioning:

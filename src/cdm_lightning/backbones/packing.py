@@ -3,10 +3,13 @@
 Shapes: latent (B, C, h, w); packed (B, h/2 * w/2, 4 C).
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
 
 from cdm_lightning.backbones.diffusers_pipeline import weights_dtype
+from cdm_lightning.core.transfer import send
 
 
 def pack(x: Tensor) -> Tensor:
@@ -26,12 +29,25 @@ def grid_ids(height: int, width: int, first: tuple[int, int, int], device: torch
     """Return the positions (h/2 * w/2, 3) of the tokens of a latent of this height and width, from `first`, in float32.
 
     Float32 is exact for every position that occurs. Bfloat16, which pipelines may use, is not exact above 256.
+    On a GPU the positions are kept, since to make them the host would wait in every network call.
     """
+    if device.type == "cuda":  # only numbers of a GPU are kept: elsewhere a copy costs nothing
+        return _kept_ids(height, width, first, device)
+    return _made_ids(height, width, first, device)
+
+
+@lru_cache(maxsize=64)
+def _kept_ids(height: int, width: int, first: tuple[int, int, int], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # the first call may come from validation, and later ones train
+        return _made_ids(height, width, first, device)
+
+
+def _made_ids(height: int, width: int, first: tuple[int, int, int], device: torch.device) -> Tensor:
     rows, columns = torch.meshgrid(
         torch.arange(height // 2, device=device), torch.arange(width // 2, device=device), indexing="ij"
     )
     ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
-    return (ids + torch.tensor(first, device=device)).float()
+    return (ids + send(torch.tensor(first), device)).float()
 
 
 def dtype_of_call(network: nn.Module, x: Tensor) -> torch.dtype:

@@ -20,8 +20,12 @@ def lerp_parameters_(target: nn.Module, source: nn.Module, weight: float) -> Non
     if lacking := of.keys() - to.keys():
         raise ValueError(f"the networks have different parameters: the target lacks {sorted(lacking)[:3]}")
     targets = [local(to[name]) for name in of]
-    sources = [local(value).to(target.device) for value, target in zip(of.values(), targets)]
-    torch._foreach_lerp_(targets, sources, weight)
+    sources = [local(value) for value in of.values()]
+    if all(target.device == source.device for target, source in zip(targets, sources)):
+        torch._foreach_lerp_(targets, sources, weight)
+        return
+    for to_move, towards in zip(targets, sources):  # one at a time: copies of all would take the memory of a network
+        to_move.lerp_(towards.to(to_move.device), weight)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cdm_lightning.core.flow import Rows
+from cdm_lightning.core.transfer import send
 
 GAMMA, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # the constants of SplitMix64
 ELEMENTS = 1 << 32  # how many numbers of the sequence belong to one slot
@@ -134,7 +135,7 @@ class StepRandom:
 
     def place(self, values: Tensor) -> Tensor:
         """Return the values on `device`, where the networks compute."""
-        return values.to(self.device)
+        return send(values, self.device)
 
     def _key(self, purpose: str) -> int:
         return _hash(self.seed, purpose, *self._count)
@@ -150,7 +151,7 @@ def evaluation_noise(seed: int, indices: Sequence[int], shape: Sequence[int], de
     It is a function of (seed, prompt index) only, so that all samplers and all iterations start from the same noise.
     """
     rows = torch.as_tensor(indices, dtype=torch.int64, device="cpu")
-    return _normal(_hash(seed, "evaluation noise"), rows, shape).to(device)
+    return send(_normal(_hash(seed, "evaluation noise"), rows, shape), device)
 
 
 def _hash(seed: int, purpose: str, *key: int) -> int:

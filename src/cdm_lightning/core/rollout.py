@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cdm_lightning.core.flow import VelocityField, denoise, move, per_sample
+from cdm_lightning.core.transfer import send
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Trajectory:
 
     def at(self, anchor: Tensor) -> FullTrajectoryPoint:
         """Return the point at step `anchor` (B,), from 0 to K - 1, of each sample; after the last step, x0_next is the final state."""
-        anchor = anchor.to(self.final.device)
+        anchor = send(anchor, self.final.device)
         point = self._states(anchor)
         ahead = self._states((anchor + 1).clamp(max=len(self) - 1))
         is_last = per_sample(anchor == len(self) - 1, self.final)
@@ -101,7 +102,7 @@ class Rollout:
 
         One call of the student for the whole batch computes their velocities.
         """
-        sigma = self.sigmas.gather(1, self.anchor.to(self.sigmas.device)[:, None]).squeeze(1)
+        sigma = self.sigmas.gather(1, send(self.anchor, self.sigmas.device)[:, None]).squeeze(1)
         return TrajectoryPoint(x, self.student(x, sigma), sigma)
 
 
@@ -154,7 +155,7 @@ def _walk(rollout: Rollout, agree_on_calls: Callable[[int], int]) -> Tensor:
     steps = int(anchor.max())
     active = [int((anchor > n).sum()) for n in range(steps + 1)]  # number of samples that take step n; the last is 0
     idle = agree_on_calls(steps) - steps  # agreed before the first step, so that no process waits later
-    by_anchor = order.to(noise.device)
+    by_anchor = send(order, noise.device)
     x, sorted_sigmas = noise[by_anchor], sigmas[by_anchor]
     arrived = [x[active[0] :]]
     x = x[: active[0]]

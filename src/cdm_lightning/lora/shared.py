@@ -83,8 +83,13 @@ class SharedBase:
             return block(*args)
 
     def _switch(self, role: str | None) -> None:
+        # peft casts an adapter's input to float32, which autocast would only cast back: the same numbers, and twice the traffic
+        casts = not torch.is_autocast_enabled(next(self.network.parameters()).device.type)
         for layer in self.layers.values():
             layer._disable_adapters = role is None
+            layer.cast_input_dtype_enabled = (
+                casts or len(layer.lora_magnitude_vector) > 0
+            )  # DoRA computes with the input's dtype
             if role is not None:
                 layer._active_adapter = [role]  # a layer without an adapter of this name computes like the base
         self._role = role
