@@ -1,15 +1,13 @@
 """The memory of validation: images are sampled by a network and decoded by the image codec, which the planner runs without contents."""
 
 import inspect
-from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from diffusers.image_processor import VaeImageProcessor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone
-from cdm_lightning.backbones.frozen_parts import decode_sparingly
+from cdm_lightning.backbones.frozen_parts import codec_of, decode_sparingly
 from cdm_lightning.module import CDMModule
 from cdm_lightning.planning.live import LiveBytes, storages
 from cdm_lightning.planning.memory import Validation
@@ -33,7 +31,7 @@ def trace_validation(module: CDMModule, codec_parameters: int, batch: int | None
     decode_sparingly(vae, module.compute.decode_tile)
     mode = FakeTensorMode()
     to_mode([vae], mode)
-    backbone._codec = SimpleNamespace(vae=vae, image_processor=VaeImageProcessor(vae_scale_factor=backbone.vae_factor))
+    backbone._codec = codec_of(vae, backbone.vae_factor)
     sizes = [backbone.at(spec.height, spec.width) for spec in module.samplers]
     largest = max(sizes, key=lambda sized: sized.image_size[0] * sized.image_size[1])
     one, two = (_decoded(largest, mode, count) for count in (1, 2))
