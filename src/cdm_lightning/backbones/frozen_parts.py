@@ -1,10 +1,8 @@
 """Let the frozen parts of a pipeline, its image codec and its text encoders, compute what is used of them and nothing more."""
 
 import inspect
-from types import SimpleNamespace
 from typing import Any, cast
 
-from diffusers.image_processor import VaeImageProcessor
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -45,8 +43,3 @@ def keep_last_state_only(encoder: nn.Module) -> None:
     encoder.lm_head = nn.Identity()
     model.visual = None
     encoder.forward = forward
-
-
-def codec_of(vae: Any, factor: int) -> Any:
-    """Return what decoding uses of a pipeline, its `vae` and `image_processor`; `factor` is the number of pixels per latent."""
-    return SimpleNamespace(vae=vae, image_processor=VaeImageProcessor(vae_scale_factor=factor))
