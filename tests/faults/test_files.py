@@ -378,7 +378,7 @@ def test_a_text_cache_that_is_new_or_begun_or_finished_is_opened(is_there, tmp_p
 # ---- locks
 
 
-@pytest.mark.parametrize("make", [*ODD, itself, "text", "hard link"], ids=str)
+@pytest.mark.parametrize("make", [*ODD, itself, "text", "hard link"], ids=lambda make: getattr(make, "__name__", make))
 def test_a_lock_file_that_is_something_else_is_refused_and_unchanged(make, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "precious"
