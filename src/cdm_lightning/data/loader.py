@@ -18,6 +18,7 @@ from cdm_lightning.errors import UserError
 from cdm_lightning.files import first_line
 
 PR_SET_PDEATHSIG = 1  # of prctl(2)
+PATIENCE = 5  # seconds that a killed process has to disappear
 _started: set[Any] = set()  # all workers of this process
 
 
@@ -100,6 +101,7 @@ def kill(workers: Iterable[Any]) -> None:
         with suppress(ValueError):  # it has been closed
             if worker.is_alive():
                 worker.kill()
+                worker.join(PATIENCE)
 
 
 @atexit.register  # after the import of multiprocessing.util, so before its own: that one waits for all workers to end
