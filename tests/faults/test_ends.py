@@ -215,18 +215,16 @@ def test_a_suspended_worker_ends_the_run_with_a_line_and_a_checkpoint(toy_run, t
     def suspending(self, *batch):
         original(self, *batch)
         if self.iteration == 3:
-            batches = self.trainer.datamodule._loaders[0]._iterator
-            for worker in batches._workers:
+            loader = self.trainer.datamodule._loaders[0]
+            for worker in loader._workers:
                 os.kill(worker.pid, signal.SIGSTOP)
-            assert batches._timeout == 300
-            batches._timeout = 1  # from here on: the start of a worker takes long on a busy machine
+            assert loader.patience == 300
+            loader.patience = 1  # from here on: the start of a worker takes long on a busy machine
 
     before = set(active_children())
     monkeypatch.setattr(CDMModule, "training_step", suspending)
     options = ("trainer.max_steps=4000", "checkpoint.every=10000", "data.num_workers=1", "data.worker_timeout=300")
-    with pytest.raises(
-        UserError, match=r"timed out after 1 seconds: .*data.worker_timeout.*run the same command again"
-    ):
+    with pytest.raises(UserError, match=r"no batch for 1 seconds \(data.worker_timeout\).*run the same command again"):
         toy_run(*options)
     assert set(active_children()) <= before
     saved = checkpoints_in(tmp_path / "run/checkpoints")

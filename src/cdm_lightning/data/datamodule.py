@@ -113,7 +113,7 @@ class PromptDataModule(L.LightningDataModule):
             num_workers=num_workers,
             collate_fn=collate,
             persistent_workers=num_workers > 0,
-            timeout=self.worker_timeout if num_workers else 0,
+            patience=self.worker_timeout if num_workers else 0.0,
             is_alone=cast(L.Trainer, self.trainer).world_size == 1,
         )
         self._loaders.append(loader)

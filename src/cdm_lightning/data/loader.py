@@ -5,8 +5,9 @@ import ctypes
 import multiprocessing.util  # noqa: F401  see `_kill_all`
 import signal
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import nullcontext, suppress
+import threading
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from multiprocessing import active_children
 from typing import Any
 
@@ -17,6 +18,7 @@ from cdm_lightning.errors import UserError
 from cdm_lightning.files import first_line
 
 PR_SET_PDEATHSIG = 1  # of prctl(2)
+PATIENCE = 5  # seconds that a killed process has to disappear
 _started: set[Any] = set()  # all workers of this process
 
 
@@ -25,16 +27,17 @@ class SteadyLoader(DataLoader):
 
     Signals to the whole process group do not reach the workers: the process that trains decides when they end. A worker is
     killed when that process ends, also a suspended one. With `is_alone` (the run has one process), a signal ends the wait
-    for a batch at once.
+    for a batch at once. `patience` is the longest wait for a batch of the workers in seconds; torch's own `timeout` does not
+    cover the moment when a tensor is passed on.
     """
 
-    def __init__(self, *values: Any, is_alone: bool = True, **options: Any) -> None:
+    def __init__(self, *values: Any, is_alone: bool = True, patience: float = 0.0, **options: Any) -> None:
         super().__init__(*values, worker_init_fn=_end_with_parent, **options)
-        self.is_alone = is_alone
+        self.is_alone, self.patience = is_alone, patience
         self._workers: set[Any] = set()
 
     def __iter__(self) -> Any:
-        """Return an iterator of batches; it raises `UserError` if a worker dies or delivers nothing in `timeout` seconds."""
+        """Return an iterator of batches; it raises `UserError` if a worker dies or if none delivers in `patience` seconds."""
         before = set(active_children())
         with signals.held():
             batches = super().__iter__()
@@ -58,7 +61,7 @@ class _Batches(Iterator):
 
     def __next__(self) -> Any:
         try:
-            with signals.waiting() if self._loader.is_alone else nullcontext():
+            with signals.waiting() if self._loader.is_alone else nullcontext(), _at_most(self._loader.patience):
                 return next(self._batches)
         except RuntimeError as error:
             if "DataLoader" not in str(error):
@@ -70,12 +73,35 @@ class _Batches(Iterator):
             raise UserError(worker_failure(error)) from error
 
 
+@contextmanager
+def _at_most(seconds: float) -> Generator[None]:
+    """Raise `UserError` in the block after this time (0: never); the main thread alone can be interrupted like this."""
+    if not seconds or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def late(number: int, frame: object) -> None:
+        raise UserError(
+            f"the loader workers delivered no batch for {seconds:g} seconds (data.worker_timeout): they hang or are suspended, "
+            f"or read from a file system that does not answer; {signals.AGAIN}"
+        )
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def kill(workers: Iterable[Any]) -> None:
     """End these processes."""
     for worker in workers:
         with suppress(ValueError):  # it has been closed
             if worker.is_alive():
                 worker.kill()
+                worker.join(PATIENCE)
 
 
 @atexit.register  # after the import of multiprocessing.util, so before its own: that one waits for all workers to end
@@ -87,11 +113,6 @@ def _kill_all() -> None:
 
 def worker_failure(error: BaseException) -> str:
     """Return the line that explains an error of torch's loader: a worker that has died, or one that does not answer."""
-    if "timed out" in str(error):
-        return (
-            f"{first_line(error)}: a loader worker hangs or is suspended, or reads from a file system that does not answer "
-            f"(data.worker_timeout); {signals.AGAIN}"
-        )
     if isinstance(error, RuntimeError):
         return f"{first_line(error)} (out of memory?); {signals.AGAIN}"
     return f"DataLoader worker exited unexpectedly ({first_line(error)}; out of memory?); {signals.AGAIN}"

@@ -128,6 +128,10 @@ def forwarded_signals(folder: Path) -> Generator[None]:
         first.append(time.monotonic())
         with suppress(OSError):
             (folder / SIGNALLED).write_text(str(number))  # for processes that sign on later
+        if not is_second:
+            signals.say(
+                f"{signal.Signals(number).name}: passed on to the processes of this run; a second signal stops at once"
+            )
         signed_on = list(folder.glob("*.pid"))
         for process in signed_on:
             with suppress(ProcessLookupError):
@@ -151,7 +155,7 @@ def sign_on(folder: Path) -> None:
 
     The status is then 75, because nothing has been done. Later the process stops, as after a signal, if the launcher dies.
     """
-    signals.watch()
+    signals.watch(silent=True)
     (folder / f"{os.getpid()}.pid").touch()
     if (folder / SIGNALLED).exists():
         raise Preempted("before it began")

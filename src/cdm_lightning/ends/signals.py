@@ -46,21 +46,23 @@ class _State:
         self.phase, self.where = Phase.IMPORTING, "before the run began"
         self.first: signal.Signals | None = None
         self.time = 0.0  # of the first signal, in seconds
-        self.saved = self.is_waiting = False
+        self.saved = self.is_waiting = self.is_silent = False
 
 
 _state = _State()
 
 
-def watch() -> bool:
+def watch(silent: bool = False) -> bool:
     """Install the handlers; return False if they are installed already or this is not the main thread.
 
+    With `silent`, a signal outside training is not told: the launcher of the process tells it, and also ends the process by
+    SIGTERM when another one has failed, which would be told as if somebody had stopped the run.
     SIGHUP stays ignored if it was ignored before, as `nohup` does.
     """
     if _state.process == os.getpid() or threading.current_thread() is not threading.main_thread():
         return False
     _state.__init__()
-    _state.process = os.getpid()
+    _state.process, _state.is_silent = os.getpid(), silent
     _install()
     return True
 
@@ -162,8 +164,13 @@ def _enter(phase: Phase, where: str) -> None:
 
 def _stop(where: str) -> None:
     _state.saved = True
-    _say(f"{_name()}: stopped {where}; {AGAIN}")
+    _say_stopped(where)
     raise Preempted(where)
+
+
+def _say_stopped(where: str) -> None:
+    if not _state.is_silent:
+        say(f"{_name()}: stopped {where}; {AGAIN}")
 
 
 def _handle(number: int, frame: FrameType | None) -> Any:
@@ -175,12 +182,12 @@ def _handle(number: int, frame: FrameType | None) -> Any:
         return
     _state.first, _state.time = signal.Signals(number), time.monotonic()
     if _state.phase is Phase.IMPORTING:
-        _say(f"{_name()}: stopped {_state.where}; {AGAIN}")
+        _say_stopped(_state.where)
         os._exit(Preempted.exit_code)
     if _state.phase is Phase.LOADING:
         _stop(_state.where)
     if _state.phase is Phase.TRAINING:
-        _say(f"{_name()}: saving after this iteration, then stopping (a second signal stops at once)")
+        say(f"{_name()}: saving after this iteration, then stopping (a second signal stops at once)")
         if _state.is_waiting:
             raise Preempted("in training")
 
@@ -189,7 +196,7 @@ def _end_at_once(number: int) -> None:
     """End the process by this signal, or with 75 if all is saved."""
     if _state.saved:
         os._exit(Preempted.exit_code)
-    _say(f"{signal.Signals(number).name}: a second signal, stopped at once without saving")
+    say(f"{signal.Signals(number).name}: a second signal, stopped at once without saving")
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
     os._exit(128 + number)  # the first process of a container has no default handlers
@@ -199,7 +206,7 @@ def _name() -> str:
     return _state.first.name if _state.first is not None else "signal"
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     """Write a line on stderr without Python's buffers, which may be in use where the signal came."""
     if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0):
         return  # the first process says it
