@@ -22,7 +22,7 @@ def test_sharded_ranks_with_texts_of_different_lengths_make_the_same_calls(tiny_
             "data.batch_size=1",
             "schedule.length.high=3",
             "text_cache.remember_up_to=0",
-            "backbone.compact_text=2",
+            "backbone.compact_text=5",
             f"backbone.pretrained={tiny_pipeline_folder}",
             f"data.train.path={prompts}",
             f"data.val.path={prompts}",
