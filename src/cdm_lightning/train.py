@@ -119,8 +119,7 @@ def train_in(run: Run, config: DictConfig) -> TrainResult:
         logger=[GuardedLogger(logger) for logger in build(config, "logger", of=Logger)],
     )
     if trainer.is_global_zero:
-        for role in module.lora.unused(module.updates.recipes):
-            print(f"lora.{role} is not used, because the objective does not train {role}", file=sys.stderr, flush=True)
+        print_cautions(module)
         record_start(plain(config), run, trainer.world_size, inputs)
     try:
         trainer.fit(module, data)
@@ -147,6 +146,14 @@ def explained(error: Exception, has_workers: bool, timeout: float | None) -> Use
             f"{first_line(error)}; {signals.AGAIN} from the last checkpoint"
         )
     return None
+
+
+def print_cautions(module: CDMModule) -> None:
+    """Print which adapters are not used, and what is to be known about the teacher."""
+    for role in module.lora.unused(module.updates.recipes):
+        print(f"lora.{role} is not used, because the objective does not train {role}", file=sys.stderr, flush=True)
+    for caution in module.backbone.cautions(getattr(module.objective, "guidance_scale", 0.0)):
+        print(f"WARNING: {caution}", file=sys.stderr, flush=True)
 
 
 def make_trainer(config: DictConfig, **parts: Any) -> L.Trainer:

@@ -8,6 +8,7 @@ from closed_form import BatchField, Network, point_mass
 from samples import sample_of, summed
 from torch import Tensor
 
+from cdm_lightning.core.flow import predict_x0
 from cdm_lightning.core.levels import CappedUniformLevels, LogitNormalLevels, UniformLevels
 from cdm_lightning.core.ramps import LinearRamp
 from cdm_lightning.core.rng import StepRandom
@@ -61,7 +62,7 @@ def setting() -> Setting:
     )
     x, v = torch.randn(2, B, *SHAPE, generator=generator)
     point = FullTrajectoryPoint(
-        x, v, torch.rand(B, generator=generator) * 0.7 + 0.25, x0_next=x + 100, x0_final=torch.full_like(x, 200.0)
+        x, v, torch.rand(B, generator=generator) * 0.7 + 0.25, x0_final=torch.full_like(x, 200.0)
     )
     return Setting(theta, student, teacher, fake_score, fields, point)
 
@@ -281,13 +282,15 @@ def test_student_inputs_of_the_cdm_term(setting):
 
 @pytest.mark.parametrize("term", ["ca", "dm", "cdm"])
 def test_what_is_renoised_for_the_teacher(setting, term):
-    for base, offset in (("next", setting.point.x + 100), ("final", setting.point.x0_final)):
+    """The authors' x0_next is the prediction at the anchor, and their base acts on the CDM term alone."""
+    own = predict_x0(setting.fields.student, setting.point.x, setting.point.sigma).detach()
+    for base, offset in (("next", setting.point.x0), ("final", setting.point.x0_final)):
         objective = only(term, teacher_base=base)
-        assert objective.rollout == "full"
+        assert objective.rollout == {"next": "to_anchor", "final": "full"}[base]
         student_loss(objective, setting)
         call = setting.teacher.calls[0]
         sigma = call.sigma[:B].view(-1, 1, 1, 1)
-        noise = (call.x[:B] - (1 - sigma) * offset) / sigma
+        noise = (call.x[:B] - (1 - sigma) * (offset if term == "cdm" else own)) / sigma
         assert noise[call.sigma[:B] > 0.1].std() == pytest.approx(1.0, abs=0.1)
     assert only(term).rollout == "to_anchor"
 
@@ -295,7 +298,7 @@ def test_what_is_renoised_for_the_teacher(setting, term):
 def test_later_bases_need_a_full_rollout(setting):
     stopped = TrajectoryPoint(setting.point.x, setting.point.v, setting.point.sigma)
     with pytest.raises(ValueError, match="full rollout"):
-        loss_of(only("dm", teacher_base="final"), setting.fields, stopped)
+        loss_of(only("cdm", teacher_base="final"), setting.fields, stopped)
 
 
 def test_levels_of_each_term(setting):

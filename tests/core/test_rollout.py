@@ -40,7 +40,7 @@ def test_a_point_mass_is_reached_from_anywhere():
     for n in range(6):  # the path is the straight line from noise to data
         torch.testing.assert_close(trajectory.x[n], interpolate(torch.full_like(noise, 0.75), noise, sigmas[:, n]))
     point = trajectory.at(anchor)
-    for x0 in (point.x0, point.x0_next, point.x0_final):
+    for x0 in (point.x0, point.x0_final):
         torch.testing.assert_close(x0, torch.full_like(noise, 0.75))
     target = torch.full((5,), 0.3)
     torch.testing.assert_close(point.move_to(target), interpolate(torch.full_like(noise, 0.75), noise, target))
@@ -131,8 +131,6 @@ def test_what_follows_the_anchor():
     trajectory = simulate(student, noise, sigmas)
     point = trajectory.at(torch.tensor([0, 1, 2, 1]))
     after = trajectory.at(torch.tensor([1, 2, 2, 2]))
-    torch.testing.assert_close(point.x0_next[[0, 1, 3]], after.x0[[0, 1, 3]])
-    assert torch.equal(point.x0_next[2], trajectory.final[2])  # nothing but the end follows the last
     assert torch.equal(point.x0_final, trajectory.final)
     torch.testing.assert_close(after.x0[2], trajectory.final[2])
 

@@ -199,6 +199,10 @@ class Backbone(Anatomy, ABC):
         """
         return plain_guidance(cond, uncond, scale)
 
+    def cautions(self, guidance_scale: float) -> list[str]:
+        """Return warnings about this teacher, for an objective with this `guidance_scale`; printed once before training."""
+        return []
+
     @abstractmethod
     def decode_latents(self, x0: Tensor) -> Tensor:
         """Decode clean latents (B, C, H, W) into images (B, 3, H, W) in [0, 1]."""

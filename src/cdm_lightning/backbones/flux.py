@@ -53,6 +53,20 @@ class FluxBackbone(PipelineBackbone):
         """Whether the network has a guidance input: FLUX.1-dev has one, FLUX.1-schnell does not."""
         return bool(self.network_config["guidance_embeds"])
 
+    def cautions(self, guidance_scale: float) -> list[str]:
+        """Say what distribution matching cannot expect of a guidance-distilled or a step-distilled teacher."""
+        if not self.is_told_guidance:
+            return [
+                "this teacher has no guidance input, so it is already distilled to few steps (FLUX.1-schnell): its prediction is not "
+                "that of a diffusion model, which distribution matching needs; backbone=flux_dev is such a model"
+            ]
+        if guidance_scale and self.guidance_embed > 1:
+            return [
+                f"objective.guidance_scale={guidance_scale} acts on top of the guidance that the network is told, "
+                f"backbone.guidance_embed={self.guidance_embed}; lower one of the two if the images are over-saturated"
+            ]
+        return []
+
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """x (B, C, h, w), sigma (B,) -> velocity (B, C, h, w) in float32."""
         (height, width), text = x.shape[2:], cond["prompt_embeds"]

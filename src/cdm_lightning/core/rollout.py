@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cdm_lightning.core.flow import VelocityField, denoise, move, per_sample
+from cdm_lightning.core.flow import VelocityField, denoise, move
 from cdm_lightning.core.transfer import send
 
 
@@ -37,9 +37,8 @@ class TrajectoryPoint:
 
 @dataclass(frozen=True)
 class FullTrajectoryPoint(TrajectoryPoint):
-    """A point of a rollout that was simulated to its end, with two clean samples that came after the point."""
+    """A point of a rollout that was simulated to its end."""
 
-    x0_next: Tensor  # (B, *), the x0 prediction one step later
     x0_final: Tensor  # (B, *), the end of the rollout
 
 
@@ -57,13 +56,10 @@ class Trajectory:
         return len(self.x)
 
     def at(self, anchor: Tensor) -> FullTrajectoryPoint:
-        """Return the point at step `anchor` (B,), from 0 to K - 1, of each sample; after the last step, x0_next is the final state."""
+        """Return the point at step `anchor` (B,), from 0 to K - 1, of each sample."""
         anchor = send(anchor, self.final.device)
         point = self._states(anchor)
-        ahead = self._states((anchor + 1).clamp(max=len(self) - 1))
-        is_last = per_sample(anchor == len(self) - 1, self.final)
-        x0_next = torch.where(is_last, self.final, ahead.x0)
-        return FullTrajectoryPoint(point.x, point.v, point.sigma, x0_next=x0_next, x0_final=self.final)
+        return FullTrajectoryPoint(point.x, point.v, point.sigma, x0_final=self.final)
 
     def _states(self, step: Tensor) -> TrajectoryPoint:
         samples = torch.arange(len(step), device=step.device)

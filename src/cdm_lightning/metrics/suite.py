@@ -138,9 +138,14 @@ class MetricSuite:
                     ) from error
 
     def facts(self) -> dict[str, float | str]:
-        """Return the facts of all metrics (`Metric.facts`) under the keys METRIC_FACT, such as "fid_reference_images"."""
+        """Return the facts of all metrics (`Metric.facts`) under the keys METRIC_FACT, such as "fid_reference_images".
+
+        What JSON cannot hold becomes its text: a fact must not cost the results that it stands beside.
+        """
         return {
-            f"{name}_{fact}": value for name, metric in self.metrics.items() for fact, value in metric.facts().items()
+            f"{name}_{fact}": value if isinstance(value, int | float | str) else str(value)
+            for name, metric in self.metrics.items()
+            for fact, value in metric.facts().items()
         }
 
     def figures(self, samplers: Mapping[str, Collected]) -> dict[str, Row]:
@@ -154,7 +159,8 @@ class MetricSuite:
             for sampler, images in measured.items():
                 found = metric.figures(images, measured)
                 if isinstance(found, Mapping):
-                    rows[sampler] |= {f"{name}_{figure}": float(value) for figure, value in found.items()}
+                    given = {figure: value for figure, value in found.items() if value is not None}
+                    rows[sampler] |= {f"{name}_{figure}": float(value) for figure, value in given.items()}
                 elif found is not None:
                     rows[sampler][name] = float(found)
         return rows
@@ -178,8 +184,16 @@ class MetricSuite:
             collected.features.setdefault(name, []).append(batch.features(name).cpu())
         for name, metric in self.metrics.items():
             scores = metric.score(batch)
+            if (scores is None) != (name not in collected.scores) and len(collected.prompts) > len(prompts):
+                raise UserError(
+                    f"metric.{name}: score gave scores for some batches and None for others; give one or the other"
+                )
             if scores is not None:
-                collected.scores.setdefault(name, []).append(scores.float().cpu())
+                if scores.numel() != len(prompts):
+                    raise UserError(
+                        f"metric.{name}: score gave {tuple(scores.shape)} for {len(prompts)} images; give one score for each"
+                    )
+                collected.scores.setdefault(name, []).append(scores.reshape(-1).float().cpu())
 
     def measure_other_noise(self, collected: Collected, images: Tensor) -> None:
         """Measure a batch of images (B, 3, H, W) from other noise than those of `measure`, of the same prompts."""

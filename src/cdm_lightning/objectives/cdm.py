@@ -54,9 +54,10 @@ class CDMObjective(Objective):
 
     For the CDM term the student is called at a sigma s' that `target_levels` draws, on the input `cdm_input`: "extrapolated"
     is the anchor point (`core.rollout`) moved along its velocity to s', "renoised" is its x0 prediction with fresh noise, and
-    "trajectory" is the point itself, at its own sigma. `teacher_base` is the clean sample that is noised again for teacher and
-    fake score: "online" is the student's new x0 prediction, "next" is that of the rollout's next step, and "final" the end of
-    the rollout. Raises ValueError for an unknown choice, for a number out of its range, and if every weight is 0 at the start.
+    "trajectory" is the point itself, at its own sigma. `teacher_base` is the clean sample that is noised again for
+    teacher and fake score in the CDM term: "online" is the student's new x0 prediction, "next" is that of the rollout at the
+    anchor, and "final" is the end of the rollout. Raises ValueError for an unknown choice, for a number out of its range, and
+    if every weight is 0 at the start.
     """
 
     ca_weight: TermWeight = 1.0
@@ -98,8 +99,8 @@ class CDMObjective(Objective):
 
     @property
     def rollout(self) -> RolloutKind:
-        """Rollouts run to their end ("full") only if `teacher_base` is "next" or "final"; otherwise they stop at the anchor."""
-        return "to_anchor" if self.teacher_base == "online" else "full"
+        """Rollouts run to their end ("full") only if `teacher_base` is "final"; otherwise they stop at the anchor."""
+        return "full" if self.teacher_base == "final" else "to_anchor"
 
     @property
     def student_period(self) -> int:
@@ -168,7 +169,7 @@ class CDMObjective(Objective):
     def _look(self, term: str, x0: Tensor, seen: Tensor, sample: RolledOutSample) -> _Look:
         """Return the inputs of a term, given the student's prediction x0 (B, *) at sigma `seen` (B,)."""
         levels = {"ca": self.ca_levels, "dm": self.dm_levels, "cdm": self.cdm_levels}[term]
-        base = self._base(x0, sample)
+        base = self._base(x0, sample) if term == "cdm" else x0.detach()
         sigma = levels.sample(sample.rng, f"{term}.sigma", seen, sample.shift)
         noise = sample.rng.normal(f"{term}.noise", base.shape[1:])
         return _Look(x0, seen, interpolate(base, noise, sigma), sigma)
@@ -189,13 +190,18 @@ class CDMObjective(Objective):
         return TermLosses(cast(Tensor, sum(terms.values())), terms, _health(deltas, predicted))
 
     def _base(self, x0: Tensor, sample: RolledOutSample) -> Tensor:
-        """Return the clean sample (B, *) that is noised again for teacher and fake score."""
+        """Return the clean sample (B, *) that is noised again for teacher and fake score in the CDM term.
+
+        "next" is what the authors' code calls x0_next: the prediction from which the rollout's step at the anchor is made.
+        """
         point = sample.point
         if self.teacher_base == "online":
             return x0.detach()
+        if self.teacher_base == "next":
+            return point.x0
         if not isinstance(point, FullTrajectoryPoint):
             raise ValueError(f"teacher_base {self.teacher_base!r} needs a sample of a full rollout")
-        return point.x0_next if self.teacher_base == "next" else point.x0_final
+        return point.x0_final
 
     def _off_trajectory(self, sample: RolledOutSample, purpose: str = "cdm") -> tuple[Tensor, Tensor]:
         """Return the student's input off the trajectory (B, *), and its sigma s' (B,); `purpose` names the random draws."""

@@ -163,13 +163,13 @@ def blank_sample(module: CDMModule, networks: Networks, iteration: int) -> Sampl
 
 def _at_a_point(module: CDMModule, sample: Sample) -> Sample:
     """Return the sample with the point that the objective's kind of rollout adds to it."""
-    x, v, x0_next, x0_final = (sample.rng.normal("point", sample.latent_shape) for _ in range(4))
+    x, v, x0_final = (sample.rng.normal("point", sample.latent_shape) for _ in range(3))
     sigma = sample.rng.uniform("sigma")
     match module.objective.rollout:
         case "none":
             return sample
         case "full":
-            return with_point(sample, FullTrajectoryPoint(x, v, sigma, x0_next=x0_next, x0_final=x0_final), steps=1)
+            return with_point(sample, FullTrajectoryPoint(x, v, sigma, x0_final=x0_final), steps=1)
         case _:
             return with_point(sample, TrajectoryPoint(x, v, sigma), steps=1)
 

@@ -1,6 +1,8 @@
 """Hide messages of Lightning, torch and diffusers that do not apply to this package."""
 
 import logging
+import os
+import sys
 import warnings
 
 from cdm_lightning.terminal.output import mask_output
@@ -19,6 +21,7 @@ def quiet_libraries() -> None:
 
     Call this before these libraries are imported.
     """
+    speak_utf8()
     mask_output()
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
@@ -27,6 +30,17 @@ def quiet_libraries() -> None:
     logging.getLogger("diffusers.models.modeling_utils").addFilter(_names_a_layer)
     for message in UNFIT_WARNINGS:
         warnings.filterwarnings("ignore", message)
+
+
+def speak_utf8() -> None:
+    """In a locale without UTF-8 (such as LC_ALL=C), start this very command again in Python's UTF-8 mode.
+
+    Python would otherwise read "é" in an argument or a path as bytes that no file can hold as text. The mode cannot be
+    changed in a process that runs.
+    """
+    if sys.getfilesystemencoding() == "utf-8" or os.environ.get("PYTHONUTF8") == "1":
+        return
+    os.execve(sys.executable, sys.orig_argv, {**os.environ, "PYTHONUTF8": "1"})
 
 
 def _names_a_layer(record: logging.LogRecord) -> bool:

@@ -17,9 +17,10 @@ class LearningRate:
     """A learning rate with a linear warm-up to `peak` over `warmup` iterations, a constant part and a linear decay to 0.
 
     The decay is from iteration `decay_from * total` to iteration `total`; `decay_from=1` means no decay. The rate is a
-    function of the iteration alone, so it has no state to save or to step. CDM's published schedule is 100 iterations of
-    warm-up, then constant (arXiv:2605.06376). Raises UserError for a number out of its range, and for `decay_from` below 1
-    without `total`.
+    function of the iteration alone, so it has no state to save or to step. CDM's published schedule is 100 steps of
+    warm-up, then constant (arXiv:2605.06376). The authors count optimizer steps, and their student makes one in two
+    iterations, so their 100 steps of the student are `warmup=200` here. Raises UserError for a number out of its range, and
+    for `decay_from` below 1 without `total`.
     """
 
     peak: Rate
