@@ -1,8 +1,12 @@
 """Let the frozen parts of a pipeline, its image codec and its text encoders, compute what is used of them and nothing more."""
 
 import inspect
+from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any, cast
 
+import torch
+from diffusers.image_processor import VaeImageProcessor
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -25,6 +29,17 @@ def decode_sparingly(vae: Any, tile: int | None = None) -> None:
         vae.enable_tiling()
         vae.tile_sample_min_size = tile
         vae.tile_latent_min_size = tile // 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def codec_without_weights(pipeline_class: Any, config: Mapping[str, Any], factor: int) -> Any:
+    """Return the image codec of a pipeline class on the meta device, as `vae`, and an `image_processor`, for the planner.
+
+    `config` has the arguments of the codec's constructor; one latent is `factor` x `factor` pixels.
+    """
+    kind: Any = inspect.signature(pipeline_class.__init__).parameters["vae"].annotation
+    with torch.device("meta"):
+        vae = kind(**config).eval().requires_grad_(False)
+    return SimpleNamespace(vae=vae, image_processor=VaeImageProcessor(vae_scale_factor=factor))
 
 
 def keep_last_state_only(encoder: nn.Module) -> None:

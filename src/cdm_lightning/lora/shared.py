@@ -84,7 +84,10 @@ class SharedBase:
 
     def _switch(self, role: str | None) -> None:
         # peft casts an adapter's input to float32, which autocast would only cast back: the same numbers, and twice the traffic
-        casts = not torch.is_autocast_enabled(next(self.network.parameters()).device.type)
+        device = next(self.network.parameters()).device.type
+        casts = device == "meta" or not torch.is_autocast_enabled(
+            device
+        )  # the planner builds on meta, which has no autocast
         for layer in self.layers.values():
             layer._disable_adapters = role is None
             layer.cast_input_dtype_enabled = (

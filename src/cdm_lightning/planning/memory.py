@@ -16,7 +16,7 @@ MOST = 1_000_000  # the search for the largest batch stops here
 
 @dataclass(frozen=True)
 class Validation:
-    """The bytes of validation: of decoding the `first` image of a batch, and of each image `more`.
+    """The bytes of validation: of decoding the `first` image of a batch, of each image `more`, and of an image's `copies` at the end.
 
     Sampling takes that of a rollout of `share` times as many samples as validation has in a batch, which is `batch` (None: the
     batch of training).
@@ -24,6 +24,7 @@ class Validation:
 
     first: float
     more: float
+    copies: float = 0.0
     share: float = 1.0
     batch: int | None = None
 
@@ -31,7 +32,7 @@ class Validation:
         """Return the most bytes in use, given the timeline of a rollout and the share of its fixed bytes on this GPU."""
         images = self.batch or batch
         sampled = rollout.peak(math.ceil(images * self.share), 1.0, fixed) if rollout is not None else 0.0
-        return max(sampled, self.first + (images - 1) * self.more)
+        return max(sampled, self.first + (images - 1) * self.more, images * self.copies)
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,12 @@
 """The memory of validation: images are sampled by a network and decoded by the image codec, which the planner runs without contents."""
 
-import inspect
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cdm_lightning.backbones.diffusers_pipeline import PipelineBackbone
-from cdm_lightning.backbones.frozen_parts import decode_sparingly
+from cdm_lightning.backbones.frozen_parts import codec_without_weights, decode_sparingly
 from cdm_lightning.module import CDMModule
 from cdm_lightning.planning.live import LiveBytes, storages
 from cdm_lightning.planning.memory import Validation
@@ -25,25 +22,19 @@ def trace_validation(module: CDMModule, codec_parameters: int, batch: int | None
     backbone = cast(PipelineBackbone, module.backbone)
     if not module.samplers:
         return None
-    kind: Any = inspect.signature(backbone.pipeline_class.__init__).parameters["vae"].annotation
-    with torch.device("meta"):
-        vae = kind(**backbone.vae_config).eval().requires_grad_(False)
-    if sum(parameter.numel() for parameter in vae.parameters()) != codec_parameters:
+    codec = codec_without_weights(backbone.pipeline_class, backbone.vae_config, backbone.vae_factor)
+    if sum(parameter.numel() for parameter in codec.vae.parameters()) != codec_parameters:
         return None
-    decode_sparingly(vae, module.compute.decode_tile)
+    decode_sparingly(codec.vae, module.compute.decode_tile)
     mode = FakeTensorMode()
-    to_mode([vae], mode)
-    backbone._codec = SimpleNamespace(vae=vae, image_processor=SimpleNamespace(postprocess=_to_images))
+    to_mode([codec.vae], mode)
+    backbone._codec = codec
     sizes = [backbone.at(spec.height, spec.width) for spec in module.samplers]
     largest = max(sizes, key=lambda sized: sized.image_size[0] * sized.image_size[1])
     one, two = (_decoded(largest, mode, count) for count in (1, 2))
     guided = max(spec.network_calls / spec.nfe for spec in module.samplers)
-    return Validation(one, two - one, guided / len(module.groups.of(0)), batch)
-
-
-def _to_images(pixels: Tensor, output_type: str) -> Tensor:
-    """Do what the image processors of all pipelines do: bring pixels from [-1, 1] to [0, 1]."""
-    return (pixels * 0.5 + 0.5).clamp(0, 1)
+    share = guided / len(module.groups.of(0))
+    return Validation(one, two - one, _copies(largest, mode), share, batch)
 
 
 def _decoded(backbone: PipelineBackbone, mode: FakeTensorMode, count: int) -> float:
@@ -53,3 +44,11 @@ def _decoded(backbone: PipelineBackbone, mode: FakeTensorMode, count: int) -> fl
     with mode, LiveBytes(storages(backbone._codec.vae)) as live:
         backbone.decode_latents(latents)
     return live.timeline.peak(0)
+
+
+def _copies(backbone: PipelineBackbone, mode: FakeTensorMode) -> float:
+    """Return the peak bytes for each image of a large batch after the codec, when pixels are brought to [0, 1]."""
+    count = 16
+    with mode, LiveBytes() as live:
+        backbone._codec.image_processor.postprocess(torch.empty(count, 3, *backbone.image_size), output_type="pt")
+    return live.timeline.peak(0) / count
