@@ -209,7 +209,7 @@ def run_cli(task: Callable[[DictConfig], object], config_name: str) -> None:
         sys.argv[1:] = masked_command(sys.argv[1:])  # loggers record it; Hydra has read it
         try:
             task(config)
-        except UserError as error:
+        except (UserError, OSError) as error:  # an OSError is about a disk or a file of the user's
             fail(error)  # called inside the job, because Hydra would otherwise print its own line first
 
     with signals.watched(), tolerant_streams():
