@@ -4,10 +4,10 @@ FROM_WORKER = "Caught UserError in DataLoader worker"
 
 
 class UserError(Exception):
-    """A mistake of the user, explained in one line: what is wrong, where it is, and how to fix it.
+    """A mistake of the user. `str()` of it is one line that says what is wrong, where it is, and how to fix it.
 
-    A `DataLoader` raises the error of a worker again, with the worker's whole traceback as its text; the message is then
-    the last line of this text.
+    A `DataLoader` raises the error of a worker process again, with the worker's traceback in front of the message; the
+    traceback is cut off here, so that `str()` is the worker's message alone.
     """
 
     def __init__(self, message: str) -> None:
@@ -17,9 +17,10 @@ class UserError(Exception):
 
 
 class Preempted(SystemExit):
-    """A run that a signal has stopped; everything is saved, and running the same command again continues it.
+    """Raised to end a run that a signal has asked to stop: the process exits with code 75.
 
-    It is a `SystemExit`, because code that catches every `Exception` must not keep a run from stopping.
+    Running the same command again continues the run. `where` says at which point it stopped, such as "in training". It is a
+    `SystemExit`, because code that catches every `Exception` must not keep a run from stopping.
     """
 
     exit_code = 75  # EX_TEMPFAIL in sysexits.h, which means: try again later

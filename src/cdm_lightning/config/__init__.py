@@ -64,12 +64,18 @@ def conf_dir() -> Path:
 
 
 def asset_path(name: str) -> str:
-    """Return the path of a bundled file or folder, for example "prompts/general.txt"; it need not exist."""
+    """Return the path of a file or folder bundled with the package, given below assets/, such as "prompts/general.txt".
+
+    Whether it exists is not checked.
+    """
     return str(PACKAGE / "assets" / name)
 
 
 def job_folder(override_dirname: str) -> str:
-    """Return the folder name of a sweep's job, made from its overrides: one level deep, the same for the same command."""
+    """Return the name of the folder of one job of a Hydra sweep (`--multirun`), made from the text of the job's overrides.
+
+    It has no slash, no secret and a bounded length, and is the same for the same overrides.
+    """
     shown = masked_text(override_dirname)
     name = re.sub(r"[^\w.,=+-]+", ".", shown) or "defaults"
     if shown != override_dirname:  # enough to tell the jobs of a sweep apart, and too little to find a secret by trying
@@ -81,7 +87,10 @@ def job_folder(override_dirname: str) -> str:
 
 
 def register_resolvers() -> None:
-    """Register `${asset:...}`, `${job_folder:...}` and `${run_folder:...}` with OmegaConf."""
+    """Let configurations use `${asset:PATH}` (`asset_path`), `${job_folder:OVERRIDES}` and `${run_folder:RUN_NAME}`.
+
+    The last one gives outputs/RUN_NAME and raises `UserError` if RUN_NAME cannot be the name of a folder.
+    """
     OmegaConf.register_new_resolver(
         "run_folder", lambda name: f"outputs/{require_name(name, 'run_name')}", replace=True
     )
@@ -90,9 +99,10 @@ def register_resolvers() -> None:
 
 
 def compose(overrides: Sequence[str] = (), config_name: str = "train") -> DictConfig:
-    """Return the configuration of a command line with these overrides; raise `UserError` if one of them is wrong.
+    """Return the configuration that `config_name` (a file in `conf_dir()`) gives with these overrides, such as "seed=1".
 
-    The overrides must contain an `output_dir=...`, because only a real command line gets it from Hydra.
+    The overrides must contain `output_dir=FOLDER`, because only a real command line gets it from Hydra. Raises `UserError` for
+    a wrong override or file.
     """
     register_resolvers()
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
@@ -111,12 +121,13 @@ def build(
 ) -> Any:
     """Build the object that the node `key` (names joined by dots) describes.
 
-    For a node without `_target_`, return the list of the objects that its children describe, in their order. `more` holds
-    arguments that no configuration file can hold, for a node with `_target_`. `offered` makes objects by name; each object
-    of a list gets those whose name is a parameter of its constructor. `of` is the type that each object must have.
+    A node with a `_target_` is one object; `more` holds further arguments of its constructor, which no file can hold. For a node
+    without it, return the list of the objects that its children describe, in their order; a child that is null is left out.
+    `offered` is {name: function}: each object of such a list whose constructor has a parameter `name` gets what the function
+    returns. `of` is the type that each object must have.
 
-    Raises `UserError` if a constructor does not take a key, misses one or refuses a value, and if a node of such a list has
-    no `_target_`.
+    Raises `UserError` if a constructor does not take a key, misses one or refuses a value, if an object is not of the type
+    `of`, and if a child in such a list has no `_target_`.
     """
     node = OmegaConf.select(config, key) if isinstance(config, DictConfig) else config[key]
     if node is None:
@@ -149,7 +160,7 @@ def _require(built: Any, node: Any, key: str, of: type | None) -> Any:
 
 
 def build_named(config: DictConfig, key: str) -> dict[str, Any]:
-    """Build the objects of a group by name, for example the metrics in `metric`; raises the same errors as `build`."""
+    """Return {name: object} of a group such as `metric`, whose nodes describe one object each; errors as from `build`."""
     return {str(name): build(config, f"{key}.{name}") for name, node in (config[key] or {}).items() if node is not None}
 
 
@@ -175,7 +186,7 @@ def _instantiate(node: Any, key: str, **more: Any) -> Any:
 
 
 def parameters_of(target: str | None) -> Mapping[str, inspect.Parameter]:
-    """Return the parameters of the callable that `target` names; none if it is missing or cannot be found."""
+    """Return {name: parameter} of the callable with the dotted name `target`; empty if it is None or cannot be found."""
     try:
         return inspect.signature(hydra.utils.get_object(target or "")).parameters
     except Exception:  # instantiation reports the reason
@@ -183,7 +194,7 @@ def parameters_of(target: str | None) -> Mapping[str, inspect.Parameter]:
 
 
 def answer_questions(config_name: str) -> None:
-    """Answer a command line that asks Hydra for help or for the configuration, and exit; return for any other one.
+    """If the command line asks Hydra for help or for the configuration (`--help`, `--cfg`), print that and exit; else return.
 
     An entry point calls this before it imports slow libraries such as torch, which no answer needs.
     """
@@ -193,7 +204,9 @@ def answer_questions(config_name: str) -> None:
 
 
 def run_cli(task: Callable[[DictConfig], object], config_name: str) -> None:
-    """Run `task` on the command line's configuration. A user's mistake gives one line on stderr and exit status 2.
+    """Run `task` on the configuration that the command line gives, composed from the file `config_name` in conf/.
+
+    A user's mistake gives one line on stderr and exit status 2.
 
     A run that was stopped by a signal exits with status 75 (`ends.signals`).
     """
@@ -227,8 +240,8 @@ def run_cli(task: Callable[[DictConfig], object], config_name: str) -> None:
 def fail(error: BaseException) -> NoReturn:
     """Print an error in one line on stderr and exit with status 2.
 
-    Several processes usually meet the same error. The first process prints it at once, and the launcher ends the others
-    while they wait. A process that is still running after the wait prints its own error.
+    Several processes usually meet the same error. The first process prints it at once; the others wait for `OTHERS_WAIT`
+    seconds, in which the launcher ends them. One that is still running then prints its own error.
     """
     process = process_number()
     if process:
@@ -239,12 +252,12 @@ def fail(error: BaseException) -> NoReturn:
 
 
 def process_number() -> int:
-    """Return the rank that the launcher has given to this process, from 0."""
+    """Return the rank, from 0, that torchrun or SLURM has given to this process; 0 without a launcher."""
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
 def one_line(error: BaseException) -> str:
-    """Return the text of an error in one line, without secrets and without Hydra's list of search paths."""
+    """Return the text of an error in one line: secrets masked, Hydra's list of search paths removed, moved options named."""
     text = composition_error(error) or str(error).partition("Config search path:")[0]
     if IN_RESOLVER in text:  # a mistake that a resolver of ours has found
         text = text.partition(IN_RESOLVER)[2].splitlines()[0]

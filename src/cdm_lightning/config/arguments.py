@@ -1,4 +1,4 @@
-"""A check, before anything is built, that a configuration's values are of the kinds that the constructors' annotations name.
+"""A check, before anything is built, that each value of a configuration fits the annotation of its constructor's parameter.
 
 Single values are validated by pydantic, from the annotation alone (`cdm_lightning.kinds`). Libraries' constructors, whose
 annotations say nothing of ranges, are in `config.libraries`.
@@ -31,9 +31,10 @@ OF_HYDRA = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
 
 
 def check_arguments(node: Any, key: str) -> None:
-    """Raise `UserError` for a value in `node` (named `key`) that is not of the kind that its parameter's annotation names.
+    """Raise `UserError` for a value in the configuration node `node` that its parameter's annotation does not allow.
 
-    Also raises it for a key that is not a parameter. A parameter without an annotation is left to the constructor.
+    Also for a key that is no parameter of the node's `_target_`. Nodes below are checked too. `key` is the dotted name of the
+    node, for messages. The value of a parameter without an annotation is left to the constructor.
     """
     if isinstance(node, ListConfig):
         for number, child in enumerate(node):
@@ -53,7 +54,10 @@ def check_arguments(node: Any, key: str) -> None:
 
 
 def check_value(value: Any, hint: Any, where: str) -> None:
-    """Raise `UserError` for the value of the option `where` if it is not of the kind `hint`, an annotation."""
+    """Raise `UserError` if the annotation `hint` does not allow `value`; `where` is the option's dotted name, for the message.
+
+    A node with a `_target_` passes where an object is allowed, since its type is known only after the call.
+    """
     kinds = alternatives(hint)
     scalars = all(_asked(kind) in SCALARS or _asked(kind) is Literal for kind in kinds)
     if isinstance(value, DictConfig) and "_target_" in value and not scalars:
@@ -73,7 +77,7 @@ def check_value(value: Any, hint: Any, where: str) -> None:
 
 
 def with_texts(node: DictConfig) -> DictConfig:
-    """Return a copy of the node in which a number is a text where its parameter takes only texts, such as a name "123"."""
+    """Return a copy of the node in which a number, such as the name 123, is a text where its parameter takes only texts."""
     copied = copy.deepcopy(node)
     copied._set_parent(cast(Any, node._get_parent()))
     _write_texts(copied)
@@ -96,7 +100,10 @@ def _write_texts(node: Any) -> None:
 
 
 def annotations_of(target: str | None) -> dict[str, Any]:
-    """Return the annotation of each argument of a `_target_`; none if it cannot be read: instantiation reports the reason."""
+    """Return {parameter: annotation} of the callable with the dotted name `target`; that of **kwargs has the key "**".
+
+    Annotations that cannot be read are left out: building the object reports the reason.
+    """
     if target is None:
         return {}
     return _annotations(target)
@@ -156,12 +163,18 @@ def _found(target: str) -> Any:
 
 
 def value_of(node: DictConfig, name: str, key: str) -> Any:
+    """Return the value `name` of a node whose dotted name is `key` ("": the whole configuration), references resolved.
+
+    Raises `UserError` for a reference such as `${data.size}` to an option that does not exist.
+    """
     try:
         return node[name]
     except Exception as error:  # an interpolation of a key that is not there
         raw = cast(Any, node)._get_node(name)._value()
         where = f"{key}.{name}".lstrip(".")
-        raise UserError(f"{where}={raw} cannot be resolved ({first_line(error)}){where_set(where)}") from error
+        raise UserError(
+            f"{where}={raw} cannot be resolved ({first_line(error)}); correct the reference{where_set(where)}"
+        ) from error
 
 
 def _name_of(node: DictConfig, name: str, key: str) -> str:
@@ -172,7 +185,7 @@ def _name_of(node: DictConfig, name: str, key: str) -> str:
 
 
 def alternatives(hint: Any) -> tuple[Any, ...]:
-    """Return the alternatives of an annotation, each with its own metadata."""
+    """Return the parts of a union, each with the metadata around it: (int, NoneType) for `int | None`; else (hint,)."""
     if get_origin(hint) is Annotated and get_origin(get_args(hint)[0]) in (Union, UnionType):
         base, *marks = get_args(hint)
         return tuple(Annotated[kind, *marks] for part in get_args(base) for kind in alternatives(part))
@@ -182,7 +195,7 @@ def alternatives(hint: Any) -> tuple[Any, ...]:
 
 
 def base_of(kind: Any) -> Any:
-    """Return an annotation without its metadata."""
+    """Return an annotation without its metadata: int for `Annotated[int, Ge(1)]`."""
     return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 

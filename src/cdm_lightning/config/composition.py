@@ -8,7 +8,10 @@ from hydra.errors import OverrideParseException
 
 
 def composition_error(error: BaseException) -> str | None:
-    """Return what is wrong and how to mend it for an error of composing a configuration; None for an error that says it itself."""
+    """Return what is wrong in a configuration file or override, and how to mend it, for an error that composing it raised.
+
+    None for an error whose own text is clear.
+    """
     if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark or error.context_mark):
         return f"{mark.name}, line {mark.line + 1}: this is not valid YAML ({error.problem or error.context})"
     if isinstance(error, yaml.YAMLError):

@@ -1,4 +1,4 @@
-"""The folders that a run will write, found by the kinds of their options, and tried before the first step."""
+"""A check at the start of a run that the folders it will write, now or at its end, can be written."""
 
 import errno
 import tempfile
@@ -17,7 +17,11 @@ PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)  # what may b
 
 
 def require_writable_folders(config: DictConfig) -> None:
-    """Raise `UserError` for a folder that the run will write, now or at its end, and cannot: each is tried, none is left behind."""
+    """Raise `UserError`, which names the option, for a folder of `folders_to_write` that cannot be written.
+
+    For each a temporary file is made, and deleted again, in the folder or in the nearest folder above it that exists. The
+    folders themselves are not made. A full disk is no error here, since there may be room by the time of the first save.
+    """
     tried: set[Path] = set()
     for key, folder in folders_to_write(config, "", Path(config.output_dir)):
         place = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
@@ -30,11 +34,16 @@ def require_writable_folders(config: DictConfig) -> None:
         except OSError as error:
             if error.errno not in PASSING:
                 why = error.strerror or error
-                raise UserError(f"{key}={folder} cannot be written ({place}: {why}){where_set(key)}") from error
+                raise UserError(
+                    f"{key}={folder} cannot be written ({place}: {why}); set another folder{where_set(key)}"
+                ) from error
 
 
 def folders_to_write(node: Any, key: str, run: Path) -> Iterator[tuple[str, Path]]:
-    """Yield the dotted name and the folder of each option below `node` that is a folder to write."""
+    """Yield (dotted name, folder) of each option below `node` whose parameter is annotated as a folder that a run writes.
+
+    `key` is the dotted name of `node`, and `run` the run's folder, in which an option such as `FolderOfRun` names a folder.
+    """
     if not isinstance(node, DictConfig):
         return
     annotated = annotations_of(node.get("_target_"))

@@ -90,10 +90,10 @@ INSTEAD = {  # Lightning's options that are not used here, and what does the sam
 
 
 def options_of(target: str) -> dict[str, Any]:
-    """Return the kinds of the options of a library's class by their names; none if the class is not listed."""
+    """Return {option: annotation} for the class with the dotted name `target`; empty if it is not one of those listed here."""
     return OPTIONS.get(target, {})
 
 
 def instead_of(target: str | None, name: str) -> str | None:
-    """Return what to do instead of setting this option of a library's class; None if it may be set."""
+    """Return what to set instead of the option `name` of Lightning's `Trainer`, for a message; None if it may be set."""
     return INSTEAD.get(name) if target == TRAINER else None

@@ -10,7 +10,10 @@ from hydra.core.hydra_config import HydraConfig
 
 
 def where_set(key: str) -> str:
-    """Return " (set in conf/data/prompts.yaml)" for the option at this dotted key; "" if it cannot be found."""
+    """Return where the option with this dotted name was set, to end a message: " (set in conf/data/prompts.yaml)".
+
+    It can also be " (set on the command line)", and is "" if the place cannot be found.
+    """
     if not HydraConfig.initialized():
         return ""
     try:

@@ -21,8 +21,9 @@ MOST_VALUES = 200_000  # in a configuration, with a list of prompts perhaps
 
 
 def registered(group: str, own: Collection[str]) -> frozenset[str]:
-    """Return the classes, as MODULE.CLASS, that are `own`, an entry point of this `group` or named in `TRUSTED`.
+    """Return the dotted names of the classes that may be built: those in `own`, and those that the user has added.
 
+    The user adds a class as an entry point of the `group` in an installed package, or in the environment variable `TRUSTED`.
     Nothing is imported.
     """
     outside = {entry.value.partition(" ")[0].replace(":", ".") for entry in entry_points(group=group)}
@@ -31,20 +32,21 @@ def registered(group: str, own: Collection[str]) -> frozenset[str]:
 
 
 def require_registered(node: Any, allowed: Collection[str], where: str, group: str) -> None:
-    """Raise `UserError` unless `node` is a mapping whose classes, at any depth, are among `allowed` and which is plain else.
+    """Raise `UserError` unless `node` can be built safely: it has a `_target_`, and all it names are in `allowed`.
 
-    Plain are texts, numbers, truth values and null, and lists and mappings of them. Refused are Hydra's other keys, such as
-    `_partial_` and `_args_`, and interpolations, which could read files and environment variables. Messages name the place as
-    `where`, and the `group` of entry points to register a class of one's own.
+    `allowed` holds dotted names of classes. All other values must be texts, numbers, truth values, null, or lists and mappings
+    of them. Hydra's other keys, such as `_partial_` and `_args_`, are refused, and so are references (`${...}`), which could
+    read files and environment variables. `where` is the file and the key of `node`, for messages, which also name the `group` of
+    entry points in which a user registers a class.
     """
     if not isinstance(node, Mapping) or TARGET not in node:
-        raise UserError(f"{where} names no class; it is not the configuration of a run")
+        raise UserError(f"{where} has no {TARGET} that names its class; restore the file as training wrote it")
     _check(node, allowed, where, group, 0)
 
 
 def _check(node: Any, allowed: Collection[str], where: str, group: str, depth: int) -> None:
     if depth > DEEPEST:
-        raise UserError(f"{where[:100]}: nested more than {DEEPEST} levels deep; it is not the configuration of a run")
+        raise UserError(f"{where[:100]}: more than {DEEPEST} levels deep; restore the file as training wrote it")
     if isinstance(node, Mapping):
         for name, child in node.items():
             _check_key(name, child, allowed, where, group)
@@ -53,15 +55,18 @@ def _check(node: Any, allowed: Collection[str], where: str, group: str, depth: i
         for number, child in enumerate(node):
             _check(child, allowed, f"{where}.{number}", group, depth + 1)
     elif isinstance(node, str) and "${" in node:
-        raise UserError(f"{where}={node!r:.80}: a run's folder is data, and interpolations in it are not resolved")
+        raise UserError(f"{where}={node!r:.80}: ${{...}} in a run's folder is not resolved; write the value itself")
     elif not isinstance(node, PLAIN):
-        raise UserError(f"{where}: {type(node).__name__} is no plain value; it is not the configuration of a run")
+        raise UserError(
+            f"{where} is a {type(node).__name__}, but must be a text, a number, true, false or null; "
+            "restore the file as training wrote it"
+        )
 
 
 def _check_key(name: Any, child: Any, allowed: Collection[str], where: str, group: str) -> None:
     if not isinstance(name, str) or not name.isidentifier() or (name.startswith("_") and name != TARGET):
         raise UserError(
-            f"{where}: the key {name!r:.80} is not allowed in a run's folder, which is data and not a program"
+            f"{where}: the key {name!r:.80} is not allowed in the configuration of a run's folder; remove it"
         )
     if name == TARGET and (not isinstance(child, str) or child not in allowed):
         raise UserError(
@@ -79,10 +84,10 @@ class _TreeLoader(yaml.SafeLoader):
 
 
 def load_tree(text: str) -> Any:
-    """Return the content of a YAML file that somebody else may have written.
+    """Return the content of a YAML text that somebody else may have written: nested dicts, lists and plain values.
 
-    ValueError if it is not YAML, if it holds more than plain values, and if it has more than `MOST_VALUES` of them, where one
-    that several places share through an alias counts at each place.
+    Raises ValueError if it is not YAML, holds other objects or merged mappings (`<<`), is nested too deeply, or has more than
+    `MOST_VALUES` values, where one that aliases repeat counts at each place.
     """
     try:
         tree = yaml.load(text, _TreeLoader)

@@ -16,12 +16,12 @@ SWEEP = "multirun.yaml"  # what Hydra writes at the start of a sweep
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
-    """Return the resolved configuration as plain containers, with secrets masked."""
+    """Return a configuration as nested dicts and lists, with references (`${...}`) resolved and secrets replaced by ***."""
     return masked(OmegaConf.to_container(config, resolve=True))
 
 
 class MaskSweep(Callback):
-    """Mask the secrets in the configuration that Hydra writes for a whole sweep, before the first of its jobs runs."""
+    """A callback of Hydra: replaces secrets by *** in multirun.yaml, which Hydra writes for a whole sweep, as each job starts."""
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Mask the file of the sweep that the job belongs to, if there is one."""

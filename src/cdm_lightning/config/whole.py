@@ -32,7 +32,7 @@ NEEDED = ("optim",)  # of which at least one is needed
 
 
 def check_config(config: DictConfig) -> None:
-    """Raise `UserError` for the first option of a training configuration that is missing, unknown or not of its kind."""
+    """Raise `UserError` for the first option of a training configuration that is missing, unknown or has a value not allowed."""
     for key in (*TOP, *OBJECTS, *NEEDED):
         if key not in config:
             raise UserError(f"{key} is missing in the configuration; leave out ~{key}")

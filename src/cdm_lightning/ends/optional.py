@@ -12,10 +12,10 @@ _failing: set[str] = set()
 
 @contextmanager
 def may_fail(what: str | Path, *also: type[Exception], proves: bool = True) -> Generator[None]:
-    """Run a block that writes `what`; a disk error in it, or an error of a class in `also`, becomes a warning on stderr.
+    """Turn a disk error, or an error of a class in `also`, of the block that writes `what` into a warning on stderr.
 
-    The warning is printed once, and a line when `what` can be written again. A block that does not prove this by its
-    success, because it only fills a buffer, passes `proves=False`.
+    The warning is printed at the first failure only, and a line at the first success after it. `proves=False` is for a block
+    that only fills a buffer, whose success does not show that `what` can be written again.
     """
     name = str(what)
     try:

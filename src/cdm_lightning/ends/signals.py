@@ -1,6 +1,7 @@
 """Signals that ask a run to stop: one rule from its first second to its last.
 
-The first signal saves what there is and ends the process with exit code 75. What that takes depends on the phase:
+The first signal saves what there is and ends the process with exit code 75. What that takes depends on the phase of the
+process (`Phase`), which the code that enters one sets by `loading`, `training` and `finished`:
 
 - While libraries are imported there is nothing to save: the process exits in the handler.
 - While data and networks are loaded, and after training while the student is evaluated and exported, everything that exists
@@ -30,7 +31,7 @@ AGAIN = "run the same command again to continue"
 
 
 class Phase(Enum):
-    """What the first signal does."""
+    """What a process is doing, which decides what the first signal does (the value in words); see the top of this file."""
 
     IMPORTING = "exit in the handler"
     LOADING = "raise Preempted: everything is stored"
@@ -53,10 +54,10 @@ _state = _State()
 
 
 def watch(silent: bool = False) -> bool:
-    """Install the handlers; return False if they are installed already or this is not the main thread.
+    """Install the handlers of all `SIGNALS`; return False if this process has them already or this is not the main thread.
 
-    With `silent`, a signal outside training is not told: the launcher of the process tells it, and also ends the process by
-    SIGTERM when another one has failed, which would be told as if somebody had stopped the run.
+    With `silent`, no line is printed for a signal outside training: the launcher of the process prints it. The launcher
+    also sends SIGTERM when another process has failed, and a line would then say wrongly that somebody has stopped the run.
     SIGHUP stays ignored if it was ignored before, as `nohup` does.
     """
     if _state.process == os.getpid() or threading.current_thread() is not threading.main_thread():
@@ -75,7 +76,7 @@ def _install() -> None:
 
 @contextmanager
 def watched() -> Generator[None]:
-    """Watch for signals inside the block; afterwards restore the handlers, unless the process was watched before."""
+    """Install the handlers (`watch`) inside the block, and afterwards the earlier ones; nothing if they are installed already."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     installed = watch()
     try:
@@ -88,50 +89,51 @@ def watched() -> Generator[None]:
 
 
 def loading(where: str) -> None:
-    """From now on everything is stored: the first signal raises `Preempted`, and so does one that has come already.
+    """Enter the phase in which nothing is left to be saved: the first signal raises `Preempted` where the process is.
 
-    `where` completes the message "stopped ...", for example "while loading".
+    A signal that has come already raises it at once, unless what it asked for is saved. `where` completes the message "SIGNAL:
+    stopped ...", for example "before training".
     """
     _enter(Phase.LOADING, where)
 
 
 def training() -> None:
-    """From now on the first signal is noted for `is_asked`; raise `Preempted` if one has come already."""
+    """Enter the phase of training: the first signal only makes `is_asked` true. Raise `Preempted` if one has come already."""
     _enter(Phase.TRAINING, "in training")
     if _state.process == os.getpid():
         _install()  # libraries may have replaced the handlers
 
 
 def failing() -> None:
-    """From now on there is nothing more to save, because an error ends the process: a signal raises `Preempted`."""
+    """Forget an earlier signal, because an error is ending the process and nothing is left to save: a new one raises `Preempted`."""
     _state.phase, _state.where, _state.first = Phase.LOADING, "after an error", None
 
 
 def finished() -> None:
-    """From now on nothing is left to do, and the first signal is without effect."""
+    """Enter the last phase, in which the process has nothing left to do: the first signal is without effect."""
     _state.phase = Phase.FINISHED
 
 
 def saved() -> None:
-    """Everything that the first signal asked for is stored: a further signal ends the process at once with 75."""
+    """Note that what the first signal asked to save is saved: a further signal ends the process at once with exit code 75."""
     _state.saved = True
 
 
 def is_saved() -> bool:
-    """Return whether everything is stored that a signal asked for."""
+    """Return whether `saved` was called, or `Preempted` was raised because nothing had to be saved."""
     return _state.saved
 
 
 def is_asked() -> bool:
-    """Return whether a signal has asked this process to stop."""
+    """Return whether one of `SIGNALS` has come, which asks this process to stop."""
     return _state.first is not None
 
 
 @contextmanager
 def waiting() -> Generator[None]:
-    """Inside the block nothing is half done: the first signal raises `Preempted` also in training.
+    """Let the first signal raise `Preempted` inside the block also in training, because no iteration is half done in it.
 
-    A signal that has come before raises it at the start of the block.
+    A signal that came earlier in training raises it at the start of the block.
     """
     _state.is_waiting = True
     try:
@@ -144,10 +146,10 @@ def waiting() -> Generator[None]:
 
 @contextmanager
 def held() -> Generator[None]:
-    """Hold signals back inside the block; processes that are started in it never get them, except SIGKILL and SIGSTOP.
+    """Block `SIGNALS` inside the block; this process gets them after it, and processes started inside the block never do.
 
-    The operating system passes the mask of blocked signals on to new processes, so there is no moment in which one of them
-    could be ended by a signal that goes to the whole process group.
+    New processes inherit the mask of blocked signals, so there is no moment in which one of them could be ended by a signal
+    that goes to the whole process group.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
@@ -207,7 +209,10 @@ def _name() -> str:
 
 
 def say(text: str) -> None:
-    """Write a line on stderr without Python's buffers, which may be in use where the signal came."""
+    """Write a line on stderr, from the first process of a run only.
+
+    Python's buffers are left out, because the signal may have come while they were in use.
+    """
     if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0):
         return  # the first process says it
     with suppress(OSError):

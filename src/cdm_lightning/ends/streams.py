@@ -11,7 +11,7 @@ GONE = (errno.EPIPE, errno.EIO, errno.ENXIO, errno.ECONNRESET, errno.EBADF)  # n
 
 
 class TolerantStream:
-    """A text stream whose writes never fail; text that cannot be written is left out."""
+    """A text stream in front of `stream` whose writes raise no OSError; text that cannot be written is left out."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -54,7 +54,7 @@ def _to_null(descriptor: int) -> None:
 
 
 def make_tolerant() -> None:
-    """Let stdout and stderr be `TolerantStream`s, and open those that were closed before this process started.
+    """Replace `sys.stdout` and `sys.stderr` by `TolerantStream`s, and open closed descriptors 0, 1 and 2 on /dev/null.
 
     A closed descriptor would be given to the next file that is opened, and messages of C libraries would go into that file.
     """
@@ -73,7 +73,7 @@ def make_tolerant() -> None:
 
 @contextmanager
 def tolerant_streams() -> Generator[None]:
-    """Let stdout and stderr be tolerant inside the block, and afterwards be what they were."""
+    """Apply `make_tolerant` inside the block, and afterwards restore `sys.stdout` and `sys.stderr`."""
     before = sys.stdout, sys.stderr
     make_tolerant()
     try:

@@ -13,7 +13,10 @@ DISK_ERROR = re.compile(r"I/?O error|No space left|quota exceeded|Read-only file
 
 @contextmanager
 def disk_errors() -> Generator[None]:
-    """Raise OSError for a disk error in the block, also if a library reports it in an exception of its own."""
+    """Turn an exception inside the block that reports a disk error, such as a full disk, into an OSError (see `disk_error`).
+
+    Other exceptions pass unchanged.
+    """
     try:
         yield
     except Exception as error:
@@ -24,7 +27,7 @@ def disk_errors() -> Generator[None]:
 
 
 def disk_error(error: BaseException) -> OSError | None:
-    """Return the disk error that `error` is, or stands for; None if it is something else.
+    """Return `error` or its cause if that is an OSError, a new OSError if its text speaks of the disk, and None otherwise.
 
     Libraries that are not written in Python (safetensors) report a full disk in their own exceptions, as text.
     """
@@ -37,8 +40,8 @@ def disk_error(error: BaseException) -> OSError | None:
 def append_text(path: str | Path, text: str) -> None:
     """Append lines to a text file (UTF-8) completely or not at all, and wait until they are on the disk.
 
-    A line that was cut off by a crash stays a line of its own. Raises OSError if the lines cannot be written; the file is
-    then what it was. A link is not followed, and anything but a regular file is refused.
+    If the file does not end with a line break, because a crash cut its last line off, one is added first. Raises OSError if
+    the lines cannot be written, and the file then has its earlier content; also for a link and for anything but a regular file.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     with os.fdopen(descriptor, "a+b", buffering=0) as file:

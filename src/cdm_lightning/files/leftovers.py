@@ -17,23 +17,25 @@ ABANDONED = 3600  # seconds without a change after which an unlocked leftover of
 
 
 def temporary_path(path: Path, end: str = NEW) -> Path:
-    """Return a new temporary path next to `path`; its name is short, whatever the name of `path`, and no other has it.
+    """Return a new path next to `path` for a temporary file or folder that ends with `end`; nothing is created.
 
-    It tells the machine and the process, because processes in two containers on one disk can have the same number.
+    The name is unique, and short however long that of `path` is. It holds hashes of the name and the machine, and the
+    process, because processes in two containers on one disk can have the same number.
     """
     return path.with_name(f"{OWN}{_digest(path)}-{_place()}-{os.getpid()}-{secrets.token_hex(4)}{end}")
 
 
 def hold(descriptor: int) -> None:
-    """Lock an open temporary file or folder, so that no other process takes it for a leftover; it is held until it is closed."""
+    """Lock an open temporary file or folder until it is closed, which shows other processes that its writer still runs."""
     with suppress(OSError):  # a file system without locks: `is_left` then looks for the process
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
 def sweep(path: str | Path) -> list[Path]:
-    """Delete what killed writers of `path` left next to it, and return the paths; nothing that is in use or of others.
+    """Delete the temporary files and folders that killed writers of `path` left next to it, and return their paths.
 
-    If one was killed while it replaced an earlier folder, that folder is put back.
+    Those of running writers and of other paths stay. If a writer was killed while it replaced an earlier folder, that folder is
+    moved back to `path`.
     """
     path = Path(os.path.realpath(path))
     found = [entry for entry in _entries(path.parent, f"{OWN}{_digest(path)}-", (NEW, OLD)) if is_left(entry)]
@@ -47,7 +49,7 @@ def sweep(path: str | Path) -> list[Path]:
 
 
 def sweep_folder(folder: str | Path) -> list[Path]:
-    """Delete what killed writers of any file directly inside `folder` left there, and return the paths."""
+    """Delete the temporary files that killed writers of files directly inside `folder` left there, and return their paths."""
     found = [entry for entry in _entries(Path(folder), OWN, (NEW,)) if is_left(entry)]
     for entry in found:
         _delete(entry)
@@ -55,10 +57,10 @@ def sweep_folder(folder: str | Path) -> list[Path]:
 
 
 def is_left(entry: Path) -> bool:
-    """Return whether a temporary file or folder was made here and no process writes it any more; False if in doubt.
+    """Return whether the writer of this temporary file or folder of the package has ended, so that it may be deleted.
 
-    That is so if its process is dead on this machine and nothing has it locked. Of another machine or container it must be
-    unlocked, on a file system with locks, and unchanged for an hour.
+    False if that is in doubt. True if nothing has it locked and its process, on this machine, is dead. If it was made on another
+    machine or in another container, the file system must have locks, and it must be unlocked and unchanged for an hour.
     """
     parts = entry.stem.removeprefix(OWN).split("-")
     if len(parts) != 4 or not parts[2].isdecimal():

@@ -16,12 +16,13 @@ LONGEST = 512  # bytes of it that are read
 
 @contextmanager
 def locked(path: str | Path) -> Generator[None]:
-    """Hold a lock on the lock file `path` inside the block.
+    """Hold a lock on the lock file `path` inside the block, so that one process at a time runs it; the file is made if missing.
 
-    Raises BlockingIOError, whose `strerror` names the holder, if another process holds the lock, and OSError if the file
-    cannot be made, or is a link, a device or a file that was not made for this. The lock is a record lock of the system
-    (`lockf`). It is released when the process ends, however it ends; child processes do not inherit it, unlike a lock of
-    the filelock package; and it works on network file systems. On a file system without locks, nothing is locked.
+    Raises BlockingIOError at once, whose `strerror` names the holder ("process 12 on HOST"), if another process holds the
+    lock, and OSError if the file cannot be made, or is a link, a device or a file with content that is not of a lock file.
+    The lock is a record lock of the system (`lockf`). It is released when the process ends, however it ends; child
+    processes do not inherit it, unlike a lock of the filelock package; and it works on network file systems. On a file
+    system without locks, nothing is locked.
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)

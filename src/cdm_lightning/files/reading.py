@@ -14,9 +14,9 @@ LONGEST_NAME = 255  # bytes, in all common file systems
 
 
 def open_regular(path: str | Path, most: int | None = None, follow: bool = True) -> BufferedReader:
-    """Open a regular file to read its bytes; raise OSError for anything else and for one of more than `most` bytes.
+    """Open a regular file to read its bytes. Raise OSError for anything else, and for a file of more than `most` bytes.
 
-    With `follow=False` a link is refused too.
+    With `follow=False` a link raises OSError too.
     """
     flags = (
         os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
@@ -49,20 +49,20 @@ def _require(found: os.stat_result, path: str | Path, most: int | None) -> None:
 
 
 def read_text(path: str | Path, most: int = MOST_TEXT, follow: bool = True) -> str:
-    """Return the text (UTF-8) of a regular file of at most `most` bytes; OSError or UnicodeDecodeError otherwise."""
+    """Return the text of a UTF-8 file; OSError as from `open_regular`, and UnicodeDecodeError if it is not UTF-8."""
     with open_regular(path, most, follow) as file:
         return file.read().decode("utf-8")
 
 
 def irregular(folder: str | Path) -> Iterator[Path]:
-    """Yield what is in a folder, at any depth, and is neither a folder nor a regular file nor a link to one."""
+    """Yield the paths in a folder, at any depth, that are no folder, regular file or link to one: pipes, broken links, ..."""
     for path in sorted(Path(folder).rglob("*")):
         if not path.is_file() and not path.is_dir():
             yield path
 
 
 def require_name(name: object, option: str) -> str:
-    """Return `name` if it is one component of a path; raise `UserError`, which names the `option`, if it is not.
+    """Return `name` as text if it can be the name of a file; raise `UserError`, which names the `option`, if it cannot.
 
     A name is a text or a number without slashes and control characters, not empty, not "." or "..", of at most 255 bytes.
     """

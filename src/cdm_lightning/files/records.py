@@ -1,4 +1,4 @@
-"""Reading what a program has stored: JSON objects, and what is restored from them; errors name the file in one line."""
+"""Reading the JSON files that earlier runs of the package have written; every error names the file and how to go on."""
 
 import json
 from collections.abc import Generator, Mapping
@@ -14,10 +14,10 @@ WRONG_CONTENT = (LookupError, TypeError, ValueError, AttributeError, ArithmeticE
 
 
 def read_record(path: str | Path, cure: str, most: int = MOST_TEXT) -> dict[str, Any]:
-    """Return the JSON object in a regular file; a link is not followed.
+    """Return the JSON object in the file `path`, of at most `most` bytes; a link is not followed.
 
-    Raises FileNotFoundError if there is no file, and `UserError`, which names the file and ends with the `cure`, for any other
-    content.
+    Raises FileNotFoundError if there is no file, and `UserError` if it cannot be read or holds no JSON object. `cure` says what
+    the user can do then, such as "remove it", and ends the message.
     """
     try:
         found = json.loads(read_text(path, most, follow=False))
@@ -32,22 +32,25 @@ def read_record(path: str | Path, cure: str, most: int = MOST_TEXT) -> dict[str,
 
 
 def require_entries(record: Mapping[str, Any], path: str | Path, cure: str, **kinds: type | tuple[type, ...]) -> None:
-    """Raise `UserError`, which names the file, unless `record` has these entries, each of its kind.
+    """Raise `UserError` unless `record`, which was read from `path`, has an entry of the given type for each name in `kinds`.
 
-    A whole number must not be negative, and a truth value is no number.
+    An int must not be negative, and a bool does not count as a number. The message names the file and ends with the `cure`.
     """
     for name, kind in kinds.items():
         value = record.get(name)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise UserError(f"{path}: {name} is {value!r:.60}, which is not what is stored there; {cure}")
+            raise UserError(f"{path}: the entry {name} is missing or of the wrong type ({value!r:.60}); {cure}")
         if kind is int and is_number and value < 0:
             raise UserError(f"{path}: {name} is {value}, which is negative; {cure}")
 
 
 @contextmanager
 def restoring(path: str | Path, cure: str) -> Generator[None]:
-    """Turn the errors that wrong content of the file `path` raises inside the block into one `UserError` that names it."""
+    """Turn errors such as KeyError inside the block, which uses the content of `path`, into a `UserError` about that file.
+
+    `cure` says what the user can do, and ends the message.
+    """
     try:
         yield
     except UserError:

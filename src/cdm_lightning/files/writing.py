@@ -41,11 +41,11 @@ def replacing(path: str | Path) -> Generator[Path]:
 
 @contextmanager
 def replacing_folder(path: str | Path) -> Generator[Path]:
-    """Yield a new empty folder next to `path`, which takes its place at the end; an earlier folder there is deleted.
+    """Yield a new empty folder next to `path` for the block to fill; after the block it replaces what is at `path`.
 
-    After an error inside the block, `path` is unchanged and the new folder is deleted. An earlier folder's mode is kept, and
-    a link to a folder stays a link. Leftovers of killed writers of the same `path` are deleted first. Raises OSError if the
-    folder cannot be written or if `path` exists and is no folder.
+    After an error inside the block, `path` is unchanged and the new folder is deleted. An earlier folder's mode is kept,
+    and a link to a folder stays a link. Temporary folders that killed writers of the same `path` left are deleted first.
+    Raises OSError if the folder cannot be written or if `path` exists and is no folder.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_dir():
@@ -84,9 +84,9 @@ def _exchange(temporary: Path, path: Path, old: Path) -> None:
 
 
 def require_replaceable(path: str | Path) -> Path:
-    """Return the path that `path` leads to if a file can be written there; raise OSError if it is no regular file.
+    """Return `path` with links followed, if a regular file or nothing is there.
 
-    Links are followed. A folder, a device, a pipe and a socket are refused.
+    Raises OSError for a folder, a device, a pipe and a socket, which `replacing` must not replace.
     """
     path = Path(os.path.realpath(path))
     with suppress(FileNotFoundError):

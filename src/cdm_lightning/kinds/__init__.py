@@ -1,8 +1,8 @@
-"""The kinds of values that options have: numbers with their range, texts and paths with what they mean.
+"""Annotations for options: types with the values that are allowed, such as `Count = Annotated[int, Ge(1), Le(10**9)]`.
 
-A constructor's annotation is the one place that says what an option may be: `config.arguments` checks configurations by it, with
-pydantic, and the commands check their arguments by it (`kinds.command_line`). No float may be NaN or infinite, unless its
-kind says so. See CONTRIBUTING.md.
+They are called kinds: numbers with their range, texts and paths with what they mean. A constructor's annotation is the one
+place that says what an option may be: `config.arguments` checks configurations by it, with pydantic, and the commands check
+their arguments by it (`kinds.command_line`). No float may be NaN or infinite, unless its kind says so. See CONTRIBUTING.md.
 """
 
 import re
@@ -18,17 +18,20 @@ LONGEST_PART = 255  # bytes of one part of a path, on all common file systems
 
 @dataclass(frozen=True)
 class AnyFinite:
-    """Marks a number that may have any finite value."""
+    """In `Annotated[float, ...]`: any value is allowed except NaN and infinity."""
 
 
 @dataclass(frozen=True)
 class Infinite:
-    """Marks a number that may be infinite, besides the values of its range."""
+    """In `Annotated[float, ...]`: infinity is allowed, besides the values of the range."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """Marks a text and says what it is. It is not empty, unless `may_be_empty`."""
+    """In `Annotated[str, ...]`: a text; `what` names it in error messages, such as "a prompt".
+
+    An empty text is refused unless `may_be_empty`, and a text that `pattern` does not match as a whole always.
+    """
 
     what: str
     may_be_empty: bool = False
@@ -45,10 +48,10 @@ class Text:
 
 @dataclass(frozen=True)
 class PathKind:
-    """Marks a path and says what it is. With `inside`, it is relative and has no ".." in it.
+    """In `Annotated[str | Path, ...]`: a path; `what` names it in error messages, such as "a folder".
 
-    What is at a path to read is checked by the constructor that reads it. `written` says that a run makes it, so that it
-    must be possible to write there.
+    With `inside` it must be relative, without "." and "..". `written` says that a run writes it, so a start checks that this is
+    possible (`config.folders`). Whether a path to read exists is checked by the constructor that reads it.
     """
 
     what: str

@@ -1,4 +1,4 @@
-"""Arguments of the commands: of the same kinds as the options of a configuration, and one line for a mistake."""
+"""Arguments of the commands: checked by the same annotations as the options of a configuration, with one line for a mistake."""
 
 import argparse
 import sys
@@ -10,7 +10,7 @@ from cdm_lightning.kinds.values import problem_of, told
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that says a mistake in one line, without the usage, and exits with status 2."""
+    """An `ArgumentParser` that prints a mistake as one line on stderr, without the usage, and exits with status 2."""
 
     def error(self, message: str) -> NoReturn:
         """Print the mistake and exit."""
@@ -20,7 +20,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def argument(kind: Any) -> Callable[[str], Any]:
-    """Return the `type` of an argument of this kind, such as `kinds.Steps`: it converts the text and checks the value."""
+    """Return the function to pass as `type` to `add_argument`, for an annotation `kind` such as `kinds.Steps`.
+
+    It converts the text and raises `argparse.ArgumentTypeError` if the value is not allowed.
+    """
     kinds = get_args(get_args(kind)[0]) if _is_path(kind) else ()
     checked = [Annotated[part, *get_args(kind)[1:]] for part in kinds] or [kind]
     number = get_args(kind)[0] if get_origin(kind) is Annotated and get_args(kind)[0] in (int, float) else str

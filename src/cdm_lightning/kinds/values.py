@@ -1,4 +1,4 @@
-"""Single values and the kinds that annotations name: validated by pydantic, and described in words."""
+"""Checks of single values by their annotations, the `kinds`, with pydantic; and descriptions of annotations in words."""
 
 import math
 import operator
@@ -19,9 +19,10 @@ LARGE = 10_000  # larger limits are written as powers of ten
 
 
 def problem_of(value: Any, kinds: Sequence[Any]) -> str | None:
-    """Return what is wrong with a plain value that may be of any of these kinds; None if nothing is, "" if its type is wrong.
+    """Return what is wrong with a plain value that has to fit one of these annotations, such as "it is empty"; None if it fits.
 
-    A whole number is also a finite number, a truth value is no number, and a number can be a name.
+    The text is "" if the type or the range is wrong, which `told` describes. An int fits a float, a bool fits no number, and a
+    number or a bool fits where only texts and paths are allowed.
     """
     plain = [kind for kind in kinds if _base(kind) in (bool, int, float, str, NoneType) or _is_choice(kind)]
     plain += [_as_text(kind) for kind in kinds if _is_path(kind)]
@@ -38,7 +39,7 @@ def problem_of(value: Any, kinds: Sequence[Any]) -> str | None:
 
 
 def is_text(kinds: Sequence[Any]) -> bool:
-    """Return whether a value of these kinds is a text or a path, if it is not null; a number that is given is then a text."""
+    """Return whether these annotations allow only texts and paths (and null), so that a number is to be taken as a text."""
     given = [kind for kind in kinds if kind is not NoneType]
     return (
         bool(given)
@@ -95,7 +96,7 @@ def _as_text(kind: Any) -> Any:
 
 
 def told(kinds: Sequence[Any]) -> str:
-    """Return the kinds in words, as in "a whole number of at least 1, or null"."""
+    """Return these annotations in words, such as "a whole number of at least 1 or null"."""
     return " or ".join(dict.fromkeys(map(_told, sorted(kinds, key=lambda kind: kind is NoneType))))
 
 

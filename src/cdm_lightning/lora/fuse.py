@@ -10,9 +10,10 @@ ROLE = "fused"
 
 
 def fuse(weights: AdapterWeights, network: nn.Module) -> nn.Module:
-    """Add the adapter's update (scale B A, for a plain LoRA) to the weights of `network`, in place; return it in eval mode.
+    """Add the adapter (`scale * B A` for a plain LoRA) to the weights of `network` in place; return `network` in eval mode.
 
-    `network` must be a float32 copy of the adapter's base. Raises KeyError if a tensor of the adapter is missing.
+    `network` must be a float32 copy of the network that the adapter was trained on. Afterwards all its parameters require
+    gradients. Raises KeyError if `weights` lacks a tensor that the adapter's settings call for.
     """
     layer_names = list(dict.fromkeys(name.rpartition(".lora_")[0] for name in weights.tensors))
     inject(network, ROLE, weights.adapter, layer_names)

@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 
 class SharedBase:
-    """A frozen `network` (the base, in eval mode, in its own dtype) with an adapter for each role.
+    """One frozen `network` (the base) that holds a LoRA adapter for each role, so that several trained networks share its memory.
 
-    `view(role)` is the base with one adapter as a network; outside calls of such views all adapters are off. Adapters are
-    float32 whatever the dtype of the base. Factor A is initialized uniformly as in peft and B with zeros, so that every role
-    starts equal to the base. The initial A depends on (`seed`, layer) only and is the same for all roles, so that the averages
-    of two roles' factors at first stay within one subspace. Raises UserError for targets that the network does not have.
+    `view(role)` gives the base with the adapter of that role as an `nn.Module`; while no view is called, all adapters are
+    off. The base is put into eval mode and keeps its dtype; adapters are float32. A starts uniform as in peft and B at zero,
+    so every role starts equal to the base. The initial A depends on `seed` and the layer alone, the same for all roles: at
+    first, averaging two roles' factors then averages their updates B A too. Raises UserError for targets that `network` lacks.
     """
 
     def __init__(self, network: nn.Module, adapters: Mapping[str, Adapter], presets: Presets, seed: int) -> None:
@@ -53,11 +53,11 @@ class SharedBase:
         self._switch(None)
 
     def view(self, role: str) -> AdapterView:
-        """Return the base with the adapter of `role` as a network, whose parameters are those of the adapter."""
+        """Return a network that runs the base with the adapter of `role`; its only parameters are those of the adapter."""
         return AdapterView(self, role, adapter_parameters(self.layers, role), self._adapters[role])
 
     def base_view(self) -> BaseView:
-        """Return the base with all adapters off as a network; call this again after sharding, which makes new parameters."""
+        """Return a network that runs the base with all adapters off. Sharding replaces parameters: call this again after it."""
         return BaseView(self, {name: self.network.get_parameter(place) for name, place in self._place_of.items()})
 
     @contextmanager
@@ -71,10 +71,10 @@ class SharedBase:
             self._switch(before)
 
     def with_its_adapter(self, block: nn.Module) -> Callable[..., Any]:
-        """Return `block`, a module of the base, as a function that always runs with the adapter that is on now.
+        """Return a function that runs `block`, a module of the base, with the adapter that is on now, whenever it is called.
 
-        Gradient checkpointing runs blocks again in the backward pass, when the adapters are off or another one is on. Without
-        this function, the gradients would silently be wrong.
+        For gradient checkpointing: it runs blocks again in the backward pass, when all adapters are off or another one is on,
+        and the gradients would silently be wrong.
         """
         return partial(self._rerun, self._role, block)
 
@@ -114,9 +114,10 @@ class SharedBase:
 
 
 def target_layers(network: nn.Module, adapter: Adapter, presets: Presets) -> list[str]:
-    """Return the names of the linear layers of `network` to which the adapter is added.
+    """Return the names of the linear layers of `network` that get the adapter: those that end in one of its target endings.
 
-    Raises UserError if there are none, and if `adapter.targets` lists an ending of which there are none.
+    Raises UserError if no layer does, or if `adapter.targets` is a list with an ending that fits no layer. Some endings of a
+    preset may fit none.
     """
     endings = adapter.endings(presets)
     linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
@@ -132,7 +133,7 @@ def target_layers(network: nn.Module, adapter: Adapter, presets: Presets) -> lis
 
 
 def inject(network: nn.Module, role: str, adapter: Adapter, layers: Sequence[str]) -> None:
-    """Add an adapter named `role` to the linear layers with these names, in place, with peft."""
+    """Add a new peft adapter named `role` to the linear layers of `network` with the names `layers`, in place."""
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,  # pyrefly: ignore[bad-argument-type]  peft accepts any number
@@ -146,15 +147,15 @@ def inject(network: nn.Module, role: str, adapter: Adapter, layers: Sequence[str
 
 
 def tuner_layers(network: nn.Module) -> "dict[str, LoraLayer]":
-    """Return peft's layers with adapters, by the names of the linear layers that they have replaced."""
+    """Return {name: module} of the layers that peft has put in the place of linear layers to hold adapters."""
     found = {name: module for name, module in network.named_modules() if isinstance(module, BaseTunerLayer)}
     return cast("dict[str, LoraLayer]", found)
 
 
 def adapter_parameters(layers: "Mapping[str, LoraLayer]", role: str) -> dict[str, nn.Parameter]:
-    """Return the parameters of the adapter `role`: "LAYER.lora_A.weight" (rank, in), "LAYER.lora_B.weight" (out, rank), ...
+    """Return the parameters of the adapter `role` by name: "LAYER.lora_A.weight" (rank, in), "LAYER.lora_B.weight" (out, rank).
 
-    With DoRA, there is also "LAYER.lora_magnitude_vector.weight" (out,).
+    With DoRA there is also "LAYER.lora_magnitude_vector.weight" (out,). `layers` are those of `tuner_layers`.
     """
     return {
         f"{name}.{kind}.{key}": parameter

@@ -1,6 +1,6 @@
-"""Networks that call a shared base with one LoRA adapter on, or with none; they look like networks of their own.
+"""Modules that run one base network, which they share, with one LoRA adapter on or with none.
 
-Optimizers, the EMA, checkpoints and the generation of images use them like any other `nn.Module`.
+Optimizers, the EMA, checkpoints and the generation of images use such a module like any other `nn.Module`.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # peft takes seconds to import, and a run without adapters do
 class RoleView(nn.Module):
     """A network that calls the base of `shared` with the adapter of `role` on, or without an adapter if `role` is None.
 
-    Its own parameters are `parameters`, under their dotted names. The base is not one of its submodules.
+    `parameters`, by dotted name, are all the parameters that this module has: the base is not one of its submodules.
     """
 
     def __init__(self, shared: "SharedBase", role: str | None, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -40,12 +40,12 @@ class RoleView(nn.Module):
 
     @property
     def config(self) -> Any:
-        """The configuration of the base network."""
+        """The `config` of the base network, as diffusers models have it."""
         return self.shared.network.config
 
 
 class AdapterView(RoleView):
-    """The base with the adapter of one role on; the parameters of this network are the float32 parameters of the adapter."""
+    """A network that runs the base with the adapter of one role on; its parameters are those of the adapter, in float32."""
 
     def __init__(
         self, shared: "SharedBase", role: str, parameters: Mapping[str, nn.Parameter], adapter: Adapter
@@ -60,9 +60,9 @@ class AdapterView(RoleView):
 
 
 class BaseView(RoleView):
-    """The base with all adapters off, which is usually the teacher.
+    """A network that runs the base with all adapters off; usually this is the teacher.
 
-    The parameters of this network are those of the base, and moving it to a device moves the base.
+    Its parameters are those of the base, and moving it to a device moves the base.
     """
 
     def __init__(self, shared: "SharedBase", parameters: Mapping[str, nn.Parameter]) -> None:

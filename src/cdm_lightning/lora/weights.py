@@ -11,15 +11,19 @@ from cdm_lightning.lora.plan import Adapter
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """An adapter's settings, and its tensors by name: "LAYER.lora_A.weight" (rank, in), "LAYER.lora_B.weight" (out, rank), ..."""
+    """The settings of an adapter, and its tensors by name as `adapter_parameters` gives them.
+
+    The names are "LAYER.lora_A.weight" (rank, in), "LAYER.lora_B.weight" (out, rank), and with DoRA
+    "LAYER.lora_magnitude_vector.weight" (out,). B is stored without the scale.
+    """
 
     adapter: Adapter
     tensors: Mapping[str, Tensor]
 
     def portable(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """Return the tensors as LoRA files hold them: in `dtype`, on the CPU, with B multiplied by the scale.
+        """Return the tensors as LoRA files hold them: in `dtype`, on the CPU, with B multiplied by the adapter's scale.
 
-        LoRA files have no standard entry for a scale, and all readers use scale 1 without one.
+        LoRA files have no standard entry for a scale, and without one all readers assume scale 1.
         """
         return {
             name.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector"): (

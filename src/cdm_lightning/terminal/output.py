@@ -10,7 +10,7 @@ from cdm_lightning.terminal.secrets import masked_text
 
 
 class MaskedStream:
-    """A text stream in front of `stream` that masks the secrets in each text written; it is `stream` in all other respects."""
+    """A text stream that writes to `stream` with secrets replaced by ***; all other attributes are those of `stream`."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream

@@ -15,7 +15,7 @@ Figures = Callable[[], Mapping[str, str]]  # called only to show figures, becaus
 class Progress:
     """A counter of steps from `initial` to `total`, shown on stderr with elapsed and remaining time.
 
-    With several processes, all but the first are `silent`.
+    `silent` shows nothing; of several processes, all but the first pass it.
     """
 
     def __init__(self, description: str, total: int, initial: int = 0, silent: bool = False) -> None:
@@ -38,7 +38,8 @@ class Progress:
     def advance(self, count: int = 1, figures: Figures = dict) -> None:
         """Count `count` more steps as done; now and then, and at the end, show the count and what `figures()` returns.
 
-        `figures` is called only then, because reading a loss makes the host wait for the device.
+        `figures` returns {name: value as text}, such as a loss. It is called only when it is shown, because reading a loss makes
+        the host wait for the device.
         """
         self.done += count
         now = time.perf_counter()

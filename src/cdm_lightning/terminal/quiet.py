@@ -17,9 +17,9 @@ NO_EXCEPTIONS = "should be kept in float32: []"  # part of a diffusers warning a
 
 
 def quiet_libraries() -> None:
-    """Hide the advice of Lightning and some warnings of torch and diffusers that do not apply here; mask secrets in all output.
+    """Hide messages of Lightning, torch and diffusers that do not apply here, and mask secrets in all that is printed.
 
-    Call this before these libraries are imported.
+    Call this before these libraries are imported. In a locale without UTF-8 it starts the command again (`speak_utf8`).
     """
     speak_utf8()
     mask_output()
@@ -33,10 +33,10 @@ def quiet_libraries() -> None:
 
 
 def speak_utf8() -> None:
-    """In a locale without UTF-8 (such as LC_ALL=C), start this very command again in Python's UTF-8 mode.
+    """In a locale without UTF-8 (such as LC_ALL=C), replace this process by the same command in Python's UTF-8 mode.
 
-    Python would otherwise read "é" in an argument or a path as bytes that no file can hold as text. The mode cannot be
-    changed in a process that runs.
+    Otherwise Python would read "é" in an argument or a path as characters that cannot be written to a UTF-8 file, and the mode
+    of a running process cannot be changed.
     """
     if sys.getfilesystemencoding() == "utf-8" or os.environ.get("PYTHONUTF8") == "1":
         return

@@ -94,7 +94,10 @@ def is_secret_key(name: str) -> bool:
 
 
 def masked(value: Any, key: str = "", is_secret: bool = False) -> Any:
-    """Return plain containers with secrets masked: what `masked_text` finds, and all that is below a secret key."""
+    """Return nested dicts and lists with each secret replaced by ***: what `masked_text` finds, and all below a secret key.
+
+    `key` is the key that holds `value`; `is_secret` says that a key above it is secret (`is_secret_key`).
+    """
     is_secret = is_secret or is_secret_key(key)
     if isinstance(value, Mapping):
         return {
@@ -111,7 +114,10 @@ def masked(value: Any, key: str = "", is_secret: bool = False) -> Any:
 
 
 def masked_command(arguments: Sequence[str]) -> list[str]:
-    """Return command-line arguments with secrets masked: as in `masked_text`, and the whole value of a secret key."""
+    """Return command-line arguments with secrets replaced by ***: those that `masked_text` finds, and each value of a secret key.
+
+    `KEY=VALUE` and `--KEY VALUE` are both known.
+    """
     found, follows = [], False
     for argument in arguments:
         name, sign, value = argument.partition("=")
@@ -126,7 +132,7 @@ def masked_command(arguments: Sequence[str]) -> list[str]:
 
 
 def masked_text(text: str) -> str:
-    """Return a text with secrets masked; words such as `tokenizer` and numbers such as `max_tokens=77` stay."""
+    """Return a text with the secrets in it replaced by ***; words such as `tokenizer` and `max_tokens=77` stay."""
     if len(text) < SHORTEST_SECRET:
         return text
     if known := _of_environment():
