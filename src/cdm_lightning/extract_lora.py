@@ -75,7 +75,7 @@ def _write(family: type, found: "Extraction", output: Path) -> None:
         ):
             os.rename(write_lora_file(family, found.tensors, Path(folder)), temporary)
     except OSError as error:
-        raise UserError(f"{output}: cannot be written ({error.strerror or error})") from error
+        raise UserError(f"{output}: cannot be written ({error.strerror or error}); pass another --output") from error
 
 
 def report(found: "Extraction") -> str:

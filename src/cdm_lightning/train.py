@@ -98,7 +98,7 @@ def train_in(run: Run, config: DictConfig) -> TrainResult:
     if module.compute.accumulate > data.batch_size:
         raise UserError(
             f"compute.accumulate={module.compute.accumulate} parts of a batch need at least as many prompts, but "
-            f"data.batch_size={data.batch_size}"
+            f"data.batch_size={data.batch_size}; lower the one or raise the other"
         )
     module.resolution.check(module.backbone)
     check_samplers(module.samplers, module.backbone)

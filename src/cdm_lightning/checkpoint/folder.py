@@ -56,7 +56,7 @@ def begin(folder: Path, iteration: int) -> Path:
 
 
 def temporary_path(folder: Path, iteration: int) -> Path:
-    """Return the path of the folder that `begin` makes."""
+    """Return the path of the temporary folder that `begin` makes for the checkpoint of `iteration`."""
     return folder / (SAVING + NAME.format(iteration))
 
 

@@ -25,7 +25,7 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint of iteration `record["iteration"]` into `folder` and return its path; all processes must call it.
 
-    `tensors` are the networks and optimizer states by name (`state.tensors_of`), `record` the counters and plain values for
+    `tensors` are the networks and optimizer states by name (`state.tensors_of`), `record` the counters and numbers for
     state.json, `trainer_state` goes to trainer.pt, and `about` is the run's configuration and inputs (`StoredCheckpoint.about`).
     Raises OSError on all processes if the checkpoint cannot be written; earlier checkpoints are then unchanged.
     """

@@ -136,7 +136,11 @@ class StoredCheckpoint:
         raise UserError(f"{self.path} holds no network {name}; choose one that was trained, or {OTHER}")
 
     def trainer_state(self) -> dict[str, Any]:
-        """Read the state of Lightning's loops, callbacks and objective; `UserError` for more than plain values and tensors."""
+        """Read the states of Lightning's loop, the callbacks and the objective: {"fit_loop": state, "callbacks": ..., ...}.
+
+        The keys are those of `objective_state.trainer_state`. Raises `UserError` if the file cannot be read or holds objects other
+        than tensors, numbers, texts, and lists and dicts of them.
+        """
         try:
             state = torch.load(io.BytesIO(self.trainer_bytes()), map_location="cpu", weights_only=True)
         except (*UNREADABLE, AttributeError, IndexError) as error:

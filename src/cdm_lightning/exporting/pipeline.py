@@ -69,7 +69,7 @@ def prepare(
 ) -> Callable[[Path, int, str], None]:
     """Return a function (folder, nfe, text of the model card) that writes `network` in `dtype` into an existing folder.
 
-    `network` itself is not changed. With `form="lora"` it writes a LoRA file, otherwise a pipeline folder, into which a LoRA
+    With `form="lora"` it writes a LoRA file, otherwise a pipeline folder, into which a LoRA
     is fused. Raises UserError for `form="lora"` if the network is not a LoRA.
     """
     from cdm_lightning.lora.views import AdapterView

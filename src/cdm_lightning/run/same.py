@@ -76,7 +76,9 @@ def require_same_configuration(saved: dict[str, Any], config: dict[str, Any], fo
     keys = sorted(key for key in before.keys() | now.keys() if decides(key) or not may_follow(key, before, now))
     if differing := [key for key in keys if not is_same(key, before, now, saved, config)]:
         named = ", ".join(differing[:5])
-        raise UserError(f"{folder} holds a run of another configuration (it differs in {named}); set another run_name")
+        raise UserError(
+            f"{folder} holds a run of another configuration (it differs in {named}); restore these options, or set another run_name"
+        )
 
 
 def may_follow(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
