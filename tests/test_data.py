@@ -108,9 +108,9 @@ def test_first_occurrences_equal_a_plain_count():
 
 def test_rules_out_of_range(tmp_path):
     path = write(tmp_path, "a.txt", "a")
-    with pytest.raises(UserError, match="overlong skip or refuse"):
+    with pytest.raises(UserError, match="overlong=cut must be skip or refuse"):
         PromptFile(path, overlong="cut")
-    with pytest.raises(UserError, match="max_characters must be at least 1"):
+    with pytest.raises(UserError, match="max_characters=0 must be at least 1"):
         PromptFile(path, max_characters=0)
     with pytest.raises(UserError, match=r"holds no prompt \(1 over 3 characters\)"):
         PromptFile(write(tmp_path, "b.txt", "long"), max_characters=3)

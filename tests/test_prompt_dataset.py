@@ -62,7 +62,7 @@ def test_bad_data_sets_are_refused_in_one_line(saved, tmp_path):
         (PromptDataset, {"field": "caption"}, f"{saved}: no column 'caption', it has prompt, width; set field=NAME"),
         (PromptDataset, {"field": "width"}, "the column 'width' holds int, not text"),
         (PromptDataset, {"split": "all"}, f"{saved}: no split 'all', it has train, test"),
-        (PromptDataset, {"limit": 3}, "limit needs streaming=true"),
+        (PromptDataset, {"limit": 3}, "limit=3 needs streaming=true"),
         (PromptDataset, {"dataset": tmp_path / "none"}, "none: the data set cannot be loaded"),
     ]
     for made, arguments, message in cases:

@@ -247,7 +247,7 @@ def test_folders_and_values_that_cannot_be(backbone, fill, tmp_path):
         fill(PROMPTS)
     with pytest.raises(UserError, match=r"text_cache.dtype must be one of float32, bfloat16, float16"):
         TextCacheSettings(dtype="int8")
-    with pytest.raises(UserError, match="batch_size must be at least 1"):
+    with pytest.raises(UserError, match=r"text_cache\.batch_size=0 must be at least 1"):
         TextCacheSettings(batch_size=0)
 
 

@@ -35,7 +35,10 @@ GIGABYTE = 1e9
 
 @dataclass(frozen=True)
 class Filled:
-    """The result of `fill_cache`: prompts encoded now, prompts in the cache in total, and bytes and seconds per prompt."""
+    """The result of `fill_cache`: the number of prompts `encoded` now and in `total` in the cache's `folder`.
+
+    `bytes_per_prompt` is what a prompt takes on the disk, `seconds_per_prompt` the mean time of those encoded now.
+    """
 
     folder: Path
     encoded: int
@@ -45,7 +48,10 @@ class Filled:
 
 
 def cache_text(config: DictConfig) -> Filled:
-    """Encode the training and validation prompts of `config`, those of its callbacks, and the empty prompt."""
+    """Encode the training and validation prompts of `config`, those of its callbacks, and "" into `text_cache.folder`.
+
+    Prints a line about the cache. Raises `UserError` as `fill_cache` does, and for mistakes in `config`.
+    """
     check_config(config)
     settings = build(config, "text_cache")
     if settings.folder is None:
@@ -65,10 +71,11 @@ def cache_text(config: DictConfig) -> Filled:
 def fill_cache(
     backbone: "Backbone", sets: "Mapping[str, Texts]", settings: "TextCacheSettings", device: str = "cpu"
 ) -> Filled:
-    """Encode the empty prompt and the prompts of the named sets, except those already in the cache in `settings.folder`.
+    """Encode the empty prompt and the prompts of `sets` (name: prompts) into the text cache in `settings.folder`.
 
-    Raises `UserError` for a cache of other text encoders or another dtype, an incomplete shard, a full disk, and a prompt
-    whose conditioning has another shape than that of the empty prompt.
+    Prompts that are there already are left out. `backbone` encodes them on `device`. Raises `UserError` for a cache of other
+    text encoders or another dtype, an incomplete shard, a full disk, and a prompt whose conditioning has another shape than
+    that of the empty prompt.
     """
     import torch
 
@@ -82,7 +89,8 @@ def fill_cache(
             require_fingerprint(folder, manifest, fingerprint)
             if manifest.dtype != settings.dtype:
                 raise UserError(
-                    f"{folder}: the cache holds {manifest.dtype}, but text_cache.dtype={settings.dtype}; use the dtype of the cache"
+                    f"{folder}: the cache holds {manifest.dtype}, but text_cache.dtype={settings.dtype}; set text_cache.dtype to "
+                    "that of the cache, or another text_cache.folder"
                 )
         backbone.setup(torch.device(device))
         if manifest is None:
@@ -98,7 +106,10 @@ def fill_cache(
 
 
 class MissingPrompts:
-    """The distinct prompts that a cache lacks, the empty one first, then those of the named sets; 8 bytes are kept for each."""
+    """The distinct prompts that the cache `done` lacks, the empty one first, then those of `sets` (name: prompts).
+
+    Only their numbers are kept in memory, 8 bytes each.
+    """
 
     def __init__(self, done: "StoredText", sets: "Mapping[str, Texts]") -> None:
         from cdm_lightning.data.mixture import MixedPrompts
@@ -120,7 +131,7 @@ class MissingPrompts:
         return len(self.numbers)
 
     def batches(self, size: int) -> Iterator[list[str]]:
-        """Yield all of them in batches; the empty prompt is a batch by itself, as in training."""
+        """Yield the prompts in batches of at most `size`; the empty prompt is a batch by itself, as in training."""
         batch: list[str] = []
         for number in self.numbers:
             batch.append(self.prompts[number])
@@ -132,18 +143,18 @@ class MissingPrompts:
 
 
 def announce(folder: Path, count: int, manifest: "Manifest") -> None:
-    """Print how many bytes will be written; raise `UserError` if the disk has too little space."""
+    """Print how many bytes `count` prompts will take in `folder`; raise `UserError` if the disk has too little space."""
     size, free = count * manifest.bytes_per_prompt, shutil.disk_usage(folder).free
     said = f"{count:,} prompts of {manifest.bytes_per_prompt:,} bytes, {size / GIGABYTE:.3g} GB"
     if size > free:
-        raise UserError(f"{folder}: {said} to write, but the disk has {free / GIGABYTE:.3g} GB left")
+        raise UserError(f"{folder}: {said} to write, but the disk has {free / GIGABYTE:.3g} GB left; free space")
     print(f"to encode: {said}", file=sys.stderr, flush=True)
 
 
 def encode_missing(
     backbone: "Backbone", missing: MissingPrompts, manifest: "Manifest", settings: "TextCacheSettings"
 ) -> None:
-    """Encode the missing prompts and write them shard by shard."""
+    """Encode the missing prompts and write them to the cache's files (shards) of about `settings.shard_megabytes` each."""
     from cdm_lightning.backbones.base import concat
     from cdm_lightning.data.text_shards import prompt_key, write_shard
 
@@ -162,9 +173,10 @@ def encode_missing(
 
 
 def encode_batch(backbone: "Backbone", batch: Sequence[str], manifest: "Manifest", size: int) -> "Conditioning":
-    """Return the conditioning of the batch on the CPU, in the stored dtypes; `UserError` if its shape is not that of "".
+    """Return the text conditioning of the prompts in `batch`, on the CPU and in the dtypes of the cache (`manifest`).
 
-    A batch that is not full is padded, because in some matrix products the last bit depends on the number of rows.
+    A batch of fewer than `size` prompts is filled up for the encoder, because in some matrix products the last bit depends on the
+    number of rows. Raises `UserError` if a tensor has another shape per prompt than that of the empty prompt.
     """
     filled = batch if batch[0] == "" else [*batch, *[batch[-1]] * (size - len(batch))]
     cond = backbone.encode_prompts(filled)
@@ -178,7 +190,10 @@ def encode_batch(backbone: "Backbone", batch: Sequence[str], manifest: "Manifest
 
 
 def callback_prompts(node: DictConfig | None) -> "Iterator[Texts]":
-    """Yield the sets of prompts that callbacks make images of: every node named `prompts` that has a `_target_`."""
+    """Build and yield the sets of prompts that callbacks make images of.
+
+    `node` is the group `callbacks` of the configuration; each node in it that is named `prompts` and has a `_target_` is a set.
+    """
     for key, child in (node or {}).items():
         if isinstance(child, DictConfig):
             if key == "prompts" and "_target_" in child:
@@ -196,7 +211,10 @@ def choose_device(accelerator: str) -> str:
 
 @contextmanager
 def writing(folder: Path) -> Generator[None]:
-    """Hold the folder's lock inside the block; make the folder first, and remove the files that a killed writer left."""
+    """Make the cache's folder if it is missing, lock it inside the block, and delete temporary files of killed writers first.
+
+    Raises `UserError` if the folder holds other files, if another process has locked it, or if it cannot be written.
+    """
     from cdm_lightning.data.text_shards import MANIFEST, SHARDS
 
     with ExitStack() as held:
@@ -210,7 +228,7 @@ def writing(folder: Path) -> Generator[None]:
             held.enter_context(locked(folder / LOCK))
         except BlockingIOError as error:
             raise UserError(
-                f"{folder}: another process is writing this text cache ({error.strerror}); wait for it"
+                f"{folder}: another process is writing this text cache ({error.strerror}); wait for it, or stop it"
             ) from error
         except OSError as error:
             raise UserError(
@@ -221,11 +239,13 @@ def writing(folder: Path) -> Generator[None]:
         try:
             yield
         except OSError as error:
-            raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from error
+            raise UserError(
+                f"{folder}: cannot be written ({error.strerror or error}); free space or set another text_cache.folder"
+            ) from error
 
 
 def names_in(folder: Path) -> set[str]:
-    """Return the names in a folder that is there, without those of our temporary files."""
+    """Return the names in a folder, without this package's temporary files; empty if the folder does not exist."""
     if not folder.is_dir():
         return set()
     return {path.name for path in folder.iterdir() if not path.name.startswith(OWN)}

@@ -33,12 +33,14 @@ def export_checkpoint(
     height: int | None = None,
     width: int | None = None,
 ) -> Path:
-    """Export the student of a checkpoint, or of the newest one of a run folder.
+    """Export the student of a checkpoint, or of the newest one of a run folder, to `output` and return its path.
 
-    `weights="auto"` takes the EMA weights if there are any. `pretrained` replaces the path of the pretrained pipeline in
-    the run's configuration, in case it has moved. `form` is "pipeline"; "lora", for a student that is a LoRA; or a single
-    .safetensors file, "weights" of the student alone or "checkpoint" of everything in the precision of training. `height`
-    and `width`, in pixels, are those of the call in the model card, by default those of the run's backbone.
+    `form` is "pipeline" (a folder; a LoRA is fused in), "lora" (a folder with the LoRA alone), or a new .safetensors file:
+    "weights" of the student, or "checkpoint" of everything, in the precision of training. `nfe` is the number of network calls
+    for an image, `weights` is "student", "student_ema" or "auto" (the EMA if there is one), and `dtype` (float32, float16,
+    bfloat16) that of the weights. `pretrained` replaces the path of the pretrained pipeline in the run's configuration, in case
+    it has moved. `height` and `width`, in pixels, are those of the call in the model card, by default those of the run's
+    backbone. Raises `UserError` for a source or output that does not fit; see `export_pipeline`.
     """
     if form in FILES:
         return export_file(Path(source), Path(output), weights, dtype, form)
@@ -55,7 +57,10 @@ def export_checkpoint(
 
 
 def export_file(source: Path, output: Path, weights: str, dtype: str, form: str) -> Path:
-    """Write the student's weights or a whole checkpoint as one file; this does not need the pretrained pipeline."""
+    """Write a student (`form="weights"`) or a whole checkpoint (`form="checkpoint"`) as the new .safetensors file `output`.
+
+    Returns its path; arguments as in `export_checkpoint`. The pretrained pipeline is not needed.
+    """
     import torch
 
     from cdm_lightning.checkpoint.single_file import check_file, write_checkpoint, write_weights

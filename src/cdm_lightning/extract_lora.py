@@ -26,13 +26,15 @@ if TYPE_CHECKING:  # these take seconds to import: --help and error messages sho
 
 
 def extract_lora(base: str, tuned: str, rank: int, output: str | Path, device: str = "auto") -> "Extraction":
-    """Write the LoRA file `output`, for diffusers' `load_lora_weights`, and return the extracted LoRA with its errors.
+    """Extract the difference `tuned` - `base` of two pipelines' transformers as a LoRA of this rank, and return it with its errors.
 
-    UserError for transformers of different shapes or without a difference, and for an `output` that cannot be written.
+    `base` and `tuned` are folders or hub ids. The LoRA is written to the .safetensors file `output`, for diffusers'
+    `load_lora_weights`. The decompositions run on `device` ("auto": CUDA if available). Raises `UserError` for transformers of
+    different shapes or without a difference, and for an `output` that cannot be written.
     """
     output = Path(output)
     if rank < 1:
-        raise UserError(f"--rank must be at least 1, got {rank}")
+        raise UserError(f"--rank {rank} must be at least 1")
     if output.is_dir() or output.suffix != ".safetensors":
         raise UserError(f"{output}: pass the name of a .safetensors file to write")
     try:
@@ -73,11 +75,14 @@ def _write(family: type, found: "Extraction", output: Path) -> None:
         ):
             os.rename(write_lora_file(family, found.tensors, Path(folder)), temporary)
     except OSError as error:
-        raise UserError(f"{output}: cannot be written ({error.strerror or error})") from error
+        raise UserError(f"{output}: cannot be written ({error.strerror or error}); pass another --output") from error
 
 
 def report(found: "Extraction") -> str:
-    """Return the relative errors as lines: those of the tensors, the worst first, then that of the whole difference."""
+    """Return a text with the relative error of each tensor, a line each and the worst first, then that of all together.
+
+    The error is the Frobenius norm of what the LoRA leaves out, divided by that of the difference.
+    """
     errors = sorted(found.errors(), key=lambda pair: -pair[1])
     outside = set(found.outside)
     lines = [

@@ -63,7 +63,10 @@ from cdm_lightning.terminal.quiet import quiet_libraries
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The folder of a run, its newest checkpoint, its last iteration and the last values of all logged `metrics`."""
+    """What a finished training returns: the run's folder, its newest checkpoint (None without one), and its last iteration.
+
+    `metrics` holds the last value of each logged figure by name, such as "val/clip_score/student_4".
+    """
 
     folder: Path
     checkpoint: Path | None
@@ -72,9 +75,9 @@ class TrainResult:
 
 
 def train(config: DictConfig) -> TrainResult:
-    """Train as `config` describes, from scratch or from the newest checkpoint; raise `UserError` for mistakes in it.
+    """Train as `config` describes, from scratch or from the run's newest undamaged checkpoint, up to `trainer.max_steps`.
 
-    All checks are made before networks are built.
+    Raises `UserError` for mistakes in `config`, before networks are built, and `Preempted` if a signal stops the run.
     """
     check_config(config)
     require_name(str(config.run_name), "run_name")
@@ -86,7 +89,7 @@ def train(config: DictConfig) -> TrainResult:
 
 
 def train_in(run: Run, config: DictConfig) -> TrainResult:
-    """Train in the folder of a run, which the caller has locked; raise the same errors as `train`."""
+    """Do the work of `train` in the folder of `run`, which the caller has locked (`only_process_in`)."""
     L.seed_everything(config.seed, verbose=False)
     strategy, module = build(config, "strategy"), build(config, "module", of=CDMModule)
     if isinstance(strategy, MeshStrategy):
@@ -95,7 +98,7 @@ def train_in(run: Run, config: DictConfig) -> TrainResult:
     if module.compute.accumulate > data.batch_size:
         raise UserError(
             f"compute.accumulate={module.compute.accumulate} parts of a batch need at least as many prompts, but "
-            f"data.batch_size={data.batch_size}"
+            f"data.batch_size={data.batch_size}; lower the one or raise the other"
         )
     module.resolution.check(module.backbone)
     check_samplers(module.samplers, module.backbone)
@@ -136,7 +139,10 @@ def train_in(run: Run, config: DictConfig) -> TrainResult:
 
 
 def explained(error: Exception, has_workers: bool, timeout: float | None) -> UserError | None:
-    """Return the line that explains the failure of a loader worker or of another process; None for any other error."""
+    """Return a `UserError` that explains `error` if a data loader's worker or another process has failed; None otherwise.
+
+    `has_workers` is whether the loader has worker processes, and `timeout` is `strategy.timeout` in seconds.
+    """
     by_worker = has_workers and isinstance(error, (ConnectionError, EOFError))  # it died while it passed on a batch
     if by_worker or "DataLoader worker" in str(error):
         return UserError(worker_failure(error))
@@ -149,7 +155,7 @@ def explained(error: Exception, has_workers: bool, timeout: float | None) -> Use
 
 
 def print_cautions(module: CDMModule) -> None:
-    """Print which adapters are not used, and what is to be known about the teacher."""
+    """Print a line on stderr for each LoRA adapter that is not used, and for each caution about the teacher."""
     for role in module.lora.unused(module.updates.recipes):
         print(f"lora.{role} is not used, because the objective does not train {role}", file=sys.stderr, flush=True)
     for caution in module.backbone.cautions(getattr(module.objective, "guidance_scale", 0.0)):
@@ -157,7 +163,10 @@ def print_cautions(module: CDMModule) -> None:
 
 
 def make_trainer(config: DictConfig, **parts: Any) -> L.Trainer:
-    """Build Lightning's trainer with these parts; raise `UserError` for values that it refuses and for missing devices."""
+    """Build Lightning's trainer from `config.trainer`; `parts` are further arguments: strategy, callbacks and loggers.
+
+    Raises `UserError` for values that Lightning refuses and for devices that are missing.
+    """
     make = build(config, "trainer", of=L.Trainer)
     try:
         trainer = make(**parts)
@@ -171,7 +180,11 @@ def make_trainer(config: DictConfig, **parts: Any) -> L.Trainer:
 def use_text_cache(
     settings: TextCacheSettings, backbone: Backbone, data: PromptDataModule, callbacks: Sequence[L.Callback]
 ) -> None:
-    """Give the backbone the text cache, or a memory for few prompts; `UserError` if the cache is unfit or incomplete."""
+    """Give the backbone the text cache in `settings.folder`, or, without one, a memory for few prompts.
+
+    The memory keeps the text conditioning of up to `remember_up_to` prompts. `callbacks` are looked through for prompts that they
+    make images of. Raises `UserError` if the cache was made with other text encoders or lacks a prompt.
+    """
     generated = {type(callback).__name__: callback.prompts for callback in callbacks if hasattr(callback, "prompts")}
     sets = {"training": data.train, "validation": data.val, **generated}
     if settings.folder is not None:
@@ -187,12 +200,12 @@ def use_text_cache(
 def find_beginning(
     config: DictConfig, run: Run, checkpoint: IterationCheckpoint, fingerprint: str, inputs: Inputs
 ) -> Path | None:
-    """Return the checkpoint of another run if `resume` names one; raise `UserError` if the run cannot start like this.
+    """Return the checkpoint of another run to begin with, if `config.resume` is the path of one and this run has none; else None.
 
-    `resume` is "auto" (resume from this run's newest good checkpoint, if there is one), "never" (refuse a folder with
-    checkpoints) or the path of a checkpoint of another run. That checkpoint is used as long as this run has none of its own,
-    and need not exist any more once it has. Its backbone must be the same, but its configuration may differ. `inputs` are the
-    files that the run stands on, which must be those of its last checkpoint.
+    `resume` may also be "auto" (resume from this run's newest undamaged checkpoint, if there is one) or "never" (refuse a folder
+    with checkpoints). The other run's backbone must have this `fingerprint` (`Backbone.fingerprint`), but its configuration may
+    differ. Raises `UserError` for that, and if this run has checkpoints that the configuration or the contents of its input
+    files (`inputs`, see `run.inputs`) do not fit.
     """
     refuse_old_files(checkpoint.folder)
     own = checkpoints_in(checkpoint.folder)
@@ -219,13 +232,19 @@ def find_beginning(
 
 
 def local_folders(backbone: Backbone) -> dict[str, Path]:
-    """Return the folder of the backbone's pretrained pipeline, which may be one that was downloaded; empty without one."""
+    """Return {"backbone.pretrained": the folder of the pretrained pipeline on this machine}; empty without a pipeline.
+
+    `inputs_of` needs it, because the option may be a hub id, whose pipeline was downloaded to that folder.
+    """
     folder = getattr(backbone, "folder", None)
     return {"backbone.pretrained": folder} if isinstance(folder, Path) else {}
 
 
 def require_same_backbone(own: Sequence[Path], fingerprint: str) -> StoredCheckpoint | None:
-    """Return the newest checkpoint that can be opened, None if none can; `UserError` if it has another fingerprint."""
+    """Return the newest of the checkpoints `own` that can be opened, None if none can.
+
+    Raises `UserError` if its backbone had another fingerprint (`Backbone.fingerprint`) than the configured one.
+    """
     for path in sorted(own, key=recorded_iteration, reverse=True):
         with suppress(UserError):  # a damaged one is reported later, when the run looks for a good checkpoint
             stored = read_checkpoint(path)
@@ -236,7 +255,10 @@ def require_same_backbone(own: Sequence[Path], fingerprint: str) -> StoredCheckp
 
 
 def start(config: DictConfig) -> None:
-    """Train in this process, or start several processes if the configuration asks for them and no launcher has."""
+    """Train in this process, or start `trainer.devices` processes that train, unless torchrun or SLURM has started this one.
+
+    If a started process fails, this one exits with its status.
+    """
     check_config(config)
     processes = device_count(config.trainer.devices)
     if "TORCHELASTIC_RUN_ID" in os.environ:

@@ -1,4 +1,4 @@
-"""The inner parts of a family's networks that an objective may use: hidden states after blocks, and the time embedding.
+"""What an objective may use inside a family's networks: the hidden states (features) after blocks, and the time embedding.
 
 Shapes: B batch, N tokens, D width of a hidden state.
 """
@@ -15,36 +15,36 @@ from cdm_lightning.lora.views import RoleView
 
 
 class Anatomy:
-    """The part of `Backbone` that describes the parts of its networks; no network is built for it."""
+    """The part of `Backbone` that says where blocks, features and time embedding are in its networks; it builds no network."""
 
     block_types: tuple[type[nn.Module], ...] = ()  # the repeated blocks: units of checkpointing and sharding
     time_embedding: str | None = None  # name of the submodule whose output (B, D) carries the time to the blocks
 
     @property
     def feature_width(self) -> int:
-        """D of the hidden states after a block; UserError for a family that does not define it."""
+        """D, the width of the hidden states (B, N, D) after a block; UserError for a family that does not define it."""
         raise UserError(f"{type(self).__name__} does not define the width of its hidden features")
 
     @property
     def time_embedding_width(self) -> int:
-        """D of the output (B, D) of `time_embedding`; UserError for a family that does not define it."""
+        """D, the width of the output (B, D) of the submodule `time_embedding`; UserError for a family that does not define it."""
         raise UserError(f"{type(self).__name__} does not define the width of its time embedding")
 
     def features_after(self, block_output: Any) -> Tensor:
-        """Return the image tokens' hidden states (B, N, D) from the output of a block.
+        """Return the hidden states (B, N, D) of the image tokens, given what a block returned.
 
-        By default this is the output itself, or the last item of a tuple (hidden states of the text, of the image).
+        By default this is the output itself, or the last item of a tuple: blocks return (text states, image states).
         """
         return block_output[-1] if isinstance(block_output, tuple) else block_output
 
     def blocks_of(self, network: nn.Module) -> list[nn.Module]:
-        """Return the blocks of a network, or of the base that a LoRA view calls, in the order of its modules."""
+        """Return the repeated blocks of a network in the order of its modules; for a LoRA view, the blocks of its base network."""
         return [module for module in unwrapped(network).modules() if isinstance(module, self.block_types)]
 
     def time_module(self, network: nn.Module) -> nn.Module:
-        """Return the submodule `time_embedding` of a network, or of the base that a LoRA view calls; hooks may be added to it.
+        """Return the submodule of a network that embeds the time, to add hooks to; for a LoRA view, that of its base network.
 
-        UserError if the family or the network has none.
+        UserError if the family does not name one (`time_embedding`) or this network lacks it.
         """
         if self.time_embedding is None:
             raise UserError(f"{type(self).__name__} does not define where its networks embed the time")
@@ -55,14 +55,15 @@ class Anatomy:
 
 
 def unwrapped(network: nn.Module) -> nn.Module:
-    """Return the module that holds the blocks: the network itself, or the shared base that a LoRA view calls."""
+    """Return the network itself, or for a view of a base with LoRA adapters (`lora.views`) that base, which has the blocks."""
     return network.shared.network if isinstance(network, RoleView) else network
 
 
 def gather_for_backward(network: nn.Module, features: Tensor) -> None:
-    """Make the backward pass through features of a sharded network gather the weights that are outside its blocks.
+    """Let a loss on `features` of a network that FSDP2 shards be differentiated: its backward pass gathers the root weights.
 
-    FSDP2 gathers them when the backward pass reaches the network's output, which a loss on features alone does not use.
+    FSDP2 gathers the weights outside the blocks when the backward pass reaches the network's output, which a loss on features
+    alone does not use. Without sharding, this does nothing.
     """
     root = unwrapped(network)
     if isinstance(root, FSDPModule) and features.requires_grad:
@@ -70,7 +71,7 @@ def gather_for_backward(network: nn.Module, features: Tensor) -> None:
 
 
 def pick_blocks(blocks: Sequence[nn.Module], numbers: Sequence[int]) -> list[nn.Module]:
-    """Return the blocks with these numbers; negative ones count from the end. UserError for a block that does not exist."""
+    """Return the blocks with these numbers: from 0, or negative from the end. UserError for a block that does not exist."""
     for number in numbers:
         if not -len(blocks) <= number < len(blocks):
             known = f"the blocks 0 to {len(blocks) - 1}, or -{len(blocks)} to -1" if blocks else "no blocks"
@@ -80,10 +81,10 @@ def pick_blocks(blocks: Sequence[nn.Module], numbers: Sequence[int]) -> list[nn.
 
 @contextmanager
 def outputs_of(blocks: Sequence[nn.Module]) -> Generator[dict[nn.Module, Any]]:
-    """Yield a dictionary that receives the first output of each block inside the `with`, by block.
+    """Yield a dictionary {block: its first output}, which is filled while the network runs inside the `with`.
 
-    The hooks are removed afterwards, so that the outputs of a recomputation in the backward pass (gradient checkpointing)
-    are not collected. They add no computation to a block, which would change what the backward pass recomputes.
+    The hooks that fill it are removed at the end of the `with`, so outputs that gradient checkpointing computes again in
+    the backward pass are not collected. They add no computation to a block.
     """
     outputs: dict[nn.Module, Any] = {}
 

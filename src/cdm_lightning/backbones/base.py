@@ -1,4 +1,4 @@
-"""The interface that every model family implements, and the velocity field of a network with its text and precision.
+"""The interface that every model family implements, and a network bound to a batch's text as a velocity field.
 
 Shapes: latents (B, C, H, W); sigma (B,) in [0, 1], 1 = noise, always float32; images (B, 3, H, W) in [0, 1].
 A new family is one file with a subclass of `Backbone`. The rest of the code uses only these shapes and sigma.
@@ -24,7 +24,7 @@ Conditioning = dict[str, Tensor]  # a network's inputs except x and sigma, batch
 
 
 def select_rows(cond: Conditioning, rows: Rows) -> Conditioning:
-    """Return the conditioning of some samples; a slice of samples is not copied."""
+    """Return the conditioning of the samples `rows` of a batch: a slice (a view, no copy), or a tensor of indices."""
     if isinstance(rows, slice):
         return {name: value[rows] for name, value in cond.items()}
     return {name: value.index_select(0, send(rows, value.device)) for name, value in cond.items()}
@@ -36,12 +36,12 @@ def repeat_rows(cond: Conditioning, times: int) -> Conditioning:
 
 
 def concat(conds: Sequence[Conditioning]) -> Conditioning:
-    """Concatenate the conditioning of several batches; KeyError if one of them lacks a key of the first."""
+    """Concatenate the conditioning of several batches along the batch; KeyError if one of them lacks a key of the first."""
     return {name: torch.cat([cond[name] for cond in conds]) for name in conds[0]}
 
 
 class TextCache(Protocol):
-    """Conditioning that was encoded earlier and stored; `data.text_cache.StoredText` implements it."""
+    """Conditioning of prompts that was encoded earlier and stored on disk; `data.text_cache.StoredText` implements this."""
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Return the conditioning of B prompts; UserError for a prompt that the cache does not hold."""
@@ -51,7 +51,7 @@ class TextCache(Protocol):
 
 
 class TextMemory(Protocol):
-    """Conditioning that is kept after it was encoded once; `data.text_memory.RememberedText` implements it."""
+    """Conditioning of prompts that is kept in memory once it is encoded; `data.text_memory.RememberedText` implements this."""
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Return the conditioning of B prompts."""
@@ -96,7 +96,7 @@ class Backbone(Anatomy, ABC):
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """The family and a hash of the network's configuration; a checkpoint with another fingerprint does not fit."""
+        """The family's name and a hash of the network's configuration; a checkpoint with another fingerprint is refused."""
 
     @abstractmethod
     def build_network(self) -> nn.Module:
@@ -107,33 +107,33 @@ class Backbone(Anatomy, ABC):
         return self.build_network()
 
     def build_base(self) -> nn.Module:
-        """Return the pretrained network that adapters are added to, in the dtype in which it stays frozen."""
+        """Return the pretrained network to which LoRA adapters are added, in the dtype in which it stays frozen."""
         return self.build_teacher()
 
     def build_empty(self, teacher: bool) -> nn.Module | None:
-        """Return the network of `build_network` or `build_teacher` with its weights on the meta device.
+        """Return the network of `build_teacher` (if `teacher`) or `build_network` with its weights on the meta device.
 
-        `read_rows` fills the weights. Return None if the weights are not simply those of a file, which depends on the
-        family and its settings; every process then builds the whole network.
+        It can then be sharded first, and each process reads only its shards by `read_rows`. Return None if the weights are
+        not simply those of a file, which depends on the family and its settings: every process then builds the whole network.
         """
         return None
 
     def read_rows(self, name: str, first: int, end: int) -> Tensor:
-        """Read rows first..end-1 of the pretrained weight `name` from its file now, onto the CPU, in the file's dtype."""
+        """Read rows first..end-1 (of dimension 0) of the pretrained weight `name` from its file, onto the CPU, in its dtype."""
         raise KeyError(name)
 
     @abstractmethod
     def setup(self, device: torch.device) -> None:
-        """Load the frozen parts (text encoders, image codec) and move them to the device; may be called again.
+        """Load the frozen parts (text encoders, image codec) and move them to the device; a later call moves them again.
 
-        With a `text_cache`, the cache is moved instead, and no text encoder is loaded.
+        With a `text_cache` no text encoder is loaded, and the cache returns its conditioning on the device.
         """
 
     @property
     def text_fingerprint(self) -> dict[str, str]:
-        """Everything that `encode_prompts` depends on, as strings: hashes of text encoders and tokenizers, and settings.
+        """What the result of `encode_prompts` depends on, as {name: text}: hashes of text encoders and tokenizers, and settings.
 
-        Raises `UserError` for a family that has no text encoder whose output could be cached.
+        A text cache with another fingerprint is refused. UserError for a family without text encoders, which needs no cache.
         """
         raise UserError(
             f"{type(self).__name__} has no text encoder to cache, so a text cache is of no use; set text_cache.folder=null"
@@ -149,17 +149,18 @@ class Backbone(Anatomy, ABC):
         self.text_memory, self.encode_prompts = memory, memory.encode
 
     def drop_text_encoders(self) -> None:
-        """Free the text encoders, after which only prompts that are stored can be encoded; by default there are none."""
+        """Free the text encoders, if there are any; afterwards only prompts of the text cache or memory can be encoded."""
         return
 
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Return the conditioning of B prompts; the prompt "" gives the unconditional one."""
+        """Return the conditioning of B prompts, tensors (B, ...) by name; the prompt "" gives the unconditional conditioning."""
 
     def blank_conditioning(self, batch: int) -> Conditioning:
-        """Return conditioning for `batch` prompts with the keys, shapes and dtypes of `encode_prompts`, but without contents.
+        """Return uninitialized tensors with the keys, shapes and dtypes of `encode_prompts` for `batch` prompts.
 
-        It is on torch's default device. Only configuration files are read. UserError for a family that cannot do so.
+        The planner uses them to predict memory without loading text encoders: only configuration files are read. The tensors
+        are on torch's default device. UserError for a family whose shapes are not known before the prompts are.
         """
         raise UserError(
             self.unplannable
@@ -167,24 +168,27 @@ class Backbone(Anatomy, ABC):
         )
 
     def alike(self, conds: Sequence[Conditioning]) -> Sequence[Conditioning] | None:
-        """Return the conditioning of several batches in equal shapes, so that one network call can take all; None if impossible.
+        """Return the conditioning of several batches brought to equal shapes (for example by padding), or None if impossible.
 
-        A family whose shapes depend on the prompts must be able to do so: processes that hold shards of one network must
-        make the same calls whatever their own prompts are.
+        It is then concatenated for one network call. The default pads nothing. A family whose shapes depend on the prompts
+        must override this: processes that hold shards of one network must make the same calls whatever their prompts are.
         """
         shapes = [{name: value.shape[1:] for name, value in cond.items()} for cond in conds]
         return conds if all(shape == shapes[0] for shape in shapes) else None
 
     @abstractmethod
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """Return the network's velocity, noise - x0, as (B, C, H, W) in float32."""
+        """Return the network's prediction of the velocity (noise - x0), (B, C, H, W) in float32, for noisy latents `x`."""
 
     @abstractmethod
     def shift_sigmas(self, sigmas: Tensor) -> Tensor:
-        """Shift sigmas of any shape towards noise as the family does, each one independently; 0 and 1 stay the same."""
+        """Apply the family's timestep shift, which moves noise levels towards 1, to sigmas of any shape; 0 and 1 stay the same.
+
+        Each sigma is shifted independently of the others.
+        """
 
     def shift_steps(self, sigmas: Tensor) -> Tensor:
-        """Shift the sigmas of whole rollouts as the family's sampler does.
+        """Return the shifted sigmas of whole rollouts (sampling runs of K steps), as the family's scheduler gives them.
 
         `sigmas` (..., K) are unshifted, decreasing and without the final 0. The default is `shift_sigmas`; a family
         overrides it if its scheduler also stretches each rollout so that its last sigma has a fixed value.
@@ -200,7 +204,7 @@ class Backbone(Anatomy, ABC):
         return plain_guidance(cond, uncond, scale)
 
     def cautions(self, guidance_scale: float) -> list[str]:
-        """Return warnings about this teacher, for an objective with this `guidance_scale`; printed once before training."""
+        """Return warnings to print before training, if this teacher suits an objective with this `guidance_scale` badly."""
         return []
 
     @abstractmethod
@@ -213,25 +217,27 @@ class Backbone(Anatomy, ABC):
 
     @abstractmethod
     def enable_gradient_checkpointing(self, network: nn.Module, function: CheckpointFunction | None = None) -> None:
-        """Make the network's blocks recompute activations in the backward pass, by `function` if given, else by torch."""
+        """Make the network's blocks recompute activations in the backward pass: by `function(block, *arguments)`, else by torch."""
 
     @abstractmethod
     def save_pipeline(self, network: nn.Module, folder: Path, nfe: int, model_card: str) -> None:
-        """Write a folder, in the family's own format, that samples with `nfe` calls of `network` by default."""
+        """Write `network` as a pipeline in the family's own format, made for samples of `nfe` steps, with its model card."""
 
     def save_lora(self, tensors: Mapping[str, Tensor], folder: Path, nfe: int, model_card: str) -> None:
-        """Write a LoRA file (`tensors` by layer, scale 1) and the schedule of `nfe` steps.
+        """Write a LoRA file, the schedule of `nfe` steps and the model card into `folder`.
 
-        UserError if the family has no LoRA files.
+        `tensors` are those of `AdapterWeights.portable`: "LAYER.lora_A.weight", ..., to be applied with scale 1. UserError if
+        the family has no LoRA files.
         """
         raise UserError(f"{type(self).__name__} has no LoRA files; export with --form pipeline")
 
 
 @dataclass(frozen=True, eq=False)
 class BoundField(VelocityField):
-    """A network bound to the conditioning of its batch, computing in `compute_dtype` (by autocast unless float32).
+    """A network bound to the conditioning `cond` of a batch: a function of x and sigma that returns the velocity.
 
-    `inputs` are the values (B,) for the network's own inputs, if it has any (see `own_inputs`).
+    It computes in `compute_dtype`, by autocast unless that is float32. `inputs` holds, by name, the values (B,) of inputs
+    that this network has in addition to x, sigma and text (`own_inputs.py`).
     """
 
     backbone: Backbone
@@ -241,7 +247,7 @@ class BoundField(VelocityField):
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """Return the velocity (B, C, H, W) in float32; x and sigma are given to the network in float32 in any case."""
+        """Return the velocity (B, C, H, W) in float32 for x (B, C, H, W) and sigma (B,), which stay in float32 under autocast."""
         with (
             torch.autocast(x.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32),
             giving(self.network, self.inputs),
@@ -249,14 +255,14 @@ class BoundField(VelocityField):
             return self.backbone.velocity(self.network, x, sigma, self.cond).float()
 
     def given(self, **inputs: Tensor) -> VelocityField:
-        """Return this field with a value (B,) for each of the network's own inputs."""
+        """Return this field with these values (B,), by name, for the network's inputs beside x, sigma and text."""
         return replace(self, inputs=inputs)
 
     def with_features(self, x: Tensor, sigma: Tensor, blocks: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-        """Return the velocity of a plain call, and the features (B, N, D) in float32 after the given blocks.
+        """Return the velocity, and the hidden states (B, N, D) of the image tokens after each of `blocks`, in float32.
 
-        Blocks are numbered as `Backbone.blocks_of` lists them; negative numbers count from the end. Features carry
-        gradients if the call does. UserError for a block that does not exist or that the call does not run.
+        Blocks are numbered as `Backbone.blocks_of` lists them; negative numbers count from the end. Gradients flow through
+        both results. UserError for a block that does not exist or that the network does not run.
         """
         picked = pick_blocks(self.backbone.blocks_of(self.network), blocks)
         with outputs_of(picked) as outputs:
@@ -270,12 +276,16 @@ class BoundField(VelocityField):
         return velocity, features
 
     def select(self, rows: Rows) -> VelocityField:
-        """Return the field of some samples of the batch."""
+        """Return the field of the samples `rows` of the batch: a slice, or a tensor of indices."""
         inputs = {name: values[rows] for name, values in self.inputs.items()}
         return replace(self, cond=select_rows(self.cond, rows), inputs=inputs)
 
     def join(self, others: Sequence[VelocityField]) -> VelocityField | None:
-        """Return one field for all batches; None unless all call one network, with conditioning that can be made alike."""
+        """Return one field for the batches of this and the `others`, concatenated, so that one network call serves all.
+
+        None if they differ in network, `compute_dtype` or names of inputs, or if their conditioning has shapes that cannot be
+        made equal (`Backbone.alike`).
+        """
         fields = [self, *(other for other in others if isinstance(other, BoundField) and self._is_like(other))]
         inputs = join_values([field.inputs for field in fields])
         if inputs is None or len(fields) <= len(others):

@@ -1,4 +1,4 @@
-"""One padding token in place of about two hundred identical ones, with the same result.
+"""Attention of SD3 with one T5 padding token in place of about two hundred identical ones, with the same result.
 
 Stock SD3 pads T5 tokens to 256 and attends to all of them. If the text encoder gives every padding token the same
 embedding (as in the bundled tiny pipeline, whose T5 has no relative positions), these tokens stay identical in every
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class CompactPaddingAttention:
-    """Joint attention of SD3 (as diffusers' `JointAttnProcessor2_0`) in which the last text token stands for all padding.
+    """Joint attention of SD3 (as diffusers' `JointAttnProcessor2_0`) that lets the last text token stand for all padding.
 
-    `full_length` is the number of text tokens of the stock pipeline (CLIP + T5). A text of N < `full_length` tokens is
-    treated as compacted: its last token counts `full_length - N + 1` times. A text of full length is treated as usual.
+    `full_length` is the number of text tokens of the stock pipeline (CLIP + T5). In a text of N < `full_length` tokens, the
+    last token counts `full_length - N + 1` times, as if it had not been shortened. Texts of full length are as usual.
     """
 
     def __init__(self, full_length: int) -> None:
@@ -38,7 +38,7 @@ class CompactPaddingAttention:
         attention_mask: Tensor | None = None,
         **_: object,
     ) -> tuple[Tensor, Tensor]:
-        """Image tokens (B, M, D) and text tokens (B, N, D) -> both after attention, in the same shapes."""
+        """Return image tokens (B, M, D) and text tokens (B, N, D) after attention, in the same shapes."""
         image, text = hidden_states, encoder_hidden_states
         tokens = (image.shape[1], text.shape[1])
         parts = [attn.to_q(image), attn.add_q_proj(text), attn.to_k(image), attn.add_k_proj(text)]
@@ -53,7 +53,7 @@ class CompactPaddingAttention:
         return image, text if attn.context_pre_only else attn.to_add_out(text)
 
     def bias(self, image_tokens: int, text_tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """Return what is added to the logits, (1, 1, 1, image + text): the log of each key's count; None at full length."""
+        """Return what to add to attention logits, (1, 1, 1, image + text tokens): log of each key's count; None at full length."""
         key = (image_tokens, text_tokens, dtype, device)
         if torch.compiler.is_compiling():  # a cache would make the second call a different program and recompile it
             return self._make_bias(*key)
@@ -76,8 +76,7 @@ class CompactPaddingAttention:
 def normalised(x: Tensor, norms: Sequence[Any], lengths: Sequence[int]) -> Tensor:
     """Normalise x (B, T, H, d): its first lengths[0] tokens by diffusers' `RMSNorm` norms[0], the next by norms[1], ...
 
-    One pass for all norms takes a quarter of the operations of one call per norm, on which the attention of a small
-    network spends most of its time.
+    `x` is returned unchanged if norms[0] is None. One pass for all norms takes a quarter of the operations of a call per norm.
     """
     if norms[0] is None:
         return x
@@ -87,20 +86,23 @@ def normalised(x: Tensor, norms: Sequence[Any], lengths: Sequence[int]) -> Tenso
 
 
 def compact_text(embeds: Tensor, keep: int) -> Tensor:
-    """(B, N, D) -> (B, keep + 1, D): the first `keep` tokens, and the last token, which stands for the dropped ones."""
+    """Shorten text (B, N, D) to (B, keep + 1, D): its first `keep` tokens, and its last one, which stands for the others.
+
+    Texts of at most `keep` + 1 tokens are returned unchanged.
+    """
     if keep + 1 >= embeds.shape[1]:
         return embeds
     return torch.cat([embeds[:, :keep], embeds[:, -1:]], dim=1)
 
 
 def lengthened(embeds: Tensor, tokens: int) -> Tensor:
-    """(B, N, D) -> (B, `tokens`, D), which means the same: the last token, which stands for all padding, is repeated."""
+    """Lengthen shortened text (B, N, D) to (B, tokens, D) by repeating its last token; attention gives the same result."""
     more = tokens - embeds.shape[1]
     return torch.cat([embeds, embeds[:, -1:].expand(-1, more, -1)], dim=1) if more > 0 else embeds
 
 
 def use_compact_padding(network: nn.Module, full_length: int) -> None:
-    """Use `CompactPaddingAttention` in every attention of an `SD3Transformer2DModel`; a saved network is not affected."""
+    """Use `CompactPaddingAttention` in every attention of an `SD3Transformer2DModel`, in place; its weights stay the same."""
     transformer = cast("SD3Transformer2DModel", network)
     compact: Any = {name: CompactPaddingAttention(full_length) for name in transformer.attn_processors}
     transformer.set_attn_processor(compact)  # its type declares only the processors of diffusers

@@ -1,7 +1,7 @@
 """The base of all backbones for diffusers pipelines; a family adds its classes, network call and text encoding.
 
-Shapes: B batch, (C, h, w) latent. The stock pipeline itself encodes prompts, its scheduler shifts sigmas, and its image
-processor converts pixels. Training therefore sees the same inputs as `pipe(prompt)`.
+Shapes: B batch, (C, h, w) latent, (H, W) pixels. Prompts are encoded by the stock pipeline itself, sigmas are shifted by
+its scheduler, and pixels are converted by its image processor, so that training sees the same inputs as `pipe(prompt)`.
 """
 
 import gc
@@ -57,10 +57,10 @@ class PipelineBackbone(PipelineSettings):
         return network
 
     def build_empty(self, teacher: bool) -> nn.Module | None:
-        """Return the transformer with its buffers but without its weights.
+        """Return the transformer with its weights on the meta device; its buffers have their values.
 
-        Return None if the weights are not simply those of its files: with a `teacher_lora`, with weights that stay in
-        float32, or without any weights.
+        None if the weights are not simply those of its files in one dtype: with a `teacher_lora`, for a class that keeps some
+        weights in float32, and after `leave_weights_out`. UserError if the files lack a weight.
         """
         if not self.has_weights or self.teacher_lora is not None or self.transformer_class._keep_in_fp32_modules:
             return None
@@ -80,7 +80,7 @@ class PipelineBackbone(PipelineSettings):
         return TransformerFiles(str(self.folder))
 
     def read_rows(self, name: str, first: int, end: int) -> Tensor:
-        """Read rows first..end-1 of a weight from its safetensors file now."""
+        """Read rows first..end-1 of the weight `name` from its safetensors file, onto the CPU, in the file's dtype."""
         return self._files.rows(name, first, end)
 
     def _load_network(self, dtype: torch.dtype) -> nn.Module:
@@ -108,22 +108,22 @@ class PipelineBackbone(PipelineSettings):
         return network
 
     def enable_gradient_checkpointing(self, network: nn.Module, function: CheckpointFunction | None = None) -> None:
-        """Recompute each block in the backward pass, by `function` if given, else by torch."""
+        """Make each block recompute its activations in the backward pass: by `function(block, *arguments)`, else by torch."""
         cast(ModelMixin, network).enable_gradient_checkpointing(function)
 
     # ---- sigmas
 
     def shift_sigmas(self, sigmas: Tensor) -> Tensor:
-        """Return the scheduler's shifted value of each unshifted sigma, in float32; any shape, same shape and device."""
+        """Return what the scheduler's timestep shift makes of each sigma, of any shape: in float32, same shape and device."""
         given = sigmas.detach().to("cpu", torch.float32).flatten().numpy()
         with np.errstate(divide="ignore"):  # the dynamic shift divides by sigma; the result at 0 is still right
             self._shift.set_timesteps(sigmas=given, mu=self._mu)
         return self._shift.sigmas[:-1].reshape(sigmas.shape).to(sigmas.device)
 
     def shift_steps(self, sigmas: Tensor) -> Tensor:
-        """Shift decreasing sigmas (..., K) of whole rollouts as the scheduler does: each ends at its terminal sigma, if any.
+        """Shift the decreasing sigmas (..., K) of whole rollouts; with `shift_terminal`, stretch each to end at that sigma.
 
-        A rollout of a single step is not stretched: the scheduler would divide 0 by 0.
+        This is what the scheduler does, except that it would divide 0 by 0 for a single step, which is not stretched here.
         """
         shifted, terminal = self.shift_sigmas(sigmas), self.scheduler.config.shift_terminal
         if not terminal or not shifted.numel():
@@ -188,9 +188,9 @@ class PipelineBackbone(PipelineSettings):
             )
 
     def setup(self, device: torch.device) -> None:
-        """Load the image codec and, without a text cache, the text encoders onto `device`.
+        """Load the image codec and, without a text cache, the text encoders, and move them to `device`.
 
-        UserError for parts that do not fit together: each is used once.
+        Codec and text encoders are run once, so that parts that do not fit together are a UserError here.
         """
         self._codec.to(device)
         decode_sparingly(self._codec.vae, self.decode_tile)
@@ -207,7 +207,7 @@ class PipelineBackbone(PipelineSettings):
             _ = self._unconditional
 
     def drop_text_encoders(self) -> None:
-        """Free the text encoders and the GPU's memory that they took."""
+        """Free the text encoders and the GPU memory that they took; they are loaded again if they are needed."""
         self.shared.pop("_text_parts", None)
         gc.collect()
         if torch.cuda.is_available():
@@ -215,12 +215,12 @@ class PipelineBackbone(PipelineSettings):
 
     @property
     def text_parts(self) -> tuple[str, ...]:
-        """The names of the text encoders, tokenizers and processors."""
+        """The names of the pipeline's text encoders, tokenizers and text processors, such as "text_encoder_2"."""
         return tuple(part for part in self.parts if part not in ("transformer", "scheduler", "vae"))
 
     @property
     def text_fingerprint(self) -> dict[str, str]:
-        """Hashes of the text encoders and tokenizers, and the settings of text encoding."""
+        """{"family": its name, PART: the hash of each of `text_parts`, "max_sequence_length": ..., "text_dtype": ...}."""
         settings = {
             "max_sequence_length": str(self.max_sequence_length),
             "text_dtype": self.text_dtype,
@@ -234,7 +234,7 @@ class PipelineBackbone(PipelineSettings):
         return self._encode([""])
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Return the conditioning of B prompts in float32; the prompt "" gives the unconditional one."""
+        """Return the conditioning of B prompts, embeddings in float32; the prompt "" gives the unconditional conditioning."""
         if any(prompts):
             return self._encode(list(prompts))
         return {name: value.repeat_interleave(len(prompts), dim=0) for name, value in self._unconditional.items()}
@@ -247,14 +247,14 @@ class PipelineBackbone(PipelineSettings):
 
     @torch.no_grad()
     def decode_latents(self, x0: Tensor) -> Tensor:
-        """x0 (B, C, h, w) -> images (B, 3, H, W) in [0, 1], by the arithmetic of the stock pipeline."""
+        """Decode clean latents x0 (B, C, h, w) into images (B, 3, H, W) in [0, 1], as the stock pipeline does."""
         vae = self._codec.vae
         latents = (x0.float() / vae.config.scaling_factor) + vae.config.shift_factor
         return self._codec.image_processor.postprocess(vae.decode(latents, return_dict=False)[0], output_type="pt")
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) in [0, 1] -> x0 (B, C, h, w): the mean of the VAE's posterior, scaled and shifted."""
+        """Encode images (B, 3, H, W) in [0, 1] into clean latents (B, C, h, w): the mode of the VAE's posterior, normalized."""
         vae = self._codec.vae
         latents = vae.encode(images.float() * 2 - 1).latent_dist.mode()
         return (latents - vae.config.shift_factor) * vae.config.scaling_factor
@@ -262,11 +262,11 @@ class PipelineBackbone(PipelineSettings):
     # ---- export
 
     def save_pipeline(self, network: nn.Module, folder: Path, nfe: int, model_card: str) -> None:
-        """Write a pipeline folder whose plain call with `nfe` steps runs this network on the student's sigmas."""
+        """Write a diffusers pipeline folder that holds `network` and whose plain call with `nfe` steps runs the student's sigmas."""
         write_pipeline(self.folder, network, Path(folder), model_card, self._student_call(nfe))
 
     def save_lora(self, tensors: Mapping[str, Tensor], folder: Path, nfe: int, model_card: str) -> None:
-        """Write a LoRA file that diffusers can load, the schedule that it was trained for, and instructions for both."""
+        """Write a LoRA file that diffusers loads, a scheduler for the student's sigmas, and a model card that shows their use."""
         own = None if self.teacher_lora is None else OwnLoRA(Path(self.teacher_lora).name, self.teacher_lora_scale)
         write_lora(self.pipeline_class, tensors, Path(folder), model_card, self._student_call(nfe), own)
 
@@ -291,9 +291,9 @@ class PipelineBackbone(PipelineSettings):
         ]
 
     def exported_scheduler(self, nfe: int) -> FlowMatchEulerDiscreteScheduler | FlowMapEulerDiscreteScheduler:
-        """Return the scheduler with which the pipeline's plain call of `nfe` steps runs the student's sigmas.
+        """Return the scheduler with which the pipeline, called with `nfe` steps and no sigmas, runs the student's sigmas.
 
-        By default it is the scheduler of training: the pipeline itself asks for the sigmas 1, 1 - 1/nfe, ..., 1/nfe
-        before the shift.
+        By default it is the original scheduler, for pipelines that themselves ask it for 1, 1 - 1/nfe, ..., 1/nfe (before
+        the shift).
         """
         return self.scheduler

@@ -1,4 +1,4 @@
-"""The list of model families: which backbone reads a pipeline, by the pipeline class that its index names."""
+"""The list of model families: which backbone reads a pipeline, by the pipeline class that its model_index.json names."""
 
 from importlib import import_module
 from pathlib import Path
@@ -28,10 +28,11 @@ BACKBONES = frozenset(f"cdm_lightning.backbones.{module}.{name}" for module, nam
 def open_pipeline(
     pretrained: str, revision: str | None = None, lora: str | None = None
 ) -> "tuple[PipelineBackbone, dict[str, Any]]":
-    """Return the backbone of a pipeline folder or hub id, and the arguments of the exported student's call.
+    """Return the backbone of a pipeline folder or hub id, and the arguments of its call (without the prompt).
 
-    The backbone has the sizes of that call. `lora`, a LoRA file or an exported LoRA, is fused in, and then the call is the
-    one of its export. The arguments are empty if there is no export. UserError for a pipeline of an unknown family.
+    The arguments, such as "num_inference_steps", are those that an export stored for the student's images; they are {} for
+    other pipelines. The backbone takes its image size and text length from them. `lora`, a LoRA file or the folder of an
+    exported LoRA, is fused in, and its arguments are used. UserError for a pipeline of an unknown family.
     """
     found = pipeline_class_name(pretrained, revision)
     if found not in FAMILIES:

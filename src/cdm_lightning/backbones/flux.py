@@ -25,11 +25,11 @@ TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 @dataclass(eq=False)
 class FluxBackbone(PipelineBackbone):
-    """A `FluxPipeline`.
+    """The backbone of a `FluxPipeline`.
 
-    The arguments are those of `PipelineBackbone` and `guidance_embed`: the guidance scale that a guidance-distilled network
-    (FLUX.1-dev) takes as an input. It is the same for student, teacher and fake score; a network without such an input
-    ignores it.
+    The arguments are those of `PipelineSettings` and `guidance_embed`: the guidance scale that a guidance-distilled network
+    (FLUX.1-dev) takes as an input. Student, teacher and fake score get the same value; for a network without such an input
+    (FLUX.1-schnell) it has no effect.
     """
 
     title = "FLUX"
@@ -45,7 +45,7 @@ class FluxBackbone(PipelineBackbone):
 
     @property
     def latent_channels(self) -> int:
-        """C of a latent; one token of the network holds 2 x 2 latents."""
+        """C, the number of channels of a latent; one token of the network holds 2 x 2 latents."""
         return self.network_config["in_channels"] // 4
 
     @property
@@ -54,7 +54,7 @@ class FluxBackbone(PipelineBackbone):
         return bool(self.network_config["guidance_embeds"])
 
     def cautions(self, guidance_scale: float) -> list[str]:
-        """Say what distribution matching cannot expect of a guidance-distilled or a step-distilled teacher."""
+        """Return a warning for a step-distilled teacher, or for guidance in both the objective and the network's input."""
         if not self.is_told_guidance:
             return [
                 "this teacher has no guidance input, so it is already distilled to few steps (FLUX.1-schnell): its prediction is not "
@@ -68,7 +68,7 @@ class FluxBackbone(PipelineBackbone):
         return []
 
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """x (B, C, h, w), sigma (B,) -> velocity (B, C, h, w) in float32."""
+        """Return the velocity (B, C, h, w) in float32 for x (B, C, h, w) and sigma (B,)."""
         (height, width), text = x.shape[2:], cond["prompt_embeds"]
         guidance = torch.full_like(sigma, self.guidance_embed, dtype=torch.float32) if self.is_told_guidance else None
         output = network(
@@ -84,7 +84,7 @@ class FluxBackbone(PipelineBackbone):
         return unpack(output.float(), height, width)
 
     def blank_conditioning(self, batch: int) -> Conditioning:
-        """{"prompt_embeds": (B, N, D), "pooled": (B, P)} float32, without contents."""
+        """Return {"prompt_embeds": (B, N, D), "pooled": (B, P)} in float32, uninitialized, for B = `batch`."""
         config = self.network_config
         return {
             "prompt_embeds": torch.empty(batch, self.text_length, config["joint_attention_dim"]),
@@ -108,6 +108,6 @@ class FluxBackbone(PipelineBackbone):
 
     @classmethod
     def settings_of(cls, call: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments of this constructor that match the arguments of an exported student's call."""
+        """Return the constructor's arguments that fit the call of an exported student: sizes, and `guidance_embed`."""
         told = {"guidance_embed": call["guidance_scale"]} if "guidance_scale" in call else {}
         return super().settings_of(call) | told

@@ -1,4 +1,4 @@
-"""Let the frozen parts of a pipeline, its image codec and its text encoders, compute what is used of them and nothing more."""
+"""Saving memory in the frozen parts of a pipeline, its image codec and text encoders: they compute only what is used."""
 
 import inspect
 from collections.abc import Mapping
@@ -14,10 +14,10 @@ TILE_OVERLAP = 0.25  # the share of a tile that overlaps its neighbour, as by de
 
 
 def decode_sparingly(vae: Any, tile: int | None = None) -> None:
-    """Let the image codec work on one image at a time and, for images with a side above `tile` pixels, on one tile at a time.
+    """Let the image codec `vae` work on one image at a time, and on one tile at a time if a side exceeds `tile` pixels.
 
-    One image at a time gives the same pixels up to rounding. Tiles overlap and are blended, so pixels near their edges differ
-    a little. The scratch memory is that of one image, or of one tile.
+    Memory is then needed for one image, or one tile (None: no tiles). One image at a time changes pixels by rounding only;
+    tiles overlap and are blended, so pixels near their edges differ a little.
     """
     vae.enable_slicing()
     if tile is None:
@@ -32,9 +32,10 @@ def decode_sparingly(vae: Any, tile: int | None = None) -> None:
 
 
 def codec_without_weights(pipeline_class: Any, config: Mapping[str, Any], factor: int) -> Any:
-    """Return the image codec of a pipeline class on the meta device, as `vae`, and an `image_processor`, for the planner.
+    """Return an object with the image codec of a pipeline class on the meta device (`vae`) and an `image_processor`.
 
-    `config` has the arguments of the codec's constructor; one latent is `factor` x `factor` pixels.
+    The planner uses it to measure decoding without weights. `config` has the arguments of the codec's constructor; one
+    latent is `factor` x `factor` pixels.
     """
     kind: Any = inspect.signature(pipeline_class.__init__).parameters["vae"].annotation
     with torch.device("meta"):
@@ -43,10 +44,10 @@ def codec_without_weights(pipeline_class: Any, config: Mapping[str, Any], factor
 
 
 def keep_last_state_only(encoder: nn.Module) -> None:
-    """Let a vision-language model with a language head return only its last hidden state, in place.
+    """Change a vision-language model with a language head, in place, to return only its last hidden state.
 
-    Pipelines ask for all hidden states and use the last one. Without this, the head computes logits over the whole vocabulary,
-    and the states of all layers stay in memory: 18 GB for 64 prompts of 512 tokens. The head and the vision tower, which text
+    Pipelines ask for all hidden states and use the last one. The head would compute logits over the whole vocabulary, and the
+    states of all layers would stay in memory: 18 GB for 64 prompts of 512 tokens. The head and the vision tower, which text
     never reaches, are dropped.
     """
     model = cast(Any, encoder).model

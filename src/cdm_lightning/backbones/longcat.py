@@ -23,7 +23,7 @@ from cdm_lightning.backbones.weights_dtype import weights_dtype
 
 
 class LongCatBackbone(PipelineBackbone):
-    """A `LongCatImagePipeline`; the arguments are those of `PipelineBackbone`."""
+    """The backbone of a `LongCatImagePipeline`; the arguments are those of `PipelineSettings`."""
 
     title = "LongCat"
     pipeline_class = LongCatImagePipeline
@@ -42,11 +42,11 @@ class LongCatBackbone(PipelineBackbone):
 
     @property
     def latent_channels(self) -> int:
-        """C of a latent; one token of the network holds 2 x 2 latents."""
+        """C, the number of channels of a latent; one token of the network holds 2 x 2 latents."""
         return self.network_config["in_channels"] // 4
 
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """x (B, C, h, w), sigma (B,) -> velocity (B, C, h, w) in float32."""
+        """Return the velocity (B, C, h, w) in float32 for x (B, C, h, w) and sigma (B,)."""
         (height, width), text = x.shape[2:], cond["prompt_embeds"]
         place = torch.arange(text.shape[1], device=x.device)
         output = network(
@@ -60,11 +60,11 @@ class LongCatBackbone(PipelineBackbone):
         return unpack(output.float(), height, width)
 
     def guide(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
-        """Apply classifier-free guidance that limits each token's norm to that of its conditional velocity, as the pipeline."""
+        """Apply classifier-free guidance, then limit each token's norm to that of its conditional velocity, as the pipeline does."""
         return renormalised(cond, super().guide(cond, uncond, scale), low=0.0, high=1.0)
 
     def blank_conditioning(self, batch: int) -> Conditioning:
-        """{"prompt_embeds": (B, 512, D)} float32, without contents."""
+        """Return {"prompt_embeds": (B, 512, D)} in float32, uninitialized, for B = `batch`."""
         width = self.network_config["joint_attention_dim"]
         return {"prompt_embeds": torch.empty(batch, self.text_length, width)}
 

@@ -25,15 +25,15 @@ JOINT_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_
 
 
 def presets(attention: tuple[str, ...], feed_forward: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """Return the presets of LoRA targets that every family has, as name suffixes of its linear layers."""
+    """Return {"attention": ..., "attention_feed_forward": ...}, the presets of LoRA targets as endings of layer names."""
     return {"attention": attention, "attention_feed_forward": attention + feed_forward}
 
 
 def write_lora_file(family: type[DiffusionPipeline], tensors: Mapping[str, Tensor], folder: Path) -> Path:
-    """Write `tensors` ("LAYER.lora_A.weight", ..., scale 1) of the transformer into `folder` and return the file.
+    """Write the LoRA `tensors` ("LAYER.lora_A.weight", ..., scale 1) of a transformer into `folder`; return the file's path.
 
-    The file is for the pipeline's `load_lora_weights` if it has that method, else for the transformer's
-    `load_lora_adapter` with `prefix=None`.
+    `family` is the pipeline's class. The file is for its `load_lora_weights` if it has that method, else for the
+    transformer's `load_lora_adapter` with `prefix=None`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(family, "save_lora_weights"):
@@ -45,7 +45,10 @@ def write_lora_file(family: type[DiffusionPipeline], tensors: Mapping[str, Tenso
 
 
 def locate_lora(path: str | Path) -> Path:
-    """Return the safetensors file `path`, or the LoRA file in the folder `path`; UserError if there is none."""
+    """Return the path of a LoRA file: `path` itself, or the `pytorch_lora_weights.safetensors` in the folder `path`.
+
+    UserError if there is no such file or its name does not end in .safetensors.
+    """
     file = Path(path).expanduser()
     if file.is_dir():
         file = file / WEIGHTS
@@ -58,9 +61,10 @@ def locate_lora(path: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class OwnWeights:
-    """The contents of a LoRA file as diffusers reads them, with names that begin with `prefix`.
+    """The contents of the user's own LoRA `file`, as diffusers reads them, ready for `load_lora_adapter`.
 
-    `alphas` are the numbers that a family's loader returns apart from the tensors, and `settings` are those of peft.
+    The names of `tensors` begin with `prefix`, if that is not None. `alphas` are the scales that the loader of some families
+    returns apart from the tensors, and `settings` is the configuration of peft, if the file has one.
     """
 
     file: Path
@@ -70,7 +74,7 @@ class OwnWeights:
     settings: Mapping[str, Any] | None = None
 
     def layers(self) -> dict[str, dict[str, Tensor]]:
-        """Return the tensors of each layer by their kind, as in {"ff.net.2": {"lora_A.weight": (rank, in), ...}}."""
+        """Return {layer: {kind: tensor}}, as in {"ff.net.2": {"lora_A.weight": (rank, in), "lora_B.weight": (out, rank)}}."""
         found: dict[str, dict[str, Tensor]] = {}
         for name, tensor in self.tensors.items():
             layer, _, kind = name.removeprefix(f"{self.prefix}.").partition(".lora_")
@@ -79,10 +83,10 @@ class OwnWeights:
 
 
 def read_lora_file(family: type[DiffusionPipeline], file: Path) -> OwnWeights:
-    """Return the transformer's LoRA in a file, read as the family's `load_lora_weights` reads it.
+    """Read the LoRA of a transformer from `file`, as `load_lora_weights` of the pipeline class `family` does.
 
-    UserError for a broken file, for a file with other contents than a LoRA of the transformer, and for factors that do not
-    belong together.
+    UserError for a broken file, for one that holds anything but a LoRA of the transformer, and for factors A and B without a
+    common rank or with values that are not finite.
     """
     prefix = getattr(family, "transformer_name", "transformer") if hasattr(family, "lora_state_dict") else None
     alphas = settings = None
@@ -98,7 +102,7 @@ def read_lora_file(family: type[DiffusionPipeline], file: Path) -> OwnWeights:
             alphas = more[0] if has_alphas else None
     others = [key for key in tensors if ".lora" not in key]
     if others or not tensors:
-        raise UserError(f"{file} is not a LoRA: it holds {others[0] if others else 'nothing'}")
+        raise UserError(f"{file} is not a LoRA: it holds {others[0] if others else 'nothing'}; pass another file")
     text = [key for key in tensors if key.startswith("text_encoder")]
     if text:
         raise UserError(
@@ -117,7 +121,7 @@ def read_lora_file(family: type[DiffusionPipeline], file: Path) -> OwnWeights:
 
 
 def flaw_of_factors(factors: Mapping[str, Tensor]) -> str | None:
-    """Return why the tensors of one layer are not the factors of a LoRA; None if they are."""
+    """Return, for a message, why the tensors {kind: tensor} of one layer are not the factors of a LoRA; None if they are."""
     a, b = factors.get("lora_A.weight"), factors.get("lora_B.weight")
     if a is None or b is None:
         return f"has {', '.join(factors)} without lora_{'A' if a is None else 'B'}.weight"
@@ -135,31 +139,36 @@ def flaw_of_factors(factors: Mapping[str, Tensor]) -> str | None:
 
 
 def check_fit(own: OwnWeights, network: nn.Module) -> None:
-    """UserError unless every layer of the LoRA is a layer of `network` of the same size.
+    """Raise UserError unless every layer of the LoRA is a layer of `network` with the same sizes.
 
-    `network` may be on the meta device.
+    Only shapes are used, so `network` may be on the meta device.
     """
     modules, layers, file = dict(network.named_modules()), own.layers(), own.file
     unknown = [name for name in layers if not isinstance(getattr(modules.get(name), "weight", None), Tensor)]
     if unknown:
         raise UserError(
             f"{file} is the LoRA of another model: {len(unknown)} of its {len(layers)} layers, such as {unknown[0]}, are "
-            f"not in this {type(network).__name__}"
+            f"not in this {type(network).__name__}; pass a LoRA that was made for it"
         )
     for name, factors in layers.items():
         weight = cast(Tensor, modules[name].weight)
         if weight.ndim != factors["lora_A.weight"].ndim:
-            raise UserError(f"{file} is the LoRA of another model: {name} has factors of another kind of layer")
+            raise UserError(
+                f"{file} is the LoRA of another model: {name} has factors of another kind of layer; pass one of this model"
+            )
         sizes = [factors["lora_B.weight"].shape[0], factors["lora_A.weight"].shape[1]]
         if sizes != list(weight.shape[:2]):
             raise UserError(
                 f"{file} is the LoRA of another model: {name} is {sizes[0]} x {sizes[1]} there, {weight.shape[0]} x "
-                f"{weight.shape[1]} here"
+                f"{weight.shape[1]} here; pass one of this model"
             )
 
 
 def fuse_lora(network: nn.Module, own: OwnWeights, scale: float) -> None:
-    """Add `scale` times the LoRA to the weights of a diffusers transformer, in place, by diffusers' own loader."""
+    """Add `scale` times the LoRA to the weights of a diffusers transformer, in place, with the loader of diffusers.
+
+    UserError if the loader refuses the LoRA.
+    """
     adapted = cast("PeftAdapterMixin", network)
     options: Any = {} if own.alphas is None else {"network_alphas": dict(own.alphas)}
     metadata = None if own.settings is None else dict(own.settings)
@@ -179,10 +188,10 @@ def fused_network(
     scale: float,
     dtype: torch.dtype,
 ) -> nn.Module:
-    """Return the network of `load(torch.float32)` with the LoRA file at `path` fused in, then converted to `dtype`.
+    """Return the network that `load` reads, with `scale` times the LoRA at `path` fused in, in `dtype`.
 
-    The LoRA is fused in float32, so that the sum is rounded only once. The file is checked against `skeleton()`, the
-    network without weights, before any weights are loaded.
+    `load(dtype)` loads the network, here in float32, so that the sum is rounded only once. `skeleton()` builds it without
+    weights: the LoRA is checked against it before any weights are loaded, and a LoRA that does not fit is a UserError.
     """
     file = locate_lora(path)
     own = read_lora_file(family, file)

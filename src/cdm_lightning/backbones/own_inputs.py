@@ -1,6 +1,7 @@
-"""Inputs of a role's network in addition to x, sigma and text; their embeddings are added to its time embedding.
+"""Own inputs: inputs that an objective gives to a network in addition to x, sigma and text, such as a second noise level.
 
-Shapes: B samples, D the width of the time embedding.
+Each is embedded by a module, and the embeddings are added to the network's time embedding. Shapes: B samples, D the width
+of the time embedding.
 """
 
 from collections.abc import Generator, Mapping
@@ -14,7 +15,10 @@ NAME = "own_inputs"  # the attribute in which a network holds its own inputs
 
 
 class OwnInputs(nn.Module):
-    """A module for each input, which maps values (B,) to (B, D); the sum of all is added to the time embedding."""
+    """The modules that embed a network's additional inputs, by name: each maps values (B,) to (B, D).
+
+    The sum of the embeddings is added to the output of the network's time embedding.
+    """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -23,7 +27,7 @@ class OwnInputs(nn.Module):
 
     @contextmanager
     def given(self, values: Mapping[str, Tensor]) -> Generator[None]:
-        """Pass these values to all calls of the network inside the block; ValueError if an input is missing or unknown."""
+        """Use these values (B,), by name, in all calls of the network inside the `with`; ValueError if names do not match."""
         if values.keys() != self.embeddings.keys():
             raise ValueError(
                 f"the network has the inputs {', '.join(self.embeddings)}, but it was given {', '.join(values) or 'none'}"
@@ -35,9 +39,10 @@ class OwnInputs(nn.Module):
             self._values = {}
 
     def add_to(self, module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
-        """Add the inputs' embeddings to the output (B, D) of the time embedding; this is a forward hook of that module.
+        """Return the output (B, D) of the time embedding plus the embeddings of the current values; a forward hook.
 
-        A network that several roles share runs the hook for all of them; it changes nothing for roles without values.
+        A base network that several LoRA roles share runs the hook for all of them. While no values are given, the output is
+        unchanged.
         """
         for name, values in self._values.items():
             output = output + self.embeddings[name](values).to(output.dtype)
@@ -45,10 +50,10 @@ class OwnInputs(nn.Module):
 
 
 def attach_inputs(network: nn.Module, time_embedding: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Give `network` inputs of its own, which are added to the output of `time_embedding`.
+    """Give `network` additional inputs: `modules[NAME]` embeds input NAME, (B,) to (B, D), for the time embedding.
 
-    The modules are trained with the network, except for their frozen parameters. `time_embedding` is a module of the
-    network, or of the base that it shares with other roles.
+    The modules become submodules of `network` and are trained with it, except for their frozen parameters. `time_embedding`
+    is a module of `network`, or of the base that a LoRA view shares with other roles.
     """
     own = OwnInputs(modules)
     setattr(network, NAME, own)
@@ -57,7 +62,10 @@ def attach_inputs(network: nn.Module, time_embedding: nn.Module, modules: Mappin
 
 @contextmanager
 def giving(network: nn.Module, values: Mapping[str, Tensor]) -> Generator[None]:
-    """Pass these values of its own inputs to all calls of `network` inside the block; ValueError if they do not fit."""
+    """Use these values (B,), by name, of the additional inputs of `network` in all its calls inside the `with`.
+
+    ValueError if an input lacks a value, or a value belongs to no input of `network`.
+    """
     own = getattr(network, NAME, None)
     if isinstance(own, OwnInputs):
         with own.given(values):
@@ -69,7 +77,7 @@ def giving(network: nn.Module, values: Mapping[str, Tensor]) -> Generator[None]:
 
 
 def join_values(values: list[Mapping[str, Tensor]]) -> dict[str, Tensor] | None:
-    """Concatenate the values of several batches; None if they are not values of the same inputs."""
+    """Concatenate the values (B,), by name, of several batches; None if the batches have values of different inputs."""
     names = values[0].keys()
     if any(other.keys() != names for other in values):
         return None

@@ -1,4 +1,4 @@
-"""Functions for LongCat-Image, FLUX.1 and Qwen-Image: packing 2 x 2 latents into a token, and rounding the timestep.
+"""Functions that LongCat-Image, FLUX.1 and Qwen-Image share, such as packing 2 x 2 latents into a token.
 
 Shapes: latent (B, C, h, w); packed (B, h/2 * w/2, 4 C).
 """
@@ -26,10 +26,10 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
 
 
 def grid_ids(height: int, width: int, first: tuple[int, int, int], device: torch.device) -> Tensor:
-    """Return the positions (h/2 * w/2, 3) of the tokens of a latent of this height and width, from `first`, in float32.
+    """Return the position of each token of a latent of `height` x `width`: (h/2 * w/2, 3) in float32.
 
-    Float32 is exact for every position that occurs. Bfloat16, which pipelines may use, is not exact above 256.
-    On a GPU the positions are kept, since to make them the host would wait in every network call.
+    A position is `first` + (0, row, column). Float32 is exact for every position that occurs; bfloat16, which pipelines may
+    use, is not exact above 256. On a GPU the tensor is kept for later calls, since the host would wait to make it.
     """
     if device.type == "cuda":  # only numbers of a GPU are kept: elsewhere a copy costs nothing
         return _kept_ids(height, width, first, device)
@@ -51,13 +51,13 @@ def _made_ids(height: int, width: int, first: tuple[int, int, int], device: torc
 
 
 def dtype_of_call(network: nn.Module, x: Tensor) -> torch.dtype:
-    """Return the dtype in which the network computes here: that of autocast if it is enabled, else that of the weights."""
+    """Return the dtype in which `network` computes on the device of `x`: that of autocast if enabled, else of the weights."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weights_dtype(network)
 
 
 def rounded_timestep(sigma: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return sigma (B,) rounded as in the pipeline: 1000 sigma is cast to `dtype`, then divided by 1000 again.
+    """Return the network's timestep for sigma (B,), rounded as in the pipeline: (1000 sigma cast to `dtype`) / 1000.
 
     These networks multiply the timestep by 1000 in the dtype of their computation. In bfloat16 this rounds to multiples
     of 4 above 512, and a division before the cast would round differently (sigma 0.9045 to 908, not to 904): the student
@@ -67,9 +67,9 @@ def rounded_timestep(sigma: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def renormalised(cond: Tensor, guided: Tensor, low: float | None = None, high: float | None = None) -> Tensor:
-    """Rescale guided velocities (B, C, h, w) so that each token has the norm of its conditional velocity.
+    """Rescale guided velocities (B, C, h, w) so that each token (2 x 2 latents) has the norm of its conditional velocity.
 
-    The factor of each token is clamped to `low` and `high`, if given.
+    `low` and `high`, if given, bound the factor by which a token is multiplied.
     """
     height, width = cond.shape[2:]
     cond, guided = pack(cond), pack(guided)

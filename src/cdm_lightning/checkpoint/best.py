@@ -1,4 +1,4 @@
-"""The best checkpoint by a validation metric, and the last validation: two small files beside the checkpoints."""
+"""Two small files beside the checkpoints: best.json names the best by a validation metric, validated.json the last validation."""
 
 import json
 import math
@@ -16,14 +16,20 @@ BEST, VALIDATED = "best.json", "validated.json"
 
 @dataclass(frozen=True)
 class Best:
-    """Which checkpoint in `folder` is best by `metric`, of which the smallest value is best ("min") or the largest ("max")."""
+    """The best checkpoint in `folder`: that with the smallest (`best_is="min"`) or largest ("max") value of `metric` so far.
+
+    `metric` is the name of a validation metric, such as "val/clip_score/student_4"; None: no checkpoint is best.
+    """
 
     folder: Path
     metric: str | None
     best_is: str = "min"
 
     def check(self, logged: Collection[str]) -> None:
-        """Raise `UserError` if `metric` is none that validation will log, nor one of these and "_", for several figures."""
+        """Raise `UserError` if validation will not log `metric`; `logged` are names "val/METRIC/SAMPLER" that it will log.
+
+        A metric that gives several figures is logged as "val/METRIC_FIGURE/SAMPLER", so such a name is accepted too.
+        """
         if self.metric is None:
             return
         *_, figure, sampler = ["", *self.metric.removeprefix("val/").rsplit("/", 1)]
@@ -33,9 +39,9 @@ class Best:
             raise UserError(f"checkpoint.best={self.metric} is no metric of validation, which measures {known}")
 
     def read(self) -> dict[str, Any] | None:
-        """Return metric, value and iteration of the best checkpoint so far; None if there is none for this metric.
+        """Return {"metric": name, "value": float, "iteration": int} of the best checkpoint; None if there is none.
 
-        Raises `UserError`, which names the file, if it holds anything else.
+        One that was best by another metric, or was deleted, does not count. Raises `UserError` if best.json holds other content.
         """
         path, cure = self.folder / BEST, "remove it; the next validation decides anew"
         try:
@@ -66,7 +72,7 @@ def note_validation(folder: Path, iteration: int) -> None:
 
 
 def last_validation(folder: Path) -> int:
-    """Return the iteration of the last validation that was made, -1 if none was; UserError for other content of its file."""
+    """Return the iteration of the last validation that was made, -1 if none was; `UserError` if validated.json is damaged."""
     path, cure = folder / VALIDATED, "remove it; a validation is then made again"
     try:
         found = read_record(path, cure)

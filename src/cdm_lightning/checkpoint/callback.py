@@ -35,10 +35,11 @@ class IterationCheckpoint(Checkpoint):
     The newest `keep` checkpoints are kept (None: all), and in addition the one with the best value of the validation metric
     `best`; `best_is` says whether the smallest ("min") or the largest ("max") value is best. A run stops with `UserError`
     when `max_skipped` consecutive updates of a network were skipped because their gradient was not finite (None: never). At
-    the start the run resumes from the newest good checkpoint in `folder`, or from `begin_with` if there is none; a validation
-    that was due at its iteration is made up. A save that fails because of the disk does not stop the run, unless it is the save
-    of the last iteration. A save of weights that are not finite is refused and stops the run with `UserError`. An error between
-    two iterations of a run with one process, for example of a loader worker, ends it with a checkpoint.
+    the start the run resumes from the newest undamaged checkpoint in `folder`, or from the attribute `begin_with`, a
+    checkpoint of another run, if `folder` has none; a validation that was due there and was not made is made first. A save
+    that fails because of the disk does not stop the run, unless it is the save of the last iteration. A save of weights that
+    are not finite is refused and stops the run with `UserError`. An error between two iterations of a run with one process,
+    for example of a loader worker, ends it with a checkpoint.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class IterationCheckpoint(Checkpoint):
                 allowed = "" if name == "every" else ", or null"
                 raise UserError(f"checkpoint.{name}={value} must be at least 1{allowed}")
         if best_is not in ("min", "max"):
-            raise UserError(f"checkpoint: best_is must be min or max, got {best_is!r}")
+            raise UserError(f"checkpoint.best_is={best_is} must be min or max")
         self.folder, self.every, self.keep = Path(folder), every, keep
         self.best, self.max_skipped = Best(self.folder, best, best_is), max_skipped
         self.begin_with: Path | None = None  # a checkpoint of another run to start from
@@ -76,13 +77,17 @@ class IterationCheckpoint(Checkpoint):
             self._start = self.choose_start(pl_module.fingerprint)
 
     def choose_start(self, fingerprint: str) -> StoredCheckpoint | None:
-        """Choose the checkpoint to resume from, None for a fresh start; raise `UserError` if there are only unusable ones."""
+        """Return the checkpoint to resume from, None for a fresh start; `UserError` if there are some, but none can be used.
+
+        `fingerprint` is that of the run's backbone (`Backbone.fingerprint`), which must be that in the checkpoint.
+        """
         return choose_start(self.folder, self.begin_with, fingerprint, say)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Restore weights, optimizers, counters and the state of loops, callbacks and the objective.
+        """Restore weights, optimizers, counters and the state of loops, callbacks and the objective from the chosen checkpoint.
 
-        Raise `UserError` for an objective whose state could not be read back from a checkpoint.
+        Raises `UserError` if its content does not fit, and also at a fresh start for an objective whose state could not be read
+        back from a checkpoint.
         """
         require_readable(pl_module.objective)
         start, self._start = self._start, None
@@ -102,14 +107,16 @@ class IterationCheckpoint(Checkpoint):
                 if callback.state_key in state["callbacks"]:
                     callback.load_state_dict(state["callbacks"][callback.state_key])
         if trainer.global_step != start.iteration:
-            raise UserError(f"{of_state}: is of iteration {trainer.global_step}, not {start.iteration}; {OTHER}")
+            raise UserError(
+                f"{of_state}: holds the state of iteration {trainer.global_step}, not of {start.iteration}; {OTHER}"
+            )
         if start.path.parent == self.folder:
             if self.best.metric is not None:
                 self._trainer_state = trainer_state(trainer, pl_module)
             make_up_validation(trainer, pl_module, start, say)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """From now on signals are noted, because iterations have to be finished and saved."""
+        """Let a signal stop the run only after the current iteration, which is then saved."""
         signals.training()
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: "CDMModule", *_: object) -> None:
@@ -161,7 +168,7 @@ class IterationCheckpoint(Checkpoint):
         if value is None:
             known = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/")))
             raise UserError(
-                f"checkpoint.best={self.best.metric}: validation logs no such metric; it logs {known or 'none'}"
+                f"checkpoint.best={self.best.metric}: validation logs no such metric; choose one of {known or 'none'}"
             )
         iteration = trainer.global_step
         if not ranks.from_first(self.best.is_improved_by(value)):
@@ -184,13 +191,13 @@ class IterationCheckpoint(Checkpoint):
         return True
 
     def on_train_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Stop if a signal has come; from now on everything is saved, and signals stop the run at once."""
+        """Save and stop if a signal has come; everything is saved then, so a later signal stops the run at once."""
         if ranks.any_of(signals.is_asked()):
             self._stop(trainer.global_step, self._save_late(trainer, pl_module))
         signals.loading("after training, before the evaluation was complete")
 
     def on_exception(self, trainer: L.Trainer, pl_module: "CDMModule", exception: BaseException) -> None:
-        """Save what there is, if the only process stops between two iterations."""
+        """Save the last iteration after an error or a signal between two iterations, in a run with one process."""
         if self._is_between and self._trainer_state and ranks.world_size() == 1 and not signals.is_saved():
             path = self._save_late(trainer, pl_module)
             if isinstance(exception, Preempted):

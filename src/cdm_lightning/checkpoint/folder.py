@@ -48,7 +48,7 @@ def refuse_old_files(folder: Path) -> None:
 
 
 def begin(folder: Path, iteration: int) -> Path:
-    """Make and return an empty folder for writing the checkpoint of `iteration`; raise OSError if it cannot be made."""
+    """Make and return an empty folder in `folder`, to write the checkpoint of `iteration` to until `commit`; or raise OSError."""
     temporary = temporary_path(folder, iteration)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -56,12 +56,15 @@ def begin(folder: Path, iteration: int) -> Path:
 
 
 def temporary_path(folder: Path, iteration: int) -> Path:
-    """Return the path of the folder that `begin` makes."""
+    """Return the path of the temporary folder that `begin` makes for the checkpoint of `iteration`."""
     return folder / (SAVING + NAME.format(iteration))
 
 
 def commit(temporary: Path, sums: FileSums) -> Path:
-    """Mark the written folder as complete, rename it and return it; an older folder of that name is replaced."""
+    """Turn the folder that `begin` made into a checkpoint and return its path: write COMPLETE.json with `sums`, rename it.
+
+    An older checkpoint of the same iteration is replaced.
+    """
     write_synced(temporary / MARKER, json.dumps({"files": sums}, indent=1).encode())
     sync(temporary)
     target = temporary.with_name(temporary.name.removeprefix(SAVING))
@@ -73,7 +76,7 @@ def commit(temporary: Path, sums: FileSums) -> Path:
 
 
 def write_synced(path: Path, content: bytes) -> dict[str, int]:
-    """Write a file, wait until it is on the disk, and return its size and checksum."""
+    """Write a file, wait until it is on the disk, and return {"bytes": size, "crc32": checksum}."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
@@ -90,7 +93,7 @@ def remove(path: Path) -> None:
 
 
 def sweep(folder: Path) -> list[str]:
-    """Delete the folders that interrupted saves and deletions left behind, and return their names."""
+    """Delete the temporary folders that interrupted saves and deletions left in `folder`, and return their names."""
     if not folder.is_dir():
         return []
     left = [path for path in folder.iterdir() if path.name.startswith((SAVING, REMOVING))]
@@ -100,7 +103,7 @@ def sweep(folder: Path) -> list[str]:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a checkpoint that the run does not resume from, so that it is no longer found; return the new path."""
+    """Rename a checkpoint to unused_..., so that no start of the run finds it any more; return the new path."""
     target = path.with_name(UNUSED + path.name)
     shutil.rmtree(target, ignore_errors=True)
     os.rename(path, target)
@@ -114,18 +117,26 @@ def rename(path: Path, target: Path) -> None:
 
 
 def read_marker(path: Path) -> Mapping[str, dict[str, int]]:
-    """Return the sizes and checksums of a checkpoint's files by name; raise `UserError` if it was never finished."""
+    """Return {file name: {"bytes": size, "crc32": checksum}} from a checkpoint's COMPLETE.json.
+
+    Raises `UserError` if there is none, because the checkpoint was never finished, or if it cannot be read.
+    """
     try:
         files = json.loads(read_text(path / MARKER, follow=False))["files"]
         return {str(name): {"bytes": int(of["bytes"]), "crc32": int(of["crc32"])} for name, of in files.items()}
     except FileNotFoundError as error:
-        raise UserError(f"{path}: not a finished checkpoint (it has no {MARKER})") from error
+        raise UserError(f"{path}: not a finished checkpoint (it has no {MARKER}); use another checkpoint") from error
     except (OSError, *WRONG_CONTENT) as error:
-        raise UserError(f"{path}: {MARKER} cannot be read") from error
+        raise UserError(
+            f"{path}: {MARKER} cannot be read ({type(error).__name__}: {error!s:.120}); use another checkpoint"
+        ) from error
 
 
 def find_fault(path: Path, sums: Mapping[str, dict[str, int]], names: Iterable[str]) -> str | None:
-    """Describe in a few words the first fault among these files of a checkpoint; None if all are good."""
+    """Return what is wrong with the first of these files of the checkpoint `path` that does not fit `sums`; None if all fit.
+
+    `names` are the files to read, and `sums` what `read_marker` returned. A file can be missing, truncated or damaged.
+    """
     for name in names:
         file = path / name
         if "/" in name or not file.is_file():

@@ -1,4 +1,4 @@
-"""Whether weights are finite: no checkpoint with NaN or infinity in its weights is ever called good."""
+"""Whether weights are finite: a checkpoint with NaN or infinity in its weights is never written or resumed from."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -34,7 +34,7 @@ def not_finite(tensors: Mapping[str, Tensor], networks: nn.Module) -> str | None
 
 
 def not_finite_in(files: Iterable[Path]) -> str | None:
-    """Return the name of the first weight in a checkpoint's files that is not finite; None if all are, or none can be read."""
+    """Return the name of the first weight in a checkpoint's .safetensors files with NaN or infinity; None if there is none."""
     for path in files:
         with safe_open(path, framework="pt") as file:
             for name in cast(list[str], file.keys()):

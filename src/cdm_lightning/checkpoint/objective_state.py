@@ -23,7 +23,10 @@ def class_of(value: object) -> str:
 
 
 def require_readable(objective: "Objective") -> None:
-    """Raise `UserError` if the objective's state could not be read back: then the run could never be resumed."""
+    """Raise `UserError` if torch cannot save the objective's `state_dict()` and read it back with `weights_only=True`.
+
+    A run with such an objective could never be resumed.
+    """
     packed = io.BytesIO()
     try:
         torch.save(objective.state_dict(), packed)
@@ -37,7 +40,10 @@ def require_readable(objective: "Objective") -> None:
 
 
 def restore_objective(objective: "Objective", state: Mapping[str, Any]) -> str | None:
-    """Restore the objective's own state. The state of another class is ignored, and the returned text says so."""
+    """Load the objective's own state from `state`, the trainer state of a checkpoint (`trainer_state`).
+
+    If the checkpoint's objective was of another class, nothing is loaded, and the returned text says so; otherwise None.
+    """
     stored, name = state.get("objective"), class_of(objective)  # older versions did not store it
     if not stored:
         return None
@@ -48,7 +54,10 @@ def restore_objective(objective: "Objective", state: Mapping[str, Any]) -> str |
 
 
 def trainer_state(trainer: "L.Trainer", module: "CDMModule") -> dict[str, Any]:
-    """Return the state of Lightning's loop, the callbacks and the objective."""
+    """Return what trainer.pt of a checkpoint holds: the states of Lightning's loop, the callbacks and the objective.
+
+    {"fit_loop": state, "callbacks": {state_key: state}, "objective": state, "objective_class": its dotted name}.
+    """
     # pyrefly: ignore[missing-attribute]  Lightning sets this attribute from another module
     callbacks = {callback.state_key: state for callback in trainer.callbacks if (state := callback.state_dict())}
     objective = module.objective.state_dict()

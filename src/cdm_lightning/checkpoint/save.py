@@ -23,9 +23,10 @@ def save_checkpoint(
     trainer_state: Mapping[str, Any],
     about: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write the checkpoint of iteration `record["iteration"]` into `folder` and return its path.
+    """Write the checkpoint of iteration `record["iteration"]` into `folder` and return its path; all processes must call it.
 
-    `about` says of which run it is (`StoredCheckpoint.about`); None if that is not known.
+    `tensors` are the networks and optimizer states by name (`state.tensors_of`), `record` the counters and numbers for
+    state.json, `trainer_state` goes to trainer.pt, and `about` is the run's configuration and inputs (`StoredCheckpoint.about`).
     Raises OSError on all processes if the checkpoint cannot be written; earlier checkpoints are then unchanged.
     """
     temporary = temporary_path(folder, record["iteration"])

@@ -16,14 +16,21 @@ SUFFIX = ".safetensors"
 
 
 def write_checkpoint(stored: StoredCheckpoint, output: Path) -> Path:
-    """Write a complete checkpoint (networks, optimizers and counters) and return the path; it is held in memory once."""
+    """Write a whole checkpoint (networks, optimizers and counters) as the file `output`, and return the path.
+
+    All its tensors are in host memory meanwhile. Raises `UserError` if it cannot be read or written.
+    """
     trainer = torch.frombuffer(bytearray(stored.trainer_bytes()), dtype=torch.uint8)
     header = {HEADER: json.dumps(stored.record), ABOUT_HEADER: json.dumps(stored.about)}
     return write_file({**stored.tensors(), TRAINER: trainer}, header, output)
 
 
 def write_weights(stored: StoredCheckpoint, network: str, dtype: torch.dtype, output: Path) -> Path:
-    """Write the weights of one network (of a LoRA, those of the adapter) under their own names and return the path."""
+    """Write the weights of `network`, such as "student_ema", in `dtype` as the file `output`, and return the path.
+
+    Of a network that is a LoRA, only the adapter's weights are in a checkpoint. Raises `UserError` as `write_checkpoint` does,
+    and if the checkpoint has no such network.
+    """
     weights = {name: value.to(dtype) for name, value in stored.network_weights(network).items()}
     return write_file(weights, {"network": network, "iteration": str(stored.iteration)}, output)
 
@@ -35,7 +42,7 @@ def write_file(tensors: dict[str, Tensor], header: Mapping[str, str], output: Pa
         with replacing(output) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt", **header})
     except OSError as error:
-        raise UserError(f"{output}: cannot be written ({error.strerror or error})") from error
+        raise UserError(f"{output}: cannot be written ({error.strerror or error}); pass another path") from error
     return output
 
 

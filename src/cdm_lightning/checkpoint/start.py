@@ -1,4 +1,4 @@
-"""From which checkpoint a run goes on: the newest good one of its own by the iterations in their records."""
+"""From which checkpoint a run resumes: the newest undamaged one of its own, by the iterations in their state.json files."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +18,11 @@ from cdm_lightning.errors import UserError
 def choose_start(
     folder: Path, begin_with: Path | None, fingerprint: str, say: Callable[[str], None]
 ) -> StoredCheckpoint | None:
-    """Return the checkpoint to go on from, None for a fresh start; raise `UserError` if there are only unusable ones.
+    """Return the checkpoint to resume from, None for a fresh start; raise `UserError` if there are some, but none can be used.
 
-    That is the newest good one in `folder`, or `begin_with` if it holds none. Later checkpoints in `folder`, which are bad,
-    are set aside, and names that differ from the records are put right; the chosen one is never set aside.
+    It is the newest undamaged one in `folder`, or `begin_with` if `folder` has none, and its backbone must have this
+    `fingerprint` (`Backbone.fingerprint`). Checkpoints in `folder` of later iterations, which are damaged, are renamed to
+    unused_..., and folders whose name does not fit the iteration in their state.json are renamed. `say` prints a line.
     """
     start = newest_checkpoint(folder, lambda path, why: say(f"skipped a checkpoint: {why}"))
     if start is not None:
@@ -37,7 +38,10 @@ def choose_start(
 
 
 def in_order(start: StoredCheckpoint, say: Callable[[str], None]) -> StoredCheckpoint:
-    """Set aside what is later than `start` in its folder, give all checkpoints the names of their records, and open it again."""
+    """Rename checkpoints beside `start`, and itself if needed, as `choose_start` says, and return it opened again.
+
+    The first process renames; all processes must call this. Raises `UserError` if a folder cannot be renamed.
+    """
     path, error = start.path, None
     if ranks.rank() == 0:
         try:
@@ -48,7 +52,7 @@ def in_order(start: StoredCheckpoint, say: Callable[[str], None]) -> StoredCheck
         ranks.agree(error)
     except OSError as caught:
         raise UserError(
-            f"{start.path.parent}: its checkpoints cannot be renamed ({caught.strerror or caught})"
+            f"{start.path.parent}: its checkpoints cannot be renamed ({caught.strerror or caught}); make the folder writable"
         ) from caught
     return read_checkpoint(ranks.from_first(path))
 

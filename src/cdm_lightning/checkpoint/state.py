@@ -20,9 +20,10 @@ AVERAGE = "networks.student_ema."
 
 
 def tensors_of(networks: nn.Module, optimizers: Mapping[str, Optimizer]) -> dict[str, Tensor]:
-    """Return all tensors by name: "networks.student.LAYER.weight", "optimizers.student.LAYER.weight.exp_avg", ...
+    """Return the tensors of all networks and optimizer states by name, not copied.
 
-    The keys of `optimizers` are the names of the networks that they train.
+    Names are such as "networks.student.LAYER.weight" and "optimizers.student.LAYER.weight.exp_avg". The keys of `optimizers` are
+    the names of the networks in `networks` that they train.
     """
     found = {f"networks.{name}": value for name, value in networks.state_dict().items()}
     for role, optimizer in optimizers.items():
@@ -56,7 +57,10 @@ def plain_tensors(name: str, value: Tensor) -> dict[str, Tensor]:
 
 
 def plain_values_of(networks: nn.Module, optimizers: Mapping[str, Optimizer]) -> dict[str, Any]:
-    """Return what optimizers keep outside tensors: plain states, and options that differ from their defaults, except lr."""
+    """Return what optimizers keep outside tensors: {network: {"states": {parameter: {key: number}}, "options": [...]}}.
+
+    "options" has a dict for each parameter group with those that differ from the optimizer's defaults, except lr.
+    """
     found: dict[str, Any] = {}
     for role, optimizer in optimizers.items():
         states = states_of(getattr(networks, role), optimizer)
@@ -81,7 +85,10 @@ def states_of(network: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, A
 
 
 def restore(networks: nn.Module, optimizers: Mapping[str, Optimizer], stored: StoredCheckpoint) -> None:
-    """Fill networks and optimizers from a checkpoint; raise `UserError` if its tensors are not those that they have."""
+    """Load a checkpoint into networks and optimizers, in place; raise `UserError` if names or shapes of tensors differ.
+
+    Only an EMA may be missing on one side: it then starts as a copy of the student, or is left out.
+    """
     for role, optimizer in optimizers.items():
         prefix = f"optimizers.{role}."
         names = [name.removeprefix(prefix) for name in stored.sizes if name.startswith(prefix)]
@@ -91,7 +98,9 @@ def restore(networks: nn.Module, optimizers: Mapping[str, Optimizer], stored: St
     both = tensors.keys() & stored.sizes.keys()
     differing |= {name for name in both if tensors[name].shape != stored.sizes[name][0]}
     if differing:
-        raise UserError(f"{stored.path}: its tensors are not those of this configuration ({min(differing)} differs)")
+        raise UserError(
+            f"{stored.path}: its tensors are not those of this configuration ({min(differing)} differs); set another run_name"
+        )
     stored.fill({name: value for name, value in tensors.items() if name in both})
     if average := unmatched_average(tensors, stored) & tensors.keys():
         begin_average(networks, average)
@@ -105,13 +114,13 @@ def restore(networks: nn.Module, optimizers: Mapping[str, Optimizer], stored: St
 
 
 def unmatched_average(tensors: Mapping[str, Tensor], stored: StoredCheckpoint) -> set[str]:
-    """Return the names of the EMA's tensors if either the networks or the checkpoint, but not both, have an EMA."""
+    """Return the names of the EMA's tensors if only the networks or only the checkpoint has an EMA; empty otherwise."""
     here, there = ({name for name in names if name.startswith(AVERAGE)} for names in (tensors, stored.sizes))
     return here ^ there if not here or not there else set()
 
 
 def begin_average(networks: nn.Module, names: set[str]) -> None:
-    """Start an EMA that the checkpoint does not have as a copy of the restored student."""
+    """Copy the student's weights to the EMA's tensors `names` ("networks.student_ema. ..."), which no checkpoint had."""
     state = networks.state_dict()
     with torch.no_grad():
         for name in (name.removeprefix("networks.") for name in names):

@@ -1,4 +1,4 @@
-"""An opened checkpoint: its record is read when it is opened, its tensors when they are needed.
+"""An opened checkpoint: its counters (state.json) are read when it is opened, its tensors when they are needed.
 
 No file is unpickled without restrictions: tensors and their index are safetensors, the record is JSON, and the state of
 Lightning and the callbacks is read by torch with `weights_only`, which refuses code.
@@ -50,9 +50,10 @@ UNREADABLE = (
 
 @dataclass(frozen=True)
 class StoredCheckpoint:
-    """A checkpoint, either a folder or a single .safetensors file with the same content.
+    """An opened checkpoint, either a folder or a single .safetensors file with the same content.
 
-    `record` holds counters, fingerprint and world size; `about` says of which run it is (see there).
+    `record` is the content of state.json: "iteration" and other counters, "fingerprint" of the backbone, "world_size",
+    "optimizers". `files` are the .safetensors files with the tensors.
     """
 
     path: Path
@@ -71,12 +72,15 @@ class StoredCheckpoint:
 
     @property
     def trained_roles(self) -> tuple[str, ...]:
-        """The roles whose networks were trained."""
+        """The names of the networks that were trained, such as "student" and "fake_score"."""
         return tuple(self.record.get("optimizers", ()))
 
     @cached_property
     def about(self) -> dict[str, Any]:
-        """What the run was: {"config": its configuration, "inputs": its prompt and model files}; empty from older versions."""
+        """Its run, {"config": the resolved configuration, "inputs": `run.inputs.Inputs`}; empty from older versions.
+
+        Raises `UserError` if it cannot be read.
+        """
         path = self.path / ABOUT if self.path.is_dir() else self.path
         if self.path.is_dir():
             found = read_record(path, OTHER) if ABOUT in read_marker(self.path) else {}
@@ -100,25 +104,26 @@ class StoredCheckpoint:
             require_room(sizes, sum(file.stat().st_size for file in self.files))
         except UNREADABLE as error:
             raise UserError(
-                f"{self.path}: its tensors cannot be read; this is not a cdm_lightning checkpoint"
+                f"{self.path}: its tensors cannot be read ({first_line(error)}), so it is not a cdm_lightning checkpoint; {OTHER}"
             ) from error
         sizes.pop(TRAINER, None)
         return sizes
 
     def fill(self, tensors: dict[str, Tensor]) -> None:
-        """Fill these tensors in place; each process reads the shards that it holds."""
+        """Fill these tensors, named as in the checkpoint, in place; all processes must call it, and each reads its own shards."""
         load_tensors(tensors, self.files)
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
-        """Read whole tensors to the CPU, in this process alone: those whose names begin with `prefix`, which is removed."""
+        """Read the whole tensors whose names begin with `prefix` to the CPU, in this process alone.
+
+        The keys are the names without the prefix. Raises `UserError` if they cannot be read.
+        """
         wanted = {name: of for name, of in self.sizes.items() if name.startswith(prefix)}
         found = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in wanted.items()}
         try:
             load_tensors(found, self.files, alone=True)
         except UNREADABLE as error:
-            raise UserError(
-                f"{self.path}: its tensors cannot be read ({first_line(error)}); use another one"
-            ) from error
+            raise UserError(f"{self.path}: its tensors cannot be read ({first_line(error)}); {OTHER}") from error
         return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
 
     def network_weights(self, name: str) -> dict[str, Tensor]:
@@ -128,20 +133,26 @@ class StoredCheckpoint:
         """
         if found := self.tensors(f"networks.{name}."):
             return found
-        raise UserError(f"{self.path} holds no network {name}; choose another one")
+        raise UserError(f"{self.path} holds no network {name}; choose one that was trained, or {OTHER}")
 
     def trainer_state(self) -> dict[str, Any]:
-        """Read the state of Lightning's loops, callbacks and objective; `UserError` for more than plain values and tensors."""
+        """Read the states of Lightning's loop, the callbacks and the objective: {"fit_loop": state, "callbacks": ..., ...}.
+
+        The keys are those of `objective_state.trainer_state`. Raises `UserError` if the file cannot be read or holds objects other
+        than tensors, numbers, texts, and lists and dicts of them.
+        """
         try:
             state = torch.load(io.BytesIO(self.trainer_bytes()), map_location="cpu", weights_only=True)
         except (*UNREADABLE, AttributeError, IndexError) as error:
-            raise UserError(f"{self.path}: its {TRAINER} cannot be read or holds more than plain values") from error
+            raise UserError(
+                f"{self.path}: its {TRAINER} cannot be read or holds more than plain values; {OTHER}"
+            ) from error
         if not isinstance(state, dict):
             raise UserError(f"{self.path}: its {TRAINER} holds {type(state).__name__}, not a dictionary; {OTHER}")
         return state
 
     def trainer_bytes(self) -> bytes:
-        """Return the content of the file that `trainer_state` reads."""
+        """Return the bytes of trainer.pt, which `trainer_state` reads."""
         if self.path.is_dir():
             with open_regular(self.path / TRAINER, MOST_TRAINER, follow=False) as file:
                 return file.read()
@@ -149,9 +160,10 @@ class StoredCheckpoint:
             return file.get_tensor(TRAINER).numpy().tobytes()
 
     def find_fault(self) -> str | None:
-        """Describe the first fault in the files, None if there is none; the processes of a run share the reading.
+        """Return what is wrong with the checkpoint's files, such as "X is truncated: ..."; None if nothing is.
 
-        A fault is also a weight that is not finite; older versions did not look for that when they saved.
+        Sizes and checksums are compared, and weights must be finite, which older versions did not check when they saved. All
+        processes of a run must call this, since they share the reading; each gets the same answer.
         """
         fault = None
         if self.path.is_dir():  # of a file, safetensors compares the header with the length
@@ -166,31 +178,33 @@ class StoredCheckpoint:
 def read_checkpoint(path: Path, fingerprint: str | None = None) -> StoredCheckpoint:
     """Open a checkpoint folder or single file; its checksums are not compared yet.
 
-    Raises `UserError` if it is missing, unfinished, not a checkpoint of this project, or, if a `fingerprint` is given, made
-    with a backbone that has another fingerprint.
+    Raises `UserError` if it is missing, unfinished or not a checkpoint of this project. If a `fingerprint` is given, that of the
+    configured backbone (`Backbone.fingerprint`), also if the checkpoint's backbone had another.
     """
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint; pass an existing one")
     if path.suffix == ".ckpt":
-        raise UserError(
-            f"{path}: this file of an older version, or of another program, cannot be read; use another one"
-        )
+        raise UserError(f"{path}: this file of an older version, or of another program, cannot be read; {OTHER}")
     try:
         found = _open_folder(path) if path.is_dir() else _open_file(path)
     except (*UNREADABLE, AttributeError) as error:
-        raise UserError(f"{path}: truncated, or not a cdm_lightning checkpoint; use another one") from error
+        raise UserError(f"{path}: truncated, or not a cdm_lightning checkpoint; {OTHER}") from error
     where = path / RECORD if path.is_dir() else path
     require_entries(found.record, where, OTHER, fingerprint=str, iteration=int, ema_updates=int)
     if fingerprint is not None and found.record["fingerprint"] != fingerprint:
         raise UserError(
-            f"{path}: made with the backbone {found.record['fingerprint']}, but the configuration has {fingerprint}"
+            f"{path}: made with the backbone {found.record['fingerprint']}, but the configuration has {fingerprint}; "
+            "choose the same backbone, or another run"
         )
     return found
 
 
 def require_room(sizes: Mapping[str, tuple[torch.Size, torch.dtype]], most: int) -> None:
-    """Raise ValueError if tensors of these sizes take more than `most` bytes: the headers of files can say anything."""
+    """Raise ValueError if tensors of these shapes and dtypes take more than `most` bytes, or a shape is negative.
+
+    The sizes come from the headers of files, which may be damaged or forged.
+    """
     if any(side < 0 for size, _ in sizes.values() for side in size):
         raise ValueError("a tensor has a negative size")
     if sum(math.prod(size) * dtype.itemsize for size, dtype in sizes.values()) > most:
@@ -198,7 +212,7 @@ def require_room(sizes: Mapping[str, tuple[torch.Size, torch.dtype]], most: int)
 
 
 def require_good(stored: StoredCheckpoint) -> StoredCheckpoint:
-    """Return `stored` unchanged; raise `UserError` if the size or checksum of a file is not the one recorded."""
+    """Return `stored` if `find_fault` finds nothing wrong with its files; raise `UserError` if it does."""
     if fault := stored.find_fault():
         raise UserError(f"{stored.path}: {fault}; use another checkpoint")
     return stored
@@ -217,7 +231,7 @@ def _open_file(path: Path) -> StoredCheckpoint:
 
 
 def recorded_iteration(path: Path) -> int:
-    """Return the iteration in a checkpoint's record, or that in its name if the record cannot be read."""
+    """Return the iteration in a checkpoint's state.json, or that in its name if it cannot be read."""
     try:
         return read_checkpoint(path).iteration
     except UserError:
@@ -225,11 +239,11 @@ def recorded_iteration(path: Path) -> int:
 
 
 def newest_checkpoint(folder: Path, refused: Callable[[Path, str], None] | None = None) -> StoredCheckpoint | None:
-    """Return the newest good checkpoint of a folder, None if it has no checkpoint; raise `UserError` if all are bad.
+    """Return the newest undamaged checkpoint of a folder, None if it has no checkpoint; raise `UserError` if all are damaged.
 
-    The sizes and checksums of all files of a checkpoint are compared. Which one is newest is decided by the iterations in their
-    records, not by their names. `refused(path, why)` is called for each newer, bad checkpoint; without it a warning is issued.
-    All processes of a run find the same checkpoint.
+    Damage is what `StoredCheckpoint.find_fault` finds. The newest is that of the highest iteration in its state.json, not in its
+    name. `refused(path, why)` is called for each newer, damaged one; without it a warning is issued. All processes of a run must
+    call this, and all get the same checkpoint.
     """
     candidates = ranks.from_first(sorted(checkpoints_in(folder), key=_age))
     for path in reversed(candidates):
@@ -267,7 +281,7 @@ def _try(path: Path) -> tuple[StoredCheckpoint | None, str | None]:
 
 
 def is_healthy(path: Path) -> bool:
-    """Return whether a checkpoint can be read, was written after an update that was not skipped, and has finite weights."""
+    """Return whether a checkpoint can be opened, its weights are finite, and the last update of no network was skipped."""
     try:
         stored = read_checkpoint(path)
         skipped = any(stored.record.get("skipped_in_a_row", {}).values())

@@ -65,9 +65,10 @@ class _GivenFiles(FileSystem):
 
 
 def save_tensors(tensors: Mapping[str, Tensor], folder: Path) -> FileSums:
-    """Write this process's shards of `tensors` (name: tensor or DTensor) to `folder`; return the sums of its files.
+    """Write this process's shards of `tensors` (name: tensor or DTensor) to .safetensors files in `folder`.
 
-    All processes must call it with the same names. Raises OSError on all of them if one cannot write.
+    Returns {file name: {"bytes": size, "crc32": checksum}} of the files that this process wrote. All processes must call it
+    with the same names. Raises OSError on all of them if one cannot write.
     """
     writer = dcp.HuggingFaceStorageWriter(str(folder), files_of(tensors), save_distributed=True)
     writer.fs = files = _SummedFiles()
@@ -127,7 +128,7 @@ def raise_cause(error: CheckpointException) -> None:
 
 @contextmanager
 def quietly() -> Generator[None]:
-    """Hide the warning that there is only one process."""
+    """Hide torch's warning inside the block that it saves or loads in a single process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed is (disabled|unavailable).*")
         yield

@@ -1,4 +1,4 @@
-"""A validation that was due when a run ended: it is made before the run goes on, so that its figures are those of any run."""
+"""A validation that was due when a run was stopped: it is made when the run resumes, so that none is missing in its figures."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def is_due(trainer: L.Trainer, start: StoredCheckpoint) -> bool:
     """Return whether a validation was due at the iteration of `start` and has not been made; the same on all processes.
 
-    Of checkpoints of older versions, which did not note their validations, that is not known: False.
+    False for checkpoints of older versions, whose runs did not write which validations were made.
     """
     interval = trainer.val_check_interval
     if not trainer.enable_validation or not isinstance(interval, int) or not start.record.get(FINITE):

@@ -1,6 +1,8 @@
 """Where the configuration files are, how objects are built from them, and how mistakes in them become one line.
 
-Only the entry points see configuration objects: every leaf of `conf/` is an argument of some constructor.
+A node is a mapping in a configuration. Its `_target_`, if it has one, names the class or function that builds an object from
+it, and its other keys are the arguments. Only the entry points see configuration objects: every leaf of `conf/` is such an
+argument.
 """
 
 import hashlib
@@ -119,12 +121,12 @@ def build(
     of: type | None = None,
     **more: Any,
 ) -> Any:
-    """Build the object that the node `key` (names joined by dots) describes.
+    """Build the object that a part of the configuration describes, a mapping named by `key`, such as "optim.student".
 
-    A node with a `_target_` is one object; `more` holds further arguments of its constructor, which no file can hold. For a node
-    without it, return the list of the objects that its children describe, in their order; a child that is null is left out.
-    `offered` is {name: function}: each object of such a list whose constructor has a parameter `name` gets what the function
-    returns. `of` is the type that each object must have.
+    If it has a `_target_` (a class or function), it is one object, with its other keys as arguments; `more` holds further
+    arguments of its constructor, which no file can hold. Without a `_target_`, return the list of the objects that its
+    children describe, in their order, without those that are null. `offered` is {name: function}: each object of such a list
+    whose constructor has a parameter `name` gets what the function returns. `of` is the type that each object must have.
 
     Raises `UserError` if a constructor does not take a key, misses one or refuses a value, if an object is not of the type
     `of`, and if a child in such a list has no `_target_`.
@@ -133,7 +135,7 @@ def build(
     if node is None:
         return []
     if not isinstance(node, Mapping | DictConfig):
-        raise UserError(f"{key}={node} must be a mapping with a _target_; see conf")
+        raise UserError(f"{key}={node} must be a mapping with a _target_; see the files in conf/")
     if "_target_" in node:
         return _require(_instantiate(node, key, **more), node, key, of)
     built = []

@@ -31,10 +31,11 @@ OF_HYDRA = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
 
 
 def check_arguments(node: Any, key: str) -> None:
-    """Raise `UserError` for a value in the configuration node `node` that its parameter's annotation does not allow.
+    """Raise `UserError` for a value in `node`, a part of the configuration, that its parameter's annotation does not allow.
 
-    Also for a key that is no parameter of the node's `_target_`. Nodes below are checked too. `key` is the dotted name of the
-    node, for messages. The value of a parameter without an annotation is left to the constructor.
+    Also for a key that is no parameter of the node's `_target_`, the class that it describes an object of. What is nested in
+    `node` is checked too. `key` is its dotted name, for messages. The value of a parameter without an annotation is left to
+    the constructor.
     """
     if isinstance(node, ListConfig):
         for number, child in enumerate(node):
@@ -43,7 +44,7 @@ def check_arguments(node: Any, key: str) -> None:
         return
     target = node.get("_target_")
     if target is not None and not isinstance(target, str):
-        raise UserError(f"{key}._target_={target} must be the dotted name of a class; see conf")
+        raise UserError(f"{key}._target_={target} must be the dotted name of a class; see the files in conf/")
     _check_keys(node, key, target)
     annotated = annotations_of(target)
     for name in (name for name in node if not OmegaConf.is_missing(node, name)):
@@ -141,11 +142,15 @@ def _check_keys(node: DictConfig, key: str, target: str | None) -> None:
         parameters = inspect.signature(pkgutil.resolve_name(target)).parameters
     except (ValueError, TypeError):
         if not callable(_found(target)):
-            raise UserError(f"{key}._target_={target} is no class or function{where_set(f'{key}._target_')}") from None
+            raise UserError(
+                f"{key}._target_={target} is no class or function; name one{where_set(f'{key}._target_')}"
+            ) from None
         return  # it is written in C, without a signature
     except Exception as error:
         why = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"{key}._target_={target} cannot be found ({why}){where_set(f'{key}._target_')}") from error
+        raise UserError(
+            f"{key}._target_={target} cannot be found ({why}); correct the name{where_set(f'{key}._target_')}"
+        ) from error
     if any(parameter.kind is VAR_KEYWORD for parameter in parameters.values()):
         return
     for name in (str(name) for name in node):

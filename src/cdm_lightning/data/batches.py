@@ -1,4 +1,4 @@
-"""The prompts of batch n, as a function of (seed, n): a resumed run needs no saved position in the data."""
+"""Which prompts batch n of training holds: a function of (seed, n), so a resumed run needs no saved position in the data."""
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -20,13 +20,12 @@ PADDING = -1  # key of a draw that only fills up a batch and whose result is not
 
 
 class PromptBatch(NamedTuple):
-    """Prompts with the numbers that key their random draws.
+    """A batch of B prompts, each with the number (key) from which its random draws, such as its noise, are derived.
 
-    `indices` (B,) int64, on the CPU, holds these numbers: in training the slot of each sample in the global batch (over
-    all ranks), in validation the number of the prompt in its file. `images` (B, 3, H, W) in [0, 1] are the real images of
-    the prompts, if the objective needs them. `group` holds the batches of all iterations that are rolled out as one batch,
-    in the order of the iterations and including this one. It is set on the first batch of a group that is read and empty
-    on the others.
+    `indices` (B,) int64 on the CPU are these keys: in training each sample's place in the global batch over all ranks, in
+    validation the prompt's number in its file, or `PADDING`. `images` (B, 3, H, W) in [0, 1] are the real images of the
+    prompts, if the objective needs them. If the rollouts of several iterations are computed as one batch, `group` holds the
+    batches of all of them in order, this one included; only the first of them that the loader delivers has it.
     """
 
     prompts: list[str]
@@ -35,7 +34,7 @@ class PromptBatch(NamedTuple):
     group: tuple["PromptBatch", ...] = ()
 
     def split(self, count: int) -> list["PromptBatch"]:
-        """Split the batch into `count` parts whose sizes differ by at most 1, or into single samples if it has fewer."""
+        """Split into `count` parts, without `group`, whose sizes differ by at most 1; into single samples if there are fewer."""
         parts = spans(len(self.prompts), count)
         images = self.images
         return [
@@ -45,13 +44,13 @@ class PromptBatch(NamedTuple):
 
 
 def spans(size: int, count: int) -> list[slice]:
-    """Split 0..size-1 into `count` slices whose lengths differ by at most 1, or into single numbers if there are fewer."""
+    """Cut range(size) into `count` slices whose lengths differ by at most 1; into `size` slices of length 1 if size < count."""
     edges = [size * n // count for n in range(count + 1)]
     return [slice(first, end) for first, end in pairwise(edges) if end > first]
 
 
 class Draw(NamedTuple):
-    """A request to the loader: the number of a prompt in its file, the key of its random draws and its batch's number."""
+    """A request to the loader: the number of a prompt in its set, the key of its random draws, and the number of its batch."""
 
     prompt: int
     key: int
@@ -59,7 +58,7 @@ class Draw(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """A sample that the loader has read: the prompt, the key of its random draws, its batch's number and its image."""
+    """What the loader has read for a `Draw`: the prompt's text, the key of its random draws, its batch's number, its image."""
 
     prompt: str
     key: int
@@ -68,9 +67,9 @@ class Drawn(NamedTuple):
 
 
 class DrawnPrompts(Dataset):
-    """A view of a prompt data set that is indexed by `Draw`, so that each prompt keeps its key.
+    """A data set for the `DataLoader`: it is indexed by `Draw` and returns `Drawn`, so that each prompt keeps its key.
 
-    With `images`, each sample also has its image (`Prompts.image`).
+    With `images`, each sample also has its real image (`Prompts.image`).
     """
 
     def __init__(self, prompts: "Prompts", images: bool = False) -> None:
@@ -82,7 +81,7 @@ class DrawnPrompts(Dataset):
 
 
 class ShuffledEpochs:
-    """An order of the prompts 0..size-1 in epochs, each shuffled in its own way; a function of `seed` and `key`."""
+    """An endless order of the prompts 0..size-1: each epoch has its own permutation, a function of `seed`, `key` and epoch."""
 
     def __init__(self, size: int, seed: int, *key: int) -> None:
         self.size, self.seed, self.key = size, seed, key
@@ -97,14 +96,14 @@ class ShuffledEpochs:
 
 
 class EndlessBatches(Sampler):
-    """The endless sequence of batches `start`, `start + 1`, ..., each a list of `batch_size` draws of this rank.
-
-    `groups(n)` is the range of batches that are rolled out together with batch n. The first batch of a group that is read
-    also contains the draws of the other batches, after its own.
+    """The endless sequence of batches `start`, `start + 1`, ... of one rank, each a list of `batch_size` draws.
 
     The `size` prompts come in `order` (default: shuffled epochs); a batch may span two epochs. Together the ranks take
     `world_size * batch_size` consecutive prompts for each batch, so the global batch does not depend on how it is split
     over ranks.
+
+    `groups(n)` is the range of iterations whose rollouts are computed in one batch with those of iteration n (default: n
+    alone). The first batch of such a group that is read also contains the draws of its other batches, after its own.
     """
 
     def __init__(
@@ -130,17 +129,18 @@ class EndlessBatches(Sampler):
             number += 1
 
     def batch(self, number: int) -> list[Draw]:
-        """Return the draws of batch `number`; batches count from 0. The key of each draw is its slot in the global batch."""
+        """Return this rank's draws of batch `number`, from 0; the key of a draw is its place in the global batch of all ranks."""
         first = number * self.batch_size * self.world_size
         slots = range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         return [Draw(self.prompt_at(first + slot), slot, number) for slot in slots]
 
 
 def evaluation_batches(size: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[Draw]]:
-    """Return this rank's share of the first `size` prompts, in their order, in batches of at most `batch_size`.
+    """Return this rank's share of the prompts 0..size-1, in their order, in batches of at most `batch_size`.
 
-    The key of each draw is the number of its prompt. All ranks get the same number of batches, because they may share one
-    network. Where a rank has no prompts left, its batch is a single draw with the key `PADDING`, whose result is not used.
+    The key of each draw is the number of its prompt. All ranks get the same number of batches: with sharded networks all
+    must make the same calls. Where a rank has no prompts left, its batch is one draw with the key `PADDING`, whose result
+    must not be used.
     """
     first, end = size * rank // world_size, size * (rank + 1) // world_size
     longest = -(-size // world_size)
@@ -152,7 +152,7 @@ def evaluation_batches(size: int, batch_size: int, rank: int = 0, world_size: in
 
 
 def collate(samples: list[Drawn]) -> PromptBatch:
-    """Collate the loader's samples to the `PromptBatch` of the first sample; `group` holds all batches if there are more."""
+    """Return the `PromptBatch` that the first sample belongs to; if the samples are of several batches, `group` holds all."""
     by_batch = {number: [] for number in dict.fromkeys(sample.batch for sample in samples)}
     for sample in samples:
         by_batch[sample.batch].append(sample)

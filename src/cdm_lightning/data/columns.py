@@ -1,4 +1,4 @@
-"""Texts in a column of a table, kept in an Arrow file that is mapped into memory, so that any row can be read alone.
+"""Prompts in a column of a table: they are copied into an Arrow file, which is mapped into memory to read single rows.
 
 Parquet stores rows in compressed groups, so reading one row means unpacking a whole group. A parquet column is therefore
 copied once into an uncompressed Arrow file, group by group, which needs little memory. `pyarrow` is imported when needed.
@@ -23,7 +23,10 @@ INSTALL = "pip install 'cdm-lightning[data]'"
 
 
 class ArrowColumn:
-    """The texts of an Arrow file with one column; a missing text counts as blank. Each loader worker opens the file itself."""
+    """The texts of an Arrow file with one column; a null counts as a blank text. Each loader worker opens the file itself.
+
+    `path` is the Arrow file, and `name` what messages call it: the file or data set that it is a copy of.
+    """
 
     def __init__(self, path: Path, name: str) -> None:
         self.path, self.name = path, name
@@ -31,7 +34,7 @@ class ArrowColumn:
 
     @cached_property
     def column(self) -> Any:
-        """The column (pyarrow.ChunkedArray), mapped from the file."""
+        """The column (pyarrow.ChunkedArray), mapped from the file; `UserError` if the file is damaged."""
         pyarrow = import_pyarrow(self.path)
         try:
             return pyarrow.ipc.open_file(pyarrow.memory_map(str(self.path))).read_all().column(0)
@@ -44,7 +47,7 @@ class ArrowColumn:
         return {"path": self.path, "name": self.name, "_state": self._state}
 
     def scan(self) -> Iterator[tuple[int, str]]:
-        """Yield (row, text) for all rows."""
+        """Yield (row, text) for all rows; rows count from 0."""
         self._state = FileState.of(self.path)
         position = 0
         for chunk in self.column.iterchunks():
@@ -53,23 +56,24 @@ class ArrowColumn:
                 position += 1
 
     def read(self, position: int) -> str:
-        """Return the text of a row; raise `UserError` if the file has changed, since reading a cut map ends the process."""
+        """Return the text of row `position`. `UserError` if the file has changed since `scan`: reading a shorter one could crash."""
         if self._state is not None:
             self._state.require(self.path, self.path)
         return self.column[position].as_py() or ""
 
     def place(self, position: int) -> str:
-        """Return the place of a row as in "captions.parquet, row 3"; rows count from 1 through all files."""
+        """Name a row for messages, as in "captions.parquet, row 3"; rows count from 1, on through all copied files."""
         return f"{self.name}, row {position + 1}"
 
 
 def open_columns(
     paths: Sequence[Path], field: str, cache_folder: str | Path | None, kind: str, texts: ReadTexts
 ) -> ArrowColumn:
-    """Open the texts under `field` of files, after `texts` has copied them into the cache folder if no copy is there yet.
+    """Return the texts in column `field` of the files at `paths`, from their copy in the cache folder, which is made if needed.
 
-    The name of the copy is a hash of the `kind` and of the files' paths, sizes and modification times, so changed files are
-    copied again. Raises `UserError` for a file that is missing, unreadable or without the column.
+    `texts(paths, field, pyarrow)` reads the files, of the format `kind`, and yields lists of texts. The name of the copy is
+    a hash of `kind`, `field` and the files' paths, sizes and modification times, so changed files are copied again. Raises
+    `UserError` for a file that is missing, unreadable or without the column.
     """
     for path in paths:
         if not path.is_file():
@@ -85,7 +89,7 @@ def open_columns(
 
 
 def check_column(path: Path, field: str, pyarrow: ModuleType) -> None:
-    """Raise `UserError` unless the parquet file can be read and its column `field` holds text."""
+    """Raise `UserError` unless `path` is a parquet file that can be read and whose column `field` holds text."""
     try:
         schema = pyarrow.parquet.read_schema(path)
     except (pyarrow.ArrowException, OSError) as error:
@@ -102,7 +106,10 @@ def check_column(path: Path, field: str, pyarrow: ModuleType) -> None:
 
 
 def parquet_texts(paths: Sequence[Path], field: str, pyarrow: ModuleType) -> Iterator[list[str | None]]:
-    """Yield the texts of the column, `BATCH_ROWS` at a time at most; raise `UserError` for a damaged file."""
+    """Yield the texts of column `field` of parquet files as lists of at most `BATCH_ROWS`, None for a null.
+
+    Raises `UserError` for a damaged file and for one without a text column of this name.
+    """
     for path in paths:
         check_column(path, field, pyarrow)
     for path in paths:
@@ -117,7 +124,7 @@ def parquet_texts(paths: Sequence[Path], field: str, pyarrow: ModuleType) -> Ite
 
 
 def write_column(target: Path, batches: Iterable[Sequence[str | None]]) -> None:
-    """Write the texts as an Arrow file with one column, completely or not at all; raise `UserError` if that fails."""
+    """Write the texts of all `batches` to the Arrow file `target`, completely or not at all; `UserError` if that fails."""
     pyarrow = import_pyarrow(target)
     schema = pyarrow.schema([("text", pyarrow.large_string())])
     try:
@@ -130,11 +137,13 @@ def write_column(target: Path, batches: Iterable[Sequence[str | None]]) -> None:
             for texts in batches:
                 writer.write_batch(pyarrow.record_batch([pyarrow.array(texts, pyarrow.large_string())], schema=schema))
     except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror or error}); set cache_folder=FOLDER") from error
+        raise UserError(
+            f"{target}: cannot be written ({error.strerror or error}); set cache_folder=ANOTHER_FOLDER"
+        ) from error
 
 
 def copy_path(cache_folder: str | Path | None, *identity: object) -> Path:
-    """Return the path of a column's copy; its name is a hash of `identity`, which says what is copied."""
+    """Return the path of a column's copy in `cache_folder` (None: the user's cache folder), named by a hash of `identity`."""
     if cache_folder is None:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         cache_folder = Path(home) / "cdm_lightning" / "prompts"
@@ -142,7 +151,7 @@ def copy_path(cache_folder: str | Path | None, *identity: object) -> Path:
 
 
 def import_pyarrow(path: Path) -> ModuleType:
-    """Import pyarrow; raise `UserError`, which names `path`, if it is not installed."""
+    """Import pyarrow; if it is not installed, raise `UserError` that names `path`, the file to be read."""
     try:
         import pyarrow
         import pyarrow.parquet

@@ -21,11 +21,12 @@ LONGEST_TIMEOUT = 10**6  # seconds, eleven days; longer ones overflow in the ope
 class PromptDataModule(L.LightningDataModule):
     """Loaders of `PromptBatch` from two sets of prompts. They keep no state: a resumed run continues at batch `global_step`.
 
-    `batch_size` is per process. Validation uses the first `val_prompts` prompts of `val`, or all of them if it is None.
-    `seed` fixes the order of the training prompts. `groups(n)` is the range of the iterations that are rolled out together
-    with iteration n, so that their batches are read together (default: each iteration alone). `images` requests the real
-    image of each training prompt. The run ends if the loader workers deliver no batch for `worker_timeout` seconds. Raises
-    `UserError` for sizes that are not positive, and if images are requested from prompts without images.
+    Batch sizes are per process; `val_batch_size` None means `batch_size`. Validation uses the first `val_prompts` prompts
+    of `val`, or all of them if it is None. `seed` fixes the order of the training prompts. `groups(n)` is the range of
+    iterations whose rollouts are computed in one batch with those of iteration n (default: n alone); the loader delivers
+    their prompts together. `images` adds the real image of each training prompt. If the loader workers deliver no batch for
+    `worker_timeout` seconds, the run ends with `UserError`. Raises `UserError` for a number out of its range, and if images
+    are requested from prompts without images.
     """
 
     def __init__(
@@ -53,7 +54,10 @@ class PromptDataModule(L.LightningDataModule):
         self.val_batch_size = batch_size if val_batch_size is None else val_batch_size
         self.val_prompts = len(val) if val_prompts is None else min(val_prompts, len(val))
         if min(self.batch_size, self.val_batch_size, self.val_prompts) < 1:
-            raise UserError("data: batch_size, val_batch_size and val_prompts must be at least 1")
+            raise UserError(
+                f"data: each of batch_size={self.batch_size}, val_batch_size={self.val_batch_size} and val_prompts={self.val_prompts} "
+                "must be at least 1"
+            )
         if num_workers < 0:
             raise UserError(
                 f"data.num_workers={num_workers} must be at least 0; with 0 the training process reads the prompts itself"
@@ -66,13 +70,13 @@ class PromptDataModule(L.LightningDataModule):
         self._loaders: list[SteadyLoader] = []
 
     def prepare_data(self) -> None:
-        """Print once which prompts were left out of the sets and how sets are mixed."""
+        """Print to stderr, for each set that has one, its `summary`: which prompts were left out, and the shares of a mixture."""
         for name, prompts in (("training", self.train), ("validation", self.val)):
             if prompts.summary:
                 print(f"{name} prompts: {prompts.summary}", file=sys.stderr, flush=True)
 
     def train_dataloader(self) -> DataLoader:
-        """Return an endless loader; its first batch is the one after the iterations that are already done."""
+        """Return the endless loader of training batches; the first one is that of iteration `trainer.global_step`."""
         trainer = cast(L.Trainer, self.trainer)
         batches = EndlessBatches(
             len(self.train),
@@ -87,22 +91,22 @@ class PromptDataModule(L.LightningDataModule):
         return self._loader(DrawnPrompts(self.train, self.images), batches, self.num_workers)
 
     def val_dataloader(self) -> DataLoader:
-        """Return the loader of this rank's validation prompts, in file order; raise `UserError` if a rank would have none."""
+        """Return the loader of this rank's validation prompts, in order; `UserError` for fewer prompts than processes."""
         trainer = cast(L.Trainer, self.trainer)
         rank, world_size = trainer.global_rank, trainer.world_size
         if self.val_prompts < world_size:
             raise UserError(
-                f"data: {self.val_prompts} validation prompts are too few for {world_size} processes; use more"
+                f"data: {self.val_prompts} validation prompts are too few for {world_size} processes: each needs one; use more"
             )
         batches = evaluation_batches(self.val_prompts, self.val_batch_size, rank, world_size)
         return self._loader(DrawnPrompts(self.val), batches, 0)
 
     def transfer_batch_to_device(self, batch: PromptBatch, device: torch.device, dataloader_idx: int) -> PromptBatch:
-        """Leave the batch on the host: prompts are text, and the random draws need their keys on the CPU."""
+        """Return the batch as it is, on the host: prompts are text, and random draws need their keys on the CPU."""
         return batch
 
     def kill_workers(self) -> None:
-        """End the loader workers that are still there after training."""
+        """Kill the loader workers that are still alive, for example because they hang; call this after training."""
         for loader in self._loaders:
             loader.kill_workers()
 

@@ -1,6 +1,6 @@
 """Prompts from Hugging Face `datasets`: from a folder made by `save_to_disk`, or from a data set of the hub.
 
-Importing the library takes seconds, so it is imported only when it is needed.
+Importing `datasets` takes seconds, so it is imported only when it is needed.
 """
 
 from collections.abc import Iterator
@@ -18,16 +18,16 @@ from cdm_lightning.kinds import Count, Field, FileOrFolder, FolderToRead, Name, 
 
 
 class PromptDataset(SelectedPrompts):
-    """The texts of the column `field` in one `split` of a data set.
+    """Prompts from the text column `field` in one `split` of a Hugging Face data set.
 
     `dataset` is a folder that `save_to_disk` wrote, or anything that `datasets.load_dataset` takes: an id of the hub (with
-    `subset`, the name of its configuration, and `revision`) or a folder of data files. The library keeps the data set in
-    Arrow files that are mapped into memory, so any row can be read directly and a run resumes exactly. `streaming`
-    downloads only this column, for example without the images in other columns, and at most `limit` rows. The column is
-    first copied into an Arrow file in `cache_folder`; later starts use that copy even if the data of the hub have changed.
+    `subset`, the name of its configuration, and `revision`) or a folder of data files. `datasets` keeps it in Arrow files
+    that are mapped into memory, so that any row can be read alone. With `streaming`, only this column is downloaded, for
+    example without the images in other columns, and only the first `limit` rows (None: all). It is copied into an Arrow file
+    in `cache_folder`; later starts use that copy even if the data set on the hub has changed.
 
-    The other arguments are those of `PromptFile`. Raises `UserError` for a data set, split or column that does not exist,
-    and for a `limit` that is below 1 or given without `streaming`.
+    `max_characters`, `overlong`, `deduplicate` and `cache_folder` are those of `PromptFile`. Raises `UserError` for a data
+    set, split or column that does not exist, and for a `limit` that is below 1 or given without `streaming`.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class PromptDataset(SelectedPrompts):
         selection = Selection(max_characters, overlong, deduplicate)
         name = f"{dataset}, split {split}"
         if limit is not None and (limit < 1 or not streaming):
-            raise UserError(f"{name}: limit needs streaming=true and must be at least 1, got {limit}")
+            raise UserError(f"{name}: limit={limit} {'must be at least 1' if limit < 1 else 'needs streaming=true'}")
         if streaming:
             what = (str(dataset), subset, split, revision)
             target = copy_path(cache_folder, "stream", *what, field, limit)
@@ -61,13 +61,13 @@ class PromptDataset(SelectedPrompts):
 
 
 class DatasetColumn:
-    """The texts of one column of a `datasets.Dataset`; a missing text counts as blank."""
+    """The texts in column `field` of `rows`, a `datasets.Dataset` that messages call `name`; a null counts as blank."""
 
     def __init__(self, rows: Any, field: str, name: str) -> None:
         self.rows, self.field, self.name = rows, field, name
 
     def scan(self) -> Iterator[tuple[int, str]]:
-        """Yield (row, text) for all rows."""
+        """Yield (row, text) for all rows; rows count from 0. `UserError` for a value that is not a text."""
         position = 0
         for batch in self.rows.iter(batch_size=BATCH_ROWS):
             for text in checked(batch[self.field], self.field, self.name):
@@ -75,22 +75,25 @@ class DatasetColumn:
                 position += 1
 
     def read(self, position: int) -> str:
-        """Return the text of a row."""
+        """Return the text of row `position`."""
         return self.rows[position][self.field] or ""
 
     def place(self, position: int) -> str:
-        """Return the place of a row as in "owner/name, split train, row 3"; rows count from 1."""
+        """Name a row for messages, as in "owner/name, split train, row 3"; rows count from 1."""
         return f"{self.name}, row {position + 1}"
 
 
 def streamed_texts(rows: Any, field: str, name: str) -> Iterator[list[str | None]]:
-    """Yield the texts of a streamed data set, `BATCH_ROWS` at a time at most."""
+    """Yield the texts in column `field` of an `IterableDataset` as lists of at most `BATCH_ROWS`, None for a null.
+
+    `UserError`, which calls the data set `name`, for a value that is not a text.
+    """
     for batch in rows.iter(batch_size=BATCH_ROWS):
         yield checked(batch[field], field, name)
 
 
 def checked(texts: list, field: str, name: str) -> list[str | None]:
-    """Return the list unchanged; raise `UserError` if an entry is neither a text nor None."""
+    """Return `texts` unchanged; raise `UserError`, which names data set and column, if an entry is neither a text nor None."""
     for text in texts:
         if text is not None and not isinstance(text, str):
             raise UserError(f"{name}: the column {field!r} holds {type(text).__name__}, not text; set field=NAME")
@@ -100,7 +103,10 @@ def checked(texts: list, field: str, name: str) -> list[str | None]:
 def load_column(
     dataset: str, split: str, field: str, subset: str | None, revision: str | None, streaming: bool = False
 ) -> Any:
-    """Load the data set with only this column (`datasets.Dataset`, or `IterableDataset` if streaming)."""
+    """Load one split with only the column `field`: a `datasets.Dataset`, or an `IterableDataset` if streaming.
+
+    `UserError` if the data set cannot be loaded or has no such split or column.
+    """
     library = import_datasets(dataset)
     try:
         if is_saved(Path(dataset)):
@@ -117,12 +123,12 @@ def load_column(
 
 
 def is_saved(folder: Path) -> bool:
-    """Return whether the `datasets` library's `save_to_disk` wrote this folder."""
+    """Return whether `save_to_disk` of the library `datasets` wrote this folder."""
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
 def load_saved(library: ModuleType, folder: Path, split: str) -> Any:
-    """Load a saved data set, or one of several splits saved together; raise `UserError` if that split does not exist."""
+    """Load what `save_to_disk` wrote: a single data set whatever `split` is, or this split of several; `UserError` if missing."""
     loaded = library.load_from_disk(str(folder))
     if not isinstance(loaded, dict):
         return loaded
@@ -132,7 +138,7 @@ def load_saved(library: ModuleType, folder: Path, split: str) -> Any:
 
 
 def import_datasets(name: str) -> ModuleType:
-    """Import `datasets`; raise `UserError`, which names the data set, if it is not installed."""
+    """Import `datasets`; if it is not installed, raise `UserError` that names `name`, the data set to be loaded."""
     try:
         import datasets
     except ImportError as error:

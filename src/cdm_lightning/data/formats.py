@@ -1,4 +1,4 @@
-"""Opening prompt files as what they are: the ending of a file's name says its format, and unknown formats are refused."""
+"""Opening prompt files by format, which the ending of a file's name says; formats that hold no prompts are refused."""
 
 import json
 import mimetypes
@@ -30,17 +30,23 @@ KNOWN_TYPES = mimetypes.MimeTypes(())  # Python's own list: the system's would m
 
 
 def open_files(path: Path, field: str | None, cache_folder: str | Path | None) -> TextSource:
-    """Open the texts of a file or folder by its files' endings; raise `UserError` for mixed kinds or a text file with a `field`."""
+    """Open the texts of a file, or of a folder's files, by the endings of their names.
+
+    `field` is the key or column of the prompts (None: "prompt"); columns and lists are copied into `cache_folder`. Raises
+    `UserError` for a folder with several formats, an unknown format, or a `field` with text files, which have no fields.
+    """
     files = files_in(path) if path.is_dir() else [path]
     kinds = {kind_of(file) for file in files}
     if len(kinds) > 1:
         endings = " and ".join(sorted({file.suffix for file in files}))
-        raise UserError(f"{path}: holds {endings} files; a folder must hold one kind: use data=mixed")
+        raise UserError(
+            f"{path}: holds {endings} files; a folder must hold one kind: pass one file, or mix them with data=mixed"
+        )
     (kind,) = kinds
     if kind == TEXT:
         if field is not None:
             raise UserError(
-                f"{path}: `field: {field}` needs a .jsonl or .parquet file; a text file holds one prompt on each line"
+                f"{path}: `field: {field}` needs a .jsonl or .parquet file; for a text file, one prompt on each line, leave it out"
             )
         for file in files:
             require_no_objects(file)
@@ -51,9 +57,10 @@ def open_files(path: Path, field: str | None, cache_folder: str | Path | None) -
 
 
 def kind_of(file: Path) -> str:
-    """Return the kind of a file's contents by its ending; `UserError` for an ending of another known format.
+    """Return a file's format by the ending of its name, one of the values of `KINDS`.
 
-    A file with no ending, or with one that no format claims, is text.
+    A file with no ending, or with one of no known format, is plain text. `UserError` for an ending such as .yaml or .gz,
+    whose format is known but cannot be read as prompts.
     """
     ending = file.suffix.lower()
     if ending in KINDS:
@@ -67,7 +74,11 @@ def kind_of(file: Path) -> str:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """Return the prompt files in a folder and its subfolders, sorted by name; raise `UserError` if there are none."""
+    """Return the prompt files in a folder and its subfolders, sorted by path.
+
+    If there are any .txt, .jsonl, .ndjson or .parquet files, others (.csv, .tsv, .json) are ignored, since those may only
+    describe them. `UserError` if there are no prompt files, and for a folder that `datasets` saved.
+    """
     if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
         raise UserError(
             f"{folder}: this is a saved Hugging Face data set; use data=dataset data.train.dataset={folder}"
@@ -75,12 +86,12 @@ def files_in(folder: Path) -> list[Path]:
     found = sorted(file for file in folder.rglob("*") if file.suffix.lower() in KINDS and file.is_file())
     files = [file for file in found if file.suffix.lower() in IN_FOLDERS] or found
     if not files:
-        raise UserError(f"{folder}: the folder holds no {', '.join(KINDS)} file")
+        raise UserError(f"{folder}: the folder holds no {', '.join(KINDS)} file; pass a file or folder of prompts")
     return files
 
 
 def require_no_objects(file: Path) -> None:
-    """Raise `UserError` for a text file whose first line is a JSON object: its prompts would be objects with their braces."""
+    """Raise `UserError` if the first line of a text file is a JSON object: the file is JSON lines with the wrong ending."""
     try:
         with opened(file) as lines:
             first = lines.readline(1 << 16)
@@ -92,7 +103,7 @@ def require_no_objects(file: Path) -> None:
 
 
 def holds_lines(file: Path) -> bool:
-    """Return whether a *.json file holds an object on each line, as many data sets have it, instead of one list."""
+    """Return whether a *.json file begins with an object: then it has one on each line, like *.jsonl, and not one list."""
     try:
         with opened(file) as text:
             return text.read(1 << 16).lstrip("\ufeff \t\r\n").startswith("{")
@@ -101,7 +112,11 @@ def holds_lines(file: Path) -> bool:
 
 
 def delimited_texts(delimiter: str) -> Callable[[Sequence[Path], str, ModuleType], Iterator[list[str | None]]]:
-    """Return a function that yields the texts of the column `field` of files with this delimiter and a head line."""
+    """Return a reader of delimited files (CSV, TSV) for `open_columns`.
+
+    The reader takes (paths, field, pyarrow) and yields lists of the texts in column `field`, whose name stands in each
+    file's first line. It raises `UserError` for a file without this column or that is no table.
+    """
 
     def texts(paths: Sequence[Path], field: str, pyarrow: ModuleType) -> Iterator[list[str | None]]:
         from pyarrow import csv
@@ -126,16 +141,21 @@ def delimited_texts(delimiter: str) -> Callable[[Sequence[Path], str, ModuleType
 
 
 def listed_texts(paths: Sequence[Path], field: str, pyarrow: ModuleType) -> Iterator[list[str | None]]:
-    """Yield the texts of files that hold a JSON list each, of texts or of objects with a text under `field`."""
+    """Yield the list of texts of each file, which holds one JSON list: of texts, or of objects with a text under `field`.
+
+    `UserError` for a file over 1 GB, since a list is read at once, and for a file or entry that does not have this form.
+    """
     for path in paths:
         if path.stat().st_size > LARGEST_LIST:
-            raise UserError(f"{path}: a JSON list is read at once, and this is over 1 GB; write it as *.jsonl")
+            raise UserError(
+                f"{path}: over 1 GB, too large for a JSON list, which is read at once; convert it to *.jsonl"
+            )
         try:
             found = json.loads(path.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path}: cannot be read as JSON ({first_line(error)}); correct the file") from error
         if not isinstance(found, list):
-            raise UserError(f'{path}: must hold a list of prompts, or of objects with a text under "{field}"')
+            raise UserError(f'{path}: must hold a JSON list of prompts, or of objects with a text under "{field}"')
         texts = [entry.get(field) if isinstance(entry, dict) else entry for entry in found]
         for number, text in enumerate(texts, start=1):
             if not isinstance(text, str):

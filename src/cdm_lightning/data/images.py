@@ -23,14 +23,12 @@ MOST_IMAGE = 1 << 30  # bytes
 
 
 class CaptionedFolder(Prompts):
-    """A folder of images whose `metadata.jsonl` has a line {"file_name": ..., "text": ...} for each image.
+    """Captions and images of a folder whose `metadata.jsonl` has a line {"file_name": ..., "text": ...} for each image.
 
-    This is the format of the ImageFolder of Hugging Face `datasets`.
-
-    Each image is turned upright according to its EXIF data, resized to cover `image_size` (height, width) in pixels, and
-    cropped to its middle. Raises `UserError` for a folder without `metadata.jsonl`, for a file that lists no images, for
-    an `image_size` that is not a size, for a line that does not have this form, and for an image that is missing or cannot
-    be read.
+    This is the format of ImageFolder in Hugging Face `datasets`; the prompts are the captions. Each image is turned upright
+    by its EXIF data, resized to cover `image_size` (height, width) in pixels, and cropped to its middle. Raises `UserError`
+    for a folder without `metadata.jsonl`, a file that lists no images, a line of another form, an image that is missing (at
+    once) or cannot be read (when it is used), and an `image_size` that is not two numbers of at least 1.
     """
 
     has_images = True
@@ -38,7 +36,9 @@ class CaptionedFolder(Prompts):
     def __init__(self, folder: FolderToRead, image_size: Annotated[Sequence[Pixels], Len(2, 2)]) -> None:
         self.folder, self.image_size = Path(folder), tuple(image_size)
         if len(self.image_size) != 2 or min(self.image_size) < 1:
-            raise UserError(f"{folder}: image_size must be height and width in pixels, got {list(self.image_size)}")
+            raise UserError(
+                f"{folder}: image_size={list(self.image_size)} must be [height,width] in pixels, both at least 1"
+            )
         listed = self.folder / METADATA
         if not listed.is_file():
             raise UserError(
@@ -57,7 +57,9 @@ class CaptionedFolder(Prompts):
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f'{where}: must be {{"file_name": "IMAGE", "text": "CAPTION"}}') from error
         if not isinstance(name, str) or not isinstance(text, str) or not is_visible(text):
-            raise UserError(f"{where}: file_name and text must be texts, and text must not be empty")
+            raise UserError(
+                f"{where}: {'text is blank; fill it in' if type(name) is type(text) is str else 'file_name and text must be texts'}"
+            )
         if flaw := flaw_of(text) or flaw_of(name):
             raise UserError(f"{where}: {flaw}")
         path = self.folder / name
@@ -73,7 +75,7 @@ class CaptionedFolder(Prompts):
         return self._entries[index][1]
 
     def image(self, index: int) -> Tensor:
-        """Return image number `index`, (3, H, W) in [0, 1]."""
+        """Return image number `index`, (3, H, W) in [0, 1], with (H, W) = `image_size`; `UserError` if it cannot be read."""
         from PIL import Image, ImageOps
         from torchvision.transforms.functional import pil_to_tensor
 
@@ -91,7 +93,10 @@ class CaptionedFolder(Prompts):
 
 
 class DrawnCaptions(PromptFile):
-    """A file of captions of the bundled shapes set. Each has its own rendering, a function of `seed` and its number."""
+    """Prompts from a file of captions of the bundled shapes set (`data/shapes.py`), each with an image that is rendered.
+
+    The image of a caption is a function of `seed` and of the caption's number in the file.
+    """
 
     has_images = True
 
@@ -100,7 +105,7 @@ class DrawnCaptions(PromptFile):
         self.seed = seed
 
     def image(self, index: int) -> Tensor:
-        """Render caption number `index`, (3, 32, 32) in [0, 1]; raise `UserError` for a text that is not a caption of the set."""
+        """Render caption number `index`: (3, 32, 32) in [0, 1]. `UserError` for a text that is not a caption of the shapes set."""
         try:
             scene = parse_caption(self[index])
         except ValueError as error:
@@ -109,7 +114,10 @@ class DrawnCaptions(PromptFile):
 
 
 def fit_to(images: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize images (B, 3, H, W) to cover `size` (height, width) and crop the middle; images of this size stay unchanged."""
+    """Resize images (B, 3, H, W) in [0, 1] to cover `size` (height, width) and crop the middle: (B, 3, height, width).
+
+    Images that already have this size are returned unchanged.
+    """
     height, width = size
     if images.shape[-2:] == (height, width):
         return images

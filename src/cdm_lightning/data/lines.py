@@ -16,12 +16,13 @@ BYTE_ORDER_MARK = "\ufeff"  # some editors write it at the start of a file
 
 
 class LineFiles:
-    r"""The lines of UTF-8 files, one file after the other; with a `field`, the text in this field of each line's JSON object.
+    r"""The texts of UTF-8 files with one text on each line, one file after the other.
 
-    Lines of plain text end where `str.splitlines` ends them, which includes `\r`, U+0085 and U+2028. Lines of JSON objects
-    end with `\n`, `\r\n` or `\r` only, since the others may stand inside a JSON text. With `whole`, the texts are the lines
-    of JSON objects as they stand. Every access opens the file again, so loader workers may share this object. A file that
-    has changed since `scan` read it is noticed at the next access.
+    Without `field` the texts are the lines, with `field` the text under this key in the JSON object on each line, and with
+    `whole` the lines of such objects unparsed. Plain lines end where `str.splitlines` ends them, which includes U+0085 and
+    U+2028; lines of JSON objects end with `\n`, `\r\n` or `\r` only, since the other ends may stand inside a JSON text.
+    Every access opens the file again, so loader workers may share this object, and raises `UserError` if the file has
+    changed since `scan`.
     """
 
     def __init__(self, paths: Sequence[Path], field: str | None = None, whole: bool = False) -> None:
@@ -30,7 +31,10 @@ class LineFiles:
         self._states: dict[int, FileState] = {}  # of the files that have been scanned, by number
 
     def scan(self) -> Iterator[tuple[int, str]]:
-        """Yield (position, text) for each line; raise `UserError` for an unreadable file or a line without a text."""
+        """Yield (position, text) for each line, where `read(position)` gives the text again.
+
+        `UserError` for a file that cannot be read or is not UTF-8, and for a line that has no text under `field`.
+        """
         for number, path in enumerate(self.paths):
             try:
                 with opened(path) as file:
@@ -42,7 +46,7 @@ class LineFiles:
                 raise UserError(f"{path}: cannot read the prompt file ({error.strerror})") from error
 
     def read(self, position: int) -> str:
-        """Return the text at `position`; raise `UserError` if the file has changed since it was scanned."""
+        """Return the text at a position that `scan` yielded; `UserError` if its file has changed since then."""
         number, offset = divmod(position, FILE)
         path = self.paths[number]
         try:
@@ -56,7 +60,7 @@ class LineFiles:
         return self._parse(self._pieces(line)[0] if line else line)
 
     def place(self, position: int) -> str:
-        """Return the place of a text as in "captions.txt, line 3"."""
+        """Name the place of a text for messages, as in "captions.txt, line 3"; this reads the file from its start."""
         number, offset = divmod(position, FILE)
         path = self.paths[number]
         with opened(path) as file:
@@ -100,8 +104,8 @@ class LineFiles:
 
 
 def opened(path: Path) -> TextIO:
-    r"""Open a text file so that `seek` takes a byte offset at which a character begins.
+    r"""Open a UTF-8 file for reading, so that `seek` may be given a byte offset at which a character begins.
 
-    Lines end with `\n`, `\r\n` or `\r`, which are kept. Bytes that are not UTF-8 become lone surrogates.
+    Lines keep their ends: `\n`, `\r\n` or `\r`. Bytes that are not UTF-8 are read as lone surrogates, without an error.
     """
     return TextIOWrapper(open_regular(path), "utf-8", errors="surrogateescape", newline="")

@@ -1,4 +1,4 @@
-"""A `DataLoader` whose workers are not ended by signals, and whose reader does not wait for ever."""
+"""A `DataLoader` whose workers ignore signals to the run, and whose wait for a batch has a limit."""
 
 import atexit
 import ctypes
@@ -23,12 +23,12 @@ _started: set[Any] = set()  # all workers of this process
 
 
 class SteadyLoader(DataLoader):
-    """A `DataLoader` for a run that signals may stop.
+    """A `DataLoader` for a run that signals such as SIGTERM may stop; `values` and `options` are those of `DataLoader`.
 
-    Signals to the whole process group do not reach the workers: the process that trains decides when they end. A worker is
-    killed when that process ends, also a suspended one. With `is_alone` (the run has one process), a signal ends the wait
-    for a batch at once. `patience` is the longest wait for a batch of the workers in seconds; torch's own `timeout` does not
-    cover the moment when a tensor is passed on.
+    The workers ignore these signals, so that the training process decides when they end; when it ends, they are killed, even
+    suspended ones. With `is_alone` (the run has one process), a signal ends the wait for a batch at once. `patience` is the
+    longest wait for a batch in seconds, 0 for no limit. It is used instead of torch's `timeout`, which does not cover the
+    transfer of a tensor from a worker.
     """
 
     def __init__(self, *values: Any, is_alone: bool = True, patience: float = 0.0, **options: Any) -> None:
@@ -37,7 +37,7 @@ class SteadyLoader(DataLoader):
         self._workers: set[Any] = set()
 
     def __iter__(self) -> Any:
-        """Return an iterator of batches; it raises `UserError` if a worker dies or if none delivers in `patience` seconds."""
+        """Return an iterator of batches; it raises `UserError` if a worker dies or if no batch comes within `patience` seconds."""
         before = set(active_children())
         with signals.held():
             batches = super().__iter__()
@@ -47,7 +47,7 @@ class SteadyLoader(DataLoader):
         return _Batches(batches, self)
 
     def kill_workers(self) -> None:
-        """End the workers that did not end when the loader was shut down, because they are suspended or hang."""
+        """Kill the workers of this loader that are still alive after its shutdown, because they are suspended or hang."""
         kill(self._workers)
         _started.difference_update(self._workers)
         self._workers = set()
@@ -96,7 +96,7 @@ def _at_most(seconds: float) -> Generator[None]:
 
 
 def kill(workers: Iterable[Any]) -> None:
-    """End these processes."""
+    """Kill these worker processes, and wait up to `PATIENCE` seconds for each to disappear."""
     for worker in workers:
         with suppress(ValueError):  # it has been closed
             if worker.is_alive():
@@ -112,7 +112,7 @@ def _kill_all() -> None:
 
 
 def worker_failure(error: BaseException) -> str:
-    """Return the line that explains an error of torch's loader: a worker that has died, or one that does not answer."""
+    """Return the text of the UserError for an error that reading from a loader raised because a worker has died."""
     if isinstance(error, RuntimeError):
         return f"{first_line(error)} (out of memory?); {signals.AGAIN}"
     return f"DataLoader worker exited unexpectedly ({first_line(error)}; out of memory?); {signals.AGAIN}"

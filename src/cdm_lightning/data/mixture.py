@@ -1,4 +1,4 @@
-"""Several sets of prompts in fixed shares. The set that a position of the stream takes is a function of (seed, position)."""
+"""Several sets of prompts in fixed shares. Which set gives the n-th prompt of training is a function of (seed, n) alone."""
 
 import math
 from bisect import bisect_right
@@ -18,20 +18,20 @@ LARGEST_BLOCK = 10_000  # the largest number of positions after which the shares
 
 
 class MixedPrompts(Prompts):
-    """All prompts of the named `sources`, one source after the other; in training each source has the share of its weight.
+    """Several sets of prompts as one. Training draws from each of the named `sources` in the share of its weight.
 
-    The weights are reduced to whole numbers without a common factor, for example 0.7 and 0.3 to 7 and 3. The stream is cut
-    into blocks whose length is the sum of these numbers (10 in the example). Each block holds exactly as many prompts of
-    each source as its number says, in a random order, so the shares are exact over any number of blocks. Each source has
-    its own shuffled epochs. Without `weights`, the weight of a source is its number of prompts.
+    The weights become whole numbers without a common factor, for example 0.7 and 0.3 become 7 and 3. The endless sequence
+    of training prompts consists of blocks as long as the sum of these numbers (here 10). In each block every source has
+    exactly its number of prompts, in a random order. Each source is shuffled in epochs of its own. Without `weights`, the
+    weight of a source is its number of prompts. By index, the prompts of all sources follow one after the other.
 
-    A mixture has images if all its sources do. Raises `UserError` for weights that are missing, not positive, or add up to
-    more than 10,000 as whole numbers, and for images of different sizes.
+    It has images if all sources have. Raises `UserError` if there is no source, for weights that are missing, not positive,
+    or add up to more than 10,000 as whole numbers, and (when they are read) for images of different sizes.
     """
 
     def __init__(self, sources: Mapping[Name, Prompts], weights: Mapping[Name, Positive] | None = None) -> None:
         if not sources:
-            raise UserError("data: a mixture needs at least one source")
+            raise UserError("data: a mixture needs at least one source; set data.train.sources")
         self.sources = dict(sources)
         self.sizes = [len(source) for source in self.sources.values()]
         self.shares = self.sizes if weights is None else whole_shares(list(self.sources), weights)
@@ -41,7 +41,7 @@ class MixedPrompts(Prompts):
 
     @property
     def summary(self) -> str:
-        """The summary of each source with its share."""
+        """One line with each source's share in percent and its `summary`, or its name if it has none."""
         total = sum(self.shares)
         lines = [
             f"{share / total:.2%} {source.summary or name}"
@@ -53,14 +53,14 @@ class MixedPrompts(Prompts):
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> str:
-        """Return prompt number `index`, counted through all sources, one after the other."""
+        """Return prompt number `index`, counted from 0 through all sources one after the other; IndexError if there is none."""
         if not 0 <= index < len(self):
             raise IndexError(f"prompt {index} of {len(self)}")
         source, place = self._at(index)
         return self.sources[source][place]
 
     def image(self, index: int) -> Tensor:
-        """Return the image (3, H, W) of prompt `index`; raise `UserError` if its size is not that of the first source."""
+        """Return the image (3, H, W) in [0, 1] of prompt `index`; `UserError` if images of the first source have another size."""
         source, place = self._at(index)
         image = self.sources[source].image(place)
         if self._image_size is None:
@@ -79,16 +79,16 @@ class MixedPrompts(Prompts):
         return list(self.sources)[number], index - self._ends[number] + self.sizes[number]
 
     def order(self, seed: int) -> Order:
-        """Return the mapping from a position in the endless stream to the number of a prompt."""
+        """Return the order of training: a function from a position in it, from 0 without end, to the number of a prompt."""
         return MixedOrder(self.sizes, self.shares, seed)
 
 
 class MixedOrder:
-    """The order of a mixture of sources with these sizes and shares; any position is computed directly.
+    """The order in which training takes the prompts of a mixture; the prompt at any position is computed directly.
 
-    Place p of block b takes slot s, the entry p of the block's permutation. The slots of a block belong to the first source,
-    then to the second, and so on, each with as many slots as its share. Slot k of a source is position b * share + k in the
-    source's own epochs.
+    `sizes` are the numbers of prompts of the sources, `shares` their whole-number weights. The sequence consists of blocks of
+    sum(shares) slots: the first shares[0] slots belong to the first source, and so on; a random permutation of each block
+    gives the slot of each position. Slot k of a source in block b is position b * share + k in that source's shuffled epochs.
     """
 
     def __init__(self, sizes: Sequence[int], shares: Sequence[int], seed: int) -> None:
@@ -98,12 +98,12 @@ class MixedOrder:
         self._block, self._slots = 0, permutation(self._ends[-1], seed, "prompt_mixture", 0)
 
     def __call__(self, position: int) -> int:
-        """Return the number of the prompt at `position`; positions count from 0."""
+        """Return the number, through all sources, of the prompt at `position`; positions count from 0."""
         source, turn = self.source_at(position)
         return self._starts[source] + self._orders[source](turn)
 
     def source_at(self, position: int) -> tuple[int, int]:
-        """Return the number of the source that `position` belongs to, and the position in that source's own stream."""
+        """Return the number of the source that `position` takes a prompt from, and the position in that source's own order."""
         block, place = divmod(position, self._ends[-1])
         if block != self._block:
             self._block, self._slots = block, permutation(self._ends[-1], self.seed, "prompt_mixture", block)
@@ -114,9 +114,14 @@ class MixedOrder:
 
 
 def whole_shares(names: Sequence[str], weights: Mapping[str, float]) -> list[int]:
-    """Return the weights of these names as whole numbers in the same ratio, without a common factor."""
+    """Return the weights, in the order of `names`, as whole numbers in the same ratio without a common factor.
+
+    `UserError` for names other than those of the weights, weights that are not positive numbers, and a sum above 10,000.
+    """
     if set(names) != set(weights):
-        raise UserError(f"data: weights are given for {', '.join(weights)}, but the sources are {', '.join(names)}")
+        raise UserError(
+            f"data: weights are given for {', '.join(weights)}, but the sources are {', '.join(names)}; give one for each"
+        )
     try:
         ratios = [Fraction(str(weights[name])) for name in names]  # from the text, so that 0.1 is exactly one tenth
     except ValueError as error:
@@ -127,5 +132,5 @@ def whole_shares(names: Sequence[str], weights: Mapping[str, float]) -> list[int
     shares = [int(ratio * common) for ratio in ratios]
     shares = [share // math.gcd(*shares) for share in shares]
     if sum(shares) > LARGEST_BLOCK:
-        raise UserError(f"data: weights must be in a simple ratio such as 7 to 3, got {dict(weights)}")
+        raise UserError(f"data: weights must be in a simple ratio such as 7 to 3, got {dict(weights)}; round them")
     return shares

@@ -1,6 +1,6 @@
-"""Prompts with random access, from files or from the configuration.
+"""Sets of prompts that can be read in any order, from files or from the configuration.
 
-The texts of files are not held in memory, only the position of each.
+Of the prompts in files only the positions are kept in memory, not the texts.
 """
 
 from abc import ABC, abstractmethod
@@ -21,7 +21,7 @@ MAX_CHARACTERS = 10_000
 
 
 class Prompts(Dataset, ABC):
-    """A set of prompts: their number, their texts, the order in which training takes them, and in some sets their images."""
+    """A set of prompts by number: their texts, the order in which training takes them, and in some sets their real images."""
 
     has_images = False  # whether the prompts have images, which `image` returns
 
@@ -31,7 +31,7 @@ class Prompts(Dataset, ABC):
 
     @property
     def summary(self) -> str | None:
-        """One line on what the set holds and what was left out; None if there is nothing to report."""
+        """One line to print: how many prompts the set holds and which were left out; None if there is nothing to report."""
         return None
 
     @abstractmethod
@@ -43,14 +43,17 @@ class Prompts(Dataset, ABC):
         """Return prompt number `index`; raise IndexError if `index` is beyond the last prompt."""
 
     def order(self, seed: int) -> Order:
-        """Return the mapping from a position in the endless stream to the number of a prompt."""
+        """Return the order of training: a function from a position in it, from 0 without end, to the number of a prompt.
+
+        By default these are epochs, each shuffled by a function of `seed`.
+        """
         return ShuffledEpochs(len(self), seed)
 
 
 class SelectedPrompts(Prompts):
-    """The prompts of a `source` without the blank ones, the over-long ones and, if requested, the repeated ones.
+    """The texts of `source` that `selection` keeps: without blank, over-long and, if requested, repeated ones.
 
-    `name` says in messages where the prompts come from. Raises `UserError` if no prompt is left.
+    `name` is what messages call the source. `counts` says how many texts were left out. Raises `UserError` if none is left.
     """
 
     def __init__(self, source: TextSource, name: str, selection: Selection) -> None:
@@ -62,7 +65,7 @@ class SelectedPrompts(Prompts):
 
     @property
     def summary(self) -> str | None:
-        """ "captions.txt: 9,998 prompts, left out: 1 blank, 1 repeated"; None if nothing was left out."""
+        """One line such as "captions.txt: 9,998 prompts, left out: 1 blank, 1 repeated"; None if nothing was left out."""
         left_out = self.counts.left_out
         return f"{self.name}: {len(self):,} prompts, left out: {left_out}" if left_out else None
 
@@ -70,7 +73,7 @@ class SelectedPrompts(Prompts):
         return len(self.positions)
 
     def __getitem__(self, index: int) -> str:
-        """Return prompt number `index`, where prompts that are left out do not count; `UserError` if its file has changed."""
+        """Return prompt number `index`, counted without those that were left out; `UserError` if its file has changed."""
         prompt = self.source.read(int(self.positions[index])).strip()
         if not is_visible(prompt):
             raise UserError(f"{self.name}: prompt {index} has become blank since the run began; restore the file")
@@ -78,17 +81,17 @@ class SelectedPrompts(Prompts):
 
 
 class PromptFile(SelectedPrompts):
-    """The prompts of a file, or of a folder with files of one kind in the order of their names.
+    """The prompts of a file, or of a folder with files of one format, which are read in the order of their paths.
 
-    A text file holds one prompt on each line, a `*.jsonl` file one object on each line with the prompt under `field`.
-    `*.parquet`, `*.csv` and `*.tsv` files have a column `field`, and a `*.json` file holds a list of texts, or of objects
-    with the prompt under `field`. Such a column or list is copied once into `cache_folder` (default: the user's cache
-    folder), where any row can be read alone. All texts are checked once, when the file is opened. Afterwards only the
-    position of each prompt is kept: 8 bytes per prompt, in a tensor that loader workers share.
+    A text file holds one prompt on each line, a `*.jsonl` file one object on each line with the prompt under `field`
+    (default: "prompt"). `*.parquet`, `*.csv` and `*.tsv` files have a column `field`, and a `*.json` file holds a list of
+    texts, or of objects with the prompt under `field`. Such a column or list is copied once into `cache_folder` (default:
+    the user's cache folder), from which single rows can be read. All texts are checked once, when the file is opened.
+    Afterwards only the position of each prompt is in memory (8 bytes).
 
-    Prompts without a visible character are left out. Prompts of more than `max_characters` are left out too, or refused with
-    `overlong="refuse"`. `deduplicate` keeps only the first of several prompts that differ in nothing but white space.
-    `counts` says how many prompts were left out.
+    Prompts without a visible character are left out. With `overlong="skip"`, prompts of more than `max_characters` are left
+    out too; "refuse" raises `UserError` for the first one. `deduplicate` keeps only the first of several prompts that differ
+    in nothing but white space. `counts` says how many prompts were left out.
 
     Raises `UserError` for a file that is missing, empty, not UTF-8 or not in the format of its ending, for a `field`
     that does not exist, and for a prompt that no tokenizer can read.
@@ -108,15 +111,17 @@ class PromptFile(SelectedPrompts):
 
 
 class PromptList(Prompts):
-    """A few prompts given in the configuration, repeated `repeat` times.
+    """Prompts that stand in the configuration itself; the whole list is repeated `repeat` times.
 
-    Raises `UserError` if there are none, and for one that no tokenizer can read.
+    Raises `UserError` for an empty list, a `repeat` below 1, and a prompt that is not a text or that no tokenizer can read.
     """
 
     def __init__(self, prompts: Annotated[Sequence[Prompt], NotEmpty], repeat: Count = 1) -> None:
         self.prompts, self.repeat = list(prompts), repeat
         if not self.prompts or repeat < 1:
-            raise UserError("a prompt list needs at least one prompt and a repeat of at least 1")
+            raise UserError(
+                f"data: {f'repeat={repeat} must be at least 1' if self.prompts else 'the list of prompts is empty; give at least one'}"
+            )
         for number, prompt in enumerate(self.prompts, start=1):
             flaw = flaw_of(prompt) if isinstance(prompt, str) else f"{prompt!r} is not a text; put it in quotes"
             if flaw:
@@ -126,7 +131,7 @@ class PromptList(Prompts):
         return len(self.prompts) * self.repeat
 
     def __getitem__(self, index: int) -> str:
-        """Return prompt number `index`."""
+        """Return prompt number `index` of the repeated list; IndexError if `index` is beyond its end."""
         if index >= len(self):
             raise IndexError(f"prompt {index} of {len(self)}")
         return self.prompts[index % len(self.prompts)]

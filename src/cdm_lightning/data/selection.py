@@ -20,7 +20,7 @@ KEY_BYTES = 16  # of the hash that identifies a prompt: the chance of a collisio
 
 
 class TextSource(Protocol):
-    """A source of texts, each of which has its own position (64 bits)."""
+    """What prompts are read from: texts, each with a position (an int64) by which it can be read alone."""
 
     def scan(self) -> Iterator[tuple[int, str]]:
         """Yield (position, text) for all texts in order; raise `UserError` for a text that cannot be read."""
@@ -29,12 +29,12 @@ class TextSource(Protocol):
         """Return the text at a position that `scan` has yielded."""
 
     def place(self, position: int) -> str:
-        """Return the place of a position for messages, as in "captions.txt, line 3"."""
+        """Return where the text at a position stands, for messages, as in "captions.txt, line 3"."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """The number of texts that are prompts, and the numbers of those left out for each reason."""
+    """How many texts a `Selection` kept, and how many it left out for each reason; `max_characters` is its limit."""
 
     kept: int
     blank: int
@@ -44,7 +44,7 @@ class Counts:
 
     @property
     def left_out(self) -> str:
-        """The numbers as in "3 blank, 1 over 10,000 characters"; empty if nothing was left out."""
+        """The numbers left out, as in "3 blank, 1 over 10,000 characters"; an empty text if nothing was left out."""
         over = f"over {self.max_characters:,} characters"
         named = ((self.blank, "blank"), (self.overlong, over), (self.repeated, "repeated"))
         return ", ".join(f"{count:,} {name}" for count, name in named if count)
@@ -52,7 +52,12 @@ class Counts:
 
 @dataclass(frozen=True)
 class Selection:
-    """The rules of the selection. Raises `UserError` for a `max_characters` below 1 or an unknown policy in `overlong`."""
+    """The rules by which texts become prompts.
+
+    Blank texts are left out. Texts of more than `max_characters` are left out (`overlong="skip"`) or raise `UserError`
+    ("refuse"). `deduplicate` leaves out repetitions, which may differ in white space. Raises `UserError` for a
+    `max_characters` below 1 or another `overlong`.
+    """
 
     max_characters: int
     overlong: str
@@ -61,12 +66,15 @@ class Selection:
     def __post_init__(self) -> None:
         if self.max_characters < 1 or self.overlong not in POLICIES:
             raise UserError(
-                f"data: max_characters must be at least 1 and overlong {' or '.join(POLICIES)}, "
-                f"got {self.max_characters} and {self.overlong!r}"
+                f"data: {f'max_characters={self.max_characters} must be at least 1' if self.max_characters < 1 else ''}"
+                f"{f'overlong={self.overlong} must be skip or refuse' if self.max_characters >= 1 else ''}"
             )
 
     def select(self, source: TextSource, name: str) -> tuple[Tensor, Counts]:
-        """Return the positions (n,) int64 of the prompts of `source`, in order, and the counts."""
+        """Return the positions (n,) int64 of the texts of `source` that are kept, in order, and the counts.
+
+        `UserError` for a text that cannot be read or that no tokenizer can read, and for an over-long one with "refuse".
+        """
         positions, keys, blank, overlong = array("q"), bytearray(), 0, 0
         for position, text in source.scan():
             text = text.strip()
@@ -96,14 +104,14 @@ class Selection:
 
 
 def is_visible(text: str) -> bool:
-    """Return whether a text shows anything: spaces, controls, zero-width characters, lone marks and fillers do not."""
+    """Return whether a text has a visible character; spaces, controls, zero-width characters, marks and fillers are not."""
     return any(unicodedata.category(c) not in INVISIBLE and c not in FILLERS for c in text)
 
 
 def flaw_of(text: str) -> str | None:
-    """Return why no tokenizer can read a text, with the cure; None if one can.
+    """Return why no tokenizer can read a text and how to repair it, for a message; None if nothing is wrong.
 
-    A lone surrogate is half of a character, as a JSON text cut in the middle of an emoji has it. It cannot be encoded.
+    Wrong are NUL characters, and lone surrogates: halves of a character, which a JSON text has that was cut inside an emoji.
     """
     if "\0" in text:
         return "the prompt holds a NUL character; is the file UTF-16? convert it to UTF-8"
@@ -117,7 +125,7 @@ def flaw_of(text: str) -> str | None:
 
 
 def first_occurrences(keys: bytes | bytearray) -> np.ndarray:
-    """Return the numbers, in increasing order, of the 16-byte keys that do not equal an earlier key."""
+    """Return the numbers (n,), in increasing order, of those 16-byte keys in `keys`, one after the other, that are new."""
     pairs = np.frombuffer(keys, dtype="<u8").reshape(-1, 2)
     order = np.lexsort((pairs[:, 1], pairs[:, 0]))  # the sort is stable: of equal keys the first comes first
     ordered = pairs[order]

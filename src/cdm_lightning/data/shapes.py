@@ -44,7 +44,7 @@ Split = Literal["train", "heldout", "all"]
 
 @dataclass(frozen=True)
 class Item:
-    """One shape of a caption; None means that the caption does not name the attribute."""
+    """One shape in a caption, by its colour, shape and size; None for what the caption leaves out."""
 
     colour: str | None
     shape: str | None
@@ -57,7 +57,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """The content of a caption: one item at a place (None: anywhere), or two items in a relation."""
+    """What a caption says: one item at a `place` (None: anywhere), or a `first` and a `second` item in a `relation`."""
 
     first: Item
     place: str | None = None
@@ -86,7 +86,10 @@ def all_words() -> list[str]:
 def draw_scenes(
     count: int, seed: int, split: Split = "train", pairs: float = 0.0, leave_out: float = LEAVE_OUT
 ) -> list[Scene]:
-    """Draw `count` scenes: each has two items with probability `pairs` and leaves out each attribute with `leave_out`."""
+    """Draw `count` random scenes of a `split`; "heldout" are combinations of attributes that "train" never contains.
+
+    A scene has two items with probability `pairs`, else one; it leaves out each attribute with probability `leave_out`.
+    """
     rng = random.Random(seed)
     scenes: list[Scene] = []
     while len(scenes) < count:
@@ -117,7 +120,7 @@ def _maybe(rng: random.Random, names: Iterable[str], leave_out: float) -> str | 
 
 
 def parse_caption(caption: str) -> Scene:
-    """Return the scene that a caption of this set describes; raise ValueError for any other text."""
+    """Return the scene that a caption of the shapes set describes; raise ValueError for any other text."""
     for relation in RELATIONS:
         if f" {relation} a " in caption:
             first, second = caption.split(f" {relation} ", 1)
@@ -139,11 +142,11 @@ def _parse_item(phrase: str) -> Item:
 
 @dataclass(frozen=True)
 class Layout:
-    """The content of N renderings. Each has two slots, the upper or left one first; the second is empty for single items.
+    """What N images show. Each image has two slots, the upper or left item first; a single item leaves the second one empty.
 
-    colour, shape, size: (N, 2) indices, -1 for an empty slot; place: (N,) index into PLACES, -1 for pairs;
-    arrangement: (N,) 0 for a single item, 1 for one above the other, 2 for side by side; centre: (N, 2, 2) as fractions of
-    the side.
+    colour, shape, size: (N, 2) indices into COLOURS, SHAPES and SIZES, -1 for an empty slot; place: (N,) index into PLACES,
+    -1 for pairs; arrangement: (N,) 0 for a single item, 1 for one above the other, 2 for side by side; centre: (N, 2, 2),
+    (x, y) of each slot from the upper left corner, as fractions of the image's side.
     """
 
     colour: Tensor
@@ -155,7 +158,7 @@ class Layout:
 
 
 def lay_out(scenes: Sequence[Scene], seed: int) -> Layout:
-    """Draw the attributes that the captions leave out and put each item into its slot; a function of `seed` and the list."""
+    """Return the layout of one image for each scene: what captions leave out is drawn, as a function of `seed` and `scenes`."""
     rng = random.Random(seed)
     rows = [_lay_out_one(scene, rng) for scene in scenes]
     columns = list(zip(*rows, strict=True))
@@ -182,12 +185,15 @@ def _lay_out_one(scene: Scene, rng: random.Random) -> tuple:
 
 
 def render(scenes: Sequence[Scene], seed: int) -> Tensor:
-    """Render scenes, (N, 3, 32, 32) in [0, 1], antialiased, with jitter of place, size, tilt and tint and random backgrounds."""
+    """Render one image for each scene: (N, 3, 32, 32) in [0, 1], a function of `seed` and `scenes`.
+
+    Place, size, tilt and tint vary a little, and backgrounds are random.
+    """
     return render_layout(lay_out(scenes, seed), seed)
 
 
 def render_layout(layout: Layout, seed: int) -> Tensor:
-    """Draw a layout as images (N, 3, 32, 32) in [0, 1]."""
+    """Draw a layout as images (N, 3, 32, 32) in [0, 1]; `seed` fixes the backgrounds and small variations."""
     rng = torch.Generator().manual_seed(seed)
     images = _background(len(layout.place), rng)
     palette = torch.tensor(list(COLOURS.values()))

@@ -1,6 +1,6 @@
-"""The conditioning of prompts from a text cache, so that training loads no text encoder.
+"""Reading a text cache: the conditioning of prompts that `cache_text` encoded, so that training loads no text encoder.
 
-The shards are mapped into memory from disk; only 24 bytes per prompt are held in memory itself.
+The files (shards) of the cache are mapped into memory from disk; only 24 bytes per prompt are held in memory itself.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,15 +33,13 @@ SHOWN = 60  # the number of characters of a prompt that a message shows
 
 @dataclass(frozen=True)
 class TextCacheSettings:
-    """Where the text cache is, how `cache_text` writes it, and how much is kept in memory if there is no cache.
+    """The options `text_cache.*`: conditioning of prompts that is stored on disk, or else remembered in memory.
 
-    `folder` is the folder of the cache. If it is None there is no cache; a run with at most `remember_up_to` prompts,
-    counted with repetitions, then keeps the conditioning of all of them in memory if it takes at most
-    `remember_megabytes`. `dtype` is the dtype of the files. `cache_text` encodes `batch_size` prompts at a time and writes
-    shards of about `shard_megabytes`. Before training begins, all of its prompts are looked up in the cache if there are at
-    most `check_up_to` of them.
-
-    Raises `UserError` for values out of range.
+    `folder` is the cache that the command `cache_text` writes and training reads, with floating-point tensors in `dtype`;
+    the command encodes `batch_size` prompts at a time and writes files of about `shard_megabytes`. Before training, all
+    its prompts are looked up in the cache if there are at most `check_up_to`. With `folder` None there is no cache; a run of
+    at most `remember_up_to` prompts, repeated ones counted each time, then keeps their conditioning in memory once it is
+    encoded, if it takes at most `remember_megabytes`. Raises `UserError` for values out of range.
     """
 
     folder: FolderToRead | None = None
@@ -56,7 +54,10 @@ class TextCacheSettings:
         if self.dtype not in DTYPES:
             raise UserError(f"text_cache.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.batch_size < 1 or self.shard_megabytes <= 0:
-            raise UserError("text_cache: batch_size must be at least 1 and shard_megabytes must be above 0")
+            raise UserError(
+                f"text_cache.{f'batch_size={self.batch_size} must be at least 1' if self.batch_size < 1 else ''}"
+                f"{f'shard_megabytes={self.shard_megabytes} must be above 0' if self.batch_size >= 1 else ''}"
+            )
 
 
 class Texts(Protocol):
@@ -70,9 +71,10 @@ class Texts(Protocol):
 
 
 class StoredText:
-    """The text cache in `folder`, made with the text encoders of this `fingerprint` (`Backbone.text_fingerprint`).
+    """The text cache in `folder`, from which it returns the conditioning of prompts as `Backbone.encode_prompts` does.
 
-    Raises `UserError` for a folder without a cache, a cache of other text encoders, and an incomplete shard.
+    `fingerprint` (`Backbone.text_fingerprint`) identifies the text encoders in use. Raises `UserError` for a folder without
+    a cache, a cache that other text encoders made, and an incomplete file of the cache.
     """
 
     def __init__(self, folder: str | Path, fingerprint: Mapping[str, str]) -> None:
@@ -104,7 +106,10 @@ class StoredText:
         self.device = torch.device(device)
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Return the conditioning of B prompts in the text encoders' dtype; raise `UserError` if a prompt is not cached."""
+        """Return the conditioning of B prompts: tensors (B, ...) by name, in the dtype that the text encoders gave.
+
+        `UserError` if a prompt is not in the cache or its stored row is damaged.
+        """
         distinct = list(dict.fromkeys(prompts))
         rows = [self._unconditional if prompt == "" else self._row(prompt) for prompt in distinct]
         cond = {
@@ -117,10 +122,10 @@ class StoredText:
         return {name: value.index_select(0, which) for name, value in cond.items()}
 
     def require(self, sets: Mapping[str, Texts], check_up_to: int) -> None:
-        """Raise `UserError` if the cache lacks prompts of these named sets; the message has their number and the first one.
+        """Raise `UserError` if the cache lacks the empty prompt or any prompt of `sets` ({"training": prompts, ...}).
 
-        If the sets hold more than `check_up_to` prompts in total, nothing is checked here but the empty prompt: each prompt
-        is looked up when it is used.
+        The message says how many prompts of a set are missing and shows the first. If the sets hold more than `check_up_to`
+        prompts in total, only the empty prompt is checked here, and a missing one raises `UserError` when it is used.
         """
         if "" not in self:
             raise UserError(f"{self.folder}: the text cache lacks the empty prompt; run `{COMMAND}` again to add it")

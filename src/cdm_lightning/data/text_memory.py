@@ -17,11 +17,11 @@ BATCH = 64  # prompts encoded at a time
 
 
 class RememberedText:
-    """A wrapper of `encode` that keeps the results for `prompts`, on the device on which `encode` returns them.
+    """A wrapper of `encode` that encodes `prompts` and the empty prompt once and keeps the results, on their device.
 
-    The first call encodes all of `prompts`, in batches that depend on `prompts` alone. The result for a prompt therefore
-    does not depend on earlier calls, and a resumed run gets the same bits. Other prompts are encoded each time they are
-    used. If the results would take more than `most_bytes` or differ in shape, this holds for all prompts.
+    The first call encodes all of them, in batches that depend on `prompts` alone: the result for a prompt then does not
+    depend on earlier calls, and a resumed run gets the same bits. A batch with any other prompt is encoded each time. Nothing
+    is kept, and every batch is encoded each time, if the results would take more than `most_bytes` or differ in shape.
     """
 
     def __init__(self, encode: Encode, prompts: Iterable[str], most_bytes: int) -> None:
@@ -31,7 +31,7 @@ class RememberedText:
         self._table: Conditioning = {}
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Return the conditioning of B prompts."""
+        """Return the conditioning of B prompts, tensors (B, ...) by name, as `encode` of the constructor does."""
         if self._place is None:
             self._fill()
         known = cast(dict[str, int], self._place)
@@ -39,7 +39,7 @@ class RememberedText:
         return self._encode(prompts) if -1 in places else select_rows(self._table, torch.tensor(places))
 
     def forget(self) -> None:
-        """Encode again at the next call, because the text encoders have moved to another device."""
+        """Drop what is kept and encode it again at the next call, because the text encoders have moved to another device."""
         self._place, self._table = None, {}
 
     @torch.inference_mode(False)  # the first call may come from validation, in inference mode

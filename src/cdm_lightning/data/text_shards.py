@@ -1,11 +1,12 @@
-"""The files of a text cache: what `cache_text` writes and training reads.
+"""The files of a text cache: the conditioning of prompts that the command `cache_text` encodes and training reads.
 
-    DIR/text_cache.json            the fingerprint of the text encoders, the stored dtype, shape and dtype of each tensor
+    DIR/text_cache.json            the manifest: hashes and settings of the text encoders (their fingerprint), the stored
+                                   dtype, and the shape and dtype of each tensor
     DIR/shards/HASH.safetensors    a few hundred megabytes of prompts: "keys" (n, 16) uint8, "crc32" (n,) int64, and the
                                    conditioning "cond.NAME" (n, ...); HASH is a hash of the keys
 
-The key of a prompt is a hash of its text. Each file is written under another name and renamed when it is complete. Each
-row has a checksum, so a damaged row is noticed when it is used.
+Such a .safetensors file is called a shard. The key of a prompt is a hash of its text. Each file is written under another
+name and renamed when it is complete. Each prompt's row has a checksum, so a damaged row is noticed when it is used.
 """
 
 import hashlib
@@ -36,9 +37,10 @@ COMMAND = "python -m cdm_lightning.cache_text"
 
 @dataclass(frozen=True)
 class Manifest:
-    """The properties that all shards of a cache share.
+    """What all shards of a text cache have in common; stored as text_cache.json.
 
-    `dtype` is the dtype of floating-point tensors in the files. `tensors` maps the name of each tensor to {"shape": its
+    `text_fingerprint` is the `Backbone.text_fingerprint` of the text encoders that made the cache. `dtype` is the name of the
+    dtype of floating-point tensors in the files. `tensors` maps the name of each tensor of the conditioning to {"shape": its
     shape for one prompt, "dtype": its dtype as the text encoders return it}.
     """
 
@@ -62,11 +64,11 @@ class Manifest:
         return int(sum(sizes)) + KEY_BYTES + 8
 
     def given(self, name: str) -> torch.dtype:
-        """Return the dtype in which the text encoders return this tensor."""
+        """Return the dtype in which the text encoders return the tensor `name`."""
         return getattr(torch, self.tensors[name]["dtype"])
 
     def stored(self, name: str) -> torch.dtype:
-        """Return the dtype of this tensor in the files; only floating-point tensors are converted, masks for example are not."""
+        """Return the dtype of the tensor `name` in the files: `self.dtype` if it is floating-point, else unchanged (masks)."""
         return DTYPES[self.dtype] if self.given(name).is_floating_point else self.given(name)
 
     @classmethod
@@ -85,7 +87,7 @@ def prompt_key(prompt: str) -> bytes:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """Read the manifest of a cache folder; None if it has none. Raise `UserError` if it cannot be read."""
+    """Read the manifest of a cache folder; None if the folder has none. Raise `UserError` if it cannot be read."""
     path = folder / MANIFEST
     if not path.is_file():
         return None
@@ -103,7 +105,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def require_fingerprint(folder: Path, manifest: Manifest, fingerprint: Mapping[str, str]) -> None:
-    """Raise `UserError`, which names the differences, unless the cache was made with text encoders of this fingerprint."""
+    """Raise `UserError`, which names the differences, unless `manifest` has this fingerprint of the text encoders in use."""
     made, now = manifest.text_fingerprint, dict(fingerprint)
     differing = [
         f"{name} is {now.get(name)}, was {made.get(name)}"
@@ -123,9 +125,10 @@ def shard_paths(folder: Path) -> list[Path]:
 
 
 def write_shard(folder: Path, manifest: Manifest, keys: Sequence[bytes], cond: Mapping[str, Tensor]) -> Path:
-    """Write the conditioning (n, ...) of the prompts with these keys, in the stored dtypes, completely or not at all.
+    """Write a shard, completely or not at all, and return its path; `UserError` if it cannot be written.
 
-    Return the path of the shard. Raise `UserError` if the file cannot be written.
+    `keys` are the n keys of its prompts, and `cond` is their conditioning (n, ...), already in the dtypes of
+    `Manifest.stored`.
     """
     rows = {name: cond[name].contiguous() for name in manifest.tensors}
     path = folder / SHARDS / f"{hashlib.blake2b(b''.join(keys), digest_size=KEY_BYTES).hexdigest()}.safetensors"
@@ -144,7 +147,7 @@ def write_shard(folder: Path, manifest: Manifest, keys: Sequence[bytes], cond: M
 
 
 def shard_keys(path: Path, manifest: Manifest) -> np.ndarray:
-    """Return the keys (n,) of a shard's prompts; raise `UserError` if it is incomplete or belongs to another cache."""
+    """Return the keys (n,) of a shard's prompts, as 16-byte strings; `UserError` if it is damaged or of another cache."""
     try:
         with safe_open(require_regular(path), framework="pt") as file:
             owner = (file.metadata() or {}).get("cache")
@@ -159,7 +162,10 @@ def shard_keys(path: Path, manifest: Manifest) -> np.ndarray:
 
 
 def read_row(path: Path, manifest: Manifest, row: int) -> dict[str, Tensor]:
-    """Read the conditioning (...) of prompt `row` of a shard, in the stored dtypes; raise `UserError` if it is damaged."""
+    """Read the conditioning of the prompt in row `row` of a shard: tensors without a batch dimension, in the stored dtypes.
+
+    `UserError` if the row does not have its checksum or the file cannot be read.
+    """
     try:
         with safe_open(require_regular(path), framework="pt") as file:
             cond = {name: file.get_slice(PREFIX + name)[row : row + 1][0] for name in manifest.tensors}
@@ -172,7 +178,7 @@ def read_row(path: Path, manifest: Manifest, row: int) -> dict[str, Tensor]:
 
 
 def check_sum(cond: Mapping[str, Tensor]) -> int:
-    """Return the CRC-32 of the bytes of one prompt's conditioning."""
+    """Return the CRC-32 of the bytes of one prompt's conditioning, its tensors in the order of their names."""
     value = 0
     for name in sorted(cond):
         # pyrefly: ignore[bad-argument-type]  numpy declares its buffers for Python 3.12 and later only
@@ -181,7 +187,7 @@ def check_sum(cond: Mapping[str, Tensor]) -> int:
 
 
 def broken(path: Path) -> UserError:
-    """Return the error for a shard that is incomplete or damaged."""
+    """Return (do not raise) the `UserError` for a shard that is incomplete or damaged."""
     return UserError(
         f"{path}: half-written or damaged; delete this file and run `{COMMAND}` again to write its prompts again"
     )

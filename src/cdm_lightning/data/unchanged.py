@@ -9,19 +9,19 @@ from cdm_lightning.errors import UserError
 
 @dataclass(frozen=True)
 class FileState:
-    """The size of a file in bytes and the time of its last change, in nanoseconds."""
+    """The size of a file in bytes and the time of its last change in nanoseconds, to see later whether it has changed."""
 
     size: int
     changed: int
 
     @classmethod
     def of(cls, file: Path | int) -> "FileState":
-        """Return the state of a path, or of an open file by its descriptor; raise OSError if there is no such file."""
+        """Return the current state of a file, given by path or by open descriptor; raise OSError if there is no such file."""
         found = os.stat(file)
         return cls(found.st_size, found.st_mtime_ns)
 
     def require(self, file: Path | int, path: Path) -> None:
-        """Raise `UserError`, which names `path`, if the file is no longer in this state."""
+        """Raise `UserError`, which names `path`, if `file` (a path or an open descriptor) no longer has this size and time."""
         try:
             same = FileState.of(file) == self
         except OSError:

@@ -6,7 +6,10 @@ from cdm_lightning.errors import UserError
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the named device ("auto": CUDA if available, else the CPU); raise `UserError` if it cannot be used here."""
+    """Return the device that a command's --device names ("auto": CUDA if available, else the CPU).
+
+    Raises `UserError` if torch cannot use it on this machine.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -36,11 +36,11 @@ def is_launched(variables: Mapping[str, str] = os.environ) -> bool:
 
 
 def launch(config_text: str, processes: int, task: str, command: Sequence[str] = tuple(sys.argv)) -> int:
-    """Run `task` in `processes` processes on the configuration (resolved, as YAML); return the first exit status that is not 0.
+    """Run `task` in `processes` processes on this machine, wait for them, and return 0 or the status of the first failure.
 
-    `task` names a function of the configuration as "module:function"; each process imports it itself. The status is 0 if
-    all processes succeed. If a signal ended a process, the process is named on stderr and the status is 128 + signal, as in
-    a shell.
+    `config_text` is the resolved configuration as YAML. `task` names a function as "module:function"; each process imports it and
+    calls it with the configuration. `command` is what a run records as its command line. If a signal ended a process, the
+    process is named on stderr and the status is 128 + signal, as in a shell.
     """
     with tempfile.TemporaryDirectory(prefix="cdm_lightning_") as name:  # only its owner can read it
         folder = Path(name)
@@ -74,7 +74,8 @@ def run_processes(
 ) -> int:
     """Start `python PROGRAM FOLDER` in `processes` processes, wait for them and return the status of the first failure, or 0.
 
-    `grace` is the time in seconds between the failure of one process and the moment when the others are killed.
+    `folder` is where the processes find what to do (`main`), and where they and the launcher leave each other files. `grace`
+    is the time in seconds between the failure of one process and the moment when the others are killed.
     """
     import logging
     import uuid
@@ -115,9 +116,9 @@ def run_processes(
 
 @contextmanager
 def forwarded_signals(folder: Path) -> Generator[None]:
-    """Inside the block, forward signals from this process to the processes that have signed on in `folder`.
+    """Inside the block, pass signals on from this process to the processes that have called `sign_on` with this `folder`.
 
-    A second signal stops them at once, also those that are suspended and could not stop themselves.
+    A second signal kills them at once, also those that are suspended and could not stop themselves.
     """
     first: list[float] = []
 
@@ -151,9 +152,10 @@ def forwarded_signals(folder: Path) -> Generator[None]:
 
 
 def sign_on(folder: Path) -> None:
-    """Let this process receive the launcher's signals, and end it if one came before or the launcher is dead.
+    """Let this process receive the signals that the launcher passes on, by a file with its number in `folder`.
 
-    The status is then 75, because nothing has been done. Later the process stops, as after a signal, if the launcher dies.
+    Raises `Preempted` if a signal came before, or the launcher is dead. If the launcher dies later, this process stops as after
+    a signal.
     """
     signals.watch(silent=True)
     (folder / f"{os.getpid()}.pid").touch()
@@ -163,7 +165,10 @@ def sign_on(folder: Path) -> None:
 
 
 def follow(parent: int) -> None:
-    """End this process now if `parent` is not its parent, which has died then, and by SIGTERM when the parent dies."""
+    """Let this process get SIGTERM as soon as its parent, the process with the number `parent`, dies.
+
+    Raises `Preempted` if it is dead already, so that this process has another parent.
+    """
     if os.getppid() != parent:
         raise Preempted("because its launcher has died")
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 
 def is_spread() -> bool:
-    """Return whether there is a process group."""
+    """Return whether torch's process group is initialised, so that processes can communicate."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -22,7 +22,7 @@ def world_size() -> int:
 
 
 def gather(value: Any) -> list[Any]:
-    """Return the values of all processes in the order of their ranks, on all of them."""
+    """Return the values that all processes pass, ordered by rank; all must call it, and all get the same list."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -31,7 +31,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def from_first(value: Any) -> Any:
-    """Return the value of the first process, on all of them."""
+    """Return the value that the first process passes; all must call it."""
     if world_size() == 1:
         return value
     box = [value]
@@ -40,7 +40,7 @@ def from_first(value: Any) -> Any:
 
 
 def largest(count: int) -> int:
-    """Return the largest count of all processes; it is sent as a CPU tensor, so that nothing waits for a GPU."""
+    """Return the largest count that a process passes; all must call it. It is sent from the CPU, so nothing waits for a GPU."""
     if world_size() == 1:
         return count
     shared = torch.tensor(count, device="cpu")
@@ -49,12 +49,12 @@ def largest(count: int) -> int:
 
 
 def any_of(flag: bool) -> bool:
-    """Return whether the flag is true on any process."""
+    """Return whether any process passes True; all must call it."""
     return bool(largest(int(flag)))
 
 
 def agree(error: OSError | None) -> None:
-    """Raise OSError on all processes if any of them has an error."""
+    """Raise OSError on all processes, with the text of the first error, if any of them passes one; all must call it."""
     texts = gather(None if error is None else str(error.strerror or error))
     found = next((text for text in texts if text is not None), None)
     if found is not None:
@@ -62,5 +62,5 @@ def agree(error: OSError | None) -> None:
 
 
 def lost_process(error: BaseException) -> bool:
-    """Return whether this error says that another process of the run has ended or does not answer."""
+    """Return whether `error` comes from torch's communication: another process of the run has ended or does not answer."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

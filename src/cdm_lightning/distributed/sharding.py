@@ -24,12 +24,12 @@ NO_OFFLOAD = OffloadPolicy()
 
 
 def host_memory(device: torch.device) -> OffloadPolicy:
-    """Return the policy that keeps shards in host memory, which is pinned if the device is a GPU."""
+    """Return FSDP2's policy for a network whose shards stay in host memory, pinned if `device` is a GPU."""
     return CPUOffloadPolicy(pin_memory=device.type == "cuda")
 
 
 def mixed_precision(compute_dtype: torch.dtype) -> MixedPrecisionPolicy:
-    """Return the policy that sends weights in the compute dtype, sums gradients in float32 and leaves inputs unchanged."""
+    """Return FSDP2's policy that sends weights in `compute_dtype`, sums gradients in float32 and leaves inputs unchanged."""
     param_dtype = None if compute_dtype == torch.float32 else compute_dtype
     return MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
@@ -42,9 +42,10 @@ def shard(
     whole: Set[nn.Parameter] = frozenset(),
     offload: OffloadPolicy = NO_OFFLOAD,
 ) -> None:
-    """Shard a network in place, each of its blocks separately; parameters in `whole` are not sharded.
+    """Shard a network in place over the processes of `mesh` with FSDP2, each module of `block_types` separately.
 
-    Parameters outside blocks are resharded after the forward pass too, so outside computations only shards are kept.
+    Parameters in `whole` stay unsharded on each process. All others, also those outside blocks, are gathered for a forward or
+    backward pass and then freed, so that between passes a process holds only its shards.
     """
     if all(parameter in whole for parameter in network.parameters()):
         return
@@ -62,7 +63,10 @@ def shard(
 
 @torch.no_grad()
 def fill(network: nn.Module, read_rows: Callable[[str, int, int], Tensor], device: torch.device) -> None:
-    """Allocate meta weights on `device` and fill them with this rank's rows, which `read_rows(name, first, end)` returns."""
+    """Allocate the sharded weights that are still on the meta device on `device`, and fill them with this rank's rows.
+
+    `read_rows(name, first, end)` returns the rows from `first` to before `end` of the parameter `name`.
+    """
     empty = [name for name, parameter in network.named_parameters() if parameter.is_meta]
     if not empty:
         return
@@ -91,9 +95,9 @@ def average_whole_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def average_figures(figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the means over all processes of 0-d figures, on the GPU if at least one figure is there.
+    """Return {name: mean over all processes} of scalar tensors, on the GPU if at least one of them is there.
 
-    All processes must pass the same names. The figures can be on different devices: the gradient norm of a network in host
+    All processes must call it with the same names. The tensors can be on different devices: the gradient norm of a network in host
     memory is on the CPU, while losses are on the GPU.
     """
     if ranks.world_size() == 1:
@@ -105,7 +109,7 @@ def average_figures(figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def put_together(network: nn.Module, build: Callable[[], nn.Module]) -> nn.Module | None:
-    """Return a whole copy of a sharded network on the CPU of the first process, and None on the others.
+    """Return an unsharded copy of a sharded network, in eval mode on the CPU, on the first process, and None on the others.
 
     `build` returns the network that the weights are loaded into; it is called on the first process only. All processes must
     call this function. A network that is not sharded is returned unchanged.
@@ -121,5 +125,5 @@ def put_together(network: nn.Module, build: Callable[[], nn.Module]) -> nn.Modul
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return the whole tensor of a sharded one; all ranks must call this. A plain tensor is returned unchanged."""
+    """Return the whole of a sharded tensor (DTensor); all processes must call it. A plain tensor is returned unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

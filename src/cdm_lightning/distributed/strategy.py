@@ -24,9 +24,9 @@ FEWEST_PROCESSES = 4  # allowed on a machine with fewer CPU cores, to try a layo
 class MeshStrategy(ModelParallelStrategy):
     """Lightning's FSDP2 strategy on `replicas` x `shards` processes; `training.placement.distribute` does the sharding.
 
-    The shards of the networks in `on_cpu` stay in host memory and are copied to the device block by block when they
-    compute. If such a network is trained, its optimizer steps are also made in host memory. A process that waits longer
-    than `timeout` seconds for another one raises an error, which ends the run; `UserError` unless it is above 0.
+    `on_cpu` names networks (such as "teacher") whose shards stay in host memory and are copied to the device block by block when
+    they compute; the optimizer steps of such a network are made in host memory too. A process that waits longer than `timeout`
+    seconds for another one raises an error, which ends the run. `UserError` unless it is above 0 and at most `LONGEST_TIMEOUT`.
     """
 
     def __init__(self, replicas: int, shards: int, on_cpu: Sequence[str] = (), timeout: Seconds = TIMEOUT) -> None:
@@ -41,7 +41,7 @@ class MeshStrategy(ModelParallelStrategy):
         self.replicas, self.shards, self.on_cpu = replicas, shards, tuple(on_cpu)
 
     def check(self, networks: Sequence[str], whole: Sequence[str]) -> None:
-        """Raise `UserError` if `on_cpu` names a network that does not exist or is not in `whole`; see `check_on_cpu`."""
+        """Raise `UserError` if `strategy.on_cpu` names a network that may not be in host memory; see `check_on_cpu`."""
         check_on_cpu(self.on_cpu, networks, whole)
 
     def model_to_device(self) -> None:
@@ -51,7 +51,9 @@ class MeshStrategy(ModelParallelStrategy):
         """Refuse to start processes, which Lightning would do by running the command, and so a sweep, again."""
         environment = cast(ClusterEnvironment, self.cluster_environment)
         if not environment.creates_processes_externally and self.replicas * self.shards > 1:
-            raise UserError("several processes must be started by python -m cdm_lightning.train, torchrun or srun")
+            raise UserError(
+                f"the {self.replicas * self.shards} processes must be started by python -m cdm_lightning.train, torchrun or srun"
+            )
         super()._configure_launcher()
 
     def _get_process_group_backend(self) -> str:
@@ -60,7 +62,11 @@ class MeshStrategy(ModelParallelStrategy):
 
 
 def check_on_cpu(on_cpu: Sequence[str], networks: Sequence[str], whole: Sequence[str]) -> None:
-    """Raise `UserError` if `on_cpu` names a network that is not in `networks`, or an adapter, its base or a head."""
+    """Raise `UserError` if `on_cpu` names a network that is not in `whole`.
+
+    `networks` are the names of all networks of the run, `whole` those that may be in host memory: not adapters, their base and
+    heads.
+    """
     refused = [name for name in on_cpu if name not in whole]
     if refused:
         what = f"{refused[0]}, which is an adapter, the base of adapters or a head and must stay on the device"
@@ -89,7 +95,10 @@ def data_parallel(
     on_cpu: Sequence[Network] = (),
     timeout: Seconds = TIMEOUT,
 ) -> MeshStrategy:
-    """Return the strategy in which each process holds whole copies of the networks."""
+    """Return the strategy in which each process holds whole copies of all networks (strategy=ddp).
+
+    For the arguments of this and the two below see `world_size` and `MeshStrategy`. Raises `UserError` as they do.
+    """
     return MeshStrategy(world_size(devices, num_nodes), 1, on_cpu, timeout)
 
 
@@ -99,7 +108,7 @@ def fully_sharded(
     on_cpu: Sequence[Network] = (),
     timeout: Seconds = TIMEOUT,
 ) -> MeshStrategy:
-    """Return the strategy in which each process holds one shard of each weight, gradient and optimizer state."""
+    """Return the strategy in which each process holds one shard of each weight, gradient and optimizer state (strategy=fsdp2)."""
     return MeshStrategy(1, world_size(devices, num_nodes), on_cpu, timeout)
 
 
@@ -110,7 +119,10 @@ def hybrid_sharded(
     on_cpu: Sequence[Network] = (),
     timeout: Seconds = TIMEOUT,
 ) -> MeshStrategy:
-    """Return the strategy of `replicas` copies, each sharded over an equal group of processes; `UserError` if uneven."""
+    """Return the strategy of `replicas` copies of the networks, each sharded over an equal group of processes (strategy=hsdp).
+
+    Raises `UserError` unless `replicas` divides the number of processes.
+    """
     processes = world_size(devices, num_nodes)
     if replicas < 1 or processes % replicas:
         raise UserError(
@@ -120,12 +132,16 @@ def hybrid_sharded(
 
 
 def world_size(devices: int | str | Sequence[int], num_nodes: int) -> int:
-    """Return the total number of processes; raise `UserError` if a launcher has started another number."""
+    """Return the number of processes on all nodes: the devices of a node (as in `device_count`) times `num_nodes`.
+
+    Raises `UserError` if torchrun or SLURM has started another number.
+    """
     processes = device_count(devices) * num_nodes
     launched = launched_processes() or processes
     if launched != processes:
         raise UserError(
-            f"trainer.devices and trainer.num_nodes ask for {processes} processes, but the launcher started {launched}"
+            f"trainer.devices and trainer.num_nodes ask for {processes} processes, but the launcher started {launched}; "
+            "make the numbers equal"
         )
     return processes
 
@@ -137,9 +153,9 @@ def launched_processes() -> int | None:
 
 
 def require_devices(devices: int | str | Sequence[int], accelerator: str = "auto") -> None:
-    """Raise `UserError` if this machine has not that many devices, before a process is started for each of them.
+    """Raise `UserError` if this machine has fewer devices than `trainer.devices` asks for, before a process starts for each.
 
-    On the CPU a process needs a core of its own; a few more are allowed, to try a layout out.
+    On the CPU, the devices are the cores that may be used; up to `FEWEST_PROCESSES` are always allowed, to try a layout out.
     """
     count = device_count(devices)
     is_gpu = accelerator in ("cuda", "gpu") or (accelerator == "auto" and torch.cuda.is_available())
@@ -153,7 +169,7 @@ def require_devices(devices: int | str | Sequence[int], accelerator: str = "auto
 
 
 def device_count(devices: int | str | Sequence[int]) -> int:
-    """Return the number of devices that `Trainer(devices=...)` would use."""
+    """Return the number of devices that `Trainer(devices=...)` would use: a count, a list, "0,1" or "auto" (all GPUs, or 1)."""
     if isinstance(devices, str) and "," in devices:
         devices = [int(index) for index in devices.split(",") if index.strip()]
     if isinstance(devices, Sequence) and not isinstance(devices, str):

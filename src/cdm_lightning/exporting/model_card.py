@@ -42,7 +42,7 @@ A student that makes an image in {calls}, without guidance. It was distilled fro
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What a model card says of a student.
+    """The facts in a student's model card, whose heading is `name`.
 
     `nfe` is the number of network calls for an image, `weights` the network that was exported ("student_ema" or "student"),
     `iteration` the number of iterations that it was trained for, and `dtype` that of its file. `config` is the run's
@@ -91,9 +91,10 @@ class ModelCard:
 
 
 def recipe(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a run's configuration that affect its weights (`run.same`), and the length of training.
+    """Return the options of a run's configuration that affect its weights (`run.same`), and trainer.max_steps, as nested dicts.
 
-    Objects are named by their classes, and absolute paths are reduced to their last part, because cards may be public.
+    The backbone's options are left out. Objects are named by their classes, and absolute paths are reduced to their last
+    part, because cards may be public.
     """
     chosen = _deciding({key: value for key, value in config.items() if key not in ("backbone", "module")}, "")
     module = {
@@ -131,10 +132,9 @@ def _readable(node: Any) -> Any:
 
 
 def metrics_table(metrics: Any) -> str:
-    """Return metrics as a Markdown table, or a sentence if there are none.
+    """Return the content of a metrics.json as a Markdown table, or a sentence if there are no metrics in it.
 
-    `metrics` is the content of a metrics.json: {"rows": [row, ...]}, a list of rows, rows by name, or single figures by name,
-    where a row maps columns to values.
+    It may be {"rows": [row, ...]}, [row, ...], {name: row} or {name: figure}, where a row is {column: value}.
     """
     if isinstance(metrics, Mapping) and isinstance(metrics.get("rows"), list):
         metrics = metrics["rows"]

@@ -34,10 +34,11 @@ def export_pipeline(
     run: Run | None = None,
     form: str = "pipeline",
 ) -> Path:
-    """Write `network` as a pipeline folder for `nfe` steps, completely or not at all, and return the folder.
+    """Write a student's `network` as a pipeline folder, completely or not at all, and return the folder `output`.
 
-    A LoRA is fused into the pretrained network, or with `form="lora"` written as a LoRA file. The network's file has the dtype
-    named `dtype` (float32, float16, bfloat16). `weights` and `iteration` describe the network in the model card, and the card's
+    `nfe` is the number of network calls for an image that the folder samples with. A LoRA is
+    fused into the pretrained network, or with `form="lora"` written as a LoRA file. The network's file has the dtype named
+    `dtype` (float32, float16, bfloat16). `weights` and `iteration` describe the network in the model card, and the card's
     configuration and metrics are those of `run`. An earlier export in `output` is replaced. Raises UserError for an `output`
     that is a file, holds files that no export wrote or cannot be written, for `nfe` below 1, for an unknown `dtype`, and for
     `form="lora"` if the network is not a LoRA.
@@ -46,8 +47,10 @@ def export_pipeline(
 
     output = Path(output)
     check_output(output)
-    if nfe < 1 or dtype not in DTYPES:
-        raise UserError(f"nfe={nfe} must be at least 1, and dtype={dtype} one of {', '.join(DTYPES)}")
+    if nfe < 1:
+        raise UserError(f"nfe={nfe} must be at least 1")
+    if dtype not in DTYPES:
+        raise UserError(f"dtype={dtype} must be one of {', '.join(DTYPES)}")
     save = prepare(backbone, network, form, getattr(torch, dtype))
     record = {"nfe": nfe, "weights": weights, "iteration": iteration, "dtype": dtype}
     card = model_card(output.name, record, run)
@@ -64,10 +67,10 @@ def export_pipeline(
 def prepare(
     backbone: "Backbone", network: "nn.Module | AdapterWeights", form: str, dtype: "torch.dtype"
 ) -> Callable[[Path, int, str], None]:
-    """Return a function (folder, nfe, text of the model card) that writes `network` in `dtype`.
+    """Return a function (folder, nfe, text of the model card) that writes `network` in `dtype` into an existing folder.
 
-    With `form="lora"` it writes a LoRA file, otherwise a pipeline folder, into which a LoRA is fused. Raises UserError for
-    `form="lora"` if the network is not a LoRA.
+    With `form="lora"` it writes a LoRA file, otherwise a pipeline folder, into which a LoRA
+    is fused. Raises UserError for `form="lora"` if the network is not a LoRA.
     """
     from cdm_lightning.lora.views import AdapterView
     from cdm_lightning.lora.weights import AdapterWeights
@@ -87,7 +90,7 @@ def prepare(
 
 
 def require_adapter(is_adapter: bool) -> None:
-    """Raise UserError unless the student is a LoRA."""
+    """Raise UserError, which says what to do instead, for the form "lora" of a student that is not a LoRA."""
     if not is_adapter:
         raise UserError(
             "all of this student's weights were trained, so it is not a LoRA: export it with --form pipeline, then make a "
@@ -96,7 +99,7 @@ def require_adapter(is_adapter: bool) -> None:
 
 
 def model_card(name: str, record: dict[str, Any], run: Run | None) -> str:
-    """Return the text of the model card `name`, with the configuration and the metrics of `run`, if there are any.
+    """Return the text of a model card with the heading `name`, and with the configuration and metrics of `run`, if any.
 
     `record` has the other fields of `ModelCard`: nfe, weights, iteration and dtype.
     """
@@ -116,9 +119,10 @@ def check_output(output: Path) -> None:
 
 
 def how_to_call(folder: Path) -> str | None:
-    """Return the line that says how an exported folder is called; None if it is not one for diffusers.
+    """Return a line for the user with the arguments that the exported pipeline has to be called with.
 
-    diffusers can store no default for a call, and the pipelines' own guidance ruins a student's images.
+    None if the folder is not one for diffusers. diffusers can store no default for a call, and the pipelines' own guidance
+    ruins a student's images.
     """
     from cdm_lightning.backbones.student_folder import read_call
 

@@ -20,7 +20,7 @@ def locked(path: str | Path) -> Generator[None]:
 
     Raises BlockingIOError at once, whose `strerror` names the holder ("process 12 on HOST"), if another process holds the
     lock, and OSError if the file cannot be made, or is a link, a device or a file with content that is not of a lock file.
-    The lock is a record lock of the system (`lockf`). It is released when the process ends, however it ends; child
+    The lock is one of POSIX (`lockf`). It is released when the process ends, however it ends; child
     processes do not inherit it, unlike a lock of the filelock package; and it works on network file systems. On a file
     system without locks, nothing is locked.
     """

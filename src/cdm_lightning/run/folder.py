@@ -18,14 +18,17 @@ MOST_CONFIG = 1 << 22  # bytes of config.yaml: it takes a second to parse; usual
 
 @dataclass(frozen=True)
 class Run:
-    """The folder of a run: `config.yaml`, `starts.jsonl`, `checkpoints/`, and `metrics.json` once it has been evaluated."""
+    """A training run, read from its `folder`: config.yaml, starts.jsonl, checkpoints/, and metrics.json once it is evaluated.
+
+    `kept` is a checkpoint that holds the run's configuration itself, so that it can be used without the rest of the folder.
+    """
 
     folder: Path
-    kept: Path | None = None  # a checkpoint that is kept elsewhere than its run, and knows the run's configuration
+    kept: Path | None = None
 
     @classmethod
     def create(cls, folder: Path) -> "Run":
-        """The run in this folder, which is made if it is missing; UserError if a file is in its place."""
+        """Return the run in this folder, which is made if it is missing; raise `UserError` if it cannot be made."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -36,7 +39,10 @@ class Run:
 
     @classmethod
     def find(cls, source: str | Path) -> tuple["Run", Path | None]:
-        """The run that a path belongs to, and the checkpoint if the path is one; UserError if it belongs to no run."""
+        """Return (run, None) if `source` is a run's folder, and (its run, `source`) if it is a checkpoint.
+
+        Raises `UserError` if it is neither, or a checkpoint whose run cannot be found.
+        """
         source = Path(source)
         if not source.exists():
             raise UserError(f"{source} does not exist; pass a run folder or one of its checkpoints")
@@ -52,7 +58,7 @@ class Run:
             return cls(folder, kept=source), source
         if not (folder / CONFIG).is_file():
             raise UserError(
-                f"{folder} is not a run folder, because it has no {CONFIG}, and {source.name} does not know its configuration; "
+                f"{folder} is not a run folder, because it has no {CONFIG}, and {source.name} does not hold the run's configuration; "
                 f"pass outputs/RUN or a checkpoint in outputs/RUN/{CHECKPOINTS}"
             )
         return cls(folder), source
@@ -64,16 +70,16 @@ class Run:
 
     @property
     def checkpoints(self) -> list[Path]:
-        """The folders of its checkpoints, the oldest iteration first; they are not verified."""
+        """The checkpoints in the run's own checkpoints/, the oldest iteration first; their files are not verified."""
         return checkpoints_in(self.folder / CHECKPOINTS)
 
     @property
     def is_started(self) -> bool:
-        """Whether it has a configuration."""
+        """Whether the run has a configuration, because it has been started at least once."""
         return self.kept is not None or (self.folder / CONFIG).is_file()
 
     def config(self) -> dict[str, Any]:
-        """The resolved configuration of its last start; UserError if it cannot be read or names no backbone."""
+        """Return the resolved configuration of the run's last start; `UserError` if it cannot be read or has no `backbone`."""
         from cdm_lightning.config.registered import load_tree
 
         path = self.folder / CONFIG
@@ -83,13 +89,13 @@ class Run:
             else:
                 config = load_tree(read_text(path, MOST_CONFIG, follow=False))
         except (ValueError, OSError) as error:
-            raise UserError(f"{path} cannot be read: {first_line(error)}") from error
+            raise UserError(f"{path} cannot be read: {first_line(error)}; restore it as training wrote it") from error
         if not isinstance(config, dict) or "backbone" not in config:
-            raise UserError(f"{path} names no backbone, so it is not the configuration of a run")
+            raise UserError(f"{path} names no backbone; restore it as training wrote it, or pass another run")
         return config
 
     def checkpoint(self, path: Path | None = None) -> "StoredCheckpoint":
-        """The checkpoint at this path, or the newest good one; UserError if there is none or its files are damaged."""
+        """Open the checkpoint at `path`, or the newest undamaged one of the run; `UserError` if it is damaged or there is none."""
         from cdm_lightning.checkpoint.stored import newest_checkpoint, read_checkpoint, require_good
 
         if path is not None:
@@ -100,7 +106,7 @@ class Run:
         return found
 
     def metrics(self) -> Mapping[str, Any] | None:
-        """The figures of its last evaluation, or None if there are none; UserError if the file cannot be read."""
+        """Return the content of metrics.json, from the run's last evaluation; None without one, `UserError` if unreadable."""
         if self.kept is not None and not (self.folder / CONFIG).is_file():
             return None  # the folder is not that of its run
         try:
@@ -110,7 +116,7 @@ class Run:
 
 
 def stored_about(checkpoint: Path) -> dict[str, Any]:
-    """Return what a checkpoint knows of its run (`StoredCheckpoint.about`); empty if it is no readable checkpoint."""
+    """Return the run's "config" and "inputs" that a checkpoint holds (`StoredCheckpoint.about`); {} if it cannot be read."""
     from cdm_lightning.checkpoint.stored import read_checkpoint
 
     try:
@@ -120,9 +126,10 @@ def stored_about(checkpoint: Path) -> dict[str, Any]:
 
 
 def checkpoint_folder(run: Run, config: Mapping[str, Any]) -> Path:
-    """Return the folder of the checkpoints of a run that is about to start with this configuration.
+    """Return `checkpoint.folder` of the configuration with which `run` is about to start.
 
-    Raises `UserError` if the run has checkpoints in another folder and none in this one: it would begin anew.
+    Raises `UserError` if there are no checkpoints in it, but some in the one of the run's last start: the run would silently
+    begin anew.
     """
     folder = Path(str(config["checkpoint"]["folder"]))
     if not (run.folder / CONFIG).is_file() or checkpoints_in(folder):
@@ -149,11 +156,11 @@ def _relative(folder: Path, base: Path) -> Path | None:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether the path looks like a checkpoint: a file, or a folder with the marker or the name of one."""
+    """Return whether a path looks like a checkpoint: not a folder, or a folder with COMPLETE.json or a checkpoint's name."""
     return not path.is_dir() or (path / MARKER).is_file() or PATTERN.fullmatch(path.name) is not None
 
 
 def is_run(path: Path) -> bool:
-    """Whether the path is the folder of a run or one of its checkpoints, and not a pipeline folder."""
+    """Return whether a path looks like a run's folder or a checkpoint, and not like a pipeline folder of diffusers."""
     is_stored = (path / MARKER).is_file() or path.suffix in (".safetensors", ".ckpt")
     return is_stored or ((path / CONFIG).is_file() and not (path / "model_index.json").exists())

@@ -1,4 +1,4 @@
-"""What a run stands on: the prompt files, model folders and LoRA files that its configuration names, and their contents.
+"""The input files of a run: the prompt files, model folders and LoRA files that its configuration names, with their contents.
 
 They are recorded with each start and in each checkpoint, as sizes and hashes, and compared when the run is resumed: training
 that goes on with other prompts or another teacher under the same path would be another run. Modification times do not count,
@@ -28,14 +28,16 @@ MOST_FILES = 10_000  # of a folder
 MOST_HEADER = 1 << 27  # bytes of a safetensors header
 THREADS = 8
 
-Inputs = dict[str, dict[str, Any]]  # option: {"path": as configured, "files": {name: [bytes, hash]}}
+Inputs = dict[
+    str, dict[str, Any]
+]  # dotted option: {"path": as configured, "files": {name in the folder: [bytes, hash]}}
 
 
 def inputs_of(config: Mapping[str, Any], folders: Mapping[str, Path] | None = None) -> Inputs:
-    """Return the files and folders that decide a run's weights, by the option that names them, with sizes and hashes.
+    """Return the files that affect a run's weights, with sizes and hashes, by the dotted name of the option that names them.
 
-    An option names one if its value is an existing file or folder, and either its constructor takes a path or the value looks
-    like one. `folders` are those of options with another kind of value, such as the id of a pipeline on a hub.
+    An option names some if its value is an existing file or folder, and its parameter takes a path or the value contains "/".
+    `folders` adds {option: folder} for options with other values, such as the hub id of a pipeline that was downloaded.
     """
     named = dict(paths_in(config))
     named |= {key: (named[key][0] if key in named else str(path), path) for key, path in (folders or {}).items()}
@@ -49,7 +51,10 @@ def inputs_of(config: Mapping[str, Any], folders: Mapping[str, Path] | None = No
 
 
 def paths_in(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, tuple[str, Path]]]:
-    """Yield (option, (value, path)) for each option that decides the weights and names an existing file or folder."""
+    """Yield (dotted option, (value, path)) for each option that affects the weights and names an existing file or folder.
+
+    `prefix` is the dotted name of `node` with a dot at its end, or "" for the whole configuration.
+    """
     parameters = parameters_of(node["_target_"]) if isinstance(node.get("_target_"), str) else {}
     for name, value in node.items():
         key = f"{prefix}{name}"
@@ -75,7 +80,10 @@ def _exists(text: str) -> bool:
 
 
 def files_of(path: Path) -> list[tuple[str, Path]]:
-    """Return (name, file) of a file or of the regular files in a folder, without pictures and hidden files."""
+    """Return (name, path) of a file, or of each file in a folder at any depth, named from the folder on.
+
+    Pictures and hidden files are left out, and of a folder with very many files those after the first `MOST_FILES`.
+    """
     if not path.is_dir():
         return [(path.name, path)] if path.is_file() else []
     found = []
@@ -91,7 +99,7 @@ def files_of(path: Path) -> list[tuple[str, Path]]:
 
 
 def describe(file: Path) -> list[Any]:
-    """Return [bytes, hash] of a file; an unreadable one has the hash "unreadable", and what needs it says why."""
+    """Return [bytes, hash] of a file, or [0, "unreadable"]: the code that needs the file then reports why."""
     try:
         return [file.stat().st_size, content_hash(file)]
     except (OSError, ValueError):
@@ -99,7 +107,7 @@ def describe(file: Path) -> list[Any]:
 
 
 def content_hash(file: Path) -> str:
-    """Return a hash of a file's content.
+    """Return a hash of a file's content, of large files only in part; raise OSError if it cannot be read.
 
     Files of at most 32 MiB and texts of at most 2 GiB are read in full. Of a larger one 4096 pieces of 4 KiB are read, evenly
     spaced from the first to the last; of a safetensors file its header and one piece of each tensor in addition, so that a
@@ -136,9 +144,10 @@ def _tensor_middles(header: bytes) -> Iterator[int]:
 
 
 def changes(before: Any, now: Inputs) -> list[str]:
-    """Return what differs between the inputs of a checkpoint and those of now, in a few words each.
+    """Return a text such as "OPTION=PATH: NAME is gone" for each file that differs between a checkpoint's inputs and `now`.
 
-    Only options that both have are compared: whether another option or path is allowed is decided by `run.same`.
+    `before` is what was read from the checkpoint, which may be anything. Only options that both have are compared: whether
+    another option or path is allowed is decided by `run.same`.
     """
     found = []
     for key, inputs in now.items():
@@ -163,9 +172,10 @@ def changes(before: Any, now: Inputs) -> list[str]:
 
 
 def require_same_inputs(before: Any, now: Inputs, folder: Path, accept: bool) -> str | None:
-    """Raise `UserError` if files that a run stands on have changed since its checkpoint, unless that is accepted.
+    """Raise `UserError` if the run's input files have changed since its last checkpoint, or with `accept` return what changed.
 
-    `before` is what the checkpoint recorded. Returns a line that says what was accepted, or None.
+    `before` are the inputs in the checkpoint, `now` those of this start, and `folder` is the run's, for the message. Returns None
+    if nothing has changed.
     """
     found = changes(before, now)
     if not found:
@@ -174,6 +184,6 @@ def require_same_inputs(before: Any, now: Inputs, folder: Path, accept: bool) ->
     if accept:
         return f"accepted what has changed since the last checkpoint: {text}"
     raise UserError(
-        f"{folder}: the run stands on files that have changed since its last checkpoint: {text}; restore them, set another "
+        f"{folder}: the run uses files that have changed since its last checkpoint: {text}; restore them, set another "
         f"run_name, or accept the change with {ACCEPT}=true"
     )

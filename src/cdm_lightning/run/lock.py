@@ -13,10 +13,10 @@ LOCK = ".lock"
 
 @contextmanager
 def only_process_in(*folders: Path) -> Generator[None]:
-    """Hold the locks of these folders inside the block; raise `UserError` if a process of another start holds one of them.
+    """Lock these folders inside the block; raise `UserError` if another training process has locked one, or one cannot be made.
 
-    They are the run's folder and that of its checkpoints, which may lie elsewhere; each is made if it is missing. Only the first
-    process of a run takes the locks, on behalf of all its processes.
+    `folders` are the run's folder and that of its checkpoints, which may lie elsewhere; each is made if it is missing. Only the
+    first process of a run takes the locks, for all its processes.
     """
     with ExitStack() as held:
         for folder in {folder.resolve(): folder for folder in folders}.values() if not process_number() else ():

@@ -23,10 +23,11 @@ PACKAGES = ("cdm-lightning", "torch", "lightning", "diffusers", "transformers", 
 
 
 def record_start(config: dict[str, Any], run: Run, processes: int, inputs: Mapping[str, Any] | None = None) -> None:
-    """Write `config`, which must be resolved and without secrets, and add a line for this start to `starts.jsonl`.
+    """Write `config` to the run's config.yaml, and add a line of JSON about this start to its starts.jsonl.
 
-    The line holds the time, command, configuration, versions, commit, hardware, the number of `processes` and the `inputs`:
-    the files that the run stands on, with sizes and hashes. It holds no environment variables. A disk error is a warning.
+    `config` must be resolved and without secrets. The line holds the time, command, configuration, versions, commit, hardware,
+    the number of `processes` and the `inputs` (`run.inputs.Inputs`), and no environment variables. A disk error only gives a
+    warning.
     """
     with may_fail(run.folder / CONFIG):
         write_text(run.folder / CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
@@ -46,7 +47,7 @@ def record_start(config: dict[str, Any], run: Run, processes: int, inputs: Mappi
 
 
 def package_version(name: str) -> str | None:
-    """Return the version of a package; that of this one also in a checkout that is not installed. None if it is not known."""
+    """Return the version of an installed package, or of this package even if it is not installed; None if it is not found."""
     if name == PACKAGES[0]:
         return cdm_lightning.__version__
     try:
@@ -69,7 +70,7 @@ def commit() -> str | None:
 
 
 def hardware() -> dict[str, Any]:
-    """Return the system, the number of CPU cores, the memory in GB, the GPUs and the CUDA version."""
+    """Return {"system", "cores" (of the CPU), "memory_gb", "gpus" (name and memory of each), "cuda" (version or None)}."""
     import torch
 
     cards = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]

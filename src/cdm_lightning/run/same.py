@@ -59,11 +59,12 @@ ADDED = {  # options that older versions did not have, with the values that matc
 
 
 def require_same_configuration(saved: dict[str, Any], config: dict[str, Any], folder: Path) -> None:
-    """Raise `UserError` if the run in `folder`, whose configuration is `saved`, differs in an option that affects the weights.
+    """Raise `UserError` if `config` differs in an option that affects the weights from `saved`, that of the run in `folder`.
 
-    The batch size per process may change if the batch size over all processes stays the same. `max_steps` is free: a longer
-    run continues a shorter one, and a decaying learning rate then follows the new end, unless its end was set by hand. An
-    option that did not exist in the version that started the run is compared with the default of its constructor.
+    Nothing is compared if `saved` is empty. The batch size per process may change if the batch size over all processes
+    stays the same. `max_steps` is free: a longer run continues a shorter one, and a decaying learning rate then follows the
+    new end, unless its end was set by hand. An option that did not exist in the version that started the run is compared
+    with the default of its constructor.
     """
     if not saved:
         return
@@ -75,11 +76,17 @@ def require_same_configuration(saved: dict[str, Any], config: dict[str, Any], fo
     keys = sorted(key for key in before.keys() | now.keys() if decides(key) or not may_follow(key, before, now))
     if differing := [key for key in keys if not is_same(key, before, now, saved, config)]:
         named = ", ".join(differing[:5])
-        raise UserError(f"{folder} holds a run of another configuration (it differs in {named}); set another run_name")
+        raise UserError(
+            f"{folder} holds a run of another configuration (it differs in {named}); restore these options, or set another run_name"
+        )
 
 
 def may_follow(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Return whether this option is anything but the end of a decay that does not follow `max_steps` in both configurations."""
+    """Return False for the end of a learning rate's decay that was set by hand, which must stay the same, True for other options.
+
+    Such an end is an option `...learning_rate.total` that differs from `trainer.max_steps` in the flat configuration `before` or
+    `now`, while the rate decays in one of them.
+    """
     if not key.endswith(TOTAL):
         return True
     decays = [flat.get(key.removesuffix("total") + "decay_from", 1) != 1 for flat in (before, now)]
@@ -88,7 +95,10 @@ def may_follow(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> b
 
 
 def moved_ends(saved: dict[str, Any], config: dict[str, Any]) -> str | None:
-    """Say in one line that learning rates decay towards another end than before the resume; None if none does."""
+    """Return a line that says which learning rates decay towards another iteration than in `saved`; None if none does.
+
+    `saved` is the configuration of the run's last start, `config` that with which it is resumed.
+    """
     before, now = modernised(flatten(saved)), flatten(config)
     moved = {
         key: before[key]
@@ -109,7 +119,11 @@ def moved_ends(saved: dict[str, Any], config: dict[str, Any]) -> str | None:
 def is_same(
     key: str, before: Mapping[str, Any], now: Mapping[str, Any], saved: Mapping[str, Any], config: Mapping[str, Any]
 ) -> bool:
-    """Return whether an option is the same in both configurations; where only one has it, the default counts."""
+    """Return whether the option `key` has the same value in the flat configurations `before` and `now`.
+
+    If only one has it, its value must be the default of its parameter, or, for an option that no longer exists, off. `saved` and
+    `config` are the same configurations as nested dicts.
+    """
     if key in before and key in now:
         return before[key] == now[key]
     if key in now:
@@ -119,7 +133,7 @@ def is_same(
 
 
 def has_option(key: str, config: Mapping[str, Any]) -> bool:
-    """Return whether the constructor around this key has a parameter of that name."""
+    """Return whether the option with the dotted name `key` is a parameter of the object that `config` describes there."""
     *path, name = key.split(".")
     node: Any = config
     for step in path:
@@ -133,7 +147,7 @@ def decides(key: str) -> bool:
 
 
 def is_default(key: str, config: Mapping[str, Any]) -> bool:
-    """Return whether the option has the default value of its constructor's parameter."""
+    """Return whether the option with the dotted name `key` has its parameter's default value in `config`."""
     *path, name = key.split(".")
     if name == "_target_":  # an object that an older run does not have: look at the constructor around it
         *path, name = path
@@ -152,7 +166,7 @@ def is_default(key: str, config: Mapping[str, Any]) -> bool:
 
 
 def without_unknown_classes(saved: Any, config: Mapping[str, Any]) -> Any:
-    """Return the saved configuration with `(CLASS)` for each class that is neither ours nor named by `config`.
+    """Return `saved` with "(CLASS)" as `_target_` for each class that is neither of this package nor named in `config`.
 
     The defaults of a constructor are looked up by importing its class, and a run's folder must not choose what is imported.
     """
@@ -171,7 +185,7 @@ def without_unknown_classes(saved: Any, config: Mapping[str, Any]) -> Any:
 
 
 def flatten(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested dictionaries into one whose keys are joined by dots."""
+    """Return nested dicts as one dict whose keys are dotted, such as "optim.student.betas"; `prefix` begins each key."""
     flat: dict[str, Any] = {}
     for name, child in node.items():
         flat |= flatten(child, f"{prefix}{name}.") if isinstance(child, dict) else {prefix + str(name): child}
@@ -179,7 +193,7 @@ def flatten(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def without_copies(flat: dict[str, Any]) -> dict[str, Any]:
-    """Remove the module's copies of other groups, such as `module.objective.x` if `objective.x` has the same value."""
+    """Return a flat configuration without `module.KEY` where KEY itself has the same value, of which it is a copy."""
     return {
         key: value
         for key, value in flat.items()

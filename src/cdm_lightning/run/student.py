@@ -22,9 +22,10 @@ GROUP = "cdm_lightning.{}"  # of the entry points that register more of them
 
 @dataclass(frozen=True)
 class TrainedStudent:
-    """The student in a checkpoint, not yet built as a network: its backbone, adapters, checkpoint, weights and run.
+    """The student of an opened checkpoint, whose network is built only by `network`.
 
-    `weights` is "student" or "student_ema".
+    `plan` says which networks are LoRA adapters, `stored` is the checkpoint, and `weights` the network that is read from it:
+    "student" or "student_ema".
     """
 
     backbone: Backbone
@@ -35,11 +36,11 @@ class TrainedStudent:
 
     @property
     def iteration(self) -> int:
-        """The number of training iterations."""
+        """The number of iterations that the student was trained for."""
         return self.stored.iteration
 
     def network(self) -> nn.Module | AdapterWeights:
-        """Build the network in eval mode, or for a LoRA return its adapter's weights."""
+        """Return the student's network in eval mode, or its adapter's weights alone if the student is a LoRA."""
         tensors = self.stored.network_weights(self.weights)
         adapter = self.plan.of("student")
         if adapter is not None:
@@ -50,7 +51,11 @@ class TrainedStudent:
 
 
 def open_student(source: str | Path, weights: str = "auto", pretrained: str | None = None) -> TrainedStudent:
-    """Open the student of a checkpoint, or of a run folder's newest one; for the arguments see `export_checkpoint`."""
+    """Open the student of the checkpoint `source`, or of the newest checkpoint of the run's folder `source`.
+
+    `weights` is "student", "student_ema" or "auto": the EMA if there is one. `pretrained` replaces the path of the pretrained
+    pipeline in the run's configuration. Raises `UserError` for a checkpoint that is damaged, or of another backbone.
+    """
     run, checkpoint = Run.find(source)
     backbone, plan = build_parts(run, pretrained)
     found = run.checkpoint(checkpoint)
@@ -60,9 +65,10 @@ def open_student(source: str | Path, weights: str = "auto", pretrained: str | No
 
 
 def build_parts(run: Run, pretrained: str | None = None) -> tuple[Backbone, LoRAPlan]:
-    """Build the backbone and the LoRA plan of a run, the only objects that are built from a run's folder.
+    """Build the backbone and the LoRA plan that a run's configuration describes, the only objects built from a run's folder.
 
-    Raises `UserError` before anything is built if the run's configuration names a class that is not registered.
+    `pretrained` replaces the path of the pretrained pipeline. Raises `UserError` before anything is built if the configuration
+    names a class that is not registered (`config.registered`).
     """
     config = run.config()
     for key, own in PARTS.items():
@@ -75,12 +81,17 @@ def build_parts(run: Run, pretrained: str | None = None) -> tuple[Backbone, LoRA
     backbone = build(config, "backbone")
     plan = build(config, "lora") if config.get("lora") else LoRAPlan()
     if not isinstance(backbone, Backbone) or not isinstance(plan, LoRAPlan):
-        raise UserError(f"{run.folder / CONFIG}: backbone and lora must be a backbone and a LoRA plan")
+        raise UserError(
+            f"{run.folder / CONFIG}: backbone and lora must be a backbone and a LoRA plan; restore it as training wrote it"
+        )
     return backbone, plan
 
 
 def choose_weights(weights: str, ema_updates: int, checkpoint: Path) -> str:
-    """Resolve "auto" to the EMA if there is one, else the student; `UserError` for the EMA of a checkpoint without one."""
+    """Return `weights`, or for "auto" the name of the network to use: "student_ema" if `ema_updates` is above 0, else "student".
+
+    Raises `UserError`, which names `checkpoint`, for "student_ema" if it holds none.
+    """
     if weights == "auto":
         return "student_ema" if ema_updates else "student"
     if weights == "student_ema" and not ema_updates:
@@ -89,7 +100,7 @@ def choose_weights(weights: str, ema_updates: int, checkpoint: Path) -> str:
 
 
 def plain_network(backbone: Backbone, network: nn.Module | AdapterWeights) -> nn.Module:
-    """Return a network without adapters, in eval mode; a LoRA is fused in float32 into a new pretrained network."""
+    """Return a network in eval mode without adapters; the weights of a LoRA are fused in float32 into a new pretrained one."""
     if isinstance(network, AdapterWeights):
         from cdm_lightning.lora.fuse import fuse  # imports peft
 
