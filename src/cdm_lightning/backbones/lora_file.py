@@ -63,8 +63,8 @@ def locate_lora(path: str | Path) -> Path:
 class OwnWeights:
     """The contents of the user's own LoRA `file`, as diffusers reads them, ready for `load_lora_adapter`.
 
-    The names of `tensors` begin with `prefix`, if that is not None. `alphas` are the scales that the loader of some families
-    returns apart from the tensors, and `settings` is the configuration of peft, if the file has one.
+    The names of `tensors` begin with `prefix`, if that is not None. `alphas` are the LoRA alphas of the layers, if the family's
+    loader returns them apart from the tensors, and `settings` is the configuration of peft, if the file has one.
     """
 
     file: Path

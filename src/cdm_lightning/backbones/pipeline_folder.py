@@ -1,4 +1,8 @@
-"""Finding a diffusers pipeline on disk or on the Hugging Face hub, with a one-line error if it cannot be used."""
+"""Finding a diffusers pipeline on disk or on the Hugging Face hub, with a one-line error if it cannot be used.
+
+The index of a pipeline folder is its model_index.json, which names the pipeline's class and the class of each part; a part,
+such as "vae", is in the subfolder of its name.
+"""
 
 import hashlib
 import re
@@ -29,9 +33,9 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def locate_pipeline(
     pretrained: str, revision: str | None, family: type[DiffusionPipeline], parts: Sequence[str]
 ) -> Path:
-    """Return the local folder of `pretrained`, a folder or hub id.
+    """Return the local folder of `pretrained`, a folder or a hub id, which is downloaded (at `revision`).
 
-    UserError unless it is a `family` pipeline with all `parts`.
+    UserError unless it is a pipeline of the class `family` that has all `parts`.
     """
     folder = locate_index(
         pretrained, revision
@@ -45,12 +49,12 @@ def locate_pipeline(
 
 
 def pipeline_class_name(pretrained: str, revision: str | None) -> str | None:
-    """Return the class that the index of a folder or hub id names; UserError if there is no index."""
+    """Return the name of the pipeline class of a folder or hub id (None if its index has none); UserError without an index."""
     return read_index(locate_index(pretrained, revision), pretrained).get("_class_name")
 
 
 def locate_index(pretrained: str, revision: str | None) -> Path:
-    """Return the local folder `pretrained`, or for a hub id its folder in the cache with at least the index.
+    """Return the local folder `pretrained`; for a hub id, download only the index and return the folder in the hub's cache.
 
     UserError if `pretrained` is neither a folder nor a hub id that can be downloaded.
     """
@@ -68,7 +72,7 @@ def locate_index(pretrained: str, revision: str | None) -> Path:
 
 @contextmanager
 def downloading(hub_id: str) -> Generator[None]:
-    """Turn the libraries' errors about a download into one UserError."""
+    """Turn an error of a download from the hub inside the `with` into a UserError that names `hub_id`."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -79,7 +83,7 @@ def downloading(hub_id: str) -> Generator[None]:
 
 
 def read_index(folder: Path, name: str) -> dict[str, Any]:
-    """Return the index in `folder`; UserError if it is missing or broken. Messages call the folder `name`."""
+    """Return the contents of the index in `folder`; UserError, which calls the folder `name`, if it is missing or broken."""
     if not (folder / INDEX).exists():
         raise UserError(f"{name} is not a diffusers pipeline: it has no {INDEX}; pass the pipeline's top folder")
     index = read_settings(folder / INDEX, f"{name}/{INDEX}")
@@ -89,10 +93,10 @@ def read_index(folder: Path, name: str) -> dict[str, Any]:
 
 
 def check_entry(part: str, entry: Any, where: str) -> None:
-    """UserError unless an entry of an index is a setting, or a part in a folder of its own and of a class of two libraries.
+    """Raise UserError unless an entry of an index is a setting, or a part that is safe to load. Messages begin with `where`.
 
-    A part is [library, class]; both are null for a part that is left out. Its name is the name of its folder, and files are
-    read from there and copied to there, so it must not lead anywhere else.
+    A part is [library, class] with a class of diffusers or transformers; both are null for a part that is left out. Its name
+    must be a plain folder name: files are read from and copied to the folder of this name.
     """
     if part.startswith("_") or not isinstance(entry, list):
         return
@@ -111,7 +115,7 @@ def check_entry(part: str, entry: Any, where: str) -> None:
 
 
 def require_plain(folder: Path, name: str) -> None:
-    """UserError if the pipeline's folder holds anything but regular files and folders; reading a pipe would never end."""
+    """Raise UserError, which calls the folder `name`, if it holds anything but files and folders: a pipe would be read for ever."""
     parts = [path for path in folder.iterdir() if not path.name.startswith(".")]
     for path in (path for part in parts for path in ((part,) if not part.is_dir() else irregular(part))):
         if not path.is_file():
@@ -121,10 +125,7 @@ def require_plain(folder: Path, name: str) -> None:
 
 
 def check_index(folder: Path, name: str, family: type[DiffusionPipeline], parts: Sequence[str]) -> None:
-    """UserError unless the index in `folder` is that of a `family` pipeline with all `parts`.
-
-    Messages call the folder `name`.
-    """
+    """Raise UserError, which calls the folder `name`, unless its index has the class `family` and all `parts`."""
     index = read_index(folder, name)
     found = index.get("_class_name")
     if found != family.__name__:
@@ -138,9 +139,9 @@ def check_index(folder: Path, name: str, family: type[DiffusionPipeline], parts:
 
 
 def hash_part(folder: Path) -> str:
-    """Return a hash of the names and contents of a part's files, without half-precision copies; UserError without files.
+    """Return a hash of the names and contents of all files in a part's folder; UserError if it has none.
 
-    All files are read, which takes one to two seconds per gigabyte.
+    Copies of weights in half precision (.fp16, .bf16) do not count. Hashing takes one to two seconds per gigabyte.
     """
     twin = re.compile(r"\.(fp16|bf16)[.-]")
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not twin.search(path.name))
@@ -155,7 +156,10 @@ def hash_part(folder: Path) -> str:
 
 
 def copy_parts(source: Path, target: Path, without: Sequence[str]) -> None:
-    """Copy the index and the parts that it names, except the parts `without` and half-precision copies of files."""
+    """Copy a pipeline folder's index and the parts that it names to `target`, but not the parts `without`.
+
+    Half-precision copies of weights (.fp16, .bf16) are left out.
+    """
     parts = [name for name in parts_of(read_index(source, str(source))) if name not in without]
     shutil.copyfile(source / INDEX, target / INDEX)
     for part in parts:
@@ -166,10 +170,10 @@ def copy_parts(source: Path, target: Path, without: Sequence[str]) -> None:
 
 @contextmanager
 def loading(what: Path) -> Generator[None]:
-    """Turn the libraries' errors about missing or broken files of `what` into one UserError.
+    """Turn any error of loading the files `what` inside the `with` into a UserError that names them.
 
-    Weights are loaded onto the CPU whatever torch's default device is. The libraries' progress bars are off, except those
-    of downloads.
+    Weights are loaded onto the CPU whatever torch's default device is, and without the progress bars of diffusers and
+    transformers, except those of downloads.
     """
     with (
         blaming(lambda reason: f"cannot load {what} ({reason}); its files are incomplete: copy them again"),
@@ -182,9 +186,10 @@ def loading(what: Path) -> Generator[None]:
 
 @contextmanager
 def blaming(message: Callable[[str], str]) -> Generator[None]:
-    """Turn whatever a library raises inside the block into a UserError: `message` of the first line of its error.
+    """Turn whatever a library raises inside the `with` into UserError(message(first line of its error)).
 
-    The block does nothing but read and use files. What libraries raise for bad ones is of every type, and not documented.
+    It is for reading files only: what libraries raise for bad ones is of every type and not documented. UserError, Preempted
+    and torch's out-of-memory error pass unchanged.
     """
     try:
         yield
@@ -195,7 +200,7 @@ def blaming(message: Callable[[str], str]) -> Generator[None]:
 
 
 def codec_class(folder: Path, part: str = "vae") -> type[Any]:
-    """Return the class of diffusers that the index names for the image codec; UserError unless it is one."""
+    """Return the diffusers class that the index names for `part`; UserError if it is not an image codec."""
     name = parts_of(read_index(folder, str(folder))).get(part)
     found = getattr(diffusers, str(name), None)
     if not (isinstance(found, type) and issubclass(found, ModelMixin) and hasattr(found, "decode")):
@@ -204,14 +209,14 @@ def codec_class(folder: Path, part: str = "vae") -> type[Any]:
 
 
 def require_buildable(network: type[Any], config: Mapping[str, Any], file: Path) -> None:
-    """UserError, which names `file`, unless a model of diffusers can be built from its settings; no memory is used."""
+    """Raise UserError, which names `file`, unless the diffusers model `network` can be built from `config` (on meta)."""
     with loading(file), torch.device("meta"):
         network.from_config(dict(config))
 
 
 @contextmanager
 def without_bars(log: ModuleType) -> Generator[None]:
-    """Switch a library's progress bars off inside the block."""
+    """Switch off a library's progress bars inside the `with`; `log` is its logging module."""
     shown = log.is_progress_bar_enabled()
     log.disable_progress_bar()
     try:

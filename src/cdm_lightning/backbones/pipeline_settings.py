@@ -1,4 +1,4 @@
-"""The settings of a backbone, read from a diffusers pipeline's folder and the user's arguments before any weights.
+"""What a backbone knows before any weights are loaded: the user's options, and the configuration files of the pipeline.
 
 Shapes: B batch, (C, h, w) latent.
 """
@@ -38,7 +38,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class shared_property:
-    """An attribute that is computed at the first access and shared by all image sizes of a backbone (`Backbone.at`)."""
+    """A cached property, computed at the first access, that a backbone shares with its copies for other image sizes (`at`)."""
 
     def __init__(self, make: Callable[[Any], Any]) -> None:
         self.make, self.__doc__ = make, make.__doc__
@@ -58,7 +58,7 @@ class shared_property:
 
 
 def constructor_defaults(network: type[Any]) -> dict[str, Any]:
-    """Return the default of each argument of a class's constructor that has one, by name."""
+    """Return {argument: default} for the arguments of a class's constructor that have a default."""
     parameters = inspect.signature(network.__init__).parameters.values()
     return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
 
@@ -67,12 +67,12 @@ def constructor_defaults(network: type[Any]) -> dict[str, Any]:
 class PipelineSettings(Backbone):
     """The location of a pipeline, the options for its use, and the contents of its configuration files.
 
-    `height`, `width` are in pixels (default: the pipeline's own size). `max_sequence_length` is the number of text tokens
-    (default: that of the pipeline's call). `teacher_dtype` is the dtype of the frozen teacher and `text_dtype` that of the
-    text encoders; the trained network and the VAE are float32. `teacher_lora` is a LoRA of your own (a safetensors file or
-    its folder). It is multiplied by `teacher_lora_scale` and fused into the pretrained network: teacher, student and fake
-    score all start from the sum. Raises `UserError` for an argument out of its range and for a missing LoRA file or one in
-    another format.
+    `pretrained` is a pipeline folder or a hub id (with `revision`). `height`, `width` are in pixels (default: the pipeline's
+    own size), `max_sequence_length` is the number of text tokens (default: that of the pipeline's call). `teacher_dtype` is
+    the dtype of the frozen teacher, `text_dtype` that of the text encoders; trained networks and the VAE are float32.
+    `teacher_lora`, your own LoRA (a safetensors file or its folder), is fused into the pretrained network at the scale
+    `teacher_lora_scale`, and teacher, student and fake score all start from the sum. Raises `UserError` for an argument out of
+    its range, and for a LoRA file that is missing or not a .safetensors file.
     """
 
     title: ClassVar[str]  # the family's name in messages and, in lower case, at the start of fingerprints
@@ -101,12 +101,12 @@ class PipelineSettings(Backbone):
             raise UserError(f"max_sequence_length={self.max_sequence_length}: {self.title} takes {allowed} text tokens")
         for name in ("teacher_dtype", "text_dtype"):
             if getattr(self, name) not in DTYPES:
-                raise UserError(f"{name} must be one of {', '.join(DTYPES)}, got {getattr(self, name)!r}")
+                raise UserError(f"backbone.{name} must be one of {', '.join(DTYPES)}, got {getattr(self, name)!r}")
         self.pretrained = str(self.pretrained)
         self.teacher_lora = None if self.teacher_lora is None else locate_lora(self.teacher_lora)
 
     def at(self, height: int | None = None, width: int | None = None) -> Self:
-        """Return a backbone that shares the loaded parts, for images of another size in pixels.
+        """Return a copy of this backbone for images of another size in pixels; it shares the loaded parts.
 
         A side that is None keeps its current value. UserError if the pipeline cannot make images of that size.
         """
@@ -125,7 +125,7 @@ class PipelineSettings(Backbone):
 
     @shared_property
     def network_config(self) -> dict[str, Any]:
-        """The arguments of the transformer's constructor; UserError for values that it cannot be built from."""
+        """The arguments of the transformer's constructor, from its config.json; UserError if it cannot be built from them."""
         config, file = self._config("transformer"), self.folder / "transformer" / "config.json"
         require_buildable(self.transformer_class, config, file)
         self.network_config = config  # for the sizes that follow from it
@@ -134,7 +134,7 @@ class PipelineSettings(Backbone):
 
     @shared_property
     def vae_config(self) -> dict[str, Any]:
-        """The arguments of the image codec's constructor; UserError for values that it cannot be built from."""
+        """The arguments of the image codec's constructor, from its config.json; UserError if it cannot be built from them."""
         config, file = self._config("vae"), self.folder / "vae" / "config.json"
         require_buildable(codec_class(self.folder), config, file)
         require_numbers(config, ("scaling_factor", "shift_factor"), file)
@@ -144,7 +144,7 @@ class PipelineSettings(Backbone):
 
     @shared_property
     def tokenizer_config(self) -> dict[str, Any]:
-        """The configuration of the folder's first tokenizer; empty if the folder has no such file."""
+        """The contents of tokenizer/tokenizer_config.json; {} if there is no such file."""
         file = self.folder / "tokenizer" / "tokenizer_config.json"
         config = read_settings(file) if file.is_file() else {}
         require_numbers(config, ("model_max_length",), file)
@@ -157,15 +157,15 @@ class PipelineSettings(Backbone):
 
     @shared_property
     def has_weights(self) -> bool:
-        """Whether networks are loaded; after `leave_weights_out` they are built on the meta device."""
+        """Whether networks are built with their weights: True until `leave_weights_out`, which puts them on the meta device."""
         return True
 
     def leave_weights_out(self, architecture: Mapping[str, Any] | None = None) -> None:
-        """Build networks on the meta device from now on, for all image sizes: with shapes and dtypes, but without contents.
+        """Build networks on the meta device from now on, for all image sizes: the planner needs only shapes and dtypes.
 
-        The configuration files of `folder` are read now. With `architecture` no file is read: it is {"transformer":
-        the arguments of its constructor that differ from their defaults, "vae": the same for the VAE}, and the scheduler
-        shifts nothing. A `teacher_lora` is left out, since it changes no shape. UserError for an unusable folder.
+        The pipeline's configuration files are read now; UserError if they cannot be used. With `architecture` no file is
+        read: it is {"transformer": arguments of its constructor that differ from the defaults, "vae": arguments of its
+        constructor, with all that the backbone reads}, and sigmas are not shifted. A `teacher_lora` is left out, since it changes no shape.
         """
         self.has_weights = False
         if architecture is not None:
@@ -180,7 +180,10 @@ class PipelineSettings(Backbone):
 
     @shared_property
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
-        """The scheduler that the pipeline was trained with; an exported folder may hold it beside the one of its call."""
+        """The scheduler whose timestep shift training uses; UserError if it has options that the family is not trained with.
+
+        It is the pipeline's own; an exported folder may have kept it beside a scheduler for the student's call.
+        """
         subfolder = next((name for name in OF_TRAINING if (self.folder / name).is_dir()), "scheduler")
         file = self.folder / subfolder / "scheduler_config.json"
         require_numbers(read_settings(file), SCHEDULER_NUMBERS, file)
@@ -203,32 +206,32 @@ class PipelineSettings(Backbone):
 
     @property
     def vae_factor(self) -> int:
-        """The number of pixels per latent along one side."""
+        """The factor of the image codec: pixels per latent along one side."""
         return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
 
     @property
     def patch(self) -> int:
-        """The number of latents per token along one side."""
+        """The patch size of the transformer: latents per token along one side."""
         return 2
 
     @property
     def size_unit(self) -> int:
-        """The number of pixels that the sides of an image must be multiples of."""
+        """The number of pixels of which both sides of an image must be multiples."""
         return self.patch * self.vae_factor
 
     @property
     def native_side(self) -> int:
-        """The number of pixels along one side if no size is given."""
+        """The side of an image, in pixels, if no size is given."""
         return 128 * self.vae_factor  # `default_sample_size` of the pipelines that have one
 
     @property
     def largest_side(self) -> int | None:
-        """The largest number of pixels along one side; None if the network has no limit."""
+        """The largest side of an image, in pixels; None if the network has no limit."""
         return None
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels; UserError if the transformer cannot cut such an image into patches."""
+        """(height, width) in pixels; UserError for a side that is no multiple of `size_unit` or above `largest_side`."""
         unit, largest = self.size_unit, self.largest_side
         for name, side in (("height", self.height), ("width", self.width)):
             if side is not None and (side % unit or not 0 < side <= (largest or side)):
@@ -238,7 +241,7 @@ class PipelineSettings(Backbone):
 
     @property
     def latent_channels(self) -> int:
-        """C of a latent."""
+        """C, the number of channels of a latent."""
         return self.network_config["in_channels"]
 
     @property
@@ -249,12 +252,12 @@ class PipelineSettings(Backbone):
 
     @property
     def feature_width(self) -> int:
-        """D of the hidden states (B, N, D) after a block."""
+        """D, the width of the hidden states (B, N, D) after a block."""
         return self.network_config["num_attention_heads"] * self.network_config["attention_head_dim"]
 
     @property
     def time_embedding_width(self) -> int:
-        """D of the output (B, D) of `time_embedding`."""
+        """D, the width of the output (B, D) of the submodule `time_embedding`."""
         return self.feature_width
 
     @property
@@ -265,11 +268,14 @@ class PipelineSettings(Backbone):
 
     @property
     def text_length(self) -> int:
-        """N, the number of text tokens of a prompt: `max_sequence_length`, which is never None after construction."""
+        """The number of tokens to which prompts are padded or cut: `max_sequence_length`, which is no longer None here."""
         return cast(int, self.max_sequence_length)
 
     def call_sizes(self) -> dict[str, int]:
-        """Return the sizes that a call must be given because the pipeline's defaults differ from those of training."""
+        """Return the arguments of a call of the pipeline ("height", "width", "max_sequence_length") that are not its defaults.
+
+        With them, a call makes images of the size and uses the text length that this backbone trains with.
+        """
         is_default = self.max_sequence_length == self.default_text_length()
         sizes = {} if is_default else {"max_sequence_length": self.text_length}
         if (self.height, self.width) != (None, None):
@@ -278,7 +284,7 @@ class PipelineSettings(Backbone):
 
     @classmethod
     def default_text_length(cls) -> int:
-        """Return the default `max_sequence_length` of the pipeline's call; the family's largest number if it has none."""
+        """Return the default `max_sequence_length` of the pipeline's call; the largest of `text_tokens` if the call has none."""
         length = cls.call_default("max_sequence_length")
         return cls.text_tokens.stop - 1 if length is None else length
 
@@ -290,5 +296,5 @@ class PipelineSettings(Backbone):
 
     @classmethod
     def settings_of(cls, call: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments of this constructor that match the arguments of an exported student's call."""
+        """Return those arguments of an exported student's call that this constructor takes too: sizes and text length."""
         return {name: call[name] for name in ("height", "width", "max_sequence_length") if name in call}

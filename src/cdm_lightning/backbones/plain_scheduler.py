@@ -1,4 +1,4 @@
-"""The scheduler of an exported folder, with which a plain call of any number of steps runs the student's own sigmas.
+"""The scheduler of an exported pipeline: a plain call, which passes no sigmas, then runs those the student was trained on.
 
 Without explicit sigmas, `FlowMatchEulerDiscreteScheduler` does not space its steps by 1/n: it stores the shifted end points,
 spaces the steps evenly between them and shifts again (diffusers issue 13243). For example, 4 steps at shift 3 run the sigmas
@@ -34,7 +34,10 @@ BEYOND_SHIFT = (
 def require_known_shift(
     scheduler: FlowMatchEulerDiscreteScheduler, name: str, family: str, allowed: Sequence[str] = ()
 ) -> None:
-    """UserError if the scheduler of the pipeline `name` uses options other than a static shift and those in `allowed`."""
+    """Raise UserError if the scheduler of the pipeline `name` shapes its sigmas by more than a static shift and `allowed`.
+
+    `allowed` are names of its options, and `family` is the family's name for the message.
+    """
     extra = [key for key in BEYOND_SHIFT if scheduler.config.get(key) and key not in allowed]
     if extra:
         known = " and ".join(["a static shift", *allowed])
@@ -45,14 +48,15 @@ def require_known_shift(
 
 
 def from_config(config: dict[str, Any], **changes: Any) -> FlowMatchEulerDiscreteScheduler:
-    """Return a scheduler of this configuration with some values changed."""
+    """Return a `FlowMatchEulerDiscreteScheduler` of the configuration `config` with the values in `changes` replaced."""
     return cast(FlowMatchEulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler.from_config(config, **changes))
 
 
 def plain_scheduler(scheduler: FlowMatchEulerDiscreteScheduler, nfe: int) -> FlowMapEulerDiscreteScheduler:
-    """Return a scheduler that runs the shifted uniform sigmas of `scheduler`, without being given sigmas, for every step count.
+    """Return a scheduler that, for any number n of steps, runs 1, 1 - 1/n, ..., 1/n with the static shift of `scheduler`.
 
-    UserError if the installed diffusers runs others in `nfe` steps.
+    It needs no explicit sigmas. UserError for an `nfe` below 1, and if the installed diffusers gives other sigmas for `nfe`
+    steps.
     """
     if nfe < 1:
         raise UserError(f"nfe={nfe} is less than one network call; pass 1 or more")
@@ -72,7 +76,7 @@ def plain_scheduler(scheduler: FlowMatchEulerDiscreteScheduler, nfe: int) -> Flo
 
 
 def of_training(config: dict[str, Any]) -> FlowMatchEulerDiscreteScheduler | None:
-    """Return the scheduler of training for the configuration of one that `plain_scheduler` made; None for any other."""
+    """Invert `plain_scheduler`: return the scheduler of training for the configuration of its result; None for any other."""
     if config.get("_class_name") != FlowMapEulerDiscreteScheduler.__name__:
         return None
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=config["num_train_timesteps"], shift=config["shift"])

@@ -23,7 +23,7 @@ FEED_FORWARD = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "tx
 
 
 class QwenImageBackbone(PipelineBackbone):
-    """A `QwenImagePipeline`; the arguments are those of `PipelineBackbone`.
+    """The backbone of a `QwenImagePipeline`; the arguments are those of `PipelineSettings`.
 
     Texts are padded to `max_sequence_length` tokens, so that the conditioning of all prompts has the same shape; a mask
     hides the padding from the network. A smaller number is faster.
@@ -44,16 +44,16 @@ class QwenImageBackbone(PipelineBackbone):
 
     @property
     def vae_factor(self) -> int:
-        """The number of pixels per latent along one side."""
+        """The factor of the image codec: pixels per latent along one side."""
         return 2 ** len(self.vae_config["temperal_downsample"])
 
     @property
     def latent_channels(self) -> int:
-        """C of a latent; one token of the network holds 2 x 2 latents."""
+        """C, the number of channels of a latent; one token of the network holds 2 x 2 latents."""
         return self.network_config["in_channels"] // 4
 
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """x (B, C, h, w), sigma (B,) -> velocity (B, C, h, w) in float32."""
+        """Return the velocity (B, C, h, w) in float32 for x (B, C, h, w) and sigma (B,)."""
         height, width = x.shape[2:]
         output = network(
             hidden_states=pack(x).to(weights_dtype(network)),
@@ -66,11 +66,11 @@ class QwenImageBackbone(PipelineBackbone):
         return unpack(output.float(), height, width)
 
     def guide(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
-        """Apply classifier-free guidance that keeps the norm of each token's conditional velocity, as the pipeline does."""
+        """Apply classifier-free guidance, then give each token the norm of its conditional velocity, as the pipeline does."""
         return renormalised(cond, super().guide(cond, uncond, scale))
 
     def blank_conditioning(self, batch: int) -> Conditioning:
-        """{"prompt_embeds": (B, N, D) float32, "mask": (B, N) bool}, without contents."""
+        """Return {"prompt_embeds": (B, N, D) float32, "mask": (B, N) bool}, uninitialized, for B = `batch`."""
         tokens, width = self.text_length, self.network_config["joint_attention_dim"]
         return {
             "prompt_embeds": torch.empty(batch, tokens, width),
@@ -99,14 +99,14 @@ class QwenImageBackbone(PipelineBackbone):
 
     @torch.no_grad()
     def decode_latents(self, x0: Tensor) -> Tensor:
-        """x0 (B, C, h, w) -> images (B, 3, H, W) in [0, 1], computed as the stock pipeline does."""
+        """Decode clean latents x0 (B, C, h, w) into images (B, 3, H, W) in [0, 1], as the stock pipeline does."""
         mean, std = self._latent_statistics(x0)
         frames = self._codec.vae.decode(x0.float()[:, :, None] / (1.0 / std) + mean, return_dict=False)[0]
         return self._codec.image_processor.postprocess(frames[:, :, 0], output_type="pt")
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) in [0, 1] -> x0 (B, C, h, w): the mean of the VAE's posterior, standardised."""
+        """Encode images (B, 3, H, W) in [0, 1] into clean latents (B, C, h, w): the mode of the VAE's posterior, standardised."""
         mean, std = self._latent_statistics(images)
         frames = images.float()[:, :, None] * 2 - 1
         return ((self._codec.vae.encode(frames).latent_dist.mode() - mean) / std)[:, :, 0]
@@ -121,5 +121,5 @@ class QwenImageBackbone(PipelineBackbone):
         return mean, std
 
     def exported_scheduler(self, nfe: int) -> FlowMatchEulerDiscreteScheduler:
-        """Return the scheduler of training; for one step without its terminal sigma: diffusers would divide 0 by 0."""
+        """Return the pipeline's own scheduler; for `nfe` = 1 without `shift_terminal`, with which it would divide 0 by 0."""
         return self.scheduler if nfe > 1 else self._shift

@@ -28,7 +28,7 @@ from cdm_lightning.errors import UserError
 
 
 class SanaBackbone(PipelineBackbone):
-    """A `SanaPipeline`; the arguments are those of `PipelineBackbone`."""
+    """The backbone of a `SanaPipeline`; the arguments are those of `PipelineSettings`."""
 
     title = "SANA"
     pipeline_class = SanaPipeline
@@ -49,26 +49,26 @@ class SanaBackbone(PipelineBackbone):
 
     @property
     def vae_factor(self) -> int:
-        """The number of pixels per latent along one side."""
+        """The factor of the image codec: pixels per latent along one side."""
         return 2 ** (len(self.vae_config["encoder_block_out_channels"]) - 1)
 
     @property
     def patch(self) -> int:
-        """The number of latents per token along one side."""
+        """The patch size of the transformer: latents per token along one side."""
         return self.network_config["patch_size"]
 
     @property
     def size_unit(self) -> int:
-        """The number of pixels that the sides of an image must be multiples of; the pipeline accepts only multiples of 32."""
+        """The number of pixels of which both sides of an image must be multiples: at least 32, which the pipeline demands."""
         return math.lcm(32, super().size_unit)
 
     @property
     def native_side(self) -> int:
-        """The number of pixels along one side if no size is given."""
+        """The side of an image, in pixels, if no size is given."""
         return self.network_config["sample_size"] * self.vae_factor
 
     def call_sizes(self) -> dict[str, int]:
-        """Return the sizes of a call, always with height and width: the pipeline's default is 1024 pixels for any network."""
+        """Return the sizes to pass in a call, always with "height" and "width": the pipeline's default is 1024 for any network."""
         height, width = self.image_size
         return super().call_sizes() | {"height": height, "width": width}
 
@@ -81,17 +81,19 @@ class SanaBackbone(PipelineBackbone):
         ):
             return super()._load_scheduler(subfolder)
         if not config.get("use_flow_sigmas") or config.get("prediction_type") != "flow_prediction":
-            raise UserError(f"the scheduler of {self.pretrained} is not one of a flow model; restore {path.name}")
+            raise UserError(
+                f"the scheduler of {self.pretrained} is not one of a flow model; restore {path} from the original"
+            )
         return FlowMatchEulerDiscreteScheduler(config.get("num_train_timesteps", 1000), shift=config["flow_shift"])
 
     def exported_scheduler(self, nfe: int) -> FlowMapEulerDiscreteScheduler:
-        """Return a scheduler that runs the student's sigmas in a plain call: there, the scheduler itself spaces the steps."""
+        """Return a scheduler that runs the student's sigmas in a call that passes none, since it must space the steps itself."""
         return plain_scheduler(self.scheduler, nfe)
 
     # ---- network and text
 
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """x (B, C, h, w), sigma (B,) -> velocity (B, C, h, w) in float32; the timestep stays in float32 and is never rounded."""
+        """Return the velocity (B, C, h, w) in float32 for x (B, C, h, w) and sigma (B,), which is never rounded below float32."""
         timestep = sigma.float() * self.scheduler.config.num_train_timesteps
         output = network(
             x.to(weights_dtype(network)),
@@ -103,7 +105,7 @@ class SanaBackbone(PipelineBackbone):
         return output.float()
 
     def blank_conditioning(self, batch: int) -> Conditioning:
-        """{"prompt_embeds": (B, N, D) float32, "mask": (B, N) int64}, without contents."""
+        """Return {"prompt_embeds": (B, N, D) float32, "mask": (B, N) int64}, uninitialized, for B = `batch`."""
         tokens, width = self.text_length, self.network_config["caption_channels"]
         return {
             "prompt_embeds": torch.empty(batch, tokens, width),
@@ -131,13 +133,13 @@ class SanaBackbone(PipelineBackbone):
 
     @torch.no_grad()
     def decode_latents(self, x0: Tensor) -> Tensor:
-        """x0 (B, C, h, w) -> images (B, 3, H, W) in [0, 1], by the arithmetic of the stock pipeline."""
+        """Decode clean latents x0 (B, C, h, w) into images (B, 3, H, W) in [0, 1], as the stock pipeline does."""
         vae = self._codec.vae
         pixels = vae.decode(x0.float() / vae.config.scaling_factor, return_dict=False)[0]
         return self._codec.image_processor.postprocess(pixels, output_type="pt")
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) in [0, 1] -> x0 (B, C, h, w): the latents of the codec, scaled."""
+        """Encode images (B, 3, H, W) in [0, 1] into clean latents (B, C, h, w), scaled by the codec's `scaling_factor`."""
         vae = self._codec.vae
         return vae.encode(images.float() * 2 - 1).latent * vae.config.scaling_factor

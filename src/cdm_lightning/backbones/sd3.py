@@ -27,10 +27,11 @@ TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "
 
 @dataclass(eq=False)
 class SD3Backbone(PipelineBackbone):
-    """A `StableDiffusion3Pipeline`, from a local folder or a hub id; files are read only when needed.
+    """The backbone of a `StableDiffusion3Pipeline`, from a local folder or a hub id; files are read only when needed.
 
-    The arguments are those of `PipelineBackbone` and `compact_text`: `compact_text=k` folds the T5 padding after the first
-    k T5 tokens into one token (see `compact_text.py`); None keeps all padding, as the stock pipeline does.
+    The arguments are those of `PipelineSettings` and `compact_text`. To save computation, `compact_text=k` replaces the
+    identical T5 padding tokens after the first k T5 tokens by one token, with the same result (see `compact_text.py`); None
+    keeps all padding, as the stock pipeline does.
     """
 
     title = "SD3"
@@ -48,17 +49,17 @@ class SD3Backbone(PipelineBackbone):
 
     @property
     def patch(self) -> int:
-        """The number of latents per token along one side."""
+        """The patch size of the transformer: latents per token along one side."""
         return self.network_config["patch_size"]
 
     @property
     def native_side(self) -> int:
-        """The number of pixels along one side if no size is given."""
+        """The side of an image, in pixels, if no size is given."""
         return self.network_config["sample_size"] * self.vae_factor
 
     @property
     def largest_side(self) -> int:
-        """The largest number of pixels along one side, which is limited by the network's table of positions."""
+        """The largest side of an image, in pixels, that the network's table of positions allows."""
         return self.network_config["pos_embed_max_size"] * self.patch * self.vae_factor
 
     # ---- networks
@@ -69,7 +70,7 @@ class SD3Backbone(PipelineBackbone):
         return network
 
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """x (B, C, h, w), sigma (B,) -> velocity (B, C, h, w) in float32; the timestep stays in float32 and is never rounded."""
+        """Return the velocity (B, C, h, w) in float32 for x (B, C, h, w) and sigma (B,), which is never rounded below float32."""
         dtype = weights_dtype(network)
         output = network(
             hidden_states=x.to(dtype),
@@ -81,7 +82,7 @@ class SD3Backbone(PipelineBackbone):
         return output.float()
 
     def exported_scheduler(self, nfe: int) -> FlowMapEulerDiscreteScheduler:
-        """Return a scheduler that runs the student's sigmas in a plain call: there, the scheduler itself spaces the steps."""
+        """Return a scheduler that runs the student's sigmas in a call that passes none, since it must space the steps itself."""
         return plain_scheduler(self.scheduler, nfe)
 
     # ---- text
@@ -92,9 +93,9 @@ class SD3Backbone(PipelineBackbone):
         return int(self.tokenizer_config.get("model_max_length", CLIP_TOKENS))
 
     def blank_conditioning(self, batch: int) -> Conditioning:
-        """{"prompt_embeds": (B, N, D), "pooled": (B, P)} float32, without contents.
+        """Return {"prompt_embeds": (B, N, D), "pooled": (B, P)} in float32, uninitialized, for B = `batch`.
 
-        With `compact_text`, N is that of prompts with at most `compact_text` T5 tokens.
+        With `compact_text`, N is that of prompts with at most `compact_text` T5 tokens; longer prompts have a larger N.
         """
         config, t5_tokens = self.network_config, self.text_length
         if self.compact_text is not None:
@@ -105,7 +106,10 @@ class SD3Backbone(PipelineBackbone):
         }
 
     def alike(self, conds: Sequence[Conditioning]) -> Sequence[Conditioning] | None:
-        """Return the conditioning of several batches in equal shapes: compacted texts of any lengths can be joined."""
+        """Return the conditioning of several batches in equal shapes, or None if impossible.
+
+        With `compact_text`, batches have different numbers of text tokens; shorter ones get back some of their padding.
+        """
         if self.compact_text is not None:
             longest = max(cond["prompt_embeds"].shape[1] for cond in conds)
             conds = [{**cond, "prompt_embeds": lengthened(cond["prompt_embeds"], longest)} for cond in conds]
@@ -116,9 +120,10 @@ class SD3Backbone(PipelineBackbone):
         return PromptEncoder(self._text_parts, self.text_length, self.compact_text, name=self.pretrained)
 
     def setup(self, device: torch.device) -> None:
-        """Load the VAE and, without a text cache, the text encoders onto `device`.
+        """Load the VAE and, without a text cache, the text encoders, and move them to `device`.
 
-        UserError if `compact_text` cannot be used with these text encoders.
+        UserError for parts that do not fit together, and if the T5 gives unequal padding tokens, so that `compact_text` cannot
+        be used.
         """
         super().setup(device)
         if self.text_cache is None:
@@ -126,7 +131,7 @@ class SD3Backbone(PipelineBackbone):
 
     @property
     def text_fingerprint(self) -> dict[str, str]:
-        """The hashes of the text encoders and tokenizers, and the settings of text encoding."""
+        """The entries of `PipelineBackbone.text_fingerprint`, and "compact_text"."""
         return super().text_fingerprint | {"compact_text": str(self.compact_text)}
 
     def _encode(self, prompts: list[str]) -> Conditioning:

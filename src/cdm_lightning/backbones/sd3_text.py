@@ -24,7 +24,7 @@ class FirstCut(logging.Filter):
         self.told: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether to show the message: it is not such a warning, or it is the first of its kind."""
+        """Return whether to show the message: False for a warning of a truncated prompt if one of this kind was shown before."""
         kind = record.getMessage()[:60]
         known = kind.startswith("The following part of your input was truncated") and kind in self.told
         self.told.add(kind)
@@ -35,10 +35,11 @@ FIRST_CUT = FirstCut()
 
 
 class PromptEncoder:
-    """The three text encoders of `pipeline`; `compact=k` folds the T5 padding after the first k T5 tokens into one token.
+    """Encodes prompts by the three text encoders of `pipeline`, with `t5_tokens` tokens of T5.
 
-    A batch with a prompt of more than k T5 tokens keeps as many tokens as it needs. `name` is the pipeline's name in
-    messages. UserError if the padding tokens differ from one another, so that they cannot be folded.
+    `compact=k` then replaces the T5 padding after the first k T5 tokens by one token (see `compact_text.py`); a batch with a
+    longer prompt keeps as many tokens as that needs. None keeps all. `name` is the pipeline's name in messages. UserError if
+    the padding tokens differ from one another, so that one cannot stand for all.
     """
 
     def __init__(self, pipeline: StableDiffusion3Pipeline, t5_tokens: int, compact: int | None, name: str) -> None:
@@ -51,11 +52,11 @@ class PromptEncoder:
 
     @property
     def clip_tokens(self) -> int:
-        """The number of text tokens before those of T5."""
+        """The number of text tokens of CLIP, which come before those of T5."""
         return self.pipeline.tokenizer_max_length
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """B prompts -> {"prompt_embeds": (B, N, D), "pooled": (B, P)} in float32; "" is the unconditional prompt."""
+        """Return {"prompt_embeds": (B, N, D), "pooled": (B, P)} of B prompts in float32; "" is the unconditional prompt."""
         embeds, pooled = self._stock_encode(prompts)
         if self.compact is not None:
             embeds = compact_text(embeds, max(self.clip_tokens + self.compact, tokens_before_padding(embeds)))

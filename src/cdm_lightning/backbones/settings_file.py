@@ -1,4 +1,4 @@
-"""The one reader of JSON settings in the folders of models: what cannot be used is one line that names the file."""
+"""Reading the JSON files of model folders; a file that cannot be used is a UserError that names it."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ LARGEST = 1 << 28  # bytes; the largest vocabularies take about 4e7
 
 
 def read_settings(path: Path, name: str | None = None) -> dict[str, Any]:
-    """Return the JSON object in a file; UserError, which calls the file `name`, if there is no such object."""
+    """Return the JSON object in a file; UserError, which calls the file `name` (default: `path`), if it has none."""
     shown = name or path
     try:
         found = json.loads(read_text(path, LARGEST))

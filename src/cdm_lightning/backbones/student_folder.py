@@ -1,4 +1,4 @@
-"""Writing a distilled network as a pipeline folder that diffusers loads and runs by a plain call."""
+"""Writing a distilled network (the student) as a pipeline folder or a LoRA that diffusers loads and runs by a plain call."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -65,11 +65,11 @@ ONE_STEP = """The scheduler is for one step. For more, load the one of training,
 
 @dataclass(frozen=True)
 class StudentCall:
-    """How an exported folder is to be called.
+    """How the pipeline of an export is to be called to get the student's images in `nfe` steps.
 
-    `pipeline` is the name of the pipeline's class. `scheduler` is the scheduler of training; `exported` is the one that
-    the plain call uses (the same object, or one that spaces its steps as in training), and `sigmas` (nfe + 1,) are the sigmas that it
-    runs. `arguments` are to be passed in addition to the prompt, and `notes` explain them.
+    `pipeline` is the name of the pipeline's class. `scheduler` is the scheduler of training, `exported` the one that is
+    written for the call (the same object, or one that spaces its steps as in training), and `sigmas` (nfe + 1,) are what it
+    runs. `arguments` are passed in the call beside the prompt, and `notes` explain them in the model card.
     """
 
     pipeline: str
@@ -80,20 +80,23 @@ class StudentCall:
     notes: Sequence[str]
 
     def with_(self, **changes: Any) -> "StudentCall":
-        """Return the same call with some entries changed."""
+        """Return a copy of this description with the given fields changed."""
         return replace(self, **changes)
 
     @property
     def keeps_scheduler(self) -> bool:
-        """Whether the scheduler of training has to be kept beside the one of the call, which does not tell it."""
+        """Whether the scheduler of training must be written too, since it cannot be derived from the one for the call."""
         return self.exported is not self.scheduler and not isinstance(self.exported, FlowMapEulerDiscreteScheduler)
 
     def usage(self) -> str:
-        """Return the section of the model card that shows the call."""
+        """Return the section "Usage" of a pipeline's model card (Markdown), which shows the call."""
         return USAGE.format(**self.facts())
 
     def lora_usage(self, family: type[DiffusionPipeline], own: "OwnLoRA | None") -> str:
-        """Return the same section for a LoRA: how to load it, together with the teacher's `own` LoRA if there was one."""
+        """Return the section "Usage" of a LoRA's model card: how to load it, with the LoRA `own` that the teacher had, and call it.
+
+        `family` is the pipeline's class.
+        """
         whole = hasattr(family, "load_lora_weights")
         if own is None:
             load, note = (LOAD if whole else LOAD_PART).format(weights=WEIGHTS), ""
@@ -104,7 +107,7 @@ class StudentCall:
         return LORA_USAGE.format(scheduler=type(self.exported).__name__, load=load, own=note, **self.facts())
 
     def facts(self) -> dict[str, str]:
-        """Return the values for the usage section of the model card, by placeholder."""
+        """Return what fills the templates of the section "Usage": {"pipeline": ..., "arguments": ..., "notes": ...}."""
         nfe = len(self.sigmas) - 1
         config: Any = self.exported.config  # a FrozenDict, whose keys are attributes
         is_own = isinstance(self.exported, FlowMapEulerDiscreteScheduler)
@@ -125,14 +128,14 @@ class StudentCall:
 
 @dataclass(frozen=True)
 class OwnLoRA:
-    """The LoRA that was part of the teacher: the name of its file, and its scale."""
+    """The user's LoRA that was fused into the teacher: the name of its file, and its scale."""
 
     file: str
     scale: float
 
 
 def write_pipeline(source: Path, network: nn.Module, folder: Path, model_card: str, call: StudentCall) -> None:
-    """Write `network` and the schedule of `call` into `folder` and copy all other parts from the pipeline `source`."""
+    """Write a pipeline folder: `network`, the scheduler and arguments of `call`, a model card, other parts from `source`."""
     folder.mkdir(parents=True, exist_ok=True)
     copy_parts(source, folder, without=("transformer", "scheduler"))
     cast(ModelMixin, network).save_pretrained(folder / "transformer")
@@ -149,7 +152,10 @@ def write_lora(
     call: StudentCall,
     own: OwnLoRA | None,
 ) -> None:
-    """Write the LoRA file of `tensors`, the schedule of `call` and the card into `folder`, and no part of the base."""
+    """Write a LoRA folder: the LoRA file of `tensors`, the scheduler and arguments of `call`, and a model card.
+
+    `family` is the pipeline's class, and `own` the LoRA that was fused into the teacher, if any.
+    """
     write_lora_file(family, tensors, folder)
     _write_call(folder, call, model_card, call.lora_usage(family, own))
 
@@ -164,9 +170,9 @@ def _write_call(folder: Path, call: StudentCall, model_card: str, usage: str) ->
 
 
 def read_call(folder: Path) -> dict[str, Any]:
-    """Return the arguments of the plain call of an exported folder; empty for any other pipeline.
+    """Return the call's arguments that an export stored in call.json (see `StudentCall`); {} for a folder without this file.
 
-    UserError for a file with other contents than such arguments.
+    UserError if sizes or numbers of steps in it are not whole numbers of at least 1, or guidance scales are not numbers.
     """
     path = folder / CALL
     call = read_settings(path) if path.is_file() else {}

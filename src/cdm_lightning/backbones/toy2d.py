@@ -1,4 +1,4 @@
-"""Eight Gaussians on a circle in the plane: a complete backbone whose teacher is known in closed form.
+"""A toy backbone, complete but tiny: its data are eight Gaussians (modes) on a circle, its teacher is a closed formula.
 
 A latent (2, 1, 1) is a point (x, y). A prompt names modes by compass direction ("north", "east southeast ..."); a prompt
 without a direction means all eight. The student starts from an MLP that is fitted to the teacher's velocity in seconds.
@@ -35,7 +35,7 @@ FREQUENCIES = 4  # number of sines and of cosines of sigma among the MLP's input
 
 
 class MixtureVelocity(nn.Module):
-    """The exact velocity of the flow from noise to the modes with the given weights."""
+    """The exact velocity field of the flow between noise and a mixture of the eight Gaussians; it has no parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,10 +43,10 @@ class MixtureVelocity(nn.Module):
         self.register_buffer("centres", RADIUS * torch.stack([angles.cos(), angles.sin()], dim=1), persistent=False)
 
     def forward(self, x: Tensor, sigma: Tensor, weights: Tensor) -> Tensor:
-        """x (B, 2), sigma (B,), weights (B, 8) -> E[noise - x0 | x] (B, 2).
+        """Return the velocity E[noise - x0 | x] (B, 2) for x (B, 2), sigma (B,) and mixture weights (B, 8).
 
-        Given a mode with centre m, x is normal around (1 - s) m with variance (1 - s)^2 w^2 + s^2, and noise - x0 is
-        linear in x.
+        Given a mode with centre m and standard deviation w, at s = sigma, x is normal around (1 - s) m with the variance
+        (1 - s)^2 w^2 + s^2, and the mean of noise - x0 is linear in x.
         """
         s = sigma[:, None]
         variance = (1 - s) ** 2 * WIDTH**2 + s**2  # (B, 1)
@@ -56,7 +56,7 @@ class MixtureVelocity(nn.Module):
         return (share[..., None] * given_mode).sum(dim=1)
 
     def sample(self, weights: Tensor, generator: torch.Generator) -> Tensor:
-        """Draw clean points (B, 2) from the modes with weights (B, 8)."""
+        """Draw clean points (B, 2) from the mixtures with the weights (B, 8)."""
         mode = torch.multinomial(weights, 1, generator=generator).squeeze(1)
         return self.centres[mode] + WIDTH * torch.randn(len(weights), 2, generator=generator)
 
@@ -69,12 +69,12 @@ class Block(nn.Module):
         self.linear = nn.Linear(hidden, hidden)
 
     def forward(self, h: Tensor) -> Tensor:
-        """(B, hidden) -> (B, hidden)."""
+        """Return `h` (B, hidden) plus SiLU(linear(h)), in the same shape."""
         return h + F.silu(self.linear(h))
 
 
 class VelocityMLP(nn.Module):
-    """The student: a velocity network without knowledge of the mixture."""
+    """The network of the student: an MLP of `depth` residual layers of width `hidden` that predicts the velocity."""
 
     def __init__(self, hidden: int, depth: int) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class VelocityMLP(nn.Module):
         self.leave = nn.Linear(hidden, 2)
 
     def forward(self, x: Tensor, sigma: Tensor, weights: Tensor) -> Tensor:
-        """x (B, 2), sigma (B,), weights (B, 8) -> velocity (B, 2)."""
+        """Return the velocity (B, 2) for x (B, 2), sigma (B,) and mixture weights (B, 8)."""
         angles = math.pi * sigma[:, None] * 2.0 ** torch.arange(FREQUENCIES, device=x.device)
         h = F.silu(self.enter(torch.cat([x, sigma[:, None], angles.sin(), angles.cos(), len(MODES) * weights], dim=1)))
         for block in self.blocks:
@@ -95,7 +95,10 @@ class VelocityMLP(nn.Module):
 
 
 class Toy2DBackbone(Backbone):
-    """The mixture as a backbone; `hidden` and `depth` are the size of the MLP, `fit_steps` the steps of its fit."""
+    """Eight Gaussians on a circle as a backbone; the teacher is exact, and the student is an MLP that is first fitted to it.
+
+    `hidden` (width) and `depth` (residual layers) are the size of the MLP, `fit_steps` the optimizer steps of the fit.
+    """
 
     block_types = (Block,)
     time_embedding = "enter"  # the layer that takes point, time and text together; time has no layer of its own
@@ -120,52 +123,52 @@ class Toy2DBackbone(Backbone):
 
     @property
     def fingerprint(self) -> str:
-        """The family and a hash of the size of the MLP."""
+        """The text "toy2d-" and a hash of the size of the MLP; a checkpoint with another fingerprint is refused."""
         config = json.dumps(self._network_config(), sort_keys=True)
         return f"toy2d-{hashlib.blake2b(config.encode(), digest_size=8).hexdigest()}"
 
     @property
     def feature_width(self) -> int:
-        """D of the features after a block; a point is one token."""
+        """D, the width of the hidden states (B, 1, D) after a block: `hidden`."""
         return self.hidden
 
     @property
     def time_embedding_width(self) -> int:
-        """D of the output of `enter`."""
+        """D, the width of the output (B, D) of the layer `enter`, to which embeddings of additional inputs are added."""
         return self.hidden
 
     def features_after(self, block_output: Tensor) -> Tensor:
-        """(B, hidden) -> (B, 1, hidden): a point is one token."""
+        """Return a block's output (B, hidden) as features (B, 1, hidden): a point is one token."""
         return block_output[:, None]
 
     def build_network(self) -> nn.Module:
-        """Return a new copy of the fitted MLP."""
+        """Return a new copy of the MLP that was fitted to the teacher; the fit takes seconds, once in each process."""
         return copy.deepcopy(_fitted_network(self.hidden, self.depth, self.fit_steps))
 
     def build_teacher(self) -> nn.Module:
-        """Return the mixture's velocity in closed form."""
+        """Return the exact velocity field, a module without parameters."""
         return MixtureVelocity()
 
     def build_base(self) -> nn.Module:
-        """Return the fitted MLP, because the teacher has no weights to adapt."""
+        """Return the fitted MLP as the base of LoRA adapters, because the teacher has no weights to adapt."""
         return self.build_network()
 
     def setup(self, device: torch.device) -> None:
-        """Encode prompts onto `device` from now on; there is nothing to load."""
+        """Put conditioning on `device` from now on; there is nothing to load."""
         self.device = torch.device(device)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Return {"weights": (B, 8)}: equal for the modes that a prompt names, or for all if it names none."""
+        """Return {"weights": (B, 8)}, mixture weights: equal for the modes that a prompt names, or for all if it names none."""
         named = torch.tensor([[mode in _words(prompt) for mode in MODES] for prompt in prompts], dtype=torch.float32)
         named[named.sum(dim=1) == 0] = 1.0
         return {"weights": (named / named.sum(dim=1, keepdim=True)).to(self.device)}
 
     def blank_conditioning(self, batch: int) -> Conditioning:
-        """{"weights": (B, 8)} float32, without contents."""
+        """Return {"weights": (B, 8)} in float32, uninitialized, for B = `batch`."""
         return {"weights": torch.empty(batch, len(MODES))}
 
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """x (B, 2, 1, 1), sigma (B,) -> velocity (B, 2, 1, 1) in float32."""
+        """Return the velocity (B, 2, 1, 1) in float32 for x (B, 2, 1, 1) and sigma (B,)."""
         return network(x.flatten(1), sigma, cond["weights"]).float()[..., None, None]
 
     def shift_sigmas(self, sigmas: Tensor) -> Tensor:
@@ -173,12 +176,12 @@ class Toy2DBackbone(Backbone):
         return sigmas
 
     def exact_samples(self, prompts: Sequence[str], seed: int) -> Tensor:
-        """Draw points (B, 2, 1, 1) from the data distribution of each prompt."""
+        """Draw one point of the data, as a latent (B, 2, 1, 1) on the CPU, for each of B prompts; a function of `seed`."""
         weights = self.encode_prompts(prompts)["weights"].cpu()
         return MixtureVelocity().sample(weights, torch.Generator().manual_seed(seed))[..., None, None]
 
     def decode_latents(self, x0: Tensor) -> Tensor:
-        """Points (B, 2, 1, 1) -> images (B, 3, 32, 32) of a dot; points outside the image are moved to its border."""
+        """Draw points (B, 2, 1, 1) as a bright dot in images (B, 3, 32, 32) in [0, 1]; points outside are moved to the border."""
         place = x0.float().flatten(1).clamp(-EXTENT, EXTENT)
         along = [(_pixel_centres(x0.device) - place[:, i, None]).square() for i in (0, 1)]  # (B, 32) each
         distance = along[1].flip(1)[:, :, None] + along[0][:, None, :]  # row 0 is the top, y grows upwards
@@ -186,7 +189,7 @@ class Toy2DBackbone(Backbone):
         return dot[:, None].repeat(1, 3, 1, 1)
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Images (B, 3, 32, 32) -> points (B, 2, 1, 1), the brightness-weighted mean positions."""
+        """Return the points (B, 2, 1, 1) that images (B, 3, 32, 32) show: their mean positions weighted by brightness."""
         light = images.float().mean(dim=1)
         light = light / light.sum(dim=(1, 2), keepdim=True)
         centres = _pixel_centres(images.device)
@@ -194,14 +197,14 @@ class Toy2DBackbone(Backbone):
         return torch.stack([x, y], dim=1)[..., None, None]
 
     def enable_gradient_checkpointing(self, network: nn.Module, function: CheckpointFunction | None = None) -> None:
-        """Recompute each block in the backward pass, by `function` if given, else by torch."""
+        """Make each block recompute its activations in the backward pass: by `function(block, *arguments)`, else by torch."""
         velocity = cast(VelocityMLP, network)
         velocity.gradient_checkpointing = True
         if function is not None:
             velocity.checkpoint = function
 
     def save_pipeline(self, network: nn.Module, folder: Path, nfe: int, model_card: str) -> None:
-        """Write network.safetensors, config.json (arguments of `VelocityMLP`, nfe) and README.md."""
+        """Write network.safetensors, config.json ("hidden", "depth" of `VelocityMLP`, and "nfe") and README.md, the model card."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / "network.safetensors") as weights:
@@ -217,15 +220,15 @@ class Toy2DBackbone(Backbone):
 
 
 class PointsOfPictures(nn.Module):
-    """A feature extractor for metrics: images (B, 3, 32, 32) of a dot -> the points (B, 2) that they show."""
+    """A feature extractor for metrics: the features of an image of a dot are the coordinates of its point."""
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, 32, 32) in [0, 1] -> (B, 2)."""
+        """Return the points (x, y), (B, 2), of images (B, 3, 32, 32) in [0, 1]."""
         return Toy2DBackbone().encode_images(images).flatten(1)
 
 
 def exact_points(prompts: Sequence[str], seed: Seed = 0) -> Tensor:
-    """Draw points (B, 2) from the data distribution of each prompt; they depend on the seed."""
+    """Draw one point of the data for each of B prompts: (B, 2), a function of `seed`; the reference for metrics."""
     return Toy2DBackbone().exact_samples(prompts, seed).flatten(1)
 
 

@@ -20,9 +20,9 @@ HALF = (".fp16.", ".bf16.")  # marks of files with the same weights in half prec
 
 
 class TransformerFiles:
-    """The weights in the folder `transformer` of a pipeline, which is a local folder or a hub id.
+    """The safetensors files in the folder `transformer` of a pipeline, which `pretrained` (folder or hub id) names.
 
-    UserError if they cannot be read.
+    Tensors are read one by one, from disk at each call. UserError if there are no such files or they cannot be read.
     """
 
     def __init__(self, pretrained: str) -> None:
@@ -44,32 +44,32 @@ class TransformerFiles:
 
     @property
     def names(self) -> list[str]:
-        """The sorted names of the tensors."""
+        """The names of all tensors, sorted."""
         return sorted(self._file_of)
 
     def shape(self, name: str) -> list[int]:
-        """Return the shape of a tensor."""
+        """Return the shape of the tensor `name`, without reading its values."""
         with safe_open(self._file_of[name], "pt") as content:
             return content.get_slice(name).get_shape()
 
     def tensor(self, name: str) -> Tensor:
-        """Read a tensor from its file now."""
+        """Read the tensor `name` from its file, onto the CPU, in the file's dtype."""
         with safe_open(self._file_of[name], "pt") as content:
             return content.get_tensor(name)
 
     def rows(self, name: str, first: int, end: int) -> Tensor:
-        """Read rows first..end-1 of a tensor from its file now, and nothing else."""
+        """Read only rows first..end-1 (of dimension 0) of the tensor `name`, onto the CPU, in the file's dtype."""
         with safe_open(self._file_of[name], "pt") as content:
             return content.get_slice(name)[first:end]
 
     @cached_property
     def family(self) -> type[DiffusionPipeline]:
-        """The pipeline's class."""
+        """The class of the pipeline, which its index names; UserError if diffusers has no such pipeline."""
         return _class(self.folder / INDEX, DiffusionPipeline)
 
     @cached_property
     def linear_weights(self) -> frozenset[str]:
-        """The names of the weights of linear layers."""
+        """The names of those tensors that are weights of linear layers; the network is built on the meta device to know them."""
         config = self.folder / "transformer" / "config.json"
         family = _class(config, ModelMixin)
         with loading(config), torch.device("meta"):
@@ -78,11 +78,13 @@ class TransformerFiles:
 
 
 def require_same_shapes(base: TransformerFiles, tuned: TransformerFiles) -> None:
-    """UserError unless both hold tensors of the same names and shapes."""
+    """Raise UserError unless both transformers have tensors of the same names and shapes."""
     differing = set(base.names) ^ set(tuned.names)
     differing |= {name for name in set(base.names) & set(tuned.names) if base.shape(name) != tuned.shape(name)}
     if differing:
-        raise UserError(f"{tuned.pretrained} is not a tuned {base.pretrained}: they differ in {sorted(differing)[0]}")
+        raise UserError(
+            f"{tuned.pretrained} is not a tuned {base.pretrained}: they differ in {sorted(differing)[0]}; pass the base that it was tuned from"
+        )
 
 
 def _locate(pretrained: str) -> Path:
@@ -94,7 +96,9 @@ def _locate(pretrained: str) -> Path:
     try:
         return Path(snapshot_download(pretrained, allow_patterns=[INDEX, "transformer/*"]))
     except (OSError, ValueError) as error:
-        raise UserError(f"{pretrained} is not a local folder and cannot be downloaded ({first_line(error)})") from error
+        raise UserError(
+            f"{pretrained} is not a local folder and cannot be downloaded ({first_line(error)}); pass a folder"
+        ) from error
 
 
 def _class(file: Path, kind: type) -> type:
@@ -102,5 +106,5 @@ def _class(file: Path, kind: type) -> type:
     name = read_settings(file).get("_class_name")
     found = getattr(diffusers, str(name), None)
     if not (isinstance(found, type) and issubclass(found, kind)):
-        raise UserError(f"{file} names {name}, which is not a {kind.__name__} of diffusers")
+        raise UserError(f"{file} names {name}, which is not a {kind.__name__} of diffusers; copy the folder again")
     return found

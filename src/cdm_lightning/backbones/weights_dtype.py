@@ -8,7 +8,7 @@ from torch import nn
 
 
 def weights_dtype(network: nn.Module) -> torch.dtype:
-    """Return the dtype of the network's weights.
+    """Return the floating-point dtype of the weights of a diffusers model, or of the base that a LoRA view calls.
 
     This is faster than `ModelMixin.dtype`, which visits every module in each call: that takes a millisecond for the
     bundled pipeline and several for a large one.

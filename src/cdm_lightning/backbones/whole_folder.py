@@ -1,6 +1,6 @@
-"""The check of a pipeline's folder by what its own files name: the parts of its index, their settings, their weights.
+"""Checks that a pipeline folder is complete and unbroken, by what its own files name: parts, settings and weights.
 
-The libraries would fill gaps in silence: transformers makes an empty tokenizer where the vocabulary is missing.
+The libraries would fill gaps in silence: transformers, for example, makes an empty tokenizer if the vocabulary is missing.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,7 +32,7 @@ WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 
 
 def kind_of(class_name: str) -> str:
-    """Return the kind of a part by the name of its class: "scheduler", "tokenizer", "processor" or "model"."""
+    """Return what a pipeline's part is, by the name of its class: "scheduler", "tokenizer", "processor" or "model"."""
     if "Scheduler" in class_name or class_name.endswith("Solver"):
         return "scheduler"
     if "Tokenizer" in class_name:
@@ -41,17 +41,17 @@ def kind_of(class_name: str) -> str:
 
 
 def parts_of(index: Mapping[str, Any]) -> dict[str, str]:
-    """Return the class of each part that an index names.
+    """Return {part: name of its class} for the parts that a pipeline's index (the contents of model_index.json) names.
 
-    Entries that are settings of the pipeline, such as "is_distilled": true, are no parts, and neither are parts that are
-    left out ([null, null]).
+    Entries that are settings of the pipeline, such as "is_distilled": true, and parts that are left out ([null, null]) do not
+    count.
     """
     entries = {part: entry for part, entry in index.items() if isinstance(entry, list) and not part.startswith("_")}
     return {part: entry[1] for part, entry in entries.items() if entry[1] is not None}
 
 
 def require_settings(folder: Path, parts: Mapping[str, str]) -> None:
-    """UserError unless the folder of each part, by its class, holds the settings of its kind, and all are JSON objects."""
+    """Raise UserError unless each part ({part: class name}) has its folder with a configuration file, and valid JSON files."""
     for part, class_name in parts.items():
         place, needed = folder / part, SETTINGS[kind_of(class_name)]
         if not place.is_dir():
@@ -63,7 +63,7 @@ def require_settings(folder: Path, parts: Mapping[str, str]) -> None:
 
 
 def require_contents(folder: Path, parts: Mapping[str, str]) -> None:
-    """UserError unless each tokenizer has its vocabulary, and each model all the weights that its files name."""
+    """Raise UserError unless each tokenizer among `parts` ({part: class name}) has a vocabulary, and each model its weights."""
     for part, class_name in parts.items():
         kind = kind_of(class_name)
         if kind == "model":
@@ -73,7 +73,7 @@ def require_contents(folder: Path, parts: Mapping[str, str]) -> None:
 
 
 def require_vocabulary(folder: Path) -> None:
-    """UserError unless the folder of a tokenizer holds a vocabulary."""
+    """Raise UserError unless the folder of a tokenizer holds a vocabulary, and `model_max_length`, if given, is a number."""
     if not any(all(is_filled(folder / file) for file in files) for files in VOCABULARIES):
         known = ", ".join(" and ".join(files) for files in VOCABULARIES)
         raise UserError(f"{folder} holds no vocabulary ({known}), so the tokenizer would be empty; {AGAIN}")
@@ -88,7 +88,7 @@ def is_filled(file: Path) -> bool:
 
 
 def require_weights(folder: Path) -> None:
-    """UserError unless the folder of a model holds safetensors files that can be opened, all that its index names."""
+    """Raise UserError unless a model's folder holds weights as safetensors files, all that its shard index names, unbroken."""
     indexes = [folder / f"{name}.index.json" for name in WEIGHTS if (folder / f"{name}.index.json").is_file()]
     files = [folder / shard for index in indexes for shard in shards_of(index)]
     files += [folder / name for name in WEIGHTS if (folder / name).exists()]
@@ -100,7 +100,7 @@ def require_weights(folder: Path) -> None:
 
 
 def shards_of(index: Path) -> list[str]:
-    """Return the names of the files that an index of weights names; UserError for an index that names none."""
+    """Return the file names in a shard index (*.safetensors.index.json), sorted; UserError for an index that names none."""
     where = read_settings(index).get("weight_map")
     names = where.values() if isinstance(where, dict) else ()
     if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
@@ -109,7 +109,7 @@ def shards_of(index: Path) -> list[str]:
 
 
 def require_tensors(file: Path) -> None:
-    """UserError unless a safetensors file exists and has the size that its own head says."""
+    """Raise UserError unless a safetensors file exists and has the size that its header says."""
     if not file.is_file():
         raise UserError(f"{file} is missing, though the index beside it names it; {AGAIN}")
     try:
@@ -120,7 +120,10 @@ def require_tensors(file: Path) -> None:
 
 
 def require_known_tokens(tokenizer: Any, encoder: Any, folder: Path) -> None:
-    """UserError unless a tokenizer has words, and its encoder an embedding for each of their numbers and places."""
+    """Raise UserError unless a tokenizer knows words and its text encoder has an embedding for every token id.
+
+    `folder` is the tokenizer's folder, for the message.
+    """
     vocabulary = tokenizer.get_vocab()
     if len(vocabulary.keys() - set(tokenizer.all_special_tokens)) < 2:
         raise UserError(f"{folder}: the tokenizer knows no words; {AGAIN}")
@@ -132,7 +135,7 @@ def require_known_tokens(tokenizer: Any, encoder: Any, folder: Path) -> None:
 
 
 def require_numbers(config: Mapping[str, Any], names: Iterable[str], file: Path) -> None:
-    """UserError unless the named settings that `config` has are finite numbers."""
+    """Raise UserError, which names `file`, unless those of the settings `names` that `config` has are finite numbers."""
     for name in names:
         value = config.get(name)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -141,13 +144,13 @@ def require_numbers(config: Mapping[str, Any], names: Iterable[str], file: Path)
 
 
 def require_sizes(sizes: Mapping[str, Any], file: Path) -> None:
-    """UserError unless all these sizes, which follow from a file of settings, are whole numbers of at least 1."""
+    """Raise UserError, which names `file`, unless all `sizes` ({name: value}, taken from it) are whole numbers of at least 1."""
     wrong = [name for name, size in sizes.items() if not isinstance(size, int) or isinstance(size, bool) or size < 1]
     if wrong:
         raise UserError(f"{file}: {wrong[0]} would be {sizes[wrong[0]]!r}, not a whole number of at least 1; {AGAIN}")
 
 
 def pairs_of(parts: Sequence[str]) -> list[tuple[str, str]]:
-    """Return (tokenizer, text encoder) for the tokenizers among the parts whose encoder is there, as pipelines name them."""
+    """Return the pairs ("tokenizer_N", "text_encoder_N") of which both are among the names `parts`."""
     pairs = [(part, part.replace("tokenizer", "text_encoder")) for part in parts if part.startswith("tokenizer")]
     return [(tokenizer, encoder) for tokenizer, encoder in pairs if encoder in parts]

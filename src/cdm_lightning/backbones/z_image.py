@@ -21,7 +21,7 @@ from cdm_lightning.backbones.weights_dtype import weights_dtype
 
 
 class ZImageBackbone(PipelineBackbone):
-    """A `ZImagePipeline`; the arguments are those of `PipelineBackbone`.
+    """The backbone of a `ZImagePipeline`; the arguments are those of `PipelineSettings`.
 
     Texts are stored padded to `max_sequence_length` tokens; the network sees each text without this padding. Its blocks
     are, in this order: those of the image alone, those of the text alone and those of both. The features after the last
@@ -44,26 +44,26 @@ class ZImageBackbone(PipelineBackbone):
 
     @property
     def native_side(self) -> int:
-        """The number of pixels along one side if no size is given."""
+        """The side of an image, in pixels, if no size is given."""
         return 1024
 
     @property
     def largest_side(self) -> int:
-        """The largest number of pixels along one side, which is limited by the network's table of positions."""
+        """The largest side of an image, in pixels, that the network's table of positions allows."""
         return min(self.network_config["axes_lens"][1:]) * self.patch * self.vae_factor
 
     @property
     def feature_width(self) -> int:
-        """D of the hidden states (B, N, D) after a block."""
+        """D, the width of the hidden states (B, N, D) after a block."""
         return self.network_config["dim"]
 
     @property
     def time_embedding_width(self) -> int:
-        """D of the output (B, D) of `time_embedding`."""
+        """D, the width of the output (B, D) of the submodule `time_embedding`."""
         return min(self.feature_width, ADALN_EMBED_DIM)
 
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """x (B, C, h, w), sigma (B,) -> velocity (B, C, h, w) in float32."""
+        """Return the velocity (B, C, h, w) in float32 for x (B, C, h, w) and sigma (B,)."""
         texts = cond["prompt_embeds"].to(weights_dtype(network))
         lengths = cond["length"].tolist()  # `length` is on the CPU, so the host does not wait for the device here
         output = network(
