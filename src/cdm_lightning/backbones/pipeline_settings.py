@@ -165,7 +165,8 @@ class PipelineSettings(Backbone):
 
         The pipeline's configuration files are read now; UserError if they cannot be used. With `architecture` no file is
         read: it is {"transformer": arguments of its constructor that differ from the defaults, "vae": arguments of its
-        constructor, with all that the backbone reads}, and sigmas are not shifted. A `teacher_lora` is left out, since it changes no shape.
+        constructor, with all that the backbone reads}, and sigmas are not shifted. A `teacher_lora` is left out, since it
+        changes no shape.
         """
         self.has_weights = False
         if architecture is not None:

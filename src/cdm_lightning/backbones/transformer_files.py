@@ -83,7 +83,8 @@ def require_same_shapes(base: TransformerFiles, tuned: TransformerFiles) -> None
     differing |= {name for name in set(base.names) & set(tuned.names) if base.shape(name) != tuned.shape(name)}
     if differing:
         raise UserError(
-            f"{tuned.pretrained} is not a tuned {base.pretrained}: they differ in {sorted(differing)[0]}; pass the base that it was tuned from"
+            f"{tuned.pretrained} is not a tuned {base.pretrained}: they differ in {sorted(differing)[0]}; "
+            "pass the base that it was tuned from"
         )
 
 
