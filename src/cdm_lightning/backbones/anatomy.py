@@ -23,12 +23,16 @@ class Anatomy:
     @property
     def feature_width(self) -> int:
         """D, the width of the hidden states (B, N, D) after a block; UserError for a family that does not define it."""
-        raise UserError(f"{type(self).__name__} does not define the width of its hidden features")
+        raise UserError(
+            f"{type(self).__name__} does not define the width of its hidden features; choose another objective"
+        )
 
     @property
     def time_embedding_width(self) -> int:
         """D, the width of the output (B, D) of the submodule `time_embedding`; UserError for a family that does not define it."""
-        raise UserError(f"{type(self).__name__} does not define the width of its time embedding")
+        raise UserError(
+            f"{type(self).__name__} does not define the width of its time embedding; choose another objective"
+        )
 
     def features_after(self, block_output: Any) -> Tensor:
         """Return the hidden states (B, N, D) of the image tokens, given what a block returned.
@@ -47,11 +51,15 @@ class Anatomy:
         UserError if the family does not name one (`time_embedding`) or this network lacks it.
         """
         if self.time_embedding is None:
-            raise UserError(f"{type(self).__name__} does not define where its networks embed the time")
+            raise UserError(
+                f"{type(self).__name__} does not define where its networks embed the time; choose another objective"
+            )
         try:
             return unwrapped(network).get_submodule(self.time_embedding)
         except AttributeError as error:
-            raise UserError(f"{type(network).__name__} has no time embedding {self.time_embedding}") from error
+            raise UserError(
+                f"{type(network).__name__} has no time embedding {self.time_embedding}; choose another objective"
+            ) from error
 
 
 def unwrapped(network: nn.Module) -> nn.Module:
