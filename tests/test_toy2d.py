@@ -340,7 +340,7 @@ class Silent(Toy2DBackbone):
         (lambda family: family.blank_conditioning(1), "Silent cannot be planned: it does not define the shapes of its"),
         (lambda family: family.feature_width, "Silent does not define the width of its hidden features"),
         (lambda family: family.time_embedding_width, "Silent does not define the width of its time embedding"),
-        (lambda family: family.time_module(nn.Module()), "Silent does not define where its networks embed the time"),
+        (lambda family: family.time_module(nn.Module()), "which Silent does not name"),
     ],
 )
 def test_a_family_that_says_nothing_is_told_so(ask, message):

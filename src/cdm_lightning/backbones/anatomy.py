@@ -52,7 +52,8 @@ class Anatomy:
         """
         if self.time_embedding is None:
             raise UserError(
-                f"{type(self).__name__} does not define where its networks embed the time; choose another objective"
+                f"the objective adds an input to the time embedding of the networks, which {type(self).__name__} does not name; "
+                "choose another objective"
             )
         try:
             return unwrapped(network).get_submodule(self.time_embedding)

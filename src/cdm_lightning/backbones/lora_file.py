@@ -121,7 +121,7 @@ def read_lora_file(family: type[DiffusionPipeline], file: Path) -> OwnWeights:
 
 
 def flaw_of_factors(factors: Mapping[str, Tensor]) -> str | None:
-    """Return, for a message, why the tensors {kind: tensor} of one layer are not the factors of a LoRA; None if they are."""
+    """Return what is wrong with the tensors of one layer as the factors of a LoRA, in words for a message; None if nothing is."""
     a, b = factors.get("lora_A.weight"), factors.get("lora_B.weight")
     if a is None or b is None:
         return f"has {', '.join(factors)} without lora_{'A' if a is None else 'B'}.weight"

@@ -102,7 +102,7 @@ class GuardedLogger(library.Logger):
 
 
 class CSVLogger(library.CSVLogger):
-    """Lightning's CSV logger, with a file that is whole whenever a full disk or a crash ends a write."""
+    """Lightning's CSV logger, whose file is never cut off, even if a full disk or a crash interrupts a write."""
 
     @property
     @rank_zero_experiment

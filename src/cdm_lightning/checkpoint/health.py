@@ -16,9 +16,10 @@ WEIGHTS = "networks."  # how the names of weights begin in a checkpoint
 
 
 def not_finite(tensors: Mapping[str, Tensor], networks: nn.Module) -> str | None:
-    """Return the name of the first weight with a value that is not finite on any process; None if all are finite.
+    """Return the name of the first weight that has a NaN or infinite value on at least one process; None if all are finite.
 
-    `tensors` are those of a checkpoint by name, whole or this process's shards. Buffers are not weights. All processes must
+    `tensors` are those of a checkpoint by name, whole or this process's shards. Buffers of `networks` are not
+    checked. All processes must
     call it together, and each gets the same name.
     """
     buffers = {f"{WEIGHTS}{name}" for name, _ in networks.named_buffers()}

@@ -84,10 +84,10 @@ class _TreeLoader(yaml.SafeLoader):
 
 
 def load_tree(text: str) -> Any:
-    """Return the content of a YAML text that somebody else may have written: nested dicts, lists and plain values.
+    """Return the content of an untrusted YAML text: nested dicts, lists and plain values.
 
     Raises ValueError if it is not YAML, holds other objects or merged mappings (`<<`), is nested too deeply, or has more than
-    `MOST_VALUES` values, where one that aliases repeat counts at each place.
+    `MOST_VALUES` values; a value that aliases (`*name`) repeat counts once for each place.
     """
     try:
         tree = yaml.load(text, _TreeLoader)

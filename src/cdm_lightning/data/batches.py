@@ -103,7 +103,8 @@ class EndlessBatches(Sampler):
     over ranks.
 
     `groups(n)` is the range of iterations whose rollouts are computed in one batch with those of iteration n (default: n
-    alone). The first batch of such a group that is read also contains the draws of its other batches, after its own.
+    alone). The first batch that is read of such a group is longer: after its own draws it holds those of the group's other
+    batches, which are yielded again in their turn.
     """
 
     def __init__(

@@ -64,8 +64,8 @@ class MeshStrategy(ModelParallelStrategy):
 def check_on_cpu(on_cpu: Sequence[str], networks: Sequence[str], whole: Sequence[str]) -> None:
     """Raise `UserError` if `on_cpu` names a network that is not in `whole`.
 
-    `networks` are the names of all networks of the run, `whole` those that may be in host memory: not adapters, their base and
-    heads.
+    `networks` are the names of all networks of the run, for the message. `whole` are those that may rest in host memory: every
+    network with weights of its own, so no adapter, no base that adapters share, and no head that the objective builds.
     """
     refused = [name for name in on_cpu if name not in whole]
     if refused:

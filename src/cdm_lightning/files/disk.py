@@ -40,8 +40,8 @@ def disk_error(error: BaseException) -> OSError | None:
 def append_text(path: str | Path, text: str) -> None:
     """Append lines to a text file (UTF-8) completely or not at all, and wait until they are on the disk.
 
-    If the file does not end with a line break, because a crash cut its last line off, one is added first. Raises OSError if
-    the lines cannot be written, and the file then has its earlier content; also for a link and for anything but a regular file.
+    If the file does not end with a line break, because a crash cut its last line off, one is added first. Raises OSError
+    if `path` is a link or not a regular file, or if the lines cannot be written; the file then keeps its earlier content.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     with os.fdopen(descriptor, "a+b", buffering=0) as file:

@@ -147,7 +147,11 @@ class CDMObjective(Objective):
         return sample.fields["fake_score"]
 
     def guidance(self, term: str) -> float:
-        """Return the factor of T(c) - T(0) in the direction of the term: `guidance_scale` for "ca", 0 for "dm" and "cdm"."""
+        """Return the factor by which a loss term adds the teacher's guidance: its x0 with the prompt minus that without.
+
+        It is `guidance_scale` for "ca" (guidance augmentation), and 0 for "dm" and "cdm" (distribution matching on and off the
+        trajectory).
+        """
         return self.guidance_scale if term == "ca" else 0.0
 
     def _fit(self, sample: RolledOutSample, x0: Tensor, seen: Tensor, purpose: str) -> Tensor:
