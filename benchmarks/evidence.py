@@ -23,12 +23,12 @@ def add_publish(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def folder_of(publish: bool, topic: str = "benchmarks") -> Path:
-    """The folder that a command writes into."""
-    return PUBLISHED if publish else OUTPUTS.with_name(topic)
+def folder_of(publish: bool, topic: str | None = None) -> Path:
+    """The folder that a command writes into; `topic` names another one beside `OUTPUTS`."""
+    return PUBLISHED if publish else OUTPUTS.with_name(topic) if topic else OUTPUTS
 
 
-def write(name: str, json_text: str, markdown_text: str, publish: bool, topic: str = "benchmarks") -> Path:
+def write(name: str, json_text: str, markdown_text: str, publish: bool, topic: str | None = None) -> Path:
     """Write `name`.json and `name`.md, each whole or not at all, and print the latter; the path of the latter."""
     folder = folder_of(publish, topic)
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hydra.utils import get_class, get_object
 from omegaconf import DictConfig, OmegaConf
+from PIL import Image
 from tiny_pipelines import FAMILIES
 
 from cdm_lightning import config as config_module
@@ -47,23 +48,40 @@ def composed(tmp_path: Path, *overrides: str) -> DictConfig:
 
 
 @pytest.fixture
-def local_overrides(tiny_folder, prompt_file) -> Callable[[str], list[str]]:
+def local_overrides(tiny_folder, prompt_file, tmp_path_factory) -> Callable[[str, str], list[str]]:
     """What replaces downloads and bundled files, by the class of the backbone."""
     folders = {family.backbone.__name__: name for name, family in FAMILIES.items()}
     data = [f"data.train.path={prompt_file}", f"data.val.path={prompt_file}"]
-    return lambda kind: [f"backbone.pretrained={tiny_folder(folders[kind])}", *data] if kind in folders else []
+    captions = [f"data.train.folder={captioned(tmp_path_factory.mktemp('captions'))}", "data.train.image_size=[32,32]"]
+
+    def of(kind: str, experiment: str) -> list[str]:
+        if kind not in folders:
+            return []
+        local = [f"backbone.pretrained={tiny_folder(folders[kind])}"]
+        return [*local, *(captions if experiment == "sd3_dmd2" else data)]
+
+    return of
+
+
+def captioned(folder: Path) -> Path:
+    """A folder with one image and its caption."""
+    Image.new("RGB", (32, 32)).save(folder / "a.png")
+    (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "nothing"}\n')
+    return folder
 
 
 @pytest.mark.parametrize("experiment", DISTILLATIONS)
 def test_every_experiment_composes_and_builds(tmp_path, local_overrides, experiment):
     family = composed(tmp_path, f"experiment={experiment}").backbone._target_.rpartition(".")[2]
-    config = composed(tmp_path, f"experiment={experiment}", *local_overrides(family))
+    config = composed(tmp_path, f"experiment={experiment}", *local_overrides(family, experiment))
     module = build(config, "module")
     assert isinstance(module, CDMModule)
     assert type(module.backbone).__name__ == family
     assert module.backbone.fingerprint
     assert len(build(config, "data").train) > 0
-    assert build(config, "strategy") == "auto"
+    sharded = config.strategy._target_.endswith(".fully_sharded")
+    assert build(config, "strategy") == "auto" or sharded
+    assert sharded == (experiment == "sd3_cdm_80gb")
     trainer = build(config, "trainer")(logger=False, accelerator="cpu", enable_checkpointing=False)
     assert trainer.max_steps == config.trainer.max_steps
     assert module.updates.recipes["student"].learning_rate.total == config.trainer.max_steps

@@ -335,9 +335,9 @@ def test_a_fused_network_computes_what_the_view_computes(backbone, adapter):
     [
         (["lora=lora_student"], "set objective.fake_score_merge=0"),
         (["lora=lora", "lora.student.rank=8"], "set objective.fake_score_merge=0"),
-        (["lora=lora", "lora.student.rank=0"], "lora.ROLE.rank=0 must be at least 1"),
+        (["lora=lora", "lora.student.rank=0"], "lora.student.rank=0 must be a whole number of at least 1"),
         (["lora=lora", "lora.student.targets=everything"], "it has: attention, attention_feed_forward"),
-        (["lora=lora", "lora.student.targets=[]"], "targets is empty"),
+        (["lora=lora", "lora.student.targets=[]"], "a list with at least 1 entry"),
         (["experiment=toy2d_cdm", "lora=lora"], "it has: blocks"),
     ],
 )

@@ -213,7 +213,7 @@ def test_mistakes_are_one_line(tiny_pipeline_folder, tuned, tmp_path, capsys):
         ((base, str(other), 4, output), "they differ in proj_out.bias"),
         ((base, str(tmp_path / "nowhere"), 4, output), "does not exist"),
         ((base, str(tmp_path), 4, output), "transformer holds no diffusion_pytorch_model.safetensors"),
-        ((base, str(tuned), 0, output), "--rank must be at least 1"),
+        ((base, str(tuned), 0, output), "--rank: '0' must be a whole number of at least 1"),
         ((base, str(tuned), 4, str(tmp_path)), "pass the name of a .safetensors file"),
     ]:
         options = zip(("--base", "--tuned", "--rank", "--output"), map(str, arguments))

@@ -485,7 +485,9 @@ ALLOWED = {  # what else opens files by itself: files that this package has just
     "config/secrets.py": {"safe_load"},  # what Hydra has just written
     "backbones/lora_file.py": {"load_file"},  # after `locate_lora`
     "backbones/transformer_files.py": {"safe_open"},  # after `require_regular` of each file
-    "callbacks": set(),
+    "backbones/whole_folder.py": {"safe_open"},  # after `require_contents`
+    "callbacks/loggers.py": {"read_text"},  # the run's own rows
+    "ends/streams.py": {"open"},  # /dev/null
     "checkpoint/folder.py": {"open"},  # writes
     "checkpoint/tensors.py": {"open"},  # writes
     "checkpoint/stored.py": {"safe_open"},  # `require_regular`

@@ -59,6 +59,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "use_distributed_sampler": Literal[False],
     },
     "lightning.pytorch.loggers.CSVLogger": LOGGER | {"flush_logs_every_n_steps": Count},
+    "cdm_lightning.callbacks.loggers.CSVLogger": LOGGER | {"flush_logs_every_n_steps": Count},
     "lightning.pytorch.loggers.TensorBoardLogger": LOGGER,
     "lightning.pytorch.loggers.WandbLogger": LOGGER
     | {"name": Name | None, "version": Name | None, "project": Name | None},
