@@ -1,7 +1,4 @@
-"""What a backbone knows before any weights are loaded: the user's options, and the configuration files of the pipeline.
-
-Shapes: B batch, (C, h, w) latent.
-"""
+"""What a backbone knows before any weights are loaded: the user's options, and the configuration files of the pipeline."""
 
 import copy
 import hashlib
