@@ -143,4 +143,4 @@ def test_what_all_processes_find_wrong_is_one_line(toy_overrides, tmp_path):
     wrong = command([*TRAIN, *toy_overrides, *TWO, "objective.student_every=0"], tmp_path)
     assert wrong.returncode == 2
     assert len(wrong.stderr.splitlines()) == 1
-    assert wrong.stderr.startswith("error: module.objective: student_every")
+    assert wrong.stderr.startswith("error: objective.student_every=0")

@@ -44,7 +44,7 @@ def test_an_exported_folder_gives_the_images_of_the_plain_call(exported):
     theirs = pipeline(
         PROMPTS, num_inference_steps=2, guidance_scale=0, latents=noise, output_type="pt", **options
     ).images
-    assert torch.equal(made.images, theirs)
+    torch.testing.assert_close(made.images, theirs, rtol=0, atol=1e-4)  # its scheduler computes in float64
 
 
 def test_images_depend_on_seed_and_prompt_number_only(tiny_pipeline_folder):
