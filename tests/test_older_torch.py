@@ -54,7 +54,7 @@ def test_processes_are_started_by_a_torch_that_has_no_time_limit_for_their_end(m
     monkeypatch.setattr(launcher, "LaunchConfig", older)
     monkeypatch.setattr(launcher, "elastic_launch", lambda settings, program: lambda *arguments: None)
     assert launch.run_processes(tmp_path, 3) == 0
-    assert given == [{"processes": 3, "signals": "SIGQUIT"}]
+    assert given == [{"processes": 3, "signals": "none"}]
 
 
 def test_a_checkout_that_is_not_installed_knows_its_version(tmp_path):
