@@ -1,17 +1,18 @@
 """What several tests need: a tiny pipeline folder, prompts, and short toy runs through the real entry point."""
 
 import itertools
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
-from cdm_lightning.backbones.toy2d import MODES
+from cdm_lightning.backbones.toy2d import MODES, Toy2DBackbone
 from cdm_lightning.config import compose
 from cdm_lightning.terminal.quiet import quiet_libraries
-from cdm_lightning.train import TrainResult, train
+from cdm_lightning.train import TrainResult, main, train
 
 torch.set_num_threads(1)
 
@@ -77,5 +78,26 @@ def toy_run(toy_overrides: list[str], tmp_path: Path) -> Callable[..., TrainResu
     def run(*overrides: str, folder: str = "run") -> TrainResult:
         quiet_libraries()
         return train(compose([f"output_dir={tmp_path / folder}", *toy_overrides, *overrides]))
+
+    return run
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys, toy_overrides) -> Callable[..., str]:
+    """`refused("a=b")` is the one line that a toy run ends with; no network is built before it."""
+
+    def run(*overrides: str, base: Sequence[str] = toy_overrides) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+        monkeypatch.setattr(sys, "argv", ["train", *base, "run_name=mine", *overrides])
+        monkeypatch.setattr(Toy2DBackbone, "build_network", lambda self: pytest.fail("long work was begun"))
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert printed.err.startswith("error: ")
+        assert printed.err.count("\n") == 1, printed.err
+        return printed.err.strip()
 
     return run

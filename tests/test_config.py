@@ -214,7 +214,7 @@ def test_keys_and_values_that_constructors_refuse_are_one_line(tmp_path, overrid
 
 
 def test_a_bug_in_a_constructor_keeps_its_trace():
-    """Only what a user can mend becomes one line."""
+    """Only what a user can fix becomes one line."""
     from hydra.errors import InstantiationException
 
     config = OmegaConf.create({"node": {"_target_": "pathlib.Path", "_args_": [3]}})

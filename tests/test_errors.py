@@ -1,40 +1,12 @@
 """Bad input through the command line: one line that says what is wrong, exit status 2, before any long work."""
 
-import sys
-from collections.abc import Callable, Sequence
-
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from cdm_lightning.backbones.toy2d import Toy2DBackbone
 from cdm_lightning.checkpoint.stored import read_checkpoint
 from cdm_lightning.distributed.strategy import device_count, single_process
 from cdm_lightning.errors import UserError
-from cdm_lightning.train import main
-
-Refused = Callable[..., str]
-
-
-@pytest.fixture
-def refused(tmp_path, monkeypatch, capsys, toy_overrides) -> Refused:
-    """`refused("a=b")` is the one line that a toy run ends with; no network is built before it."""
-
-    def run(*overrides: str, base: Sequence[str] = toy_overrides) -> str:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-        monkeypatch.setattr(sys, "argv", ["train", *base, "run_name=mine", *overrides])
-        monkeypatch.setattr(Toy2DBackbone, "build_network", lambda self: pytest.fail("long work was begun"))
-        with pytest.raises(SystemExit) as stop:
-            main()
-        assert stop.value.code == 2
-        printed = capsys.readouterr()
-        assert printed.out == ""
-        assert printed.err.startswith("error: ")
-        assert printed.err.count("\n") == 1
-        return printed.err.strip()
-
-    return run
 
 
 def test_unknown_keys(refused):

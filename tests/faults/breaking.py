@@ -153,6 +153,12 @@ def places(node: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 def changed(path: Path, at: tuple[Any, ...], value: Any) -> None:
     """Put another value into a JSON file (`...`: delete it)."""
     document = json.loads(path.read_text())
+    put(document, at, value)
+    path.write_text(json.dumps(document))
+
+
+def put(document: Any, at: tuple[Any, ...], value: Any) -> None:
+    """Put another value into nested dicts and lists, at the place that these keys lead to (`...`: delete it)."""
     node = document
     for step in at[:-1]:
         node = node[step]
@@ -160,7 +166,6 @@ def changed(path: Path, at: tuple[Any, ...], value: Any) -> None:
         del node[at[-1]]
     else:
         node[at[-1]] = value
-    path.write_text(json.dumps(document))
 
 
 def private_device(path: Path) -> bool:

@@ -337,13 +337,7 @@ def _somewhere(file: str, seed: int, value: Any) -> breaking.Break:
         at = rng.choice(breaking.places(document) or [()])
         if not at:
             return
-        node = document
-        for step in at[:-1]:
-            node = node[step]
-        if value is ...:
-            del node[at[-1]]
-        else:
-            node[at[-1]] = value
+        breaking.put(document, at, value)
         path.write_text(json.dumps(document) if file.endswith(".json") else yaml.safe_dump(document))
 
     return rewrite

@@ -33,7 +33,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_stock(tmp_path_factory.mktemp("faults"))
 
 
-@pytest.mark.slow  # until the faults that it finds are mended
+@pytest.mark.slow  # until the faults that it finds are fixed
 @pytest.mark.parametrize("kind", SHORT)
 def test_bad_inputs_are_refused_in_one_line_and_nothing_is_lost(kind: str, stock: Path, tmp_path: Path) -> None:
     cases = [case for case in plan(SHORT[kind], seed=0, kinds=(kind,)) if not case.fresh]

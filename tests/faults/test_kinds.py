@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -14,7 +13,6 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from cdm_lightning import extract_lora, plan, sample
-from cdm_lightning.backbones.toy2d import Toy2DBackbone
 from cdm_lightning.config import compose
 from cdm_lightning.config.arguments import alternatives, annotations_of, check_arguments
 from cdm_lightning.config.libraries import INSTEAD, OPTIONS
@@ -22,10 +20,8 @@ from cdm_lightning.config.whole import OBJECTS, check_config
 from cdm_lightning.errors import UserError
 from cdm_lightning.evaluation.pictures import require_one_picture
 from cdm_lightning.kinds import AnyFinite, Count, FolderToWrite, PathKind, Share, Text
-from cdm_lightning.train import main
 
 CONF = Path(__file__).parents[2] / "conf"
-Refused = Callable[..., str]
 
 
 # ---- every option has a kind
@@ -206,26 +202,6 @@ def test_numbers_are_told_with_their_range():
 
 
 # ---- through the command line
-
-
-@pytest.fixture
-def refused(tmp_path, monkeypatch, capsys, toy_overrides) -> Refused:
-    """`refused("a=b")` is the one line that a toy run ends with; no network is built before it."""
-
-    def run(*overrides: str, base: Sequence[str] = toy_overrides) -> str:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-        monkeypatch.setattr(sys, "argv", ["train", *base, "run_name=mine", *overrides])
-        monkeypatch.setattr(Toy2DBackbone, "build_network", lambda self: pytest.fail("long work was begun"))
-        with pytest.raises(SystemExit) as stop:
-            main()
-        assert stop.value.code == 2
-        printed = capsys.readouterr()
-        assert printed.err.startswith("error: ")
-        assert printed.err.count("\n") == 1, printed.err
-        return printed.err.strip()
-
-    return run
 
 
 def own_file(folder: Path, name: str, text: str) -> str:

@@ -8,7 +8,7 @@ from hydra.errors import OverrideParseException
 
 
 def composition_error(error: BaseException) -> str | None:
-    """Return what is wrong in a configuration file or override, and how to mend it, for an error that composing it raised.
+    """Return what is wrong in a configuration file or override, and how to fix it, for an error that composing it raised.
 
     None for an error whose own text is clear.
     """
