@@ -580,7 +580,7 @@ def test_groups_of_rollouts_never_span_an_update_of_the_student(period, together
 
 @pytest.mark.parametrize("name", ["student", "student_ema", "teacher", "no name", ""])
 def test_names_that_no_role_can_have_are_refused(name):
-    with pytest.raises(ValueError, match="a name of its own"):
+    with pytest.raises(ValueError, match="choose a Python identifier"):
         Role(name)
 
 

@@ -128,5 +128,5 @@ def test_its_weights_learn_and_are_kept_by_a_merge(backbone, networks):
 
 
 def test_a_role_that_is_built_has_none():
-    with pytest.raises(ValueError, match="role head: inputs can be added to a pretrained network only"):
+    with pytest.raises(ValueError, match="role head has both build and inputs"):
         Role("head", build=nn.Identity, inputs={"seen": Embedding})

@@ -1,1 +1,3 @@
-"""The training objectives: which networks are trained, by which losses and in which order. They need torch and `core` only."""
+"""The training objectives: CDM, DMD2 and consistency distillation. An objective says which networks are trained, and by which
+losses.
+"""

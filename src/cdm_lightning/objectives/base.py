@@ -1,9 +1,9 @@
-"""The interface of an objective: which networks it trains, on what, in which order, and with which losses.
+"""The interface of a training objective: which networks it trains, in which order, and with which losses.
 
-`CDMObjective` is an example. Networks, optimizers, checkpoints, LoRA, sharding and the planner use only this interface, so
-a new objective is one class in one file, in this folder or in your own package (docs/new-objective.md). A *role* is a
-network's part in training, and its name: "student", "student_ema", "teacher", or a role that the objective adds, such as CDM's
-"fake_score". Shapes: B samples of shape * = (C, H, W).
+`CDMObjective` is an example. The rest of the package (networks, optimizers, checkpoints, LoRA, sharding, cost planning) uses only
+this interface. A new objective is therefore one class in one file (docs/new-objective.md). A *role* is the name of a network's
+part in training: "student", "student_ema", "teacher", or a name that the objective adds, such as CDM's "fake_score". Shapes: B
+samples of shape * = (C, H, W).
 """
 
 from abc import ABC, abstractmethod
@@ -24,9 +24,9 @@ RolloutKind = Literal["to_anchor", "full", "none"]
 
 @dataclass(frozen=True)
 class TermLosses:
-    """A loss and what is logged about it; all tensors are 0-d.
+    """A loss and the figures that are logged with it; all tensors are 0-d.
 
-    `total` is the loss that is differentiated, `terms` are its weighted terms by name, `logs` further figures by name.
+    `total` is differentiated. `terms` holds the weighted terms of the loss by name, and `logs` holds further figures by name.
     """
 
     total: Tensor
@@ -36,11 +36,11 @@ class TermLosses:
 
 @dataclass(frozen=True)
 class VelocityFields:
-    """The networks as velocity fields for one batch; all except `teacher_uncond` are conditioned on the batch's text.
+    """The networks of a run as velocity fields v(x, sigma), each with the text of one batch of prompts.
 
-    `fields[ROLE]` is the field of "student", of "student_ema" (the EMA of the student, if the run has one), or of a role of the
-    objective that starts from the pretrained weights. `heads` holds the networks that the objective builds itself
-    (`Role.build`), as plain modules by role.
+    `teacher_uncond` is the teacher with the empty prompt instead. `fields[ROLE]` gives the field of "student", of "student_ema"
+    or of a role in `by_role`. `heads` holds the networks that the objective builds itself (`Role.build`); they are plain modules,
+    not fields.
     """
 
     student: VelocityField
@@ -50,48 +50,53 @@ class VelocityFields:
     heads: Mapping[str, nn.Module] = field(default_factory=dict)
 
     def __getitem__(self, role: str) -> VelocityField:
-        """Return the field of "student", "student_ema" or a role that starts from the pretrained weights.
+        """Return the velocity field of a role: "student", "student_ema", or another key of `by_role`.
 
-        Raises KeyError for any other name, including that of a head, and UserError for "student_ema" if the run has no EMA.
+        Raises UserError for "student_ema" if the run has no EMA, and KeyError for an unknown role and for the role of a head.
         """
         if role == "student_ema" and role not in self.by_role:
-            raise UserError("the objective needs the EMA of the student, but ema.decay is null; set ema=default")
+            raise UserError("ema.decay is null, but the objective needs the EMA of the student; set ema=default")
         return self.student if role == "student" else self.by_role[role]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The input of a loss: B prompts of one iteration that are computed at once, with everything that the loss may use.
+    """The input of a loss: B prompts of one iteration, with the networks and the random numbers for them.
 
-    `fields` are the networks with the text of these prompts, `rng` gives their random numbers. `shift` is the model family's
-    shift for single sigmas, `shift_steps` that for all sigmas of a rollout (`Backbone.shift_steps`), and `latent_shape` is
-    (C, H, W); all three are for the image size of this iteration. `iteration` counts from 0.
+    `fields` are the networks with the text of these prompts, and `rng` gives their random numbers. `shift` applies the model
+    family's timestep shift to single sigmas, `shift_steps` to all sigmas of a rollout (`Backbone.shift_steps`). `latent_shape` is
+    (C, H, W). Shifts and shape are those of this iteration's image size. `iteration` counts from 0. `latents` are the clean
+    latents (B, C, H, W) of real images, or None if the objective uses none.
     """
 
     prompts: Sequence[str]
-    fields: VelocityFields  # the networks with the prompts' conditioning
+    fields: VelocityFields
     rng: StepRandom
     shift: Shift
     shift_steps: Shift
     latent_shape: tuple[int, int, int]
     iteration: int
-    latents: Tensor | None = None  # (B, *), clean latents of the prompts' real images; only where `needs_latents`
+    latents: Tensor | None = None  # given if `Objective.needs_latents`
 
     def __len__(self) -> int:
-        """B, the number of samples."""
+        """Return B, the number of prompts."""
         return len(self.prompts)
 
     def again(self, repeat: int) -> Self:
-        """Return the same sample with other random draws, for repetition number `repeat` of an update; 0 is the first."""
+        """Return the same sample with new random numbers, for repetition number `repeat` of an update.
+
+        Repetition 0 is the first one.
+        """
         return replace(self, rng=self.rng.again(repeat))
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolledOutSample(Sample):
-    """A sample with one state of the student's rollout (its own path from noise), for objectives that use rollouts.
+    """A sample with one state of the student's rollout, which is the student's own path from noise.
 
-    `point` is the state at the anchor, a step of the path that is drawn for each sample; it is a `FullTrajectoryPoint` if
-    rollouts are simulated to their end. `steps` is K, the number of steps of the rollout, the same for all samples.
+    `point` is the state at the *anchor*, the step of the path that is drawn at random for each prompt. It is a
+    `FullTrajectoryPoint` if the rollout is simulated to its end. `steps` is the number of steps of the rollout, the same for all
+    prompts.
     """
 
     point: TrajectoryPoint
@@ -102,17 +107,17 @@ class RolledOutSample(Sample):
 class Role:
     """A network that is trained in addition to the student, such as CDM's fake score.
 
-    By default it starts from the pretrained weights and may be a LoRA. With `build`, the function `build(D)` makes the
-    network instead: a head on hidden states of width D (`VelocityField.with_features`). Parameters that `build` freezes stay
+    By default it starts from the pretrained weights and can be trained as a LoRA. With `build` it is a head instead: `build(D)`
+    makes a module that reads hidden states of width D (`VelocityField.with_features`). Parameters that `build` freezes stay
     frozen.
 
-    `inputs` gives a network that starts from the pretrained weights additional inputs, by name, besides x, sigma and text.
-    Each is a function that takes the width D of the network's time embedding and makes a module from values (B,) to (B, D),
-    whose output is added to that embedding. A loss passes the values by `fields[role].given(NAME=values)`. If the last layer
-    of the module is zero, the network starts equal to the pretrained one. The module is trained even if the network itself is
-    a LoRA. The random initialization of heads and inputs depends on the run's seed and on their names only.
+    `inputs` adds conditioning to a network that starts from the pretrained weights. For each name it holds a function that takes
+    the width D of the network's time embedding and makes a module from values (B,) to (B, D). The module's output is added to the
+    time embedding. A loss passes the values by `fields[role].given(NAME=values)`. If the module's last layer is zero, the network
+    starts equal to the pretrained one. The module is trained, even if the rest of the network is a LoRA.
 
-    Raises ValueError for a name that is no identifier or is taken, and for `build` together with `inputs`.
+    Heads and inputs are initialized at random; the draws depend only on the run's seed and the module's name. Raises ValueError
+    if `name` is no Python identifier, if it is student, student_ema or teacher, and if both `build` and `inputs` are given.
     """
 
     name: str
@@ -122,20 +127,21 @@ class Role:
     def __post_init__(self) -> None:
         if self.name in ("student", "student_ema", "teacher") or not self.name.isidentifier():
             raise ValueError(
-                f"a role needs a name of its own: a Python identifier other than student, student_ema and teacher, got {self.name!r}"
+                f"Role.name={self.name!r}: choose a Python identifier other than student, student_ema and teacher"
             )
         if self.build is not None and self.inputs:
             raise ValueError(
-                f"role {self.name}: inputs can be added to a pretrained network only; remove either build or inputs"
+                f"role {self.name} has both build and inputs, but inputs work for a pretrained network only; remove one of them"
             )
 
 
 @dataclass(frozen=True)
 class Merge:
-    """An averaging of two networks after an optimizer step: target <- (1 - weight) target + weight source, by parameter.
+    """A weighted average that pulls one network towards another after an optimizer step.
 
-    The target is the network that has just been updated, and `source` is the role of the other. CDM averages a little of the
-    student into the fake score. `option` is the name of the objective's option that sets the weight, for error messages.
+    Each parameter of the updated network becomes (1 - `weight`) times itself plus `weight` times the same parameter of the
+    network `source`. CDM pulls the fake score a little towards the student. `option` is the objective's option that sets the
+    weight; error messages name it.
     """
 
     source: str
@@ -145,22 +151,23 @@ class Merge:
 
 @dataclass(frozen=True)
 class Update:
-    """An optimizer step of `role` that is made `repeat` times, with fresh random draws; each time the `merge`, if any, follows.
+    """A number of optimizer steps of one network: `repeat` steps, each with new random numbers.
 
-    `losses(sample)` yields the parts of the loss one by one; the loss is their sum. The backward pass of each part runs before
-    the next part is computed, so that only one graph is in memory at a time. Gradients of other roles' parameters are dropped.
+    `losses(sample)` yields the loss in parts whose sum is the loss. Each part is backpropagated before the next is computed, so
+    that memory holds one graph at a time. Gradients that reach other networks are dropped. If `merge` is given, it follows each
+    step.
     """
 
     role: str
-    losses: Callable[[Any], Iterable[TermLosses]]  # of a `RolledOutSample`, or of a `Sample` without rollouts
+    losses: Callable[[Any], Iterable[TermLosses]]  # takes a `RolledOutSample`, or a `Sample` if there are no rollouts
     repeat: int = 1
     merge: Merge | None = None
 
 
 class Objective(ABC):
-    """The base class of objectives: which networks are trained in addition to the student, on what, and in which order.
+    """The base class of objectives. A subclass must write `updates`; everything else has a default.
 
-    Only `updates` must be written. The defaults are those of a method that trains the student only and has no state.
+    The defaults fit a method that trains the student alone, on its own rollouts, and keeps no state.
     """
 
     @property
@@ -170,25 +177,24 @@ class Objective(ABC):
 
     @property
     def rollout(self) -> RolloutKind:
-        """How far the student is rolled out (follows its own path from noise) before the updates of an iteration.
+        """How far the student follows its own path from noise (its rollout) before the updates of an iteration.
 
-        "to_anchor" stops each sample at its anchor, the randomly drawn step of its path that losses use. "full" simulates
-        the path to its end, for losses that use what comes after the anchor. "none" makes no rollout; losses then get a
-        plain `Sample`.
+        "to_anchor" stops at the anchor, the step of the path that is drawn at random for each prompt. "full" goes on to the clean
+        image, for losses that need the rest of the path. "none" makes no rollout, and losses then get a plain `Sample`.
         """
         return "to_anchor"
 
     @property
     def needs_latents(self) -> bool:
-        """Whether samples must have `latents` of real images; if so, the training data must have images."""
+        """Whether the losses use latents of real images. If so, the training data must have images."""
         return False
 
     @property
     def student_period(self) -> int | None:
-        """The number of iterations from one student update to the next: only the last of each period updates the student.
+        """The number of iterations from one student update to the next, or None if it is not known in advance.
 
-        Within a period the student does not change, so the rollouts of several iterations can be computed as one batch. None
-        means that the iterations that update the student are not known in advance.
+        The student is then updated in the last iteration of each period. Until that update it stays the same, so the rollouts of
+        several iterations can be computed as one batch.
         """
         return None
 
@@ -196,27 +202,26 @@ class Objective(ABC):
     def updates(self, iteration: int) -> Sequence[Update]:
         """Return the updates of an iteration (counted from 0) in their order; there must be at least one.
 
-        The call must not change the objective. The result may depend on the objective's state, which must then be the same
-        in all processes.
+        The call must not change the objective. The result may depend on the objective's state if all processes have the same
+        state.
         """
 
     def typical_cycle(self) -> Sequence[Sequence[Update]]:
-        """Return the updates of each iteration of a typical stretch of training, from which `cdm_lightning.plan` computes costs.
+        """Return the updates of each iteration in a typical stretch of training; `cdm_lightning.plan` computes the costs from them.
 
-        By default these are the iterations of one `student_period` late in a run (one iteration if it is None). Override this
-        if `updates` depends on a measured state.
+        By default the stretch is one `student_period` late in a run, or one iteration if the period is None. Override this method
+        if `updates` depends on measured values.
         """
         period = self.student_period or 1
         late = period * 1_000_000  # weights that ramp up have reached their final values
         return [self.updates(late + turn) for turn in range(period)]
 
     def observe(self, role: str, figures: Mapping[str, Tensor], made: bool) -> None:
-        """React to an optimizer step of `role`, for example to change a state on which `updates` depends.
+        """React to an optimizer step of `role`, for example by changing a state that `updates` depends on.
 
-        `figures` are 0-d tensors by name: "loss", the terms and logs of the losses, and "grad_norm". `made` is False if the
-        step was skipped because its loss or gradient was not finite. The figures are means over all processes, so that a state
-        that depends on them is the same in every process. Reading a figure's value makes the host wait for the device. If this
-        method is not overridden, processes do not communicate for the means.
+        `figures` are 0-d tensors by name: "loss", the loss's terms and logs, and "grad_norm". They are means over all processes,
+        so every process sees the same values. To read a value, the host must wait for the device. `made` is False if the step was
+        skipped because a loss or a gradient was not finite. The means are computed only if a subclass overrides this method.
         """
         return
 
@@ -226,9 +231,9 @@ class Objective(ABC):
         return type(self).observe is not Objective.observe
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state that a checkpoint keeps: plain values and tensors; by default none."""
+        """Return the objective's state for a checkpoint, as plain values and tensors. By default there is none."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned; not called if the checkpoint holds no state of this class."""
+        """Restore the state that `state_dict` returned. Not called if the checkpoint holds no state of this class."""
         return

@@ -1,11 +1,11 @@
-"""The CDM objective (arXiv:2605.06376): what the fake score and the student learn from one point of each rollout.
+"""The CDM objective (arXiv:2605.06376): the losses of the fake score and of the student.
 
-The fake score learns the distribution of the student's x0 predictions by flow matching. The student's x0 prediction is noised
-again, and teacher and fake score predict x0 from it: T and F, with the text c or with no text 0. The student's loss moves its
-prediction in the direction of up to three terms:
-  ca   guidance augmentation, in the direction guidance_scale (T(c) - T(0));
-  dm   distribution matching, in the direction T(c) - F(c);
-  cdm  distribution matching off the trajectory, where the student predicts from a point that its rollout did not visit.
+The fake score learns the distribution of the student's x0 predictions by flow matching. For the student's loss, its x0 prediction
+is noised again. From the noised sample the teacher predicts T(c) with the prompt and T(0) without it, and the fake score predicts
+F(c). The loss moves the student's prediction along the sum of up to three directions:
+  ca   guidance augmentation: guidance_scale (T(c) - T(0));
+  dm   distribution matching: T(c) - F(c);
+  cdm  distribution matching off the trajectory: T(c) - F(c) too, at a point that the student's rollout did not visit.
 Shapes: B samples of shape * = (C, H, W).
 """
 
@@ -32,32 +32,38 @@ TermWeight = Weight | LinearRamp
 
 @dataclass(frozen=True)
 class _Look:
-    """The inputs of one term: the student's prediction, and the re-noised sample on which teacher and fake score are called."""
+    """The inputs of one loss term: the student's prediction, and the noised sample that teacher and fake score see."""
 
     x0: Tensor  # (B, *), the student's prediction, with gradient
     seen: Tensor  # (B,), the sigma at which the student made the prediction
-    x: Tensor  # (B, *), the re-noised sample
-    sigma: Tensor  # (B,), the sigma of the re-noised sample
+    x: Tensor  # (B, *), the prediction, noised again
+    sigma: Tensor  # (B,), the sigma of x
 
 
 @dataclass(frozen=True)
 class CDMObjective(Objective):
-    """CDM as published (the defaults), with the options of the paper's ablations; a term of weight 0 costs no network call.
+    """The CDM objective; the defaults are those of the paper, the options those of its ablations.
 
-    The fake score is updated `fake_score_steps` times in each iteration (published: once), on the same x0 predictions with
-    fresh noise and sigma. After each update it becomes (1 - `fake_score_merge`) times itself plus `fake_score_merge` times the
-    student (0: no averaging). The student is updated in the last of every `student_every` iterations.
+    The fake score is updated `fake_score_steps` times in each iteration. Each step uses the same x0 predictions with new noise
+    and sigma. After each step the fake score becomes (1 - `fake_score_merge`) times itself plus `fake_score_merge` times the
+    student. The student is updated once in `student_every` iterations, in the last of them.
 
-    `guidance_scale` is the factor of the CA direction. A direction is divided by the mean distance of T and the student's x0
-    prediction, but at least by `norm_floor`. `ca_levels`, `dm_levels`, `cdm_levels` and `fake_score_levels` draw the sigma to
-    which a clean sample is noised again for each term and for the fake score.
+    `ca_weight`, `dm_weight` and `cdm_weight` are the weights of the three terms; a term of weight 0 costs nothing.
+    `guidance_scale` is the factor of the CA direction. Each direction is divided by the mean distance between the teacher's and
+    the student's x0 predictions, or by `norm_floor` if that is larger. `ca_levels`, `dm_levels`, `cdm_levels` and
+    `fake_score_levels` draw the sigma at which the x0 prediction is noised again: one for each term, and one for the fake score.
 
-    For the CDM term the student is called at a sigma s' that `target_levels` draws, on the input `cdm_input`: "extrapolated"
-    is the anchor point (`core.rollout`) moved along its velocity to s', "renoised" is its x0 prediction with fresh noise, and
-    "trajectory" is the point itself, at its own sigma. `teacher_base` is the clean sample that is noised again for
-    teacher and fake score in the CDM term: "online" is the student's new x0 prediction, "next" is that of the rollout at the
-    anchor, and "final" is the end of the rollout. Raises ValueError for an unknown choice, for a number out of its range, and
-    if every weight is 0 at the start.
+    The CDM term calls the student at a point off its rollout. The rollout's *anchor* is the step that is drawn for each sample, and
+    `target_levels` draws the sigma s' of the new point. `cdm_input` says how the point is made:
+      "extrapolated"  the state at the anchor, moved along its velocity to s';
+      "renoised"      the x0 prediction at the anchor, noised to s';
+      "trajectory"    the state at the anchor itself, at its own sigma.
+    `teacher_base` says which clean sample the CDM term noises for teacher and fake score:
+      "online"  the student's new x0 prediction;
+      "next"    the x0 prediction that the rollout made at the anchor;
+      "final"   the end of the rollout.
+
+    Raises ValueError for an unknown choice, for a number out of its range, and if all three weights are 0 at the start.
     """
 
     ca_weight: TermWeight = 1.0
@@ -81,7 +87,7 @@ class CDMObjective(Objective):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(get_args(kind))}")
         if not self._weights(0):
-            raise ValueError("ca_weight, dm_weight and cdm_weight are all 0 in iteration 0; set at least one above 0")
+            raise ValueError("ca_weight, dm_weight and cdm_weight are all 0 in iteration 0; set one of them above 0")
         if self.norm_floor <= 0:
             raise ValueError(f"norm_floor={self.norm_floor} must be positive")
         if self.student_every < 1 or self.fake_score_steps < 1 or not 0 <= self.fake_score_merge <= 1:
@@ -94,12 +100,12 @@ class CDMObjective(Objective):
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        """The fake score, which starts from the pretrained weights and follows the student's distribution."""
+        """The fake score, which starts from the pretrained weights and learns the distribution of the student's images."""
         return (Role("fake_score"),)
 
     @property
     def rollout(self) -> RolloutKind:
-        """Rollouts run to their end ("full") only if `teacher_base` is "final"; otherwise they stop at the anchor."""
+        """"full" if `teacher_base` is "final", because that needs the end of the rollout; otherwise "to_anchor"."""
         return "full" if self.teacher_base == "final" else "to_anchor"
 
     @property
@@ -108,7 +114,7 @@ class CDMObjective(Objective):
         return self.student_every
 
     def updates(self, iteration: int) -> list[Update]:
-        """Return the update of the fake score and, in the last of every `student_every` iterations, that of the student."""
+        """Return the fake score's update, followed by the student's in the last of every `student_every` iterations."""
         merge = Merge("student", self.fake_score_merge, "fake_score_merge") if self.fake_score_merge else None
         updates = [Update("fake_score", self.fake_score_losses, self.fake_score_steps, merge)]
         if iteration % self.student_every == self.student_every - 1:
@@ -118,13 +124,14 @@ class CDMObjective(Objective):
     # ---- losses
 
     def fake_score_losses(self, sample: RolledOutSample) -> Iterator[TermLosses]:
-        """Yield the flow matching loss of the fake score on the student's x0 prediction at the anchor."""
+        """Yield the flow matching loss of the fake score on the student's x0 prediction at the rollout's anchor."""
         yield TermLosses(self._fit(sample, sample.point.x0, sample.point.sigma, "fake_score"))
 
     def student_losses(self, sample: RolledOutSample) -> Iterator[TermLosses]:
-        """Yield the loss in two parts, each with one student call: the terms at the anchor, and the CDM term off the trajectory.
+        """Yield the student's loss in up to two parts, each of which calls the student once.
 
-        Terms of weight 0 are left out. With `cdm_input="trajectory"`, the CDM term is at the anchor too.
+        The first part holds the terms at the rollout's anchor. The second is the CDM term off the trajectory. With
+        `cdm_input="trajectory"` the CDM term belongs to the first part. Terms of weight 0 are left out.
         """
         weights = self._weights(sample.iteration)
         at_anchor = [term for term in weights if term != "cdm" or self.cdm_input == "trajectory"]
@@ -140,24 +147,23 @@ class CDMObjective(Objective):
             yield self._term_losses(sample, looks, weights, None if at_anchor else x0)
 
     def fake_score(self, sample: RolledOutSample, seen: Tensor) -> VelocityField:
-        """Return the field of the fake score for predictions that the student made at sigma `seen` (B,).
+        """Return the fake score's velocity field, for x0 that the student predicted at sigma `seen` (B,).
 
-        Here it does not depend on `seen`; a subclass may override this (`objectives.level_aware`).
+        Here `seen` has no effect. A subclass can override this method to condition on it (`objectives.level_aware`).
         """
         return sample.fields["fake_score"]
 
     def guidance(self, term: str) -> float:
-        """Return the factor by which a loss term adds the teacher's guidance: its x0 with the prompt minus that without.
+        """Return the guidance scale of a loss term, the factor of the teacher's x0 with the prompt minus its x0 without.
 
-        It is `guidance_scale` for "ca" (guidance augmentation), and 0 for "dm" and "cdm" (distribution matching on and off the
-        trajectory).
+        It is `guidance_scale` for the term "ca", and 0 for "dm" and "cdm".
         """
         return self.guidance_scale if term == "ca" else 0.0
 
     def _fit(self, sample: RolledOutSample, x0: Tensor, seen: Tensor, purpose: str) -> Tensor:
         """Return the flow matching loss (0-d) of the fake score on x0 (B, *), which the student predicted at sigma `seen` (B,).
 
-        `purpose` names the random draws of the sigma and the noise.
+        The names of its random draws begin with `purpose`.
         """
         sigma = self.fake_score_levels.sample(sample.rng, f"{purpose}.sigma", seen, sample.shift)
         noise = sample.rng.normal(f"{purpose}.noise", x0.shape[1:])
@@ -165,13 +171,13 @@ class CDMObjective(Objective):
         return flow_matching_loss(velocity, x0, noise)
 
     def _weights(self, iteration: int) -> dict[str, float]:
-        """Return the terms whose weight is not 0 in this iteration, with their weights."""
+        """Return the weight of each term in this iteration, without the terms of weight 0."""
         weights = {"ca": self.ca_weight, "dm": self.dm_weight, "cdm": self.cdm_weight}
         now = {term: weight_at(weight, iteration) for term, weight in weights.items()}
         return {term: weight for term, weight in now.items() if weight != 0}
 
     def _look(self, term: str, x0: Tensor, seen: Tensor, sample: RolledOutSample) -> _Look:
-        """Return the inputs of a term, given the student's prediction x0 (B, *) at sigma `seen` (B,)."""
+        """Return the inputs of a loss term for the x0 (B, *) that the student predicted at sigma `seen` (B,)."""
         levels = {"ca": self.ca_levels, "dm": self.dm_levels, "cdm": self.cdm_levels}[term]
         base = self._base(x0, sample) if term == "cdm" else x0.detach()
         sigma = levels.sample(sample.rng, f"{term}.sigma", seen, sample.shift)
@@ -181,7 +187,7 @@ class CDMObjective(Objective):
     def _term_losses(
         self, sample: RolledOutSample, looks: dict[str, _Look], weights: dict[str, float], predicted: Tensor | None
     ) -> TermLosses:
-        """Return the weighted sum of the terms in `looks`, with figures of the student's `predicted` x0 (B, *)."""
+        """Return the weighted sum of the terms in `looks`. `predicted` (B, *) is the student's x0, used for the logs only."""
         teacher, fake, uncond = self._judge(sample, looks)
         deltas = {term: teacher[term] - fake[term] for term in fake}
         for term in uncond:
@@ -194,9 +200,9 @@ class CDMObjective(Objective):
         return TermLosses(cast(Tensor, sum(terms.values())), terms, _health(deltas, predicted))
 
     def _base(self, x0: Tensor, sample: RolledOutSample) -> Tensor:
-        """Return the clean sample (B, *) that is noised again for teacher and fake score in the CDM term.
+        """Return the clean sample (B, *) that the CDM term noises for teacher and fake score.
 
-        "next" is what the authors' code calls x0_next: the prediction from which the rollout's step at the anchor is made.
+        The choice "next" is `x0_next` in the authors' code: the x0 prediction that the rollout made at the anchor.
         """
         point = sample.point
         if self.teacher_base == "online":
@@ -204,11 +210,16 @@ class CDMObjective(Objective):
         if self.teacher_base == "next":
             return point.x0
         if not isinstance(point, FullTrajectoryPoint):
-            raise ValueError(f"teacher_base {self.teacher_base!r} needs a sample of a full rollout")
+            raise ValueError(
+                f"teacher_base={self.teacher_base!r} needs samples of rollouts to their end; return 'full' from Objective.rollout"
+            )
         return point.x0_final
 
     def _off_trajectory(self, sample: RolledOutSample, purpose: str = "cdm") -> tuple[Tensor, Tensor]:
-        """Return the student's input off the trajectory (B, *), and its sigma s' (B,); `purpose` names the random draws."""
+        """Return the student's input off its rollout (B, *) and the sigma of that input (B,).
+
+        The names of the random draws begin with `purpose`.
+        """
         point, rng = sample.point, sample.rng
         sigma = self.target_levels.sample(rng, f"{purpose}.target", point.sigma, sample.shift)
         if self.cdm_input == "extrapolated":
@@ -219,9 +230,9 @@ class CDMObjective(Objective):
     def _judge(
         self, sample: RolledOutSample, looks: dict[str, _Look]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        """Return x0 predictions by term: of the teacher, of the fake score (all terms but CA), of the teacher without text.
+        """Return the x0 predictions by term of the teacher, of the fake score, and of the teacher without text.
 
-        The last is computed for CA and for other terms with guidance.
+        The fake score has no prediction for the term "ca". The teacher without text has one for each term with guidance.
         """
         fields = sample.fields
         without_text = [term for term in looks if term == "ca" or self.guidance(term)]
@@ -233,14 +244,17 @@ class CDMObjective(Objective):
 
 
 def _predict_together(calls: Sequence[tuple[VelocityField, _Look]]) -> list[Tensor]:
-    """Return the float32 x0 predictions (B, *) of each field for its look, in as few network calls as the fields allow."""
+    """Return the x0 prediction (B, *), in float32, for each pair of a field and its inputs.
+
+    Fields that can be evaluated in one batch share a network call.
+    """
     velocities = evaluate_together([(velocity_field, look.x, look.sigma) for velocity_field, look in calls])
     return [denoise(look.x, v.float(), look.sigma) for v, (_, look) in zip(velocities, calls)]
 
 
 @torch.no_grad()
 def _health(deltas: dict[str, Tensor], x0: Tensor | None) -> dict[str, Tensor]:
-    """Return figures that show that a run goes wrong before its images show it; the losses do not show this."""
+    """Return figures for the log that show a failing run before its losses or images do."""
     logs = {f"{term}_delta_rms": delta.square().mean().sqrt() for term, delta in deltas.items()}
     if "ca" in deltas and "dm" in deltas:
         logs["ca_dm_cosine"] = F.cosine_similarity(deltas["ca"].flatten(1), deltas["dm"].flatten(1)).mean()

@@ -1,9 +1,9 @@
-"""Consistency distillation: the student's prediction of the clean image is the same all along a path of the teacher's ODE.
+"""Consistency distillation: the student learns to predict the same clean image everywhere on a path of the teacher's ODE.
 
-Two forms: `ConsistencyObjective` with a finite step (consistency models, arXiv:2303.01469; with guidance in the target and real
-images, latent consistency models, arXiv:2310.04378), and `ContinuousConsistencyObjective` without one (sCM, arXiv:2410.11081).
-Neither has a fake score. For rectified flow the prediction is f(x, s) = x - s v(x, s), and f(x, 0) = x holds by
-construction. Shapes: B samples of shape * = (C, H, W).
+`ConsistencyObjective` compares two points a finite step apart (consistency models, arXiv:2303.01469; with guidance and real
+images, latent consistency models, arXiv:2310.04378). `ContinuousConsistencyObjective` takes the limit of a step of 0 (sCM,
+arXiv:2410.11081). For rectified flow the prediction at state x and sigma s is f(x, s) = x - s v(x, s), so f(x, 0) = x always
+holds. No fake score is trained. Shapes: B samples of shape * = (C, H, W).
 """
 
 from abc import abstractmethod
@@ -25,10 +25,11 @@ Start = Literal["student", "data"]
 
 @dataclass(frozen=True)
 class _AlongTheODE(Objective):
-    """What both forms share: where the points of the teacher's ODE come from, its guidance, and an update in each iteration.
+    """The base class of both forms of consistency distillation: the points on the teacher's ODE, and the teacher's guidance.
 
-    `start` is "student" (the points that rollouts of the student reach, so that no images are needed) or "data" (real
-    latents noised to a sigma that `levels` draws, as published). `guidance_scale` is that of the teacher; 1 is no guidance.
+    With `start="student"` the points are states of the student's rollouts, so no images are needed. With `start="data"`, as
+    published, they are real latents noised to a sigma that `levels` draws. `guidance_scale` is the teacher's; 1 means no
+    guidance. The student is updated in each iteration.
     """
 
     start: Start = "student"
@@ -41,7 +42,7 @@ class _AlongTheODE(Objective):
 
     @property
     def rollout(self) -> RolloutKind:
-        """Rollouts stop at the anchor ("to_anchor"), or are not made ("none") if the points come from real images."""
+        """"to_anchor" if the points come from the student's rollouts, "none" if they come from real images."""
         return "to_anchor" if self.start == "student" else "none"
 
     @property
@@ -63,7 +64,7 @@ class _AlongTheODE(Objective):
         """Yield the loss of the student."""
 
     def _point(self, sample: Sample) -> tuple[Tensor, Tensor]:
-        """Return the states (B, *) and their sigmas (B,)."""
+        """Return the states x (B, *) at which the loss is computed, and their sigmas (B,)."""
         if isinstance(sample, RolledOutSample):
             return sample.point.x, sample.point.sigma
         latents = sample.latents
@@ -79,13 +80,14 @@ class _AlongTheODE(Objective):
 class ConsistencyObjective(_AlongTheODE):
     """Consistency distillation with a finite step.
 
-    One Euler step of the teacher leads from a state x at sigma s to t = max(s - `step`, 0). The x0 prediction at s learns the one
-    at t, which is made without gradient: by the student itself for `target` "student" (arXiv:2310.14189), or by its EMA
-    for "student_ema" (arXiv:2303.01469). The distance is the pseudo-Huber distance of arXiv:2310.14189.
+    One Euler step of the teacher leads from a state at sigma s to a state at t = max(s - `step`, 0). The student's x0 prediction
+    at s learns the x0 prediction at t, which carries no gradient. With `target="student"` the student makes that prediction
+    itself (arXiv:2310.14189); with "student_ema" its EMA does (arXiv:2303.01469). The distance is the pseudo-Huber distance of
+    arXiv:2310.14189.
 
-    With `start="student"`, x is a state on the student's own path, so that no images are needed; with "data", as published, it is
-    a real latent that is noised to a sigma from `levels`. `guidance_scale` is the teacher's (1: no guidance). Raises ValueError
-    for an argument out of its range.
+    With `start="student"` the states come from the student's rollouts, and no images are needed. With `start="data"`, as
+    published, they are real latents noised to a sigma that `levels` draws. `guidance_scale` is the teacher's; 1 means no
+    guidance. Raises ValueError for an argument out of its range.
     """
 
     step: Sigma = 0.05
@@ -99,7 +101,7 @@ class ConsistencyObjective(_AlongTheODE):
             raise ValueError(f"target={self.target!r} must be student or student_ema")
 
     def student_losses(self, sample: Sample) -> Iterator[TermLosses]:
-        """Yield the distance between the predictions at two points of one path of the teacher."""
+        """Yield the distance between the x0 predictions at two points of one path of the teacher."""
         x, sigma = self._point(sample)
         with torch.no_grad():
             earlier = (sigma - self.step).clamp(min=0)
@@ -114,15 +116,16 @@ class ConsistencyObjective(_AlongTheODE):
 class ContinuousConsistencyObjective(_AlongTheODE):
     """Continuous-time consistency distillation (sCM, arXiv:2410.11081), for rectified flow.
 
-    Along the teacher's path, dx/ds is the teacher's velocity u, and the prediction f = x - s v changes by the tangent
-    df/ds = u - v - s (dv/dx u + dv/ds), which consistency makes 0. The derivative of v is a Jacobian-vector product of the
-    student. The student's velocity learns v + g / (|g| + `tangent_floor`), where g is the tangent and |g| its root mean square
-    in a sample: the tangent normalization of the paper, whose floor is 0.1. As in the paper, the last part of the
-    tangent grows linearly to its full size over the first `warmup` iterations (published: 10,000).
+    On the teacher's path dx/ds is the teacher's velocity u. The student's prediction f = x - s v changes along it by the tangent
+    g = u - v - s (dv/dx u + dv/ds), and g = 0 means consistency. The student's velocity therefore learns v + g / (|g| +
+    `tangent_floor`), where |g| is the root mean square of g in a sample (the paper's tangent normalization). The part s (dv/dx u
+    + dv/ds) grows linearly from 0 to its full size over the first `warmup` iterations. The defaults of both options are the
+    paper's.
 
-    `derivative` is "exact" (forward-mode differentiation, which the network's attention must support) or "finite": the
-    central difference over `finite_step` in sigma, which works with every network. `start`, `guidance_scale` and `levels` are
-    those of `ConsistencyObjective`. Raises ValueError for an argument out of its range.
+    With `derivative="exact"` the derivative in g is a Jacobian-vector product by forward-mode differentiation, which the
+    network's attention must support. With "finite" it is the central difference over `finite_step` in sigma, which works for
+    every network. `start`, `guidance_scale` and `levels` are those of `ConsistencyObjective`. Raises ValueError for an argument
+    out of its range.
     """
 
     tangent_floor: Positive = 0.1
@@ -136,12 +139,12 @@ class ContinuousConsistencyObjective(_AlongTheODE):
             raise ValueError(f"derivative={self.derivative!r} must be exact or finite")
         if self.tangent_floor <= 0 or self.warmup < 0 or not 0 < self.finite_step < 0.1:
             raise ValueError(
-                f"tangent_floor={self.tangent_floor} must be above 0, warmup={self.warmup} at least 0, and "
-                f"finite_step={self.finite_step} above 0 and below 0.1"
+                f"tangent_floor={self.tangent_floor} must be above 0, warmup={self.warmup} must be at least 0, and "
+                f"finite_step={self.finite_step} must be above 0 and below 0.1"
             )
 
     def student_losses(self, sample: Sample) -> Iterator[TermLosses]:
-        """Yield the squared distance of the student's velocity to its target."""
+        """Yield the mean squared distance (0-d) of the student's velocity to its target v + g / (|g| + `tangent_floor`)."""
         x, sigma = self._point(sample)
         student = sample.fields.student
         velocity = student(x, sigma)
@@ -156,7 +159,7 @@ class ContinuousConsistencyObjective(_AlongTheODE):
         yield TermLosses(loss, {"consistency": loss}, {"tangent_rms": size.mean(), "x0_std": x0.std()})
 
     def _derivative(self, student: VelocityField, x: Tensor, sigma: Tensor, u: Tensor) -> Tensor:
-        """Return dv/dx u + dv/ds (B, *), the derivative of the student's velocity along the teacher's path."""
+        """Return dv/dx u + dv/ds (B, *), the derivative of the student's velocity v along the teacher's path."""
         if self.derivative == "exact":
             return torch.func.jvp(lambda x, sigma: student(x, sigma), (x, sigma), (u, torch.ones_like(sigma)))[1]
         low, high = (sigma - self.finite_step).clamp(min=0), (sigma + self.finite_step).clamp(max=1)
@@ -165,9 +168,9 @@ class ContinuousConsistencyObjective(_AlongTheODE):
 
 
 def pseudo_huber(a: Tensor, b: Tensor) -> Tensor:
-    """Return the mean over samples of sqrt(|a - b|^2 + c^2) - c, 0-d, with c = 0.00054 sqrt(d) for a, b (B, *) of d numbers each.
+    """Return the pseudo-Huber distance of a and b (B, *), averaged over the samples: 0-d.
 
-    The distance and its constant are those of arXiv:2310.14189.
+    For samples of d numbers it is sqrt(|a - b|^2 + c^2) - c with c = 0.00054 sqrt(d), as in arXiv:2310.14189.
     """
     c = 0.00054 * a[0].numel() ** 0.5
     return ((a.float() - b.float()).flatten(1).square().sum(dim=1) + c**2).sqrt().sub(c).mean()

@@ -1,8 +1,8 @@
-"""DMD2 (arXiv:2405.14867): distribution matching with an adversarial term on real images and a faster fake score.
+"""DMD2 (arXiv:2405.14867): distribution matching with an adversarial term on real images.
 
-It has the terms of the CDM objective, without the off-trajectory term in its configuration (`conf/objective/dmd2.yaml`), and a
-head on hidden states of the fake score that tells noised real latents from noised predictions of the student.
-Shapes: B samples of shape * = (C, H, W), N tokens of width D.
+A head reads hidden states of the fake score and tells noised real latents from noised predictions of the student. The fake score
+is updated more often than the student. The losses of the CDM objective are used too, with the weights in
+`conf/objective/dmd2.yaml`, where the off-trajectory term is 0. Shapes: B samples of shape * = (C, H, W), N tokens of width D.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,10 @@ from cdm_lightning.objectives.cdm import CDMObjective
 
 
 class RealHead(nn.Module):
-    """A classifier of hidden states that says whether a noised latent comes from a real image; one branch for each block."""
+    """A classifier that reads hidden states of transformer blocks and says whether a noised latent comes from a real image.
+
+    It has one branch for each block, and their logits are added.
+    """
 
     def __init__(self, width: int, branches: int) -> None:
         super().__init__()
@@ -32,22 +35,23 @@ class RealHead(nn.Module):
         )
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Return logits (B,), high for real images, from the hidden states (B, N, D) after each of the blocks."""
+        """Return logits (B,), high for real images. `features` holds the hidden states (B, N, D) after each block."""
         logits = [branch(states).mean(dim=(1, 2)) for branch, states in zip(self.branches, features, strict=True)]
         return torch.stack(logits).sum(dim=0)
 
 
 @dataclass(frozen=True)
 class DMD2Objective(CDMObjective):
-    """Distribution matching, and an adversarial term with real images.
+    """DMD2: distribution matching plus an adversarial term that compares predictions with real images.
 
-    The losses are those of the non-saturating GAN, -log of the probability that the head gives to the right answer. The head is
-    updated in every iteration, after the fake score. The fake score gets the same loss, times `classifier_weight`, so that
-    its hidden states after the blocks `feature_blocks` (negative numbers count from the last block) help the head. The
-    student gets, times `generator_weight`, the loss of its prediction at the anchor being called real. `gan_levels` draws the
-    sigma to which real and predicted latents are noised. The paper's weights are 1e-2 and 5e-3, with five fake-score updates
-    per update of the student (`student_every=5`). The other arguments are those of `CDMObjective`. Raises ValueError for an
-    argument out of its range.
+    A head classifies noised latents as real or predicted, from the hidden states of the fake score after the blocks
+    `feature_blocks` (negative numbers count from the last block). Its loss is -log of the probability of the right answer
+    (non-saturating GAN). The head is updated in every iteration, after the fake score. The fake score gets the same loss, times
+    `classifier_weight`, so that it learns features that help the head. The student gets, times `generator_weight`, -log of the
+    probability that its prediction is called real. `gan_levels` draws the sigma to which real and predicted latents are noised.
+
+    The paper's weights are 1e-2 and 5e-3, with five fake-score updates per student update (`student_every=5`). The other
+    arguments are those of `CDMObjective`. Raises ValueError for an argument out of its range.
     """
 
     classifier_weight: Weight = 1e-2
@@ -65,28 +69,28 @@ class DMD2Objective(CDMObjective):
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        """The fake score, and the head on its hidden states."""
+        """The fake score, and the head that reads its hidden states."""
         return (*super().roles, Role("head", build=partial(RealHead, branches=len(self.feature_blocks))))
 
     @property
     def needs_latents(self) -> bool:
-        """True: the head compares with real images."""
+        """True: the head compares predictions with real images."""
         return True
 
     def updates(self, iteration: int) -> list[Update]:
-        """Return the updates of the fake score and of the head and, in the last of every `student_every` iterations, the student's."""
+        """Return the updates of fake score and head, followed by the student's in the last of every `student_every` iterations."""
         fake_score, *student = super().updates(iteration)
         return [fake_score, Update("head", self.head_losses), *student]
 
     def fake_score_losses(self, sample: RolledOutSample) -> Iterator[TermLosses]:
-        """Yield the flow matching loss and, weighted, the loss of the head on real and on predicted latents."""
+        """Yield the flow matching loss, and the head's loss on real and on predicted latents times `classifier_weight`."""
         yield from super().fake_score_losses(sample)
         for name, latents in self._compared(sample) if self.classifier_weight else []:
             weighted = self.classifier_weight * self._loss(sample, name, self._features(sample, latents, name))
             yield TermLosses(weighted, {name: weighted})
 
     def head_losses(self, sample: RolledOutSample) -> Iterator[TermLosses]:
-        """Yield the loss of the head on real and on predicted latents, with features that carry no gradient."""
+        """Yield the head's loss on real and on predicted latents. No gradient reaches the fake score."""
         for name, latents in self._compared(sample):
             with torch.no_grad():
                 features = self._features(sample, latents, name)
@@ -94,7 +98,7 @@ class DMD2Objective(CDMObjective):
             yield TermLosses(loss, {name: loss})
 
     def student_losses(self, sample: RolledOutSample) -> Iterator[TermLosses]:
-        """Yield the terms of `CDMObjective` and the loss of the prediction at the anchor being called real."""
+        """Yield the losses of `CDMObjective` and the adversarial loss of the student's prediction."""
         yield from super().student_losses(sample)
         if self.generator_weight:
             x0 = predict_x0(sample.fields.student, sample.point.x, sample.point.sigma)
@@ -106,12 +110,15 @@ class DMD2Objective(CDMObjective):
         return [("real", sample.latents), ("fake", sample.point.x0)]
 
     def _features(self, sample: RolledOutSample, x0: Tensor, name: str) -> list[Tensor]:
-        """Return the hidden states (B, N, D) of the fake score for clean latents x0 (B, *) that are noised; `name` seeds the noise."""
+        """Return the fake score's hidden states (B, N, D) after each block of `feature_blocks`, for latents x0 (B, *) after noising.
+
+        The random draw of the noise is named by `name`.
+        """
         sigma = self.gan_levels.sample(sample.rng, "gan.sigma", sample.point.sigma, sample.shift)
         x = interpolate(x0, sample.rng.normal(f"gan.{name}", x0.shape[1:]), sigma)
         return self.fake_score(sample, sample.point.sigma).with_features(x, sigma, self.feature_blocks)[1]
 
     def _loss(self, sample: RolledOutSample, answer: str, features: list[Tensor]) -> Tensor:
-        """Return the mean of -log of the probability that the head gives to `answer` ("real" or "fake"), 0-d."""
+        """Return the mean over samples (0-d) of -log of the probability that the head gives to `answer`, "real" or "fake"."""
         logits = sample.fields.heads["head"](features)
         return F.softplus(-logits if answer == "real" else logits).mean()

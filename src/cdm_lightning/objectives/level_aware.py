@@ -1,10 +1,10 @@
-"""CDM whose fake score is told at which sigma the student made the prediction that it judges.
+"""Level-aware CDM: the fake score is also told at which sigma the student made its prediction.
 
-A student with several steps makes a prediction of the clean image at each sigma of its path. As published, one fake score
-is trained on all of these predictions and is told only the sigma to which they were noised again. Its optimum is therefore
-the score of their mixture, and the student stops changing as soon as the mixture is right, even if the predictions of each
-single sigma are not. Here the fake score is also told the sigma that the student saw, and it learns on predictions off the
-trajectory too, which the CDM term makes it judge. Shapes: B samples of shape * = (C, H, W), D the width of the time embedding.
+A student with several steps predicts the clean image at each sigma of its path. In published CDM one fake score learns from all of
+these predictions, and is told only the sigma to which they were noised again. It therefore learns the score of their mixture. The
+student stops changing when the mixture is right, even if the predictions at single sigmas are wrong. Here the fake score is told
+both sigmas. It also learns from the student's predictions off the trajectory, which the CDM term uses. Shapes: B samples of shape
+* = (C, H, W), D the width of the time embedding.
 """
 
 import math
@@ -21,11 +21,14 @@ from cdm_lightning.objectives.base import Role, RolledOutSample, TermLosses
 from cdm_lightning.objectives.cdm import CDMObjective
 
 FakeScoreConditioning = Literal["none", "sigma", "sigma_and_steps"]
-FREQUENCIES = 128  # sines, and as many cosines: 256 values, as diffusion transformers embed their timestep
+FREQUENCIES = 128  # 128 sines and 128 cosines: 256 values, as in the timestep embedding of diffusion transformers
 
 
 class LevelEmbedding(nn.Module):
-    """An embedding of a number in [0, 1] by sines and cosines of 1000 times the number, and an MLP whose last layer starts as zero."""
+    """An embedding of a number in [0, 1], built like the timestep embedding of a diffusion transformer.
+
+    It takes sines and cosines of 1000 times the number, and an MLP whose last layer starts at zero.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -35,7 +38,7 @@ class LevelEmbedding(nn.Module):
         self.layers = nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), last)
 
     def forward(self, level: Tensor) -> Tensor:
-        """Return the embeddings (B, D) of numbers (B,) in [0, 1]."""
+        """Return the embeddings (B, D) of the numbers `level` (B,), which lie in [0, 1]."""
         rates = torch.exp(-math.log(10_000) / FREQUENCIES * torch.arange(FREQUENCIES, device=level.device))
         angles = 1000 * level.float()[:, None] * rates
         return self.layers(torch.cat([angles.cos(), angles.sin()], dim=1))
@@ -43,19 +46,22 @@ class LevelEmbedding(nn.Module):
 
 @dataclass(frozen=True)
 class LevelAwareObjective(CDMObjective):
-    """CDM with a fake score that knows at which sigma the student made a prediction.
+    """CDM with a fake score that is told at which sigma the student made its prediction.
 
-    `fake_score_conditioning` says what the fake score is told: "none" (as published), "sigma" (the sigma at which the student made the
-    prediction), or "sigma_and_steps" (also 1 / K, where K is the number of steps of the rollout). Each is an input of the fake
-    score alone, which has no effect at the start and is learnt beside its weights or its adapter.
+    `fake_score_conditioning` says what the fake score is told in addition to its own sigma:
+      "none"             nothing, as published;
+      "sigma"            the sigma at which the student made the prediction;
+      "sigma_and_steps"  that sigma, and 1 / K for a rollout of K steps.
+    These inputs have no effect at the start of training. They are learnt together with the fake score's weights or LoRA.
 
-    The loss of the fake score is (1 - `off_trajectory_share`) times that of the prediction at the anchor, plus
-    `off_trajectory_share` times that of the student's prediction off the trajectory, at the point that the CDM term would
-    use (`cdm_input`, `target_levels`). The second part costs one call of the student without gradient and one more forward and
-    backward pass of the fake score; only every `off_trajectory_every`-th update of the fake score has it.
+    The fake score's loss is (1 - `off_trajectory_share`) times the loss on the x0 prediction at the rollout's anchor (its
+    randomly drawn step), plus `off_trajectory_share` times the loss on an x0 prediction off the trajectory. The latter is made at
+    the input of the CDM term (`cdm_input`, `target_levels`). It costs a call of the student without gradient, and a forward and a
+    backward pass of the fake score. It is part of every `off_trajectory_every`-th update of the fake score; the other updates use
+    the anchor alone.
 
-    `cdm_guidance_scale` adds guidance to the direction of the CDM term, which has none as published.
-    The other arguments are those of `CDMObjective`. Raises ValueError for an argument out of its range.
+    `cdm_guidance_scale` adds guidance to the direction of the CDM term; published CDM has none there. The other arguments are
+    those of `CDMObjective`. Raises ValueError for an argument out of its range.
     """
 
     fake_score_conditioning: FakeScoreConditioning = "sigma"
@@ -72,23 +78,27 @@ class LevelAwareObjective(CDMObjective):
         if not 0 <= self.off_trajectory_share < 1 or self.off_trajectory_every < 1:
             raise ValueError(
                 f"off_trajectory_share={self.off_trajectory_share} must be at least 0 and below 1, and "
-                f"off_trajectory_every={self.off_trajectory_every} at least 1"
+                f"off_trajectory_every={self.off_trajectory_every} must be at least 1"
             )
         if self.off_trajectory_share and self.cdm_input == "trajectory":
             raise ValueError(
-                "cdm_input=trajectory has no point off the trajectory; set off_trajectory_share=0 or another cdm_input"
+                "cdm_input=trajectory gives no point off the trajectory, but off_trajectory_share is above 0; set "
+                "off_trajectory_share=0, or cdm_input=extrapolated"
             )
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        """The fake score, with the additional inputs that `fake_score_conditioning` asks for."""
+        """The fake score, with the additional inputs that `fake_score_conditioning` names."""
         names = {"none": (), "sigma": ("seen_sigma",), "sigma_and_steps": ("seen_sigma", "seen_steps")}[
             self.fake_score_conditioning
         ]
         return (Role("fake_score", inputs=dict.fromkeys(names, LevelEmbedding)),)
 
     def fake_score_losses(self, sample: RolledOutSample) -> Iterator[TermLosses]:
-        """Yield the flow matching losses on the prediction at the anchor and, where it is due, on one off the trajectory."""
+        """Yield the flow matching loss on the x0 prediction at the rollout's anchor, and in some updates one off the trajectory.
+
+        Every `off_trajectory_every`-th update has the second loss.
+        """
         update = sample.iteration * self.fake_score_steps + sample.rng.repeat
         share = 0.0 if update % self.off_trajectory_every else self.off_trajectory_share
         for part in super().fake_score_losses(sample):
@@ -101,7 +111,7 @@ class LevelAwareObjective(CDMObjective):
             yield TermLosses(loss, {"off_trajectory": loss})
 
     def fake_score(self, sample: RolledOutSample, seen: Tensor) -> VelocityField:
-        """Return the field of the fake score, which is told that the student made its predictions at sigma `seen` (B,)."""
+        """Return the fake score's velocity field, told that the student predicted x0 at sigma `seen` (B,)."""
         fake_score = super().fake_score(sample, seen)
         if self.fake_score_conditioning == "none":
             return fake_score
@@ -110,5 +120,5 @@ class LevelAwareObjective(CDMObjective):
         return fake_score.given(seen_sigma=seen, seen_steps=torch.full_like(seen, 1 / sample.steps))
 
     def guidance(self, term: str) -> float:
-        """Return the factor of T(c) - T(0) in the direction of the term: `cdm_guidance_scale` for "cdm", else as in CDM."""
+        """Return the guidance scale of a loss term: `cdm_guidance_scale` for "cdm", and that of `CDMObjective` for the others."""
         return self.cdm_guidance_scale if term == "cdm" else super().guidance(term)
