@@ -105,7 +105,7 @@ class CDMObjective(Objective):
 
     @property
     def rollout(self) -> RolloutKind:
-        """"full" if `teacher_base` is "final", because that needs the end of the rollout; otherwise "to_anchor"."""
+        """Rollouts to their end ("full") if `teacher_base` is "final", which is that end; otherwise to their anchor ("to_anchor")."""
         return "full" if self.teacher_base == "final" else "to_anchor"
 
     @property

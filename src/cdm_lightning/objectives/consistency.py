@@ -42,7 +42,7 @@ class _AlongTheODE(Objective):
 
     @property
     def rollout(self) -> RolloutKind:
-        """"to_anchor" if the points come from the student's rollouts, "none" if they come from real images."""
+        """Rollouts to their anchor ("to_anchor") if the points come from them; none ("none") if the points come from real images."""
         return "to_anchor" if self.start == "student" else "none"
 
     @property
