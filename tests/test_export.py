@@ -233,7 +233,7 @@ def test_the_running_average_is_exported_by_default(run, tmp_path):
 def test_without_an_average_the_student_is_exported(tmp_path, tiny_pipeline_folder):
     folder, networks = write_run(tmp_path / "run", tiny_pipeline_folder, ema_updates=0)
     assert same_weights(export.export_checkpoint(folder, tmp_path / "student"), networks.student)
-    with pytest.raises(UserError, match="holds no EMA of the student"):
+    with pytest.raises(UserError, match="has no EMA of the student"):
         export.export_checkpoint(folder, tmp_path / "other", weights="student_ema")
 
 
@@ -348,9 +348,9 @@ def test_sources_that_are_no_run(tmp_path, run):
     (tmp_path / "empty").mkdir()
     assert "is not a run folder" in refusal(tmp_path / "empty", tmp_path / "student")
     (tmp_path / "empty/config.yaml").write_text("run_name: x\n")
-    assert "names no backbone" in refusal(tmp_path / "empty", tmp_path / "student")
+    assert "has no option `backbone`" in refusal(tmp_path / "empty", tmp_path / "student")
     (tmp_path / "empty/config.yaml").write_text((run[0] / "config.yaml").read_text())
-    assert "holds no checkpoint" in refusal(tmp_path / "empty", tmp_path / "student")
+    assert "has no checkpoint yet" in refusal(tmp_path / "empty", tmp_path / "student")
 
 
 def test_truncated_checkpoint(tmp_path, tiny_pipeline_folder):

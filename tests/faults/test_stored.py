@@ -415,7 +415,10 @@ def test_a_run_is_refused_with_changed_prompts_and_goes_on_once_they_are_accepte
     with pytest.raises(UserError, match=r"prompts.txt has changed \(12 bytes, now 23\).*accept_changed_inputs=true"):
         toy_run(*longer)
     assert toy_run(*longer, "accept_changed_inputs=true").iteration == 2
-    assert "accepted what has changed since the last checkpoint: data.train.path=" in capfd.readouterr().err
+    assert (
+        "continuing with input files that have changed since the last checkpoint: data.train.path="
+        in capfd.readouterr().err
+    )
     assert toy_run(*run[:1], "trainer.max_steps=3").iteration == 3  # the new checkpoint stands on the new file
 
 
@@ -460,7 +463,7 @@ def test_a_decay_that_gets_another_end_says_so():
     assert moved_ends(rates(10, 10, 1.0), rates(20, 20, 1.0)) is None
     text = moved_ends(rates(10, 10), rates(20, 20))
     assert "optim.student.learning_rate.total" in text
-    assert "at iteration 20 now, no longer at 10" in text
+    assert "now decays to 0 at iteration 20 instead of 10" in text
     assert "\n" not in text
 
 
@@ -468,7 +471,7 @@ def test_a_longer_run_prints_that_line_once(toy_overrides, tmp_path, capfd):
     follows = [option for option in toy_overrides if "learning_rate.total" not in option]
     for steps in (1, 2, 2):
         train(compose([f"output_dir={tmp_path / 'run'}", *follows, f"trainer.max_steps={steps}"]))
-    assert capfd.readouterr().err.count("the learning rate decays to 0 at iteration 2 now, no longer at 1") == 1
+    assert capfd.readouterr().err.count("the learning rate now decays to 0 at iteration 2 instead of 1") == 1
 
 
 # ---- a checkpoint that is kept elsewhere, and D7: broken files of a run

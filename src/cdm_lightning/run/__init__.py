@@ -1,1 +1,1 @@
-"""A training run on disk: its folder, its lock, the record of its starts, and the check whether it may be resumed."""
+"""A training run on disk: its folder, its lock, a record of each start, and the check whether the run may be resumed."""

@@ -1,4 +1,4 @@
-"""A run as one object: its folder, configuration, checkpoints and figures."""
+"""The class `Run`: the folder of a training run, with its configuration, checkpoints and metrics."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,9 +18,12 @@ MOST_CONFIG = 1 << 22  # bytes of config.yaml: it takes a second to parse; usual
 
 @dataclass(frozen=True)
 class Run:
-    """A training run, read from its `folder`: config.yaml, starts.jsonl, checkpoints/, and metrics.json once it is evaluated.
+    """A training run, as it is stored in `folder`.
 
-    `kept` is a checkpoint that holds the run's configuration itself, so that it can be used without the rest of the folder.
+    The folder holds config.yaml, starts.jsonl (one line for each start), checkpoints/, and, after an evaluation, metrics.json.
+
+    `kept` is the path of a checkpoint that stores the run's configuration itself. Such a checkpoint can be used after it has
+    been copied out of the folder.
     """
 
     folder: Path
@@ -28,20 +31,26 @@ class Run:
 
     @classmethod
     def create(cls, folder: Path) -> "Run":
-        """Return the run in this folder, which is made if it is missing; raise `UserError` if it cannot be made."""
+        """Return the run in `folder`. The folder is created if it does not exist.
+
+        Raises `UserError` if the folder cannot be created.
+        """
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"{folder}: cannot be the output folder ({error.strerror}); set another run_name"
+                f"the output folder {folder} cannot be created ({error.strerror}); set another run_name"
             ) from error
         return cls(folder)
 
     @classmethod
     def find(cls, source: str | Path) -> tuple["Run", Path | None]:
-        """Return (run, None) if `source` is a run's folder, and (its run, `source`) if it is a checkpoint.
+        """Return the run that `source` belongs to, and the checkpoint that `source` names.
 
-        Raises `UserError` if it is neither, or a checkpoint whose run cannot be found.
+        If `source` is a run's folder, the result is (run, None). If `source` is a checkpoint, the result is (its run,
+        `source`).
+
+        Raises `UserError` if `source` is neither of them, or if the run of the checkpoint cannot be found.
         """
         source = Path(source)
         if not source.exists():
@@ -58,28 +67,34 @@ class Run:
             return cls(folder, kept=source), source
         if not (folder / CONFIG).is_file():
             raise UserError(
-                f"{folder} is not a run folder, because it has no {CONFIG}, and {source.name} does not hold the run's configuration; "
+                f"the configuration of {source} cannot be found: neither this checkpoint nor {folder / CONFIG} has it; "
                 f"pass outputs/RUN or a checkpoint in outputs/RUN/{CHECKPOINTS}"
             )
         return cls(folder), source
 
     @property
     def name(self) -> str:
-        """The name of the folder."""
+        """The name of the run's folder."""
         return self.folder.absolute().name
 
     @property
     def checkpoints(self) -> list[Path]:
-        """The checkpoints in the run's own checkpoints/, the oldest iteration first; their files are not verified."""
+        """The paths of the checkpoints in the folder's checkpoints/, from the oldest iteration to the newest.
+
+        The files in them are not verified.
+        """
         return checkpoints_in(self.folder / CHECKPOINTS)
 
     @property
     def is_started(self) -> bool:
-        """Whether the run has a configuration, because it has been started at least once."""
+        """Whether the run has been started at least once, and so has a stored configuration."""
         return self.kept is not None or (self.folder / CONFIG).is_file()
 
     def config(self) -> dict[str, Any]:
-        """Return the resolved configuration of the run's last start; `UserError` if it cannot be read or has no `backbone`."""
+        """Return the resolved configuration of the run's last start.
+
+        Raises `UserError` if the configuration cannot be read or has no `backbone`.
+        """
         from cdm_lightning.config.registered import load_tree
 
         path = self.folder / CONFIG
@@ -89,26 +104,36 @@ class Run:
             else:
                 config = load_tree(read_text(path, MOST_CONFIG, follow=False))
         except (ValueError, OSError) as error:
-            raise UserError(f"{path} cannot be read: {first_line(error)}; restore it as training wrote it") from error
+            raise UserError(
+                f"{path} cannot be read: {first_line(error)}; restore the file that training wrote"
+            ) from error
         if not isinstance(config, dict) or "backbone" not in config:
-            raise UserError(f"{path} names no backbone; restore it as training wrote it, or pass another run")
+            raise UserError(
+                f"{path} has no option `backbone`; restore the file that training wrote, or pass another run"
+            )
         return config
 
     def checkpoint(self, path: Path | None = None) -> "StoredCheckpoint":
-        """Open the checkpoint at `path`, or the newest undamaged one of the run; `UserError` if it is damaged or there is none."""
+        """Open the checkpoint at `path`, or without a `path` the newest undamaged checkpoint of the run.
+
+        Raises `UserError` if the checkpoint at `path` is damaged, or if the run has no undamaged checkpoint.
+        """
         from cdm_lightning.checkpoint.stored import newest_checkpoint, read_checkpoint, require_good
 
         if path is not None:
             return require_good(read_checkpoint(path))
         found = newest_checkpoint(self.folder / CHECKPOINTS)
         if found is None:
-            raise UserError(f"{self.folder} holds no checkpoint yet; let the run train longer or pass a checkpoint")
+            raise UserError(f"{self.folder} has no checkpoint yet; let the run train longer or pass a checkpoint")
         return found
 
     def metrics(self) -> Mapping[str, Any] | None:
-        """Return the content of metrics.json, from the run's last evaluation; None without one, `UserError` if unreadable."""
+        """Return the content of metrics.json, which the run's last evaluation wrote.
+
+        Returns None if the run has not been evaluated yet. Raises `UserError` if the file cannot be read.
+        """
         if self.kept is not None and not (self.folder / CONFIG).is_file():
-            return None  # the folder is not that of its run
+            return None  # the checkpoint has been copied out of its run's folder
         try:
             return read_record(self.folder / METRICS, "repair it or remove it")
         except FileNotFoundError:
@@ -116,7 +141,10 @@ class Run:
 
 
 def stored_about(checkpoint: Path) -> dict[str, Any]:
-    """Return the run's "config" and "inputs" that a checkpoint holds (`StoredCheckpoint.about`); {} if it cannot be read."""
+    """Return the "config" and the "inputs" of the run that a checkpoint stores (`StoredCheckpoint.about`).
+
+    Returns {} if the checkpoint cannot be read.
+    """
     from cdm_lightning.checkpoint.stored import read_checkpoint
 
     try:
@@ -126,10 +154,10 @@ def stored_about(checkpoint: Path) -> dict[str, Any]:
 
 
 def checkpoint_folder(run: Run, config: Mapping[str, Any]) -> Path:
-    """Return `checkpoint.folder` of the configuration with which `run` is about to start.
+    """Return the option `checkpoint.folder` of the configuration `config`, with which `run` is about to start.
 
-    Raises `UserError` if there are no checkpoints in it, but some in the one of the run's last start: the run would silently
-    begin anew.
+    Raises `UserError` if this folder has no checkpoints, but the checkpoint folder of the run's last start has some. Otherwise
+    the run would begin anew without a warning.
     """
     folder = Path(str(config["checkpoint"]["folder"]))
     if not (run.folder / CONFIG).is_file() or checkpoints_in(folder):
@@ -142,11 +170,11 @@ def checkpoint_folder(run: Run, config: Mapping[str, Any]) -> Path:
     earlier = Path(str(options.get("folder"))) if isinstance(options, Mapping) else folder
     is_moved = earlier.is_relative_to(str(saved.get("output_dir"))) and (
         earlier.relative_to(str(saved.get("output_dir"))) == _relative(folder, run.folder)
-    )  # the whole run has another place, and its checkpoints with it
+    )  # the whole run was moved to another folder, together with its checkpoints
     if not is_moved and earlier.resolve() != folder.resolve() and (old := checkpoints_in(earlier)):
         raise UserError(
-            f"{run.folder}: the run has checkpoints in {earlier} (the last is {old[-1].name}), but checkpoint.folder={folder} "
-            f"holds none; set checkpoint.folder={earlier}, move them, or set another run_name to begin anew"
+            f"checkpoint.folder={folder} is empty, but the run {run.folder} has checkpoints in {earlier} (the last is "
+            f"{old[-1].name}); set checkpoint.folder={earlier}, move the checkpoints, or begin anew with another run_name"
         )
     return folder
 
@@ -156,11 +184,17 @@ def _relative(folder: Path, base: Path) -> Path | None:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Return whether a path looks like a checkpoint: not a folder, or a folder with COMPLETE.json or a checkpoint's name."""
+    """Return whether `path` looks like a checkpoint.
+
+    A file looks like one. A folder does if it contains COMPLETE.json or has the name of a checkpoint.
+    """
     return not path.is_dir() or (path / MARKER).is_file() or PATTERN.fullmatch(path.name) is not None
 
 
 def is_run(path: Path) -> bool:
-    """Return whether a path looks like a run's folder or a checkpoint, and not like a pipeline folder of diffusers."""
+    """Return whether `path` looks like a run's folder or a checkpoint.
+
+    A diffusers pipeline folder, which has a model_index.json, does not.
+    """
     is_stored = (path / MARKER).is_file() or path.suffix in (".safetensors", ".ckpt")
     return is_stored or ((path / CONFIG).is_file() and not (path / "model_index.json").exists())

@@ -1,9 +1,8 @@
-"""The input files of a run: the prompt files, model folders and LoRA files that its configuration names, with their contents.
+"""The input files of a run: prompt files, model folders and LoRA files that its configuration names.
 
-They are recorded with each start and in each checkpoint, as sizes and hashes, and compared when the run is resumed: training
-that goes on with other prompts or another teacher under the same path would be another run. Modification times do not count,
-so a copy is as good as the original. A start must not read a hundred gigabytes, so large files of weights are hashed in part:
-see `content_hash`.
+Each start and each checkpoint records their sizes and hashes. When the run is resumed, they are compared, because other prompts
+or another teacher under the same path would make it another run. Modification times are not compared, so a copy counts as the
+original. Large files of weights are hashed only in part, so that a start does not read a hundred gigabytes (`content_hash`).
 """
 
 import hashlib
@@ -23,8 +22,14 @@ ACCEPT = "accept_changed_inputs"  # the option that accepts changes
 WHOLE, WHOLE_TEXT = 1 << 25, 1 << 31  # bytes: files of at most this size are read in full
 PIECE, PIECES = 1 << 12, 4096  # bytes of a piece of a larger file, and the number of pieces
 BINARY = (".safetensors", ".bin", ".pt", ".arrow", ".parquet", ".gguf", ".msgpack", ".h5", ".onnx")
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # of an image set; its list of captions is compared, not they
-MOST_FILES = 10_000  # of a folder
+PICTURES = (
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".webp",
+    ".bmp",
+)  # not compared: an image set's file of captions is compared instead
+MOST_FILES = 10_000  # of one folder that are compared
 MOST_HEADER = 1 << 27  # bytes of a safetensors header
 THREADS = 8
 
@@ -34,10 +39,10 @@ Inputs = dict[
 
 
 def inputs_of(config: Mapping[str, Any], folders: Mapping[str, Path] | None = None) -> Inputs:
-    """Return the files that affect a run's weights, with sizes and hashes, by the dotted name of the option that names them.
+    """Return size and hash of each file that affects a run's weights, under the option that names it.
 
-    An option names some if its value is an existing file or folder, and its parameter takes a path or the value contains "/".
-    `folders` adds {option: folder} for options with other values, such as the hub id of a pipeline that was downloaded.
+    An option names a file if its value is an existing file or folder. In addition, its parameter must be a path, or its value
+    must contain "/". `folders` adds {option: folder} for other options, such as the hub id of a downloaded pipeline.
     """
     named = dict(paths_in(config))
     named |= {key: (named[key][0] if key in named else str(path), path) for key, path in (folders or {}).items()}
@@ -51,9 +56,10 @@ def inputs_of(config: Mapping[str, Any], folders: Mapping[str, Path] | None = No
 
 
 def paths_in(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, tuple[str, Path]]]:
-    """Yield (dotted option, (value, path)) for each option that affects the weights and names an existing file or folder.
+    """Yield (option, (value, path)) for each option in `node` that names an existing file or folder and affects the weights.
 
-    `prefix` is the dotted name of `node` with a dot at its end, or "" for the whole configuration.
+    Options are written with dots, as in "data.train.path". `prefix` is the dotted name of `node` with a dot at its end, or ""
+    for the whole configuration.
     """
     parameters = parameters_of(node["_target_"]) if isinstance(node.get("_target_"), str) else {}
     for name, value in node.items():
@@ -80,9 +86,9 @@ def _exists(text: str) -> bool:
 
 
 def files_of(path: Path) -> list[tuple[str, Path]]:
-    """Return (name, path) of a file, or of each file in a folder at any depth, named from the folder on.
+    """Return (name, path) for the file `path`, or for each file in the folder `path` and its subfolders.
 
-    Pictures and hidden files are left out, and of a folder with very many files those after the first `MOST_FILES`.
+    Names are relative to the folder. Pictures and hidden files are left out. At most `MOST_FILES` files are returned.
     """
     if not path.is_dir():
         return [(path.name, path)] if path.is_file() else []
@@ -99,7 +105,10 @@ def files_of(path: Path) -> list[tuple[str, Path]]:
 
 
 def describe(file: Path) -> list[Any]:
-    """Return [bytes, hash] of a file, or [0, "unreadable"]: the code that needs the file then reports why."""
+    """Return [size in bytes, hash] of a file, or [0, "unreadable"] if it cannot be read.
+
+    No error is raised here, because the code that uses the file reports the reason.
+    """
     try:
         return [file.stat().st_size, content_hash(file)]
     except (OSError, ValueError):
@@ -107,11 +116,15 @@ def describe(file: Path) -> list[Any]:
 
 
 def content_hash(file: Path) -> str:
-    """Return a hash of a file's content, of large files only in part; raise OSError if it cannot be read.
+    """Return a hash of a file's content. Of a large file only parts are hashed.
 
-    Files of at most 32 MiB and texts of at most 2 GiB are read in full. Of a larger one 4096 pieces of 4 KiB are read, evenly
-    spaced from the first to the last; of a safetensors file its header and one piece of each tensor in addition, so that a
-    tensor which was trained further is noticed wherever it lies.
+    - Weights of at most 32 MiB and texts of at most 2 GiB are hashed completely.
+    - Of a larger file, 4096 evenly spaced pieces of 4 KiB are hashed.
+    - Of a larger safetensors file, the header and a piece in the middle of each tensor are hashed as well, so that a change in
+      any
+    tensor is noticed.
+
+    Raises OSError if the file cannot be read.
     """
     size = file.stat().st_size
     whole = hashlib.blake2b(digest_size=16)
@@ -144,10 +157,10 @@ def _tensor_middles(header: bytes) -> Iterator[int]:
 
 
 def changes(before: Any, now: Inputs) -> list[str]:
-    """Return a text such as "OPTION=PATH: NAME is gone" for each file that differs between a checkpoint's inputs and `now`.
+    """Return one text for each file that differs between `before` and `now`, such as "OPTION=PATH: NAME is gone".
 
-    `before` is what was read from the checkpoint, which may be anything. Only options that both have are compared: whether
-    another option or path is allowed is decided by `run.same`.
+    `before` is the untrusted content of a checkpoint; `now` are the files of this start. Only options that occur in both are
+    compared. Whether an option itself may change is decided by `run.same`.
     """
     found = []
     for key, inputs in now.items():
@@ -172,18 +185,18 @@ def changes(before: Any, now: Inputs) -> list[str]:
 
 
 def require_same_inputs(before: Any, now: Inputs, folder: Path, accept: bool) -> str | None:
-    """Raise `UserError` if the run's input files have changed since its last checkpoint, or with `accept` return what changed.
+    """Raise `UserError` if the input files of the run in `folder` have changed since its last checkpoint.
 
-    `before` are the inputs in the checkpoint, `now` those of this start, and `folder` is the run's, for the message. Returns None
-    if nothing has changed.
+    With `accept`, return a description of the changes instead. Returns None if nothing has changed. `before` are the inputs
+    that the checkpoint stores, and `now` are the inputs of this start.
     """
     found = changes(before, now)
     if not found:
         return None
     text = f"{found[0]}{f', and {len(found) - 1} more files' if len(found) > 1 else ''}"
     if accept:
-        return f"accepted what has changed since the last checkpoint: {text}"
+        return f"continuing with input files that have changed since the last checkpoint: {text}"
     raise UserError(
-        f"{folder}: the run uses files that have changed since its last checkpoint: {text}; restore them, set another "
+        f"{folder}: input files have changed since the run's last checkpoint: {text}; restore them, set another "
         f"run_name, or accept the change with {ACCEPT}=true"
     )

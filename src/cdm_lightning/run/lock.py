@@ -1,4 +1,4 @@
-"""A lock on the folders that a run writes, because a second start would delete what the first one is writing."""
+"""A lock on the folders that a run writes, so that two training processes never write the same folder."""
 
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
@@ -13,10 +13,12 @@ LOCK = ".lock"
 
 @contextmanager
 def only_process_in(*folders: Path) -> Generator[None]:
-    """Lock these folders inside the block; raise `UserError` if another training process has locked one, or one cannot be made.
+    """Lock `folders` inside the block, so that no other run writes them.
 
-    `folders` are the run's folder and that of its checkpoints, which may lie elsewhere; each is made if it is missing. Only the
-    first process of a run takes the locks, for all its processes.
+    `folders` are the run's folder and its checkpoint folder, which may lie elsewhere. Missing folders are created. Only the
+    first process of a run takes the locks.
+
+    Raises `UserError` if another run has locked one of the folders, or if a folder cannot be created.
     """
     with ExitStack() as held:
         for folder in {folder.resolve(): folder for folder in folders}.values() if not process_number() else ():

@@ -1,4 +1,4 @@
-"""The record of each start in a run's folder, which is enough to repeat the run."""
+"""The record of each start of a run. It contains everything that is needed to repeat the run."""
 
 import datetime
 import json
@@ -23,11 +23,12 @@ PACKAGES = ("cdm-lightning", "torch", "lightning", "diffusers", "transformers", 
 
 
 def record_start(config: dict[str, Any], run: Run, processes: int, inputs: Mapping[str, Any] | None = None) -> None:
-    """Write `config` to the run's config.yaml, and add a line of JSON about this start to its starts.jsonl.
+    """Write `config` to the run's config.yaml, and add a line about this start to starts.jsonl.
 
-    `config` must be resolved and without secrets. The line holds the time, command, configuration, versions, commit, hardware,
-    the number of `processes` and the `inputs` (`run.inputs.Inputs`), and no environment variables. A disk error only gives a
-    warning.
+    The line is a JSON object with the time, command, configuration, versions, commit, hardware, number of `processes`, and
+    `inputs` (`run.inputs.Inputs`). Environment variables are not recorded. `config` must be resolved and without secrets.
+
+    A disk error gives a warning and no exception.
     """
     with may_fail(run.folder / CONFIG):
         write_text(run.folder / CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
@@ -47,7 +48,10 @@ def record_start(config: dict[str, Any], run: Run, processes: int, inputs: Mappi
 
 
 def package_version(name: str) -> str | None:
-    """Return the version of an installed package, or of this package even if it is not installed; None if it is not found."""
+    """Return the version of an installed package, or None if the package is not installed.
+
+    For "cdm-lightning" the result is never None: its own version is known without an installation.
+    """
     if name == PACKAGES[0]:
         return cdm_lightning.__version__
     try:
@@ -57,7 +61,10 @@ def package_version(name: str) -> str | None:
 
 
 def commit() -> str | None:
-    """Return the git commit of this package's checkout, with "-dirty" if files differ; None if it is not a checkout."""
+    """Return the git commit of the checkout that contains this package, or None if there is no checkout.
+
+    "-dirty" is appended if files differ from the commit.
+    """
     root = PACKAGE.parents[1]
     if not (root / ".git").exists():
         return None
@@ -70,7 +77,11 @@ def commit() -> str | None:
 
 
 def hardware() -> dict[str, Any]:
-    """Return {"system", "cores" (of the CPU), "memory_gb", "gpus" (name and memory of each), "cuda" (version or None)}."""
+    """Return a description of this machine, to be stored as JSON.
+
+    The keys are "system", "cores" (of the CPU), "memory_gb", "gpus" (the name and memory of each) and "cuda" (a version or
+    None).
+    """
     import torch
 
     cards = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]

@@ -1,7 +1,7 @@
-"""Whether a run may be resumed with a given configuration, which may differ only in options that do not affect the weights.
+"""The check whether a run may be resumed with a changed configuration.
 
-The groups and options in `FREE` do not affect the trained weights, beyond float rounding; all others may. The model card
-lists the others.
+Options in `FREE` may change, because they affect the trained weights at most by float rounding. All other options must stay the
+same; the model card lists them.
 """
 
 from collections.abc import Mapping
@@ -49,7 +49,7 @@ RENAMED = {  # modules whose classes a configuration names: the old and the new 
     "cdm_lightning.resolution.": "cdm_lightning.training.resolution.",
     "cdm_lightning.callbacks.ema.StudentEMA": "cdm_lightning.training.ema.EMA",
 }
-DROPPED = {"module.spread_anchors": False}  # removed options, with the value that had no effect
+DROPPED = {"module.spread_anchors": False}  # options that were removed, with the value that turned them off
 ADDED = {  # options that older versions did not have, with the values that match what those versions did
     "lora._target_": "cdm_lightning.lora.plan.LoRAPlan",
     "resolution._target_": "cdm_lightning.training.resolution.OwnSize",
@@ -59,12 +59,13 @@ ADDED = {  # options that older versions did not have, with the values that matc
 
 
 def require_same_configuration(saved: dict[str, Any], config: dict[str, Any], folder: Path) -> None:
-    """Raise `UserError` if `config` differs in an option that affects the weights from `saved`, that of the run in `folder`.
+    """Raise `UserError` if `config` and `saved` differ in an option that affects the weights.
 
-    Nothing is compared if `saved` is empty. The batch size per process may change if the batch size over all processes
-    stays the same. `max_steps` is free: a longer run continues a shorter one, and a decaying learning rate then follows the
-    new end, unless its end was set by hand. An option that did not exist in the version that started the run is compared
-    with the default of its constructor.
+    `saved` is the configuration that the run in `folder` stored; if it is empty, nothing is compared. The special cases are:
+
+    - The batch size per process may change if the batch size over all processes stays the same.
+    - `max_steps` may change. A decaying learning rate then ends at the new `max_steps`, unless its end was set by hand.
+    - An option that `saved` lacks, because an older version stored it, counts as having its default value.
     """
     if not saved:
         return
@@ -77,15 +78,16 @@ def require_same_configuration(saved: dict[str, Any], config: dict[str, Any], fo
     if differing := [key for key in keys if not is_same(key, before, now, saved, config)]:
         named = ", ".join(differing[:5])
         raise UserError(
-            f"{folder} holds a run of another configuration (it differs in {named}); restore these options, or set another run_name"
+            f"{folder} holds a run with another configuration (it differs in {named}); restore these options, or set another run_name"
         )
 
 
 def may_follow(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Return False for the end of a learning rate's decay that was set by hand, which must stay the same, True for other options.
+    """Return whether the option `key` may change together with `trainer.max_steps` when a run is resumed.
 
-    Such an end is an option `...learning_rate.total` that differs from `trainer.max_steps` in the flat configuration `before` or
-    `now`, while the rate decays in one of them.
+    The result is False only for the end of a learning rate's decay that was set by hand. This is an option
+    `...learning_rate.total` with another value than `trainer.max_steps`. `before` and `now` are flat configurations
+    (`flatten`).
     """
     if not key.endswith(TOTAL):
         return True
@@ -95,9 +97,9 @@ def may_follow(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> b
 
 
 def moved_ends(saved: dict[str, Any], config: dict[str, Any]) -> str | None:
-    """Return a line that says which learning rates decay towards another iteration than in `saved`; None if none does.
+    """Return a warning if a learning rate now decays to 0 at another iteration than in `saved`, and None otherwise.
 
-    `saved` is the configuration of the run's last start, `config` that with which it is resumed.
+    `saved` is the configuration of the run's last start, and `config` is the configuration with which the run is resumed.
     """
     before, now = modernised(flatten(saved)), flatten(config)
     moved = {
@@ -111,18 +113,19 @@ def moved_ends(saved: dict[str, Any], config: dict[str, Any]) -> str | None:
         return None
     key, end = next(iter(moved.items()))
     return (
-        f"the learning rate decays to 0 at iteration {now[key]} now, no longer at {end}, since {', '.join(moved)} "
-        f"follows trainer.max_steps: it may jump up where the run goes on; {key}={end} keeps the earlier end"
+        f"the learning rate now decays to 0 at iteration {now[key]} instead of {end}, because {', '.join(moved)} follows "
+        f"trainer.max_steps; it may jump up at this resume; set {key}={end} to keep the earlier end"
     )
 
 
 def is_same(
     key: str, before: Mapping[str, Any], now: Mapping[str, Any], saved: Mapping[str, Any], config: Mapping[str, Any]
 ) -> bool:
-    """Return whether the option `key` has the same value in the flat configurations `before` and `now`.
+    """Return whether the option `key` has the same value in two configurations.
 
-    If only one has it, its value must be the default of its parameter, or, for an option that no longer exists, off. `saved` and
-    `config` are the same configurations as nested dicts.
+    `before` and `now` are the configurations as flat dicts (`flatten`); `saved` and `config` are the same two as nested dicts.
+    If only one of them has the option, its value must be the default. An option that no longer exists must have been None or
+    False.
     """
     if key in before and key in now:
         return before[key] == now[key]
@@ -133,7 +136,7 @@ def is_same(
 
 
 def has_option(key: str, config: Mapping[str, Any]) -> bool:
-    """Return whether the option with the dotted name `key` is a parameter of the object that `config` describes there."""
+    """Return whether `key`, such as "optim.student.lr", is a parameter of the class that `config` names at "optim.student"."""
     *path, name = key.split(".")
     node: Any = config
     for step in path:
@@ -142,12 +145,15 @@ def has_option(key: str, config: Mapping[str, Any]) -> bool:
 
 
 def decides(key: str) -> bool:
-    """Return whether the option at this dotted key affects the weights of a run."""
+    """Return whether the option `key`, such as "data.val", affects the weights that a run trains."""
     return not any(key == free or key.startswith(free + ".") for free in FREE) and not key.endswith(FREE_ENDINGS)
 
 
 def is_default(key: str, config: Mapping[str, Any]) -> bool:
-    """Return whether the option with the dotted name `key` has its parameter's default value in `config`."""
+    """Return whether the option `key`, such as "optim.student.lr", has its default value in `config`.
+
+    The default is that of the constructor's parameter.
+    """
     *path, name = key.split(".")
     if name == "_target_":  # an object that an older run does not have: look at the constructor around it
         *path, name = path
@@ -166,9 +172,10 @@ def is_default(key: str, config: Mapping[str, Any]) -> bool:
 
 
 def without_unknown_classes(saved: Any, config: Mapping[str, Any]) -> Any:
-    """Return `saved` with "(CLASS)" as `_target_` for each class that is neither of this package nor named in `config`.
+    """Return a copy of `saved` in which the name of each unknown class has brackets around it: "(CLASS)".
 
-    The defaults of a constructor are looked up by importing its class, and a run's folder must not choose what is imported.
+    A class is known if it belongs to this package or if `config`, which the user gave, names it. To find defaults, classes are
+    imported by their names. The brackets keep a stranger's run folder from choosing what is imported.
     """
     known = {value for key, value in flatten(dict(config)).items() if key.rpartition(".")[2] == "_target_"}
 
@@ -185,7 +192,10 @@ def without_unknown_classes(saved: Any, config: Mapping[str, Any]) -> Any:
 
 
 def flatten(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested dicts as one dict whose keys are dotted, such as "optim.student.betas"; `prefix` begins each key."""
+    """Return nested dicts as one dict with dotted keys, such as "optim.student.betas".
+
+    `prefix` is put in front of each key.
+    """
     flat: dict[str, Any] = {}
     for name, child in node.items():
         flat |= flatten(child, f"{prefix}{name}.") if isinstance(child, dict) else {prefix + str(name): child}
@@ -193,7 +203,7 @@ def flatten(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def without_copies(flat: dict[str, Any]) -> dict[str, Any]:
-    """Return a flat configuration without `module.KEY` where KEY itself has the same value, of which it is a copy."""
+    """Return a flat configuration without those options `module.KEY` that are copies of an option `KEY` with the same value."""
     return {
         key: value
         for key, value in flat.items()
@@ -202,7 +212,7 @@ def without_copies(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def modernised(flat: dict[str, Any]) -> dict[str, Any]:
-    """Translate the flat configuration of an older version to the option names and classes of this version."""
+    """Return the flat configuration of an older version with the option and class names of this version."""
     found: dict[str, Any] = {}
     for key, value in flat.items():
         if DROPPED.get(key, ...) == value:

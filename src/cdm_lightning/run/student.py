@@ -16,15 +16,15 @@ from cdm_lightning.lora.weights import AdapterWeights
 from cdm_lightning.run.folder import CONFIG, Run
 
 LORA = ("cdm_lightning.lora.plan.LoRAPlan", "cdm_lightning.lora.plan.Adapter")
-PARTS = {"backbone": BACKBONES, "lora": LORA}  # what is built from a run's folder, of which classes
-GROUP = "cdm_lightning.{}"  # of the entry points that register more of them
+PARTS = {"backbone": BACKBONES, "lora": LORA}  # option: the classes that may be built from a run's folder
+GROUP = "cdm_lightning.{}"  # the group of entry points that registers further classes
 
 
 @dataclass(frozen=True)
 class TrainedStudent:
-    """The student of an opened checkpoint, whose network is built only by `network`.
+    """The student in an opened checkpoint. `network` builds its network.
 
-    `plan` says which networks are LoRA adapters, `stored` is the checkpoint, and `weights` the network that is read from it:
+    `plan` says which networks are LoRA adapters. `stored` is the checkpoint. `weights` names the stored weights to use:
     "student" or "student_ema".
     """
 
@@ -40,7 +40,7 @@ class TrainedStudent:
         return self.stored.iteration
 
     def network(self) -> nn.Module | AdapterWeights:
-        """Return the student's network in eval mode, or its adapter's weights alone if the student is a LoRA."""
+        """Return the student's network in eval mode. For a LoRA, return the weights of the adapter alone."""
         tensors = self.stored.network_weights(self.weights)
         adapter = self.plan.of("student")
         if adapter is not None:
@@ -51,10 +51,12 @@ class TrainedStudent:
 
 
 def open_student(source: str | Path, weights: str = "auto", pretrained: str | None = None) -> TrainedStudent:
-    """Open the student of the checkpoint `source`, or of the newest checkpoint of the run's folder `source`.
+    """Open the student of a checkpoint, or of the newest checkpoint in a run's folder. `source` is the path of either.
 
-    `weights` is "student", "student_ema" or "auto": the EMA if there is one. `pretrained` replaces the path of the pretrained
-    pipeline in the run's configuration. Raises `UserError` for a checkpoint that is damaged, or of another backbone.
+    `weights` is "student", "student_ema" or "auto", which takes the EMA if there is one. `pretrained` replaces the path of the
+    pretrained pipeline that the run's configuration names.
+
+    Raises `UserError` if the checkpoint is damaged or has been trained with another backbone.
     """
     run, checkpoint = Run.find(source)
     backbone, plan = build_parts(run, pretrained)
@@ -65,10 +67,10 @@ def open_student(source: str | Path, weights: str = "auto", pretrained: str | No
 
 
 def build_parts(run: Run, pretrained: str | None = None) -> tuple[Backbone, LoRAPlan]:
-    """Build the backbone and the LoRA plan that a run's configuration describes, the only objects built from a run's folder.
+    """Build the backbone and the LoRA plan that a run's configuration describes. No other object is built from a run's folder.
 
-    `pretrained` replaces the path of the pretrained pipeline. Raises `UserError` before anything is built if the configuration
-    names a class that is not registered (`config.registered`).
+    `pretrained` replaces the path of the pretrained pipeline. Raises `UserError` if the configuration names a class that is not
+    registered (`config.registered`); nothing has been built then.
     """
     config = run.config()
     for key, own in PARTS.items():
@@ -82,25 +84,29 @@ def build_parts(run: Run, pretrained: str | None = None) -> tuple[Backbone, LoRA
     plan = build(config, "lora") if config.get("lora") else LoRAPlan()
     if not isinstance(backbone, Backbone) or not isinstance(plan, LoRAPlan):
         raise UserError(
-            f"{run.folder / CONFIG}: backbone and lora must be a backbone and a LoRA plan; restore it as training wrote it"
+            f"{run.folder / CONFIG}: `backbone` must describe a backbone and `lora` a LoRA plan; restore the file that training wrote"
         )
     return backbone, plan
 
 
 def choose_weights(weights: str, ema_updates: int, checkpoint: Path) -> str:
-    """Return `weights`, or for "auto" the name of the network to use: "student_ema" if `ema_updates` is above 0, else "student".
+    """Return the name of the stored weights to use: "student" or "student_ema".
 
-    Raises `UserError`, which names `checkpoint`, for "student_ema" if it holds none.
+    "auto" takes the EMA if the number of its updates, `ema_updates`, is above 0. Every other value of `weights` is returned
+    unchanged. Raises `UserError` for "student_ema" if `checkpoint` has no EMA.
     """
     if weights == "auto":
         return "student_ema" if ema_updates else "student"
     if weights == "student_ema" and not ema_updates:
-        raise UserError(f"{checkpoint} holds no EMA of the student (ema.decay was null); use --weights student")
+        raise UserError(f"{checkpoint} has no EMA of the student, because ema.decay was null; use --weights student")
     return weights
 
 
 def plain_network(backbone: Backbone, network: nn.Module | AdapterWeights) -> nn.Module:
-    """Return a network in eval mode without adapters; the weights of a LoRA are fused in float32 into a new pretrained one."""
+    """Return a network in eval mode that has no LoRA adapters.
+
+    If `network` is the weights of a LoRA, they are fused in float32 into a new pretrained network.
+    """
     if isinstance(network, AdapterWeights):
         from cdm_lightning.lora.fuse import fuse  # imports peft
 
