@@ -124,9 +124,9 @@ def odd(request, tmp_path, monkeypatch) -> Callable[[str], Path]:
 def test_the_writer_refuses_whatever_is_no_regular_file(odd):
     path = odd("output")
     before = state(path)
-    with pytest.raises(OSError, match="no regular file"), no_longer_than(5), replacing(path):
+    with pytest.raises(OSError, match="not a regular file"), no_longer_than(5), replacing(path):
         pytest.fail("the block ran")
-    with pytest.raises(OSError, match="no folder"), no_longer_than(5), replacing_folder(path):
+    with pytest.raises(OSError, match="not a folder"), no_longer_than(5), replacing_folder(path):
         pytest.fail("the block ran")
     assert state(path) == before
     assert not [name for name in os.listdir() if name.startswith(leftovers.OWN)]
@@ -160,7 +160,7 @@ def test_a_device_itself_is_refused(tmp_path):
     for device in ("/dev/full", "/dev/null", "/dev/stdout"):
         before = os.stat(device)
         if not stat.S_ISREG(before.st_mode):
-            with pytest.raises(OSError, match="no regular file"):
+            with pytest.raises(OSError, match="not a regular file"):
                 write_text(device, "x")
             assert os.stat(device).st_rdev == before.st_rdev
 
@@ -392,7 +392,7 @@ def test_a_lock_file_that_is_something_else_is_refused_and_unchanged(make, tmp_p
         make(Path(".lock"))
     before = state(path)
     with (
-        pytest.raises(OSError, match=r"is a link; remove it|is no lock file|No such device"),
+        pytest.raises(OSError, match=r"is a link; remove it|is not a lock file|No such device"),
         no_longer_than(5),
         locked(path),
     ):
@@ -419,7 +419,7 @@ def test_a_lock_file_that_is_a_link_to_a_file_is_refused_in_one_line(tmp_path):
 
 def test_the_reader_refuses_whatever_is_no_regular_file(odd):
     path = odd("input")
-    with pytest.raises(OSError, match=r"no regular file|No such device"), no_longer_than(5):
+    with pytest.raises(OSError, match=r"not a regular file|No such device"), no_longer_than(5):
         open_regular(path)
 
 

@@ -146,7 +146,7 @@ def test_other_contents_are_refused_in_one_line(tmp_path, name, content, message
 def test_pipes_and_devices_are_refused_before_they_are_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
     for path in (tmp_path / "pipe.txt", "/dev/zero"):
-        with pytest.raises(UserError, match="it is no regular file"):
+        with pytest.raises(UserError, match="it is not a regular file"):
             PromptFile(path)
 
 

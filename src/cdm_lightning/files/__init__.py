@@ -1,7 +1,7 @@
-"""Files and folders that are written completely or not at all, and read only if they are regular and of a bounded size.
+"""Reading and writing of files: writes are complete or do not happen, and reads are limited to regular files of a bounded size.
 
-A device, a pipe or a socket is neither written nor read: a read could wait or go on for ever, and a write would replace the
-device. Everything in the package that writes or reads small files goes through these functions.
+Devices, pipes and sockets are refused. Reading from one could last for ever, and writing would replace it by a file. The whole
+package reads and writes its small files by these functions.
 """
 
 from cdm_lightning.files.disk import append_text, disk_error, disk_errors

@@ -1,4 +1,4 @@
-"""Errors of the disk, in whatever exception they come, and lines that are appended whole or not at all."""
+"""Recognition of disk errors in the exceptions of any library, and safe appending to a text file."""
 
 import os
 import re
@@ -13,9 +13,9 @@ DISK_ERROR = re.compile(r"I/?O error|No space left|quota exceeded|Read-only file
 
 @contextmanager
 def disk_errors() -> Generator[None]:
-    """Turn an exception inside the block that reports a disk error, such as a full disk, into an OSError (see `disk_error`).
+    """Turn an exception inside the block into an OSError if it reports a disk error, such as a full disk.
 
-    Other exceptions pass unchanged.
+    Other exceptions pass unchanged. `disk_error` decides what is a disk error.
     """
     try:
         yield
@@ -27,9 +27,10 @@ def disk_errors() -> Generator[None]:
 
 
 def disk_error(error: BaseException) -> OSError | None:
-    """Return `error` or its cause if that is an OSError, a new OSError if its text speaks of the disk, and None otherwise.
+    """Return the disk error that `error` reports as an OSError, or None if it reports none.
 
-    Libraries that are not written in Python (safetensors) report a full disk in their own exceptions, as text.
+    If `error` or its cause is an OSError, that one is returned. If only the text of `error` names a disk error, a new OSError
+    is returned. Libraries such as safetensors, which is written in Rust, report a full disk in this way.
     """
     for found in (error, error.__cause__):
         if isinstance(found, OSError):
@@ -38,10 +39,10 @@ def disk_error(error: BaseException) -> OSError | None:
 
 
 def append_text(path: str | Path, text: str) -> None:
-    """Append lines to a text file (UTF-8) completely or not at all, and wait until they are on the disk.
+    """Append lines to a UTF-8 text file completely or not at all, and wait until they are on the disk.
 
-    If the file does not end with a line break, because a crash cut its last line off, one is added first. Raises OSError
-    if `path` is a link or not a regular file, or if the lines cannot be written; the file then keeps its earlier content.
+    If a crash has cut off the file's last line, a line break is added first. Raises OSError if `path` is a link or not a
+    regular file, or if the lines cannot be written. The file then keeps its earlier content.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     with os.fdopen(descriptor, "a+b", buffering=0) as file:

@@ -1,4 +1,4 @@
-"""The temporary files and folders of the package: their names, and how those of killed processes are found and deleted."""
+"""The temporary files and folders of this package: their names, and the deletion of those that killed processes left."""
 
 import fcntl
 import hashlib
@@ -13,20 +13,20 @@ from pathlib import Path
 
 OWN = ".cdm_lightning-"  # how the names of all temporary files and folders begin
 NEW, OLD = ".tmp", ".old"  # how they end: what is being written, and what is being replaced
-ABANDONED = 3600  # seconds without a change after which an unlocked leftover of another machine is one
+ABANDONED = 3600  # seconds without a change after which an unlocked file of another machine is deleted
 
 
 def temporary_path(path: Path, end: str = NEW) -> Path:
-    """Return a new path next to `path` for a temporary file or folder that ends with `end`; nothing is created.
+    """Return a new, unique path next to `path` for a temporary file or folder. Nothing is created.
 
-    The name is unique, and short however long that of `path` is. It holds hashes of the name and the machine, and the
-    process, because processes in two containers on one disk can have the same number.
+    The name ends with `end` and is short even if the name of `path` is long. It contains a hash of the name of `path`, a hash
+    of the machine, and the process number. The machine matters because processes in two containers can have the same number.
     """
     return path.with_name(f"{OWN}{_digest(path)}-{_place()}-{os.getpid()}-{secrets.token_hex(4)}{end}")
 
 
 def hold(descriptor: int) -> None:
-    """Lock an open temporary file or folder until it is closed, which shows other processes that its writer still runs."""
+    """Lock an open temporary file or folder until it is closed. The lock shows other processes that its writer still runs."""
     with suppress(OSError):  # a file system without locks: `is_left` then looks for the process
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
@@ -34,8 +34,8 @@ def hold(descriptor: int) -> None:
 def sweep(path: str | Path) -> list[Path]:
     """Delete the temporary files and folders that killed writers of `path` left next to it, and return their paths.
 
-    Those of running writers and of other paths stay. If a writer was killed while it replaced an earlier folder, that folder is
-    moved back to `path`.
+    Those of running writers and of other paths stay. If a writer was killed while it replaced an earlier folder, the earlier
+    folder is moved back to `path`.
     """
     path = Path(os.path.realpath(path))
     found = [entry for entry in _entries(path.parent, f"{OWN}{_digest(path)}-", (NEW, OLD)) if is_left(entry)]
@@ -49,7 +49,7 @@ def sweep(path: str | Path) -> list[Path]:
 
 
 def sweep_folder(folder: str | Path) -> list[Path]:
-    """Delete the temporary files that killed writers of files directly inside `folder` left there, and return their paths."""
+    """Delete the temporary files that killed processes left directly inside `folder`, and return their paths."""
     found = [entry for entry in _entries(Path(folder), OWN, (NEW,)) if is_left(entry)]
     for entry in found:
         _delete(entry)
@@ -57,10 +57,14 @@ def sweep_folder(folder: str | Path) -> list[Path]:
 
 
 def is_left(entry: Path) -> bool:
-    """Return whether the writer of this temporary file or folder of the package has ended, so that it may be deleted.
+    """Return whether a temporary file or folder may be deleted, because the process that was writing it has ended.
 
-    False if that is in doubt. True if nothing has it locked and its process, on this machine, is dead. If it was made on another
-    machine or in another container, the file system must have locks, and it must be unlocked and unchanged for an hour.
+    - If another process holds a lock on it, the answer is no.
+    - If it was made on this machine, the answer is yes if its process no longer runs.
+    - If it was made on another machine or in another container, the answer is yes if it has not changed for an hour, provided
+      that
+    the file system has locks.
+    - In doubt, the answer is no.
     """
     parts = entry.stem.removeprefix(OWN).split("-")
     if len(parts) != 4 or not parts[2].isdecimal():
@@ -119,7 +123,10 @@ def _digest(path: Path) -> str:
 
 @cache
 def _place() -> str:
-    """Return a short hash of the machine and, in containers, of the process namespace: where a process number counts."""
+    """Return a short hash of the machine and of its process namespace, which is that of the container.
+
+    Process numbers are unique only within such a place.
+    """
     try:
         namespace = os.readlink("/proc/self/ns/pid")
     except OSError:

@@ -1,4 +1,4 @@
-"""A lock that one process holds on a lock file."""
+"""A lock by which one process at a time uses a file or folder."""
 
 import errno
 import fcntl
@@ -11,18 +11,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 HOLDER = re.compile(rb"process \d+ on \S*")  # what a lock file holds
-LONGEST = 512  # bytes of it that are read
+LONGEST = 512  # bytes of a lock file that are read
 
 
 @contextmanager
 def locked(path: str | Path) -> Generator[None]:
-    """Hold a lock on the lock file `path` inside the block, so that one process at a time runs it; the file is made if missing.
+    """Hold a lock on the lock file `path` inside the block, so that one process at a time runs the block.
 
-    Raises BlockingIOError at once, whose `strerror` names the holder ("process 12 on HOST"), if another process holds the
-    lock, and OSError if the file cannot be made, or is a link, a device or a file with content that is not of a lock file.
-    The lock is one of POSIX (`lockf`). It is released when the process ends, however it ends; child
-    processes do not inherit it, unlike a lock of the filelock package; and it works on network file systems. On a file
-    system without locks, nothing is locked.
+    The lock file is created if it is missing. The lock ends with the process, even if the process is killed. Child processes do
+    not inherit it, unlike a lock of the package filelock. It is a POSIX lock (`lockf`), which also works on network file
+    systems. On a file system without locks, the block runs without one.
+
+    Raises BlockingIOError at once if another process holds the lock; `strerror` names it, as in "process 12 on HOST". Raises
+    OSError if `path` cannot be created, or is a link, a device, or a file with other content.
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
@@ -33,7 +34,7 @@ def locked(path: str | Path) -> Generator[None]:
     with os.fdopen(descriptor, "r+b", buffering=0) as file:
         written = file.read(LONGEST) if stat.S_ISREG(os.fstat(descriptor).st_mode) else b"-"
         if written and not HOLDER.fullmatch(written):
-            raise OSError(errno.EINVAL, f"{Path(path).name} is no lock file of this program; remove it", str(path))
+            raise OSError(errno.EINVAL, f"{Path(path).name} is not a lock file of this program; remove it", str(path))
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

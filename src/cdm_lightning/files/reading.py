@@ -1,4 +1,4 @@
-"""Reading regular files of a bounded size, and checking names."""
+"""The reading of regular files of a bounded size, and the check of file names."""
 
 import errno
 import os
@@ -14,18 +14,18 @@ LONGEST_NAME = 255  # bytes, in all common file systems
 
 
 def open_regular(path: str | Path, most: int | None = None, follow: bool = True) -> BufferedReader:
-    """Open a regular file to read its bytes. Raise OSError for anything else, and for a file of more than `most` bytes.
+    """Open a regular file of at most `most` bytes to read its bytes.
 
-    With `follow=False` a link raises OSError too.
+    Raises OSError if the file is larger, if it is not a regular file, or with `follow=False` if it is a link.
     """
     flags = (
         os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
-    )  # otherwise opening a pipe waits for a writer
+    )  # without O_NONBLOCK, opening a pipe waits for a writer
     try:
         descriptor = os.open(path, flags)
     except OSError as error:
         if error.errno == errno.ELOOP and not follow:
-            raise OSError(error.errno, "it is a link, which is not followed", str(path)) from error
+            raise OSError(error.errno, "links are not allowed here", str(path)) from error
         raise
     try:
         _require(os.fstat(descriptor), path, most)
@@ -36,35 +36,42 @@ def open_regular(path: str | Path, most: int | None = None, follow: bool = True)
 
 
 def require_regular(path: str | Path, most: int | None = None) -> Path:
-    """Return `path` if it is, or leads to, a regular file of at most `most` bytes; raise OSError if it is anything else."""
+    """Return `path` if it is a regular file of at most `most` bytes, or a link to one.
+
+    Raises OSError otherwise.
+    """
     _require(os.stat(path), path, most)
     return Path(path)
 
 
 def _require(found: os.stat_result, path: str | Path, most: int | None) -> None:
     if not stat.S_ISREG(found.st_mode):
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     if most is not None and found.st_size > most:
         raise OSError(errno.EFBIG, f"it has {found.st_size:,} bytes, more than {most:,}", str(path))
 
 
 def read_text(path: str | Path, most: int = MOST_TEXT, follow: bool = True) -> str:
-    """Return the text of a UTF-8 file; OSError as from `open_regular`, and UnicodeDecodeError if it is not UTF-8."""
+    """Return the text of a UTF-8 file of at most `most` bytes.
+
+    Raises UnicodeDecodeError if the file is not UTF-8, and OSError for the reasons of `open_regular`.
+    """
     with open_regular(path, most, follow) as file:
         return file.read().decode("utf-8")
 
 
 def irregular(folder: str | Path) -> Iterator[Path]:
-    """Yield the paths in a folder, at any depth, that are no folder, regular file or link to one: pipes, broken links, ..."""
+    """Yield the paths in a folder and its subfolders that are neither files nor folders, such as pipes and broken links."""
     for path in sorted(Path(folder).rglob("*")):
         if not path.is_file() and not path.is_dir():
             yield path
 
 
 def require_name(name: object, option: str) -> str:
-    """Return `name` as text if it can be the name of a file; raise `UserError`, which names the `option`, if it cannot.
+    """Return `name` as text if it can be the name of a file.
 
-    A name is a text or a number without slashes and control characters, not empty, not "." or "..", of at most 255 bytes.
+    A name is a text or a number of 1 to 255 bytes, without slashes and control characters. "." and ".." are not allowed. Raises
+    `UserError` otherwise; `option` is the option's name for the message.
     """
     text = str(name) if isinstance(name, (str, int, float)) and not isinstance(name, bool) else ""
     is_fit = text.strip() and text not in (".", "..") and text.isprintable() and not set(text) & {"/", "\\"}
@@ -76,5 +83,8 @@ def require_name(name: object, option: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text without its full stop, or the error's type if it has no text."""
+    """Return the first line of an error's text without its full stop.
+
+    If the error has no text, return the name of its type.
+    """
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,4 +1,4 @@
-"""Reading the JSON files that earlier runs of the package have written; every error names the file and how to go on."""
+"""The reading of JSON files that earlier runs wrote. Each error names the file and says how to continue."""
 
 import json
 from collections.abc import Generator, Mapping
@@ -9,15 +9,15 @@ from typing import Any
 from cdm_lightning.errors import UserError
 from cdm_lightning.files.reading import MOST_TEXT, first_line, read_text
 
-# What wrong content raises where it is used: a list instead of an object, a text instead of a number, a missing key.
+# The errors that wrong content causes when it is used: a list instead of an object, a text instead of a number, a missing key.
 WRONG_CONTENT = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 
 
 def read_record(path: str | Path, cure: str, most: int = MOST_TEXT) -> dict[str, Any]:
-    """Return the JSON object in the file `path`, of at most `most` bytes; a link is not followed.
+    """Return the JSON object that is stored in the file `path`, of at most `most` bytes.
 
-    Raises FileNotFoundError if there is no file, and `UserError` if it cannot be read or holds no JSON object. `cure` says what
-    the user can do then, such as "remove it", and ends the message.
+    Raises FileNotFoundError if there is no file. Raises `UserError` if the file is a link, cannot be read, or has no JSON
+    object. `cure` ends this message and says what the user can do, such as "remove it".
     """
     try:
         found = json.loads(read_text(path, most, follow=False))
@@ -27,14 +27,15 @@ def read_record(path: str | Path, cure: str, most: int = MOST_TEXT) -> dict[str,
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         raise UserError(f"{path} cannot be read ({reason}); {cure}") from error
     if not isinstance(found, dict):
-        raise UserError(f"{path}: holds {type(found).__name__}, not a JSON object; {cure}")
+        raise UserError(f"{path} must contain a JSON object, but contains a {type(found).__name__}; {cure}")
     return found
 
 
 def require_entries(record: Mapping[str, Any], path: str | Path, cure: str, **kinds: type | tuple[type, ...]) -> None:
-    """Raise `UserError` unless `record`, which was read from `path`, has an entry of the given type for each name in `kinds`.
+    """Raise `UserError` unless `record` has an entry of the right type for each name in `kinds`.
 
-    An int must not be negative, and a bool does not count as a number. The message names the file and ends with the `cure`.
+    For example, `iteration=int` asks for an int that is not negative under "iteration". A bool does not count as a number.
+    `path` is the file of the record, for the message. `cure` ends the message and says what the user can do.
     """
     for name, kind in kinds.items():
         value = record.get(name)
@@ -47,9 +48,9 @@ def require_entries(record: Mapping[str, Any], path: str | Path, cure: str, **ki
 
 @contextmanager
 def restoring(path: str | Path, cure: str) -> Generator[None]:
-    """Turn errors such as KeyError inside the block, which uses the content of `path`, into a `UserError` about that file.
+    """Turn errors such as KeyError inside the block into a `UserError` about the file `path`.
 
-    `cure` says what the user can do, and ends the message.
+    The block uses the file's content, which may be wrong. `cure` ends the message and says what the user can do.
     """
     try:
         yield
@@ -57,4 +58,4 @@ def restoring(path: str | Path, cure: str) -> Generator[None]:
         raise
     except WRONG_CONTENT as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"{path}: does not hold what a run stores there ({reason:.120}); {cure}") from error
+        raise UserError(f"{path} does not have the content that a run stores there ({reason:.120}); {cure}") from error

@@ -1,4 +1,4 @@
-"""Writing a file or a folder completely or not at all, even if the process is killed or the disk is full."""
+"""Writing of a file or folder completely or not at all, even if the process is killed or the disk is full."""
 
 import errno
 import os
@@ -14,11 +14,12 @@ from cdm_lightning.files.leftovers import OLD, hold, sweep, temporary_path
 
 @contextmanager
 def replacing(path: str | Path) -> Generator[Path]:
-    """Yield a temporary path for the block to write one file to; afterwards the file takes the place of `path`.
+    """Yield a temporary path to which the block writes one file. After the block, this file replaces `path`.
 
-    The content is on the disk before that, so a crash leaves either the old or the new file. An earlier file's mode is
-    kept, and a link to a file stays a link. After an error inside the block, `path` is unchanged and the temporary file is
-    deleted. Raises OSError if the file cannot be written, and before the block if `path` exists and is no regular file.
+    A crash leaves either the old file or the complete new one. The mode of the old file is kept, and a link stays a link. After
+    an error inside the block, `path` is unchanged and the temporary file is deleted.
+
+    Raises OSError if the file cannot be written. Raises it before the block if `path` exists and is not a regular file.
     """
     path = require_replaceable(path)
     sweep(path)
@@ -41,15 +42,17 @@ def replacing(path: str | Path) -> Generator[Path]:
 
 @contextmanager
 def replacing_folder(path: str | Path) -> Generator[Path]:
-    """Yield a new empty folder next to `path` for the block to fill; after the block it replaces what is at `path`.
+    """Yield a new empty folder for the block to fill. After the block, it replaces the folder at `path`.
 
-    After an error inside the block, `path` is unchanged and the new folder is deleted. An earlier folder's mode is kept,
-    and a link to a folder stays a link. Temporary folders that killed writers of the same `path` left are deleted first.
-    Raises OSError if the folder cannot be written or if `path` exists and is no folder.
+    The mode of the old folder is kept, and a link stays a link. After an error inside the block, `path` is unchanged and the
+    new folder is deleted. Before the block, temporary folders that killed writers of `path` left are deleted or moved back
+    (`sweep`).
+
+    Raises OSError if the folder cannot be written, or if `path` exists and is not a folder.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, "it exists and is no folder", str(path))
+        raise NotADirectoryError(errno.ENOTDIR, "it exists and is not a folder", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path)
     temporary, old = temporary_path(path), temporary_path(path, OLD)
@@ -70,7 +73,7 @@ def replacing_folder(path: str | Path) -> Generator[Path]:
 
 
 def _exchange(temporary: Path, path: Path, old: Path) -> None:
-    """Rename `temporary` to `path`; an earlier folder there becomes `old`, and is put back if that fails."""
+    """Rename `temporary` to `path`. A folder that is at `path` is renamed to `old`, and renamed back after an error."""
     if not path.exists():
         temporary.rename(path)
         return
@@ -84,25 +87,28 @@ def _exchange(temporary: Path, path: Path, old: Path) -> None:
 
 
 def require_replaceable(path: str | Path) -> Path:
-    """Return `path` with links followed, if a regular file or nothing is there.
+    """Return `path` with all links followed, if it is a regular file or does not exist.
 
-    Raises OSError for a folder, a device, a pipe and a socket, which `replacing` must not replace.
+    Raises OSError for a folder, a device, a pipe or a socket, because `replacing` must not replace them.
     """
     path = Path(os.path.realpath(path))
     with suppress(FileNotFoundError):
         if not stat.S_ISREG(path.stat().st_mode):
-            raise OSError(errno.EINVAL, "it exists and is no regular file", str(path))
+            raise OSError(errno.EINVAL, "it exists and is not a regular file", str(path))
     return path
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file (UTF-8) completely or not at all; raise OSError if it cannot be written."""
+    """Write a UTF-8 text file completely or not at all.
+
+    Raises OSError if it cannot be written.
+    """
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def sync(path: Path) -> None:
-    """Wait until the content of a file, or the list of names in a folder, is on the disk."""
+    """Wait until the content of a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,1 +1,1 @@
-"""What a command shows on the terminal: the progress of long tasks, and no messages of libraries that do not apply."""
+"""The terminal output of a command: progress of long tasks, masked secrets, and no irrelevant messages of libraries."""

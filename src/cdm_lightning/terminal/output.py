@@ -1,4 +1,4 @@
-"""What a command prints, with secrets masked, whoever prints it: messages, tracebacks, warnings, and lines of libraries."""
+"""The masking of secrets in everything that a process prints: messages, tracebacks, warnings, and lines of libraries."""
 
 import logging
 import sys
@@ -10,18 +10,21 @@ from cdm_lightning.terminal.secrets import masked_text
 
 
 class MaskedStream:
-    """A text stream that writes to `stream` with secrets replaced by ***; all other attributes are those of `stream`."""
+    """A text stream that replaces secrets by *** before it writes to `stream`.
+
+    All other attributes are those of `stream`.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        """Write the text with secrets masked, and return its length, as any text stream does."""
+        """Write `text` with its secrets masked, and return the length of `text`."""
         self.stream.write(masked_text(text) if isinstance(text, str) else text)
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
-        """Write several texts."""
+        """Write several texts with their secrets masked."""
         for line in lines:
             self.write(line)
 
@@ -33,7 +36,10 @@ class MaskedStream:
 
 
 def mask_output() -> None:
-    """Mask secrets in everything that this process prints from now on; calling it again changes nothing."""
+    """Mask secrets in everything that this process prints from now on.
+
+    A second call changes nothing.
+    """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None or isinstance(stream, MaskedStream):

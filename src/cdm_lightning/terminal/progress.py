@@ -1,4 +1,4 @@
-"""The progress of a long task on stderr: a bar on a terminal, or a line every ten seconds in a log."""
+"""The progress of a long task on stderr: a bar on a terminal, or a line every ten seconds in a log file."""
 
 import sys
 import time
@@ -9,13 +9,13 @@ from tqdm import tqdm
 LINE_EVERY = 10.0  # seconds between two lines if stderr is not a terminal
 REFRESH_EVERY = 0.5  # seconds between two updates of the figures on a bar
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed} elapsed, {remaining} left{postfix}]"
-Figures = Callable[[], Mapping[str, str]]  # called only to show figures, because reading a loss waits for the device
+Figures = Callable[[], Mapping[str, str]]  # a function, because reading a loss waits for the GPU
 
 
 class Progress:
-    """A counter of steps from `initial` to `total`, shown on stderr with elapsed and remaining time.
+    """A counter of steps from `initial` to `total`, shown on stderr with the elapsed and the remaining time.
 
-    `silent` shows nothing; of several processes, all but the first pass it.
+    With `silent`, nothing is shown. If a task has several processes, all except the first are silent.
     """
 
     def __init__(self, description: str, total: int, initial: int = 0, silent: bool = False) -> None:
@@ -26,7 +26,7 @@ class Progress:
             self._bar = tqdm(desc=description, total=total, initial=initial, bar_format=BAR, dynamic_ncols=True)
 
     def describe(self, description: str) -> None:
-        """Change the text that says what is being done, and show it."""
+        """Show `description` in front of the count from now on."""
         if description == self.description:
             return
         self.description = description
@@ -36,10 +36,10 @@ class Progress:
             self._write_line({})
 
     def advance(self, count: int = 1, figures: Figures = dict) -> None:
-        """Count `count` more steps as done; now and then, and at the end, show the count and what `figures()` returns.
+        """Count `count` more steps as done. The display is updated from time to time, and after the last step.
 
-        `figures` returns {name: value as text}, such as a loss. It is called only when it is shown, because reading a loss makes
-        the host wait for the device.
+        `figures` is a function that returns {name: value as text}, for example a loss, to be shown next to the count. It is
+        called only when the display is updated, because reading a loss from a GPU interrupts its work.
         """
         self.done += count
         now = time.perf_counter()
@@ -53,14 +53,14 @@ class Progress:
             self._write_line(figures())
 
     def print(self, text: str) -> None:
-        """Print `text` as a line of its own on stderr, which the bar does not overwrite."""
+        """Print `text` on stderr as a line above the bar."""
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         elif not self.silent:
             print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Close the bar, which stays visible in its current state."""
+        """Stop updating the bar, and leave it visible."""
         if self._bar is not None:
             self._bar.close()
 

@@ -1,4 +1,4 @@
-"""Hide messages of Lightning, torch and diffusers that do not apply to this package."""
+"""The silencing of library messages that do not apply to this package."""
 
 import logging
 import os
@@ -13,30 +13,31 @@ UNFIT_WARNINGS = (
     ".*sync_dist=True.*",  # callbacks combine the measurements of all processes before they log them
     ".*LeafSpec.*is deprecated.*",  # it comes from Lightning's own code
 )
-NO_EXCEPTIONS = "should be kept in float32: []"  # part of a diffusers warning about a cast that excludes no layer
+NO_EXCEPTIONS = (
+    "should be kept in float32: []"  # a diffusers warning about a cast contains this text if it names no layer
+)
 
 
 def quiet_libraries() -> None:
-    """Hide messages of Lightning, torch and diffusers that do not apply here, and mask secrets in all that is printed.
+    """Hide irrelevant messages of Lightning, torch and diffusers, and mask secrets in everything that is printed.
 
-    Call this before these libraries are imported. In a locale without UTF-8 it starts the command again (`speak_utf8`).
+    Call this before these libraries are imported. It also calls `speak_utf8`, which can start the command again.
     """
     speak_utf8()
     mask_output()
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
     for library in ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
-        logging.getLogger(library).setLevel(logging.ERROR)  # about torchao's format, which no model here uses
+        logging.getLogger(library).setLevel(logging.ERROR)  # they warn about torchao's format, which no model here uses
     logging.getLogger("diffusers.models.modeling_utils").addFilter(_names_a_layer)
     for message in UNFIT_WARNINGS:
         warnings.filterwarnings("ignore", message)
 
 
 def speak_utf8() -> None:
-    """In a locale without UTF-8 (such as LC_ALL=C), replace this process by the same command in Python's UTF-8 mode.
+    """Start the same command again in Python's UTF-8 mode if the locale is not UTF-8 (for example LC_ALL=C).
 
-    Otherwise Python would read "é" in an argument or a path as characters that cannot be written to a UTF-8 file, and the mode
-    of a running process cannot be changed.
+    Without UTF-8, Python could not write an argument such as "é" to a file. The mode of a running process cannot be changed.
     """
     if sys.getfilesystemencoding() == "utf-8" or os.environ.get("PYTHONUTF8") == "1":
         return

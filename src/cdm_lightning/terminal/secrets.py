@@ -1,7 +1,11 @@
 """The masking of secrets in everything that is written or printed: configurations, commands, messages and tracebacks.
 
-A secret is known by its key (`hub_token`, `--password`, `?api_key=`), by its place (`https://USER:PASSWORD@host`,
-`Authorization: Bearer ...`), by its shape (`hf_...`, `AKIA...`), or because an environment variable with such a key holds it.
+A text is taken for a secret for one of four reasons:
+
+- its key, as in `hub_token`, `--password` or `?api_key=`
+- its place, as in `https://USER:PASSWORD@host` or `Authorization: Bearer ...`
+- its shape, such as `hf_...` or `AKIA...`
+- it is the value of an environment variable that has such a key
 """
 
 import json
@@ -75,7 +79,7 @@ NAMED = re.compile(rf"""(?<![\w?&;#])([A-Za-z_][\w.@/-]{{0,160}})(["']?\s*=\s*|[
 
 @cache
 def is_secret_key(name: str) -> bool:
-    """Return whether the last part of a key, or any word in it, says that its value is secret.
+    """Return whether a key, such as the name of an option, says that its value is secret.
 
     `hub_token`, `apiKey` and `DB_PASSWD` are such keys; `tokenizer`, `max_tokens`, `pad_token` and `keyword` are not.
     """
@@ -94,9 +98,10 @@ def is_secret_key(name: str) -> bool:
 
 
 def masked(value: Any, key: str = "", is_secret: bool = False) -> Any:
-    """Return nested dicts and lists with each secret replaced by ***: what `masked_text` finds, and all below a secret key.
+    """Return a copy of nested dicts and lists in which each secret is replaced by ***.
 
-    `key` is the key that holds `value`; `is_secret` says that a key above it is secret (`is_secret_key`).
+    Secrets are whatever `masked_text` finds in a text, and all values below a secret key (`is_secret_key`). `key` is the key of
+    `value`. `is_secret` says that a key above it is secret.
     """
     is_secret = is_secret or is_secret_key(key)
     if isinstance(value, Mapping):
@@ -114,9 +119,9 @@ def masked(value: Any, key: str = "", is_secret: bool = False) -> Any:
 
 
 def masked_command(arguments: Sequence[str]) -> list[str]:
-    """Return command-line arguments with secrets replaced by ***: those that `masked_text` finds, and each value of a secret key.
+    """Return command-line arguments in which each secret is replaced by ***.
 
-    `KEY=VALUE` and `--KEY VALUE` are both known.
+    Secrets are whatever `masked_text` finds, and the value of each secret key, as in `KEY=VALUE` or `--KEY VALUE`.
     """
     found, follows = [], False
     for argument in arguments:
@@ -132,7 +137,10 @@ def masked_command(arguments: Sequence[str]) -> list[str]:
 
 
 def masked_text(text: str) -> str:
-    """Return a text with the secrets in it replaced by ***; words such as `tokenizer` and `max_tokens=77` stay."""
+    """Return a text in which each secret is replaced by ***.
+
+    Harmless words such as `tokenizer` and `max_tokens=77` stay.
+    """
     if len(text) < SHORTEST_SECRET:
         return text
     if known := _of_environment():
@@ -152,7 +160,10 @@ def _masked_parameter(found: re.Match[str]) -> str:
 
 
 def _masked_named(found: re.Match[str]) -> str:
-    """Mask the value of `KEY=VALUE`, `"KEY": VALUE` or `--KEY VALUE`; in prose, `KEY: VALUE` only if it looks random."""
+    """Return a found `KEY=VALUE`, `"KEY": VALUE` or `--KEY VALUE` with its value masked if the key is secret.
+
+    In a sentence, as in `KEY: VALUE`, the value is masked only if it looks random.
+    """
     name, sign, value = found[1], found[2], found[3]
     inner = value.strip("\"'")
     if not is_secret_key(name) and value[0] in "{[\"'":  # a secret may be inside
@@ -170,7 +181,7 @@ def _masked_named(found: re.Match[str]) -> str:
 
 
 def _is_random(value: Any) -> bool:
-    """Return whether a text could be a secret rather than a word: it has digits, capitals or signs, and is not short."""
+    """Return whether a text looks like a secret and not like a word: it has digits, capitals or signs, and is not short."""
     return (
         isinstance(value, str)
         and len(value) >= SHORTEST_SECRET
@@ -179,7 +190,7 @@ def _is_random(value: Any) -> bool:
 
 
 def _of_environment() -> re.Pattern[str] | None:
-    """Return a pattern of the secrets that environment variables hold; None if there are none."""
+    """Return a pattern that matches the secrets in environment variables, or None if there are none."""
     return _pattern(tuple(sorted({value for name, value in os.environ.items() if _holds_secret(name, value)})))
 
 
