@@ -239,7 +239,7 @@ def test_learning_rate_is_a_function_of_the_iteration():
     assert [rate.at(i) for i in (0, 1, 3, 4, 9)] == [0.5, 1.0, 2.0, 2.0, 2.0]
     assert [rate.at(i) for i in (10, 15, 19, 20, 30)] == pytest.approx([2.0, 1.0, 0.2, 0.0, 0.0])
     assert LearningRate(peak=2.0, warmup=0).at(10**6) == 2.0
-    with pytest.raises(UserError, match="needs total"):
+    with pytest.raises(UserError, match="needs a total"):
         LearningRate(peak=1.0, decay_from=0.5)
 
 
@@ -599,7 +599,7 @@ class Named(Alone):
 def test_names_that_are_taken_are_refused_before_anything_is_built(names):
     optim = {name: recipe() for name in ("student", *names)}
     with pytest.raises(
-        UserError, match=f"Named calls a role '{names[0]}', which is taken by the module or begins with _; choose"
+        UserError, match=f"Named has a role '{names[0]}', but this name is already in use or begins with _; choose"
     ):
         CDMModule(Toy2DBackbone(fit_steps=1), Named(*names), RandomSchedule(UniformLength(1, 4)), optim)
 
@@ -648,9 +648,7 @@ class Misspelt(Alone):
 
 
 def test_an_update_of_an_unknown_role_is_refused_before_anything_is_built():
-    with pytest.raises(
-        UserError, match="Misspelt updates or merges 'studnet', which it does not train; it trains student"
-    ):
+    with pytest.raises(UserError, match="Misspelt updates or merges 'studnet', but trains only student"):
         CDMModule(Toy2DBackbone(fit_steps=1), Misspelt(), RandomSchedule(UniformLength(1, 4)), {"student": recipe()})
 
 

@@ -118,17 +118,17 @@ def test_the_listed_buckets_fit_every_family():
 @pytest.mark.parametrize(
     ("sizes", "weights", "message"),
     [
-        ([], None, "give pairs of height and width"),
-        (1024, None, "give pairs of height and width"),
-        ([1024, 512], None, "give pairs of height and width"),
-        ([[1024]], None, "give pairs of height and width"),
-        ([[1024, "wide"]], None, "give pairs of height and width"),
-        ([[1024, 512.5]], None, "give pairs of height and width"),
-        ([WIDE, TALL], [1], "2 sizes need as many weights"),
-        ([WIDE, TALL], [0, 0], "not all 0"),
+        ([], None, "must be pairs of height and width"),
+        (1024, None, "must be pairs of height and width"),
+        ([1024, 512], None, "must be pairs of height and width"),
+        ([[1024]], None, "must be pairs of height and width"),
+        ([[1024, "wide"]], None, "must be pairs of height and width"),
+        ([[1024, 512.5]], None, "must be pairs of height and width"),
+        ([WIDE, TALL], [1], "one number for each of the 2 sizes"),
+        ([WIDE, TALL], [0, 0], "at least one above 0"),
         ([WIDE, TALL], [1, -1], "numbers of at least 0"),
         ([WIDE, TALL], ["much", 1], "numbers of at least 0"),
-        ([WIDE, TALL], 3, "give a list of numbers"),
+        ([WIDE, TALL], 3, "must be a list of numbers"),
     ],
 )
 def test_what_are_no_buckets_is_one_line(sizes, weights, message):

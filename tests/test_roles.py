@@ -100,7 +100,7 @@ def test_a_role_that_is_all_frozen_is_refused():
     def frozen(width: int) -> nn.Module:
         return nn.Linear(width, 1).requires_grad_(False)
 
-    with pytest.raises(UserError, match="the network head has no weight to train"):
+    with pytest.raises(UserError, match="all weights of the network 'head' are frozen"):
         fit(make_module(Judged([Role("head", build=frozen)])), 1)
 
 
@@ -155,5 +155,5 @@ def test_what_is_no_whole_network_cannot_rest_in_host_memory():
 
 @pytest.mark.parametrize("period", [0, -1, 1.5])
 def test_a_student_period_that_is_no_count_is_refused(period):
-    with pytest.raises(UserError, match=rf"Judged says student_period={period}; it must be a whole number from 1 on"):
+    with pytest.raises(UserError, match=rf"Judged has student_period={period}; return a whole number of at least 1"):
         make_module(Judged(period=period))

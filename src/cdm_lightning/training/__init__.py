@@ -1,1 +1,1 @@
-"""What carries an objective out: its networks, the student's rollouts (its own paths from noise) and the optimizer steps."""
+"""Run an objective: the networks, the student's rollouts (its own paths from noise) and the optimizer steps."""

@@ -1,10 +1,9 @@
-"""Compile the blocks of a network with torch.compile, so that every call of a run stays compiled.
+"""Compile the transformer blocks of a network with torch.compile, and warn if some of their calls are not compiled.
 
-One block is called in many ways: with and without gradients, by a batch of any size, by frozen and by trained networks, with
-several LoRA adapters, and once more in the backward pass by gradient checkpointing. Dynamo, the tracer of torch.compile, compiles
-a variant for each way. Beyond a limit of variants it runs what is new without compiling it, which is slow; and where gradient
-checkpointing then recomputes without compilation what was compiled, or the reverse, torch raises `CheckpointError`. The limit here
-is therefore far above what a run needs.
+A block is called in many ways: with and without gradients, with any batch size, with different LoRA adapters, and again in the
+backward pass by gradient checkpointing. Dynamo, the tracer of torch.compile, compiles a variant of the code for each way, up to a
+limit. Further ways run without compilation, which is slow. Gradient checkpointing even fails (`CheckpointError`) if one of its
+two runs of a block is compiled and the other is not. The limit here is therefore far above the number that a run needs.
 """
 
 import inspect
@@ -15,23 +14,23 @@ import torch
 from torch import nn
 
 VARIANTS = 64  # for each forward function; SD3 needs about 10 in a run, adapters and shards about 20
-HIT = "torch._dynamo hit config."  # how dynamo's warning begins; its arguments follow in this order: limit, value, function
+HIT = "torch._dynamo hit config."  # the beginning of dynamo's warning; its arguments: option, limit, function, reason, ...
 DYNAMO = "torch._dynamo.convert_frame"  # the logger of that warning
 
 
 def compile_blocks(
     network: nn.Module, block_types: tuple[type[nn.Module], ...], backend: str, limit: int = VARIANTS
 ) -> None:
-    """Compile every block of the network with torch.compile, in place; the names of its weights do not change.
+    """Compile every block of the network with torch.compile, in place; the names of its weights stay the same.
 
-    `block_types` are the classes of the blocks. Blocks that are alike share their compiled code. The batch size and the number
-    of tokens are symbols in that code, so that other sizes do not compile again. If one forward function needs more than `limit`
-    variants, a warning names the blocks that run it: from then on, some of their calls are not compiled.
+    `block_types` are the classes of the blocks. Blocks of one class share their compiled code. That code holds for every batch
+    size and every number of tokens. `limit` is the largest number of compiled variants of a forward function. If a function needs
+    more, its further variants run without compilation, and a warning names the blocks that run it.
     """
     blocks = [module for module in network.modules() if isinstance(module, block_types)]
     options: dict = {"backend": backend, "dynamic": True}
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
-        # Configuration is of one thread only, and a GPU's backward pass, with its recomputations, runs in another.
+        # torch._dynamo.config holds for one thread only, but the backward pass on a GPU runs in another thread.
         options["recompile_limit"] = limit
     else:
         torch._dynamo.config.recompile_limit = limit
@@ -41,14 +40,14 @@ def compile_blocks(
 
 
 class _Explained(logging.Filter):
-    """Tells in dynamo's warning which blocks are no longer compiled, and why."""
+    """A log filter that rewrites dynamo's warning about the limit of variants: it names the blocks and the option."""
 
     def __init__(self) -> None:
         super().__init__()
         self.blocks: dict[str, set[str]] = {}  # a function as dynamo writes it -> names of the classes that run it
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Give a record that says that the limit is reached the words of this project; keep every record."""
+        """Rewrite the record if it is that warning. Always returns True, so that no record is lost."""
         if isinstance(record.msg, str) and record.msg.startswith(HIT) and isinstance(record.args, tuple):
             _, limit, function, reason, *_ = record.args
             names = ", ".join(sorted(self.blocks.get(str(function), {str(function)})))

@@ -1,4 +1,4 @@
-"""The options of a run's memory and speed (the group `compute`); they may be changed when a run is resumed."""
+"""The options for memory and speed (the group `compute`); they may be changed when a run is resumed."""
 
 from dataclasses import dataclass
 
@@ -11,15 +11,18 @@ SMALLEST_TILE = 64  # pixels; a tile must be several latents wide
 
 @dataclass(frozen=True)
 class Compute:
-    """Options that trade memory for speed; they change the result of a run by rounding at most.
+    """Options that trade memory for speed; they change results by rounding at most.
 
-    A process computes its batch in `accumulate` parts, one after another (gradient accumulation). `gradient_checkpointing` is
-    the share of a network's blocks that recompute their activations in the backward pass, from 0 (or false) to 1 (or true);
-    the results of attention are recomputed only with `recompute_attention`. `compile_backend` is a backend of torch.compile,
-    for example "inductor", which compiles the networks block by block; null compiles nothing. While the student stays the
-    same, the rollouts of up to `rollouts_together` iterations are computed as one batch. Images with a side above `decode_tile`
-    pixels are decoded in overlapping tiles of that size, which takes less memory in validation (null: never). Raises
-    UserError for a value out of its range.
+    - `accumulate`: each process computes its batch in this many parts, one after another (gradient accumulation).
+    - `gradient_checkpointing`: the share of a network's blocks that recompute their activations in the backward pass, from 0
+      (or false) to 1 (or true).
+    - `recompute_attention`: whether those blocks recompute the results of attention too; if not, the results stay in memory.
+    - `compile_backend`: a backend of torch.compile for the networks' blocks, for example "inductor"; null compiles nothing.
+    - `rollouts_together`: the largest number of iterations whose rollouts are computed as one batch, while the student stays the same.
+    - `decode_tile`: images with a side above this number of pixels are decoded in tiles of this size, which saves memory in
+      validation; null means never.
+
+    Raises UserError for a value out of its range.
     """
 
     accumulate: Count = 1
@@ -40,11 +43,12 @@ class Compute:
 
             if self.compile_backend not in (known := list_backends(exclude_tags=())):
                 raise UserError(
-                    f"compute.compile_backend={self.compile_backend} is no backend of torch.compile: {', '.join(known)}, or null"
+                    f"compute.compile_backend={self.compile_backend} is no backend of torch.compile; set one of "
+                    f"{', '.join(known)}, or null"
                 )
         _ = self.recomputation
 
     @property
     def recomputation(self) -> Recomputation:
-        """Which activations the backward pass recomputes; raises UserError for a share outside 0 to 1."""
+        """The activations that the backward pass recomputes. Raises UserError for a share outside [0, 1]."""
         return Recomputation(float(self.gradient_checkpointing), self.recompute_attention)

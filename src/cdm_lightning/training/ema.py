@@ -1,4 +1,4 @@
-"""The EMA of the student: an exponential moving average of its weights, which is evaluated and exported in its place."""
+"""The EMA of the student: an exponential moving average of its weights, which is evaluated and exported instead of the student."""
 
 from dataclasses import dataclass
 
@@ -13,9 +13,9 @@ from cdm_lightning.kinds import ShareBelowOne
 class EMA:
     """The settings of the EMA, which is updated after each iteration that updates the student.
 
-    After n earlier updates, the decay is min(`decay`, (1 + n) / (10 + n)), so that the EMA forgets the first weights quickly.
-    `decay=None` means that there is no EMA. 0.999 is the decay of CDM (arXiv:2605.06376); short runs need a lower one. Raises
-    UserError for a decay outside [0, 1).
+    After n earlier updates the decay is min(`decay`, (1 + n) / (10 + n)), so that the EMA soon forgets the initial weights.
+    `decay=None` turns the EMA off. CDM uses 0.999 (arXiv:2605.06376); short runs need a lower decay. Raises UserError for a decay
+    outside [0, 1).
     """
 
     decay: ShareBelowOne | None = 0.999
@@ -30,6 +30,6 @@ class EMA:
         return self.decay is not None
 
     def follow(self, average: nn.Module, student: nn.Module, updates: int) -> None:
-        """Move the EMA network `average` towards `student`, in place; `updates` is the number of earlier updates."""
+        """Update the EMA network `average` from `student`, in place. `updates` is the number of earlier updates."""
         assert self.decay is not None
         lerp_parameters_(average, student, 1 - warmed_up_decay(updates, self.decay))

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: which activations the backward pass recomputes, and which are kept in memory."""
+"""Gradient checkpointing: which activations the backward pass recomputes, and which stay in memory."""
 
 import math
 from collections.abc import Callable
@@ -31,12 +31,12 @@ ATTENTION = tuple(
 
 @dataclass(frozen=True)
 class Recomputation:
-    """The first blocks of a network recompute their activations in the backward pass; the other blocks keep them in memory.
+    """Which blocks of a network recompute their activations in the backward pass; the other blocks keep them in memory.
 
-    `share` is their share of all blocks, in [0, 1], rounded up to whole blocks. The first ones are chosen because the backward
-    pass reaches them last, when it has freed the activations that the others kept. With `attention=False`, the results of
-    attention are kept in all blocks: recomputing them takes much time and saves little memory. In SD3-Medium at 1024 x 1024
-    pixels, attention is a third of the operations, but its result is one tensor of dozens. UserError for a share outside [0, 1].
+    The first `share` of the blocks recompute (`share` in [0, 1], rounded up to whole blocks). The backward pass reaches them
+    last, when the activations of the other blocks are already freed. With `attention=False`, every block keeps its results of
+    attention, because they take much time and little memory. In SD3-Medium at 1024 x 1024 pixels attention is a third of the
+    operations, but its result is one of dozens of stored tensors. Raises UserError for a share outside [0, 1].
     """
 
     share: float = 0.0
@@ -45,16 +45,16 @@ class Recomputation:
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
             raise UserError(
-                f"compute.gradient_checkpointing={self.share:g} must be a share of the blocks from 0 to 1, or true or false"
+                f"compute.gradient_checkpointing={self.share:g} must be a share of the blocks: a number from 0 to 1, true or false"
             )
 
     def function(
         self, network: nn.Module, block_types: tuple[type[nn.Module], ...], guard: Guard | None = None
     ) -> CheckpointFunction:
-        """Return the function (block, *arguments) -> result by which `network` runs each of its blocks.
+        """Return the function (block, *arguments) -> result with which `network` calls each of its blocks.
 
-        `block_types` are the classes of the blocks. `guard` turns a block into a function that gives the same result when it
-        is run again in the backward pass; blocks of a base that several LoRA adapters share need it.
+        `block_types` are the classes of the blocks. If several LoRA adapters share the blocks, `guard` is needed: it turns a
+        block into a function that switches on the same adapter again in the backward pass.
         """
         blocks = [block for block in network.modules() if isinstance(block, block_types)]
         kept = set(blocks[math.ceil(self.share * len(blocks)) :])

@@ -1,4 +1,4 @@
-"""The networks of a distillation: the student, its EMA, the teacher, and those that the objective trains in addition."""
+"""The networks of a run: the student, its EMA, the teacher, and those that the objective trains in addition."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -21,20 +21,21 @@ if TYPE_CHECKING:
 
 
 class Networks(nn.Module):
-    """All networks of a run, as attributes: `student`, one for each of the `roles`, `student_ema` and `teacher`.
+    """All networks of a run: `student`, `student_ema`, `teacher`, and one attribute for each role of the objective.
 
-    The student and the roles are trained, in float32; the other two are frozen. All start from the same pretrained weights,
-    except for the heads that the objective builds itself (`Role.build`). The roles to which `lora` gives an adapter share one
-    frozen base network, and their own networks hold the adapter's parameters only. If the backbone's teacher equals that base
-    (`Backbone.teacher_is_base`), the teacher is the base with all adapters off. `seed` decides the random initialization of
-    adapters, heads and additional inputs.
+    The student and the networks of the `roles` are trained in float32. The EMA and the teacher are frozen. All start from the
+    same pretrained weights, except heads, which the objective builds itself (`Role.build`).
 
-    The teacher is not registered as a submodule, because it never changes: no checkpoint and no optimizer contains it, and
-    the backbone always builds the same one again. `place` moves it to the device.
+    `lora` gives LoRA adapters to some roles. These roles share one frozen base network, and their own modules hold only the
+    adapter's parameters. If the base equals the teacher (`Backbone.teacher_is_base`), the teacher is the base with all adapters
+    off.
 
-    `recomputation` says which activations the backward pass recomputes (default: none). Without `average` there is no
-    `student_ema`. With `empty`, networks without adapters stay on the meta device if the backbone can fill them later, shard
-    by shard. Raises UserError for LoRA targets that the network does not have.
+    The teacher is no submodule, so checkpoints and optimizers do not contain it. `place` moves it to the device.
+
+    `recomputation` says which activations the backward pass recomputes (default: none). `seed` seeds the initialization of
+    adapters, heads and additional inputs. `average=False` leaves out `student_ema`. With `empty=True`, networks without adapters
+    stay on the meta device, and each process fills its own shards later, if the backbone can do that. Raises UserError for LoRA
+    targets that the network does not have.
     """
 
     teacher: nn.Module
@@ -104,10 +105,9 @@ class Networks(nn.Module):
         return network.requires_grad_(False).eval()
 
     def _seeded(self, makers: Mapping, width: int, seed: int) -> dict[str, nn.Module]:
-        """Call each maker with `width` and return the float32 modules by name.
+        """Call each function of `makers` with `width` and return its module in float32, by name.
 
-        Their random initialization depends on `seed` and the name only, so it is the same in all processes. Parameters that
-        a maker has frozen stay frozen.
+        The random initialization depends on `seed` and the name only, so it is the same in all processes.
         """
         made = {}
         with torch.random.fork_rng(devices=[]):
@@ -136,9 +136,9 @@ class Networks(nn.Module):
     # ---- views
 
     def view_base(self) -> None:
-        """Set `teacher` again: to its own frozen network, or else to the shared base with all adapters off.
+        """Set `teacher` to its own frozen network if there is one, otherwise to the shared base with all adapters off.
 
-        Call this after the base has been sharded, because sharding replaces its parameters.
+        Call this again after the base has been sharded, because sharding replaces its parameters.
         """
         base_view = self._shared.base_view() if self._shared else None
         teacher = cast(nn.Module, self._own_teacher or base_view)  # at least one of the two is not None
@@ -155,24 +155,24 @@ class Networks(nn.Module):
 
     @property
     def by_role(self) -> dict[str, nn.Module]:
-        """All networks by role: those that are trained, "student_ema" if there is an EMA, and "teacher"."""
+        """All networks by role: the trained ones, "student_ema" if there is an EMA, and "teacher"."""
         return {**self.trained, **self.average, "teacher": self.teacher}
 
     @property
     def average(self) -> dict[str, nn.Module]:
-        """The student's EMA as {"student_ema": network}; empty if there is no EMA."""
+        """The EMA of the student as {"student_ema": network}, or {} if there is no EMA."""
         return {} if self.student_ema is None else {"student_ema": self.student_ema}
 
     @property
     def base(self) -> nn.Module | None:
-        """The frozen network that the LoRA adapters share; None if there are no adapters."""
+        """The frozen network that the LoRA adapters share, or None if there are no adapters."""
         return self._shared.network if self._shared else None
 
     @property
     def whole(self) -> dict[str, nn.Module]:
-        """The networks with all the weights of the pretrained one, which they share with no other network, by role.
+        """The networks by role that hold all weights of the pretrained network for themselves.
 
-        Adapters are not among them, nor is a teacher that is the base under the adapters, nor are heads.
+        Three kinds are left out: adapters, a teacher that is the base of the adapters, and heads.
         """
         from cdm_lightning.lora.views import RoleView
 
@@ -181,26 +181,26 @@ class Networks(nn.Module):
 
     @property
     def unregistered(self) -> list[nn.Module]:
-        """The networks that are not submodules: the base under the adapters, if there is one, and the teacher, in this order."""
+        """The networks that are no submodules: the base of the adapters, if there is one, followed by the teacher."""
         return [network for network in (self._base_view, self.teacher) if network is not None]
 
     # ---- the device
 
     def compile_blocks(self, block_types: tuple[type[nn.Module], ...], backend: str) -> None:
-        """Compile the blocks of every network with torch.compile; those of a shared base are compiled once.
+        """Compile the blocks of every network with torch.compile; the blocks of a shared base are compiled once.
 
-        `block_types` are the classes of the blocks, `backend` is the backend of torch.compile.
+        `block_types` are the classes of the blocks, and `backend` is the backend of torch.compile.
         """
         for network in [*self.whole.values(), *([self.base] if self.base is not None else [])]:
             compile_blocks(network, block_types, backend)
 
     def place(self, device: torch.device) -> None:
-        """Move the teacher and a shared base to `device`; the other networks are submodules and are moved by Lightning."""
+        """Move the teacher and the base of the adapters to `device`. Lightning moves the other networks, which are submodules."""
         for network in self.unregistered:
             network.to(device)
 
     def train(self, mode: bool = True) -> "Networks":
-        """Set the trained networks to training mode, or to eval mode; the EMA and the teacher stay in eval mode."""
+        """Set the trained networks to training mode (or eval mode). The EMA and the teacher stay in eval mode."""
         super().train(mode)
         for network in self.average.values():
             network.eval()
@@ -215,9 +215,10 @@ def trainable(network: nn.Module) -> list[nn.Parameter]:
 def bind_networks(
     networks: Networks, backbone: Backbone, text: Conditioning, no_text: Conditioning, compute_dtype: torch.dtype
 ) -> VelocityFields:
-    """Return the networks as velocity fields for B prompts, which compute in `compute_dtype` (by autocast) and return float32.
+    """Return the networks as velocity fields for B prompts.
 
-    `text` is the conditioning of the prompts, `no_text` that of B empty prompts, which only `teacher_uncond` uses.
+    `text` is the conditioning of the B prompts. `no_text` is the conditioning of B empty prompts, which the field
+    `teacher_uncond` uses. The fields compute in `compute_dtype`, by autocast, and return float32.
     """
 
     def field(network: nn.Module, cond: Conditioning = text) -> BoundField:
@@ -238,10 +239,10 @@ def bind_networks(
 
 
 def trained_parameters(networks: Networks) -> dict[str, list[nn.Parameter]]:
-    """Return the parameters that are not frozen, by role of the trained networks; UserError if a role has none."""
+    """Return the trainable parameters of each trained network, by role. Raises UserError if a role has none."""
     found = {role: trainable(network) for role, network in networks.trained.items()}
     if frozen := [role for role, parameters in found.items() if not parameters]:
         raise UserError(
-            f"objective: the network {frozen[0]} has no weight to train; leave some of them unfrozen in Role.build"
+            f"objective: all weights of the network {frozen[0]!r} are frozen; leave some of them unfrozen in Role.build"
         )
     return found

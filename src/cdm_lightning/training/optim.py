@@ -1,4 +1,4 @@
-"""How a network is updated: the optimizer, its learning rate as a function of the iteration, and gradient clipping."""
+"""The update of a network: its optimizer, its learning rate as a function of the iteration, and gradient clipping."""
 
 import inspect
 from collections.abc import Callable, Iterable
@@ -14,13 +14,13 @@ from cdm_lightning.kinds import GradientNorm, Iteration, Rate, Share
 
 @dataclass(frozen=True)
 class LearningRate:
-    """A learning rate with a linear warm-up to `peak` over `warmup` iterations, a constant part and a linear decay to 0.
+    """A learning rate that rises linearly to `peak`, stays there, and can fall linearly to 0.
 
-    The decay is from iteration `decay_from * total` to iteration `total`; `decay_from=1` means no decay. The rate is a
-    function of the iteration alone, so it has no state to save or to step. CDM's published schedule is 100 steps of
-    warm-up, then constant (arXiv:2605.06376). The authors count optimizer steps, and their student makes one in two
-    iterations, so their 100 steps of the student are `warmup=200` here. Raises UserError for a number out of its range, and
-    for `decay_from` below 1 without `total`.
+    It rises over the first `warmup` iterations. It falls from iteration `decay_from * total` to iteration `total`; `decay_from=1`
+    means that it does not fall. The rate depends on the iteration only, so it has no state in checkpoints. CDM's published
+    schedule is 100 optimizer steps of warm-up without decay (arXiv:2605.06376). The published student makes a step in every
+    second iteration, so for the student this is `warmup=200`. Raises UserError for a number out of its range, and if `decay_from`
+    is below 1 without a `total`.
     """
 
     peak: Rate
@@ -36,8 +36,8 @@ class LearningRate:
             )
         if self.decay_from < 1 and (self.total is None or self.total < 1):
             raise UserError(
-                f"optim.ROLE.learning_rate: decay_from={self.decay_from} needs total, the iteration (at least 1) at which the "
-                f"rate reaches 0, got total={self.total}"
+                f"optim.ROLE.learning_rate: total={self.total}, but decay_from={self.decay_from} needs a total of at least 1, "
+                "the iteration at which the rate reaches 0; set total, or decay_from=1"
             )
 
     def at(self, iteration: int) -> float:
@@ -51,10 +51,11 @@ class LearningRate:
 
 @dataclass(frozen=True)
 class OptimizerRecipe:
-    """The optimizer settings of one network: `optimizer(parameters, lr=...)` builds it, `learning_rate` gives its rate.
+    """The optimizer settings of one network: optimizer, learning rate and gradient clipping.
 
-    Before each step the gradients are clipped to the norm `max_grad_norm`, taken over all parameters of the network. Raises
-    `TypeError` if `optimizer` is a partial with keywords that the optimizer's constructor does not take.
+    `optimizer(parameters, lr=...)` builds the optimizer. Before each step the gradients are clipped to the norm `max_grad_norm`,
+    taken over all parameters of the network. Raises `TypeError` if `optimizer` is a partial with an argument that the optimizer
+    does not have.
     """
 
     optimizer: Callable[..., Optimizer]
@@ -70,7 +71,10 @@ class OptimizerRecipe:
         return self.optimizer(parameters, lr=self.learning_rate.at(0))
 
     def set_learning_rate(self, optimizer: Optimizer, iteration: int) -> None:
-        """Set the learning rate of `iteration` in the optimizer; if it keeps its rate in a tensor, as torchao's do, in place."""
+        """Set the optimizer's learning rate to that of `iteration`.
+
+        Optimizers of torchao keep the rate in a tensor, which is changed in place.
+        """
         rate = self.learning_rate.at(iteration)
         for group in optimizer.param_groups:
             if isinstance(group["lr"], Tensor):

@@ -8,10 +8,11 @@ import torch
 
 
 class PhaseTimer:
-    """The seconds spent in each phase of the iterations of this process: "rollout", and the updates of each role by its name.
+    """Adds up the seconds that this process spends in each phase of training.
 
-    If `device` is a CUDA device, the timer waits for it before and after each phase, so that the times include the work of
-    the device. By default `device` is None: nothing waits, and the seconds are those of the host.
+    The phases are "rollout" and the updates of each role, named by the role. If `device` is a CUDA device, the timer waits for it
+    before and after each phase, so that the seconds include the device's work. If `device` is None (the default), they are those
+    of the host.
     """
 
     def __init__(self) -> None:

@@ -11,9 +11,10 @@ from cdm_lightning.training.networks import Networks
 
 
 def place(networks: Networks, backbone: Backbone, strategy: Strategy, compute_dtype: torch.dtype) -> bool:
-    """Put all networks on the devices of `strategy`, in place; return whether processes hold shards of one network.
+    """Put all networks on the devices of `strategy`, in place. Returns True if processes hold shards of one network.
 
-    Raises UserError if the strategy is to keep a network in host memory that the run does not have or that cannot be there.
+    The strategy can keep networks in host memory, by role. Raises UserError if the run has no such network or if it cannot be
+    kept there.
     """
     if not isinstance(strategy, MeshStrategy):
         networks.place(strategy.root_device)
@@ -26,9 +27,8 @@ def place(networks: Networks, backbone: Backbone, strategy: Strategy, compute_dt
 def distribute(networks: Networks, backbone: Backbone, strategy: MeshStrategy, compute_dtype: torch.dtype) -> None:
     """Distribute all networks over the strategy's device mesh, in place: each rank keeps its own rows of each weight.
 
-    Networks that are still on the meta device are filled; each rank reads only its own rows. Small networks are not sharded:
-    each rank holds adapters, and the heads that the objective builds itself, whole. The base under adapters is sharded if the
-    strategy uses shards.
+    Networks on the meta device are filled, and each rank reads its own rows only. The base of LoRA adapters is sharded if the
+    strategy uses shards. Adapters and heads are small, so each rank keeps all of them.
     """
     mesh, device = strategy.device_mesh["data_parallel", "tensor_parallel"], strategy.root_device
     policy, block_types = mixed_precision(compute_dtype), backbone.block_types

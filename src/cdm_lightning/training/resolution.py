@@ -1,7 +1,7 @@
-"""The image size of an iteration: the one that the backbone is configured for, or one of several, drawn in each iteration.
+"""The image size of an iteration: always that of the backbone, or one of several sizes that is drawn in each iteration.
 
-Training at several sizes needs no images: a rollout starts from noise of that size. The shift of the sigmas depends on the
-size if it does so in the scheduler of the model family (`Backbone.at`).
+Training at several sizes needs no images: a rollout starts from noise of that size. In some model families the shift of the
+sigmas depends on the size (`Backbone.at`).
 """
 
 from collections.abc import Sequence
@@ -19,21 +19,24 @@ from cdm_lightning.kinds import NotEmpty, NotNegative, Pixels
 
 
 class Resolution(Protocol):
-    """The interface of what chooses the image size of an iteration."""
+    """The interface of a rule that chooses the image size of each iteration."""
 
     def check(self, backbone: Backbone) -> None:
-        """Raise UserError if the model family cannot make images of one of the sizes; reads only configuration files."""
+        """Raise UserError if the model family cannot make images of one of the sizes. Reads configuration files only."""
 
     def draw(self, backbone: Backbone, rng: StepRandom) -> Backbone:
-        """Return the backbone for the image size of this iteration: a function of (seed, iteration), the same in all processes."""
+        """Return the backbone for the image size of this iteration.
+
+        The size depends on the seed and the iteration only, so it is the same in all processes.
+        """
 
 
 @dataclass(frozen=True)
 class OwnSize:
-    """The image size is always the one that the backbone was configured for."""
+    """The image size that is set in the backbone, in every iteration."""
 
     def check(self, backbone: Backbone) -> None:
-        """Raise UserError if the model family cannot make images of that size."""
+        """Raise UserError if the model family cannot make images of this size."""
         _ = backbone.image_size
 
     def draw(self, backbone: Backbone, rng: StepRandom) -> Backbone:
@@ -43,11 +46,11 @@ class OwnSize:
 
 @dataclass(frozen=True)
 class Buckets:
-    """The image size is drawn from `sizes` in each iteration.
+    """An image size that is drawn from `sizes` in each iteration, the same for all samples and processes.
 
-    `sizes` are pairs (height, width) in pixels; their probabilities are proportional to `weights` (default: equal). All
-    samples of an iteration have the same size, whatever the number of processes. Raises UserError for sizes that are not
-    such pairs, and for weights that are not one number of at least 0 for each size or are all 0.
+    `sizes` are pairs (height, width) in pixels. `weights` gives the relative probability of each size; by default all are equal.
+    Raises UserError for a size that is no such pair, for a number of weights that differs from that of the sizes, and for
+    negative weights or weights that are all 0.
     """
 
     sizes: Annotated[Sequence[Annotated[Sequence[Pixels], Len(2, 2)]], NotEmpty]
@@ -57,14 +60,14 @@ class Buckets:
         pairs = self.sizes if isinstance(self.sizes, Sequence) and not isinstance(self.sizes, str) else ()
         if not pairs or not all(_is_pair(pair) for pair in pairs):
             raise UserError(
-                f"resolution.sizes={self.sizes}: give pairs of height and width in pixels, for example [[1024,1024],[768,1344]]"
+                f"resolution.sizes={self.sizes} must be pairs of height and width in pixels, for example [[1024,1024],[768,1344]]"
             )
         weights = [1.0] * len(pairs) if self.weights is None else self.weights
         if not isinstance(weights, Sequence) or not all(_is_weight(weight) for weight in weights):
-            raise UserError(f"resolution.weights={self.weights}: give a list of numbers of at least 0, or null")
+            raise UserError(f"resolution.weights={self.weights} must be a list of numbers of at least 0, or null")
         if len(weights) != len(pairs) or sum(weights) <= 0:
             raise UserError(
-                f"resolution.weights={list(weights)}: {len(pairs)} sizes need as many weights, which are not all 0"
+                f"resolution.weights={list(weights)} must hold one number for each of the {len(pairs)} sizes, at least one above 0"
             )
 
     def check(self, backbone: Backbone) -> None:
@@ -76,7 +79,10 @@ class Buckets:
                 raise UserError(f"resolution.sizes, {height} x {width}: {error}") from error
 
     def draw(self, backbone: Backbone, rng: StepRandom) -> Backbone:
-        """Return the backbone for the image size of this iteration: a function of (seed, iteration), the same in all processes."""
+        """Return the backbone for the image size of this iteration.
+
+        The size depends on the seed and the iteration only, so it is the same in all processes.
+        """
         weights = torch.tensor(self.weights or [1.0] * len(self.sizes), dtype=torch.float64, device="cpu")
         chosen = int(torch.multinomial(weights, 1, generator=rng.shared("resolution")))
         return backbone.at(*self.sizes[chosen])

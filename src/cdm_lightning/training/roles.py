@@ -1,4 +1,4 @@
-"""The names of a run's networks, known before they are built, and checks of an objective's roles (networks by name)."""
+"""The names of a run's networks (their *roles*), and checks of the roles that an objective trains, before anything is built."""
 
 from collections.abc import Iterable
 
@@ -10,17 +10,18 @@ from cdm_lightning.training.networks import Networks
 
 
 def network_names(roles: Iterable[Role], average: bool = True) -> tuple[str, ...]:
-    """Return the names of all networks of a run whose objective has these roles: the keys of `Networks.by_role`.
+    """Return the names of all networks of a run, the keys of `Networks.by_role`.
 
-    Without `average`, the run has no EMA, and "student_ema" is not among them.
+    `roles` are those of the objective. "student_ema" is left out if `average` is False, that is, if the run has no EMA.
     """
     return ("student", *(role.name for role in roles), *(["student_ema"] if average else []), "teacher")
 
 
 def whole_names(roles: Iterable[Role], lora: LoRAPlan, backbone: Backbone, average: bool = True) -> tuple[str, ...]:
-    """Return the names of the networks that are neither adapters, nor the base under them, nor heads.
+    """Return the names of the networks that hold all weights of the pretrained network: the keys of `Networks.whole`.
 
-    They are the keys that `Networks.whole` will have, in the order of `network_names`.
+    Adapters, a teacher that is the base of the adapters, and heads are left out. `roles` are those of the objective. The order is
+    that of `network_names`.
     """
     roles = list(roles)
     built = [role.name for role in roles if role.build is not None]
@@ -31,38 +32,38 @@ def whole_names(roles: Iterable[Role], lora: LoRAPlan, backbone: Backbone, avera
 
 
 def check_roles(objective: Objective, lora: LoRAPlan, backbone: Backbone) -> None:
-    """Raise UserError if the objective's roles, `student_period`, updates or merges are invalid or do not fit the adapters.
+    """Check an objective's roles, `student_period`, updates and merges, and whether they fit the LoRA settings.
 
-    For example, two networks can be averaged only if both are whole or both have equal LoRA settings.
+    Raises UserError for the first mistake. For example, two networks can be averaged only if their LoRA settings are equal.
     """
     names = network_names(objective.roles)
     for name in names[1:-2]:
         if names.count(name) > 1 or hasattr(Networks, name) or name.startswith("_") or name == "rollout":
             raise UserError(
-                f"objective: {type(objective).__name__} calls a role {name!r}, which is taken by the module or begins "
+                f"objective: {type(objective).__name__} has a role {name!r}, but this name is already in use or begins "
                 "with _; choose another name"
             )
     lora.check(backbone.lora_targets)
     built = [role.name for role in objective.roles if role.build is not None]
     if adapted := lora.among(built):
         raise UserError(
-            f"lora.{next(iter(adapted))}: the objective builds this network itself, so it cannot be an adapter; set it to null"
+            f"lora.{next(iter(adapted))}: the objective builds this network itself, so it cannot be a LoRA; set "
+            f"lora.{next(iter(adapted))}=null"
         )
     period = objective.student_period
     if period is not None and (not isinstance(period, int) or period < 1):
         raise UserError(
-            f"objective: {type(objective).__name__} says student_period={period}; it must be a whole number from 1 on, or None"
+            f"objective: {type(objective).__name__} has student_period={period!r}; return a whole number of at least 1, or None"
         )
     for update in (update for updates in objective.typical_cycle() for update in updates):
         for role in (update.role, *([update.merge.source] if update.merge is not None else [])):
             if role not in names[:-2]:
                 raise UserError(
-                    f"objective: {type(objective).__name__} updates or merges {role!r}, which it does not train; it trains "
-                    f"{', '.join(names[:-2])}"
+                    f"objective: {type(objective).__name__} updates or merges {role!r}, but trains only "
+                    f"{', '.join(names[:-2])}; add {role!r} to its roles, or use one of these names"
                 )
         if update.merge is not None and lora.of(update.role) != lora.of(update.merge.source):
             raise UserError(
-                f"objective.{update.merge.option} averages the parameters of {update.merge.source} and {update.role}, but "
-                f"their lora settings differ: set objective.{update.merge.option}=0, or make lora.{update.role} and "
-                f"lora.{update.merge.source} equal"
+                f"lora.{update.role} and lora.{update.merge.source} differ, but objective.{update.merge.option} averages the "
+                f"parameters of these two networks; make them equal, or set objective.{update.merge.option}=0"
             )

@@ -1,8 +1,9 @@
-"""Make the samples for an objective's losses from a batch of prompts: text, random draws and the student's rollout.
+"""Make the inputs of an objective's losses from a batch of prompts: text, random numbers and the student's rollout.
 
-A rollout is the student's own path from noise, in K steps. The losses use one step of it, the *anchor*, which is drawn for
-each sample; the *point* is the state there (`core.rollout`). Only this file computes the rollouts of several iterations as one
-batch; `data/batches.py` then reads their prompts together. Shapes: B samples, K steps, latents (B, C, H, W).
+A rollout is the student's own path from noise, in K steps. The losses use one of these steps, the *anchor*, which is drawn at
+random for each sample. The *point* is the state at the anchor (`core.rollout`). The rollouts of several iterations can be
+computed as one batch; the prompts of these iterations are then read together (`data/batches.py`). Shapes: B samples, K steps,
+latents (B, C, H, W).
 """
 
 from abc import ABC, abstractmethod
@@ -33,16 +34,16 @@ Bind = Callable[
 class RolloutGroups:
     """Groups of up to `together` successive iterations whose rollouts are computed as one batch.
 
-    A group never goes beyond the next update of the student. Until then the student does not change, so the rollouts are the
-    same as one by one, with fewer network calls. `period` is the number of iterations from one student update to the next
-    (`Objective.student_period`); None means that each iteration is a group of its own.
+    A group ends at the latest with the next update of the student. Until then the student stays the same, so a group gives the
+    same rollouts as single iterations, with fewer network calls. `period` is the number of iterations from one student update to
+    the next (`Objective.student_period`). If it is None, each iteration is its own group.
     """
 
     together: int = 1
     period: int | None = None
 
     def of(self, iteration: int) -> range:
-        """Return the iterations of the group that this iteration belongs to."""
+        """Return the iterations of the group that contains `iteration`."""
         if self.period is None:
             return range(iteration, iteration + 1)
         turn = iteration % self.period
@@ -53,11 +54,15 @@ class RolloutGroups:
 class Rollouts(ABC):
     """Makes the samples of an iteration, which are the inputs of the losses, from a batch of prompts.
 
-    Their random draws depend only on `seed`, the iteration and a sample's index in the global batch. `bind` gives the networks
-    for some prompts, `backbone`, `resolution` and `schedule` the image size and the sigmas. A batch is computed in `accumulate`
-    parts, with a sample for each. `groups` says which iterations roll out as one batch (default: each alone), `needs_latents`
-    whether samples have latents of real images. `agree_on_calls` takes the number of network calls that a rollout needs and
-    returns the number to make, which must be equal in all processes that hold shards of one network. `timer` adds up the time.
+    - `bind(prompts, backbone)` returns the networks with the text of these prompts.
+    - `backbone`, `resolution` and `schedule` give the image size and the sigmas.
+    - `seed`: the random numbers of a sample depend only on it, on the iteration and on the sample's index in the global batch.
+    - `groups`: the iterations whose rollouts are computed as one batch; by default each iteration is alone.
+    - `accumulate`: the number of parts of a batch. Each part becomes a sample.
+    - `needs_latents`: whether samples have latents of real images.
+    - `agree_on_calls` takes the number of network calls of a rollout and returns the number to make. Processes that hold
+      shards of one network must make equal numbers.
+    - `timer` adds up the seconds of the rollouts.
     """
 
     def __init__(
@@ -82,12 +87,13 @@ class Rollouts(ABC):
 
     @abstractmethod
     def samples(self, batch: PromptBatch, iteration: int) -> Sequence[Sample]:
-        """Return the samples of an iteration (counted from 0) for the objective's losses, one for each part of the batch."""
+        """Return the samples of an iteration (counted from 0), one for each part of the batch."""
 
     def bound(self, batch: PromptBatch, iteration: int) -> list[Sample]:
-        """Return a `Sample` for each part of the batch, before its rollout: networks with text, random draws, image size, latents.
+        """Return a `Sample` without a rollout for each part of the batch: networks with text, random numbers and image size.
 
-        Raises UserError if the objective needs latents of real images and the batch has no images.
+        The samples have latents of real images if the objective needs them. Raises UserError if it does and the batch has no
+        images.
         """
         samples = []
         for part in batch.split(self.accumulate):
@@ -109,18 +115,21 @@ class Rollouts(ABC):
 
     def _latents(self, part: PromptBatch, backbone: Backbone) -> Tensor:
         if part.images is None:
-            raise UserError("the objective needs real images, but this batch has none; build the data with images=True")
+            raise UserError("this batch has no images, but the objective needs them; build the data with images=True")
         return backbone.encode_images(fit_to(part.images.to(self.device), backbone.image_size))
 
     def draw(self, sample: Sample) -> Rollout:
-        """Draw the random numbers of a rollout: noise, the sigmas of K steps (the same K for all samples), an anchor per sample."""
+        """Draw the random numbers of a rollout: the noise, the sigmas of its K steps, and an anchor for each sample.
+
+        K is the same for all samples.
+        """
         noise = sample.rng.normal("rollout.noise", sample.latent_shape)
         sigmas = self.schedule.sample(sample.rng, sample.shift_steps)
         anchor = sample.rng.index("rollout.anchor", sigmas.shape[1] - 1)
         return Rollout(sample.fields.student, noise, sigmas, anchor)
 
     def forget(self) -> None:
-        """Drop rollouts that an earlier training computed in advance."""
+        """Drop the rollouts that were computed in advance."""
         return
 
 
@@ -133,10 +142,10 @@ class NoRollouts(Rollouts):
 
 
 class FullRollouts(Rollouts):
-    """Makes samples by rollouts to the end of the student's path, for objectives that use what comes after the anchor."""
+    """Makes samples by rollouts to the clean image, for losses that use the rest of the path after the anchor."""
 
     def samples(self, batch: PromptBatch, iteration: int) -> list[RolledOutSample]:
-        """Return a sample with a `FullTrajectoryPoint` at the anchors for each part of the batch."""
+        """Return a sample with a `FullTrajectoryPoint` for each part of the batch."""
         samples = self.bound(batch, iteration)
         with self.timer("rollout"):
             return [self._rolled_out(sample, self.draw(sample)) for sample in samples]
@@ -149,22 +158,22 @@ class FullRollouts(Rollouts):
 
 @dataclass(frozen=True)
 class _AtAnchor:
-    """A sample whose rollout has reached the anchors, where its states are x (B, C, H, W)."""
+    """A sample whose rollout has reached each prompt's anchor; x (B, C, H, W) are the states there."""
 
     sample: Sample
     rollout: Rollout
     x: Tensor
 
     def rolled_out(self) -> RolledOutSample:
-        """Return the sample with its point at the anchor, which takes one more call of the student."""
+        """Return the sample with the point at the anchor. This calls the student once."""
         return with_point(self.sample, self.rollout.point(self.x), self.rollout.steps)
 
 
 class AnchorRollouts(Rollouts):
-    """Makes samples by rollouts that stop at each sample's anchor, so that the steps after it are not computed.
+    """Makes samples by rollouts that stop at each prompt's anchor; later steps are not computed.
 
-    The first iteration of a group rolls out the whole group, whose batches come with its own batch (`batch.group`). The
-    results of the later iterations are kept until those iterations need them.
+    The first iteration of a group computes the rollouts of the whole group, for which it gets the prompts of all its iterations
+    (`batch.group`). The results are kept until their iteration comes.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -193,7 +202,7 @@ class AnchorRollouts(Rollouts):
         return [_AtAnchor(*of_sample) for of_sample in zip(samples, rollouts, states)]
 
     def forget(self) -> None:
-        """Drop rollouts of an earlier training, which may be of other prompts or of another student."""
+        """Drop the rollouts that were computed in advance: another training may have other prompts or another student."""
         self._waiting = {}
 
 
@@ -201,6 +210,6 @@ KINDS: dict[RolloutKind, type[Rollouts]] = {"to_anchor": AnchorRollouts, "full":
 
 
 def with_point(sample: Sample, point: TrajectoryPoint, steps: int) -> RolledOutSample:
-    """Return the sample together with the point at the anchor of its rollout, which has `steps` steps."""
+    """Return the sample together with the point at the anchor of its rollout of `steps` steps."""
     of_sample = {field.name: getattr(sample, field.name) for field in fields(Sample)}
     return RolledOutSample(**of_sample, point=point, steps=steps)

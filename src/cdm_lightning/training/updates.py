@@ -1,4 +1,4 @@
-"""The optimizer steps of all roles: losses in parts, gradient clipping, and skipped steps where a gradient is not finite."""
+"""The optimizer steps of all trained networks: losses in parts, gradient clipping, and skipping of non-finite gradients."""
 
 from collections.abc import Callable, Iterable, Mapping
 
@@ -13,11 +13,11 @@ from cdm_lightning.training.optim import OptimizerRecipe
 
 
 class Updates:
-    """Makes the optimizer steps of all roles (trained networks) and counts the skipped ones; checkpoints hold the counts.
+    """Makes the optimizer steps of all trained networks, and counts the skipped steps.
 
-    `recipes` are the optimizer settings by role. A step is skipped if its loss or gradient is not finite. By role,
-    `skipped_steps` counts all skipped steps and `skipped_in_a_row` those since the last step that was made; both counts are the
-    same in all processes.
+    `recipes` are the optimizer settings by role. A step is skipped if its loss or its gradient is not finite. `skipped_steps`
+    counts the skipped steps of each role. `skipped_in_a_row` counts those since its last step that was not skipped. Checkpoints
+    hold both counts, and they are equal in all processes.
     """
 
     def __init__(self, recipes: Mapping[str, OptimizerRecipe]) -> None:
@@ -34,12 +34,12 @@ class Updates:
         backward: Callable[[Tensor], None],
         iteration: int,
     ) -> dict[str, Tensor]:
-        """Make one optimizer step of `role`; return its figures by name: "loss", terms, logs and "grad_norm", all 0-d.
+        """Make one optimizer step of `role` and return its figures: "loss", terms, logs and "grad_norm", all 0-d.
 
-        `losses` are pairs (share of the batch, part of the loss); figures are weighted by the shares. `backward` runs the
-        backward pass of each part before the next part is computed. Gradients of the other `networks` are dropped, for example
-        those of a head that the student's loss passes through. "grad_norm" is the norm before clipping. The host waits for the
-        device only to learn whether the gradient is finite; if it is not, the step is skipped.
+        `losses` yields pairs (share of the batch, part of the loss). The loss is the sum of the parts times their shares, and so
+        are the figures. `backward` runs the backward pass of one part, before the next part is computed. Gradients that reach
+        other `networks` are dropped: for example, the student's loss can pass through a head. "grad_norm" is the norm before
+        clipping. If it is not finite, the step is skipped. The host waits for the device once, to learn this.
         """
         recipe = self.recipes[role]
         recipe.set_learning_rate(optimizer, iteration)
@@ -70,19 +70,19 @@ class Updates:
         self.skipped_steps[role] += 0 if finite else 1
 
     def state_dict(self) -> dict[str, dict[str, int]]:
-        """Return the counts of skipped steps for a checkpoint: count -> role -> number."""
+        """Return the counts of skipped steps for a checkpoint, as {name of the count: {role: number}}."""
         return {"skipped_steps": dict(self.skipped_steps), "skipped_in_a_row": dict(self.skipped_in_a_row)}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, int]]) -> None:
-        """Restore the counts that `state_dict` returned; those of roles that are no longer trained are ignored."""
+        """Restore the counts that `state_dict` returned. Counts of roles that are no longer trained are ignored."""
         for name, counts in self.state_dict().items():
             getattr(self, name).update({role: state[name].get(role, 0) for role in counts})
 
 
 def recipes_of(objective: Objective, optim: Mapping[str, OptimizerRecipe]) -> dict[str, OptimizerRecipe]:
-    """Return the optimizer settings (`OptimizerRecipe`) of the roles that the objective trains; others in `optim` are ignored.
+    """Return the optimizer settings (`OptimizerRecipe`) of the roles that the objective trains, from `optim`.
 
-    Raises UserError for a role without settings, and for settings that are no `OptimizerRecipe`.
+    Further entries of `optim` are ignored. Raises UserError if a role has no entry, and if its entry is no `OptimizerRecipe`.
     """
     roles = ("student", *(role.name for role in objective.roles))
     lacking = [role for role in roles if role not in optim]
@@ -100,28 +100,30 @@ def recipes_of(objective: Objective, optim: Mapping[str, OptimizerRecipe]) -> di
 
 
 def steps_of(objective: Objective, iteration: int, group: range) -> list[tuple[Update, int]]:
-    """Return the optimizer steps of an iteration in their order, each with its number among the steps of its role, from 0.
+    """Return the optimizer steps of an iteration in their order, each with its number among its role's steps, from 0.
 
-    The number is part of the key of the random draws (`StepRandom.again`). `group` are the iterations that roll out as one
-    batch with this one. Raises ValueError if the objective has no update, since Lightning would never count the iteration, and
-    if it updates the student before the group ends, since later rollouts of the group would be those of an older student.
+    The number is part of the key of the step's random draws (`StepRandom.again`). `group` are the iterations whose rollouts
+    are computed
+    as one batch with this one. Raises ValueError in two cases:
+    - The iteration has no update; Lightning would never count it.
+    - The student is updated before the last iteration of the group; the group's later rollouts would come from an older student.
     """
     name = type(objective).__name__
     updates = [update for update in objective.updates(iteration) for _ in range(update.repeat)]
     if not updates:
-        raise ValueError(f"{name} has no update in iteration {iteration}")
+        raise ValueError(f"{name} has no update in iteration {iteration}; return at least one from updates")
     if iteration != group[-1] and any(update.role == "student" for update in updates):
         raise ValueError(
-            f"{name} updates the student in iteration {iteration}, but its student_period says that it stays the same up to "
-            f"iteration {group[-1]}; override student_period to agree with updates (None: not known in advance)"
+            f"{name} updates the student in iteration {iteration}, but its student_period promises no update before "
+            f"iteration {group[-1]}; make student_period agree with updates, or return None"
         )
     roles = [update.role for update in updates]
     return [(update, roles[:number].count(update.role)) for number, update in enumerate(updates)]
 
 
 def unless_infinite(loss: Tensor) -> Tensor:
-    """Return a factor for a 0-d loss: 1 if the loss is finite, otherwise NaN.
+    """Return 1 if the loss (0-d) is finite, otherwise NaN.
 
-    NaN makes every gradient NaN, so that after the gradients are averaged all processes skip the step.
+    Multiplied by NaN, the loss makes all gradients NaN. After the gradients are averaged, all processes skip the step.
     """
     return torch.where(loss.detach().isfinite(), 1.0, float("nan"))
