@@ -110,7 +110,7 @@ def test_values_that_do_not_fit_are_refused(backbone, networks):
         judge.given(other=sigma)(x, sigma)
     with pytest.raises(ValueError, match="no inputs of its own, but it was given seen"):
         student.given(seen=sigma)(x, sigma)
-    with pytest.raises(ValueError, match="FunctionField has no additional inputs"):
+    with pytest.raises(ValueError, match="FunctionField has no input seen"):
         FunctionField(lambda x, sigma: x).given(seen=sigma)
     assert judge.given(seen=sigma)(x, sigma).isfinite().all()  # an error leaves nothing behind
 

@@ -1,6 +1,6 @@
 """Move the weights of one network towards those of another.
 
-Two things need it: the student's EMA, and the averaging of a little of the student into the fake score (CDM, arXiv:2605.06376).
+This is used for the EMA of the student, and in CDM (arXiv:2605.06376) to pull the fake score a little towards the student.
 """
 
 import torch
@@ -12,13 +12,15 @@ from torch.distributed.tensor import DTensor
 def lerp_parameters_(target: nn.Module, source: nn.Module, weight: float) -> None:
     """Set target <- (1 - weight) target + weight source, in place, for each parameter of the source, by name.
 
-    Buffers, and parameters that only the target has, are not changed. Raises ValueError if the target lacks a parameter of
-    the source. If the networks are sharded, both must be sharded alike, and each rank moves its own shards. The two networks
-    may be on different devices.
+    Buffers and further parameters of the target are left unchanged. The two networks may be on different devices. If they are
+    sharded, both must be sharded in the same way, and each rank moves its own shards. Raises ValueError if the target lacks a
+    parameter of the source.
     """
     to, of = dict(target.named_parameters()), dict(source.named_parameters())
     if lacking := of.keys() - to.keys():
-        raise ValueError(f"the networks have different parameters: the target lacks {sorted(lacking)[:3]}")
+        raise ValueError(
+            f"the target lacks parameters of the source, such as {sorted(lacking)[:3]}; give equal networks"
+        )
     targets = [local(to[name]) for name in of]
     sources = [local(value) for value in of.values()]
     if all(target.device == source.device for target, source in zip(targets, sources)):
@@ -29,13 +31,13 @@ def lerp_parameters_(target: nn.Module, source: nn.Module, weight: float) -> Non
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this rank's shard of a `DTensor`, as a view; a plain tensor is returned unchanged."""
+    """Return this rank's shard of a `DTensor`, as a view. A plain tensor is returned unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def warmed_up_decay(step: int, decay: float) -> float:
-    """Return the EMA decay to use after `step` earlier updates: min(decay, (1 + step) / (10 + step)), as the authors of CDM do.
+    """Return the EMA decay after `step` earlier updates: min(decay, (1 + step) / (10 + step)).
 
-    The low decays at the start make the EMA forget the weights that it started from.
+    The decay is low at the start, so that the EMA soon forgets its initial weights. The authors of CDM use the same formula.
     """
     return min(decay, (1 + step) / (10 + step))

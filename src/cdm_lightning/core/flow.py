@@ -1,7 +1,7 @@
-"""Rectified flow: x_sigma = (1 - sigma) x0 + sigma noise, and velocity fields, which predict its velocity noise - x0.
+"""Rectified flow: noised samples x = (1 - sigma) x0 + sigma noise, and fields that predict their velocity noise - x0.
 
-Sigma runs from 1 (pure noise) to 0 (data). Shapes: B samples of shape * = (C, H, W); sigma is (B,) or 0-d.
-The one function `move` makes an Euler step, an x0 prediction (a step to sigma 0) and CDM's step off the student's trajectory.
+Sigma runs from 1 (pure noise) to 0 (data). Shapes: B samples of shape * = (C, H, W); sigma is (B,) or 0-d. The function `move` is
+used for Euler steps, for x0 predictions (a step to sigma 0) and for CDM's step off the student's trajectory.
 """
 
 from abc import ABC, abstractmethod
@@ -15,7 +15,7 @@ Rows = Tensor | slice  # which samples of a batch: their indices (M,), or a slic
 
 
 def per_sample(sigma: Tensor, x: Tensor) -> Tensor:
-    """Reshape sigma (B,) to (B, 1, 1, 1), so that it can multiply `x` (B, *); a 0-d sigma is returned unchanged."""
+    """Reshape sigma (B,) to (B, 1, 1, 1), so that it can multiply x (B, *). A 0-d sigma is returned unchanged."""
     return sigma.reshape(-1, *[1] * (x.ndim - 1)) if sigma.ndim else sigma
 
 
@@ -26,60 +26,61 @@ def interpolate(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 
 
 def move(x: Tensor, v: Tensor, sigma_from: Tensor, sigma_to: Tensor) -> Tensor:
-    """Move x along the velocity `v` in a straight line: x + (sigma_to - sigma_from) v, (B, *).
+    """Move x (B, *) from `sigma_from` to `sigma_to` along the velocity v: x + (sigma_to - sigma_from) v.
 
-    The floating-point operations have the same order as those of `FlowMatchEulerDiscreteScheduler.step` in diffusers, so
-    the results are equal bit for bit.
+    The result equals that of `FlowMatchEulerDiscreteScheduler.step` in diffusers bit for bit, because the order of the operations
+    is the same.
     """
     return x + per_sample(sigma_to - sigma_from, x) * v
 
 
 def denoise(x: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
-    """Return the x0 that velocity `v` predicts at x and sigma: x - sigma v, (B, *), which is a `move` to sigma 0."""
+    """Return x0 = x - sigma v (B, *), the clean sample that the velocity v predicts. This is a `move` to sigma 0."""
     return move(x, v, sigma, torch.zeros_like(sigma))
 
 
 class VelocityField(ABC):
-    """A function (x (B, *), sigma (B,)) -> velocity (B, *): a network for one batch, with text, guidance and precision fixed."""
+    """A function (x (B, *), sigma (B,)) -> velocity (B, *): a network together with the text and guidance of one batch."""
 
     @abstractmethod
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """Return the predicted velocity noise - x0 at x (B, *) and sigma (B,), as (B, *)."""
+        """Return the predicted velocity noise - x0 (B, *) at x (B, *) and sigma (B,)."""
 
     def select(self, rows: Rows) -> "VelocityField":
-        """Return the field for the samples `rows` of its batch, with their texts only.
+        """Return the field for some samples of its batch, with the texts of these samples only.
 
-        By default this is self, for a field that holds nothing that differs between samples.
+        By default this is the field itself, which is right for fields without texts.
         """
         return self
 
     def join(self, others: Sequence["VelocityField"]) -> "VelocityField | None":
-        """Return one field for the batches of self and `others`, concatenated in this order, to save network calls.
+        """Return one field for the concatenated batches of this field and `others`, in this order.
 
-        Return None if one call cannot compute all of them, for example those of two networks. By default this is None.
+        Joining saves network calls. Returns None if one call cannot compute all of them, for example if the networks differ. The
+        default is None.
         """
         return None
 
     def given(self, **inputs: Tensor) -> "VelocityField":
-        """Return the field with values (B,) for the additional inputs of its network, by their names.
+        """Return the field with the values (B,) of additional inputs of its network, by name.
 
-        An objective defines these inputs, besides x, sigma and text (`objectives.base.Role.inputs`). Raises ValueError if
+        Such inputs are defined by an objective, besides x, sigma and text (`objectives.base.Role.inputs`). Raises ValueError if
         the network has none.
         """
-        raise ValueError(f"{type(self).__name__} has no additional inputs, but it was given {', '.join(inputs)}")
+        raise ValueError(f"{type(self).__name__} has no input {', '.join(inputs)}; declare it in Role.inputs")
 
     def with_features(self, x: Tensor, sigma: Tensor, blocks: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-        """Return the velocity (B, *) and the hidden states after each of the network's `blocks`: N tokens of width D, (B, N, D).
+        """Return the velocity (B, *) and the hidden states (B, N, D) after each of the given blocks: N tokens of width D.
 
-        `blocks` are indices; a negative index counts from the last block. Raises ValueError if the field is not a network,
-        and UserError for a block that the network does not have or does not run.
+        `blocks` are indices of transformer blocks; negative ones count from the last block. Raises ValueError if the field is no
+        network, and UserError for a block that does not exist or does not run.
         """
-        raise ValueError(f"{type(self).__name__} has no blocks whose hidden states could be returned")
+        raise ValueError(f"{type(self).__name__} has no blocks, so no hidden states; use the field of a network")
 
 
 @dataclass(frozen=True)
 class FunctionField(VelocityField):
-    """A velocity field made from a plain function (x (B, *), sigma (B,)) -> velocity (B, *), which takes no text."""
+    """A velocity field made from a plain function (x (B, *), sigma (B,)) -> velocity (B, *), without text."""
 
     function: Callable[[Tensor, Tensor], Tensor]
 
@@ -88,19 +89,19 @@ class FunctionField(VelocityField):
         return self.function(x, sigma)
 
     def join(self, others: Sequence[VelocityField]) -> VelocityField | None:
-        """Return self if the others wrap the same function, otherwise None."""
+        """Return this field if the others wrap the same function, otherwise None."""
         same = all(isinstance(other, FunctionField) and other.function is self.function for other in others)
         return self if same else None
 
 
 def plain_guidance(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
-    """Return uncond + scale (cond - uncond), the velocity of classifier-free guidance, (B, *); scale 1 means no guidance."""
+    """Return the velocity (B, *) of classifier-free guidance: uncond + scale (cond - uncond). Scale 1 means no guidance."""
     return uncond + scale * (cond - uncond)
 
 
 @dataclass(frozen=True)
 class GuidedField(VelocityField):
-    """Classifier-free guidance: `guide` combines the velocities of `cond` (with text) and `uncond` (without) at `scale`.
+    """Classifier-free guidance: `guide(cond, uncond, scale)` combines the velocities with text and without.
 
     One network call computes both velocities if the two fields can be joined. At scale 1 only `cond` is called.
     """
@@ -119,19 +120,19 @@ class GuidedField(VelocityField):
         return self.guide(cond, uncond, self.scale)
 
     def select(self, rows: Rows) -> VelocityField:
-        """Return the guided field for the samples `rows`."""
+        """Return the guided field for some samples of its batch."""
         return GuidedField(self.cond.select(rows), self.uncond.select(rows), self.scale, self.guide)
 
 
 def predict_x0(field: VelocityField, x: Tensor, sigma: Tensor) -> Tensor:
-    """Return the x0 (B, *) that `field` predicts at (x, sigma), in float32 whatever dtype the field computes in."""
+    """Return the x0 (B, *) that the field predicts at x (B, *) and sigma (B,). The result is always float32."""
     return denoise(x.float(), field(x, sigma).float(), sigma)
 
 
 def evaluate_together(calls: Sequence[tuple[VelocityField, Tensor, Tensor]]) -> list[Tensor]:
     """Return the velocity (B, *) of each call (field, x (B, *), sigma (B,)), in the order of `calls`.
 
-    Calls whose fields can be joined (`VelocityField.join`) are computed by one network call. B may differ between calls.
+    Calls whose fields can be joined (`VelocityField.join`) share one network call. B may differ between calls.
     """
     results: dict[int, Tensor] = {}
     pending = list(range(len(calls)))
@@ -147,9 +148,9 @@ def evaluate_together(calls: Sequence[tuple[VelocityField, Tensor, Tensor]]) -> 
 def _first_group(
     calls: Sequence[tuple[VelocityField, Tensor, Tensor]], pending: list[int]
 ) -> tuple[list[int], VelocityField]:
-    """Return the first pending call together with all calls that can be joined with it, and their common field."""
+    """Return the numbers of the first pending call and of all calls that can be joined with it, and their joined field."""
     first, *rest = (calls[i][0] for i in pending)
-    field = first.join(rest) if rest else first  # usually all can be joined; tried first, since joining copies text
+    field = first.join(rest) if rest else first  # usually all can be joined; one join copies less text than many
     if field is not None:
         return pending, field
     group, field = [pending[0]], first

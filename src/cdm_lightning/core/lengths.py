@@ -1,7 +1,7 @@
-"""Distributions of K, the number of Euler steps of a rollout (the student's path from noise to an image).
+"""Distributions of the number of Euler steps of a rollout (the student's path from noise to an image).
 
-CDM draws K anew in each iteration (arXiv:2605.06376, the length of its dynamic schedule). To add a distribution, write a class
-with `sample` and `mean`. All classes here raise ValueError for arguments that do not define a distribution over K >= 1.
+CDM draws this number K in each iteration (arXiv:2605.06376, the length of its dynamic schedule). To add a distribution, write a
+class with `sample` and `mean`. All classes raise ValueError for arguments that give no distribution of whole numbers K >= 1.
 """
 
 import math
@@ -27,7 +27,7 @@ class LengthDistribution(Protocol):
 
 @dataclass(frozen=True)
 class UniformLength:
-    """The number of steps K is uniform on low..high, both included; 1..28 is the choice of CDM (arXiv:2605.06376)."""
+    """A number of steps that is uniform on low..high, both included. CDM uses 1..28 (arXiv:2605.06376)."""
 
     low: Steps = 1
     high: Steps = 28
@@ -41,13 +41,13 @@ class UniformLength:
         return (self.low + self.high) / 2
 
     def sample(self, rng: torch.Generator) -> int:
-        """Draw one K of low..high."""
+        """Draw one K from low..high."""
         return int(torch.randint(self.low, self.high + 1, (), generator=rng))
 
 
 @dataclass(frozen=True)
 class FixedLength:
-    """The number of steps K is always `length`."""
+    """A number of steps that is always `length`."""
 
     length: Steps = 4
 
@@ -66,7 +66,10 @@ class FixedLength:
 
 @dataclass(frozen=True)
 class GeometricLength:
-    """The probability of K steps is proportional to ratio^K on 1..high: with a ratio below 1, long rollouts are rarer."""
+    """A number of steps K from 1..high with probability proportional to ratio^K.
+
+    A ratio below 1 makes long rollouts rarer than short ones.
+    """
 
     ratio: Positive = 0.85
     high: Steps = 28
@@ -75,7 +78,7 @@ class GeometricLength:
         _check_range(1, self.high)
         if not 0 < self.ratio < math.inf:
             raise ValueError(
-                f"ratio={self.ratio} must be a positive, finite number: P(length K) is proportional to ratio^K"
+                f"ratio={self.ratio} must be positive and finite: K steps have a probability proportional to ratio^K"
             )
 
     @property
@@ -84,13 +87,16 @@ class GeometricLength:
         return _mean(range(1, self.high + 1), [self.ratio**k for k in range(self.high)])
 
     def sample(self, rng: torch.Generator) -> int:
-        """Draw one K of 1..high."""
+        """Draw one K from 1..high."""
         return 1 + _draw([self.ratio**k for k in range(self.high)], rng)
 
 
 @dataclass(frozen=True)
 class LogUniformLength:
-    """The probability of K steps is proportional to log((K + 1) / K) on low..high: each doubling of K is about equally likely."""
+    """A number of steps K from low..high with probability proportional to log((K + 1) / K).
+
+    K = 1, K = 2..3 and K = 4..7 are then equally likely.
+    """
 
     low: Steps = 1
     high: Steps = 28
@@ -105,13 +111,13 @@ class LogUniformLength:
         return _mean(lengths, [math.log1p(1 / k) for k in lengths])
 
     def sample(self, rng: torch.Generator) -> int:
-        """Draw one K of low..high."""
+        """Draw one K from low..high."""
         return self.low + _draw([math.log1p(1 / k) for k in range(self.low, self.high + 1)], rng)
 
 
 @dataclass(frozen=True)
 class CategoricalLength:
-    """The number of steps K is one of `lengths`, with probabilities proportional to `weights` (None: equal probabilities)."""
+    """A number of steps that is one of `lengths`, with probabilities proportional to `weights`; None makes them equal."""
 
     lengths: Annotated[Sequence[Steps], NotEmpty] = (1, 2, 4, 8, 16)
     weights: Sequence[NotNegative] | None = None
@@ -122,7 +128,8 @@ class CategoricalLength:
         weights = self._weights
         if len(weights) != len(self.lengths) or min(weights) < 0 or sum(weights) <= 0:
             raise ValueError(
-                f"weights={list(weights)} must be one number of at least 0 for each of the {len(self.lengths)} lengths, not all 0"
+                f"weights={list(weights)} must hold one number of at least 0 for each of the {len(self.lengths)} lengths, and one "
+                "of them must be above 0"
             )
 
     @property

@@ -1,10 +1,9 @@
-"""Distributions of the sigma at which a loss calls a network: mostly that to which an x0 prediction is noised again.
+"""Distributions of the sigma to which a loss noises a sample before it calls a network.
 
-All classes draw one sigma for each sample and clamp it to [low, high]. As in the code of CDM's authors, draws are not rescaled
-to this range, so about 2 % of uniform draws lie at each end. The result is the sigma that the network is given. With
-`space="before_shift"`, the model family's shift (for SD3: 3 s / (1 + 2 s)) is applied to the draw before the clamp;
-with "after_shift" it is not. Sigmas are drawn and shifted on the CPU and moved to the device once. All classes raise
-ValueError for an argument out of its range.
+All classes draw one sigma for each sample and clamp it to [low, high]. As in the code of CDM's authors the draws are not
+rescaled, so about 2 % of uniform draws lie at each end. The network is called at the result. With `space="before_shift"`, the
+model family's timestep shift (SD3: 3 s / (1 + 2 s)) is applied to the draw before the clamp; with "after_shift" it is not. Sigmas
+are drawn on the CPU and moved to the device once. All classes raise ValueError for an argument out of its range.
 """
 
 from dataclasses import dataclass
@@ -18,21 +17,21 @@ from cdm_lightning.kinds import Finite, InnerSigma, Positive
 
 
 class SigmaLevels(Protocol):
-    """The interface of a distribution that draws one sigma for each sample."""
+    """The interface of a distribution of sigmas, one for each sample."""
 
     def sample(self, rng: StepRandom, purpose: str, ceiling: Tensor, shift: Shift) -> Tensor:
         """Draw the sigmas (B,), float32, on the device.
 
-        `purpose` names the use: another name gives other draws. `ceiling` (B,) is the sigma at which the student made the
-        prediction that is noised again; a distribution may ignore it. `shift` is the model family's shift.
+        `purpose` names the draw: the same name gives the same sigmas. `ceiling` (B,) is the sigma at which the student predicted
+        the sample that is noised; a distribution may ignore it. `shift` is the model family's timestep shift.
         """
 
 
 @dataclass(frozen=True)
 class UniformLevels:
-    """U(0, 1), clamped to [low, high]: the choice of CDM (arXiv:2605.06376) for the terms DM and CDM and for the fake score.
+    """U(0, 1), clamped to [low, high]. CDM (arXiv:2605.06376) uses it for the terms DM and CDM and for the fake score.
 
-    The paper applies no shift to these sigmas.
+    The paper applies no timestep shift to these sigmas.
     """
 
     low: InnerSigma = 0.02
@@ -43,16 +42,16 @@ class UniformLevels:
         _check(self.low, self.high, self.space)
 
     def sample(self, rng: StepRandom, purpose: str, ceiling: Tensor, shift: Shift) -> Tensor:
-        """Draw the sigmas (B,), float32, on the device; for the arguments see `SigmaLevels.sample`."""
+        """Draw the sigmas (B,), float32, on the device; the arguments are those of `SigmaLevels.sample`."""
         return rng.place(_seen(rng.uniform(purpose), self.space, shift).clamp(self.low, self.high))
 
 
 @dataclass(frozen=True)
 class CappedUniformLevels:
-    """U(0, ceiling), clamped to [low, high]: the choice of CDM (arXiv:2605.06376) for its guidance term CA.
+    """U(0, ceiling), clamped to [low, high]. CDM (arXiv:2605.06376) uses it for its guidance term CA.
 
-    A sample is then noised to less than the sigma at which the student predicted it (unless that is below `low`). The
-    ceiling is already a shifted sigma, so no shift is applied.
+    `ceiling` is the sigma at which the student predicted the sample, so a sample is noised to less than this sigma, or to `low`.
+    It is already shifted, and no further shift is applied.
     """
 
     low: InnerSigma = 0.02
@@ -62,13 +61,13 @@ class CappedUniformLevels:
         _check(self.low, self.high, "after_shift")
 
     def sample(self, rng: StepRandom, purpose: str, ceiling: Tensor, shift: Shift) -> Tensor:
-        """Draw the sigmas (B,), float32, on the device; for the arguments see `SigmaLevels.sample`."""
+        """Draw the sigmas (B,), float32, on the device; the arguments are those of `SigmaLevels.sample`."""
         return (rng.place(rng.uniform(purpose)) * ceiling).clamp(self.low, self.high)
 
 
 @dataclass(frozen=True)
 class LogitNormalLevels:
-    """The sigmoid of a normal draw, clamped to [low, high]; mean 0 and std 1 are those of SD3's training (arXiv:2403.03206)."""
+    """The sigmoid of a normal draw, clamped to [low, high]. SD3 was trained with mean 0 and std 1 (arXiv:2403.03206)."""
 
     mean: Finite = 0.0
     std: Positive = 1.0
@@ -82,7 +81,7 @@ class LogitNormalLevels:
             raise ValueError(f"std={self.std} must be positive")
 
     def sample(self, rng: StepRandom, purpose: str, ceiling: Tensor, shift: Shift) -> Tensor:
-        """Draw the sigmas (B,), float32, on the device; for the arguments see `SigmaLevels.sample`."""
+        """Draw the sigmas (B,), float32, on the device; the arguments are those of `SigmaLevels.sample`."""
         draws = (self.mean + self.std * rng.gaussian(purpose)).sigmoid()
         return rng.place(_seen(draws, self.space, shift).clamp(self.low, self.high))
 

@@ -1,4 +1,4 @@
-"""Loss functions of tensors alone, where * = (C, H, W); a loss is a 0-d float32 tensor."""
+"""Loss functions on tensors. A loss is a 0-d float32 tensor. Shapes: B samples of shape * = (C, H, W)."""
 
 import torch
 import torch.nn.functional as F
@@ -6,22 +6,22 @@ from torch import Tensor
 
 
 def flow_matching_loss(velocity: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
-    """Return the mean squared error between a velocity (B, *) and its target noise - x0, over all elements: 0-d."""
+    """Return the mean squared error (0-d) between a velocity (B, *) and its target noise - x0."""
     return F.mse_loss(velocity.float(), noise.float() - x0.float())
 
 
 def mean_abs_distance(a: Tensor, b: Tensor, floor: float) -> Tensor:
-    """Return the mean of |a - b| over the elements of each sample of a and b (B, *), but at least `floor`: (B, 1, 1, 1)."""
+    """Return the mean of |a - b| in each sample of a and b (B, *), but at least `floor`: (B, 1, 1, 1)."""
     dims = tuple(range(1, a.ndim))
     return (a.float() - b.float()).abs().mean(dim=dims, keepdim=True).clamp(min=floor)
 
 
 def directed_loss(x0_student: Tensor, direction: Tensor, x0_teacher: Tensor, floor: float) -> Tensor:
-    """Return a loss (0-d) whose descent moves x0_student (B, *) along `direction` (B, *), with a normalized length.
+    """Return a loss (0-d) whose gradient descent moves x0_student (B, *) along `direction` (B, *).
 
-    It is the mean squared error between x0_student and the constant target x0_student + direction / n, where n is the
-    `mean_abs_distance` of x0_teacher and x0_student (CDM, arXiv:2605.06376, for its terms CA, DM and CDM). Its gradient with
-    respect to x0_student is -2 (direction / n) / numel. Elements where direction / n is not finite have gradient 0.
+    The loss is the mean squared error between x0_student and the constant target x0_student + direction / n, where n is the
+    `mean_abs_distance` of x0_teacher and x0_student. All terms of CDM have this form (arXiv:2605.06376). The gradient with
+    respect to x0_student is -2 (direction / n) / numel; elements where direction / n is not finite have gradient 0.
     """
     x0_student = x0_student.float()
     with torch.no_grad():

@@ -1,13 +1,13 @@
-"""Random numbers as functions of (seed, purpose, iteration, slot), so that no random state must be saved or restored.
+"""Random numbers as functions of seed, purpose, iteration and slot. No random state has to be saved or restored.
 
-A purpose is a short name of what the numbers are for, such as "rollout.noise". A slot is a sample's index in the global
-batch (over all processes), so the numbers do not depend on how many processes share the batch. They are computed on the
-CPU, so they do not depend on the device either. Noise is moved to the device at once; sigmas are moved (by `place`) after
+A purpose is a short name for the use of the numbers, such as "rollout.noise". A slot is the index of a sample in the global
+batch, which is spread over all processes. The numbers are therefore the same for any number of processes. They are computed on
+the CPU, so they are also the same for every device. Noise is moved to the device at once. Sigmas are moved (by `place`) after
 they have been shifted, so that the host never waits for the device.
 
-Element n of a slot's draw is number (slot, n) of a SplitMix64 sequence (Steele, Lea and Flood, OOPSLA 2014). The start of
-the sequence is a hash of seed, purpose and iteration. SplitMix64 computes each number from its position, so all samples
-are drawn at once and no sample needs its own generator.
+The generator is SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), which computes each number of its sequence from the number's
+position. All samples are therefore drawn at once. The sequence starts at a hash of seed, purpose and iteration, and the position
+is given by the slot and by the index of the number in the slot's draw.
 """
 
 import hashlib
@@ -21,20 +21,24 @@ from cdm_lightning.core.flow import Rows
 from cdm_lightning.core.transfer import send
 
 GAMMA, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # the constants of SplitMix64
-ELEMENTS = 1 << 32  # how many numbers of the sequence belong to one slot
-SHUFFLED_IN_MEMORY = 1 << 16  # larger permutations are not stored: each of their numbers is computed when it is needed
+ELEMENTS = 1 << 32  # numbers of the sequence for each slot
+SHUFFLED_IN_MEMORY = 1 << 16  # larger permutations are not stored; each number is computed when it is needed
 ROUNDS = 4  # of the Feistel network: Luby and Rackoff (1988) need four for a strong pseudo-random permutation
 
 
 def stream(seed: int, purpose: str, *key: int) -> torch.Generator:
-    """Return a CPU generator whose seed is a hash of all arguments; it has 32 bits, since torch's CPU generator keeps no more."""
+    """Return a CPU generator whose seed is a 32-bit hash of all arguments.
+
+    torch's CPU generator uses only 32 bits of a seed.
+    """
     return torch.Generator().manual_seed(_hash(seed, purpose, *key) % (1 << 32))
 
 
 def permutation(size: int, seed: int, purpose: str, *key: int) -> "Tensor | FeistelPermutation":
-    """Return a pseudo-random permutation of 0..size-1, a function of all arguments; `[place]` gives the number at a place.
+    """Return a pseudo-random permutation of 0..size-1; `result[place]` is the number at a place.
 
-    Up to 2^16 numbers are shuffled in memory by `torch.randperm`. A larger permutation is not stored (`FeistelPermutation`).
+    It depends on all arguments and nothing else. Up to size 2^16 the numbers are shuffled in memory. A larger permutation takes
+    no memory (`FeistelPermutation`).
     """
     if size <= SHUFFLED_IN_MEMORY:
         return torch.randperm(size, generator=stream(seed, purpose, *key))
@@ -44,9 +48,8 @@ def permutation(size: int, seed: int, purpose: str, *key: int) -> "Tensor | Feis
 class FeistelPermutation:
     """A pseudo-random permutation of 0..size-1 that takes no memory: each number is computed from its place.
 
-    A Feistel network permutes all numbers with an even number of bits that is large enough for `size`. A result that is
-    not below `size` is permuted again until it is ("cycle walking": Black and Rogaway, 2002), fewer than four times on
-    average.
+    A Feistel network permutes 0..2^n-1 for an even n with 2^n >= size. If the result is not below `size`, it is permuted again
+    ("cycle walking", Black and Rogaway, 2002). This takes fewer than four rounds on average.
     """
 
     def __init__(self, size: int, key: int) -> None:
@@ -58,7 +61,7 @@ class FeistelPermutation:
         return self.size
 
     def __getitem__(self, place: int) -> int:
-        """Return the number at `place`; raises IndexError outside 0..size-1."""
+        """Return the number at `place`. Raises IndexError for a place outside 0..size-1."""
         if not 0 <= place < self.size:
             raise IndexError(f"place {place} is out of range for a permutation of {self.size} numbers")
         number = self._network(place)
@@ -75,10 +78,11 @@ class FeistelPermutation:
 
 
 class StepRandom:
-    """The random numbers of one iteration for the samples in `slots` (B): functions of (seed, purpose, iteration, slot).
+    """The random numbers of one iteration for B samples.
 
-    The same purpose always gives the same numbers, so every use needs its own purpose or its own `repeat` (see `again`).
-    `device` is where `normal` and `place` put their results; all other draws stay on the CPU.
+    `slots` (B,) are the indices of the samples in the global batch. A draw depends only on seed, purpose, iteration and slot. The
+    same purpose always gives the same numbers, so every use needs its own purpose or its own `repeat` (see `again`). `normal` and
+    `place` put their results on `device`; all other draws stay on the CPU.
     """
 
     def __init__(
@@ -91,34 +95,34 @@ class StepRandom:
         self.device = torch.device(device)
 
     def __len__(self) -> int:
-        """B, the number of samples."""
+        """Return B, the number of samples."""
         return len(self.slots)
 
     def again(self, repeat: int) -> "StepRandom":
-        """Return a copy that gives other numbers for the same purposes, for optimizer steps that an iteration repeats.
+        """Return a copy with other numbers for the same purposes, for repetition `repeat` of an optimizer step.
 
-        `repeat` counts the repetitions from 0; `again(0)` gives the numbers of the first step.
+        Repetitions count from 0, and `again(0)` gives the numbers of the first step.
         """
         return type(self)(self.seed, self.iteration, self.slots, self.device, repeat)
 
     def select(self, rows: Rows) -> "StepRandom":
-        """Return a copy for the samples `rows` only, with the numbers that they have here."""
+        """Return a copy for some of the samples; each sample keeps its numbers."""
         return type(self)(self.seed, self.iteration, self.slots[rows], self.device, self.repeat)
 
     def shared(self, purpose: str) -> torch.Generator:
-        """Return a generator that is the same for all samples and processes, such as for the number of steps of a rollout.
+        """Return a CPU generator that is the same for all samples and in all processes.
 
-        Processes that share one network must agree on draws that decide how often it is called.
+        It draws, for example, the number of steps of a rollout: processes that share one network must call it equally often.
         """
         return stream(self.seed, purpose, *self._count)
 
     def uniform(self, purpose: str, n: int | None = None) -> Tensor:
-        """Draw from U[0, 1): float32, (B,), or (B, n) if `n` is given, on the CPU; `place` moves the result to the device."""
+        """Draw from U[0, 1): float32, (B,) or (B, n), on the CPU. `place` moves the result to the device."""
         draws = _bits(self._key(purpose), self.slots, 1 if n is None else n) >> 40 & 0xFFFFFF
         return (draws[:, 0] if n is None else draws).float().mul_(2**-24)
 
     def gaussian(self, purpose: str) -> Tensor:
-        """Draw one standard normal number for each sample: float32, (B,), on the CPU like the draws of `uniform`."""
+        """Draw one standard normal number for each sample: float32, (B,), on the CPU."""
         return _normal(self._key(purpose), self.slots, ())
 
     def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
@@ -126,15 +130,15 @@ class StepRandom:
         return self.place(_normal(self._key(purpose), self.slots, shape))
 
     def index(self, purpose: str, high: int) -> Tensor:
-        """Draw integers from 0 to high - 1: int64, (B,), all equally likely if high is far below 2^31.
+        """Draw an integer from 0 to high - 1 for each sample: int64, (B,), uniform if high is far below 2^31.
 
-        They stay on the CPU, because the host decides by them which network calls to make.
+        The result stays on the CPU, where it decides which network calls are made.
         """
         draws = _bits(self._key(purpose), self.slots, 1)[:, 0] >> 33 & 0x7FFFFFFF
         return draws * high >> 31
 
     def place(self, values: Tensor) -> Tensor:
-        """Return the values on `device`, where the networks compute."""
+        """Return the values on `device`."""
         return send(values, self.device)
 
     def _key(self, purpose: str) -> int:
@@ -146,9 +150,9 @@ class StepRandom:
 
 
 def evaluation_noise(seed: int, indices: Sequence[int], shape: Sequence[int], device: torch.device | str) -> Tensor:
-    """Return the starting noise (N, *shape), float32, of images of the prompts with these N indices.
+    """Return the noise (N, *shape), float32, from which the images of N prompts start; `indices` are those of the prompts.
 
-    It is a function of (seed, prompt index) only, so that all samplers and all iterations start from the same noise.
+    It depends on the seed and the prompt's index only. All samplers and all iterations therefore start from the same noise.
     """
     rows = torch.as_tensor(indices, dtype=torch.int64, device="cpu")
     return send(_normal(_hash(seed, "evaluation noise"), rows, shape), device)
@@ -161,7 +165,7 @@ def _hash(seed: int, purpose: str, *key: int) -> int:
 
 
 def _mixed(value: int) -> int:
-    """Return the 64 random bits that SplitMix64 gives for this state."""
+    """Return the 64 random bits of SplitMix64 for the state `value`."""
     value &= (1 << 64) - 1
     value = (value ^ value >> 30) * MIX_1 & (1 << 64) - 1
     value = (value ^ value >> 27) * MIX_2 & (1 << 64) - 1
@@ -169,14 +173,17 @@ def _mixed(value: int) -> int:
 
 
 def _signed(value: int) -> int:
-    """Return the int64 with the same bits as an unsigned 64-bit number; int64 arithmetic wraps around, as SplitMix64 needs."""
+    """Return the int64 that has the same bits as an unsigned 64-bit number.
+
+    Arithmetic of int64 wraps around on overflow, as SplitMix64 needs.
+    """
     return (value + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def _bits(key: int, rows: Tensor, n: int) -> Tensor:
-    """Return the first n numbers of each of the slots `rows` (B,), of the sequence that starts at `key`.
+    """Return the first n random numbers of each slot in `rows` (B,): int64, (B, n), with 64 random bits each.
 
-    The result is (B, n), int64, with 64 random bits in each number.
+    `key` is the start of the SplitMix64 sequence.
     """
     counter = rows[:, None] * ELEMENTS + torch.arange(n, device="cpu")
     z = counter.mul_(_signed(GAMMA)).add_(_signed(key))
@@ -187,9 +194,9 @@ def _bits(key: int, rows: Tensor, n: int) -> Tensor:
 
 
 def _normal(key: int, rows: Tensor, shape: Sequence[int]) -> Tensor:
-    """Draw standard normal numbers by the Box-Muller method: float32, (B, *shape).
+    """Draw standard normal numbers for each slot in `rows` (B,) by the Box-Muller method: float32, (B, *shape).
 
-    The two halves of each 64 bits give the radius and the angle of two normal numbers.
+    One half of each 64 bits gives the radius and the other half the angle, and together they give two normal numbers.
     """
     size = math.prod(shape)
     bits = _bits(key, rows, (size + 1) // 2)

@@ -1,8 +1,8 @@
 """Rollouts (backward simulation): the student's own deterministic path from noise to an image, in K Euler steps.
 
-The losses use one step of the path, which is drawn for each sample: its *anchor*, a step from 0 to K - 1. The *point* at the
-anchor is the state x at the start of that step, with its sigma and the student's velocity there. Shapes: B samples of shape
-* = (C, H, W), sigmas (B, K + 1) that decrease from 1 to 0. No gradients are recorded.
+The losses use one step of the path, the *anchor*. It is drawn at random for each sample, from 0 to K - 1. The *point* at the
+anchor is the state x at the start of that step, with its sigma and the student's velocity. Shapes: B samples of shape * =
+(C, H, W), sigmas (B, K + 1) that decrease from 1 to 0. No gradients are recorded.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,10 @@ from cdm_lightning.core.transfer import send
 
 @dataclass(frozen=True)
 class TrajectoryPoint:
-    """One state on the rollout of each of B samples, with the student's velocity there; the steps may differ by sample."""
+    """One state on the rollout of each of B samples, with the student's velocity there.
+
+    The states of different samples may belong to different steps.
+    """
 
     x: Tensor  # (B, *)
     v: Tensor  # (B, *), the student's velocity at (x, sigma)
@@ -31,13 +34,16 @@ class TrajectoryPoint:
         return denoise(self.x, self.v, self.sigma)
 
     def move_to(self, sigma: Tensor) -> Tensor:
-        """Return the state (B, *) at another sigma (B,), in a straight line along v; CDM's off-trajectory point is made so."""
+        """Return the state (B, *) at another sigma (B,), reached from this point in a straight line along v.
+
+        CDM's off-trajectory point is made in this way.
+        """
         return move(self.x, self.v, self.sigma, sigma)
 
 
 @dataclass(frozen=True)
 class FullTrajectoryPoint(TrajectoryPoint):
-    """A point of a rollout that was simulated to its end."""
+    """A point of a rollout that was simulated to its end, together with that end."""
 
     x0_final: Tensor  # (B, *), the end of the rollout
 
@@ -52,11 +58,11 @@ class Trajectory:
     final: Tensor  # (B, *), the state at sigma 0
 
     def __len__(self) -> int:
-        """K, the number of steps."""
+        """Return K, the number of steps."""
         return len(self.x)
 
     def at(self, anchor: Tensor) -> FullTrajectoryPoint:
-        """Return the point at step `anchor` (B,), from 0 to K - 1, of each sample."""
+        """Return the point at step `anchor` (B,) of each sample; steps count from 0 to K - 1."""
         anchor = send(anchor, self.final.device)
         point = self._states(anchor)
         return FullTrajectoryPoint(point.x, point.v, point.sigma, x0_final=self.final)
@@ -68,7 +74,7 @@ class Trajectory:
 
 @torch.no_grad()
 def simulate(student: VelocityField, noise: Tensor, sigmas: Tensor) -> Trajectory:
-    """Roll out to the end: make all K steps for all samples, from noise (B, *) along sigmas (B, K + 1), by K student calls."""
+    """Compute whole rollouts by K calls of the student, from noise (B, *) along sigmas (B, K + 1)."""
     x, xs, vs = noise, [], []
     for sigma, next_sigma in pairwise(sigmas.T):
         v = student(x, sigma)
@@ -80,12 +86,12 @@ def simulate(student: VelocityField, noise: Tensor, sigmas: Tensor) -> Trajector
 
 @dataclass(frozen=True)
 class Rollout:
-    """The random draws of a rollout that is still to be made, and the student that will make its steps."""
+    """The random draws of a rollout that has not been computed yet, and the student that will compute it."""
 
     student: VelocityField
     noise: Tensor  # (B, *)
     sigmas: Tensor  # (B, K + 1)
-    anchor: Tensor  # (B,) of [0, K), on the CPU, where it decides which network calls are made
+    anchor: Tensor  # (B,), from 0 to K - 1, on the CPU, where it decides which network calls are made
 
     @property
     def steps(self) -> int:
@@ -94,22 +100,22 @@ class Rollout:
 
     @torch.no_grad()
     def point(self, x: Tensor) -> TrajectoryPoint:
-        """Return the points at the anchors, given the states x (B, *) there, which `walk` returns.
+        """Return the point at each sample's anchor, given the states x (B, *) there, which `walk` returns.
 
-        One call of the student for the whole batch computes their velocities.
+        One call of the student computes the velocities.
         """
         sigma = self.sigmas.gather(1, send(self.anchor, self.sigmas.device)[:, None]).squeeze(1)
         return TrajectoryPoint(x, self.student(x, sigma), sigma)
 
 
 def walk(rollouts: Sequence[Rollout], agree_on_calls: Callable[[int], int] = lambda calls: calls) -> list[Tensor]:
-    """Roll out each sample to its anchor only, and return the states (B, *) of each rollout there.
+    """Compute each sample's rollout up to its anchor, and return the states (B, *) there, for each rollout.
 
-    All rollouts are computed as one batch if one call of the student can compute them all. For a returned state x,
-    `rollout.point(x)` equals `simulate(...).at(anchor)` up to rounding, without the cost of the steps after the anchors.
+    `rollout.point(x)` of a returned state x equals `simulate(...).at(anchor)` up to rounding, without the cost of the later
+    steps. All rollouts are computed as one batch if one call of the student can compute them.
 
-    Processes that hold shards of one network must all call it equally often: `agree_on_calls` takes the number of calls that
-    this process needs and returns the number to make. The additional calls run on one sample, and their results are dropped.
+    `agree_on_calls` takes the number of student calls that this process needs and returns the number to make. Processes that hold
+    shards of one network must make equal numbers. The additional calls run on one sample, and their results are dropped.
     """
     joined = join_rollouts(rollouts)
     if joined is None:
@@ -118,9 +124,9 @@ def walk(rollouts: Sequence[Rollout], agree_on_calls: Callable[[int], int] = lam
 
 
 def join_rollouts(rollouts: Sequence[Rollout]) -> Rollout | None:
-    """Concatenate rollouts into one batch, or return None if one call of the student cannot compute them all.
+    """Concatenate rollouts into one batch. Returns None if one call of the student cannot compute them all.
 
-    The sigmas of rollouts with fewer steps are filled up with 0.
+    Rollouts with fewer steps get further sigmas of 0.
     """
     first, *others = rollouts
     if not others:
@@ -142,15 +148,14 @@ def join_rollouts(rollouts: Sequence[Rollout]) -> Rollout | None:
 def _walk(rollout: Rollout, agree_on_calls: Callable[[int], int]) -> Tensor:
     """Return the states (B, *) at the anchors.
 
-    Step n runs only for the samples with anchor > n. The batch is sorted by decreasing anchor, so that these samples come
-    first; after each step, the samples that have reached their anchor are removed from the end. The host never waits for
-    the device here.
+    Step n runs only for samples with anchor > n. The batch is sorted by decreasing anchor, so these samples come first, and after
+    each step the finished samples are cut off at the end. The host never waits for the device.
     """
     student, noise, sigmas, anchor = rollout.student, rollout.noise, rollout.sigmas, rollout.anchor
     order = anchor.argsort(descending=True)
     steps = int(anchor.max())
     active = [int((anchor > n).sum()) for n in range(steps + 1)]  # number of samples that take step n; the last is 0
-    idle = agree_on_calls(steps) - steps  # agreed before the first step, so that no process waits later
+    idle = agree_on_calls(steps) - steps  # processes agree before the first step, so that none waits later
     by_anchor = send(order, noise.device)
     x, sorted_sigmas = noise[by_anchor], sigmas[by_anchor]
     arrived = [x[active[0] :]]
@@ -164,12 +169,17 @@ def _walk(rollout: Rollout, agree_on_calls: Callable[[int], int]) -> Tensor:
             field = field.select(slice(staying))
     for _ in range(idle):
         student.select(slice(1))(noise[:1], sigmas[:1, 0])
-    return torch.cat(arrived[::-1])[by_anchor.argsort()]  # samples with the highest anchors arrive last and are first
+    return torch.cat(arrived[::-1])[
+        by_anchor.argsort()
+    ]  # samples with the highest anchors arrive last, but are sorted first
 
 
 @torch.no_grad()
 def sample(field: VelocityField, noise: Tensor, sigmas: Tensor) -> Tensor:
-    """Sample x0 (B, *) by deterministic Euler steps, from noise (B, *) along sigmas (n + 1,) that end in 0."""
+    """Sample x0 (B, *) by Euler steps without added noise.
+
+    The steps lead from `noise` (B, *) along `sigmas` (n + 1,), which decrease to 0.
+    """
     x = noise
     for sigma, next_sigma in pairwise(sigmas.to(noise.device)):
         x = move(x, field(x, sigma.expand(len(x))), sigma, next_sigma)

@@ -1,8 +1,8 @@
-"""Sigma schedules of rollouts and of inference, as plain tensors: K steps have K + 1 sigmas, from 1 down to 0.
+"""Sigma schedules of rollouts and of inference. K steps have K + 1 sigmas, from 1 down to 0.
 
-A model family shifts sigmas towards noise (SD3: 3 s / (1 + 2 s)). `space` says in which values the sigmas of a schedule are
-configured: "before_shift" (as in papers; the shift is then applied) or "after_shift" (as the network is given them). The
-returned sigmas are always those that the network is given. Classes raise ValueError for arguments that give no such sigmas.
+A model family shifts sigmas towards noise (SD3: 3 s / (1 + 2 s)). `space` says whether the configured sigmas are meant
+"before_shift", as in papers, or "after_shift". The returned sigmas are always shifted ones, at which the network is called.
+Classes raise ValueError for arguments that give no decreasing sigmas.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,31 +16,32 @@ from cdm_lightning.core.lengths import LengthDistribution
 from cdm_lightning.core.rng import StepRandom
 from cdm_lightning.kinds import NotEmpty, Sigma
 
-Shift = Callable[[Tensor], Tensor]  # unshifted sigmas -> the sigmas that the network is given, of the same shape
+Shift = Callable[[Tensor], Tensor]  # sigmas -> shifted sigmas of the same shape, at which the network is called
 Space = Literal["before_shift", "after_shift"]
 
 
 class SigmaSchedule(Protocol):
-    """The interface of a schedule, which draws the sigmas of the rollouts of an iteration."""
+    """The interface of a schedule: it draws the sigmas of the rollouts of an iteration."""
 
     @property
     def mean_length(self) -> float:
-        """The expected number of steps K, from which `cdm_lightning.plan` computes the cost of a run."""
+        """The expected number of steps K; `cdm_lightning.plan` computes the cost of a run from it."""
 
     def sample(self, rng: StepRandom, shift: Shift) -> Tensor:
-        """Draw the sigmas (B, K + 1), float32, on the device, strictly decreasing from 1 to 0, with the same K in every process.
+        """Draw the sigmas (B, K + 1), float32, on the device, strictly decreasing from 1 to 0.
 
-        They are drawn and shifted on the CPU and then moved once, so that the host never waits for the device.
+        K is the same in all processes. The sigmas are shifted on the CPU before they are moved, so that the host never waits for
+        the device.
         """
 
 
 @dataclass(frozen=True)
 class RandomSchedule:
-    """CDM's dynamic continuous schedule (arXiv:2605.06376): a random number of steps at random sigmas.
+    """CDM's dynamic continuous schedule (arXiv:2605.06376): a random number of steps K at random sigmas.
 
-    It draws K from `length`, and for each sample K - 1 sigmas from U(sigma_min, sigma_max), which are sorted and put between
-    1 and 0. With `stratified`, there is instead one draw in each of K - 1 equal bins (as in LightX2V's code of CDM). The
-    defaults are those published for SD3-Medium. The authors draw the sigmas once per process; here each sample has its own.
+    K is drawn from `length`. Each sample gets K - 1 sorted draws from U(sigma_min, sigma_max) between the ends 1 and 0. With
+    `stratified`, each of K - 1 equal bins gets one draw instead, as in LightX2V's code of CDM. The defaults are the published
+    ones for SD3-Medium. The authors draw the sigmas once per process; here each sample has its own.
     """
 
     length: LengthDistribution
@@ -58,7 +59,7 @@ class RandomSchedule:
 
     @property
     def mean_length(self) -> float:
-        """The expected number of steps."""
+        """The expected number of steps K."""
         return float(self.length.mean)
 
     def sample(self, rng: StepRandom, shift: Shift) -> Tensor:
@@ -73,9 +74,9 @@ class RandomSchedule:
 
 @dataclass(frozen=True)
 class FixedSchedule:
-    """The same sigmas in every rollout, as in DMD; the default is the 4-step inference schedule of CDM (arXiv:2605.06376).
+    """The same sigmas in every rollout, as in DMD. The default is CDM's 4-step inference schedule (arXiv:2605.06376).
 
-    `sigmas` are those at which the student is called, without the final 0.
+    The student is called at `sigmas`; the final 0 is added.
     """
 
     sigmas: Annotated[Sequence[Sigma], NotEmpty] = (1.0, 0.75, 0.5, 0.25)
@@ -86,16 +87,16 @@ class FixedSchedule:
         falling = all(a > b for a, b in zip(self.sigmas, [*self.sigmas[1:], 0.0]))
         if not self.sigmas or self.sigmas[0] != 1 or not falling:
             raise ValueError(
-                f"sigmas={list(self.sigmas)} must decrease strictly from 1 and stay above 0 (the end is added)"
+                f"sigmas={list(self.sigmas)} must start at 1, decrease strictly and stay above 0; the final 0 is added"
             )
 
     @property
     def mean_length(self) -> float:
-        """The number of steps."""
+        """The number of steps K."""
         return float(len(self.sigmas))
 
     def sample(self, rng: StepRandom, shift: Shift) -> Tensor:
-        """Return the sigmas (B, K + 1), float32, on the device: the same row B times."""
+        """Return the sigmas (B, K + 1), float32, on the device, with B equal rows."""
         inner = torch.tensor(self.sigmas[1:], dtype=torch.float32, device="cpu")
         return rng.place(_with_ends(inner.repeat(len(rng), 1), shift, self.space))
 
@@ -125,17 +126,17 @@ def check_space(space: str) -> None:
 
 
 def _with_ends(inner: Tensor, shift: Shift, space: Space) -> Tensor:
-    """Shift the decreasing inner sigmas (B, K - 1) where `space` asks for it, and add 1 and 0 at the ends: (B, K + 1)."""
+    """Add the ends 1 and 0 to the decreasing inner sigmas (B, K - 1): (B, K + 1). With "before_shift" they are shifted first."""
     seen = shift(inner) if space == "before_shift" and inner.numel() else inner  # a single step has no inner sigmas
     one, zero = inner.new_ones(len(inner), 1), inner.new_zeros(len(inner), 1)
     return torch.cat([_strictly_decreasing(torch.cat([one, seen], dim=1)), zero], dim=1)
 
 
 def _strictly_decreasing(sigmas: Tensor) -> Tensor:
-    """Return the decreasing positive float32 sigmas (B, n) with equal neighbours separated by one unit in the last place.
+    """Return the decreasing positive float32 sigmas (B, n), with equal neighbours set apart by the smallest float32 step.
 
-    In float32, two of 28 draws are equal in about one of 50,000 samples. Positive floats have the same order as their bits,
-    so the comparison is made on the bits.
+    Two of 28 draws are equal in about one of 50,000 samples. Positive floats have the same order as their bits, so the comparison
+    uses the bits.
     """
     bits = sigmas.contiguous().view(torch.int32).long()
     place = torch.arange(bits.shape[1], device=bits.device)

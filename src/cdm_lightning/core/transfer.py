@@ -1,13 +1,13 @@
-"""Copies from the host to a GPU that the host does not wait for."""
+"""Copies from the host to a GPU for which the host does not wait."""
 
 import torch
 from torch import Tensor
 
 
 def send(values: Tensor, device: torch.device | str) -> Tensor:
-    """Return the values on `device`; a copy from the CPU to a GPU goes through pinned memory, so that the host does not wait.
+    """Return the values on `device`. The host does not wait for a copy from the CPU to a GPU.
 
-    A plain copy of pageable memory makes the host wait until the GPU has done all earlier work.
+    Such a copy goes through pinned memory. A plain copy would wait until the GPU has done all earlier work.
     """
     device = torch.device(device)
     if device.type != "cuda" or values.device.type != "cpu":
