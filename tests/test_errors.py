@@ -14,16 +14,17 @@ def test_unknown_keys(refused):
     assert "module.student_every is now objective.student_every" in refused("module.student_every=3")
     assert "objective has no option 'wieght'" in refused("+objective.wieght=0")
     assert (
-        "trainer has no option 'gradient_clip' (Trainer does not take it); did you mean gradient_clip_val?"
+        "trainer has no option 'gradient_clip', because Trainer has no such parameter; did you mean gradient_clip_val?"
         in refused("+trainer.gradient_clip=1")
     )
-    assert "optim.student.optimizer has no option 'beta' (AdamW does not take it); did you mean betas?" in refused(
-        "+optim.student.optimizer.beta=0"
+    assert (
+        "optim.student.optimizer has no option 'beta', because AdamW has no such parameter; did you mean betas?"
+        in refused("+optim.student.optimizer.beta=0")
     )
 
 
 def test_a_group_that_is_null(refused):
-    assert "resolution=null: a group takes the name of one of its options" in refused("resolution=null")
+    assert "resolution=null: the value must be the name of a file" in refused("resolution=null")
 
 
 def test_texts_in_the_place_of_numbers(refused):
@@ -73,7 +74,9 @@ def test_values_of_another_kind_than_the_constructors_take(refused):
 
 
 def test_arguments_that_a_data_set_does_not_take(refused):
-    assert "data.train has no option 'image_size' (PromptFile does not take it)" in refused("+data.train.image_size=32")
+    assert "data.train has no option 'image_size', because PromptFile has no such parameter" in refused(
+        "+data.train.image_size=32"
+    )
     images = ["experiment=toy2d_cdm", "data=captioned_images", "data.train.folder=images"]
     assert "data.train.image_size=32 must be a list with 2 entries of a whole number" in refused(
         "data.train.image_size=32", base=images
@@ -87,7 +90,7 @@ def test_arguments_that_a_data_set_does_not_take(refused):
 
 
 def test_callbacks_that_are_none(refused):
-    message = "callbacks.foo has no _target_: set callbacks.foo._target_=CLASS, or callbacks.foo=null to leave it out"
+    message = "callbacks.foo has no _target_; set callbacks.foo._target_=CLASS, or callbacks.foo=null to leave it out"
     assert message in refused("+callbacks.foo.bar=1")
     assert message in refused("+callbacks.foo=3")
     assert "checkpoint=3 must be a mapping with a _target_" in refused("checkpoint=3")

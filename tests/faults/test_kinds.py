@@ -226,9 +226,9 @@ def test_files_of_the_configuration_with_mistakes(refused, tmp_path):
     broken = own_file(tmp_path, "experiment/broken", "# @package _global_\ndata:\n  batch_size: [1\nseed: 3\n")
     assert "experiment/broken.yaml, line 4: this is not valid YAML" in refused(broken, base=["experiment=broken"])
     bare = own_file(tmp_path, "experiment/bare", "defaults: [toy2d_cdm]\ndata: {batch_size: 4}\n")
-    assert "has to begin with the line `# @package _global_`" in refused(bare, base=["experiment=bare"])
+    assert "must begin with the line `# @package _global_`" in refused(bare, base=["experiment=bare"])
     bare = own_file(tmp_path, "metric/bare", "metric:\n  mine: {_target_: cdm_lightning.metrics.base.Metric}\n")
-    assert "chosen as metric=... has to begin with the line" in refused(bare, "metric=[bare]")
+    assert "metric=... names must begin with the line" in refused(bare, "metric=[bare]")
 
 
 def test_words_that_need_quotes(refused):

@@ -201,7 +201,9 @@ def test_a_class_of_one_s_own_can_be_registered_in_two_ways(run_folder, monkeypa
     Path(f"{module}.py").write_text("from cdm_lightning.backbones.toy2d import Toy2DBackbone as Own\n")
     monkeypatch.syspath_prepend(os.getcwd())
     folder = run_folder(backbone={**TOY, "_target_": f"{module}.Own"})
-    with pytest.raises(UserError, match=f"entry point of 'cdm_lightning.backbone' or set {registered.TRUSTED}"):
+    with pytest.raises(
+        UserError, match=f"{registered.TRUSTED}=MODULE.CLASS, or .* in the group 'cdm_lightning.backbone'"
+    ):
         build_parts(Run(folder))
     assert module not in sys.modules
     monkeypatch.setenv(registered.TRUSTED, f"other.Class, {module}.Own")

@@ -1,8 +1,7 @@
-"""Where the configuration files are, how objects are built from them, and how mistakes in them become one line.
+"""Composing a configuration from its files, building objects from it, and reporting mistakes in one line.
 
-A node is a mapping in a configuration. Its `_target_`, if it has one, names the class or function that builds an object from
-it, and its other keys are the arguments. Only the entry points see configuration objects: every leaf of `conf/` is such an
-argument.
+A configuration is a tree of mappings, called nodes. A node with a `_target_` describes an object: `_target_` names its class or
+function, and the other keys are the arguments. Commands pass these arguments on, so no other code sees the configuration.
 """
 
 import hashlib
@@ -33,7 +32,7 @@ from cdm_lightning.terminal.output import mask_output
 
 PACKAGE = Path(__file__).parents[1]
 QUESTIONS = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
-OTHERS_WAIT = 20.0  # seconds that all processes except the first wait before they print a mistake: a busy machine starts them apart
+OTHERS_WAIT = 20.0  # seconds that all processes except the first wait before they print an error; they may start at different times
 LONGEST_NAME = 120  # characters in the name of a sweep job's folder, well below the limits of file systems
 MOVED = {  # options that had another key before 2026-11-27: the old key and the new one
     "module.student_every": "objective.student_every",
@@ -56,31 +55,36 @@ COMPOSITION = (
     OmegaConfBaseException,
     yaml.YAMLError,
     UnicodeDecodeError,
-)  # what a wrong file or override gives
+)  # the errors that a wrong file or override causes
 
 
 def conf_dir() -> Path:
-    """Return the folder of configurations: inside the package if it was installed from a wheel, else in the checkout."""
+    """Return the folder of the configuration files.
+
+    It lies inside the package after an installation from a wheel, and otherwise in the checkout.
+    """
     packaged = PACKAGE / "conf"
     return packaged if packaged.is_dir() else PACKAGE.parents[1] / "conf"
 
 
 def asset_path(name: str) -> str:
-    """Return the path of a file or folder bundled with the package, given below assets/, such as "prompts/general.txt".
+    """Return the path of a file or folder that the package contains. `name` is its path below assets/, such as
+    "prompts/general.txt".
 
-    Whether it exists is not checked.
+    The file need not exist.
     """
     return str(PACKAGE / "assets" / name)
 
 
 def job_folder(override_dirname: str) -> str:
-    """Return the name of the folder of one job of a Hydra sweep (`--multirun`), made from the text of the job's overrides.
+    """Return the folder name of one job in a Hydra sweep (`--multirun`), made from `override_dirname`, the job's overrides as
+    text.
 
-    It has no slash, no secret and a bounded length, and is the same for the same overrides.
+    The name is short and has no slash and no secret. The same overrides give the same name.
     """
     shown = masked_text(override_dirname)
     name = re.sub(r"[^\w.,=+-]+", ".", shown) or "defaults"
-    if shown != override_dirname:  # enough to tell the jobs of a sweep apart, and too little to find a secret by trying
+    if shown != override_dirname:  # two bytes tell the jobs of a sweep apart, but do not let anyone guess a secret
         return f"{name[:LONGEST_NAME]}-{hashlib.blake2b(override_dirname.encode(), digest_size=2).hexdigest()}"
     if len(name) <= LONGEST_NAME:
         return name
@@ -89,9 +93,11 @@ def job_folder(override_dirname: str) -> str:
 
 
 def register_resolvers() -> None:
-    """Let configurations use `${asset:PATH}` (`asset_path`), `${job_folder:OVERRIDES}` and `${run_folder:RUN_NAME}`.
+    """Define the functions that configuration files can call as `${NAME:ARGUMENT}`.
 
-    The last one gives outputs/RUN_NAME and raises `UserError` if RUN_NAME cannot be the name of a folder.
+    - `${asset:PATH}` gives `asset_path`.
+    - `${job_folder:OVERRIDES}` gives `job_folder`.
+    - `${run_folder:RUN_NAME}` gives "outputs/RUN_NAME", and raises `UserError` if RUN_NAME cannot be the name of a folder.
     """
     OmegaConf.register_new_resolver(
         "run_folder", lambda name: f"outputs/{require_name(name, 'run_name')}", replace=True
@@ -101,10 +107,10 @@ def register_resolvers() -> None:
 
 
 def compose(overrides: Sequence[str] = (), config_name: str = "train") -> DictConfig:
-    """Return the configuration that `config_name` (a file in `conf_dir()`) gives with these overrides, such as "seed=1".
+    """Return the configuration that the file `config_name` in `conf_dir()` gives with overrides such as "seed=1".
 
-    The overrides must contain `output_dir=FOLDER`, because only a real command line gets it from Hydra. Raises `UserError` for
-    a wrong override or file.
+    The overrides must contain `output_dir=FOLDER`, which only the command line gets from Hydra. Raises `UserError` for a wrong
+    override or file.
     """
     register_resolvers()
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
@@ -121,15 +127,15 @@ def build(
     of: type | None = None,
     **more: Any,
 ) -> Any:
-    """Build the object that a part of the configuration describes, a mapping named by `key`, such as "optim.student".
+    """Build what the configuration describes under `key`, such as "optim.student": one object, or a list of objects.
 
-    If it has a `_target_` (a class or function), it is one object, with its other keys as arguments; `more` holds further
-    arguments of its constructor, which no file can hold. Without a `_target_`, return the list of the objects that its
-    children describe, in their order, without those that are null. `offered` is {name: function}: each object of such a list
-    whose constructor has a parameter `name` gets what the function returns. `of` is the type that each object must have.
+    If the node has a `_target_`, one object is built. Its other keys are the arguments, and `more` adds arguments.
 
-    Raises `UserError` if a constructor does not take a key, misses one or refuses a value, if an object is not of the type
-    `of`, and if a child in such a list has no `_target_`.
+    Otherwise, one object is built for each child that is not null. `offered` adds arguments to these: each constructor that has
+    a parameter of this name gets the result of the function.
+
+    Raises `UserError` if a constructor refuses its arguments, if a child has no `_target_`, or if an object is not an instance
+    of the class `of`.
     """
     node = OmegaConf.select(config, key) if isinstance(config, DictConfig) else config[key]
     if node is None:
@@ -141,7 +147,7 @@ def build(
     built = []
     for name, child in ((f"{key}.{name}", child) for name, child in node.items() if child is not None):
         if not isinstance(child, Mapping | DictConfig) or "_target_" not in child:
-            raise UserError(f"{name} has no _target_: set {name}._target_=CLASS, or {name}=null to leave it out")
+            raise UserError(f"{name} has no _target_; set {name}._target_=CLASS, or {name}=null to leave it out")
         taken = parameters_of(child["_target_"])
         built.append(
             _instantiate(
@@ -153,7 +159,7 @@ def build(
 
 
 def _require(built: Any, node: Any, key: str, of: type | None) -> Any:
-    """Return the object, or raise `UserError` if it is not of the type `of`."""
+    """Return `built`. Raises `UserError` if it is not an instance of the class `of`."""
     if of is None or isinstance(built, of) or (isinstance(built, partial) and built.func is of):
         return built
     raise UserError(
@@ -162,7 +168,10 @@ def _require(built: Any, node: Any, key: str, of: type | None) -> Any:
 
 
 def build_named(config: DictConfig, key: str) -> dict[str, Any]:
-    """Return {name: object} of a group such as `metric`, whose nodes describe one object each; errors as from `build`."""
+    """Return {name: object} for a group of the configuration, such as `metric`, whose children each describe one object.
+
+    Raises the errors of `build`.
+    """
     return {str(name): build(config, f"{key}.{name}") for name, node in (config[key] or {}).items() if node is not None}
 
 
@@ -188,7 +197,10 @@ def _instantiate(node: Any, key: str, **more: Any) -> Any:
 
 
 def parameters_of(target: str | None) -> Mapping[str, inspect.Parameter]:
-    """Return {name: parameter} of the callable with the dotted name `target`; empty if it is None or cannot be found."""
+    """Return {name: parameter} of a class or function, given by its dotted name.
+
+    The result is empty if `target` is None or cannot be found.
+    """
     try:
         return inspect.signature(hydra.utils.get_object(target or "")).parameters
     except Exception:  # instantiation reports the reason
@@ -196,9 +208,9 @@ def parameters_of(target: str | None) -> Mapping[str, inspect.Parameter]:
 
 
 def answer_questions(config_name: str) -> None:
-    """If the command line asks Hydra for help or for the configuration (`--help`, `--cfg`), print that and exit; else return.
+    """Print Hydra's help or the configuration and exit, if the command line asks for it (`--help`, `--cfg`).
 
-    An entry point calls this before it imports slow libraries such as torch, which no answer needs.
+    Call this before slow imports such as torch, so that the answer comes at once.
     """
     if any(argument.partition("=")[0] in QUESTIONS for argument in sys.argv[1:]):
         run_cli(lambda config: None, config_name)
@@ -206,11 +218,10 @@ def answer_questions(config_name: str) -> None:
 
 
 def run_cli(task: Callable[[DictConfig], object], config_name: str) -> None:
-    """Run `task` on the configuration that the command line gives, composed from the file `config_name` in conf/.
+    """Run `task` on the configuration that the command line gives. `config_name` is the main file in conf/.
 
-    A user's mistake gives one line on stderr and exit status 2.
-
-    A run that was stopped by a signal exits with status 75 (`ends.signals`).
+    A mistake of the user gives one line on stderr and exit status 2. A run that a signal has stopped exits with status 75
+    (`ends.signals`).
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra prints its own lines and exits with status 1
     mask_output()
@@ -242,8 +253,8 @@ def run_cli(task: Callable[[DictConfig], object], config_name: str) -> None:
 def fail(error: BaseException) -> NoReturn:
     """Print an error in one line on stderr and exit with status 2.
 
-    Several processes usually meet the same error. The first process prints it at once; the others wait for `OTHERS_WAIT`
-    seconds, in which the launcher ends them. One that is still running then prints its own error.
+    If several processes meet the same error, only the first should print it. The others therefore wait for `OTHERS_WAIT`
+    seconds, in which the launcher ends them. A process that still runs after this prints its own error.
     """
     process = process_number()
     if process:
@@ -254,12 +265,15 @@ def fail(error: BaseException) -> NoReturn:
 
 
 def process_number() -> int:
-    """Return the rank, from 0, that torchrun or SLURM has given to this process; 0 without a launcher."""
+    """Return the rank of this process, counted from 0, as torchrun or SLURM has set it. Without a launcher it is 0."""
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
 def one_line(error: BaseException) -> str:
-    """Return the text of an error in one line: secrets masked, Hydra's list of search paths removed, moved options named."""
+    """Return the text of an error in one line.
+
+    Secrets are masked, Hydra's list of search paths is removed, and the new names of renamed options are added.
+    """
     text = composition_error(error) or str(error).partition("Config search path:")[0]
     if IN_RESOLVER in text:  # a mistake that a resolver of ours has found
         text = text.partition(IN_RESOLVER)[2].splitlines()[0]

@@ -1,7 +1,7 @@
-"""A check, before anything is built, that each value of a configuration fits the annotation of its constructor's parameter.
+"""The check of configuration values by the annotations of the constructors that receive them, before anything is built.
 
-Single values are validated by pydantic, from the annotation alone (`cdm_lightning.kinds`). Libraries' constructors, whose
-annotations say nothing of ranges, are in `config.libraries`.
+pydantic checks single values (`cdm_lightning.kinds`). The annotations of other libraries say nothing about ranges, so
+`config.libraries` lists ranges for their classes.
 """
 
 import copy
@@ -31,11 +31,11 @@ OF_HYDRA = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
 
 
 def check_arguments(node: Any, key: str) -> None:
-    """Raise `UserError` for a value in `node`, a part of the configuration, that its parameter's annotation does not allow.
+    """Raise `UserError` for the first option in `node` that is unknown or has a value that is not allowed.
 
-    Also for a key that is no parameter of the node's `_target_`, the class that it describes an object of. What is nested in
-    `node` is checked too. `key` is its dotted name, for messages. The value of a parameter without an annotation is left to
-    the constructor.
+    `node` is a part of the configuration and `key` its dotted name, such as "optim.student". The class that `_target_` names
+    decides: each other key must be a parameter of its constructor, and each value must fit the parameter's annotation. Nodes
+    inside `node` are checked as well. Parameters without an annotation are not checked.
     """
     if isinstance(node, ListConfig):
         for number, child in enumerate(node):
@@ -55,9 +55,9 @@ def check_arguments(node: Any, key: str) -> None:
 
 
 def check_value(value: Any, hint: Any, where: str) -> None:
-    """Raise `UserError` if the annotation `hint` does not allow `value`; `where` is the option's dotted name, for the message.
+    """Raise `UserError` if the annotation `hint` does not allow `value`. `where` is the option's dotted name, for the message.
 
-    A node with a `_target_` passes where an object is allowed, since its type is known only after the call.
+    Where an object is allowed, any node with a `_target_` is accepted, because the type of its object is not known yet.
     """
     kinds = alternatives(hint)
     scalars = all(_asked(kind) in SCALARS or _asked(kind) is Literal for kind in kinds)
@@ -78,7 +78,10 @@ def check_value(value: Any, hint: Any, where: str) -> None:
 
 
 def with_texts(node: DictConfig) -> DictConfig:
-    """Return a copy of the node in which a number, such as the name 123, is a text where its parameter takes only texts."""
+    """Return a copy of `node` in which numbers are turned into texts where a parameter accepts only texts.
+
+    For example, the name 123 becomes "123".
+    """
     copied = copy.deepcopy(node)
     copied._set_parent(cast(Any, node._get_parent()))
     _write_texts(copied)
@@ -101,9 +104,9 @@ def _write_texts(node: Any) -> None:
 
 
 def annotations_of(target: str | None) -> dict[str, Any]:
-    """Return {parameter: annotation} of the callable with the dotted name `target`; that of **kwargs has the key "**".
+    """Return {parameter: annotation} of a class or function, given by its dotted name. The key "**" stands for its **kwargs.
 
-    Annotations that cannot be read are left out: building the object reports the reason.
+    Annotations that cannot be read are left out. Building the object later reports the reason.
     """
     if target is None:
         return {}
@@ -132,20 +135,20 @@ def _annotations(target: str) -> dict[str, Any]:
 
 
 def _check_keys(node: DictConfig, key: str, target: str | None) -> None:
-    """Raise `UserError` for a key that is no parameter of the node's `_target_`, or one that has no meaning here."""
+    """Raise `UserError` for a key of `node` that is not a parameter of its `_target_`, or that must not be set here."""
     if target is None:
         return
     for name in map(str, node):
         if instead := instead_of(target, name):
-            raise UserError(f"{key}.{name} is not used here; {instead}{where_set(f'{key}.{name}')}")
+            raise UserError(f"{key}.{name} must not be set; {instead}{where_set(f'{key}.{name}')}")
     try:
         parameters = inspect.signature(pkgutil.resolve_name(target)).parameters
     except (ValueError, TypeError):
         if not callable(_found(target)):
             raise UserError(
-                f"{key}._target_={target} is no class or function; name one{where_set(f'{key}._target_')}"
+                f"{key}._target_={target} must be the name of a class or function{where_set(f'{key}._target_')}"
             ) from None
-        return  # it is written in C, without a signature
+        return  # the class is written in C and has no signature
     except Exception as error:
         why = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(
@@ -156,8 +159,10 @@ def _check_keys(node: DictConfig, key: str, target: str | None) -> None:
     for name in (str(name) for name in node):
         if name not in parameters and name not in OF_HYDRA:
             near = difflib.get_close_matches(name, parameters, 1)
-            hint = f"; did you mean {near[0]}?" if near else f"; it has: {', '.join(parameters) or 'none'}"
-            raise UserError(f"{key} has no option {name!r} ({target.rpartition('.')[2]} does not take it){hint}")
+            hint = f"; did you mean {near[0]}?" if near else f"; its options are: {', '.join(parameters) or 'none'}"
+            raise UserError(
+                f"{key} has no option {name!r}, because {target.rpartition('.')[2]} has no such parameter{hint}"
+            )
 
 
 def _found(target: str) -> Any:
@@ -168,13 +173,13 @@ def _found(target: str) -> Any:
 
 
 def value_of(node: DictConfig, name: str, key: str) -> Any:
-    """Return the value `name` of a node whose dotted name is `key` ("": the whole configuration), references resolved.
+    """Return the value `name` of the node `key`, with references such as `${data.size}` resolved. The key "" is the whole tree.
 
-    Raises `UserError` for a reference such as `${data.size}` to an option that does not exist.
+    Raises `UserError` for a reference to an option that does not exist.
     """
     try:
         return node[name]
-    except Exception as error:  # an interpolation of a key that is not there
+    except Exception as error:  # a reference to a key that does not exist
         raw = cast(Any, node)._get_node(name)._value()
         where = f"{key}.{name}".lstrip(".")
         raise UserError(
@@ -183,14 +188,17 @@ def value_of(node: DictConfig, name: str, key: str) -> Any:
 
 
 def _name_of(node: DictConfig, name: str, key: str) -> str:
-    """Return the dotted name of the option to set; for an interpolation, `validation.samplers` in `${validation.samplers}`."""
+    """Return the dotted name of the option that sets a value: `validation.samplers` if the value is `${validation.samplers}`."""
     raw = cast(Any, node)._get_node(name)._value() if OmegaConf.is_interpolation(node, name) else None
     is_absolute = isinstance(raw, str) and re.fullmatch(r"\$\{[a-z_][\w.]*\}", raw)
     return raw[2:-1] if isinstance(raw, str) and is_absolute else f"{key}.{name}"
 
 
 def alternatives(hint: Any) -> tuple[Any, ...]:
-    """Return the parts of a union, each with the metadata around it: (int, NoneType) for `int | None`; else (hint,)."""
+    """Return the types that an annotation allows: (int, NoneType) for `int | None`, and (int,) for `int`.
+
+    Metadata of the whole union is added to each type.
+    """
     if get_origin(hint) is Annotated and get_origin(get_args(hint)[0]) in (Union, UnionType):
         base, *marks = get_args(hint)
         return tuple(Annotated[kind, *marks] for part in get_args(base) for kind in alternatives(part))
@@ -200,7 +208,7 @@ def alternatives(hint: Any) -> tuple[Any, ...]:
 
 
 def base_of(kind: Any) -> Any:
-    """Return an annotation without its metadata: int for `Annotated[int, Ge(1)]`."""
+    """Return an annotation without its metadata, for example int for `Annotated[int, Ge(1)]`."""
     return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
@@ -210,7 +218,7 @@ def _asked(kind: Any) -> Any:
 
 
 def _is_plain(kind: Any) -> bool:
-    """Whether the kind is one of values that a configuration file can hold without `_target_`, or of lists and mappings."""
+    """Return whether a configuration file can contain such a value without a `_target_`: a single value, a list or a mapping."""
     asked = _asked(kind)
     if asked is Literal or asked in SCALARS or asked in LISTS or asked in (Union, UnionType):
         return True
@@ -227,7 +235,7 @@ def _holds(kind: Any, value: ListConfig | DictConfig) -> bool:
 
 
 def _wrong_length(value: ListConfig | DictConfig, kind: Any) -> str | None:
-    """Return what is wrong with the number of entries, None if nothing is."""
+    """Return a description of a wrong number of entries, or None if the number is allowed."""
     for mark in get_args(kind)[1:] if get_origin(kind) is Annotated else ():
         least = mark.min_length if isinstance(mark, MinLen | Len) else 0
         most = mark.max_length if isinstance(mark, MaxLen | Len) else None
@@ -244,7 +252,7 @@ def _check_items(value: ListConfig | DictConfig, kind: Any, where: str) -> None:
 
 
 def _problem_of_value(value: Any, kinds: Sequence[Any]) -> str | None:
-    """Return what is wrong with a plain value, "" if its type is wrong; None if it is fine or cannot be judged here."""
+    """Return what is wrong with a single value: "" for a wrong type, and None if it is allowed or cannot be checked here."""
     asked = [_asked(kind) for kind in kinds]
     if any(one in (Any, object) or (not isinstance(one, type) and one is not Literal) for one in asked):
         return None

@@ -1,4 +1,4 @@
-"""What to do about errors in configuration files and overrides, whose own texts speak of parsers."""
+"""Messages for errors in configuration files and overrides, in place of messages that only a developer understands."""
 
 import re
 import sys
@@ -8,9 +8,9 @@ from hydra.errors import OverrideParseException
 
 
 def composition_error(error: BaseException) -> str | None:
-    """Return what is wrong in a configuration file or override, and how to fix it, for an error that composing it raised.
+    """Return what is wrong in a configuration file or override, and how to fix it. `error` was raised while it was read.
 
-    None for an error whose own text is clear.
+    Returns None if the error's own text is clear.
     """
     if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark or error.context_mark):
         return f"{mark.name}, line {mark.line + 1}: this is not valid YAML ({error.problem or error.context})"
@@ -23,7 +23,7 @@ def composition_error(error: BaseException) -> str | None:
     if "Config group override must be a string" in str(error):
         named = [argument for argument in sys.argv[1:] if re.fullmatch(r"[\w/]+=(null|[\[{-]?\d.*|\{.*)", argument)]
         which = f"{named[0]}: " if named else ""
-        return f"{which}a group takes the name of one of its options (see conf), not null, a number or a mapping"
+        return f"{which}the value must be the name of a file in this group's folder below conf/, not null, a number or a mapping"
     return None
 
 
@@ -32,6 +32,6 @@ def _of_override(override: str) -> str:
     if not sign:
         return f"cannot read the argument {override!r}: write KEY=VALUE"
     if value.startswith(("[", "{")):
-        return f"cannot read the argument {override!r}: brackets and quotes in the value must be closed, and the whole be quoted"
+        return f"cannot read the argument {override!r}: close all brackets and quotes in it, and put the whole argument in quotes"
     quoted = value.replace("\\", "\\\\").replace('"', '\\"')
-    return f"""cannot read the argument {override!r}: put the value in quotes that the shell leaves, as in '{key}="{quoted}"'"""
+    return f"""cannot read the argument {override!r}: put double quotes around the value and single quotes around all: '{key}="{quoted}"'"""

@@ -1,4 +1,4 @@
-"""A check at the start of a run that the folders it will write, now or at its end, can be written."""
+"""A check at the start of a run that all folders are writable which the run will write to."""
 
 import errno
 import tempfile
@@ -13,14 +13,14 @@ from cdm_lightning.config.origin import where_set
 from cdm_lightning.errors import UserError
 from cdm_lightning.kinds import PathKind
 
-PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)  # what may be over by the time of the first save
+PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)  # problems that may be over when the run saves
 
 
 def require_writable_folders(config: DictConfig) -> None:
-    """Raise `UserError`, which names the option, for a folder of `folders_to_write` that cannot be written.
+    """Raise `UserError` for the first folder in the configuration that the run cannot write to (`folders_to_write`).
 
-    For each a temporary file is made, and deleted again, in the folder or in the nearest folder above it that exists. The
-    folders themselves are not made. A full disk is no error here, since there may be room by the time of the first save.
+    A temporary file is written into each folder, or into the nearest existing folder above it, and deleted again. The folders
+    themselves are not created. A full disk is not an error yet, because there may be space when the run saves.
     """
     tried: set[Path] = set()
     for key, folder in folders_to_write(config, "", Path(config.output_dir)):
@@ -40,9 +40,10 @@ def require_writable_folders(config: DictConfig) -> None:
 
 
 def folders_to_write(node: Any, key: str, run: Path) -> Iterator[tuple[str, Path]]:
-    """Yield (dotted name, folder) of each option below `node` whose parameter is annotated as a folder that a run writes.
+    """Yield (option, folder) for each option that names a folder which a run writes to.
 
-    `key` is the dotted name of `node`, and `run` the run's folder, in which an option such as `FolderOfRun` names a folder.
+    The annotation of the option's parameter marks it as such a folder. Only options in `node` are searched; `key` is the dotted
+    name of `node`. `run` is the run's folder; relative folders such as `FolderOfRun` lie in it.
     """
     if not isinstance(node, DictConfig):
         return

@@ -1,7 +1,7 @@
-"""The options of other libraries' classes that conf/ names: their ranges, and those that have no meaning here.
+"""The allowed values for options of other libraries' classes, and Lightning's options that must not be set.
 
-The libraries' own annotations have no ranges. Lightning's options that this project does in another way are refused with the
-option to use instead, since its trainer would fail, ignore them or change which prompts a run sees.
+The libraries' own annotations have no ranges. Some options of Lightning's trainer are replaced by other options here. With the
+former, the trainer would fail, ignore them, or change which prompts a run sees, so the message names the latter.
 """
 
 from types import NoneType
@@ -66,35 +66,40 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "torch.optim.AdamW": ADAM | {"fused": bool | None, "foreach": bool | None},
     "torchao.optim.AdamW8bit": ADAM | {"block_size": Count, "bf16_stochastic_round": bool},
 }
-INSTEAD = {  # Lightning's options that are not used here, and what does the same
+INSTEAD = {  # Lightning's options that must not be set, and what to do instead
     "strategy": "choose a group: strategy=ddp, fsdp2 or hsdp",
     "callbacks": "add a callback as callbacks.NAME._target_=CLASS",
     "logger": "choose a group: logger=csv, tensorboard, wandb or none",
     "precision": "set module.compute_dtype",
     "plugins": "set module.compute_dtype, or choose a strategy",
     "accumulate_grad_batches": "set compute.accumulate",
-    "gradient_clip_val": "set optim.student.max_grad_norm, and that of the other trained networks",
+    "gradient_clip_val": "set optim.NETWORK.max_grad_norm for each trained network, such as optim.student.max_grad_norm",
     "gradient_clip_algorithm": "gradients are clipped by their norm: set optim.student.max_grad_norm",
     "limit_train_batches": "set trainer.max_steps; a run has no epochs",
     "limit_test_batches": "set trainer.limit_val_batches",
     "limit_predict_batches": "set trainer.limit_val_batches",
-    "overfit_batches": "give few prompts: data.train.path=FILE",
+    "overfit_batches": "set data.train.path=FILE to a file with few prompts",
     "fast_dev_run": "use debug=fast",
     "min_steps": "set trainer.max_steps",
     "min_epochs": "set trainer.max_steps; a run has no epochs",
-    "reload_dataloaders_every_n_epochs": "a run has no epochs",
+    "reload_dataloaders_every_n_epochs": "remove it: a run has no epochs",
     "enable_checkpointing": "set checkpoint.every",
-    "model_registry": "checkpoints are written by checkpoint.folder and checkpoint.every",
+    "model_registry": "set checkpoint.folder and checkpoint.every",
     "barebones": "choose callbacks=none logger=none",
-    "sync_batchnorm": "no network here has batch normalisation",
+    "sync_batchnorm": "remove it: no network here has batch normalisation",
 }
 
 
 def options_of(target: str) -> dict[str, Any]:
-    """Return {option: annotation} for the class with the dotted name `target`; empty if it is not one of those listed here."""
+    """Return {option: annotation} for a class of another library, given by its dotted name. It is empty if the class is not
+    listed here.
+    """
     return OPTIONS.get(target, {})
 
 
 def instead_of(target: str | None, name: str) -> str | None:
-    """Return what to set instead of the option `name` of Lightning's `Trainer`, for a message; None if it may be set."""
+    """Return what to set instead of the option `name` of Lightning's `Trainer`, for an error message.
+
+    Returns None if the option may be set.
+    """
     return INSTEAD.get(name) if target == TRAINER else None

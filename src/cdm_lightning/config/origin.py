@@ -1,4 +1,4 @@
-"""Where an option was set: on the command line, or in which file of the configuration."""
+"""Finding out where an option was set: on the command line or in a configuration file."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -10,9 +10,10 @@ from hydra.core.hydra_config import HydraConfig
 
 
 def where_set(key: str) -> str:
-    """Return where the option with this dotted name was set, to end a message: " (set in conf/data/prompts.yaml)".
+    """Return where an option was set, as the end of a message: " (set in conf/data/prompts.yaml)" or " (set on the command
+    line)".
 
-    It can also be " (set on the command line)", and is "" if the place cannot be found.
+    `key` is the option's dotted name. Returns "" if the place cannot be found.
     """
     if not HydraConfig.initialized():
         return ""
@@ -28,12 +29,12 @@ def where_set(key: str) -> str:
             file for file, package in _files(folders, choices, str(hydra.job.config_name)) if _has(file, package, key)
         ]
         return f" (set in {_shown(found[-1], folders)})" if found else ""
-    except Exception:  # it is only an addition to a message
+    except Exception:  # the place is only an addition to a message, which must appear in any case
         return ""
 
 
 def _files(folders: list[Path], choices: Mapping[str, str], primary: str) -> Iterator[tuple[Path, str]]:
-    """Yield the files of the configuration in the order in which they override one another, with their packages."""
+    """Yield (file, dotted name of the node that it sets) for all files of the configuration. Later files override earlier ones."""
     yield from ((folder / f"{primary}.yaml", "") for folder in folders)
     last = [group for group in choices if group in ("experiment", "debug")]
     for entry in [*(group for group in choices if group not in last), *last]:
@@ -44,7 +45,7 @@ def _files(folders: list[Path], choices: Mapping[str, str], primary: str) -> Ite
 
 
 def _with_parents(file: Path, package: str) -> Iterator[tuple[Path, str]]:
-    """Yield a file after those of its own folder that its defaults list names."""
+    """Yield `file`, and before it the files that its defaults list names."""
     if not file.is_file():
         return
     for default in _read(file).get("defaults") or []:

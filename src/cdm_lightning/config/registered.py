@@ -1,7 +1,7 @@
-"""What may be built from a configuration that somebody else may have written: a closed, registered set of classes.
+"""The check that a configuration from a stranger names only known, registered classes.
 
-A run's folder is data. Its `config.yaml` names classes, and whoever wrote the file chose them, so nothing in it is built
-before all of it has been checked. What Hydra itself could build from such a file is any function that Python can find.
+A run's folder may come from someone else, and its `config.yaml` names classes. Hydra would call any function that the file
+names. Therefore everything in the file is checked before anything is built from it.
 """
 
 import os
@@ -17,14 +17,14 @@ TARGET = "_target_"
 TRUSTED = "CDM_LIGHTNING_TRUST"  # environment variable: more classes, as MODULE.CLASS, separated by commas
 PLAIN = (str, int, float, bool, type(None))
 DEEPEST = 20  # levels of nesting
-MOST_VALUES = 200_000  # in a configuration, with a list of prompts perhaps
+MOST_VALUES = 200_000  # in a configuration, which may contain a list of prompts
 
 
 def registered(group: str, own: Collection[str]) -> frozenset[str]:
-    """Return the dotted names of the classes that may be built: those in `own`, and those that the user has added.
+    """Return the dotted names of the classes that may be built: those in `own`, and those that the user has registered.
 
-    The user adds a class as an entry point of the `group` in an installed package, or in the environment variable `TRUSTED`.
-    Nothing is imported.
+    The user registers a class as an entry point in `group` of an installed package, or in the environment variable
+    CDM_LIGHTNING_TRUST. Nothing is imported.
     """
     outside = {entry.value.partition(" ")[0].replace(":", ".") for entry in entry_points(group=group)}
     named = {name.strip() for name in os.environ.get(TRUSTED, "").split(",")} - {""}
@@ -32,21 +32,23 @@ def registered(group: str, own: Collection[str]) -> frozenset[str]:
 
 
 def require_registered(node: Any, allowed: Collection[str], where: str, group: str) -> None:
-    """Raise `UserError` unless `node` can be built safely: it has a `_target_`, and all it names are in `allowed`.
+    """Raise `UserError` unless it is safe to build an object from `node`, a part of a stranger's configuration.
 
-    `allowed` holds dotted names of classes. All other values must be texts, numbers, truth values, null, or lists and mappings
-    of them. Hydra's other keys, such as `_partial_` and `_args_`, are refused, and so are references (`${...}`), which could
-    read files and environment variables. `where` is the file and the key of `node`, for messages, which also name the `group` of
-    entry points in which a user registers a class.
+    `node` must have a `_target_`. Each `_target_`, also in nested nodes, must be in `allowed`, the dotted names of registered
+    classes. All other values must be texts, numbers, bools, null, or lists and mappings of them. Hydra's other keys, such as
+    `_partial_`, are refused. So are references (`${...}`), because they could read files and environment variables.
+
+    Messages contain `where`, the file and key of `node`, and `group`, the group of entry points in which the user can register
+    a class.
     """
     if not isinstance(node, Mapping) or TARGET not in node:
-        raise UserError(f"{where} has no {TARGET} that names its class; restore the file as training wrote it")
+        raise UserError(f"{where} has no {TARGET} with the name of a class; restore the file that training wrote")
     _check(node, allowed, where, group, 0)
 
 
 def _check(node: Any, allowed: Collection[str], where: str, group: str, depth: int) -> None:
     if depth > DEEPEST:
-        raise UserError(f"{where[:100]}: more than {DEEPEST} levels deep; restore the file as training wrote it")
+        raise UserError(f"{where[:100]}: nested more than {DEEPEST} levels deep; restore the file that training wrote")
     if isinstance(node, Mapping):
         for name, child in node.items():
             _check_key(name, child, allowed, where, group)
@@ -55,11 +57,13 @@ def _check(node: Any, allowed: Collection[str], where: str, group: str, depth: i
         for number, child in enumerate(node):
             _check(child, allowed, f"{where}.{number}", group, depth + 1)
     elif isinstance(node, str) and "${" in node:
-        raise UserError(f"{where}={node!r:.80}: ${{...}} in a run's folder is not resolved; write the value itself")
+        raise UserError(
+            f"{where}={node!r:.80}: references (${{...}}) are not allowed in a run's folder; write the value itself"
+        )
     elif not isinstance(node, PLAIN):
         raise UserError(
-            f"{where} is a {type(node).__name__}, but must be a text, a number, true, false or null; "
-            "restore the file as training wrote it"
+            f"{where} must be a text, a number, true, false or null, not a {type(node).__name__}; "
+            "restore the file that training wrote"
         )
 
 
@@ -70,13 +74,16 @@ def _check_key(name: Any, child: Any, allowed: Collection[str], where: str, grou
         )
     if name == TARGET and (not isinstance(child, str) or child not in allowed):
         raise UserError(
-            f"{where}.{TARGET}={child!r:.100} is not registered, so it is not built from a run's folder; if it is yours and "
-            f"you trust it, register it as entry point of {group!r} or set {TRUSTED}=MODULE.CLASS"
+            f"{where}.{TARGET}={child!r:.100} is not a registered class; if you trust it, set the environment variable "
+            f"{TRUSTED}=MODULE.CLASS, or register it as an entry point in the group {group!r}"
         )
 
 
 class _TreeLoader(yaml.SafeLoader):
-    """Reads plain values; mappings that are merged into others (`<<`) are refused, because a few lines can fill the memory."""
+    """A YAML loader for plain values.
+
+    It refuses to merge mappings (`<<`), because a few lines of merges can fill the memory.
+    """
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
@@ -84,10 +91,10 @@ class _TreeLoader(yaml.SafeLoader):
 
 
 def load_tree(text: str) -> Any:
-    """Return the content of an untrusted YAML text: nested dicts, lists and plain values.
+    """Return the content of an untrusted YAML text as nested dicts, lists and plain values.
 
-    Raises ValueError if it is not YAML, holds other objects or merged mappings (`<<`), is nested too deeply, or has more than
-    `MOST_VALUES` values; a value that aliases (`*name`) repeat counts once for each place.
+    Raises ValueError if the text is not YAML, contains other objects or merged mappings (`<<`), is nested too deeply, or has
+    more than `MOST_VALUES` values. If aliases (`*name`) repeat a value, each repetition counts.
     """
     try:
         tree = yaml.load(text, _TreeLoader)

@@ -1,4 +1,4 @@
-"""The masking of secrets in configurations; `terminal.secrets` knows what a secret is."""
+"""The masking of secrets in configurations. `terminal.secrets` decides what a secret is."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +12,7 @@ from cdm_lightning.files import read_text, write_text
 from cdm_lightning.terminal.secrets import masked, masked_command, masked_text
 
 __all__ = ("MaskSweep", "masked", "masked_command", "masked_text", "plain")
-SWEEP = "multirun.yaml"  # what Hydra writes at the start of a sweep
+SWEEP = "multirun.yaml"  # the file that Hydra writes at the start of a sweep
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
@@ -21,10 +21,10 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 
 class MaskSweep(Callback):
-    """A callback of Hydra: replaces secrets by *** in multirun.yaml, which Hydra writes for a whole sweep, as each job starts."""
+    """A Hydra callback that replaces secrets by *** in multirun.yaml, the file that Hydra writes for a sweep."""
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Mask the file of the sweep that the job belongs to, if there is one."""
+        """Mask the file multirun.yaml of the sweep that this job belongs to."""
         path = Path(config.hydra.sweep.dir) / SWEEP
         if config.hydra.mode.name == "MULTIRUN" and path.is_file():
             with suppress(OSError, ValueError, yaml.YAMLError):

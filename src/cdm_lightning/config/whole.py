@@ -1,4 +1,4 @@
-"""A check of a whole configuration, before anything is built: what has to be there, and every value of every option."""
+"""The check of a whole training configuration before anything is built: all required options, and all values."""
 
 from typing import Any
 
@@ -28,14 +28,14 @@ OBJECTS = (  # groups that describe one object
 )
 FAMILIES = ("optim", "metric", "feature", "callbacks", "logger")  # groups that describe several objects by name
 GLOBAL = ("experiment", "debug", "metric")  # groups whose files set options of other groups
-NEEDED = ("optim",)  # of which at least one is needed
+NEEDED = ("optim",)  # those of which at least one object is required
 
 
 def check_config(config: DictConfig) -> None:
-    """Raise `UserError` for the first option of a training configuration that is missing, unknown or has a value not allowed."""
+    """Raise `UserError` for the first option of a training configuration that is missing, is unknown or has a wrong value."""
     for key in (*TOP, *OBJECTS, *NEEDED):
         if key not in config:
-            raise UserError(f"{key} is missing in the configuration; leave out ~{key}")
+            raise UserError(f"the option {key} was removed from the configuration; remove ~{key} from the command line")
     _check_packages(config)
     for key, kind in TOP.items():
         check_value(value_of(config, key, ""), kind, key)
@@ -51,15 +51,15 @@ def check_config(config: DictConfig) -> None:
 
 
 def _check_packages(config: DictConfig) -> None:
-    """Raise `UserError` for a file of a group that sets options of other groups, but lacks the line that says so."""
+    """Raise `UserError` if a file sets options of other groups, but lacks the line `# @package _global_`."""
     for group in GLOBAL:
         node = config.get(group)
         if isinstance(node, DictConfig) and (
             group not in FAMILIES or any(name in node for name in ("metric", "feature"))
         ):
             raise UserError(
-                f"the file that is chosen as {group}=... has to begin with the line `# @package _global_`, as those of "
-                f"conf/{group} do; without it, its options are taken for options of {group}"
+                f"the file that {group}=... names must begin with the line `# @package _global_`, like the files in "
+                f"conf/{group}; without this line, its options count as options of {group}"
             )
 
 
@@ -74,7 +74,7 @@ def _check_family(node: Any, key: str) -> None:
             continue
         if not isinstance(child, DictConfig) or "_target_" not in child:
             left = "" if key in NEEDED else f", or {where}=null to leave it out"
-            raise UserError(f"{where} has no _target_: set {where}._target_=CLASS{left}")
+            raise UserError(f"{where} has no _target_; set {where}._target_=CLASS{left}")
         check_arguments(child, where)
 
 

@@ -1,1 +1,1 @@
-"""How a process ends, and what must not end it: signals, a terminal that goes away, files that cannot be written."""
+"""The ways in which a process ends, and the protection from unwanted ends: signals, closed terminals and full disks."""

@@ -1,4 +1,4 @@
-"""Files that a run can do without: logs, pictures, tables. A disk error while one is written is a warning, once."""
+"""Writing of files that a run can do without, such as logs, pictures and tables. A disk error gives one warning."""
 
 import sys
 from collections.abc import Generator
@@ -12,10 +12,11 @@ _failing: set[str] = set()
 
 @contextmanager
 def may_fail(what: str | Path, *also: type[Exception], proves: bool = True) -> Generator[None]:
-    """Turn a disk error, or an error of a class in `also`, of the block that writes `what` into a warning on stderr.
+    """Turn a disk error of the block, which writes the file `what`, into a warning on stderr. The run continues.
 
-    The warning is printed at the first failure only, and a line at the first success after it. `proves=False` is for a block
-    that only fills a buffer, whose success does not show that `what` can be written again.
+    Errors of the classes in `also` are treated in the same way. The warning is printed at the first failure. The next success
+    prints that the file can be written again. Pass `proves=False` if the block only fills a buffer, because its success does
+    not show that.
     """
     name = str(what)
     try:

@@ -1,16 +1,15 @@
-"""Signals that ask a run to stop: one rule from its first second to its last.
+"""Signals that ask a run to stop. The first signal saves the run and ends the process with exit code 75.
 
-The first signal saves what there is and ends the process with exit code 75. What that takes depends on the phase of the
-process (`Phase`), which the code that enters one sets by `loading`, `training` and `finished`:
+What this takes depends on the phase of the process (`Phase`), which is set by `loading`, `training` and `finished`:
 
-- While libraries are imported there is nothing to save: the process exits in the handler.
-- While data and networks are loaded, and after training while the student is evaluated and exported, everything that exists
-  is stored already: the handler raises `Preempted`, and the code that is interrupted cleans up.
-- In training the signal is noted, and all processes stop together after the iteration or the validation batch.
-- When all is saved, a further signal exits at once with 75.
+- While libraries are imported, the process exits in the signal handler, since there is nothing to save.
+- While data and networks are loaded, and while the student is evaluated and exported after training, everything is saved
+  already. The handler raises `Preempted`, and the interrupted code cleans up.
+- In training, the signal is noted. All processes stop together after the current iteration or validation batch.
+- After everything is saved, another signal exits at once, with exit code 75.
 
-A second signal stops at once, without saving. Signals within `SAME_EVENT` seconds count as one, because the programs that
-stop a run often send several: `timeout` signals the process and its group, systemd adds SIGHUP to SIGTERM.
+A second signal stops at once, without saving. Signals within `SAME_EVENT` seconds count as one, because the programs that stop
+a run often send several: `timeout` signals the process and its group, and systemd sends SIGTERM and SIGHUP.
 """
 
 import os
@@ -31,7 +30,7 @@ AGAIN = "run the same command again to continue"
 
 
 class Phase(Enum):
-    """What a process is doing, which decides what the first signal does (the value in words); see the top of this file."""
+    """The phase of a process, which decides what its first signal does. Each value describes this in words."""
 
     IMPORTING = "exit in the handler"
     LOADING = "raise Preempted: everything is stored"
@@ -40,7 +39,7 @@ class Phase(Enum):
 
 
 class _State:
-    """The state of the one main thread that Python runs handlers in."""
+    """The state of the main thread, in which Python runs signal handlers."""
 
     def __init__(self) -> None:
         self.process = 0  # the process that installed the handlers; 0: none
@@ -54,11 +53,13 @@ _state = _State()
 
 
 def watch(silent: bool = False) -> bool:
-    """Install the handlers of all `SIGNALS`; return False if this process has them already or this is not the main thread.
+    """Install a handler for all `SIGNALS`.
 
-    With `silent`, no line is printed for a signal outside training: the launcher of the process prints it. The launcher
-    also sends SIGTERM when another process has failed, and a line would then say wrongly that somebody has stopped the run.
-    SIGHUP stays ignored if it was ignored before, as `nohup` does.
+    Returns False, and does nothing, if this process has the handlers already or if this is not the main thread. SIGHUP stays
+    ignored if it was ignored before, for example by `nohup`.
+
+    With `silent`, a signal prints a line only in training. The processes of a launcher are silent: the launcher prints the line
+    itself, and it also sends SIGTERM when another process has failed, which nobody asked for.
     """
     if _state.process == os.getpid() or threading.current_thread() is not threading.main_thread():
         return False
@@ -76,7 +77,10 @@ def _install() -> None:
 
 @contextmanager
 def watched() -> Generator[None]:
-    """Install the handlers (`watch`) inside the block, and afterwards the earlier ones; nothing if they are installed already."""
+    """Install the handlers (`watch`) inside the block, and restore the earlier handlers after it.
+
+    If the handlers are installed already, nothing changes.
+    """
     before = {number: signal.getsignal(number) for number in SIGNALS}
     installed = watch()
     try:
@@ -89,51 +93,61 @@ def watched() -> Generator[None]:
 
 
 def loading(where: str) -> None:
-    """Enter the phase in which nothing is left to be saved: the first signal raises `Preempted` where the process is.
+    """Enter a phase in which nothing needs to be saved: the first signal raises `Preempted` at once.
 
-    A signal that has come already raises it at once, unless what it asked for is saved. `where` completes the message "SIGNAL:
-    stopped ...", for example "before training".
+    A signal that came earlier raises it here, unless the run has already been saved for it. `where` completes the message
+    "SIGNAL: stopped ...", as in "before training".
     """
     _enter(Phase.LOADING, where)
 
 
 def training() -> None:
-    """Enter the phase of training: the first signal only makes `is_asked` true. Raise `Preempted` if one has come already."""
+    """Enter the training phase, in which the first signal only makes `is_asked` true.
+
+    Raises `Preempted` if a signal came earlier.
+    """
     _enter(Phase.TRAINING, "in training")
     if _state.process == os.getpid():
         _install()  # libraries may have replaced the handlers
 
 
 def failing() -> None:
-    """Forget an earlier signal, because an error is ending the process and nothing is left to save: a new one raises `Preempted`."""
+    """Enter the phase after an error, and forget an earlier signal. A new signal raises `Preempted`.
+
+    Nothing is saved any more in this phase.
+    """
     _state.phase, _state.where, _state.first = Phase.LOADING, "after an error", None
 
 
 def finished() -> None:
-    """Enter the last phase, in which the process has nothing left to do: the first signal is without effect."""
+    """Enter the last phase, in which the run is over. The first signal has no effect."""
     _state.phase = Phase.FINISHED
 
 
 def saved() -> None:
-    """Note that what the first signal asked to save is saved: a further signal ends the process at once with exit code 75."""
+    """Note that everything which the first signal asked to save is saved.
+
+    Another signal then ends the process at once, with exit code 75.
+    """
     _state.saved = True
 
 
 def is_saved() -> bool:
-    """Return whether `saved` was called, or `Preempted` was raised because nothing had to be saved."""
+    """Return whether nothing is left to save for the first signal, because `saved` was called or `Preempted` was raised."""
     return _state.saved
 
 
 def is_asked() -> bool:
-    """Return whether one of `SIGNALS` has come, which asks this process to stop."""
+    """Return whether a signal has asked this process to stop (`SIGNALS`)."""
     return _state.first is not None
 
 
 @contextmanager
 def waiting() -> Generator[None]:
-    """Let the first signal raise `Preempted` inside the block also in training, because no iteration is half done in it.
+    """Let the first signal raise `Preempted` inside the block even in training.
 
-    A signal that came earlier in training raises it at the start of the block.
+    The block waits between two iterations, so no iteration is interrupted. If a signal came earlier in training, `Preempted` is
+    raised before the block.
     """
     _state.is_waiting = True
     try:
@@ -146,10 +160,10 @@ def waiting() -> Generator[None]:
 
 @contextmanager
 def held() -> Generator[None]:
-    """Block `SIGNALS` inside the block; this process gets them after it, and processes started inside the block never do.
+    """Hold back all `SIGNALS` until the end of the block. Processes that are started inside the block never receive them.
 
-    New processes inherit the mask of blocked signals, so there is no moment in which one of them could be ended by a signal
-    that goes to the whole process group.
+    New processes inherit the blocked signals. Therefore a signal to the whole process group cannot end them, not even while
+    they start.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
@@ -177,7 +191,7 @@ def _say_stopped(where: str) -> None:
 
 def _handle(number: int, frame: FrameType | None) -> Any:
     if os.getpid() != _state.process:
-        return  # a process that was forked; it gets its orders from the one that forked it
+        return  # this is a forked child; its parent tells it when to stop
     if _state.first is not None:
         if time.monotonic() - _state.time >= SAME_EVENT:
             _end_at_once(number)
@@ -195,10 +209,10 @@ def _handle(number: int, frame: FrameType | None) -> Any:
 
 
 def _end_at_once(number: int) -> None:
-    """End the process by this signal, or with 75 if all is saved."""
+    """End the process by the signal `number`, or with exit code 75 if everything is saved."""
     if _state.saved:
         os._exit(Preempted.exit_code)
-    say(f"{signal.Signals(number).name}: a second signal, stopped at once without saving")
+    say(f"{signal.Signals(number).name}: this is the second signal; stopped at once, without saving")
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
     os._exit(128 + number)  # the first process of a container has no default handlers
@@ -209,9 +223,9 @@ def _name() -> str:
 
 
 def say(text: str) -> None:
-    """Write a line on stderr, from the first process of a run only.
+    """Write a line on stderr. Only the first process of a run writes it.
 
-    Python's buffers are left out, because the signal may have come while they were in use.
+    The line bypasses Python's buffers, because the signal may have interrupted code that was using them.
     """
     if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0):
         return  # the first process says it

@@ -1,4 +1,4 @@
-"""stdout and stderr that may go away: the reader of a pipe ends, a terminal is closed, the disk of a log file is full."""
+"""Protection of stdout and stderr when nobody reads them any more: a closed pipe or terminal, or a full disk."""
 
 import errno
 import os
@@ -11,13 +11,13 @@ GONE = (errno.EPIPE, errno.EIO, errno.ENXIO, errno.ECONNRESET, errno.EBADF)  # n
 
 
 class TolerantStream:
-    """A text stream in front of `stream` whose writes raise no OSError; text that cannot be written is left out."""
+    """A text stream that writes to `stream` and raises no OSError. Text that cannot be written is lost."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write the text if it can be written; return its length."""
+        """Write the text if possible, and return its length in any case."""
         try:
             self._stream.write(text)
         except (OSError, ValueError) as error:  # ValueError: the file is closed
@@ -25,12 +25,12 @@ class TolerantStream:
         return len(text)
 
     def writelines(self, lines: Any) -> None:
-        """Write each line."""
+        """Write each line if possible."""
         for line in lines:
             self.write(line)
 
     def flush(self) -> None:
-        """Flush what can be flushed."""
+        """Write buffered text if possible."""
         try:
             self._stream.flush()
         except (OSError, ValueError) as error:
@@ -40,7 +40,9 @@ class TolerantStream:
         return getattr(self._stream, name)
 
     def _give_up(self, error: Exception) -> None:
-        """If the reader is gone, lead the file descriptor to /dev/null; a full disk may have room again later."""
+        """Redirect the stream to /dev/null if its reader is gone. After other errors, such as a full disk, writing may work
+        again.
+        """
         if isinstance(error, OSError) and error.errno in GONE:
             with suppress(OSError, ValueError, AttributeError):
                 _to_null(self._stream.fileno())
@@ -54,9 +56,10 @@ def _to_null(descriptor: int) -> None:
 
 
 def make_tolerant() -> None:
-    """Replace `sys.stdout` and `sys.stderr` by `TolerantStream`s, and open closed descriptors 0, 1 and 2 on /dev/null.
+    """Replace `sys.stdout` and `sys.stderr` by `TolerantStream`s, and open closed file descriptors 0, 1 and 2 on /dev/null.
 
-    A closed descriptor would be given to the next file that is opened, and messages of C libraries would go into that file.
+    Otherwise the next file that is opened would get the closed descriptor, and messages of C libraries would be written into
+    it.
     """
     for descriptor in (0, 1, 2):
         try:
@@ -73,7 +76,7 @@ def make_tolerant() -> None:
 
 @contextmanager
 def tolerant_streams() -> Generator[None]:
-    """Apply `make_tolerant` inside the block, and afterwards restore `sys.stdout` and `sys.stderr`."""
+    """Apply `make_tolerant` inside the block, and restore `sys.stdout` and `sys.stderr` after it."""
     before = sys.stdout, sys.stderr
     make_tolerant()
     try:

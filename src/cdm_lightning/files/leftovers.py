@@ -62,8 +62,7 @@ def is_left(entry: Path) -> bool:
     - If another process holds a lock on it, the answer is no.
     - If it was made on this machine, the answer is yes if its process no longer runs.
     - If it was made on another machine or in another container, the answer is yes if it has not changed for an hour, provided
-      that
-    the file system has locks.
+      that the file system has locks.
     - In doubt, the answer is no.
     """
     parts = entry.stem.removeprefix(OWN).split("-")

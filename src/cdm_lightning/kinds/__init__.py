@@ -1,8 +1,8 @@
-"""Annotations for options: types with the values that are allowed, such as `Count = Annotated[int, Ge(1), Le(10**9)]`.
+"""The types that options can have, with their allowed values, such as `Count = Annotated[int, Ge(1), Le(10**9)]`.
 
-They are called kinds: numbers with their range, texts and paths with what they mean. A constructor's annotation is the one
-place that says what an option may be: `config.arguments` checks configurations by it, with pydantic, and the commands check
-their arguments by it (`kinds.command_line`). No float may be NaN or infinite, unless its kind says so. See CONTRIBUTING.md.
+Such a type is called a kind. It gives a number its range, and a text or path its meaning. A constructor annotates its
+parameters with kinds. By these annotations pydantic checks a configuration (`config.arguments`), and the commands check their
+arguments (`kinds.command_line`). NaN and infinity are refused, except where a kind allows infinity. See CONTRIBUTING.md.
 """
 
 import re
@@ -18,19 +18,20 @@ LONGEST_PART = 255  # bytes of one part of a path, on all common file systems
 
 @dataclass(frozen=True)
 class AnyFinite:
-    """In `Annotated[float, ...]`: any value is allowed except NaN and infinity."""
+    """A mark in `Annotated[float, AnyFinite()]`: every number is allowed except NaN and infinity."""
 
 
 @dataclass(frozen=True)
 class Infinite:
-    """In `Annotated[float, ...]`: infinity is allowed, besides the values of the range."""
+    """A mark in `Annotated[float, Gt(0), Infinite()]`: infinity is allowed in addition to the numbers of the range."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """In `Annotated[str, ...]`: a text; `what` names it in error messages, such as "a prompt".
+    """A mark in `Annotated[str, Text("a prompt")]`: it describes the texts that are allowed.
 
-    An empty text is refused unless `may_be_empty`, and a text that `pattern` does not match as a whole always.
+    `what` is the name of such a text in error messages. An empty text is allowed only with `may_be_empty`. If `pattern` is
+    given, the whole text must match this regular expression.
     """
 
     what: str
@@ -38,9 +39,9 @@ class Text:
     pattern: str | None = None  # a regular expression for the whole text
 
     def problem(self, value: str) -> str | None:
-        """Return what is wrong with a value, None if nothing is."""
+        """Return what is wrong with the text `value`, such as "it is empty", or None if it is allowed."""
         if self.pattern is not None and not re.fullmatch(self.pattern, value):
-            return "it is none of these"
+            return "it is not one of these"
         if not value.strip() and not self.may_be_empty:
             return "it is empty"
         return "it has a NUL character" if "\0" in value else None
@@ -48,10 +49,11 @@ class Text:
 
 @dataclass(frozen=True)
 class PathKind:
-    """In `Annotated[str | Path, ...]`: a path; `what` names it in error messages, such as "a folder".
+    """A mark in `Annotated[str | Path, PathKind("a folder")]`: it describes the paths that are allowed.
 
-    With `inside` it must be relative, without "." and "..". `written` says that a run writes it, so a start checks that this is
-    possible (`config.folders`). Whether a path to read exists is checked by the constructor that reads it.
+    `what` is the name of such a path in error messages. With `inside`, the path must be relative, without "." and "..". With
+    `written`, the run writes to the path, so each start checks that this is possible (`config.folders`). Whether a path exists
+    is checked later, by the constructor that reads it.
     """
 
     what: str
@@ -59,7 +61,7 @@ class PathKind:
     inside: bool = False
 
     def problem(self, value: str) -> str | None:
-        """Return what is wrong with a value, None if nothing is."""
+        """Return what is wrong with the path `value`, such as "it is empty", or None if it is allowed."""
         if not value.strip():
             return "it is empty"
         if "\0" in value:
@@ -75,7 +77,7 @@ class PathKind:
 
 Count = Annotated[int, Ge(1), Le(10**9)]  # how many there are
 CountOrNone = Annotated[int, Ge(0), Le(10**9)]  # 0 is none
-Several = Annotated[int, Ge(2), Le(10**9)]  # as many as a distance between sets needs
+Several = Annotated[int, Ge(2), Le(10**9)]  # for example the images of a set: a distance between sets needs at least 2
 Iterations = Annotated[int, Ge(1), Le(10**12)]
 Iteration = Annotated[int, Ge(0), Le(10**12)]  # the number of an iteration, or a duration that may be 0
 BatchSize = Annotated[int, Ge(1), Le(10**6)]
@@ -108,7 +110,7 @@ Scale = Annotated[float, Ge(-1000), Le(1000)]  # of a LoRA; 0 is off, a negative
 Rate = Annotated[float, Ge(0), Le(1000)]  # a learning rate
 GradientNorm = Annotated[float, Gt(0), Infinite()]  # infinite: no clipping
 Megabytes = Annotated[float, Ge(0), Le(1e9)]
-Seconds = Annotated[float, Gt(0), Le(1e6)]  # that something may take; longer ones overflow in the operating system
+Seconds = Annotated[float, Gt(0), Le(1e6)]  # a time limit; larger ones overflow in the operating system
 
 # ---- texts
 

@@ -1,4 +1,7 @@
-"""Arguments of the commands: checked by the same annotations as the options of a configuration, with one line for a mistake."""
+"""The check of command-line arguments by the same types (kinds) as the options of a configuration.
+
+A mistake gives one line.
+"""
 
 import argparse
 import sys
@@ -10,19 +13,20 @@ from cdm_lightning.kinds.values import problem_of, told
 
 
 class Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` that prints a mistake as one line on stderr, without the usage, and exits with status 2."""
+    """An `ArgumentParser` that prints a mistake in one line on stderr and exits with status 2."""
 
     def error(self, message: str) -> NoReturn:
-        """Print the mistake and exit."""
+        """Print `message` in one line on stderr and exit with status 2."""
         line = message.removeprefix("argument ").replace("\n", " ")
         print(f"error: {line}; --help lists the options", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
 def argument(kind: Any) -> Callable[[str], Any]:
-    """Return the function to pass as `type` to `add_argument`, for an annotation `kind` such as `kinds.Steps`.
+    """Return a function that converts and checks an argument; pass it as `type` to `add_argument`.
 
-    It converts the text and raises `argparse.ArgumentTypeError` if the value is not allowed.
+    `kind` is an annotation such as `kinds.Steps`. The returned function raises `argparse.ArgumentTypeError` if the argument
+    does not fit the kind.
     """
     kinds = get_args(get_args(kind)[0]) if _is_path(kind) else ()
     checked = [Annotated[part, *get_args(kind)[1:]] for part in kinds] or [kind]

@@ -1,4 +1,4 @@
-"""Checks of single values by their annotations, the `kinds`, with pydantic; and descriptions of annotations in words."""
+"""The check of a single value by its annotations (kinds), with pydantic, and the description of annotations in words."""
 
 import math
 import operator
@@ -19,10 +19,10 @@ LARGE = 10_000  # larger limits are written as powers of ten
 
 
 def problem_of(value: Any, kinds: Sequence[Any]) -> str | None:
-    """Return what is wrong with a plain value that has to fit one of these annotations, such as "it is empty"; None if it fits.
+    """Return None if `value` fits one of the annotations `kinds`, and otherwise what is wrong, such as "it is empty".
 
-    The text is "" if the type or the range is wrong, which `told` describes. An int fits a float, a bool fits no number, and a
-    number or a bool fits where only texts and paths are allowed.
+    The result is "" if the type or the range is wrong; `told` then says what is allowed. An int fits an annotation for floats.
+    A bool does not fit one for numbers. Where only texts and paths are allowed, a number or a bool is taken as text.
     """
     plain = [kind for kind in kinds if _base(kind) in (bool, int, float, str, NoneType) or _is_choice(kind)]
     plain += [_as_text(kind) for kind in kinds if _is_path(kind)]
@@ -39,7 +39,10 @@ def problem_of(value: Any, kinds: Sequence[Any]) -> str | None:
 
 
 def is_text(kinds: Sequence[Any]) -> bool:
-    """Return whether these annotations allow only texts and paths (and null), so that a number is to be taken as a text."""
+    """Return whether the annotations `kinds` allow only texts, paths and null.
+
+    A number in a configuration is then taken as text.
+    """
     given = [kind for kind in kinds if kind is not NoneType]
     return (
         bool(given)
@@ -60,7 +63,7 @@ def _adapter(kinds: tuple[Any, ...]) -> TypeAdapter[Any]:
 
 
 def _checked(kind: Any) -> Any:
-    """Return the annotation with a validator for each mark of ours."""
+    """Return the annotation with a pydantic validator for each of its marks from this package (`Text`, `PathKind`, `Infinite`)."""
     marks = get_args(kind)[1:] if get_origin(kind) is Annotated else ()
     own: list[Any] = [AfterValidator(_check_by(mark.problem)) for mark in marks if isinstance(mark, Text | PathKind)]
     if any(isinstance(mark, Infinite) for mark in marks):
@@ -96,7 +99,7 @@ def _as_text(kind: Any) -> Any:
 
 
 def told(kinds: Sequence[Any]) -> str:
-    """Return these annotations in words, such as "a whole number of at least 1 or null"."""
+    """Return a description of the annotations `kinds`, such as "a whole number of at least 1 or null"."""
     return " or ".join(dict.fromkeys(map(_told, sorted(kinds, key=lambda kind: kind is NoneType))))
 
 

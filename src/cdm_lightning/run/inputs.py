@@ -121,8 +121,7 @@ def content_hash(file: Path) -> str:
     - Weights of at most 32 MiB and texts of at most 2 GiB are hashed completely.
     - Of a larger file, 4096 evenly spaced pieces of 4 KiB are hashed.
     - Of a larger safetensors file, the header and a piece in the middle of each tensor are hashed as well, so that a change in
-      any
-    tensor is noticed.
+      any tensor is noticed.
 
     Raises OSError if the file cannot be read.
     """
