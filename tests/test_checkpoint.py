@@ -103,7 +103,7 @@ def test_the_best_one_stays(toy_run, monkeypatch):
 
 def test_an_unknown_best_metric_is_refused(toy_run):
     often = ("trainer.limit_val_batches=1.0", "trainer.val_check_interval=2", "data.val_prompts=1")
-    with pytest.raises(UserError, match=r"checkpoint.best=val/score is no metric of validation, which measures"):
+    with pytest.raises(UserError, match=r"checkpoint.best=val/score must be a figure that validation logs"):
         toy_run(*often, "checkpoint.best=val/score")
 
 
@@ -114,7 +114,7 @@ DAMAGES = {
     f"{SHARD} is truncated: ": lambda path: (path / SHARD).write_bytes((path / SHARD).read_bytes()[:-1000]),
     f"{SHARD} is damaged: its checksum is wrong": lambda path: flip_a_bit(path / SHARD),
     f"{SHARD} is missing": lambda path: (path / SHARD).unlink(),
-    f"not a finished checkpoint (it has no {MARKER})": lambda path: (path / MARKER).unlink(),
+    f"an unfinished checkpoint, without {MARKER}": lambda path: (path / MARKER).unlink(),
     "COMPLETE.json cannot be read": lambda path: (path / MARKER).write_text("{}"),
     "trainer.pt is damaged: its checksum is wrong": lambda path: flip_a_bit(path / "trainer.pt"),
 }
@@ -147,7 +147,7 @@ def test_a_run_goes_on_from_the_one_before_and_says_so(finished, template, toy_r
 def test_nothing_but_damaged_checkpoints_is_refused(finished, toy_run):
     for path in checkpoints_in(finished / "checkpoints"):
         flip_a_bit(path / SHARD)
-    with pytest.raises(UserError, match="none of its 2 checkpoints is good"):
+    with pytest.raises(UserError, match="all 2 checkpoints are damaged"):
         toy_run("checkpoint.every=5")
 
 
@@ -278,7 +278,7 @@ def test_a_checkpoint_with_code_inside_is_refused(finished, tmp_path, name, writ
     write({"fit_loop": Payload(trap), "callbacks": {}}, path / name)
     reseal(path)
     callback = IterationCheckpoint(path.parent)
-    with pytest.raises(UserError, match=r"holds more than plain values|not a cdm_lightning checkpoint"):
+    with pytest.raises(UserError, match=r"holds objects that may not be loaded|not a cdm_lightning checkpoint"):
         callback.choose_start(read_checkpoint(path.with_name("iteration_0000005")).record["fingerprint"])
     assert not trap.exists()
 
@@ -307,7 +307,7 @@ def test_a_single_file_holds_all_and_a_run_begins_with_it(template, toy_run, tmp
     assert capsys.readouterr().out == f"exported checkpoint: {single}\n"
     assert_equal_states(half, single)
     assert_equal_states(whole, toy_run(f"resume={single}", folder="fork").checkpoint)
-    with pytest.raises(UserError, match="does not exist yet"):
+    with pytest.raises(UserError, match="must be a new file name"):
         export.export_checkpoint(template, single, form="checkpoint")
     single.write_bytes(single.read_bytes()[:-10])
     with pytest.raises(UserError, match="truncated"):

@@ -139,13 +139,13 @@ def test_a_pipeline_folder_that_does_not_exist(refused):
 def test_a_checkpoint_of_another_backbone(refused, toy_run):
     checkpoint = toy_run("trainer.max_steps=2", "backbone.hidden=8", folder="other").checkpoint
     line = refused(f"resume={checkpoint}")
-    assert "made with the backbone toy2d-" in line
+    assert "was trained with the backbone toy2d-" in line
     assert "but the configuration has toy2d-" in line
 
 
 def test_a_run_folder_of_another_backbone(refused, toy_run, tmp_path):
     toy_run("trainer.max_steps=2", "backbone.hidden=8", folder="outputs/mine")
-    assert "made with the backbone toy2d-" in refused()
+    assert "was trained with the backbone toy2d-" in refused()
 
 
 def test_a_truncated_checkpoint(refused, toy_run):
@@ -159,7 +159,7 @@ def test_a_truncated_checkpoint(refused, toy_run):
 def test_checkpoints_of_older_versions(refused, toy_run, tmp_path):
     checkpoint = toy_run("trainer.max_steps=2", folder="outputs/mine").checkpoint
     (checkpoint.parent / "iteration_0000001.ckpt").write_bytes(b"old")
-    assert "iteration_0000001.ckpt was written by an older version and cannot be read" in refused()
+    assert "iteration_0000001.ckpt is from an older version and cannot be read" in refused()
     assert "of an older version, or of another program" in refused(
         f"resume={checkpoint.parent / 'iteration_0000001.ckpt'}", "run_name=new"
     )
@@ -171,7 +171,7 @@ def test_foreign_checkpoints(tmp_path):
     save_file({"weight": torch.zeros(2)}, tmp_path / "weights.safetensors")
     (tmp_path / "empty").mkdir()
     foreign = {"foreign.pt": "not a cdm_lightning checkpoint", "text.safetensors": "not a cdm_lightning checkpoint"}
-    foreign |= {"weights.safetensors": "not a cdm_lightning checkpoint", "empty": "not a finished checkpoint"}
+    foreign |= {"weights.safetensors": "not a cdm_lightning checkpoint", "empty": "an unfinished checkpoint"}
     for name, message in foreign.items():
         with pytest.raises(UserError, match=message):
             read_checkpoint(tmp_path / name)

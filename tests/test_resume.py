@@ -256,7 +256,7 @@ def test_without_its_ema_a_run_counts_no_updates_of_it(toy_run):
     assert read_checkpoint(with_ema.checkpoint).ema_updates == 1
     begun = toy_run(f"resume={with_ema.checkpoint}", "ema=none", "trainer.max_steps=4", folder="begun")
     assert read_checkpoint(begun.checkpoint).ema_updates == 0
-    with pytest.raises(UserError, match="holds no network student_ema"):
+    with pytest.raises(UserError, match="has no network student_ema"):
         read_checkpoint(begun.checkpoint).network_weights("student_ema")
 
 

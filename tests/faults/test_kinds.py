@@ -261,7 +261,10 @@ def test_what_comes_at_the_end_is_checked_before_the_first_step(refused, tmp_pat
         "trainer.limit_val_batches=1",
         "checkpoint.best=val/none_such/x",
     )
-    assert "checkpoint.best=val/none_such/x is no metric of validation, which measures val/energy_distance/" in line
+    assert (
+        "checkpoint.best=val/none_such/x must be a figure that validation logs, and it logs val/energy_distance/"
+        in line
+    )
     line = refused("callbacks=metrics", "metric=[shapes_adherence]", "trainer.limit_val_batches=1")
     assert "metric.adherence cannot judge prompt 1 of those that it measures" in line
     line = refused("metric=[shapes_frechet]", "metric.frechet_real.reference.count=1")

@@ -1,4 +1,4 @@
-"""Two small files beside the checkpoints: best.json names the best by a validation metric, validated.json the last validation."""
+"""Two small files beside the checkpoints: best.json for the best checkpoint, and validated.json for the last validation."""
 
 import json
 import math
@@ -16,9 +16,9 @@ BEST, VALIDATED = "best.json", "validated.json"
 
 @dataclass(frozen=True)
 class Best:
-    """The best checkpoint in `folder`: that with the smallest (`best_is="min"`) or largest ("max") value of `metric` so far.
+    """The best checkpoint in `folder`: the one with the smallest ("min") or largest ("max") value of a validation metric.
 
-    `metric` is the name of a validation metric, such as "val/clip_score/student_4"; None: no checkpoint is best.
+    `best_is` is "min" or "max". `metric` is a name such as "val/clip_score/student_4"; if it is None, no checkpoint is best.
     """
 
     folder: Path
@@ -26,53 +26,54 @@ class Best:
     best_is: str = "min"
 
     def check(self, logged: Collection[str]) -> None:
-        """Raise `UserError` if validation will not log `metric`; `logged` are names "val/METRIC/SAMPLER" that it will log.
+        """Raise `UserError` if validation will not log `metric`. `logged` holds the names that it will log: "val/METRIC/SAMPLER".
 
-        A metric that gives several figures is logged as "val/METRIC_FIGURE/SAMPLER", so such a name is accepted too.
+        A metric with several figures is logged as "val/METRIC_FIGURE/SAMPLER", and such a name is accepted too.
         """
         if self.metric is None:
             return
         *_, figure, sampler = ["", *self.metric.removeprefix("val/").rsplit("/", 1)]
         names = {tuple(name.removeprefix("val/").rsplit("/", 1)) for name in logged}
         if not any(sampler == of and (figure == name or figure.startswith(f"{name}_")) for name, of in names):
-            known = ", ".join(sorted(logged)) or "nothing: choose metric=[NAME] and samplers of validation"
-            raise UserError(f"checkpoint.best={self.metric} is no metric of validation, which measures {known}")
+            known = ", ".join(sorted(logged)) or "nothing; choose metric=[NAME] and samplers of validation"
+            raise UserError(f"checkpoint.best={self.metric} must be a figure that validation logs, and it logs {known}")
 
     def read(self) -> dict[str, Any] | None:
-        """Return {"metric": name, "value": float, "iteration": int} of the best checkpoint; None if there is none.
+        """Return {"metric": name, "value": float, "iteration": int} of the best checkpoint, or None.
 
-        One that was best by another metric, or was deleted, does not count. Raises `UserError` if best.json holds other content.
+        None means that best.json does not exist, that it names another metric, or that its checkpoint was deleted. Raises
+        `UserError` if best.json is damaged.
         """
-        path, cure = self.folder / BEST, "remove it; the next validation decides anew"
+        path, cure = self.folder / BEST, "remove it; the next validation writes it again"
         try:
             found = read_record(path, cure)
         except FileNotFoundError:
             return None
         require_entries(found, path, cure, metric=str, value=(int, float), iteration=int)
         if not math.isfinite(found["value"]):
-            raise UserError(f"{path}: value is {found['value']}, which is not finite; {cure}")
+            raise UserError(f"{path}: the value is {found['value']}, but must be finite; {cure}")
         kept = {iteration_of(path) for path in checkpoints_in(self.folder)}
         return found if found["metric"] == self.metric and found["iteration"] in kept else None
 
     def is_improved_by(self, value: float) -> bool:
-        """Return whether a finite `value` is better than that of the best checkpoint; NaN and infinity never are."""
+        """Return whether `value` is better than that of the best checkpoint. NaN and infinity never are."""
         if not math.isfinite(value):
             return False
         best = self.read()
         return best is None or (value < best["value"] if self.best_is == "min" else value > best["value"])
 
     def note(self, value: float, iteration: int) -> None:
-        """Write that the checkpoint of this iteration is the best one; raise OSError if it cannot be written."""
+        """Write to best.json that the checkpoint of `iteration` is the best. Raises OSError if the file cannot be written."""
         write_text(self.folder / BEST, json.dumps({"metric": self.metric, "value": value, "iteration": iteration}))
 
 
 def note_validation(folder: Path, iteration: int) -> None:
-    """Write that the validation of this iteration has been made; raise OSError if it cannot be written."""
+    """Write to validated.json that the validation of `iteration` is done. Raises OSError if the file cannot be written."""
     write_text(folder / VALIDATED, json.dumps({"iteration": iteration}))
 
 
 def last_validation(folder: Path) -> int:
-    """Return the iteration of the last validation that was made, -1 if none was; `UserError` if validated.json is damaged."""
+    """Return the iteration of the last validation, or -1 if there was none. Raises `UserError` if validated.json is damaged."""
     path, cure = folder / VALIDATED, "remove it; a validation is then made again"
     try:
         found = read_record(path, cure)

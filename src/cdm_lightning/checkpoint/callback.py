@@ -1,4 +1,4 @@
-"""When a run saves, from which checkpoint it resumes, and when it stops early."""
+"""The callback that saves a run, resumes it from a checkpoint and stops it early."""
 
 import shutil
 import sys
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
 
 
 class IterationCheckpoint(Checkpoint):
-    """Save to `folder` every `every` iterations, at the last iteration, and when a signal asks the run to stop.
+    """Save a run to `folder` every `every` iterations, at the last iteration, and when a signal stops the run.
 
-    The newest `keep` checkpoints are kept (None: all), and in addition the one with the best value of the validation metric
-    `best`; `best_is` says whether the smallest ("min") or the largest ("max") value is best. A run stops with `UserError`
-    when `max_skipped` consecutive updates of a network were skipped because their gradient was not finite (None: never). At
-    the start the run resumes from the newest undamaged checkpoint in `folder`, or from the attribute `begin_with`, a
-    checkpoint of another run, if `folder` has none; a validation that was due there and was not made is made first. A save
-    that fails because of the disk does not stop the run, unless it is the save of the last iteration. A save of weights that
-    are not finite is refused and stops the run with `UserError`. An error between two iterations of a run with one process,
-    for example of a loader worker, ends it with a checkpoint.
+    - Kept are the newest `keep` checkpoints (None: all), and the one with the smallest (`best_is="min"`) or largest ("max")
+      value of the validation metric `best`.
+    - A run resumes from the newest undamaged checkpoint in `folder`. If there is none, it starts from the checkpoint
+      `begin_with` of another run, if that is set. A validation that was due there but not done is done first.
+    - `UserError` stops the run if weights are not finite (they are not saved), or if `max_skipped` updates of a network in a
+      row were skipped because of non-finite gradients (None: never).
+    - If the disk fails, the run continues, except at the last iteration.
+    - If an error comes between two iterations of a run with one process, the run is saved before it ends.
     """
 
     def __init__(
@@ -59,35 +59,35 @@ class IterationCheckpoint(Checkpoint):
             raise UserError(f"checkpoint.best_is={best_is} must be min or max")
         self.folder, self.every, self.keep = Path(folder), every, keep
         self.best, self.max_skipped = Best(self.folder, best, best_is), max_skipped
-        self.begin_with: Path | None = None  # a checkpoint of another run to start from
+        self.begin_with: Path | None = None  # the checkpoint of another run from which this run starts
         self.about: Mapping[str, Any] | None = None  # stored in each checkpoint: `StoredCheckpoint.about`
         self._start: StoredCheckpoint | None = None
-        self._trainer_state: dict[str, Any] = {}  # after the last iteration that this start has trained
-        self._is_between = False  # whether no iteration is half done
+        self._trainer_state: dict[str, Any] = {}  # the state after the last iteration
+        self._is_between = False  # whether the run is between two iterations
 
     # ---- the start
 
     def setup(self, trainer: L.Trainer, pl_module: "CDMModule", stage: str) -> None:
-        """Clean up after a killed run and choose the checkpoint to resume from, before any network is built."""
+        """Delete what a killed run left behind, and choose the checkpoint to resume from, before any network is built."""
         if stage == "fit":
             if ranks.rank() == 0 and (left := sweep(self.folder)):
                 say(f"deleted the remains of an interrupted save: {', '.join(left)}")
             ranks.gather(None)  # no process looks for checkpoints before this is done
-            _ = self.best.read()  # a file that is none of ours is refused now
+            _ = self.best.read()  # refuses a damaged best.json before any work
             self._start = self.choose_start(pl_module.fingerprint)
 
     def choose_start(self, fingerprint: str) -> StoredCheckpoint | None:
-        """Return the checkpoint to resume from, None for a fresh start; `UserError` if there are some, but none can be used.
+        """Return the checkpoint to resume from, or None for a fresh start.
 
-        `fingerprint` is that of the run's backbone (`Backbone.fingerprint`), which must be that in the checkpoint.
+        `fingerprint` is that of the run's backbone (`Backbone.fingerprint`). Raises `UserError` if the checkpoint has another
+        one, and if all checkpoints are damaged.
         """
         return choose_start(self.folder, self.begin_with, fingerprint, say)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Restore weights, optimizers, counters and the state of loops, callbacks and the objective from the chosen checkpoint.
+        """Restore networks, optimizers, counters, callbacks and the objective's state from the chosen checkpoint.
 
-        Raises `UserError` if its content does not fit, and also at a fresh start for an objective whose state could not be read
-        back from a checkpoint.
+        Raises `UserError` if its content does not fit, and for an objective whose state could not be read back from a checkpoint.
         """
         require_readable(pl_module.objective)
         start, self._start = self._start, None
@@ -116,7 +116,7 @@ class IterationCheckpoint(Checkpoint):
             make_up_validation(trainer, pl_module, start, say)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Let a signal stop the run only after the current iteration, which is then saved."""
+        """Make signals wait for the end of the current iteration, which is then saved."""
         signals.training()
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: "CDMModule", *_: object) -> None:
@@ -126,7 +126,7 @@ class IterationCheckpoint(Checkpoint):
     # ---- every iteration
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: "CDMModule", *_: object) -> None:
-        """Save if a save is due. Lightning calls checkpoint callbacks last, when the state is complete."""
+        """Save if a save is due. The state is complete, because Lightning calls checkpoint callbacks last."""
         self._check_health(pl_module)
         iteration, stop = trainer.global_step, ranks.any_of(signals.is_asked())
         last = iteration == trainer.max_steps
@@ -138,12 +138,12 @@ class IterationCheckpoint(Checkpoint):
                 self._stop(iteration, path)
 
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: "CDMModule", *_: object) -> None:
-        """Save and stop if a signal has come; the validation is made again when the run continues."""
+        """Save and stop if a signal has come. The validation is repeated when the run resumes."""
         if not trainer.sanity_checking and ranks.any_of(signals.is_asked()):
             self._stop(trainer.global_step, self._save_late(trainer, pl_module))
 
     def _save_late(self, trainer: L.Trainer, module: "CDMModule") -> Path | None:
-        """Return the checkpoint of the last iteration, which is written now if it was not due then."""
+        """Return the checkpoint of the last iteration, which is written now if it does not exist yet."""
         iteration = trainer.global_step
         found = {iteration_of(path): path for path in checkpoints_in(self.folder)}.get(iteration)
         if ranks.from_first(found is not None):
@@ -155,7 +155,7 @@ class IterationCheckpoint(Checkpoint):
         raise Preempted(f"at iteration {iteration}")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Keep the checkpoint of this iteration if its metric is the best so far; `UserError` for an unknown metric."""
+        """Keep this iteration's checkpoint if its metric is the best so far. Raises `UserError` if the metric is not logged."""
         if trainer.sanity_checking:
             return
         if self.best.metric is not None and self._trainer_state:
@@ -168,7 +168,7 @@ class IterationCheckpoint(Checkpoint):
         if value is None:
             known = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/")))
             raise UserError(
-                f"checkpoint.best={self.best.metric}: validation logs no such metric; choose one of {known or 'none'}"
+                f"checkpoint.best={self.best.metric} is not logged by validation; choose one of {known or 'none'}"
             )
         iteration = trainer.global_step
         if not ranks.from_first(self.best.is_improved_by(value)):
@@ -179,7 +179,7 @@ class IterationCheckpoint(Checkpoint):
             self._drop_old()
 
     def _write(self, work: Callable[[], None]) -> bool:
-        """Write a small file on the first process and return True; a full disk gives a line and False, and the run continues."""
+        """Write a small file on the first process. Return False, with a warning, if the disk refuses it."""
         if ranks.rank() == 0:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -191,13 +191,13 @@ class IterationCheckpoint(Checkpoint):
         return True
 
     def on_train_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Save and stop if a signal has come; everything is saved then, so a later signal stops the run at once."""
+        """Save and stop if a signal has come. A later signal stops the run at once, because everything is saved."""
         if ranks.any_of(signals.is_asked()):
             self._stop(trainer.global_step, self._save_late(trainer, pl_module))
         signals.loading("after training, before the evaluation was complete")
 
     def on_exception(self, trainer: L.Trainer, pl_module: "CDMModule", exception: BaseException) -> None:
-        """Save the last iteration after an error or a signal between two iterations, in a run with one process."""
+        """Save the last iteration if an error or a signal came between two iterations, in a run with one process."""
         if self._is_between and self._trainer_state and ranks.world_size() == 1 and not signals.is_saved():
             path = self._save_late(trainer, pl_module)
             if isinstance(exception, Preempted):
@@ -212,7 +212,7 @@ class IterationCheckpoint(Checkpoint):
     def _save(
         self, trainer: L.Trainer, module: "CDMModule", state: dict[str, Any], needed: bool = False
     ) -> Path | None:
-        """Save and return the new checkpoint; None if it cannot be written, or `UserError` if it is `needed`."""
+        """Save and return the new checkpoint. If the disk fails, return None, or raise `UserError` if the save is `needed`."""
         record: dict[str, Any] = {}
         module.on_save_checkpoint(record)
         optimizers = module.optimizers_by_role
@@ -234,18 +234,18 @@ class IterationCheckpoint(Checkpoint):
         return path
 
     def _require_finite(self, tensors: Mapping[str, Tensor], module: "CDMModule") -> None:
-        """Raise `UserError` on all processes if a weight of a trained network is not finite on any of them."""
+        """Raise `UserError` on all processes if any of them has a non-finite weight in a trained network."""
         if (name := not_finite(tensors, module.networks)) is not None:
             raise UserError(
-                f"weights that are not finite at iteration {module.iteration} ({name}): nothing was saved; {self._advice()}"
+                f"{name} is not finite at iteration {module.iteration}, so nothing was saved; {self._advice()}"
             )
 
     def _advice(self) -> str:
-        """Say from which good checkpoint without skipped updates one can go on after a divergence."""
+        """Return the advice after a divergence, with the newest checkpoint that has finite weights and no skipped updates."""
         for path in reversed(checkpoints_in(self.folder)):
             if is_healthy(path):
                 return f"resume from {path} with other settings, such as a lower learning rate"
-        return "there is no checkpoint from before that; start again with other settings, such as a lower learning rate"
+        return "there is no earlier good checkpoint; start again with other settings, such as a lower learning rate"
 
     def _report_failure(self, error: OSError, iteration: int, needed: bool) -> None:
         older = checkpoints_in(self.folder)
@@ -262,7 +262,7 @@ class IterationCheckpoint(Checkpoint):
     def _drop_old(self) -> None:
         try:
             best = self.best.read()
-        except UserError as error:  # nothing is deleted while it is not known which one is best
+        except UserError as error:  # deletes nothing, because the best checkpoint is unknown
             say(f"WARNING: {error}")
             return
         plain = [
@@ -275,23 +275,23 @@ class IterationCheckpoint(Checkpoint):
                 say(f"WARNING: {old} could not be deleted ({error.strerror or error})")
 
     def _check_health(self, module: "CDMModule") -> None:
-        """Raise `UserError` after too many skipped updates in a row; the counts are the same on all processes."""
+        """Raise `UserError` after too many skipped updates in a row. The counts are the same on all processes."""
         for name, count in module.updates.skipped_in_a_row.items():
             if self.max_skipped is not None and count >= self.max_skipped:
                 raise UserError(
-                    f"the gradient of {name} was not finite {count} times in a row (checkpoint.max_skipped), "
-                    f"up to iteration {module.iteration}: {self._advice()}"
+                    f"checkpoint.max_skipped={self.max_skipped}: the gradient of {name} was not finite {count} times in a row, "
+                    f"up to iteration {module.iteration}; {self._advice()}"
                 )
 
 
 def say_stopped(iteration: int, path: Path | None) -> None:
-    """Say that a signal has stopped the run at this iteration, and where it is saved; None if the save failed."""
+    """Print that a signal has stopped the run, and where it is saved. `path` is None if the save failed."""
     signals.saved()
     saved = f"saved {path}" if path else "the last save failed, so the run will resume from an older checkpoint"
     say(f"stopped at iteration {iteration}: {saved}; {signals.AGAIN}")
 
 
 def say(text: str) -> None:
-    """Print a line on stderr, only from the first process."""
+    """Print a line on stderr, from the first process only."""
     if ranks.rank() == 0:
         print(text, file=sys.stderr, flush=True)

@@ -1,8 +1,8 @@
 """A checkpoint as a folder on disk, which is either complete or does not exist.
 
-`checkpoints/iteration_0000500/` is first written under a name that begins with a dot, and every file is synced.
-`COMPLETE.json` with the size and the checksum of each file is written last, and then the folder is renamed. If the process
-or the machine is killed before that, the folder with the dot remains, and the next start deletes it.
+`checkpoints/iteration_0000500/` is first written under a name that begins with a dot. When all files are on the disk,
+`COMPLETE.json` is written with the size and checksum of each, and the folder gets its name. If the process or the machine is
+killed before that, only the folder with the dot remains, and the next start deletes it.
 """
 
 import json
@@ -20,7 +20,7 @@ from cdm_lightning.files.records import WRONG_CONTENT
 
 NAME = "iteration_{:07d}"
 PATTERN = re.compile(r"iteration_(\d{7,})")
-OLD_FILE = re.compile(r"iteration_\d{7,}\.ckpt")  # the single files that older versions wrote
+OLD_FILE = re.compile(r"iteration_\d{7,}\.ckpt")  # names of checkpoints of older versions, which were single files
 MARKER = "COMPLETE.json"
 SAVING, REMOVING, UNUSED = ".saving_", ".removing_", "unused_"
 CHUNK = 1 << 24  # bytes read at a time
@@ -29,7 +29,10 @@ FileSums = dict[str, dict[str, int]]  # file name: {"bytes": size, "crc32": chec
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Return the checkpoint folders in `folder`, oldest iteration first, not verified; none if it does not exist."""
+    """Return the checkpoint folders in `folder`, ordered by iteration, without verifying them.
+
+    The list is empty if `folder` does not exist.
+    """
     if not folder.is_dir():
         return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := PATTERN.fullmatch(path.name))]
@@ -42,13 +45,16 @@ def iteration_of(path: Path) -> int:
 
 
 def refuse_old_files(folder: Path) -> None:
-    """Raise `UserError` if the folder holds single-file checkpoints of an older version, which can no longer be read."""
+    """Raise `UserError` if the folder holds checkpoints of an older version, which were single files."""
     if folder.is_dir() and (old := [path.name for path in folder.iterdir() if OLD_FILE.fullmatch(path.name)]):
-        raise UserError(f"{folder}: {old[0]} was written by an older version and cannot be read; set another run_name")
+        raise UserError(f"{folder}: {old[0]} is from an older version and cannot be read; set another run_name")
 
 
 def begin(folder: Path, iteration: int) -> Path:
-    """Make and return an empty folder in `folder`, to write the checkpoint of `iteration` to until `commit`; or raise OSError."""
+    """Make an empty temporary folder for the checkpoint of `iteration`, and return it. `commit` completes it.
+
+    Raises OSError if it cannot be made.
+    """
     temporary = temporary_path(folder, iteration)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -56,14 +62,14 @@ def begin(folder: Path, iteration: int) -> Path:
 
 
 def temporary_path(folder: Path, iteration: int) -> Path:
-    """Return the path of the temporary folder that `begin` makes for the checkpoint of `iteration`."""
+    """Return the path of the temporary folder for the checkpoint of `iteration`."""
     return folder / (SAVING + NAME.format(iteration))
 
 
 def commit(temporary: Path, sums: FileSums) -> Path:
-    """Turn the folder that `begin` made into a checkpoint and return its path: write COMPLETE.json with `sums`, rename it.
+    """Write COMPLETE.json with `sums` into the temporary folder, give the folder its final name, and return its path.
 
-    An older checkpoint of the same iteration is replaced.
+    An earlier checkpoint of the same iteration is replaced.
     """
     write_synced(temporary / MARKER, json.dumps({"files": sums}, indent=1).encode())
     sync(temporary)
@@ -76,7 +82,7 @@ def commit(temporary: Path, sums: FileSums) -> Path:
 
 
 def write_synced(path: Path, content: bytes) -> dict[str, int]:
-    """Write a file, wait until it is on the disk, and return {"bytes": size, "crc32": checksum}."""
+    """Write a file and wait until it is on the disk. Return {"bytes": size, "crc32": checksum}."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
@@ -85,7 +91,7 @@ def write_synced(path: Path, content: bytes) -> dict[str, int]:
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint; it is renamed first, so that a partly deleted folder is never taken for a checkpoint."""
+    """Delete a checkpoint. It gets a temporary name first, so that a half-deleted folder is never read as a checkpoint."""
     doomed = path.with_name(REMOVING + path.name)
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(path, doomed)
@@ -93,7 +99,7 @@ def remove(path: Path) -> None:
 
 
 def sweep(folder: Path) -> list[str]:
-    """Delete the temporary folders that interrupted saves and deletions left in `folder`, and return their names."""
+    """Delete the temporary folders of interrupted saves and deletions in `folder`, and return their names."""
     if not folder.is_dir():
         return []
     left = [path for path in folder.iterdir() if path.name.startswith((SAVING, REMOVING))]
@@ -103,7 +109,7 @@ def sweep(folder: Path) -> list[str]:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a checkpoint to unused_..., so that no start of the run finds it any more; return the new path."""
+    """Rename a checkpoint to unused_..., so that no run finds it any more. Return the new path."""
     target = path.with_name(UNUSED + path.name)
     shutil.rmtree(target, ignore_errors=True)
     os.rename(path, target)
@@ -111,7 +117,7 @@ def set_aside(path: Path) -> Path:
 
 
 def rename(path: Path, target: Path) -> None:
-    """Give a checkpoint another name, and wait until that is on the disk."""
+    """Rename a checkpoint, and wait until the change is on the disk."""
     os.rename(path, target)
     sync(target.parent)
 
@@ -119,13 +125,13 @@ def rename(path: Path, target: Path) -> None:
 def read_marker(path: Path) -> Mapping[str, dict[str, int]]:
     """Return {file name: {"bytes": size, "crc32": checksum}} from a checkpoint's COMPLETE.json.
 
-    Raises `UserError` if there is none, because the checkpoint was never finished, or if it cannot be read.
+    Raises `UserError` if the file cannot be read, or does not exist because the checkpoint was never finished.
     """
     try:
         files = json.loads(read_text(path / MARKER, follow=False))["files"]
         return {str(name): {"bytes": int(of["bytes"]), "crc32": int(of["crc32"])} for name, of in files.items()}
     except FileNotFoundError as error:
-        raise UserError(f"{path}: not a finished checkpoint (it has no {MARKER}); use another checkpoint") from error
+        raise UserError(f"{path}: an unfinished checkpoint, without {MARKER}; use another checkpoint") from error
     except (OSError, *WRONG_CONTENT) as error:
         raise UserError(
             f"{path}: {MARKER} cannot be read ({type(error).__name__}: {error!s:.120}); use another checkpoint"
@@ -133,9 +139,9 @@ def read_marker(path: Path) -> Mapping[str, dict[str, int]]:
 
 
 def find_fault(path: Path, sums: Mapping[str, dict[str, int]], names: Iterable[str]) -> str | None:
-    """Return what is wrong with the first of these files of the checkpoint `path` that does not fit `sums`; None if all fit.
+    """Compare a checkpoint's files with their sizes and checksums. Return a text about the first fault, or None.
 
-    `names` are the files to read, and `sums` what `read_marker` returned. A file can be missing, truncated or damaged.
+    `names` are the files to compare, and `sums` is the result of `read_marker`. A file can be missing, truncated or damaged.
     """
     for name in names:
         file = path / name

@@ -1,4 +1,4 @@
-"""Whether weights are finite: a checkpoint with NaN or infinity in its weights is never written or resumed from."""
+"""Checks that weights are finite. A checkpoint with NaN or infinity in its weights is never written and never resumed."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,15 +12,14 @@ from torch.distributed.tensor import DTensor
 from cdm_lightning.distributed import ranks
 
 CHECKED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-WEIGHTS = "networks."  # how the names of weights begin in a checkpoint
+WEIGHTS = "networks."  # the beginning of the names of weights in a checkpoint
 
 
 def not_finite(tensors: Mapping[str, Tensor], networks: nn.Module) -> str | None:
-    """Return the name of the first weight that has a NaN or infinite value on at least one process; None if all are finite.
+    """Return the name of the first weight that is not finite on at least one process, or None.
 
-    `tensors` are those of a checkpoint by name, whole or this process's shards. Buffers of `networks` are not
-    checked. All processes must
-    call it together, and each gets the same name.
+    `tensors` are those of a checkpoint by name, whole or as this process's shards. Buffers of `networks` are not checked. All
+    processes must call this together, and all get the same name.
     """
     buffers = {f"{WEIGHTS}{name}" for name, _ in networks.named_buffers()}
     names, flags = [], []
@@ -35,7 +34,7 @@ def not_finite(tensors: Mapping[str, Tensor], networks: nn.Module) -> str | None
 
 
 def not_finite_in(files: Iterable[Path]) -> str | None:
-    """Return the name of the first weight in a checkpoint's .safetensors files with NaN or infinity; None if there is none."""
+    """Return the name of the first weight that is not finite in a checkpoint's .safetensors files, or None."""
     for path in files:
         with safe_open(path, framework="pt") as file:
             for name in cast(list[str], file.keys()):

@@ -1,4 +1,4 @@
-"""An objective's own state in a checkpoint: it must be safe to read back, and only the class that wrote it reads it."""
+"""An objective's own state in a checkpoint. It holds plain values and tensors, and only the class that wrote it reads it."""
 
 import io
 import pickle
@@ -23,9 +23,9 @@ def class_of(value: object) -> str:
 
 
 def require_readable(objective: "Objective") -> None:
-    """Raise `UserError` if torch cannot save the objective's `state_dict()` and read it back with `weights_only=True`.
+    """Raise `UserError` if the objective's `state_dict()` could not be read back from a checkpoint.
 
-    A run with such an objective could never be resumed.
+    torch must be able to load it with `weights_only=True`. A run with another state could never be resumed.
     """
     packed = io.BytesIO()
     try:
@@ -34,15 +34,15 @@ def require_readable(objective: "Objective") -> None:
         torch.load(packed, weights_only=True)
     except (RuntimeError, ValueError, TypeError, AttributeError, pickle.PickleError) as error:
         raise UserError(
-            f"objective: state_dict of {class_of(objective)} must hold only plain values and tensors "
-            f"({first_line(error)})"
+            f"objective: the state_dict of {class_of(objective)} cannot be read back ({first_line(error)}); return only numbers, "
+            "texts, tensors, and lists and dicts of them"
         ) from error
 
 
 def restore_objective(objective: "Objective", state: Mapping[str, Any]) -> str | None:
-    """Load the objective's own state from `state`, the trainer state of a checkpoint (`trainer_state`).
+    """Load the objective's own state from `state`, which is a checkpoint's `trainer_state`. Returns None.
 
-    If the checkpoint's objective was of another class, nothing is loaded, and the returned text says so; otherwise None.
+    If another class of objective wrote it, nothing is loaded, and a text that says so is returned.
     """
     stored, name = state.get("objective"), class_of(objective)  # older versions did not store it
     if not stored:
@@ -54,9 +54,9 @@ def restore_objective(objective: "Objective", state: Mapping[str, Any]) -> str |
 
 
 def trainer_state(trainer: "L.Trainer", module: "CDMModule") -> dict[str, Any]:
-    """Return what trainer.pt of a checkpoint holds: the states of Lightning's loop, the callbacks and the objective.
+    """Return the content of a checkpoint's trainer.pt: the states of Lightning's loop, the callbacks and the objective.
 
-    {"fit_loop": state, "callbacks": {state_key: state}, "objective": state, "objective_class": its dotted name}.
+    It is {"fit_loop": state, "callbacks": {state_key: state}, "objective": state, "objective_class": its dotted name}.
     """
     # pyrefly: ignore[missing-attribute]  Lightning sets this attribute from another module
     callbacks = {callback.state_key: state for callback in trainer.callbacks if (state := callback.state_dict())}

@@ -1,4 +1,4 @@
-"""Write a checkpoint: all processes together, either completely or not at all."""
+"""Write a checkpoint, completely or not at all, with all processes together."""
 
 import io
 import json
@@ -23,11 +23,11 @@ def save_checkpoint(
     trainer_state: Mapping[str, Any],
     about: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write the checkpoint of iteration `record["iteration"]` into `folder` and return its path; all processes must call it.
+    """Write the checkpoint of iteration `record["iteration"]` into `folder` and return its path. All processes must call this.
 
-    `tensors` are the networks and optimizer states by name (`state.tensors_of`), `record` the counters and numbers for
-    state.json, `trainer_state` goes to trainer.pt, and `about` is the run's configuration and inputs (`StoredCheckpoint.about`).
-    Raises OSError on all processes if the checkpoint cannot be written; earlier checkpoints are then unchanged.
+    `tensors` are the networks and optimizer states by name (`state.tensors_of`). `record` holds the counters for state.json, and
+    `trainer_state` is the content of trainer.pt. `about` is the run's configuration and inputs (`StoredCheckpoint.about`). If it
+    cannot be written, all processes raise OSError, and earlier checkpoints are unchanged.
     """
     temporary = temporary_path(folder, record["iteration"])
     try:
@@ -59,7 +59,7 @@ def _finish(
 
 
 def _on_first(work: Any) -> Any:
-    """Run `work` on the first process and return its result on all of them; raise its OSError on all of them."""
+    """Run `work` on the first process. All processes return its result or raise its OSError."""
     result, error = None, None
     if ranks.rank() == 0:
         try:

@@ -1,4 +1,4 @@
-"""A checkpoint as one .safetensors file, to archive it or to use it elsewhere; a run can start from it as from a folder."""
+"""A checkpoint as one .safetensors file, for an archive or for other programs. A run can also start from it."""
 
 import json
 from collections.abc import Mapping
@@ -16,9 +16,9 @@ SUFFIX = ".safetensors"
 
 
 def write_checkpoint(stored: StoredCheckpoint, output: Path) -> Path:
-    """Write a whole checkpoint (networks, optimizers and counters) as the file `output`, and return the path.
+    """Write a whole checkpoint (networks, optimizers and counters) as the file `output`, and return its path.
 
-    All its tensors are in host memory meanwhile. Raises `UserError` if it cannot be read or written.
+    Needs host memory for all its tensors. Raises `UserError` if the checkpoint cannot be read or the file cannot be written.
     """
     trainer = torch.frombuffer(bytearray(stored.trainer_bytes()), dtype=torch.uint8)
     header = {HEADER: json.dumps(stored.record), ABOUT_HEADER: json.dumps(stored.about)}
@@ -26,17 +26,17 @@ def write_checkpoint(stored: StoredCheckpoint, output: Path) -> Path:
 
 
 def write_weights(stored: StoredCheckpoint, network: str, dtype: torch.dtype, output: Path) -> Path:
-    """Write the weights of `network`, such as "student_ema", in `dtype` as the file `output`, and return the path.
+    """Write the weights of one network, such as "student_ema", as the file `output`, and return its path.
 
-    Of a network that is a LoRA, only the adapter's weights are in a checkpoint. Raises `UserError` as `write_checkpoint` does,
-    and if the checkpoint has no such network.
+    The weights are converted to `dtype`. Of a LoRA, a checkpoint holds only the adapter's weights. Raises `UserError` if the
+    checkpoint cannot be read, has no such network, or if the file cannot be written.
     """
     weights = {name: value.to(dtype) for name, value in stored.network_weights(network).items()}
     return write_file(weights, {"network": network, "iteration": str(stored.iteration)}, output)
 
 
 def write_file(tensors: dict[str, Tensor], header: Mapping[str, str], output: Path) -> Path:
-    """Write a .safetensors file, completely or not at all; raise `UserError` if it cannot be written."""
+    """Write a .safetensors file, completely or not at all. Raises `UserError` if it cannot be written."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with replacing(output) as temporary:
@@ -47,6 +47,6 @@ def write_file(tensors: dict[str, Tensor], header: Mapping[str, str], output: Pa
 
 
 def check_file(output: Path) -> None:
-    """Raise `UserError` unless `output` is the name of a .safetensors file that does not exist yet."""
+    """Raise `UserError` unless `output` is a new file name that ends in .safetensors."""
     if output.suffix != SUFFIX or output.exists():
-        raise UserError(f"{output}: pass the name of a {SUFFIX} file that does not exist yet")
+        raise UserError(f"{output} must be a new file name that ends in {SUFFIX}; pass another name")

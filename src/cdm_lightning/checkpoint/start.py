@@ -1,4 +1,7 @@
-"""From which checkpoint a run resumes: the newest undamaged one of its own, by the iterations in their state.json files."""
+"""Choose the checkpoint from which a run resumes: its newest undamaged one.
+
+"Newest" means the highest iteration in state.json.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +21,11 @@ from cdm_lightning.errors import UserError
 def choose_start(
     folder: Path, begin_with: Path | None, fingerprint: str, say: Callable[[str], None]
 ) -> StoredCheckpoint | None:
-    """Return the checkpoint to resume from, None for a fresh start; raise `UserError` if there are some, but none can be used.
+    """Return the checkpoint to resume from, or None for a fresh start. `say` prints a line for the user.
 
-    It is the newest undamaged one in `folder`, or `begin_with` if `folder` has none, and its backbone must have this
-    `fingerprint` (`Backbone.fingerprint`). Checkpoints in `folder` of later iterations, which are damaged, are renamed to
-    unused_..., and folders whose name does not fit the iteration in their state.json are renamed. `say` prints a line.
+    It is the newest undamaged checkpoint in `folder`, or `begin_with` if `folder` is empty. Later checkpoints in `folder`, which
+    are damaged, are renamed to unused_... . Folders whose name does not fit the iteration in their state.json get the right name.
+    Raises `UserError` if all checkpoints are damaged, or if the chosen one has another `fingerprint` (`Backbone.fingerprint`).
     """
     start = newest_checkpoint(folder, lambda path, why: say(f"skipped a checkpoint: {why}"))
     if start is not None:
@@ -32,13 +35,13 @@ def choose_start(
     if start is None:
         return None
     start = read_checkpoint(start.path, fingerprint)
-    _ = start.sizes, start.trainer_state()  # refuse a file that is not a checkpoint before any network is built
+    _ = start.sizes, start.trainer_state()  # refuses a file that is no checkpoint before any network is built
     say(f"resuming from {start.path} (iteration {start.iteration})")
     return start
 
 
 def in_order(start: StoredCheckpoint, say: Callable[[str], None]) -> StoredCheckpoint:
-    """Rename checkpoints beside `start`, and itself if needed, as `choose_start` says, and return it opened again.
+    """Rename checkpoints in the folder of `start` as `choose_start` says, and return `start`, opened again.
 
     The first process renames; all processes must call this. Raises `UserError` if a folder cannot be renamed.
     """
@@ -52,7 +55,7 @@ def in_order(start: StoredCheckpoint, say: Callable[[str], None]) -> StoredCheck
         ranks.agree(error)
     except OSError as caught:
         raise UserError(
-            f"{start.path.parent}: its checkpoints cannot be renamed ({caught.strerror or caught}); make the folder writable"
+            f"{start.path.parent}: a checkpoint cannot be renamed ({caught.strerror or caught}); make the folder writable"
         ) from caught
     return read_checkpoint(ranks.from_first(path))
 
@@ -65,7 +68,7 @@ def _put_in_order(start: StoredCheckpoint, say: Callable[[str], None]) -> Path:
     wrong = [path for path in checkpoints_in(folder) if iteration_of(path) != recorded_iteration(path)]
     for path in sorted(wrong, key=lambda path: path != chosen):  # the chosen one first
         named = folder / NAME.format(recorded_iteration(path))
-        if named.exists() and path != chosen:  # a copy of another one
+        if named.exists() and path != chosen:  # a copy of another checkpoint
             say(f"renamed: {set_aside(path)} (a copy of {named.name}; it can be deleted)")
             continue
         if named.exists():

@@ -1,7 +1,7 @@
 """The state of networks and optimizers in a checkpoint, as named tensors and plain values.
 
-The tensors are those of the run itself, whole or sharded: nothing is copied before it is written, and reading a checkpoint
-fills them in place.
+The tensors are those of the run itself, whole or sharded. They are written without a copy, and reading a checkpoint fills them in
+place.
 """
 
 from collections.abc import Mapping
@@ -22,8 +22,8 @@ AVERAGE = "networks.student_ema."
 def tensors_of(networks: nn.Module, optimizers: Mapping[str, Optimizer]) -> dict[str, Tensor]:
     """Return the tensors of all networks and optimizer states by name, not copied.
 
-    Names are such as "networks.student.LAYER.weight" and "optimizers.student.LAYER.weight.exp_avg". The keys of `optimizers` are
-    the names of the networks in `networks` that they train.
+    Names look like "networks.student.LAYER.weight" and "optimizers.student.LAYER.weight.exp_avg". The keys of `optimizers` are
+    names of networks in `networks`.
     """
     found = {f"networks.{name}": value for name, value in networks.state_dict().items()}
     for role, optimizer in optimizers.items():
@@ -35,10 +35,10 @@ def tensors_of(networks: nn.Module, optimizers: Mapping[str, Optimizer]) -> dict
 
 
 def plain_tensors(name: str, value: Tensor) -> dict[str, Tensor]:
-    """Return {name: value}, or for a quantized state of torchao the tensors inside it ("NAME.codes", "NAME.scale", ...).
+    """Return {name: value}. A quantized optimizer state of torchao gives its inner tensors instead ("NAME.codes", "NAME.scale", ...).
 
-    Codes have the shape of the parameter, and each scale belongs to a block of consecutive codes, so both are sharded like
-    the parameter.
+    Codes have the shape of the parameter, and each scale belongs to a block of consecutive codes. Both are sharded like the
+    parameter.
     """
     local = value.to_local() if isinstance(value, DTensor) else value
     if not hasattr(local, "__tensor_flatten__"):
@@ -57,9 +57,9 @@ def plain_tensors(name: str, value: Tensor) -> dict[str, Tensor]:
 
 
 def plain_values_of(networks: nn.Module, optimizers: Mapping[str, Optimizer]) -> dict[str, Any]:
-    """Return what optimizers keep outside tensors: {network: {"states": {parameter: {key: number}}, "options": [...]}}.
+    """Return the values of the optimizers that are no tensors: {network: {"states": {parameter: {key: number}}, "options": [...]}}.
 
-    "options" has a dict for each parameter group with those that differ from the optimizer's defaults, except lr.
+    "options" has a dict for each parameter group, with the options that differ from the optimizer's defaults, without lr.
     """
     found: dict[str, Any] = {}
     for role, optimizer in optimizers.items():
@@ -75,19 +75,19 @@ def plain_values_of(networks: nn.Module, optimizers: Mapping[str, Optimizer]) ->
 
 
 def only_plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return only the entries that are numbers or truth values."""
+    """Return the entries whose values are numbers or booleans."""
     return {key: value for key, value in values.items() if isinstance(value, PLAIN)}
 
 
 def states_of(network: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
-    """Return the optimizer's state of each parameter that has one, by the name of the parameter."""
+    """Return the optimizer's state of each parameter by the parameter's name. Parameters without a state are left out."""
     return {name: optimizer.state[p] for name, p in network.named_parameters() if optimizer.state.get(p)}
 
 
 def restore(networks: nn.Module, optimizers: Mapping[str, Optimizer], stored: StoredCheckpoint) -> None:
-    """Load a checkpoint into networks and optimizers, in place; raise `UserError` if names or shapes of tensors differ.
+    """Load a checkpoint into networks and optimizers, in place. Raises `UserError` if names or shapes of tensors differ.
 
-    Only an EMA may be missing on one side: it then starts as a copy of the student, or is left out.
+    If only the run has an EMA, it starts as a copy of the student. If only the checkpoint has one, it is ignored.
     """
     for role, optimizer in optimizers.items():
         prefix = f"optimizers.{role}."
@@ -99,7 +99,8 @@ def restore(networks: nn.Module, optimizers: Mapping[str, Optimizer], stored: St
     differing |= {name for name in both if tensors[name].shape != stored.sizes[name][0]}
     if differing:
         raise UserError(
-            f"{stored.path}: its tensors are not those of this configuration ({min(differing)} differs); set another run_name"
+            f"{stored.path}: {min(differing)} does not fit the networks of this configuration; restore the configuration, or set "
+            "another run_name"
         )
     stored.fill({name: value for name, value in tensors.items() if name in both})
     if average := unmatched_average(tensors, stored) & tensors.keys():
@@ -114,13 +115,13 @@ def restore(networks: nn.Module, optimizers: Mapping[str, Optimizer], stored: St
 
 
 def unmatched_average(tensors: Mapping[str, Tensor], stored: StoredCheckpoint) -> set[str]:
-    """Return the names of the EMA's tensors if only the networks or only the checkpoint has an EMA; empty otherwise."""
+    """Return the names of the EMA's tensors if only the networks or only the checkpoint has an EMA, otherwise an empty set."""
     here, there = ({name for name in names if name.startswith(AVERAGE)} for names in (tensors, stored.sizes))
     return here ^ there if not here or not there else set()
 
 
 def begin_average(networks: nn.Module, names: set[str]) -> None:
-    """Copy the student's weights to the EMA's tensors `names` ("networks.student_ema. ..."), which no checkpoint had."""
+    """Copy the student's weights to the EMA's tensors `names` ("networks.student_ema. ..."), which the checkpoint lacks."""
     state = networks.state_dict()
     with torch.no_grad():
         for name in (name.removeprefix("networks.") for name in names):
@@ -128,9 +129,9 @@ def begin_average(networks: nn.Module, names: set[str]) -> None:
 
 
 def begin_states(network: nn.Module, optimizer: Optimizer, names: list[str]) -> None:
-    """Make the optimizer create the states that a checkpoint has (`names`: parameter and key), to be filled afterwards.
+    """Make the optimizer create the states `names` (parameter and key) of a checkpoint, which are filled afterwards.
 
-    Only the optimizer knows the layout of its states, so it makes one step with zero gradients and a learning rate of zero.
+    The optimizer itself makes them by a step with zero gradients and a learning rate of zero, because only it knows their layout.
     """
     if not names:
         return

@@ -1,7 +1,7 @@
-"""An opened checkpoint: its counters (state.json) are read when it is opened, its tensors when they are needed.
+"""An opened checkpoint. Its counters (state.json) are read when it is opened, its tensors when they are needed.
 
-No file is unpickled without restrictions: tensors and their index are safetensors, the record is JSON, and the state of
-Lightning and the callbacks is read by torch with `weights_only`, which refuses code.
+Reading is safe: tensors are safetensors, counters are JSON, and torch reads the states of Lightning and the callbacks with
+`weights_only`, which refuses code.
 """
 
 import io
@@ -31,9 +31,9 @@ HEADER, ABOUT_HEADER = (
     "cdm_lightning",
     "cdm_lightning_run",
 )  # the keys of state.json and run.json in a single file's header
-FINITE = "finite"  # the entry of the record which says that the weights were checked for NaN and infinity
-OTHER = "use another checkpoint"  # the cure of a broken one
-MOST_TRAINER = 1 << 33  # bytes: the objective may keep tensors in it
+FINITE = "finite"  # the entry of state.json that says that the weights were checked for NaN and infinity
+OTHER = "use another checkpoint"
+MOST_TRAINER = 1 << 33  # bytes of trainer.pt; it is large if the objective's state holds tensors
 UNREADABLE = (
     RuntimeError,
     RecursionError,
@@ -50,7 +50,7 @@ UNREADABLE = (
 
 @dataclass(frozen=True)
 class StoredCheckpoint:
-    """An opened checkpoint, either a folder or a single .safetensors file with the same content.
+    """An opened checkpoint: a folder, or a single .safetensors file with the same content.
 
     `record` is the content of state.json: "iteration" and other counters, "fingerprint" of the backbone, "world_size",
     "optimizers". `files` are the .safetensors files with the tensors.
@@ -62,12 +62,12 @@ class StoredCheckpoint:
 
     @property
     def iteration(self) -> int:
-        """The number of iterations done."""
+        """The number of finished iterations."""
         return self.record["iteration"]
 
     @property
     def ema_updates(self) -> int:
-        """The number of updates of the student's EMA; 0 if the checkpoint holds no EMA."""
+        """The number of updates of the student's EMA; 0 if there is no EMA."""
         return self.record["ema_updates"]
 
     @property
@@ -77,9 +77,9 @@ class StoredCheckpoint:
 
     @cached_property
     def about(self) -> dict[str, Any]:
-        """Its run, {"config": the resolved configuration, "inputs": `run.inputs.Inputs`}; empty from older versions.
+        """The run that wrote the checkpoint: {"config": the resolved configuration, "inputs": `run.inputs.Inputs`}.
 
-        Raises `UserError` if it cannot be read.
+        It is empty for older versions. Raises `UserError` if it cannot be read.
         """
         path = self.path / ABOUT if self.path.is_dir() else self.path
         if self.path.is_dir():
@@ -93,30 +93,32 @@ class StoredCheckpoint:
 
     @cached_property
     def sizes(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
-        """(shape, dtype) of each tensor by name; raises `UserError` if the files are not safetensors files."""
+        """The (shape, dtype) of each tensor by name. Raises `UserError` if the files are no safetensors files."""
         try:
             if not self.files:
                 raise FileNotFoundError("it holds no tensors")
-            for file in self.files:  # the safetensors library checks the header, torch's reader believes it
+            for file in self.files:  # the safetensors library checks the header; torch's reader does not
                 with safe_open(require_regular(file), framework="pt"):
                     pass
             sizes = stored_sizes(self.files)
             require_room(sizes, sum(file.stat().st_size for file in self.files))
         except UNREADABLE as error:
             raise UserError(
-                f"{self.path}: its tensors cannot be read ({first_line(error)}), so it is not a cdm_lightning checkpoint; {OTHER}"
+                f"{self.path} is not a cdm_lightning checkpoint: its tensors cannot be read ({first_line(error)}); {OTHER}"
             ) from error
         sizes.pop(TRAINER, None)
         return sizes
 
     def fill(self, tensors: dict[str, Tensor]) -> None:
-        """Fill these tensors, named as in the checkpoint, in place; all processes must call it, and each reads its own shards."""
+        """Read the checkpoint into the given tensors, by name and in place. All processes must call this; each reads its own
+        shards.
+        """
         load_tensors(tensors, self.files)
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
-        """Read the whole tensors whose names begin with `prefix` to the CPU, in this process alone.
+        """Read the whole tensors whose names begin with `prefix`, to the CPU, in this process alone.
 
-        The keys are the names without the prefix. Raises `UserError` if they cannot be read.
+        The keys are the names without the prefix. Raises `UserError` if the files cannot be read.
         """
         wanted = {name: of for name, of in self.sizes.items() if name.startswith(prefix)}
         found = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in wanted.items()}
@@ -127,28 +129,27 @@ class StoredCheckpoint:
         return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
 
     def network_weights(self, name: str) -> dict[str, Tensor]:
-        """Read the state dict of the network `name`: student, student_ema or another trained role.
+        """Read the state dict of a network, such as "student" or "student_ema".
 
         Raises UserError if the checkpoint does not have this network.
         """
         if found := self.tensors(f"networks.{name}."):
             return found
-        raise UserError(f"{self.path} holds no network {name}; choose one that was trained, or {OTHER}")
+        raise UserError(f"{self.path} has no network {name}; choose a trained one, or {OTHER}")
 
     def trainer_state(self) -> dict[str, Any]:
-        """Read the states of Lightning's loop, the callbacks and the objective: {"fit_loop": state, "callbacks": ..., ...}.
+        """Read trainer.pt: the states of Lightning's loop, the callbacks and the objective, as in `objective_state.trainer_state`.
 
-        The keys are those of `objective_state.trainer_state`. Raises `UserError` if the file cannot be read or holds objects other
-        than tensors, numbers, texts, and lists and dicts of them.
+        Raises `UserError` if the file cannot be read, or holds more than tensors, numbers, texts, and lists and dicts of them.
         """
         try:
             state = torch.load(io.BytesIO(self.trainer_bytes()), map_location="cpu", weights_only=True)
         except (*UNREADABLE, AttributeError, IndexError) as error:
             raise UserError(
-                f"{self.path}: its {TRAINER} cannot be read or holds more than plain values; {OTHER}"
+                f"{self.path}: {TRAINER} is damaged, or holds objects that may not be loaded; {OTHER}"
             ) from error
         if not isinstance(state, dict):
-            raise UserError(f"{self.path}: its {TRAINER} holds {type(state).__name__}, not a dictionary; {OTHER}")
+            raise UserError(f"{self.path}: {TRAINER} holds {type(state).__name__} instead of a dictionary; {OTHER}")
         return state
 
     def trainer_bytes(self) -> bytes:
@@ -160,13 +161,13 @@ class StoredCheckpoint:
             return file.get_tensor(TRAINER).numpy().tobytes()
 
     def find_fault(self) -> str | None:
-        """Return what is wrong with the checkpoint's files, such as "X is truncated: ..."; None if nothing is.
+        """Return what is wrong with the checkpoint's files, such as "X is truncated: ...", or None.
 
-        Sizes and checksums are compared, and weights must be finite, which older versions did not check when they saved. All
-        processes of a run must call this, since they share the reading; each gets the same answer.
+        Sizes and checksums are compared, and weights must be finite. The processes of a run share the reading, so all of them
+        must call this; each gets the same answer.
         """
         fault = None
-        if self.path.is_dir():  # of a file, safetensors compares the header with the length
+        if self.path.is_dir():  # for a single file, safetensors compares the header with the length
             sums = read_marker(self.path)
             fault = find_fault(self.path, sums, sorted(sums)[ranks.rank() :: ranks.world_size()])
         if fault is None and not self.record.get(FINITE):
@@ -176,10 +177,10 @@ class StoredCheckpoint:
 
 
 def read_checkpoint(path: Path, fingerprint: str | None = None) -> StoredCheckpoint:
-    """Open a checkpoint folder or single file; its checksums are not compared yet.
+    """Open a checkpoint, either a folder or a single file. Its checksums are not compared yet.
 
-    Raises `UserError` if it is missing, unfinished or not a checkpoint of this project. If a `fingerprint` is given, that of the
-    configured backbone (`Backbone.fingerprint`), also if the checkpoint's backbone had another.
+    Raises `UserError` if it is missing, unfinished or no checkpoint of this project. `fingerprint` is that of the configured
+    backbone (`Backbone.fingerprint`); if it is given, a checkpoint of another backbone raises `UserError` too.
     """
     path = Path(path)
     if not path.exists():
@@ -194,16 +195,16 @@ def read_checkpoint(path: Path, fingerprint: str | None = None) -> StoredCheckpo
     require_entries(found.record, where, OTHER, fingerprint=str, iteration=int, ema_updates=int)
     if fingerprint is not None and found.record["fingerprint"] != fingerprint:
         raise UserError(
-            f"{path}: made with the backbone {found.record['fingerprint']}, but the configuration has {fingerprint}; "
+            f"{path} was trained with the backbone {found.record['fingerprint']}, but the configuration has {fingerprint}; "
             "choose the same backbone, or another run"
         )
     return found
 
 
 def require_room(sizes: Mapping[str, tuple[torch.Size, torch.dtype]], most: int) -> None:
-    """Raise ValueError if tensors of these shapes and dtypes take more than `most` bytes, or a shape is negative.
+    """Raise ValueError if tensors of these shapes and dtypes take more than `most` bytes, or if a shape is negative.
 
-    The sizes come from the headers of files, which may be damaged or forged.
+    The sizes come from headers of files, which may be damaged or forged.
     """
     if any(side < 0 for size, _ in sizes.values() for side in size):
         raise ValueError("a tensor has a negative size")
@@ -212,7 +213,7 @@ def require_room(sizes: Mapping[str, tuple[torch.Size, torch.dtype]], most: int)
 
 
 def require_good(stored: StoredCheckpoint) -> StoredCheckpoint:
-    """Return `stored` if `find_fault` finds nothing wrong with its files; raise `UserError` if it does."""
+    """Return `stored` if its files are undamaged. Raises `UserError` if `find_fault` finds a fault."""
     if fault := stored.find_fault():
         raise UserError(f"{stored.path}: {fault}; use another checkpoint")
     return stored
@@ -231,7 +232,7 @@ def _open_file(path: Path) -> StoredCheckpoint:
 
 
 def recorded_iteration(path: Path) -> int:
-    """Return the iteration in a checkpoint's state.json, or that in its name if it cannot be read."""
+    """Return the iteration in a checkpoint's state.json, or in its name if state.json cannot be read."""
     try:
         return read_checkpoint(path).iteration
     except UserError:
@@ -239,11 +240,11 @@ def recorded_iteration(path: Path) -> int:
 
 
 def newest_checkpoint(folder: Path, refused: Callable[[Path, str], None] | None = None) -> StoredCheckpoint | None:
-    """Return the newest undamaged checkpoint of a folder, None if it has no checkpoint; raise `UserError` if all are damaged.
+    """Return the newest undamaged checkpoint in a folder, or None if the folder has no checkpoint.
 
-    Damage is what `StoredCheckpoint.find_fault` finds. The newest is that of the highest iteration in its state.json, not in its
-    name. `refused(path, why)` is called for each newer, damaged one; without it a warning is issued. All processes of a run must
-    call this, and all get the same checkpoint.
+    The newest one has the highest iteration in its state.json. Damage is found by `StoredCheckpoint.find_fault`.
+    `refused(path, why)` is called for each newer, damaged one; by default a warning is issued. Raises `UserError` if all are
+    damaged. All processes of a run must call this, and all get the same checkpoint.
     """
     candidates = ranks.from_first(sorted(checkpoints_in(folder), key=_age))
     for path in reversed(candidates):
@@ -256,19 +257,19 @@ def newest_checkpoint(folder: Path, refused: Callable[[Path, str], None] | None 
             refused(path, why)
     if candidates:
         raise UserError(
-            f"{folder}: none of its {len(candidates)} checkpoints is good; move them away to start from scratch"
+            f"{folder}: all {len(candidates)} checkpoints are damaged; move them away to start from scratch"
         )
     return None
 
 
 def _age(path: Path) -> tuple[int, bool]:
-    """Sort by the recorded iteration, and of two with the same one, prefer the one that has it in its name."""
+    """Return the key by which checkpoints are sorted: the iteration in state.json, and whether the folder's name agrees with it."""
     iteration = recorded_iteration(path)
     return iteration, iteration_of(path) == iteration
 
 
 def _try(path: Path) -> tuple[StoredCheckpoint | None, str | None]:
-    """Open a checkpoint and return it, or the reason why it cannot be used; the reason is the same on all processes."""
+    """Open a checkpoint. Returns (checkpoint, None), or (None or checkpoint, the fault); the fault is the same on all processes."""
     stored, why = None, None
     try:
         stored = read_checkpoint(path)
@@ -281,7 +282,7 @@ def _try(path: Path) -> tuple[StoredCheckpoint | None, str | None]:
 
 
 def is_healthy(path: Path) -> bool:
-    """Return whether a checkpoint can be opened, its weights are finite, and the last update of no network was skipped."""
+    """Return whether a checkpoint can be used: it opens, its weights are finite, and no network's last update was skipped."""
     try:
         stored = read_checkpoint(path)
         skipped = any(stored.record.get("skipped_in_a_row", {}).values())

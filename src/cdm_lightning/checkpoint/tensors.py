@@ -1,7 +1,7 @@
-"""Writing and reading the tensors of a checkpoint with torch.distributed.checkpoint, in its safetensors format.
+"""Write and read the tensors of a checkpoint with torch.distributed.checkpoint, as safetensors files.
 
-Each process writes the shards that it holds and reads those that it needs, even if they were written with another layout.
-Unlike torch's default format, whose index is a pickle, this format contains no pickle.
+Each process writes its own shards and reads the shards that it needs, even if they were written in another layout. No pickle is
+involved, unlike in torch's default format, whose index is one.
 """
 
 import os
@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from cdm_lightning.checkpoint.folder import FileSums
 from cdm_lightning.distributed.ranks import is_spread, world_size
 
-FILE_BYTES = 1 << 29  # approximate size of a file, because a whole file is built in memory
+FILE_BYTES = 1 << 29  # approximate size of a file; it is limited, because a whole file is built in memory
 
 
 class _Summed:
@@ -41,7 +41,7 @@ class _Summed:
 
 
 class _SummedFiles(FileSystem):
-    """A file system that keeps the size and checksum of every file that is written."""
+    """A file system that remembers the size and checksum of each file that is written."""
 
     def __init__(self) -> None:
         self.sums: FileSums = {}
@@ -55,7 +55,7 @@ class _SummedFiles(FileSystem):
 
 
 class _GivenFiles(FileSystem):
-    """A file system that shows only these files."""
+    """A file system that shows only the given files."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = [str(file) for file in files]
@@ -65,10 +65,10 @@ class _GivenFiles(FileSystem):
 
 
 def save_tensors(tensors: Mapping[str, Tensor], folder: Path) -> FileSums:
-    """Write this process's shards of `tensors` (name: tensor or DTensor) to .safetensors files in `folder`.
+    """Write this process's shards of the tensors (plain or DTensor, by name) to .safetensors files in `folder`.
 
-    Returns {file name: {"bytes": size, "crc32": checksum}} of the files that this process wrote. All processes must call it
-    with the same names. Raises OSError on all of them if one cannot write.
+    Returns {file name: {"bytes": size, "crc32": checksum}} of the files that this process wrote. All processes must call this
+    with the same names. If one of them cannot write, all raise OSError.
     """
     writer = dcp.HuggingFaceStorageWriter(str(folder), files_of(tensors), save_distributed=True)
     writer.fs = files = _SummedFiles()
@@ -81,7 +81,7 @@ def save_tensors(tensors: Mapping[str, Tensor], folder: Path) -> FileSums:
 
 
 def load_tensors(tensors: dict[str, Tensor], files: Sequence[Path], alone: bool = False) -> None:
-    """Fill `tensors` in place from a checkpoint's files; all processes must call it together, unless `alone` is true.
+    """Read tensors from a checkpoint's files, in place. All processes must call this together, unless `alone` is true.
 
     Raises RuntimeError if a name is missing or a shape does not fit.
     """
@@ -93,7 +93,7 @@ def load_tensors(tensors: dict[str, Tensor], files: Sequence[Path], alone: bool 
 
 
 def stored_sizes(files: Sequence[Path]) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Return (shape, dtype) of each tensor in a checkpoint's files by name, read from their headers."""
+    """Return the (shape, dtype) of each tensor by name, read from the headers of the files."""
     metadata = reader(files).read_metadata().state_dict_metadata
     tensors = cast(dict[str, TensorStorageMetadata], metadata)  # these files hold only tensors
     return {name: (of.size, of.properties.dtype) for name, of in tensors.items()}
@@ -107,7 +107,7 @@ def reader(files: Sequence[Path]) -> dcp.HuggingFaceStorageReader:
 
 
 def files_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return the file number of each tensor, from 1; a file takes tensors up to `FILE_BYTES`."""
+    """Return the number of the file (from 1) for each tensor. A file gets tensors of about `FILE_BYTES` in total."""
     numbers, number, filled = {}, 1, 0
     for name, tensor in tensors.items():
         size = tensor.numel() * tensor.element_size() // world_size()
@@ -118,7 +118,10 @@ def files_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def raise_cause(error: CheckpointException) -> None:
-    """Raise the cause of `error`, which is not an Exception itself: OSError if a file failed, else RuntimeError."""
+    """Raise the cause of `error`: OSError if a file failed, otherwise RuntimeError.
+
+    `error` itself is no subclass of Exception.
+    """
     causes = [cause for cause, _ in error.failures.values()]
     for cause in causes:
         if isinstance(cause, OSError):
@@ -128,7 +131,7 @@ def raise_cause(error: CheckpointException) -> None:
 
 @contextmanager
 def quietly() -> Generator[None]:
-    """Hide torch's warning inside the block that it saves or loads in a single process."""
+    """Hide torch's warning that a single process saves or loads alone, inside the `with` block."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed is (disabled|unavailable).*")
         yield

@@ -1,4 +1,4 @@
-"""A validation that was due when a run was stopped: it is made when the run resumes, so that none is missing in its figures."""
+"""Make up for a validation that was due when a run was stopped, so that the resumed run has the figures of all validations."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def is_due(trainer: L.Trainer, start: StoredCheckpoint) -> bool:
-    """Return whether a validation was due at the iteration of `start` and has not been made; the same on all processes.
+    """Return whether a validation was due at the iteration of `start` but was not finished; the same on all processes.
 
-    False for checkpoints of older versions, whose runs did not write which validations were made.
+    Returns False for checkpoints of older versions, which did not note finished validations.
     """
     interval = trainer.val_check_interval
     if not trainer.enable_validation or not isinstance(interval, int) or not start.record.get(FINITE):
@@ -28,13 +28,13 @@ def is_due(trainer: L.Trainer, start: StoredCheckpoint) -> bool:
 def make_up_validation(
     trainer: L.Trainer, module: "CDMModule", start: StoredCheckpoint, say: Callable[[str], None]
 ) -> None:
-    """Make the validation of the iteration of `start` now if it was due and was not made, as Lightning's loop makes it.
+    """Run the validation of the iteration of `start` now if it was due but not finished, as Lightning's loop runs it.
 
-    The checkpoint is written before the validation, so a run that is killed between the two has the checkpoint alone.
+    A checkpoint is written before the validation. A run that is killed between the two has the checkpoint only.
     """
     if not is_due(trainer, start):
         return
-    say(f"the validation of iteration {start.iteration} was not finished; it is made now")
+    say(f"the validation of iteration {start.iteration} was not finished; it runs now")
     loop, first = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector._first_loop_iter
     progress = loop.batch_progress.state_dict()
     loop.restarting = False
