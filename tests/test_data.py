@@ -54,7 +54,7 @@ def test_a_prompt_file_travels_to_workers(tmp_path):
         ("blank.txt", " \n\n", None, "blank.txt: the prompt file holds no prompt"),
         ("latin.txt", "fine\ngr\xfcn\n".encode("latin-1"), None, "latin.txt, line 2: the prompt file is not UTF-8"),
         ("utf16.txt", "two".encode("utf-16"), None, "utf16.txt, line 1: the prompt file is not UTF-8"),
-        ("a.txt", "text", "caption", "a.txt: `field: caption` needs a .jsonl or .parquet file"),
+        ("a.txt", "text", "caption", "a.txt: a text file has no field 'caption'"),
         (
             "a.jsonl",
             '{"prompt": ""}\n{"text": "y"}',
@@ -145,11 +145,11 @@ def test_a_folder_is_its_files_in_the_order_of_their_names(tmp_path):
 
 
 def test_folders_that_are_no_prompts(tmp_path):
-    with pytest.raises(UserError, match=r"holds no .txt, .jsonl, .ndjson, .parquet, .csv, .tsv, .json file"):
+    with pytest.raises(UserError, match=r"has no prompt file \(.txt, .jsonl, .ndjson, .parquet, .csv, .tsv, .json\)"):
         PromptFile(tmp_path)
     write(tmp_path, "a.txt", "a")
     write(tmp_path, "b.jsonl", "{}")
-    with pytest.raises(UserError, match=r"holds .jsonl and .txt files; a folder must hold one kind"):
+    with pytest.raises(UserError, match=r"the folder has .jsonl and .txt files, but must have files of one format"):
         PromptFile(tmp_path)
     (tmp_path / "dataset_info.json").touch()
     with pytest.raises(UserError, match="a saved Hugging Face data set; use data=dataset"):
@@ -194,9 +194,9 @@ def test_parquet_is_copied_once_and_anew_when_it_has_changed(tmp_path):
 def test_bad_tables_are_refused_in_one_line(tmp_path):
     path = table(tmp_path / "a.parquet", caption=["a"], width=[3])
     cache = tmp_path / "cache"
-    cases = [(path, None, f"{path}: no column 'prompt', it has caption, width; set field=NAME")]
-    cases += [(path, "width", f"{path}: the column 'width' holds int64, not text; set field=NAME")]
-    cases += [(tmp_path / "no.parquet", None, "no.parquet: cannot read the prompt file (no such file)")]
+    cases = [(path, None, f"{path}: no column 'prompt'; set field to one of its columns: caption, width")]
+    cases += [(path, "width", f"{path}: the column 'width' contains int64, not text")]
+    cases += [(tmp_path / "no.parquet", None, "no.parquet: this prompt file does not exist")]
     half = write(tmp_path, "half.parquet", path.read_bytes()[:-20])
     cases += [(half, "caption", "half.parquet: cannot be read as parquet")]
     for file, field, message in cases:
@@ -219,7 +219,9 @@ def test_a_broken_copy_of_a_column_is_named(tmp_path):
 def test_tables_without_the_library(tmp_path, monkeypatch):
     path = table(tmp_path / "a.parquet", prompt=["one"])
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match=r"tables need the package pyarrow: pip install 'cdm-lightning\[data\]'"):
+    with pytest.raises(
+        UserError, match=r"pyarrow is needed to read this file; install it: pip install 'cdm-lightning\[data\]'"
+    ):
         PromptFile(path)
 
 

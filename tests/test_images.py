@@ -154,7 +154,7 @@ def test_a_mixture_of_sets_of_images_has_images(folder):
 def test_a_mixture_that_lacks_images_or_one_size_of_them_is_refused(folder):
     drawn, alone = DrawnCaptions(asset_path("prompts/shapes_heldout.txt")), PromptList(["a"])
     mixed = MixedPrompts({"drawn": drawn, "alone": alone})
-    with pytest.raises(UserError, match="learns from real images, but alone are prompts without images"):
+    with pytest.raises(UserError, match="needs real images, but alone are prompts without images"):
         PromptDataModule(mixed, drawn, batch_size=1, images=True)
     mixed = MixedPrompts({"drawn": drawn, "mine": CaptionedFolder(folder, [8, 16])})
     with pytest.raises(UserError, match="images of drawn have 32 x 32 pixels, those of mine 8 x 16"):
@@ -163,7 +163,7 @@ def test_a_mixture_that_lacks_images_or_one_size_of_them_is_refused(folder):
 
 def test_prompts_alone_are_refused_where_images_are_needed():
     prompts = PromptList(["a", "b"])
-    with pytest.raises(UserError, match="the objective learns from real images, but these are prompts without images"):
+    with pytest.raises(UserError, match="the objective needs real images, but these are prompts without images"):
         PromptDataModule(prompts, prompts, batch_size=1, images=True)
     with pytest.raises(UserError, match="PromptList holds prompts without images"):
         prompts.image(0)

@@ -287,7 +287,7 @@ def test_the_head_takes_features_of_several_blocks():
 
 def test_real_images_are_needed(overrides, tmp_path):
     blind = ["data.train._target_=cdm_lightning.data.prompts.PromptFile", "~data.train.seed"]
-    with pytest.raises(UserError, match="learns from real images"):
+    with pytest.raises(UserError, match="needs real images"):
         run(overrides("dmd2"), tmp_path, *blind)
 
 

@@ -202,7 +202,7 @@ def test_a_class_of_one_s_own_can_be_registered_in_two_ways(run_folder, monkeypa
     monkeypatch.syspath_prepend(os.getcwd())
     folder = run_folder(backbone={**TOY, "_target_": f"{module}.Own"})
     with pytest.raises(
-        UserError, match=f"{registered.TRUSTED}=MODULE.CLASS, or .* in the group 'cdm_lightning.backbone'"
+        UserError, match=rf"{registered.TRUSTED}=MODULE.CLASS, or .* in the group 'cdm_lightning.backbone'"
     ):
         build_parts(Run(folder))
     assert module not in sys.modules

@@ -34,4 +34,6 @@ def _of_override(override: str) -> str:
     if value.startswith(("[", "{")):
         return f"cannot read the argument {override!r}: close all brackets and quotes in it, and put the whole argument in quotes"
     quoted = value.replace("\\", "\\\\").replace('"', '\\"')
-    return f"""cannot read the argument {override!r}: put double quotes around the value and single quotes around all: '{key}="{quoted}"'"""
+    return (
+        f"""cannot read the argument {override!r}: quote the value and the whole argument, as in '{key}="{quoted}"'"""
+    )

@@ -1,4 +1,4 @@
-"""Which prompts batch n of training holds: a function of (seed, n), so a resumed run needs no saved position in the data."""
+"""The prompts of each training batch. They are a function of (seed, iteration), so a resumed run needs no saved position."""
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -16,16 +16,18 @@ if TYPE_CHECKING:
 Order = Callable[[int], int]  # position in the endless stream of all ranks -> number of the prompt
 
 
-PADDING = -1  # key of a draw that only fills up a batch and whose result is not used
+PADDING = -1  # key of a draw that only fills a batch; its result is ignored
 
 
 class PromptBatch(NamedTuple):
-    """A batch of B prompts, each with the number (key) from which its random draws, such as its noise, are derived.
+    """A batch of B prompts. Each prompt has a number from which its random draws, such as its noise, are derived.
 
-    `indices` (B,) int64 on the CPU are these keys: in training each sample's place in the global batch over all ranks, in
-    validation the prompt's number in its file, or `PADDING`. `images` (B, 3, H, W) in [0, 1] are the real images of the
-    prompts, if the objective needs them. If the rollouts of several iterations are computed as one batch, `group` holds the
-    batches of all of them in order, this one included; only the first of them that the loader delivers has it.
+    - `prompts`: B texts.
+    - `indices`: (B,) int64 on the CPU, the numbers for random draws. In training, it is the sample's place in the global batch
+      over all ranks. In validation, it is the prompt's number in its file, or `PADDING`.
+    - `images`: (B, 3, H, W) in [0, 1], real images of the prompts, or None if the objective needs none.
+    - `group`: the batches of several iterations whose rollouts are computed together, including this one. Only the first batch
+      of such a group has it; for all others it is empty.
     """
 
     prompts: list[str]
@@ -34,7 +36,10 @@ class PromptBatch(NamedTuple):
     group: tuple["PromptBatch", ...] = ()
 
     def split(self, count: int) -> list["PromptBatch"]:
-        """Split into `count` parts, without `group`, whose sizes differ by at most 1; into single samples if there are fewer."""
+        """Split the batch into at most `count` parts whose sizes differ by at most 1. The parts have no `group`.
+
+        With fewer samples than `count`, each part has one sample.
+        """
         parts = spans(len(self.prompts), count)
         images = self.images
         return [
@@ -44,13 +49,16 @@ class PromptBatch(NamedTuple):
 
 
 def spans(size: int, count: int) -> list[slice]:
-    """Cut range(size) into `count` slices whose lengths differ by at most 1; into `size` slices of length 1 if size < count."""
+    """Cut range(size) into at most `count` slices whose lengths differ by at most 1.
+
+    If `size` is smaller than `count`, there are `size` slices of length 1.
+    """
     edges = [size * n // count for n in range(count + 1)]
     return [slice(first, end) for first, end in pairwise(edges) if end > first]
 
 
 class Draw(NamedTuple):
-    """A request to the loader: the number of a prompt in its set, the key of its random draws, and the number of its batch."""
+    """A request for one prompt: its number, the number for its random draws (`key`), and the number of its batch."""
 
     prompt: int
     key: int
@@ -58,7 +66,7 @@ class Draw(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """What the loader has read for a `Draw`: the prompt's text, the key of its random draws, its batch's number, its image."""
+    """A prompt that was loaded for a `Draw`: its text, the `key` and `batch` of the request, and its image."""
 
     prompt: str
     key: int
@@ -67,10 +75,7 @@ class Drawn(NamedTuple):
 
 
 class DrawnPrompts(Dataset):
-    """A data set for the `DataLoader`: it is indexed by `Draw` and returns `Drawn`, so that each prompt keeps its key.
-
-    With `images`, each sample also has its real image (`Prompts.image`).
-    """
+    """A data set that is indexed by `Draw` and returns `Drawn`. With `images`, it also loads each prompt's real image."""
 
     def __init__(self, prompts: "Prompts", images: bool = False) -> None:
         self.prompts, self.images = prompts, images
@@ -81,14 +86,17 @@ class DrawnPrompts(Dataset):
 
 
 class ShuffledEpochs:
-    """An endless order of the prompts 0..size-1: each epoch has its own permutation, a function of `seed`, `key` and epoch."""
+    """An endless shuffled order of the prompts 0..size-1.
+
+    Each epoch has its own permutation, a function of `seed`, `key` and the number of the epoch.
+    """
 
     def __init__(self, size: int, seed: int, *key: int) -> None:
         self.size, self.seed, self.key = size, seed, key
         self._epoch, self._numbers = 0, permutation(size, seed, "prompt_order", 0, *key)
 
     def __call__(self, position: int) -> int:
-        """Return the number of the prompt at `position`; positions count from 0."""
+        """Return the number of the prompt at `position`, counted from 0."""
         epoch, place = divmod(position, self.size)
         if epoch != self._epoch:
             self._epoch, self._numbers = epoch, permutation(self.size, self.seed, "prompt_order", epoch, *self.key)
@@ -96,15 +104,15 @@ class ShuffledEpochs:
 
 
 class EndlessBatches(Sampler):
-    """The endless sequence of batches `start`, `start + 1`, ... of one rank, each a list of `batch_size` draws.
+    """The endless sequence of training batches of one rank, from batch `start` on. Each batch is a list of `batch_size` draws.
 
-    The `size` prompts come in `order` (default: shuffled epochs); a batch may span two epochs. Together the ranks take
-    `world_size * batch_size` consecutive prompts for each batch, so the global batch does not depend on how it is split
-    over ranks.
+    `order` gives the order of the `size` prompts; by default it is shuffled epochs, and a batch may span two of them. All ranks
+    together take `world_size * batch_size` consecutive prompts for each batch. Therefore the global batch does not depend on
+    the number of ranks.
 
-    `groups(n)` is the range of iterations whose rollouts are computed in one batch with those of iteration n (default: n
-    alone). The first batch that is read of such a group is longer: after its own draws it holds those of the group's other
-    batches, which are yielded again in their turn.
+    `groups(n)` is the range of iterations whose rollouts are computed together with those of iteration n; by default, n alone.
+    The first batch of a group also contains the draws of the group's other batches, after its own. Those batches follow in
+    their turn nevertheless.
     """
 
     def __init__(
@@ -130,18 +138,21 @@ class EndlessBatches(Sampler):
             number += 1
 
     def batch(self, number: int) -> list[Draw]:
-        """Return this rank's draws of batch `number`, from 0; the key of a draw is its place in the global batch of all ranks."""
+        """Return this rank's draws of batch `number`, counted from 0.
+
+        The key of each draw is its place in the global batch over all ranks.
+        """
         first = number * self.batch_size * self.world_size
         slots = range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         return [Draw(self.prompt_at(first + slot), slot, number) for slot in slots]
 
 
 def evaluation_batches(size: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[Draw]]:
-    """Return this rank's share of the prompts 0..size-1, in their order, in batches of at most `batch_size`.
+    """Return this rank's share of the prompts 0..size-1, in order, in batches of at most `batch_size`.
 
-    The key of each draw is the number of its prompt. All ranks get the same number of batches: with sharded networks all
-    must make the same calls. Where a rank has no prompts left, its batch is one draw with the key `PADDING`, whose result
-    must not be used.
+    The key of each draw is the number of its prompt. All ranks get the same number of batches, because ranks with sharded
+    networks must make the same calls. A rank without prompts gets a batch of one draw with the key `PADDING`; ignore its
+    result.
     """
     first, end = size * rank // world_size, size * (rank + 1) // world_size
     longest = -(-size // world_size)
@@ -153,7 +164,10 @@ def evaluation_batches(size: int, batch_size: int, rank: int = 0, world_size: in
 
 
 def collate(samples: list[Drawn]) -> PromptBatch:
-    """Return the `PromptBatch` that the first sample belongs to; if the samples are of several batches, `group` holds all."""
+    """Return the `PromptBatch` of the first sample.
+
+    If the samples belong to several batches, its `group` contains all these batches.
+    """
     by_batch = {number: [] for number in dict.fromkeys(sample.batch for sample in samples)}
     for sample in samples:
         by_batch[sample.batch].append(sample)

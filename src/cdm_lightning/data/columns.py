@@ -1,7 +1,7 @@
-"""Prompts in a column of a table: they are copied into an Arrow file, which is mapped into memory to read single rows.
+"""Prompts in a column of a table. The column is copied into an Arrow file, from which single rows can be read quickly.
 
-Parquet stores rows in compressed groups, so reading one row means unpacking a whole group. A parquet column is therefore
-copied once into an uncompressed Arrow file, group by group, which needs little memory. `pyarrow` is imported when needed.
+Parquet compresses rows in groups, so reading one row would mean unpacking a whole group. The copy is made once, group by group,
+and uses little memory. `pyarrow` is imported only when it is needed.
 """
 
 import hashlib
@@ -23,9 +23,9 @@ INSTALL = "pip install 'cdm-lightning[data]'"
 
 
 class ArrowColumn:
-    """The texts of an Arrow file with one column; a null counts as a blank text. Each loader worker opens the file itself.
+    """The texts in an Arrow file with one column. A null counts as a blank text.
 
-    `path` is the Arrow file, and `name` what messages call it: the file or data set that it is a copy of.
+    `path` is the Arrow file. `name` is the original file or data set, for messages. Each loader worker opens the file itself.
     """
 
     def __init__(self, path: Path, name: str) -> None:
@@ -34,13 +34,13 @@ class ArrowColumn:
 
     @cached_property
     def column(self) -> Any:
-        """The column (pyarrow.ChunkedArray), mapped from the file; `UserError` if the file is damaged."""
+        """The column (pyarrow.ChunkedArray), mapped into memory. Raises `UserError` if the file is damaged."""
         pyarrow = import_pyarrow(self.path)
         try:
             return pyarrow.ipc.open_file(pyarrow.memory_map(str(self.path))).read_all().column(0)
         except (pyarrow.ArrowInvalid, OSError) as error:
             raise UserError(
-                f"{self.path}: cannot be read ({first_line(error)}); delete this file: it is a copy and is made again"
+                f"{self.path}: cannot be read ({first_line(error)}); delete this file; it is a copy and will be made again"
             ) from error
 
     def __getstate__(self) -> dict[str, Any]:
@@ -56,28 +56,36 @@ class ArrowColumn:
                 position += 1
 
     def read(self, position: int) -> str:
-        """Return the text of row `position`. `UserError` if the file has changed since `scan`: reading a shorter one could crash."""
+        """Return the text of row `position`, counted from 0.
+
+        Raises `UserError` if the file has changed since `scan`, because reading from a shorter file could crash.
+        """
         if self._state is not None:
             self._state.require(self.path, self.path)
         return self.column[position].as_py() or ""
 
     def place(self, position: int) -> str:
-        """Name a row for messages, as in "captions.parquet, row 3"; rows count from 1, on through all copied files."""
+        """Return the name of a row for messages, such as "captions.parquet, row 3".
+
+        Rows are counted from 1, through all files that were copied.
+        """
         return f"{self.name}, row {position + 1}"
 
 
 def open_columns(
     paths: Sequence[Path], field: str, cache_folder: str | Path | None, kind: str, texts: ReadTexts
 ) -> ArrowColumn:
-    """Return the texts in column `field` of the files at `paths`, from their copy in the cache folder, which is made if needed.
+    """Return the texts in column `field` of the files at `paths`. They are read from a copy in the cache folder.
 
-    `texts(paths, field, pyarrow)` reads the files, of the format `kind`, and yields lists of texts. The name of the copy is
-    a hash of `kind`, `field` and the files' paths, sizes and modification times, so changed files are copied again. Raises
-    `UserError` for a file that is missing, unreadable or without the column.
+    The copy is made if it does not exist, with `texts(paths, field, pyarrow)`, which yields lists of texts. Its name is a hash
+    of `kind` (the file format), `field`, and the files' paths, sizes and modification times. Changed files are therefore copied
+    again.
+
+    Raises `UserError` for a file that is missing, cannot be read or has no such column.
     """
     for path in paths:
         if not path.is_file():
-            raise UserError(f"{path}: cannot read the prompt file (no such file)")
+            raise UserError(f"{path}: this prompt file does not exist; correct the path")
     pyarrow = import_pyarrow(paths[0])
     states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     target = copy_path(cache_folder, kind, field, states)
@@ -89,7 +97,7 @@ def open_columns(
 
 
 def check_column(path: Path, field: str, pyarrow: ModuleType) -> None:
-    """Raise `UserError` unless `path` is a parquet file that can be read and whose column `field` holds text."""
+    """Raise `UserError` if `path` is not a readable parquet file with a text column `field`."""
     try:
         schema = pyarrow.parquet.read_schema(path)
     except (pyarrow.ArrowException, OSError) as error:
@@ -97,18 +105,18 @@ def check_column(path: Path, field: str, pyarrow: ModuleType) -> None:
             f"{path}: cannot be read as parquet ({first_line(error)}); replace it with an intact copy"
         ) from error
     if field not in schema.names:
-        raise UserError(f"{path}: no column {field!r}, it has {', '.join(schema.names)}; set field=NAME")
+        raise UserError(f"{path}: no column {field!r}; set field to one of its columns: {', '.join(schema.names)}")
     kind = schema.field(field).type
     if pyarrow.types.is_dictionary(kind):
         kind = kind.value_type
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_string_view(kind)):
-        raise UserError(f"{path}: the column {field!r} holds {kind}, not text; set field=NAME")
+        raise UserError(f"{path}: the column {field!r} contains {kind}, not text; set field to a column of texts")
 
 
 def parquet_texts(paths: Sequence[Path], field: str, pyarrow: ModuleType) -> Iterator[list[str | None]]:
-    """Yield the texts of column `field` of parquet files as lists of at most `BATCH_ROWS`, None for a null.
+    """Yield the texts in column `field` of parquet files, as lists of at most `BATCH_ROWS` texts. A null becomes None.
 
-    Raises `UserError` for a damaged file and for one without a text column of this name.
+    Raises `UserError` for a damaged file, or a file without a text column `field`.
     """
     for path in paths:
         check_column(path, field, pyarrow)
@@ -124,7 +132,10 @@ def parquet_texts(paths: Sequence[Path], field: str, pyarrow: ModuleType) -> Ite
 
 
 def write_column(target: Path, batches: Iterable[Sequence[str | None]]) -> None:
-    """Write the texts of all `batches` to the Arrow file `target`, completely or not at all; `UserError` if that fails."""
+    """Write the texts of all `batches` to the Arrow file `target`, completely or not at all.
+
+    Raises `UserError` if the file cannot be written.
+    """
     pyarrow = import_pyarrow(target)
     schema = pyarrow.schema([("text", pyarrow.large_string())])
     try:
@@ -143,7 +154,10 @@ def write_column(target: Path, batches: Iterable[Sequence[str | None]]) -> None:
 
 
 def copy_path(cache_folder: str | Path | None, *identity: object) -> Path:
-    """Return the path of a column's copy in `cache_folder` (None: the user's cache folder), named by a hash of `identity`."""
+    """Return the path of a column's copy in `cache_folder`. The file name is a hash of `identity`.
+
+    Without a `cache_folder`, the copy lies in the user's own cache folder.
+    """
     if cache_folder is None:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         cache_folder = Path(home) / "cdm_lightning" / "prompts"
@@ -151,10 +165,13 @@ def copy_path(cache_folder: str | Path | None, *identity: object) -> Path:
 
 
 def import_pyarrow(path: Path) -> ModuleType:
-    """Import pyarrow; if it is not installed, raise `UserError` that names `path`, the file to be read."""
+    """Import and return pyarrow.
+
+    Raises `UserError` if it is not installed; the message names `path`, the file to be read.
+    """
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise UserError(f"{path}: tables need the package pyarrow: {INSTALL}") from error
+        raise UserError(f"{path}: the package pyarrow is needed to read this file; install it: {INSTALL}") from error
     return pyarrow

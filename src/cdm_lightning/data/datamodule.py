@@ -1,4 +1,4 @@
-"""The prompts of a run: an endless stream for training and a fixed list for validation."""
+"""The data loaders of a run: an endless stream of prompts for training, and a fixed list of prompts for validation."""
 
 import sys
 from collections.abc import Callable
@@ -19,14 +19,16 @@ LONGEST_TIMEOUT = 10**6  # seconds, eleven days; longer ones overflow in the ope
 
 
 class PromptDataModule(L.LightningDataModule):
-    """Loaders of `PromptBatch` from two sets of prompts. They keep no state: a resumed run continues at batch `global_step`.
+    """Data loaders that deliver `PromptBatch`es of training and validation prompts.
 
-    Batch sizes are per process; `val_batch_size` None means `batch_size`. Validation uses the first `val_prompts` prompts
-    of `val`, or all of them if it is None. `seed` fixes the order of the training prompts. `groups(n)` is the range of
-    iterations whose rollouts are computed in one batch with those of iteration n (default: n alone); the loader delivers
-    their prompts together. `images` adds the real image of each training prompt. If the loader workers deliver no batch for
-    `worker_timeout` seconds, the run ends with `UserError`. Raises `UserError` for a number out of its range, and if images
-    are requested from prompts without images.
+    A resumed run continues at batch `global_step`, so the loaders have no state to save. `seed` fixes the order of the training
+    prompts. Validation uses the first `val_prompts` prompts of `val`, or all if it is None. Batch sizes are per process;
+    `val_batch_size` is `batch_size` if it is None. `groups(n)` is the range of iterations whose rollouts are computed together
+    with those of iteration n; the loader delivers their prompts together. With `images`, each training prompt comes with its
+    real image.
+
+    Raises `UserError` for a number out of its range, and if `images` are requested from prompts without images. If no batch
+    arrives within `worker_timeout` seconds, the run ends with `UserError`.
     """
 
     def __init__(
@@ -46,8 +48,8 @@ class PromptDataModule(L.LightningDataModule):
         self.groups, self.images = groups, images
         if images and not train.has_images:
             raise UserError(
-                f"data.train: the objective learns from real images, but {_without_images(train)} are prompts without images; see "
-                "docs/prompts.md for sets of captioned images"
+                f"data.train: the objective needs real images, but {_without_images(train)} are prompts without images; "
+                "choose a set of captioned images, such as data=captioned_images (docs/prompts.md)"
             )
         self.train, self.val, self.seed, self.num_workers = train, val, seed, num_workers
         self.batch_size = batch_size
@@ -60,7 +62,7 @@ class PromptDataModule(L.LightningDataModule):
             )
         if num_workers < 0:
             raise UserError(
-                f"data.num_workers={num_workers} must be at least 0; with 0 the training process reads the prompts itself"
+                f"data.num_workers={num_workers} must be at least 0; set 0 to read the prompts in the training process"
             )
         if not 0 < worker_timeout <= LONGEST_TIMEOUT:
             raise UserError(
@@ -70,13 +72,13 @@ class PromptDataModule(L.LightningDataModule):
         self._loaders: list[SteadyLoader] = []
 
     def prepare_data(self) -> None:
-        """Print to stderr, for each set that has one, its `summary`: which prompts were left out, and the shares of a mixture."""
+        """Print which prompts were left out, and the shares of a mixture, for the training and the validation prompts."""
         for name, prompts in (("training", self.train), ("validation", self.val)):
             if prompts.summary:
                 print(f"{name} prompts: {prompts.summary}", file=sys.stderr, flush=True)
 
     def train_dataloader(self) -> DataLoader:
-        """Return the endless loader of training batches; the first one is that of iteration `trainer.global_step`."""
+        """Return the endless loader of training batches. It begins with the batch of iteration `trainer.global_step`."""
         trainer = cast(L.Trainer, self.trainer)
         batches = EndlessBatches(
             len(self.train),
@@ -91,22 +93,26 @@ class PromptDataModule(L.LightningDataModule):
         return self._loader(DrawnPrompts(self.train, self.images), batches, self.num_workers)
 
     def val_dataloader(self) -> DataLoader:
-        """Return the loader of this rank's validation prompts, in order; `UserError` for fewer prompts than processes."""
+        """Return the loader of this rank's validation prompts, in their order.
+
+        Raises `UserError` if there are fewer prompts than processes.
+        """
         trainer = cast(L.Trainer, self.trainer)
         rank, world_size = trainer.global_rank, trainer.world_size
         if self.val_prompts < world_size:
             raise UserError(
-                f"data: {self.val_prompts} validation prompts are too few for {world_size} processes: each needs one; use more"
+                f"data: {self.val_prompts} validation prompts are too few for {world_size} processes; set data.val_prompts "
+                f"and the prompts of data.val to at least {world_size}"
             )
         batches = evaluation_batches(self.val_prompts, self.val_batch_size, rank, world_size)
         return self._loader(DrawnPrompts(self.val), batches, 0)
 
     def transfer_batch_to_device(self, batch: PromptBatch, device: torch.device, dataloader_idx: int) -> PromptBatch:
-        """Return the batch as it is, on the host: prompts are text, and random draws need their keys on the CPU."""
+        """Return the batch unchanged. It stays on the CPU, because prompts are texts and random numbers are drawn on the CPU."""
         return batch
 
     def kill_workers(self) -> None:
-        """Kill the loader workers that are still alive, for example because they hang; call this after training."""
+        """Kill loader workers that are still alive, for example because they hang. Call this after training."""
         for loader in self._loaders:
             loader.kill_workers()
 
@@ -125,6 +131,6 @@ class PromptDataModule(L.LightningDataModule):
 
 
 def _without_images(prompts: Prompts) -> str:
-    """Name the prompts without images, for a message: "these", or the names of a mixture's sources without images."""
+    """Return the names of a mixture's sources without images, for a message, or "these" if `prompts` is not a mixture."""
     sources = prompts.sources if isinstance(prompts, MixedPrompts) else {}
     return ", ".join(name for name, source in sources.items() if not source.has_images) or "these"

@@ -1,6 +1,6 @@
-"""Prompts from Hugging Face `datasets`: from a folder made by `save_to_disk`, or from a data set of the hub.
+"""Prompts from Hugging Face `datasets`: from a folder that `save_to_disk` wrote, or from a data set on the hub.
 
-Importing `datasets` takes seconds, so it is imported only when it is needed.
+Importing the library `datasets` takes seconds, so it is imported only when it is needed.
 """
 
 from collections.abc import Iterator
@@ -20,14 +20,15 @@ from cdm_lightning.kinds import Count, Field, FileOrFolder, FolderToRead, Name, 
 class PromptDataset(SelectedPrompts):
     """Prompts from the text column `field` in one `split` of a Hugging Face data set.
 
-    `dataset` is a folder that `save_to_disk` wrote, or anything that `datasets.load_dataset` takes: an id of the hub (with
-    `subset`, the name of its configuration, and `revision`) or a folder of data files. `datasets` keeps it in Arrow files
-    that are mapped into memory, so that any row can be read alone. With `streaming`, only this column is downloaded, for
-    example without the images in other columns, and only the first `limit` rows (None: all). It is copied into an Arrow file
-    in `cache_folder`; later starts use that copy even if the data set on the hub has changed.
+    `dataset` is an id on the hub, a folder that `save_to_disk` wrote, or a folder of data files. `subset` is the name of the
+    configuration on the hub, and `revision` a branch, tag or commit.
 
-    `max_characters`, `overlong`, `deduplicate` and `cache_folder` are those of `PromptFile`. Raises `UserError` for a data
-    set, split or column that does not exist, and for a `limit` that is below 1 or given without `streaming`.
+    With `streaming`, only this column is downloaded, for example without a column of images, and only the first `limit` rows
+    (all if None). It is copied into an Arrow file in `cache_folder`. Later starts use the copy, even if the data set on the hub
+    has changed.
+
+    `max_characters`, `overlong`, `deduplicate` and `cache_folder` are those of `PromptFile`. Raises `UserError` if the data
+    set, split or column does not exist, or if a `limit` is below 1 or given without `streaming`.
     """
 
     def __init__(
@@ -61,13 +62,16 @@ class PromptDataset(SelectedPrompts):
 
 
 class DatasetColumn:
-    """The texts in column `field` of `rows`, a `datasets.Dataset` that messages call `name`; a null counts as blank."""
+    """The texts in column `field` of a `datasets.Dataset`, `rows`. A null counts as a blank text.
+
+    `name` is the name of the data set in messages.
+    """
 
     def __init__(self, rows: Any, field: str, name: str) -> None:
         self.rows, self.field, self.name = rows, field, name
 
     def scan(self) -> Iterator[tuple[int, str]]:
-        """Yield (row, text) for all rows; rows count from 0. `UserError` for a value that is not a text."""
+        """Yield (row, text) for all rows, counted from 0. Raises `UserError` for a value that is not a text."""
         position = 0
         for batch in self.rows.iter(batch_size=BATCH_ROWS):
             for text in checked(batch[self.field], self.field, self.name):
@@ -79,33 +83,38 @@ class DatasetColumn:
         return self.rows[position][self.field] or ""
 
     def place(self, position: int) -> str:
-        """Name a row for messages, as in "owner/name, split train, row 3"; rows count from 1."""
+        """Return the name of a row for messages, such as "owner/name, split train, row 3". Rows are counted from 1."""
         return f"{self.name}, row {position + 1}"
 
 
 def streamed_texts(rows: Any, field: str, name: str) -> Iterator[list[str | None]]:
-    """Yield the texts in column `field` of an `IterableDataset` as lists of at most `BATCH_ROWS`, None for a null.
+    """Yield the texts in column `field` of an `IterableDataset`, as lists of at most `BATCH_ROWS` texts. A null becomes None.
 
-    `UserError`, which calls the data set `name`, for a value that is not a text.
+    Raises `UserError` for a value that is not a text; `name` is the data set's name in the message.
     """
     for batch in rows.iter(batch_size=BATCH_ROWS):
         yield checked(batch[field], field, name)
 
 
 def checked(texts: list, field: str, name: str) -> list[str | None]:
-    """Return `texts` unchanged; raise `UserError`, which names data set and column, if an entry is neither a text nor None."""
+    """Return `texts` unchanged if each entry is a text or None.
+
+    Raises `UserError` otherwise; the message contains the column `field` and the data set's `name`.
+    """
     for text in texts:
         if text is not None and not isinstance(text, str):
-            raise UserError(f"{name}: the column {field!r} holds {type(text).__name__}, not text; set field=NAME")
+            raise UserError(
+                f"{name}: the column {field!r} contains {type(text).__name__}, not text; set field to a column of texts"
+            )
     return texts
 
 
 def load_column(
     dataset: str, split: str, field: str, subset: str | None, revision: str | None, streaming: bool = False
 ) -> Any:
-    """Load one split with only the column `field`: a `datasets.Dataset`, or an `IterableDataset` if streaming.
+    """Load the column `field` of one split: a `datasets.Dataset`, or with `streaming` an `IterableDataset`.
 
-    `UserError` if the data set cannot be loaded or has no such split or column.
+    Raises `UserError` if the data set cannot be loaded, or has no such split or column.
     """
     library = import_datasets(dataset)
     try:
@@ -115,10 +124,12 @@ def load_column(
         else:
             rows = library.load_dataset(dataset, subset, split=split, revision=revision, streaming=streaming)
     except (OSError, ValueError, library.exceptions.DatasetsError) as error:
-        raise UserError(f"{dataset}: the data set cannot be loaded ({first_line(error)})") from error
+        raise UserError(
+            f"{dataset}: the data set cannot be loaded ({first_line(error)}); correct its name, subset or revision"
+        ) from error
     columns = rows.column_names
     if columns is not None and field not in columns:
-        raise UserError(f"{dataset}: no column {field!r}, it has {', '.join(columns)}; set field=NAME")
+        raise UserError(f"{dataset}: no column {field!r}; set field to one of its columns: {', '.join(columns)}")
     return rows.select_columns([field])
 
 
@@ -128,19 +139,28 @@ def is_saved(folder: Path) -> bool:
 
 
 def load_saved(library: ModuleType, folder: Path, split: str) -> Any:
-    """Load what `save_to_disk` wrote: a single data set whatever `split` is, or this split of several; `UserError` if missing."""
+    """Load a data set that `save_to_disk` wrote.
+
+    If the folder contains several splits, `split` chooses one, and `UserError` is raised if it does not exist. If the folder
+    contains a single data set, `split` is ignored.
+    """
     loaded = library.load_from_disk(str(folder))
     if not isinstance(loaded, dict):
         return loaded
     if split not in loaded:
-        raise UserError(f"{folder}: no split {split!r}, it has {', '.join(loaded)}; set split=NAME")
+        raise UserError(f"{folder}: no split {split!r}; set split to one of these: {', '.join(loaded)}")
     return loaded[split]
 
 
 def import_datasets(name: str) -> ModuleType:
-    """Import `datasets`; if it is not installed, raise `UserError` that names `name`, the data set to be loaded."""
+    """Import and return the library `datasets`.
+
+    Raises `UserError` if it is not installed; the message contains `name`, the data set to be loaded.
+    """
     try:
         import datasets
     except ImportError as error:
-        raise UserError(f"{name}: this data set needs the package datasets: {INSTALL}") from error
+        raise UserError(
+            f"{name}: the package datasets is needed to read this data set; install it: {INSTALL}"
+        ) from error
     return datasets

@@ -1,4 +1,4 @@
-"""Opening prompt files by format, which the ending of a file's name says; formats that hold no prompts are refused."""
+"""Opening of prompt files. The ending of a file's name decides its format."""
 
 import json
 import mimetypes
@@ -23,30 +23,31 @@ KINDS = {
     ".tsv": "tsv",
     ".json": LIST,
 }
-IN_FOLDERS = (".txt", ".jsonl", ".ndjson", ".parquet")  # before other files, which may describe these
+IN_FOLDERS = (".txt", ".jsonl", ".ndjson", ".parquet")  # read from a folder in preference to other files
 REFUSED = (".arrow", ".feather", ".npy", ".pt", ".pkl", ".toml", ".xlsx", ".yaml", ".yml")  # unknown to `mimetypes`
-LARGEST_LIST = 1 << 30  # bytes of a file that must be read at once
+LARGEST_LIST = 1 << 30  # bytes of a JSON list, which is read at once
 KNOWN_TYPES = mimetypes.MimeTypes(())  # Python's own list: the system's would make the result depend on the machine
 
 
 def open_files(path: Path, field: str | None, cache_folder: str | Path | None) -> TextSource:
-    """Open the texts of a file, or of a folder's files, by the endings of their names.
+    """Open the texts of a file, or of all prompt files in a folder. The endings of their names decide the format.
 
-    `field` is the key or column of the prompts (None: "prompt"); columns and lists are copied into `cache_folder`. Raises
-    `UserError` for a folder with several formats, an unknown format, or a `field` with text files, which have no fields.
+    `field` is the key or column of the prompts; None means "prompt". Columns and lists are copied into `cache_folder`.
+
+    Raises `UserError` for an unknown format, for a folder with several formats, and for a `field` with a plain text file.
     """
     files = files_in(path) if path.is_dir() else [path]
     kinds = {kind_of(file) for file in files}
     if len(kinds) > 1:
         endings = " and ".join(sorted({file.suffix for file in files}))
         raise UserError(
-            f"{path}: holds {endings} files; a folder must hold one kind: pass one file, or mix them with data=mixed"
+            f"{path}: the folder has {endings} files, but must have files of one format; pass a single file, or use data=mixed"
         )
     (kind,) = kinds
     if kind == TEXT:
         if field is not None:
             raise UserError(
-                f"{path}: `field: {field}` needs a .jsonl or .parquet file; for a text file, one prompt on each line, leave it out"
+                f"{path}: a text file has no field {field!r}, because each line is a prompt; remove field={field}"
             )
         for file in files:
             require_no_objects(file)
@@ -57,10 +58,10 @@ def open_files(path: Path, field: str | None, cache_folder: str | Path | None) -
 
 
 def kind_of(file: Path) -> str:
-    """Return a file's format by the ending of its name, one of the values of `KINDS`.
+    """Return the format of a file by the ending of its name, as one of the values of `KINDS`.
 
-    A file with no ending, or with one of no known format, is plain text. `UserError` for an ending such as .yaml or .gz,
-    whose format is known but cannot be read as prompts.
+    A file without an ending, or with an unknown one, is plain text. Raises `UserError` for an ending such as .yaml or .gz,
+    whose format is known and cannot be read as prompts.
     """
     ending = file.suffix.lower()
     if ending in KINDS:
@@ -76,8 +77,10 @@ def kind_of(file: Path) -> str:
 def files_in(folder: Path) -> list[Path]:
     """Return the prompt files in a folder and its subfolders, sorted by path.
 
-    If there are any .txt, .jsonl, .ndjson or .parquet files, others (.csv, .tsv, .json) are ignored, since those may only
-    describe them. `UserError` if there are no prompt files, and for a folder that `datasets` saved.
+    If there is a .txt, .jsonl, .ndjson or .parquet file, files with other endings are ignored, because they may be
+    descriptions.
+
+    Raises `UserError` if there are no prompt files, or if the library `datasets` has saved the folder.
     """
     if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
         raise UserError(
@@ -86,12 +89,12 @@ def files_in(folder: Path) -> list[Path]:
     found = sorted(file for file in folder.rglob("*") if file.suffix.lower() in KINDS and file.is_file())
     files = [file for file in found if file.suffix.lower() in IN_FOLDERS] or found
     if not files:
-        raise UserError(f"{folder}: the folder holds no {', '.join(KINDS)} file; pass a file or folder of prompts")
+        raise UserError(f"{folder}: the folder has no prompt file ({', '.join(KINDS)}); pass a file or another folder")
     return files
 
 
 def require_no_objects(file: Path) -> None:
-    """Raise `UserError` if the first line of a text file is a JSON object: the file is JSON lines with the wrong ending."""
+    """Raise `UserError` if the first line of a text file is a JSON object, because the file then has the wrong ending."""
     try:
         with opened(file) as lines:
             first = lines.readline(1 << 16)
@@ -99,23 +102,28 @@ def require_no_objects(file: Path) -> None:
     except (OSError, ValueError, RecursionError):
         return
     if isinstance(found, dict):
-        raise UserError(f"{file}: holds a JSON object on each line; rename it to *.jsonl")
+        raise UserError(f"{file}: this text file has a JSON object on each line; rename it to *.jsonl")
 
 
 def holds_lines(file: Path) -> bool:
-    """Return whether a *.json file begins with an object: then it has one on each line, like *.jsonl, and not one list."""
+    """Return whether a *.json file has a JSON object on each line, like *.jsonl, instead of one list.
+
+    This is decided by its first character.
+    """
     try:
         with opened(file) as text:
             return text.read(1 << 16).lstrip("\ufeff \t\r\n").startswith("{")
     except OSError as error:
-        raise UserError(f"{file}: cannot read the prompt file ({error.strerror})") from error
+        raise UserError(
+            f"{file}: the prompt file cannot be read ({error.strerror}); correct the path or its permissions"
+        ) from error
 
 
 def delimited_texts(delimiter: str) -> Callable[[Sequence[Path], str, ModuleType], Iterator[list[str | None]]]:
-    """Return a reader of delimited files (CSV, TSV) for `open_columns`.
+    """Return a function that reads CSV or TSV files for `open_columns`. `delimiter` separates the columns.
 
-    The reader takes (paths, field, pyarrow) and yields lists of the texts in column `field`, whose name stands in each
-    file's first line. It raises `UserError` for a file without this column or that is no table.
+    The function takes (paths, field, pyarrow) and yields lists of the texts in column `field`. Column names stand in each
+    file's first line. It raises `UserError` for a file that is not a table or has no such column.
     """
 
     def texts(paths: Sequence[Path], field: str, pyarrow: ModuleType) -> Iterator[list[str | None]]:
@@ -130,7 +138,7 @@ def delimited_texts(delimiter: str) -> Callable[[Sequence[Path], str, ModuleType
                 ) as table:
                     if field not in table.schema.names:
                         raise UserError(
-                            f"{path}: no column {field!r}, it has {', '.join(table.schema.names)}; set field=NAME"
+                            f"{path}: no column {field!r}; set field to one of its columns: {', '.join(table.schema.names)}"
                         )
                     for batch in table:
                         yield batch.column(table.schema.names.index(field)).to_pylist()
@@ -141,25 +149,23 @@ def delimited_texts(delimiter: str) -> Callable[[Sequence[Path], str, ModuleType
 
 
 def listed_texts(paths: Sequence[Path], field: str, pyarrow: ModuleType) -> Iterator[list[str | None]]:
-    """Yield the list of texts of each file, which holds one JSON list: of texts, or of objects with a text under `field`.
+    """Yield the texts of each file, which must contain a JSON list of texts, or of objects with a text under `field`.
 
-    `UserError` for a file over 1 GB, since a list is read at once, and for a file or entry that does not have this form.
+    Raises `UserError` for a file of another form, and for a file over 1 GB, because a list must be read at once.
     """
     for path in paths:
         if path.stat().st_size > LARGEST_LIST:
-            raise UserError(
-                f"{path}: over 1 GB, too large for a JSON list, which is read at once; convert it to *.jsonl"
-            )
+            raise UserError(f"{path}: over 1 GB, which is too large for a JSON list; convert it to *.jsonl")
         try:
             found = json.loads(path.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path}: cannot be read as JSON ({first_line(error)}); correct the file") from error
         if not isinstance(found, list):
-            raise UserError(f'{path}: must hold a JSON list of prompts, or of objects with a text under "{field}"')
+            raise UserError(f'{path}: must contain a JSON list of prompts, or of objects with a text under "{field}"')
         texts = [entry.get(field) if isinstance(entry, dict) else entry for entry in found]
         for number, text in enumerate(texts, start=1):
             if not isinstance(text, str):
-                raise UserError(f'{path}, entry {number}: neither a text nor an object with a text in "{field}"')
+                raise UserError(f'{path}, entry {number}: must be a text, or an object with a text under "{field}"')
             if flaw := flaw_of(text):
                 raise UserError(f"{path}, entry {number}: {flaw}")
         yield texts
