@@ -266,7 +266,10 @@ def disagree() -> None:
     ("overrides", "message"),
     [
         (["strategy=single", "trainer.devices=2"], "strategy=single runs one process, but 2 were requested"),
-        (["strategy=hsdp", "trainer.devices=3", "strategy.replicas=2"], "3 processes cannot form 2 equal groups"),
+        (
+            ["strategy=hsdp", "trainer.devices=3", "strategy.replicas=2"],
+            "strategy.replicas=2 does not divide the number of processes, 3",
+        ),
     ],
 )
 def test_layouts_that_cannot_be_are_refused(overrides, message, tmp_path):
@@ -284,5 +287,5 @@ def test_a_network_that_there_is_not_cannot_rest_in_host_memory(toy_overrides, t
 
 def test_a_launcher_that_started_another_number_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(UserError, match="ask for 2 processes, but the launcher started 4"):
+    with pytest.raises(UserError, match="give 2 processes, but the launcher started 4"):
         build(compose([f"output_dir={tmp_path}", "strategy=fsdp2", "trainer.devices=2"]), "strategy")

@@ -1,4 +1,4 @@
-"""The report at the end of a run: teacher and student compared in figures and a picture, and the exported student."""
+"""The report at the end of a run: figures and a picture that compare teacher and student, and the exported student."""
 
 import hashlib
 import json
@@ -30,12 +30,12 @@ OTHERS = ("checkpoints", "logs", "samples", "scores")  # folders of a run that a
 
 
 class LadderReport(L.Callback):
-    """After training, measure teacher and student at several numbers of steps, print the table and export the student.
+    """After training, measure teacher and student at several numbers of steps (the "ladder") and export the student.
 
-    The run's folder gets metrics.json, table.md, scores.csv, samples.png and, as `export_folder`, the student's pipeline
-    folder for `export_nfe` steps. A run that has already been evaluated at its last iteration with the same settings is not
-    evaluated again; only its table is printed. Raises `UserError` before training if the export could not be written or a
-    metric does not fit the evaluation.
+    It prints the table and writes metrics.json, table.md, scores.csv and samples.png into the run's folder. The student becomes a
+    pipeline folder `export_folder` there, with a scheduler for `export_nfe` steps. If the folder already holds the results of
+    this iteration and these settings, only the table is printed. Raises `UserError` before training if the export could not be
+    written or a metric cannot measure the images.
     """
 
     def __init__(
@@ -52,24 +52,25 @@ class LadderReport(L.Callback):
         self._has_trained = False
         if export_nfe < 1 or export_folder in OTHERS:
             raise UserError(
-                f"callbacks.ladder: export_nfe={export_nfe} must be at least 1, and export_folder={export_folder!r} none of the "
-                f"run's other folders: {', '.join(OTHERS)}"
+                f"callbacks.ladder: export_nfe={export_nfe} must be at least 1, and export_folder={export_folder!r} must not be "
+                f"one of the run's other folders: {', '.join(OTHERS)}"
             )
 
     def setup(self, trainer: L.Trainer, pl_module: "CDMModule", stage: str) -> None:
-        """Raise `UserError` before training for what would otherwise fail after it: export folder, metrics, image sizes."""
+        """Check the export folder, the metrics and the image sizes before training. Raises `UserError` for the first mistake."""
         check_output(Path(trainer.default_root_dir) / self.export_folder)
         self.evaluation.check(self.metrics)
         check_samplers(self.evaluation.samplers, pl_module.backbone)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: "CDMModule", *_: object) -> None:
-        """Remember that iterations have been trained, so that results in the run's folder are out of date."""
+        """Remember that an iteration was trained, so that earlier results in the run's folder are out of date."""
         self._has_trained = True
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
         """Evaluate, export and report, after all checkpoints have been written.
 
-        Processes that hold shards of one network must all call it, so every process makes all images; only the first reports.
+        Every process makes all images, because processes that hold shards of one network must all call it. The first process
+        reports.
         """
         run, backbone, network = Run(Path(trainer.default_root_dir)), pl_module.backbone, pl_module.evaluated_network
         if from_first(self._is_done(run, pl_module)):
@@ -104,7 +105,7 @@ class LadderReport(L.Callback):
         self._show(run, result.rows)
 
     def _is_done(self, run: Run, pl_module: "CDMModule") -> bool:
-        """Return whether this start trained nothing and the folder holds the whole results of this very evaluation."""
+        """Return whether the folder holds complete results of this evaluation, and no iteration was trained since."""
         try:
             metrics = run.metrics()
         except UserError:
@@ -118,7 +119,7 @@ class LadderReport(L.Callback):
         return bool(is_measured and metrics["rows"] and is_whole and is_exported)
 
     def _identity(self, run: Run, pl_module: "CDMModule") -> dict[str, object]:
-        """What else decides the results: the iteration, whether the EMA is measured, and the options of the evaluation."""
+        """Return everything on which the results depend: the iteration, whether the EMA is measured, and the evaluation's options."""
         config = run.config() if run.is_started else {}
         options = [config.get("metric"), config.get("feature"), (config.get("callbacks") or {}).get("ladder")]
         options.append((config.get("data") or {}).get("val"))
@@ -135,5 +136,5 @@ class LadderReport(L.Callback):
 
 
 def _shown(path: Path) -> str:
-    """Return the path relative to the working folder if it is in it, else the path unchanged."""
+    """Return the path relative to the working folder if it lies inside, otherwise the path unchanged."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

@@ -1,4 +1,4 @@
-"""Loggers that may fail without ending a run: one guard around all of them, and a CSV file that a full disk cannot damage."""
+"""Loggers that may fail without ending a run, and a CSV log that a full disk cannot damage."""
 
 import csv
 import io
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 class GuardedLogger(library.Logger):
-    """Any logger; an error in it is a warning, once, and the run continues. It logs again as soon as that is possible.
+    """A wrapper around any logger that turns an error into one warning. The run continues, and logs again when that is possible.
 
-    While a logger is set up, only errors of the disk are forgiven: a missing login is a mistake that is reported at once.
+    While the logger is set up, only errors of the disk become warnings. A missing login, for example, still ends the run at once.
     """
 
     def __init__(self, logger: library.Logger) -> None:
@@ -53,12 +53,12 @@ class GuardedLogger(library.Logger):
 
     @property
     def save_dir(self) -> str | None:
-        """The folder that the logger was given."""
+        """The folder that was passed to the logger."""
         return self.inner.save_dir
 
     @property
     def experiment(self) -> Any:
-        """What the logger writes with; Lightning asks for it at the start, so that mistakes come up early."""
+        """The object with which the logger writes. Lightning reads it at the start, so that mistakes show early."""
         with may_fail(self._title, proves=False):
             return getattr(self.inner, "experiment", None)
         return None
@@ -72,7 +72,7 @@ class GuardedLogger(library.Logger):
         self._call("log_hyperparams", params, *values, **options)
 
     def log_picture(self, name: str, picture: "Image", step: int) -> None:
-        """Log a picture, if the logger takes pictures."""
+        """Log a picture if the logger supports pictures."""
         if isinstance(self.inner, library.TensorBoardLogger):
             with may_fail(self._title, Exception, proves=False):
                 self.inner.experiment.add_image(name, np.asarray(picture), step, dataformats="HWC")
@@ -80,15 +80,15 @@ class GuardedLogger(library.Logger):
             self._call("log_image", name, [picture], step=step)
 
     def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
-        """Tell the logger of a checkpoint."""
+        """Tell the logger that a checkpoint was saved."""
         self._call("after_save_checkpoint", checkpoint_callback)
 
     def save(self) -> None:
-        """Write what was logged."""
+        """Write the figures to the disk."""
         self._call("save", proves=True)
 
     def finalize(self, status: str) -> None:
-        """Write what was logged and close the files."""
+        """Write the figures and close the files."""
         self._call("finalize", status)
 
     def _call(self, method: str, *values: Any, proves: bool = False, **options: Any) -> None:
@@ -97,17 +97,17 @@ class GuardedLogger(library.Logger):
                 getattr(self.inner, method)(*values, **options)
             except Exception:
                 if isinstance(self.inner, library.TensorBoardLogger):
-                    self.inner._experiment = None  # its thread has ended: the next figures begin a new file
+                    self.inner._experiment = None  # its thread has ended, and the next figures begin a new file
                 raise
 
 
 class CSVLogger(library.CSVLogger):
-    """Lightning's CSV logger, whose file is never cut off, even if a full disk or a crash interrupts a write."""
+    """Lightning's CSV logger with a file that stays complete, even if a full disk or a crash interrupts a write."""
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """What writes the rows."""
+        """The object that writes the rows."""
         if self._experiment is None:
             Path(self.root_dir).mkdir(parents=True, exist_ok=True)
             self._experiment = WholeRows(log_dir=self.log_dir)
@@ -115,17 +115,17 @@ class CSVLogger(library.CSVLogger):
 
 
 class WholeRows(ExperimentWriter):
-    """Rows of a CSV file; those that could not be written are kept and written with the next ones."""
+    """Writes the rows of a CSV file. Rows that cannot be written are kept and written with the next ones."""
 
     def save(self) -> None:
-        """Write all rows that are not written yet; raise OSError if that fails, and keep them."""
+        """Write all rows that have not been written yet. Raises OSError and keeps the rows if the disk fails."""
         if not self.metrics:
             return
         path = Path(self.metrics_file_path)
         keys = sorted(set(self.metrics_keys).union(*self.metrics))
         if keys == self.metrics_keys and path.exists():
             append_text(path, csv_rows(self.metrics, keys))
-        else:  # another column: the file is written anew
+        else:  # there is a new column, so the whole file is written again
             old = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))) if path.exists() else []
             write_text(path, csv_rows([*old, *self.metrics], keys, header=True))
             self.metrics_keys = keys
@@ -143,7 +143,7 @@ def csv_rows(rows: list[dict[str, Any]], keys: list[str], header: bool = False) 
 
 
 def _hide_thread_errors() -> None:
-    """Print no traceback for a disk error in a thread that writes; the error comes up in the main thread, which warns."""
+    """Hide tracebacks of disk errors in writer threads. The main thread gets the same error and warns."""
     before = threading.excepthook
 
     def hook(arguments: threading.ExceptHookArgs) -> None:

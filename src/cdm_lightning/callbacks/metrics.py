@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 class ValidationMetrics(L.Callback):
-    """Log `val/METRIC/SAMPLER` for each metric and each of `validation.samplers` (ways to make images), over all processes.
+    """Measure the validation images and log `val/METRIC/SAMPLER` for each metric and each of `validation.samplers`.
 
-    The scores of single images are written to `FOLDER/iteration_0000500.csv` in the run's folder (with the number of the
-    iteration), one line for each sampler and prompt. The feature extractors are in this callback and not in the module, so that
-    no checkpoint contains them.
+    A sampler is one way to make images, such as the student in 4 steps. The figures are over the images of all processes. The
+    scores of single images are written to `FOLDER/iteration_0000500.csv` in the run's folder, one line for each sampler and
+    prompt. This callback, not the module, holds the feature extractors, so that checkpoints do not contain them.
     """
 
     def __init__(self, metrics: MetricSuite, folder: FolderOfRun = "scores") -> None:
@@ -30,17 +30,17 @@ class ValidationMetrics(L.Callback):
         self._collected: dict[str, Collected] = {}
 
     def names(self, pl_module: "CDMModule") -> list[str]:
-        """Return the names of what is logged, METRIC or METRIC_FIGURE for a metric with several figures: val/METRIC/SAMPLER."""
+        """Return the names "val/METRIC/SAMPLER" that are logged, with METRIC_FIGURE for a metric of several figures."""
         return [f"val/{name}/{spec.name}" for name in self.metrics.metrics for spec in pl_module.samplers]
 
     def setup(self, trainer: L.Trainer, pl_module: "CDMModule", stage: str) -> None:
-        """Raise `UserError` for validation prompts that a metric cannot judge, before the first step."""
+        """Raise `UserError` before training if a metric cannot use the validation prompts."""
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, PromptDataModule) and trainer.limit_val_batches and pl_module.samplers:
             self.metrics.check_prompts(data.val, data.val_prompts)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Forget the previous validation, and prepare the metrics, which the first time read their reference images."""
+        """Clear the previous validation and prepare the metrics. The first time, they read their reference images."""
         self._collected = {}
         if not trainer.sanity_checking:
             self.metrics.prepare(pl_module.device)

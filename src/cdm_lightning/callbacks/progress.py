@@ -15,37 +15,37 @@ if TYPE_CHECKING:
 
 
 class TrainingProgress(L.Callback):
-    """Show the progress on stderr: a bar over all iterations, or in a log a line every few seconds; a line per validation."""
+    """Show the progress on stderr: a bar on a terminal, otherwise a line every few seconds, and a line per validation."""
 
     def __init__(self) -> None:
         self._progress: Progress | None = None
         self._began, self._samples = 0.0, 0
 
     def setup(self, trainer: L.Trainer, pl_module: "CDMModule", stage: str) -> None:
-        """Print that the networks are being loaded, because pretrained weights can take minutes."""
+        """Print that networks are being loaded, because pretrained weights can take minutes."""
         if trainer.is_global_zero:
             print("loading the networks", file=sys.stderr, flush=True)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Start the bar, and the clock of the speed (samples per second)."""
+        """Start the bar and the clock for samples per second."""
         self._progress = Progress("training", trainer.max_steps, trainer.global_step, silent=not trainer.is_global_zero)
         self._began, self._samples = time.perf_counter(), 0
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: "CDMModule", outputs: object, batch: "PromptBatch", *_: object
     ) -> None:
-        """Count one more iteration and, now and then, show losses and speed."""
+        """Count the iteration, and update losses and speed from time to time."""
         self._samples += len(batch.prompts) * trainer.world_size
         cast(Progress, self._progress).advance(1, lambda: self._figures(trainer))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Show that validation runs, and stop the clock of the speed."""
+        """Show that validation runs, and stop the clock for samples per second."""
         if self._progress is not None:
             self._progress.describe("validating")
             self._began -= time.perf_counter()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Print the figures of this validation, and let the clock of the speed continue."""
+        """Print the figures of this validation, and start the clock again."""
         if self._progress is not None:
             shown = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
             figures = ", ".join(f"{name.removeprefix('val/')} {float(value):.4g}" for name, value in shown.items())

@@ -1,4 +1,4 @@
-"""Pictures of the validation images during training; every picture uses the same prompts and noise."""
+"""Pictures of validation images during training, always with the same prompts and noise."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
 
 class SampleGrid(L.Callback):
-    """Write a picture of each validation into the run's folder, as `FOLDER/iteration_0000500.png` (number of the iteration).
+    """Write a picture of each validation to `FOLDER/iteration_0000500.png` in the run's folder.
 
-    It has a row for each of `validation.samplers` (ways to make images) and a column for each of the first `num_prompts`
-    validation prompts of the first process. Loggers that take images get it too. Raises ValueError for `num_prompts` below 1.
+    The picture has a row for each of `validation.samplers` (ways to make images, such as the student in 4 steps) and a column for
+    each of the first `num_prompts` validation prompts of the first process. Loggers that support pictures get it too. Raises
+    ValueError for `num_prompts` below 1.
     """
 
     def __init__(self, num_prompts: Pictures = 8, folder: FolderOfRun = "samples") -> None:
@@ -32,11 +33,11 @@ class SampleGrid(L.Callback):
         self._images: dict[str, list[Tensor]] = {}
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Forget the images of the previous validation."""
+        """Drop the images of the previous validation."""
         self._prompts, self._images = [], {}
 
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: "CDMModule", outputs: dict, *_: object) -> None:
-        """Keep the images of this batch until there are those of `num_prompts` prompts."""
+        """Keep the images of this batch, up to `num_prompts` prompts."""
         wanted = self.num_prompts - len(self._prompts)
         if wanted <= 0 or not trainer.is_global_zero:
             return

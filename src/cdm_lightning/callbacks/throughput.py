@@ -14,13 +14,15 @@ if TYPE_CHECKING:
 
 
 class ThroughputMonitor(L.Callback):
-    """Log `throughput/*` every `log_every_n_steps` iterations, as means over those iterations.
+    """Log `throughput/*` every `log_every_n_steps` iterations, as means over these iterations:
 
-    samples_per_second is the number of prompts per second that all processes train on, without the time of validation.
-    rollout_seconds, and NETWORK_seconds for the updates of each trained network (such as student_seconds), are seconds per
-    iteration; an update that is not made in every iteration is averaged over all of them. peak_memory_gib is the peak memory
-    so far, of the GPU, or of the process on a CPU. With this callback, the module waits for the device before and after each
-    phase, so that the times of the phases are correct.
+    - samples_per_second: prompts per second of all processes together, without the time of validation.
+    - rollout_seconds: seconds per iteration for the student's rollouts.
+    - NETWORK_seconds, such as student_seconds: seconds per iteration for a network's updates, averaged over all iterations
+      even if it is not updated in each.
+    - peak_memory_gib: the peak memory so far, of the GPU, or of the process on a CPU.
+
+    The module waits for the GPU before and after each phase while this callback is used, so that the times are correct.
     """
 
     def __init__(self) -> None:
@@ -36,7 +38,7 @@ class ThroughputMonitor(L.Callback):
         self._start_window(pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Stop the clock: validation does not count."""
+        """Stop the clock, because validation does not count."""
         self._began -= time.perf_counter()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
@@ -46,7 +48,7 @@ class ThroughputMonitor(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: "CDMModule", outputs: object, batch: "PromptBatch", *_: object
     ) -> None:
-        """Count the batch; every `log_every_n_steps` iterations, log the figures since the last time and start again."""
+        """Count the batch. Every `log_every_n_steps` iterations, log the figures and start again."""
         self._samples += len(batch.prompts) * trainer.world_size
         self._iterations += 1
         # pyrefly: ignore[missing-attribute]  Lightning sets this attribute from another module
@@ -65,7 +67,7 @@ class ThroughputMonitor(L.Callback):
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Return the peak memory so far in GiB: allocated memory on a CUDA device, else resident memory of this process."""
+    """Return the peak memory so far in GiB: allocated memory of a CUDA device, or resident memory of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes on macOS and in KiB on Linux

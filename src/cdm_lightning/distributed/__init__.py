@@ -1,1 +1,1 @@
-"""Several processes for one run: how they start, how networks are distributed over them, how they communicate."""
+"""Several processes for one run: starting them, distributing networks over them, and their communication."""

@@ -6,9 +6,9 @@ from cdm_lightning.errors import UserError
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device that a command's --device names ("auto": CUDA if available, else the CPU).
+    """Return the device for a command's `--device` option; "auto" is CUDA if available, otherwise the CPU.
 
-    Raises `UserError` if torch cannot use it on this machine.
+    Raises `UserError` if torch cannot use the device on this machine.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,9 +1,8 @@
 """Start several processes on this machine for one run, with torch's elastic launcher.
 
-Hydra composes the configuration only once, in the launching process. The processes read it from a private temporary folder,
-so all of them have the same configuration and none of them runs a sweep again. Signals to the launching process are
-forwarded to the processes that train, and their exit status becomes its own. Those processes have sessions of their own, so
-a signal to the process group of the launcher (Ctrl-C, `timeout`) reaches them once, through the launcher.
+Hydra composes the configuration once, in the launching process. The started processes read it from a private temporary folder, so
+all have the same one. The launcher forwards signals to them and ends with their exit status. They run in sessions of their own,
+so a signal to the launcher's process group (Ctrl-C, `timeout`) reaches them only once, through the launcher.
 """
 
 import importlib
@@ -25,22 +24,22 @@ from cdm_lightning.ends import signals
 from cdm_lightning.errors import Preempted
 from cdm_lightning.terminal.secrets import masked_command
 
-GRACE = 30  # seconds between the failure of one process and the moment when the others are killed
+GRACE = 30  # seconds: if a process has failed, the others are killed after this time
 ORPHAN_CHECK = 1.0  # seconds between two checks whether the parent process still exists
 CONFIG, COMMAND, LAUNCHER, SIGNALLED = "config.yaml", "command.json", "launcher", "signal"
 
 
 def is_launched(variables: Mapping[str, str] = os.environ) -> bool:
-    """Return whether torchrun, or SLURM with more than one task, started this process."""
+    """Return whether this process was started by torchrun, or by SLURM as one of several tasks."""
     return "RANK" in variables or int(variables.get("SLURM_NTASKS", "1")) > 1
 
 
 def launch(config_text: str, processes: int, task: str, command: Sequence[str] = tuple(sys.argv)) -> int:
-    """Run `task` in `processes` processes on this machine, wait for them, and return 0 or the status of the first failure.
+    """Run `task` in `processes` processes on this machine. Return 0, or the exit status of the first failure.
 
-    `config_text` is the resolved configuration as YAML. `task` names a function as "module:function"; each process imports it and
-    calls it with the configuration. `command` is what a run records as its command line. If a signal ended a process, the
-    process is named on stderr and the status is 128 + signal, as in a shell.
+    `config_text` is the resolved configuration as YAML. `task` names a function as "module:function", which each process calls
+    with the configuration. `command` is stored as the run's command line. If a signal ended a process, stderr names the process,
+    and the status is 128 + signal as in a shell.
     """
     with tempfile.TemporaryDirectory(prefix="cdm_lightning_") as name:  # only its owner can read it
         folder = Path(name)
@@ -52,9 +51,10 @@ def launch(config_text: str, processes: int, task: str, command: Sequence[str] =
 
 @contextmanager
 def handed_over(text: str, path: Path) -> Generator[Path]:
-    """Yield a path at which the processes started in the block can read this text, which may hold secrets.
+    """Yield a path at which the processes that are started in the `with` block can read `text`.
 
-    On Linux the text is a file in memory, because a killed process would leave one on the disk; elsewhere it is at `path`.
+    The text may hold secrets. On Linux it is a file in memory, because a killed process would leave a file on the disk. On other
+    systems it is the file `path`.
     """
     if not hasattr(os, "memfd_create"):
         path.write_text(text, encoding="utf-8")
@@ -72,10 +72,10 @@ def run_processes(
     program: Sequence[str] = ("-m", "cdm_lightning.distributed.launch"),
     grace: int = GRACE,
 ) -> int:
-    """Start `python PROGRAM FOLDER` in `processes` processes, wait for them and return the status of the first failure, or 0.
+    """Run `python PROGRAM FOLDER` in `processes` processes. Return 0, or the exit status of the first failure.
 
-    `folder` is where the processes find what to do (`main`), and where they and the launcher leave each other files. `grace`
-    is the time in seconds between the failure of one process and the moment when the others are killed.
+    `folder` holds the task for the processes (see `main`), and small files with which they and the launcher communicate. If one
+    process fails, the others are killed after `grace` seconds.
     """
     import logging
     import uuid
@@ -116,9 +116,9 @@ def run_processes(
 
 @contextmanager
 def forwarded_signals(folder: Path) -> Generator[None]:
-    """Inside the block, pass signals on from this process to the processes that have called `sign_on` with this `folder`.
+    """Pass signals on from this process to the processes that have called `sign_on(folder)`, inside the `with` block.
 
-    A second signal kills them at once, also those that are suspended and could not stop themselves.
+    A second signal kills these processes at once, even suspended ones, which cannot stop themselves.
     """
     first: list[float] = []
 
@@ -152,10 +152,10 @@ def forwarded_signals(folder: Path) -> Generator[None]:
 
 
 def sign_on(folder: Path) -> None:
-    """Let this process receive the signals that the launcher passes on, by a file with its number in `folder`.
+    """Register this process for the launcher's signals, by a file with its process number in `folder`.
 
-    Raises `Preempted` if a signal came before, or the launcher is dead. If the launcher dies later, this process stops as after
-    a signal.
+    Raises `Preempted` if a signal has already come or the launcher is dead. If the launcher dies later, this process stops as
+    after a signal.
     """
     signals.watch(silent=True)
     (folder / f"{os.getpid()}.pid").touch()
@@ -165,9 +165,9 @@ def sign_on(folder: Path) -> None:
 
 
 def follow(parent: int) -> None:
-    """Let this process get SIGTERM as soon as its parent, the process with the number `parent`, dies.
+    """Let this process get SIGTERM as soon as the process `parent`, which started it, dies.
 
-    Raises `Preempted` if it is dead already, so that this process has another parent.
+    Raises `Preempted` if it is already dead.
     """
     if os.getppid() != parent:
         raise Preempted("because its launcher has died")
@@ -181,9 +181,9 @@ def _watch(parent: int) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the task described in the folder `arguments[0]`, as one of the started processes."""
+    """Run the task that is described in the folder `arguments[0]`, in one of the started processes."""
     folder = Path(arguments[0])
-    sign_on(folder)  # before the imports, which take seconds
+    sign_on(folder)  # first, because the imports take seconds
     order = json.loads((folder / COMMAND).read_text(encoding="utf-8"))
     sys.argv = order["command"]
     from omegaconf import DictConfig, OmegaConf

@@ -1,4 +1,4 @@
-"""Communication between the processes of a run; with one process, each function returns the value that it is given."""
+"""Communication between the processes of a run. With one process, each function returns its argument."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def world_size() -> int:
 
 
 def gather(value: Any) -> list[Any]:
-    """Return the values that all processes pass, ordered by rank; all must call it, and all get the same list."""
+    """Return the values of all processes, ordered by rank. All processes must call this, and all get the same list."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -31,7 +31,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def from_first(value: Any) -> Any:
-    """Return the value that the first process passes; all must call it."""
+    """Return the value of the first process. All processes must call this."""
     if world_size() == 1:
         return value
     box = [value]
@@ -40,7 +40,7 @@ def from_first(value: Any) -> Any:
 
 
 def largest(count: int) -> int:
-    """Return the largest count that a process passes; all must call it. It is sent from the CPU, so nothing waits for a GPU."""
+    """Return the largest count of all processes. All must call this. No process waits for its GPU."""
     if world_size() == 1:
         return count
     shared = torch.tensor(count, device="cpu")
@@ -49,12 +49,15 @@ def largest(count: int) -> int:
 
 
 def any_of(flag: bool) -> bool:
-    """Return whether any process passes True; all must call it."""
+    """Return whether `flag` is True in any process. All processes must call this."""
     return bool(largest(int(flag)))
 
 
 def agree(error: OSError | None) -> None:
-    """Raise OSError on all processes, with the text of the first error, if any of them passes one; all must call it."""
+    """Raise OSError in all processes if one of them passes an error. All processes must call this.
+
+    The raised error has the text of the first one that was passed.
+    """
     texts = gather(None if error is None else str(error.strerror or error))
     found = next((text for text in texts if text is not None), None)
     if found is not None:
@@ -62,5 +65,5 @@ def agree(error: OSError | None) -> None:
 
 
 def lost_process(error: BaseException) -> bool:
-    """Return whether `error` comes from torch's communication: another process of the run has ended or does not answer."""
+    """Return whether `error` comes from torch's communication, because another process has ended or does not answer."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

@@ -1,8 +1,8 @@
-"""Networks on a mesh of processes with FSDP2: which rank holds which rows, in which dtype they are sent, what is summed.
+"""Sharding of networks over processes with FSDP2: rows of weights, dtypes of messages, and sums of gradients.
 
-The blocks of a network are gathered one at a time, each only while it computes. Weights are rounded to the compute dtype
-before they are sent; gradients are summed in float32. Inputs are never cast here: autocast does that as in a single
-process, and timesteps stay float32.
+Each block of a network is gathered while it computes, and freed afterwards. Weights are rounded to the compute dtype before they
+are sent, and gradients are summed in float32. FSDP2 does not cast inputs: autocast does, as in a single process, and timesteps
+stay float32.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Set
@@ -24,7 +24,7 @@ NO_OFFLOAD = OffloadPolicy()
 
 
 def host_memory(device: torch.device) -> OffloadPolicy:
-    """Return FSDP2's policy for a network whose shards stay in host memory, pinned if `device` is a GPU."""
+    """Return FSDP2's policy for a network whose shards stay in host memory. The memory is pinned if `device` is a GPU."""
     return CPUOffloadPolicy(pin_memory=device.type == "cuda")
 
 
@@ -42,10 +42,10 @@ def shard(
     whole: Set[nn.Parameter] = frozenset(),
     offload: OffloadPolicy = NO_OFFLOAD,
 ) -> None:
-    """Shard a network in place over the processes of `mesh` with FSDP2, each module of `block_types` separately.
+    """Shard a network over the processes of `mesh` with FSDP2, in place. Each module of `block_types` is sharded separately.
 
-    Parameters in `whole` stay unsharded on each process. All others, also those outside blocks, are gathered for a forward or
-    backward pass and then freed, so that between passes a process holds only its shards.
+    The parameters in `whole` stay unsharded. All others are gathered for a forward or backward pass and then freed, so that a
+    process otherwise holds only its shards. `offload` can keep the shards in host memory (`host_memory`).
     """
     if all(parameter in whole for parameter in network.parameters()):
         return
@@ -63,9 +63,9 @@ def shard(
 
 @torch.no_grad()
 def fill(network: nn.Module, read_rows: Callable[[str, int, int], Tensor], device: torch.device) -> None:
-    """Allocate the sharded weights that are still on the meta device on `device`, and fill them with this rank's rows.
+    """Allocate the sharded weights that are on the meta device on `device`, and fill them with this rank's rows.
 
-    `read_rows(name, first, end)` returns the rows from `first` to before `end` of the parameter `name`.
+    `read_rows(name, first, end)` returns the rows first, ..., end - 1 of the parameter `name`.
     """
     empty = [name for name, parameter in network.named_parameters() if parameter.is_meta]
     if not empty:
@@ -79,11 +79,11 @@ def fill(network: nn.Module, read_rows: Callable[[str, int, int], Tensor], devic
         local(parameter).copy_(read_rows(name, starts[0], starts[0] + sizes[0]))
 
 
-# ---- reductions over processes; with one process, each function returns the values that it is given
+# ---- reductions over processes; with one process, each function returns its argument
 
 
 def average_whole_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Average the gradients of unsharded parameters over all processes; FSDP2 has averaged those of shards already."""
+    """Average the gradients of unsharded parameters over all processes, in place. FSDP2 averages those of sharded parameters."""
     gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
     if ranks.world_size() == 1 or not gradients:
         return
@@ -95,10 +95,10 @@ def average_whole_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def average_figures(figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return {name: mean over all processes} of scalar tensors, on the GPU if at least one of them is there.
+    """Return the mean over all processes of each 0-d tensor, by name.
 
-    All processes must call it with the same names. The tensors can be on different devices: the gradient norm of a network in host
-    memory is on the CPU, while losses are on the GPU.
+    All processes must call this with the same names. The tensors may be on different devices: the gradient norm of a network in
+    host memory is on the CPU, losses are on the GPU. The means are on the GPU if one of the tensors is.
     """
     if ranks.world_size() == 1:
         return dict(figures)
@@ -109,10 +109,10 @@ def average_figures(figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def put_together(network: nn.Module, build: Callable[[], nn.Module]) -> nn.Module | None:
-    """Return an unsharded copy of a sharded network, in eval mode on the CPU, on the first process, and None on the others.
+    """Return an unsharded copy of a sharded network on the first process, in eval mode on the CPU. Other processes get None.
 
-    `build` returns the network that the weights are loaded into; it is called on the first process only. All processes must
-    call this function. A network that is not sharded is returned unchanged.
+    All processes must call this. `build` makes the network for the copy, on the first process only. A network without shards is
+    returned unchanged.
     """
     if not any(isinstance(parameter, DTensor) for parameter in network.parameters()):
         return network
@@ -125,5 +125,5 @@ def put_together(network: nn.Module, build: Callable[[], nn.Module]) -> nn.Modul
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return the whole of a sharded tensor (DTensor); all processes must call it. A plain tensor is returned unchanged."""
+    """Return a sharded tensor (DTensor) as a plain one. All processes must call this. A plain tensor is returned unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,7 +1,7 @@
-"""How a run is distributed over processes: a single process, whole copies, shards, or copies of shards.
+"""How a run is distributed over processes: one process, a copy of the networks in each, shards, or copies of shards.
 
-All but the first are one strategy, FSDP2 on a mesh (replicas, shards) of processes. With W processes, whole copies of the
-networks are the mesh (W, 1) and shards without copies are (1, W). Mesh dimensions keep the names that Lightning gives them.
+With several processes the strategy is FSDP2 on a mesh (replicas, shards). W processes form the mesh (W, 1) for a copy in each,
+and (1, W) for shards. The dimensions of the mesh have Lightning's names.
 """
 
 import os
@@ -22,11 +22,11 @@ FEWEST_PROCESSES = 4  # allowed on a machine with fewer CPU cores, to try a layo
 
 
 class MeshStrategy(ModelParallelStrategy):
-    """Lightning's FSDP2 strategy on `replicas` x `shards` processes; `training.placement.distribute` does the sharding.
+    """Lightning's FSDP2 strategy on a mesh of `replicas` x `shards` processes. `training.placement.distribute` shards the networks.
 
-    `on_cpu` names networks (such as "teacher") whose shards stay in host memory and are copied to the device block by block when
-    they compute; the optimizer steps of such a network are made in host memory too. A process that waits longer than `timeout`
-    seconds for another one raises an error, which ends the run. `UserError` unless it is above 0 and at most `LONGEST_TIMEOUT`.
+    `on_cpu` lists networks, such as "teacher", whose shards stay in host memory. Their blocks are copied to the device when they
+    compute, and their optimizer steps are made in host memory. If a process waits for another longer than `timeout` seconds, the
+    run ends with an error. Raises `UserError` for a timeout that is not above 0 and at most `LONGEST_TIMEOUT`.
     """
 
     def __init__(self, replicas: int, shards: int, on_cpu: Sequence[str] = (), timeout: Seconds = TIMEOUT) -> None:
@@ -41,14 +41,14 @@ class MeshStrategy(ModelParallelStrategy):
         self.replicas, self.shards, self.on_cpu = replicas, shards, tuple(on_cpu)
 
     def check(self, networks: Sequence[str], whole: Sequence[str]) -> None:
-        """Raise `UserError` if `strategy.on_cpu` names a network that may not be in host memory; see `check_on_cpu`."""
+        """Raise `UserError` if `on_cpu` names a network that cannot be in host memory (see `check_on_cpu`)."""
         check_on_cpu(self.on_cpu, networks, whole)
 
     def model_to_device(self) -> None:
-        """Do nothing: `training.placement.distribute` has placed all networks; some must stay in host memory."""
+        """Do nothing, because `training.placement.distribute` has already placed all networks; some must stay in host memory."""
 
     def _configure_launcher(self) -> None:
-        """Refuse to start processes, which Lightning would do by running the command, and so a sweep, again."""
+        """Refuse to start processes: Lightning would run the whole command again in each, and so a sweep too."""
         environment = cast(ClusterEnvironment, self.cluster_environment)
         if not environment.creates_processes_externally and self.replicas * self.shards > 1:
             raise UserError(
@@ -62,10 +62,10 @@ class MeshStrategy(ModelParallelStrategy):
 
 
 def check_on_cpu(on_cpu: Sequence[str], networks: Sequence[str], whole: Sequence[str]) -> None:
-    """Raise `UserError` if `on_cpu` names a network that is not in `whole`.
+    """Raise `UserError` if `on_cpu` names a network that cannot be in host memory.
 
-    `networks` are the names of all networks of the run, for the message. `whole` are those that may rest in host memory: every
-    network with weights of its own, so no adapter, no base that adapters share, and no head that the objective builds.
+    `networks` are the names of all networks of the run. `whole` are those that can be in host memory, because they hold all
+    weights of the pretrained network. LoRA adapters, their base and heads do not.
     """
     refused = [name for name in on_cpu if name not in whole]
     if refused:
@@ -75,10 +75,10 @@ def check_on_cpu(on_cpu: Sequence[str], networks: Sequence[str], whole: Sequence
 
 
 def single_process(devices: DevicesOption = 1, num_nodes: Processes = 1) -> str:
-    """Return the name of Lightning's strategy for one process on one device; raise `UserError` for more processes.
+    """Return the name of Lightning's strategy for one process on one device. Raises `UserError` if more processes are set.
 
-    `devices` is what `Trainer` takes: a count, a list of indices, "auto", or one of these as text. The processes that a
-    launcher has started count too, because all of them would write to one folder.
+    `devices` is the argument of `Trainer`: a count, a list of indices, "auto", or one of these as text. Processes that a launcher
+    has started count too, because all would write to one folder.
     """
     processes = max(device_count(devices) * num_nodes, launched_processes() or 1)
     if processes != 1:
@@ -97,7 +97,8 @@ def data_parallel(
 ) -> MeshStrategy:
     """Return the strategy in which each process holds whole copies of all networks (strategy=ddp).
 
-    For the arguments of this and the two below see `world_size` and `MeshStrategy`. Raises `UserError` as they do.
+    `devices` and `num_nodes` are explained in `world_size`, `on_cpu` and `timeout` in `MeshStrategy`. Raises `UserError` as they
+    do.
     """
     return MeshStrategy(world_size(devices, num_nodes), 1, on_cpu, timeout)
 
@@ -108,7 +109,11 @@ def fully_sharded(
     on_cpu: Sequence[Network] = (),
     timeout: Seconds = TIMEOUT,
 ) -> MeshStrategy:
-    """Return the strategy in which each process holds one shard of each weight, gradient and optimizer state (strategy=fsdp2)."""
+    """Return the strategy in which each process holds one shard of each weight, gradient and optimizer state (strategy=fsdp2).
+
+    `devices` and `num_nodes` are explained in `world_size`, `on_cpu` and `timeout` in `MeshStrategy`. Raises `UserError` as they
+    do.
+    """
     return MeshStrategy(1, world_size(devices, num_nodes), on_cpu, timeout)
 
 
@@ -119,20 +124,21 @@ def hybrid_sharded(
     on_cpu: Sequence[Network] = (),
     timeout: Seconds = TIMEOUT,
 ) -> MeshStrategy:
-    """Return the strategy of `replicas` copies of the networks, each sharded over an equal group of processes (strategy=hsdp).
+    """Return the strategy of `replicas` copies of the networks, each sharded over a group of processes (strategy=hsdp).
 
-    Raises `UserError` unless `replicas` divides the number of processes.
+    The groups have equal sizes; raises `UserError` if `replicas` does not divide the number of processes. `devices` and
+    `num_nodes` are explained in `world_size`, `on_cpu` and `timeout` in `MeshStrategy`.
     """
     processes = world_size(devices, num_nodes)
     if replicas < 1 or processes % replicas:
         raise UserError(
-            f"strategy=hsdp: {processes} processes cannot form {replicas} equal groups; set strategy.replicas to a divisor"
+            f"strategy.replicas={replicas} does not divide the number of processes, {processes}; set it to a divisor of {processes}"
         )
     return MeshStrategy(replicas, processes // replicas, on_cpu, timeout)
 
 
 def world_size(devices: int | str | Sequence[int], num_nodes: int) -> int:
-    """Return the number of processes on all nodes: the devices of a node (as in `device_count`) times `num_nodes`.
+    """Return the number of processes on all nodes: `num_nodes` times the devices of a node (`device_count`).
 
     Raises `UserError` if torchrun or SLURM has started another number.
     """
@@ -140,22 +146,22 @@ def world_size(devices: int | str | Sequence[int], num_nodes: int) -> int:
     launched = launched_processes() or processes
     if launched != processes:
         raise UserError(
-            f"trainer.devices and trainer.num_nodes ask for {processes} processes, but the launcher started {launched}; "
+            f"trainer.devices and trainer.num_nodes give {processes} processes, but the launcher started {launched}; "
             "make the numbers equal"
         )
     return processes
 
 
 def launched_processes() -> int | None:
-    """Return the number of processes that torchrun or SLURM has started; None if neither has."""
+    """Return the number of processes that torchrun or SLURM has started, or None if neither has."""
     tasks = int(os.environ.get("SLURM_NTASKS", "1"))
     return int(os.environ.get("WORLD_SIZE", "0")) or (tasks if tasks > 1 else None)
 
 
 def require_devices(devices: int | str | Sequence[int], accelerator: str = "auto") -> None:
-    """Raise `UserError` if this machine has fewer devices than `trainer.devices` asks for, before a process starts for each.
+    """Raise `UserError` if this machine has fewer devices than `trainer.devices` needs, before processes are started.
 
-    On the CPU, the devices are the cores that may be used; up to `FEWEST_PROCESSES` are always allowed, to try a layout out.
+    On a CPU each usable core counts as a device. `FEWEST_PROCESSES` are always allowed, to try out a layout on a small machine.
     """
     count = device_count(devices)
     is_gpu = accelerator in ("cuda", "gpu") or (accelerator == "auto" and torch.cuda.is_available())
@@ -169,7 +175,10 @@ def require_devices(devices: int | str | Sequence[int], accelerator: str = "auto
 
 
 def device_count(devices: int | str | Sequence[int]) -> int:
-    """Return the number of devices that `Trainer(devices=...)` would use: a count, a list, "0,1" or "auto" (all GPUs, or 1)."""
+    """Return the number of devices that `Trainer(devices=...)` would use. `devices` is a count, a list, "0,1" or "auto".
+
+    "auto" means all GPUs, or 1 without a GPU.
+    """
     if isinstance(devices, str) and "," in devices:
         devices = [int(index) for index in devices.split(",") if index.strip()]
     if isinstance(devices, Sequence) and not isinstance(devices, str):
