@@ -13,7 +13,8 @@ from soak import Losses, look, soak
 from test_resume import assert_equal_states
 
 from cdm_lightning.checkpoint.folder import checkpoints_in, iteration_of
-from cdm_lightning.errors import UserError
+from cdm_lightning.data.loader import SteadyLoader
+from cdm_lightning.errors import Preempted, UserError
 from cdm_lightning.module import CDMModule
 from cdm_lightning.objectives.base import TermLosses
 from cdm_lightning.objectives.cdm import CDMObjective
@@ -50,7 +51,7 @@ def test_a_run_killed_at_every_point_of_a_save_ends_as_if_nothing_had_happened(s
     assert losses.bytes_lost == 0
     assert started("checkpoint.every=4").wait() == [0]
     assert_equal_states(straight.checkpoint, last(tmp_path / "run"))
-    assert len(list((tmp_path / "run/checkpoints").iterdir())) == 2
+    assert len([path for path in (tmp_path / "run/checkpoints").iterdir() if path.name != ".lock"]) == 2
 
 
 @pytest.mark.slow
@@ -156,6 +157,20 @@ def test_an_interrupted_row_goes_on_counting(toy_run, monkeypatch):
     toy_run("trainer.max_steps=7", "checkpoint.max_skipped=4")
     with pytest.raises(UserError, match=r"4 times in a row, up to iteration 9; there is no earlier good checkpoint"):
         toy_run("checkpoint.max_skipped=4", "checkpoint.keep=1")
+
+
+# ---- an end before the first batch
+
+
+@pytest.mark.parametrize("end", [Preempted("in a test"), UserError("the disk is gone")], ids=["signal", "mistake"])
+def test_an_end_before_the_first_batch_is_not_hidden_by_the_clean_up_after_it(toy_run, monkeypatch, end):
+    def ends(loader):
+        raise end
+
+    monkeypatch.setattr(SteadyLoader, "__iter__", ends)
+    with pytest.raises(type(end)) as ended:
+        toy_run()
+    assert ended.value is end
 
 
 # ---- a data loader's worker

@@ -13,6 +13,7 @@ from cdm_lightning.data.shapes import all_words
 from cdm_lightning.errors import UserError
 from cdm_lightning.metrics.shapes_classifier import ShapesClassifier
 from cdm_lightning.pretrain import pretrain
+from cdm_lightning.pretraining import prompts
 from cdm_lightning.pretraining.loop import Recipe, optimise
 from cdm_lightning.pretraining.teacher import TextConditioned, tokenise
 from cdm_lightning.pretraining.tiny_sd3 import (
@@ -140,6 +141,23 @@ def test_every_stage_runs_and_leaves_loadable_assets(tmp_path: Path) -> None:
     assert not torch.equal(further.transformer.proj_out.weight, pipeline.transformer.proj_out.weight)
 
 
-def test_an_unknown_stage_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"stages=\['decoder'\] is not known"):
-        pretrain(compose([f"output={tmp_path}", f"work_dir={tmp_path}", "stages=[decoder]"], "pretrain"))
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("stages=[decoder]", "stages.0=decoder must be"),
+        ("teacher.count=2.5", "teacher.count=2.5 must be"),
+        ("recipe.vae.lr=nan", "recipe.vae.lr=nan must be"),
+        ("recipe.clip.betas=[0.9]", "recipe.clip.betas=[0.9] must be"),
+        ("teacher.caption_dropout=2", "teacher.caption_dropout=2 must be"),
+        ("+pipeline.width=3", "pipeline has no option 'width'"),
+        ("threads=0", "threads=0 must be"),
+        ("recipe.teacher=null", "recipe.teacher=None must be a mapping"),
+    ],
+)
+def test_a_wrong_option_is_one_line_before_any_stage(tmp_path: Path, monkeypatch, option: str, said: str) -> None:
+    monkeypatch.setattr(prompts, "write_prompts", lambda *values, **options: pytest.fail("a stage was begun"))
+    with pytest.raises(UserError) as refused:
+        pretrain(compose([f"output={tmp_path}/made", f"work_dir={tmp_path}", option], "pretrain"))
+    assert str(refused.value).startswith(said)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "made").exists()

@@ -16,6 +16,11 @@ from typing import TYPE_CHECKING, cast
 
 from omegaconf import DictConfig
 
+from cdm_lightning.ends import signals
+
+if __name__ == "__main__":  # before the imports below, because they take seconds
+    signals.watch()
+
 from cdm_lightning.config import answer_questions, build, run_cli
 from cdm_lightning.config.whole import check_config
 from cdm_lightning.errors import UserError
@@ -257,7 +262,7 @@ def main() -> None:
     from cdm_lightning.terminal.quiet import quiet_libraries
 
     quiet_libraries()
-    run_cli(cache_text, "train")
+    run_cli(cache_text, "train", "before all prompts were encoded")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cdm_lightning.config import fail
-from cdm_lightning.errors import UserError
+from cdm_lightning.ends import signals
+
+if __name__ == "__main__":  # before the imports below, because they take seconds
+    signals.watch()
+
+from cdm_lightning.config import command
 from cdm_lightning.exporting.pipeline import DTYPES, check_output, export_pipeline, how_to_call, require_adapter
 from cdm_lightning.kinds import FileOrFolder, Model, Pixels, Steps
 from cdm_lightning.kinds.command_line import Parser, argument
@@ -127,14 +131,12 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake is reported in one line on stderr, with exit status 2."""
     quiet_libraries()
-    try:
+    with command("before the student was written"):
         options = parser().parse_args(arguments)
         written = export_checkpoint(**vars(options))
-    except UserError as error:
-        fail(error)
-    print(f"exported {'pipeline' if options.form not in FILES else options.form}: {written}")
-    if options.form not in FILES and (line := how_to_call(written)):
-        print(line, file=sys.stderr)
+        print(f"exported {'pipeline' if options.form not in FILES else options.form}: {written}")
+        if options.form not in FILES and (line := how_to_call(written)):
+            print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cdm_lightning.config import fail
+from cdm_lightning.ends import signals
+
+if __name__ == "__main__":  # before the imports below, because they take seconds
+    signals.watch()
+
+from cdm_lightning.config import command
 from cdm_lightning.errors import UserError
 from cdm_lightning.files import replacing, require_replaceable
 from cdm_lightning.kinds import FileOrFolder, Model, Name, Width
@@ -130,14 +135,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake is reported in one line on stderr, with exit status 2."""
-    options = parser().parse_args(arguments)
     quiet_libraries()
-    try:
+    with command("before the LoRA was written"):
+        options = parser().parse_args(arguments)
         found = extract_lora(**vars(options))
-    except UserError as error:
-        fail(error)
-    print(report(found))
-    print(f"LoRA: {options.output} (use it with the scheduler of {options.tuned})")
+        print(report(found))
+        print(f"LoRA: {options.output} (use it with the scheduler of {options.tuned})")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cdm_lightning.config import build, compose, fail
+from cdm_lightning.ends import signals
+
+if __name__ == "__main__":  # before the imports below, because they take seconds
+    signals.watch()
+
+from cdm_lightning.config import build, command, compose
 from cdm_lightning.config.whole import check_config
 from cdm_lightning.errors import UserError
 from cdm_lightning.files import write_text
@@ -158,14 +163,12 @@ def write_json(path: Path, plans: "Sequence[Plan]") -> None:
 def main() -> None:
     """Print the plans that the command line asks for; a user's mistake is one line on stderr, with exit status 2."""
     quiet_libraries()
-    try:
+    with command("before the plan was made"):
         plans = plan(sys.argv[1:])
         print("\n\n".join(map(str, plans)))
         own, _ = split(sys.argv[1:])
         if "json" in own:
             write_json(Path(own["json"]), plans)
-    except UserError as error:
-        fail(error)
 
 
 if __name__ == "__main__":

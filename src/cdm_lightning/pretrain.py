@@ -2,31 +2,52 @@
 
 import os
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from omegaconf import DictConfig, OmegaConf
 
+from cdm_lightning.ends import signals
+
+if __name__ == "__main__":  # before the imports below, because they take seconds
+    signals.watch()
+
 from cdm_lightning.config import run_cli
+from cdm_lightning.config.arguments import check_arguments, check_value
 from cdm_lightning.errors import UserError
 from cdm_lightning.files import replacing_folder
+from cdm_lightning.kinds import Count, FileOrFolder, FolderToWrite, Seed
 
-STAGES = ("prompts", "vae", "teacher", "classifier", "clip")
+LEARNED = ("vae", "teacher", "classifier", "clip")  # the stages with a recipe
+TOP: dict[str, Any] = {
+    "output": FolderToWrite,
+    "work_dir": FolderToWrite,
+    "stages": list[Literal["prompts", "vae", "teacher", "classifier", "clip"]],
+    "threads": Count | None,
+    "seed": Seed,
+    "earlier": FileOrFolder | None,
+    "vae_pool": Count,
+    "scorer_pool": Count,
+}
+ARGUMENTS = {  # options that are the arguments of a function or class, whose annotations say what is allowed
+    "prompts": "prompts.write_prompts",
+    "pipeline": "tiny_sd3.build_pipeline",
+    "teacher": "teacher.train_teacher",
+    **{f"recipe.{stage}": "loop.Recipe" for stage in LEARNED},
+}
 
 
 def pretrain(cfg: DictConfig) -> Path:
-    """Run the stages in `cfg.stages` (some of `STAGES`), write the results into `cfg.output` and return this folder.
+    """Run the stages in `cfg.stages`, write the results into `cfg.output` and return this folder.
 
-    An interrupted stage continues where it stopped, from its state in `cfg.work_dir`. Raises UserError for an unknown stage
-    and if `cfg.output` is a file.
+    The stages are prompts, vae, teacher, classifier and clip. An interrupted stage continues where it stopped, from its state in
+    `cfg.work_dir`. Raises UserError for an option that is not allowed, and if `cfg.output` is a file.
     """
+    check_options(cfg)
     import torch
 
     from cdm_lightning.pretraining import prompts, scorers, teacher, tiny_sd3, vae
     from cdm_lightning.pretraining.loop import Recipe
 
-    unknown = [stage for stage in cfg.stages if stage not in STAGES]
-    if unknown:
-        raise UserError(f"stages={unknown} is not known; choose among {', '.join(STAGES)}")
     output, work = Path(cfg.output), Path(cfg.work_dir)
     if output.is_file():
         raise UserError(f"output={output} is a file; give a folder")
@@ -57,6 +78,20 @@ def pretrain(cfg: DictConfig) -> Path:
     return output
 
 
+def check_options(cfg: DictConfig) -> None:
+    """Raise UserError for the first option that is missing, unknown, or has a value that is not allowed."""
+    for key, kind in TOP.items():
+        if key not in cfg:
+            raise UserError(f"{key} is missing in the configuration; leave out ~{key}")
+        check_value(cfg[key], kind, key)
+    for key, called in ARGUMENTS.items():
+        options = OmegaConf.select(cfg, key)
+        if not isinstance(options, DictConfig):
+            raise UserError(f"{key}={options} must be a mapping; see conf/experiment/tiny_sd3_teacher.yaml")
+        options = cast(dict[str, Any], OmegaConf.to_container(options))
+        check_arguments(OmegaConf.create({**options, "_target_": f"cdm_lightning.pretraining.{called}"}), key)
+
+
 def save_pipeline(pipeline, folder: Path) -> None:
     """Write the pipeline into `folder` as diffusers does, completely or not at all.
 
@@ -71,7 +106,7 @@ def save_pipeline(pipeline, folder: Path) -> None:
 
 def main() -> None:
     """Run the stages that the command line asks for; a user's mistake is one line on stderr, with exit status 2."""
-    run_cli(pretrain, "pretrain")
+    run_cli(pretrain, "pretrain", "before all stages were complete")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,12 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cdm_lightning.config import fail
+from cdm_lightning.ends import signals
+
+if __name__ == "__main__":  # before the imports below, because they take seconds
+    signals.watch()
+
+from cdm_lightning.config import command
 from cdm_lightning.errors import UserError
 from cdm_lightning.files import replacing, require_replaceable
 from cdm_lightning.kinds import BatchSize, FileOrFolder, Finite, Model, Name, Pixels, Prompt, Seed, Steps
@@ -257,11 +262,9 @@ def run(options: argparse.Namespace) -> Path:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake is reported in one line on stderr, with exit status 2."""
     quiet_libraries()
-    try:
+    with command("before all pictures were written"):
         output = run(parser().parse_args(arguments))
-    except UserError as error:
-        fail(error)
-    print(f"{'pictures' if output.is_dir() else 'picture'}: {output}")
+        print(f"{'pictures' if output.is_dir() else 'picture'}: {output}")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ from cdm_lightning.data.text_memory import RememberedText
 from cdm_lightning.distributed.launch import follow, is_launched, launch
 from cdm_lightning.distributed.ranks import lost_process
 from cdm_lightning.distributed.strategy import MeshStrategy, device_count, require_devices
-from cdm_lightning.errors import UserError
+from cdm_lightning.errors import Preempted, UserError
 from cdm_lightning.evaluation.samplers import check_samplers
 from cdm_lightning.files import first_line, require_name
 from cdm_lightning.metrics.suite import MetricSuite
@@ -127,7 +127,7 @@ def train_in(run: Run, config: DictConfig) -> TrainResult:
     try:
         trainer.fit(module, data)
     except (RuntimeError, ConnectionError, EOFError) as error:
-        found = explained(error, bool(config.data.num_workers), config.strategy.get("timeout"))
+        found = hidden_end(error) or explained(error, bool(config.data.num_workers), config.strategy.get("timeout"))
         if found is None:
             raise
         raise found from error
@@ -136,6 +136,17 @@ def train_in(run: Run, config: DictConfig) -> TrainResult:
     signals.finished()
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return TrainResult(run.folder, next(reversed(checkpoints_in(checkpoint.folder)), None), module.iteration, metrics)
+
+
+def hidden_end(error: BaseException) -> Preempted | UserError | None:
+    """Return the `Preempted` or `UserError` that ended the training, if Lightning's clean-up then failed with `error`.
+
+    Its clean-up fails, for example, when the training ends before a data loader has delivered its first batch.
+    """
+    earlier = error.__context__
+    while earlier is not None and not isinstance(earlier, (Preempted, UserError)):
+        earlier = earlier.__context__
+    return earlier
 
 
 def explained(error: Exception, has_workers: bool, timeout: float | None) -> UserError | None:

@@ -65,6 +65,26 @@ def test_the_first_signal_ends_with_75_before_training(number):
     assert "Traceback" not in said
 
 
+COMMAND = "from cdm_lightning.config import command\nwith command('before it was written'):"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_ends_the_other_commands_with_75_and_one_line(number):
+    code, said = program(COMMAND + SLEEP.replace("\n", "\n  "), number)
+    assert (code, said) == (
+        75,
+        f"ready\n{number.name}: stopped before it was written; run the same command again to continue\n",
+    )
+
+
+def test_an_error_of_the_disk_ends_the_other_commands_with_one_line():
+    code, said = program(COMMAND + f"open({'x' * 300!r}, 'w')")
+    assert code == 2
+    assert said.count("\n") == 1
+    assert said.startswith("error: ")
+    assert "File name too long" in said
+
+
 NOTED = "signals.watch(); signals.training()\nprint('ready', flush=True)\n"
 
 

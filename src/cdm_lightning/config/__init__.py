@@ -10,7 +10,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any, NoReturn
@@ -217,11 +218,11 @@ def answer_questions(config_name: str) -> None:
         sys.exit()
 
 
-def run_cli(task: Callable[[DictConfig], object], config_name: str) -> None:
+def run_cli(task: Callable[[DictConfig], object], config_name: str, until: str = "before training") -> None:
     """Run `task` on the configuration that the command line gives. `config_name` is the main file in conf/.
 
     A mistake of the user gives one line on stderr and exit status 2. A run that a signal has stopped exits with status 75
-    (`ends.signals`).
+    (`ends.signals`). `until` completes the message "SIGNAL: stopped ...".
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra prints its own lines and exits with status 1
     mask_output()
@@ -239,7 +240,7 @@ def run_cli(task: Callable[[DictConfig], object], config_name: str) -> None:
             fail(error)  # called inside the job, because Hydra would otherwise print its own line first
 
     with signals.watched(), tolerant_streams():
-        signals.loading("before training")
+        signals.loading(until)
         try:
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(job)()
         except (HydraException, OmegaConfBaseException, OSError) as error:
@@ -247,6 +248,22 @@ def run_cli(task: Callable[[DictConfig], object], config_name: str) -> None:
         except (yaml.YAMLError, ValueError) as error:  # Hydra raises a ValueError for a `group=null`
             if composed:  # an error from inside the task is a bug and keeps its traceback
                 raise
+            fail(error)
+
+
+@contextmanager
+def command(until: str) -> Generator[None]:
+    """Run a command other than training inside the block, so that mistakes and signals end it in one line.
+
+    A user's mistake and an error of the disk exit with status 2. A signal that asks the process to stop exits with status 75
+    (`ends.signals`); `until` completes the message "SIGNAL: stopped ...", for example "before the picture was written".
+    """
+    mask_output()
+    with signals.watched(), tolerant_streams():
+        try:
+            signals.loading(until)
+            yield
+        except (UserError, OSError) as error:
             fail(error)
 
 

@@ -158,8 +158,9 @@ def _check_keys(node: DictConfig, key: str, target: str | None) -> None:
         return
     for name in (str(name) for name in node):
         if name not in parameters and name not in OF_HYDRA:
-            near = difflib.get_close_matches(name, parameters, 1)
-            hint = f"; did you mean {near[0]}?" if near else f"; its options are: {', '.join(parameters) or 'none'}"
+            usable = [other for other in parameters if not instead_of(target, other)]
+            near = difflib.get_close_matches(name, usable, 1)
+            hint = f"; did you mean {near[0]}?" if near else f"; its options are: {', '.join(usable) or 'none'}"
             raise UserError(
                 f"{key} has no option {name!r}, because {target.rpartition('.')[2]} has no such parameter{hint}"
             )

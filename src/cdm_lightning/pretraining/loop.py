@@ -1,15 +1,28 @@
 """The training loop of all stages of `cdm_lightning.pretrain`: AdamW, warm-up, linear decay to 0, gradient clipping, resuming."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from annotated_types import Len
 from torch import Tensor, nn
 
 from cdm_lightning.core.rng import stream
 from cdm_lightning.files import replacing
+from cdm_lightning.kinds import (
+    BatchSize,
+    GradientNorm,
+    Iteration,
+    Iterations,
+    NotNegative,
+    Rate,
+    Seed,
+    Share,
+    ShareBelowOne,
+)
 
 
 @dataclass(frozen=True)
@@ -21,16 +34,16 @@ class Recipe:
     returns an EMA of the weights of decay `ema_decay` (0: the last weights). All random draws are functions of `seed`.
     """
 
-    iterations: int
-    batch_size: int = 32
-    lr: float = 2e-3
-    warmup: int = 50
-    decay_from: float = 0.3
-    weight_decay: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.99)
-    max_grad_norm: float = 1.0
-    ema_decay: float = 0.0
-    seed: int = 0
+    iterations: Iterations
+    batch_size: BatchSize = 32
+    lr: Rate = 2e-3
+    warmup: Iteration = 50
+    decay_from: Share = 0.3
+    weight_decay: NotNegative = 1e-3
+    betas: Annotated[Sequence[ShareBelowOne], Len(2, 2)] = (0.9, 0.99)
+    max_grad_norm: GradientNorm = 1.0
+    ema_decay: ShareBelowOne = 0.0
+    seed: Seed = 0
 
     def lr_at(self, iteration: int) -> float:
         """Return the learning rate of an iteration, counted from 0: linear warm-up, then constant, then linear decay."""
@@ -56,7 +69,7 @@ def optimise(
     one is loaded from it. The generator depends on (seed, name, iteration) only: a resumed run equals an uninterrupted one.
     """
     parameters = list(network.parameters() if train is None else train)
-    options = {"lr": recipe.lr, "betas": recipe.betas, "weight_decay": recipe.weight_decay}
+    options = {"lr": recipe.lr, "betas": (recipe.betas[0], recipe.betas[1]), "weight_decay": recipe.weight_decay}
     optimizer = torch.optim.AdamW(parameters, **options, fused=True)
     ema = [p.detach().clone() for p in parameters]
     path, start = folder / f"{name}.pt", 0

@@ -6,9 +6,10 @@ The shapes set is this package's procedural data set of captioned shapes (`data.
 from pathlib import Path
 
 from cdm_lightning.data.shapes import draw_scenes
+from cdm_lightning.kinds import Count, Seed, Share
 
 
-def write_prompts(folder: Path, train: int, heldout: int, pairs: float, seed: int) -> None:
+def write_prompts(folder: Path, train: Count, heldout: Count, pairs: Share, seed: Seed) -> None:
     """Write `shapes_train.txt` with `train` captions and `shapes_heldout.txt` with `heldout` captions into `folder`, one per line.
 
     They depend on `seed` only, and about the share `pairs` of them describes two shapes. The held-out captions describe

@@ -17,6 +17,7 @@ from transformers import T5EncoderModel
 from cdm_lightning.backbones.compact_text import use_compact_padding
 from cdm_lightning.core.flow import interpolate
 from cdm_lightning.data.shapes import draw_scenes, render
+from cdm_lightning.kinds import Count, Finite, Positive, Share, Tokens
 from cdm_lightning.pretraining.loop import Recipe, optimise
 
 T5_TOKENS = 256  # the length to which the stock pipeline pads
@@ -109,12 +110,12 @@ def train_teacher(
     recipe: Recipe,
     folder: Path,
     *,
-    count: int = 98304,
-    keep: int = 11,
-    pairs: float = 0.0,
-    caption_dropout: float = 0.1,
-    sigma_mean: float = 0.4,
-    sigma_std: float = 1.2,
+    count: Count = 98304,
+    keep: Tokens = 11,
+    pairs: Share = 0.0,
+    caption_dropout: Share = 0.1,
+    sigma_mean: Finite = 0.4,
+    sigma_std: Positive = 1.2,
     compile_network: bool = True,
 ) -> StableDiffusion3Pipeline:
     """Train the pipeline in place by flow matching with caption dropout and logit-normal sigmas (SD3, arXiv:2403.03206).

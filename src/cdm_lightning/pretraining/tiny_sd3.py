@@ -26,6 +26,7 @@ from cdm_lightning.backbones.pipeline_folder import loading, locate_pipeline
 from cdm_lightning.data.shapes import all_words
 from cdm_lightning.errors import UserError
 from cdm_lightning.files import first_line
+from cdm_lightning.kinds import Count, Seed
 
 CLIP_TOKENS = 12
 CLIP_WIDTH = 32
@@ -34,7 +35,7 @@ SHIFT = 3.0  # as in SD3-Medium's scheduler
 
 
 def build_pipeline(
-    seed: int = 0, heads: int = 3, layers: int = 4, latent_channels: int = 4
+    seed: Seed = 0, heads: Count = 3, layers: Count = 4, latent_channels: Count = 4
 ) -> StableDiffusion3Pipeline:
     """Build the tiny pipeline with random weights, which depend only on `seed`; it is frozen and in eval mode.
 
