@@ -336,9 +336,9 @@ def test_a_fused_network_computes_what_the_view_computes(backbone, adapter):
         (["lora=lora_student"], "set objective.fake_score_merge=0"),
         (["lora=lora", "lora.student.rank=8"], "set objective.fake_score_merge=0"),
         (["lora=lora", "lora.student.rank=0"], "lora.student.rank=0 must be a whole number of at least 1"),
-        (["lora=lora", "lora.student.targets=everything"], "it has: attention, attention_feed_forward"),
+        (["lora=lora", "lora.student.targets=everything"], "use attention, attention_feed_forward"),
         (["lora=lora", "lora.student.targets=[]"], "a list with at least 1 entry"),
-        (["experiment=toy2d_cdm", "lora=lora"], "it has: blocks"),
+        (["experiment=toy2d_cdm", "lora=lora"], "use blocks"),
     ],
 )
 def test_settings_that_cannot_work_are_one_line_before_anything_is_loaded(tmp_path, overrides, message):

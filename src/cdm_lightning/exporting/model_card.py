@@ -1,4 +1,4 @@
-"""The model card of an exported student (its README.md): a description, the configuration of its training, and its metrics."""
+"""The model card (README.md) of an exported student: description, training configuration and metrics."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,11 +42,11 @@ A student that makes an image in {calls}, without guidance. It was distilled fro
 
 @dataclass(frozen=True)
 class ModelCard:
-    """The facts in a student's model card, whose heading is `name`.
+    """The facts in the model card of a student called `name`.
 
-    `nfe` is the number of network calls for an image, `weights` the network that was exported ("student_ema" or "student"),
-    `iteration` the number of iterations that it was trained for, and `dtype` that of its file. `config` is the run's
-    configuration and `metrics` the content of its metrics.json, if there are any.
+    `nfe` is the number of network calls for an image. `weights` is the exported network, "student_ema" or "student". `iteration`
+    is the number of training iterations, and `dtype` that of the file. `config` is the run's configuration, and `metrics` the
+    content of its metrics.json, if there is one.
     """
 
     name: str
@@ -67,7 +67,7 @@ class ModelCard:
         """Return the card as Markdown, with the YAML header that model hubs read."""
         base = self.config.get("backbone", {}).get("pretrained")
         is_hub_id = base is not None and base.count("/") == 1 and not Path(base).exists()
-        is_pipeline = base is not None  # and not the plane, which no hub's library loads
+        is_pipeline = base is not None  # not the two-dimensional toy model, which is no pipeline of diffusers
         header = ModelCardData(
             library_name="diffusers" if is_pipeline else None,
             pipeline_tag="text-to-image" if is_pipeline else None,
@@ -91,10 +91,10 @@ class ModelCard:
 
 
 def recipe(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a run's configuration that affect its weights (`run.same`), and trainer.max_steps, as nested dicts.
+    """Return the options of a run's configuration that affect the trained weights, and trainer.max_steps, as nested dicts.
 
-    The backbone's options are left out. Objects are named by their classes, and absolute paths are reduced to their last
-    part, because cards may be public.
+    `run.same` says which options these are; the backbone's are left out. Because cards may be public, objects appear as class
+    names and absolute paths as their last part.
     """
     chosen = _deciding({key: value for key, value in config.items() if key not in ("backbone", "module")}, "")
     module = {
@@ -119,7 +119,7 @@ def _deciding(node: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _readable(node: Any) -> Any:
-    """Replace `_target_: a.b.C` by `class: C`, and an absolute path by its last part, because cards may be public."""
+    """Replace `_target_: a.b.C` by `class: C` and an absolute path by its last part, because cards may be public."""
     if isinstance(node, Mapping):
         name = {"class": str(node["_target_"]).rpartition(".")[2]} if "_target_" in node else {}
         rest = {str(key): _readable(value) for key, value in node.items() if key not in ("_target_", "_partial_")}
@@ -132,9 +132,9 @@ def _readable(node: Any) -> Any:
 
 
 def metrics_table(metrics: Any) -> str:
-    """Return the content of a metrics.json as a Markdown table, or a sentence if there are no metrics in it.
+    """Return the content of a metrics.json as a Markdown table, or a sentence if it has no metrics.
 
-    It may be {"rows": [row, ...]}, [row, ...], {name: row} or {name: figure}, where a row is {column: value}.
+    The content is {"rows": [row, ...]}, [row, ...], {name: row} or {name: figure}, where a row is {column: value}.
     """
     if isinstance(metrics, Mapping) and isinstance(metrics.get("rows"), list):
         metrics = metrics["rows"]

@@ -1,4 +1,4 @@
-"""Exporting a student as a pipeline folder of its model family, or as a LoRA file in a folder."""
+"""Export a student as a pipeline folder of its model family, or as a folder with a LoRA file."""
 
 import copy
 import json
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # these take seconds to import: --help and error messages sho
     from cdm_lightning.backbones.base import Backbone
     from cdm_lightning.lora.weights import AdapterWeights
 
-MARKER = "cdm_lightning_export.json"  # in every folder that `export_pipeline` wrote
+MARKER = "cdm_lightning_export.json"  # a file in every folder that `export_pipeline` wrote
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -36,12 +36,12 @@ def export_pipeline(
 ) -> Path:
     """Write a student's `network` as a pipeline folder, completely or not at all, and return the folder `output`.
 
-    `nfe` is the number of network calls for an image that the folder samples with. A LoRA is
-    fused into the pretrained network, or with `form="lora"` written as a LoRA file. The network's file has the dtype named
-    `dtype` (float32, float16, bfloat16). `weights` and `iteration` describe the network in the model card, and the card's
-    configuration and metrics are those of `run`. An earlier export in `output` is replaced. Raises UserError for an `output`
-    that is a file, holds files that no export wrote or cannot be written, for `nfe` below 1, for an unknown `dtype`, and for
-    `form="lora"` if the network is not a LoRA.
+    `nfe` is the number of steps with which the folder's pipeline makes an image. A LoRA is fused into the pretrained network, or
+    written as a LoRA file with `form="lora"`. `dtype` is "float32", "float16" or "bfloat16". The model card gets `weights` (the
+    network's name) and `iteration`, and the configuration and metrics of `run`. An earlier export in `output` is replaced.
+
+    Raises UserError in these cases: `output` is a file, holds files of something other than an export, or cannot be written;
+    `nfe` is below 1; `dtype` is unknown; or the network is no LoRA, but `form="lora"`.
     """
     import torch
 
@@ -69,8 +69,8 @@ def prepare(
 ) -> Callable[[Path, int, str], None]:
     """Return a function (folder, nfe, text of the model card) that writes `network` in `dtype` into an existing folder.
 
-    With `form="lora"` it writes a LoRA file, otherwise a pipeline folder, into which a LoRA
-    is fused. Raises UserError for `form="lora"` if the network is not a LoRA.
+    With `form="lora"` it writes a LoRA file, otherwise a pipeline folder with the LoRA fused. Raises UserError for `form="lora"`
+    if the network is no LoRA.
     """
     from cdm_lightning.lora.views import AdapterView
     from cdm_lightning.lora.weights import AdapterWeights
@@ -90,7 +90,7 @@ def prepare(
 
 
 def require_adapter(is_adapter: bool) -> None:
-    """Raise UserError, which says what to do instead, for the form "lora" of a student that is not a LoRA."""
+    """Raise UserError if a LoRA file was requested for a student that is no LoRA. The message says what to do instead."""
     if not is_adapter:
         raise UserError(
             "all of this student's weights were trained, so it is not a LoRA: export it with --form pipeline, then make a "
@@ -99,9 +99,9 @@ def require_adapter(is_adapter: bool) -> None:
 
 
 def model_card(name: str, record: dict[str, Any], run: Run | None) -> str:
-    """Return the text of a model card with the heading `name`, and with the configuration and metrics of `run`, if any.
+    """Return the text of the model card `name`, with the configuration and metrics of `run`, if it is given.
 
-    `record` has the other fields of `ModelCard`: nfe, weights, iteration and dtype.
+    `record` holds the other fields of `ModelCard`: nfe, weights, iteration and dtype.
     """
     from cdm_lightning.exporting.model_card import ModelCard
 
@@ -111,18 +111,18 @@ def model_card(name: str, record: dict[str, Any], run: Run | None) -> str:
 
 
 def check_output(output: Path) -> None:
-    """Raise UserError unless an export may be written to `output`: a new or empty folder, or an earlier export."""
+    """Raise UserError unless `output` is a new folder, an empty folder or an earlier export."""
     if output.exists() and not output.is_dir():
-        raise UserError(f"{output} is a file; pass the name of a folder to write")
+        raise UserError(f"{output} is a file; pass a folder instead")
     if output.is_dir() and any(output.iterdir()) and not (output / MARKER).is_file():
         raise UserError(f"{output} is not empty and was not written by an export (no {MARKER}); pass another folder")
 
 
 def how_to_call(folder: Path) -> str | None:
-    """Return a line for the user with the arguments that the exported pipeline has to be called with.
+    """Return a line that tells the user with which arguments to call the exported pipeline.
 
-    None if the folder is not one for diffusers. diffusers can store no default for a call, and the pipelines' own guidance
-    ruins a student's images.
+    Returns None if the folder is no pipeline of diffusers. The line is needed because diffusers stores no defaults for a call,
+    and the pipelines' usual guidance spoils a student's images.
     """
     from cdm_lightning.backbones.student_folder import read_call
 
@@ -134,7 +134,7 @@ def how_to_call(folder: Path) -> str | None:
 
 
 def exported_iteration(folder: Path) -> int | None:
-    """Return the number of iterations that the student in an exported folder was trained for; None for any other folder."""
+    """Return the number of training iterations of the student in an exported folder, or None for any other folder."""
     try:
         return int(json.loads(read_text(folder / MARKER, follow=False))["iteration"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""Fuse a LoRA adapter: add it to the weights of its base, which gives a plain network without any module of peft."""
+"""Fuse a LoRA adapter into its base: add it to the weights, which gives a plain network without modules of peft."""
 
 import torch
 from torch import nn
@@ -10,10 +10,10 @@ ROLE = "fused"
 
 
 def fuse(weights: AdapterWeights, network: nn.Module) -> nn.Module:
-    """Add the adapter (`scale * B A` for a plain LoRA) to the weights of `network` in place; return `network` in eval mode.
+    """Add the adapter to the weights of `network`, in place, and return `network` in eval mode.
 
-    `network` must be a float32 copy of the network that the adapter was trained on. Afterwards all its parameters require
-    gradients. Raises KeyError if `weights` lacks a tensor that the adapter's settings call for.
+    A plain LoRA adds scale B A. `network` must be a float32 copy of the network on which the adapter was trained. All its
+    parameters require gradients afterwards. Raises KeyError if `weights` lacks a tensor of the adapter.
     """
     layer_names = list(dict.fromkeys(name.rpartition(".lora_")[0] for name in weights.tensors))
     inject(network, ROLE, weights.adapter, layer_names)

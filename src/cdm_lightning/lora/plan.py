@@ -1,4 +1,4 @@
-"""Which of the trained networks are LoRAs, and their settings: plain data, checked before any weights are loaded.
+"""Which of the trained networks are LoRAs, and their settings; these are checked before any weights are loaded.
 
 A role is the name of a network in training, such as "student" or "fake_score".
 """
@@ -11,17 +11,17 @@ from typing import Annotated
 from cdm_lightning.errors import UserError
 from cdm_lightning.kinds import LayerEnding, NotEmpty, Positive, Width
 
-Presets = Mapping[str, tuple[str, ...]]  # a backbone's `lora_targets`: preset -> the endings of names of linear layers
+Presets = Mapping[str, tuple[str, ...]]  # as in `Backbone.lora_targets`: preset -> endings of names of linear layers
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """The settings of a LoRA: the weight W of each target layer becomes W + scale B A, with A (rank, in) and B (out, rank).
+    """The settings of a LoRA: each target weight W becomes W + scale B A, with A (rank, in) and B (out, rank).
 
-    `targets` chooses linear layers: a key of `Backbone.lora_targets` (such as "attention"), or a list of endings of layer
-    names (such as ["to_q", "ff.net.2"]). The scale is alpha / rank, or alpha / sqrt(rank) with `use_rslora`
-    (arXiv:2312.03732). `use_dora` trains the magnitudes of the rows of W separately from their directions
-    (arXiv:2402.09353). Raises UserError for a rank below 1, an alpha that is not above 0, and empty `targets`.
+    `targets` chooses the linear layers: a preset of `Backbone.lora_targets`, such as "attention", or a list of endings of layer
+    names, such as ["to_q", "ff.net.2"]. The scale is alpha / rank, or alpha / sqrt(rank) with `use_rslora` (arXiv:2312.03732).
+    `use_dora` trains lengths and directions of the rows of W separately (arXiv:2402.09353). Raises UserError for a rank below 1,
+    for an alpha of 0 or below, and for empty `targets`.
     """
 
     rank: Width = 64
@@ -49,27 +49,30 @@ class Adapter:
 
     @property
     def tag(self) -> str:
-        """All settings as one text, such as "64:128:attention"; `LoRAPlan.tag` puts it into the fingerprint of checkpoints."""
+        """All settings as one text, such as "64:128:attention". Checkpoints store it, to recognise other settings."""
         targets = self.targets if isinstance(self.targets, str) else "/".join(self.targets)
         return f"{self.rank}:{self.alpha:g}:{targets}" + ":rslora" * self.use_rslora + ":dora" * self.use_dora
 
     def endings(self, presets: Presets) -> tuple[str, ...]:
-        """Return the endings of the target layers' names: `targets` itself, or what `presets` has for it; UserError if nothing."""
+        """Return the endings of the target layers' names: those of the preset `targets`, or the list `targets` itself.
+
+        Raises UserError if `targets` is no preset in `presets`.
+        """
         if not isinstance(self.targets, str):
             return tuple(self.targets)
         if self.targets not in presets:
             known = ", ".join(presets) or "none"
             raise UserError(
-                f"lora.ROLE.targets={self.targets} is no preset of this backbone; it has: {known}. Use one of these, or a list of "
+                f"lora.ROLE.targets={self.targets} is no preset of this backbone; use {known}, or a list of "
                 "endings of layer names such as [to_q,to_k]"
             )
         return presets[self.targets]
 
 
 class LoRAPlan:
-    """Which trained networks are LoRAs: an `Adapter` for each such role, for example `LoRAPlan(student=Adapter(...))`.
+    """The trained networks that are LoRAs, with an `Adapter` for each, for example `LoRAPlan(student=Adapter(...))`.
 
-    A role without an entry, or with None, trains all its weights. Entries for roles that the objective does not train have
+    A network without an entry, or with None, trains all its weights. Entries for networks that the objective does not train have
     no effect. Raises UserError for a value that is neither an `Adapter` nor None.
     """
 
@@ -83,19 +86,19 @@ class LoRAPlan:
         self._adapters = {role: adapter for role in first if (adapter := adapters[role]) is not None}
 
     def of(self, role: str) -> Adapter | None:
-        """Return a role's adapter, or None if all weights of the role are trained; "student_ema" has the adapter of "student"."""
+        """Return the adapter of a role, or None if all its weights are trained. "student_ema" has the adapter of "student"."""
         return self._adapters.get("student" if role == "student_ema" else role)
 
     def among(self, roles: Iterable[str]) -> dict[str, Adapter]:
-        """Return {role: adapter} for those of the given roles that have an adapter."""
+        """Return {role: adapter} for the given roles, without those that have no adapter."""
         return {role: adapter for role in roles if (adapter := self.of(role)) is not None}
 
     def unused(self, roles: Iterable[str]) -> list[str]:
-        """Return the roles that have an adapter here but are not among `roles`, so that a warning can name them."""
+        """Return the roles that have an adapter here but are not among `roles`. A warning names them."""
         return [role for role in self._adapters if role not in set(roles)]
 
     def tag(self, roles: Iterable[str]) -> str:
-        """Return the settings of the adapters of the trained `roles` as one text, or "" if these roles have no adapter.
+        """Return the adapter settings of the trained `roles` as one text, or "" if they have no adapter.
 
         The text is part of a checkpoint's fingerprint, so that a run with other adapters refuses the checkpoint.
         """
@@ -104,6 +107,6 @@ class LoRAPlan:
         return f"+lora({', '.join(parts)})" if parts else ""
 
     def check(self, presets: Presets) -> None:
-        """Raise UserError if an adapter's `targets` is one name that `presets` (`Backbone.lora_targets`) does not have."""
+        """Raise UserError if an adapter's `targets` is a name that is no preset in `presets` (`Backbone.lora_targets`)."""
         for adapter in self._adapters.values():
             adapter.endings(presets)

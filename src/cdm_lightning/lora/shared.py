@@ -1,8 +1,8 @@
-"""One frozen base network with several LoRA adapters of peft, one for each role (trained network), at most one on at a time.
+"""One frozen network with several LoRA adapters of peft, one for each role (trained network). At most one adapter is on.
 
-peft's own switches (`set_adapter`, `disable_adapters`) also turn `requires_grad` on and off, so an optimizer's parameters
-would be frozen whenever another role runs. The switch here sets only the two attributes that peft's layers read in their
-forward pass.
+peft's own switches (`set_adapter`, `disable_adapters`) also change `requires_grad`, so they would freeze an optimizer's
+parameters whenever another role runs. The switch here changes only the two attributes that peft's layers read in the forward
+pass.
 """
 
 import math
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 
 class SharedBase:
-    """One frozen `network` (the base) that holds a LoRA adapter for each role, so that several trained networks share its memory.
+    """A frozen network, the base, that holds a LoRA adapter for each role, so that several trained networks share its memory.
 
-    `view(role)` gives the base with the adapter of that role as an `nn.Module`; while no view is called, all adapters are
-    off. The base is put into eval mode and keeps its dtype; adapters are float32. A starts uniform as in peft and B at zero,
-    so every role starts equal to the base. The initial A depends on `seed` and the layer alone, the same for all roles: at
-    first, averaging two roles' factors then averages their updates B A too. Raises UserError for targets that `network` lacks.
+    `view(role)` returns a module that runs the base with this role's adapter. Outside such calls all adapters are off. The base
+    is set to eval mode and keeps its dtype; adapters are float32. A starts uniform, as in peft, and B starts at zero, so every
+    role starts equal to the base. The initial A depends on `seed` and the layer only. As it is the same for all roles, an average
+    of two roles' factors is at first also an average of their products B A. Raises UserError for targets that `network` lacks.
     """
 
     def __init__(self, network: nn.Module, adapters: Mapping[str, Adapter], presets: Presets, seed: int) -> None:
@@ -53,16 +53,16 @@ class SharedBase:
         self._switch(None)
 
     def view(self, role: str) -> AdapterView:
-        """Return a network that runs the base with the adapter of `role`; its only parameters are those of the adapter."""
+        """Return a network that runs the base with the adapter of `role`. Its parameters are those of the adapter only."""
         return AdapterView(self, role, adapter_parameters(self.layers, role), self._adapters[role])
 
     def base_view(self) -> BaseView:
-        """Return a network that runs the base with all adapters off. Sharding replaces parameters: call this again after it."""
+        """Return a network that runs the base with all adapters off. Call this again after sharding, which replaces parameters."""
         return BaseView(self, {name: self.network.get_parameter(place) for name, place in self._place_of.items()})
 
     @contextmanager
     def running(self, role: str | None) -> Generator[None]:
-        """Turn on the adapter of `role` only (None: no adapter) inside the `with` block; restore the former state afterwards."""
+        """Turn on the adapter of `role` inside the `with` block (None: no adapter), and restore the former state afterwards."""
         before = self._role
         self._switch(role)
         try:
@@ -71,10 +71,10 @@ class SharedBase:
             self._switch(before)
 
     def with_its_adapter(self, block: nn.Module) -> Callable[..., Any]:
-        """Return a function that runs `block`, a module of the base, with the adapter that is on now, whenever it is called.
+        """Return a function that runs `block`, a module of the base, with the adapter that is on now.
 
-        For gradient checkpointing: it runs blocks again in the backward pass, when all adapters are off or another one is on,
-        and the gradients would silently be wrong.
+        Gradient checkpointing needs it. It runs blocks again in the backward pass, when another adapter or none is on, and the
+        gradients would be wrong without an error.
         """
         return partial(self._rerun, self._role, block)
 
@@ -83,7 +83,7 @@ class SharedBase:
             return block(*args)
 
     def _switch(self, role: str | None) -> None:
-        # peft casts an adapter's input to float32, which autocast would only cast back: the same numbers, and twice the traffic
+        # peft casts an adapter's input to float32, and autocast casts it back: slower, with the same numbers
         device = next(self.network.parameters()).device.type
         casts = device == "meta" or not torch.is_autocast_enabled(
             device
@@ -94,7 +94,7 @@ class SharedBase:
                 casts or len(layer.lora_magnitude_vector) > 0
             )  # DoRA computes with the input's dtype
             if role is not None:
-                layer._active_adapter = [role]  # a layer without an adapter of this name computes like the base
+                layer._active_adapter = [role]  # a layer that has no such adapter computes like the base
         self._role = role
 
     @torch.no_grad()
@@ -114,10 +114,10 @@ class SharedBase:
 
 
 def target_layers(network: nn.Module, adapter: Adapter, presets: Presets) -> list[str]:
-    """Return the names of the linear layers of `network` that get the adapter: those that end in one of its target endings.
+    """Return the names of the linear layers of `network` whose names end in one of the adapter's target endings.
 
-    Raises UserError if no layer does, or if `adapter.targets` is a list with an ending that fits no layer. Some endings of a
-    preset may fit none.
+    Raises UserError if there is none, or if `adapter.targets` is a list with an ending that fits no layer. In a preset, some
+    endings may fit no layer.
     """
     endings = adapter.endings(presets)
     linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
@@ -133,7 +133,7 @@ def target_layers(network: nn.Module, adapter: Adapter, presets: Presets) -> lis
 
 
 def inject(network: nn.Module, role: str, adapter: Adapter, layers: Sequence[str]) -> None:
-    """Add a new peft adapter named `role` to the linear layers of `network` with the names `layers`, in place."""
+    """Add a new peft adapter named `role` to the linear layers `layers` of `network`, in place."""
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,  # pyrefly: ignore[bad-argument-type]  peft accepts any number
@@ -147,7 +147,7 @@ def inject(network: nn.Module, role: str, adapter: Adapter, layers: Sequence[str
 
 
 def tuner_layers(network: nn.Module) -> "dict[str, LoraLayer]":
-    """Return {name: module} of the layers that peft has put in the place of linear layers to hold adapters."""
+    """Return the layers that peft has put in place of linear layers, by name."""
     found = {name: module for name, module in network.named_modules() if isinstance(module, BaseTunerLayer)}
     return cast("dict[str, LoraLayer]", found)
 
@@ -155,7 +155,7 @@ def tuner_layers(network: nn.Module) -> "dict[str, LoraLayer]":
 def adapter_parameters(layers: "Mapping[str, LoraLayer]", role: str) -> dict[str, nn.Parameter]:
     """Return the parameters of the adapter `role` by name: "LAYER.lora_A.weight" (rank, in), "LAYER.lora_B.weight" (out, rank).
 
-    With DoRA there is also "LAYER.lora_magnitude_vector.weight" (out,). `layers` are those of `tuner_layers`.
+    With DoRA there is also "LAYER.lora_magnitude_vector.weight" (out,). `layers` is the result of `tuner_layers`.
     """
     return {
         f"{name}.{kind}.{key}": parameter

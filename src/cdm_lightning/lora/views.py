@@ -1,6 +1,6 @@
-"""Modules that run one base network, which they share, with one LoRA adapter on or with none.
+"""Modules that run one shared network, the base, with one LoRA adapter or with none.
 
-Optimizers, the EMA, checkpoints and the generation of images use such a module like any other `nn.Module`.
+Optimizers, the EMA, checkpoints and samplers use such a module like any other `nn.Module`.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,9 +17,9 @@ if TYPE_CHECKING:  # peft takes seconds to import, and a run without adapters do
 
 
 class RoleView(nn.Module):
-    """A network that calls the base of `shared` with the adapter of `role` on, or without an adapter if `role` is None.
+    """A network that runs the shared base with the adapter of `role`, or without an adapter if `role` is None.
 
-    `parameters`, by dotted name, are all the parameters that this module has: the base is not one of its submodules.
+    `parameters` are all parameters of this module, by dotted name. The base is not a submodule.
     """
 
     def __init__(self, shared: "SharedBase", role: str | None, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -29,23 +29,23 @@ class RoleView(nn.Module):
             _hold(self, name, parameter)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the base with these arguments and with this role's adapter only; restore the former adapter after the call."""
+        """Call the base with this role's adapter only, and restore the former adapter afterwards."""
         with self.shared.running(self.role):
             return self.shared.network(*args, **kwargs)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights of the base."""
+        """The dtype of the base's weights."""
         return self.shared.dtype
 
     @property
     def config(self) -> Any:
-        """The `config` of the base network, as diffusers models have it."""
+        """The `config` of the base network, an attribute of diffusers models."""
         return self.shared.network.config
 
 
 class AdapterView(RoleView):
-    """A network that runs the base with the adapter of one role on; its parameters are those of the adapter, in float32."""
+    """A network that runs the shared base with one role's adapter. Its parameters are those of the adapter, in float32."""
 
     def __init__(
         self, shared: "SharedBase", role: str, parameters: Mapping[str, nn.Parameter], adapter: Adapter
@@ -55,12 +55,12 @@ class AdapterView(RoleView):
 
     @property
     def weights(self) -> AdapterWeights:
-        """The adapter alone, without its base, for export."""
+        """The adapter without its base, for export."""
         return AdapterWeights(self.adapter, self.state_dict())
 
 
 class BaseView(RoleView):
-    """A network that runs the base with all adapters off; usually this is the teacher.
+    """A network that runs the shared base with all adapters off; usually this is the teacher.
 
     Its parameters are those of the base, and moving it to a device moves the base.
     """
@@ -74,7 +74,7 @@ class BaseView(RoleView):
 
 
 def _hold(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Register a parameter under a dotted name, and make the modules that this needs."""
+    """Register a parameter under a dotted name, and make the submodules for that name."""
     *path, last = name.split(".")
     for part in path:
         if part not in root._modules:

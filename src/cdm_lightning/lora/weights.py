@@ -1,4 +1,4 @@
-"""The weights of a LoRA adapter without its base, as checkpoints, LoRA files and the fusion into a base use them."""
+"""The weights of a LoRA adapter without its base, for checkpoints, LoRA files and fusion."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ from cdm_lightning.lora.plan import Adapter
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """The settings of an adapter, and its tensors by name as `adapter_parameters` gives them.
+    """The settings of a LoRA adapter, and its tensors by name.
 
-    The names are "LAYER.lora_A.weight" (rank, in), "LAYER.lora_B.weight" (out, rank), and with DoRA
+    The names are "LAYER.lora_A.weight" (rank, in), "LAYER.lora_B.weight" (out, rank) and, with DoRA,
     "LAYER.lora_magnitude_vector.weight" (out,). B is stored without the scale.
     """
 
@@ -23,7 +23,7 @@ class AdapterWeights:
     def portable(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """Return the tensors as LoRA files hold them: in `dtype`, on the CPU, with B multiplied by the adapter's scale.
 
-        LoRA files have no standard entry for a scale, and without one all readers assume scale 1.
+        LoRA files have no standard entry for a scale, and readers then assume 1.
         """
         return {
             name.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector"): (

@@ -1,4 +1,4 @@
-"""Options that make a run fit into the memory of a GPU, and how many bytes each of them saves: plain arithmetic."""
+"""Options that make a run fit into a GPU's memory, and the bytes that each of them saves."""
 
 from dataclasses import dataclass, replace
 
@@ -12,9 +12,10 @@ WORTH_A_TRY = 0.15  # the share of a GPU's memory that must be free before faste
 
 @dataclass(frozen=True)
 class Remedy:
-    """Command-line overrides that save memory, and what they bring.
+    """Command-line overrides that save memory.
 
-    `saves` are the bytes saved on each GPU at the same batch; `batch` is the largest batch of a GPU, in prompts, that fits then.
+    `saves` are the bytes saved on each GPU with the same batch. `batch` is the largest number of prompts on each GPU that then
+    fits.
     """
 
     overrides: str
@@ -23,9 +24,9 @@ class Remedy:
 
 
 def remedies(sizes: Sizes, layout: Layout, gpus: GPUs, batch: int, accumulate: int = 1) -> list[Remedy]:
-    """Return each way to use less memory that this run does not use yet, the largest saving first, and last all of them together.
+    """Return the ways to save memory that the run does not use yet, largest saving first; the last combines all of them.
 
-    `batch` is the number of prompts on each GPU in an iteration, which are computed in `accumulate` parts.
+    `batch` is the number of prompts on each GPU in an iteration, computed in `accumulate` parts.
     """
     now = total(sizes, layout, batch, accumulate)
     found = []
@@ -60,18 +61,19 @@ def remedies(sizes: Sizes, layout: Layout, gpus: GPUs, batch: int, accumulate: i
 
 
 def further(recomputation: Recomputation, lora: bool) -> list[str]:
-    """Return overrides that save memory by more computation or by LoRA; how much is known only when they are planned.
+    """Return overrides that save memory by more computation or by LoRA. A new plan has to show how much each saves.
 
-    `recomputation` is the run's present gradient checkpointing, `lora` whether it trains LoRAs.
+    `recomputation` is the run's gradient checkpointing, and `lora` says whether it trains LoRAs.
     """
     lines = [] if recomputation.share == 1 else ["compute.gradient_checkpointing=true"]
     return lines if lora else [*lines, "lora=lora"]
 
 
 def faster(recomputation: Recomputation, free: float, batch: int) -> list[str]:
-    """Return overrides that make the run faster but need memory, if enough of it is free; they too must be planned again.
+    """Return overrides that make the run faster but need memory, if enough is free. A new plan has to show whether they fit.
 
-    `free` is the free share of a GPU's usable memory; `batch` the number of prompts on each GPU. Empty if nothing is recomputed.
+    `free` is the free share of a GPU's usable memory, and `batch` the number of prompts on each GPU. The list is empty if the run
+    recomputes no activations.
     """
     if not recomputation.share or free < WORTH_A_TRY:
         return []

@@ -1,4 +1,4 @@
-"""How the networks of a run are distributed over its GPUs: the share that each GPU holds, by plain arithmetic."""
+"""How networks are distributed over the GPUs of a run: the share of each network that a GPU holds."""
 
 import re
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ STRATEGIES = ("single", "ddp", "fsdp2", "hsdp")
 
 @dataclass(frozen=True)
 class GPUs:
-    """`count` identical GPUs of `gigabytes` of memory each, in the GB of vendors, which are GiB.
+    """`count` identical GPUs with `gigabytes` of memory each, in the GB of vendors, which are GiB.
 
     The share `reserve` of the memory is left for CUDA itself and for gaps between tensors.
     """
@@ -32,22 +32,25 @@ class GPUs:
 
 
 def read_gpus(text: str, reserve: float = 0.08) -> GPUs:
-    """Read "8x80" as eight GPUs of 80 GB; UserError for a text of another form and for a `reserve` outside [0, 1)."""
+    """Read a text such as "8x80", which means eight GPUs of 80 GB.
+
+    Raises UserError for a text of another form, and for a `reserve` outside [0, 1).
+    """
     match = re.fullmatch(r"(\d+)x(\d+(?:\.\d+)?)", str(text).strip())
     if not match or int(match[1]) < 1 or float(match[2]) <= 0:
         raise UserError(f"gpus={text}: write COUNTxGB, for example gpus=1x24 or gpus=8x80")
     if not 0 <= reserve < 1:
         raise UserError(
-            f"reserve={reserve} must be in [0, 1): it is the share of a GPU's memory that tensors may not take"
+            f"reserve={reserve} must be at least 0 and below 1: the share of a GPU's memory that is kept free"
         )
     return GPUs(int(match[1]), float(match[2]), reserve)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a strategy lays out the networks: `replicas` copies, each cut into `shards` shards, one for each GPU.
+    """The distribution of the networks over GPUs: `replicas` copies, each cut into `shards` shards, one shard on each GPU.
 
-    Networks whose roles (names) are in `on_cpu` rest in host memory between their calls.
+    Networks whose names are in `on_cpu` stay in host memory between their calls.
     """
 
     strategy: str
@@ -57,26 +60,24 @@ class Layout:
 
     @property
     def gathers(self) -> bool:
-        """Whether weights are gathered and cast block by block for each call (FSDP), instead of being cast by autocast."""
+        """Whether weights are gathered and cast block by block for each call (FSDP). If not, autocast casts them."""
         return self.strategy != "single"
 
     def share(self, role: str) -> float:
-        """Return the share of the network of `role` that each GPU holds between the network's calls."""
+        """Return the share of the network `role` that each GPU holds between the network's calls."""
         return 0.0 if role in self.on_cpu else 1 / self.shards
 
 
 def make_layout(strategy: str, count: int, on_cpu: Sequence[str] = ()) -> Layout:
-    """Return the layout of `strategy` ("single", "ddp", "fsdp2", "hsdp") on `count` GPUs; UserError if they do not fit together.
+    """Return the layout of a strategy ("single", "ddp", "fsdp2" or "hsdp") on `count` GPUs.
 
-    For hsdp, each node of eight GPUs is assumed to hold one copy of the networks.
+    For hsdp, each node of eight GPUs holds one copy of the networks. Raises UserError if strategy and count do not fit together.
     """
     match strategy:
         case "single" if count == 1:
             return Layout(strategy, on_cpu=tuple(on_cpu))
         case "single":
-            raise UserError(
-                f"strategy=single runs on one GPU, but gpus asks for {count}; set strategy=ddp, fsdp2 or hsdp"
-            )
+            raise UserError(f"strategy=single runs on one GPU, but gpus names {count}; set strategy=ddp, fsdp2 or hsdp")
         case "ddp":
             return Layout(strategy, replicas=count, on_cpu=tuple(on_cpu))
         case "fsdp2":

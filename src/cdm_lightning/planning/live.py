@@ -1,8 +1,8 @@
-"""Record the bytes that a piece of code holds in memory at each moment, from the tensors that it makes.
+"""Record how many bytes a piece of code holds in memory at each moment, from the tensors that it makes.
 
-This works on real tensors and on fake ones, which have shapes but no contents (`torch._subclasses.FakeTensorMode`). The storage
-of a tensor counts from the operation that made it until it is freed; views of it are not counted again. Scratch space of
-kernels and gaps of the allocator are not counted.
+This works on real tensors and on fake ones, which have shapes but no contents (`torch._subclasses.FakeTensorMode`). A tensor's
+storage counts from the operation that makes it until it is freed, and views add nothing. Scratch space of kernels and gaps of the
+allocator are not counted.
 """
 
 import weakref
@@ -25,7 +25,7 @@ ATTENTION = ("flash_attention_for_cpu", "fused_attention_overrideable")  # the k
 
 
 def count_attention() -> None:
-    """Give torch's counter the formulas of attention that this version of torch lacks; without them attention counts nothing."""
+    """Add formulas to torch's flop counter for kinds of attention that it does not know and would count as 0."""
     aten = torch.ops.aten
 
     def forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -46,10 +46,10 @@ count_attention()
 
 @dataclass(frozen=True)
 class Timeline:
-    """The bytes in use at each moment t of some code: fixed[t] + B sample[t] with a batch of B samples.
+    """The bytes that some code holds at each moment t: fixed[t] + B sample[t] for a batch of B samples.
 
-    gradient[t] are the bytes of gradients, which are part of fixed[t]. There is a moment, with an entry in all three, whenever
-    the bytes grow.
+    gradient[t] is the part of fixed[t] that gradients take. There is one moment, with an entry in all three, whenever the bytes
+    grow.
     """
 
     fixed: tuple[float, ...]
@@ -57,11 +57,10 @@ class Timeline:
     gradient: tuple[float, ...]
 
     def peak(self, batch: int, gradient_share: float = 1.0, fixed_share: float = 1.0, repeated: bool = False) -> float:
-        """Return the most bytes in use at any moment with `batch` samples; 0 if nothing was recorded.
+        """Return the largest number of bytes at any moment, for `batch` samples; 0 if nothing was recorded.
 
-        This device holds the share `gradient_share` of the gradients, and `fixed_share` of the other fixed bytes. `repeated`
-        means that the code runs more than once before the gradients are used (gradient accumulation), so that from the second
-        time on all gradients exist from the start.
+        This device holds the share `gradient_share` of the gradients and the share `fixed_share` of the other fixed bytes.
+        `repeated` means gradient accumulation: from the second part of a batch on, all gradients exist from the start.
         """
         if not self.fixed:
             return 0.0
@@ -71,20 +70,19 @@ class Timeline:
 
     @property
     def largest_sample(self) -> float:
-        """The most bytes that one more sample in the batch takes at any moment."""
+        """The largest number of bytes that one more sample takes at any moment."""
         return max(self.sample, default=0)
 
 
 class LiveBytes(TorchDispatchMode):
-    """Record the bytes of all tensors that are made inside the `with` block, except the `known` tensors, as `timeline`.
+    """Record, as `timeline`, the bytes of all tensors that are made inside the `with` block. `known` tensors are not counted.
 
-    `probe` is the batch size of the code in the block, an even number. A tensor whose bytes are a multiple of it, or of its
-    half (a part of the batch), is assumed to grow with the batch; with None all bytes count as fixed. Gradients of `trained`
-    parameters are counted as gradients once they are accumulated.
+    `probe` is the batch size in the block, an even number. A tensor whose bytes are a multiple of `probe`, or of half of it, is
+    assumed to grow with the batch. If `probe` is None, all bytes are fixed. Accumulated gradients of `trained` parameters count
+    as gradients.
 
-    `flops` are the floating-point operations of the block for the whole batch, by the formulas of `torch.utils.flop_counter`.
-    Its `FlopCounterMode` is not used: it adds hooks to modules, which keep recomputed activations in memory and would make
-    the bytes wrong.
+    `flops` are the floating-point operations of the whole batch, by the formulas of `torch.utils.flop_counter`. Its
+    `FlopCounterMode` is not used, because its hooks would keep recomputed activations in memory and so change the bytes.
     """
 
     def __init__(
@@ -110,7 +108,7 @@ class LiveBytes(TorchDispatchMode):
 
     @property
     def timeline(self) -> Timeline:
-        """What has been recorded so far."""
+        """The bytes that have been recorded so far."""
         return Timeline(*zip(*self._moments))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -158,7 +156,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def storages(module: nn.Module) -> Iterable[Tensor]:
-    """Yield the parameters and buffers of a module, which exist before the code that is recorded."""
+    """Yield a module's parameters and buffers, which exist before the code that is recorded."""
     yield from module.parameters()
     yield from module.buffers()
 
@@ -166,8 +164,8 @@ def storages(module: nn.Module) -> Iterable[Tensor]:
 class GPUAutocast(torch.overrides.TorchFunctionMode):
     """Make autocast on the CPU use float32 for the same operations as on a GPU.
 
-    On a GPU, normalizations and reductions compute and return float32 (torch's table "Ops that autocast to float32"). On the
-    CPU they use the dtype of their inputs, so what they save for the backward pass would differ by a factor of two.
+    On a GPU, normalizations and reductions compute in float32 and return it (torch's table "Ops that autocast to float32"). On
+    the CPU they use the dtype of their inputs, so the tensors saved for the backward pass would have half the size.
     """
 
     FLOAT32 = frozenset(

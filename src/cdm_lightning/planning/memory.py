@@ -1,6 +1,6 @@
-"""The bytes that each part of a run takes on one GPU, by plain arithmetic from its sizes and its layout over the GPUs.
+"""The bytes that each part of a run takes on one GPU, computed from its sizes and its layout over the GPUs.
 
-All figures are bytes. A role is the name of a network: "student", "student_ema", "teacher", or one of the objective's.
+All figures are bytes. A role is the name of a network: "student", "student_ema", "teacher", or one that the objective adds.
 """
 
 import math
@@ -16,10 +16,11 @@ MOST = 1_000_000  # the search for the largest batch stops here
 
 @dataclass(frozen=True)
 class Validation:
-    """The bytes of validation: of decoding the `first` image of a batch, of each image `more`, and of an image's `copies` at the end.
+    """The memory of validation, in bytes: sampling by a rollout, decoding of the images, and copies of the pixels.
 
-    Sampling takes that of a rollout of `share` times as many samples as validation has in a batch, which is `batch` (None: the
-    batch of training).
+    Decoding takes `first` for the first image of a batch and `more` for each further one. The pixels take `copies` for each image
+    at the end. Sampling takes as much as a training rollout of `share` times as many samples. `batch` is the number of images in
+    a batch; None means as many as in training.
     """
 
     first: float
@@ -29,7 +30,11 @@ class Validation:
     batch: int | None = None
 
     def peak(self, rollout: Timeline | None, batch: int, fixed: float) -> float:
-        """Return the most bytes in use, given the timeline of a rollout and the share of its fixed bytes on this GPU."""
+        """Return the largest number of bytes at any moment of validation.
+
+        `rollout` is the timeline of a training rollout, `batch` the batch of training, and `fixed` the share of the rollout's
+        fixed bytes on this GPU.
+        """
         images = self.batch or batch
         sampled = rollout.peak(math.ceil(images * self.share), 1.0, fixed) if rollout is not None else 0.0
         return max(sampled, self.first + (images - 1) * self.more, images * self.copies)
@@ -37,16 +42,19 @@ class Validation:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The bytes of everything that a run holds, before it is sharded: networks, optimizer states and frozen parts.
+    """The bytes of everything that a run holds, before sharding: networks, optimizer states and frozen parts.
 
-    By role, `networks` are the bytes of all weights, and `buffers` those of a network's tables that are not weights and are
-    never sharded, such as SD3's table of positions. By trained role, there are the bytes of trained weights (`trained`), of the
-    optimizer's state after its first step (`states`) and of what an optimizer step needs in addition (`step_copies`). `text` and
-    `vae` are the bytes of the text encoders and the image codec. `largest_block` is the number of weights in the largest block
-    of a network, `outside_blocks` that of weights in no block, and `compute` the bytes of one weight in the compute dtype.
-    `phases` are the timelines of the "rollout" and of each role's updates, and `validation` that of validation (None: it
-    is not counted). The roles in `held_whole` are never sharded: adapters
-    and heads.
+    By role:
+    - `networks`: all weights.
+    - `buffers`: tables that are no weights and are never sharded, such as SD3's table of positions.
+    - `trained`: the trained weights.
+    - `states`: the optimizer's state after its first step.
+    - `step_copies`: what an optimizer step takes in addition.
+    - `phases`: the timeline of the "rollout", and of each role's updates.
+
+    `text` and `vae` are the bytes of the text encoders and of the image codec. `largest_block` is the number of weights in a
+    network's largest block, `outside_blocks` the number outside all blocks, and `compute` the bytes of one weight in the compute
+    dtype. The roles in `held_whole`, adapters and heads, are never sharded. `validation` is None if validation is not counted.
     """
 
     networks: Mapping[str, float]
@@ -64,7 +72,7 @@ class Sizes:
     validation: Validation | None = None
 
     def share(self, role: str, layout: Layout) -> float:
-        """Return the share of the network of `role` that each GPU holds between the network's calls."""
+        """Return the share of the network `role` that each GPU holds between the network's calls."""
         return 1.0 if role in self.held_whole else layout.share(role)
 
     def gradient_share(self, role: str, layout: Layout) -> float:
@@ -73,7 +81,7 @@ class Sizes:
 
 
 def resting(sizes: Sizes, layout: Layout) -> dict[str, float]:
-    """Return the bytes that a GPU holds all the time, by part: weights, tables, optimizer states, text encoders, image codec."""
+    """Return the bytes that a GPU holds all the time, by part, such as "optimizer states" or "text encoders"."""
     parts = {f"weights: {role}": size * sizes.share(role, layout) for role, size in sizes.networks.items()}
     return parts | {
         "tables of the networks": sum(size for role, size in sizes.buffers.items() if role not in layout.on_cpu),
@@ -86,8 +94,8 @@ def resting(sizes: Sizes, layout: Layout) -> dict[str, float]:
 def gathered(sizes: Sizes, layout: Layout) -> float:
     """Return the bytes that FSDP gathers at one moment; 0 for a layout that does not gather weights.
 
-    They are the weights outside blocks and those of two blocks (the current and the next one) in the compute dtype, and the
-    float32 gradients of two blocks that are not reduced yet.
+    They are the weights outside blocks and in two blocks (the current and the next one), in the compute dtype, and the float32
+    gradients of two blocks.
     """
     if not layout.gathers:
         return 0.0
@@ -95,13 +103,13 @@ def gathered(sizes: Sizes, layout: Layout) -> float:
 
 
 def phase_peaks(sizes: Sizes, layout: Layout, batch: int, accumulate: int = 1) -> dict[str, float]:
-    """Return the peak bytes on a GPU in each phase of an iteration, with its gradients, on top of what `resting` returns.
+    """Return the peak bytes on a GPU in each phase of an iteration, in addition to those of `resting`.
 
-    The phases are the rollout, each role's updates, the optimizer step, and validation if it is counted. In training, the
-    `batch` samples of a GPU are computed in `accumulate` parts.
+    The phases are the rollout, each role's updates, the optimizer step, and validation if it is counted. Gradients are included.
+    `batch` is the number of samples on the GPU, computed in `accumulate` parts.
     """
     part, repeated = at_once(batch, accumulate), accumulate > 1
-    fixed = 0.0 if layout.gathers else 1.0  # autocast copies all weights; otherwise blocks are gathered instead
+    fixed = 0.0 if layout.gathers else 1.0  # autocast copies all weights; FSDP gathers single blocks instead
     peaks = {
         name: timeline.peak(part, sizes.gradient_share(name, layout), fixed, repeated) + gathered(sizes, layout)
         for name, timeline in sizes.phases.items()
@@ -116,7 +124,7 @@ def phase_peaks(sizes: Sizes, layout: Layout, batch: int, accumulate: int = 1) -
 
 
 def total(sizes: Sizes, layout: Layout, batch: int, accumulate: int = 1) -> float:
-    """Return the most bytes that tensors take on a GPU during training with `batch` samples, computed in `accumulate` parts."""
+    """Return the peak bytes of tensors on a GPU in training with `batch` samples, computed in `accumulate` parts."""
     return sum(resting(sizes, layout).values()) + max(phase_peaks(sizes, layout, batch, accumulate).values())
 
 
@@ -126,9 +134,9 @@ def at_once(batch: int, accumulate: int) -> int:
 
 
 def largest_batch(sizes: Sizes, layout: Layout, usable: float, accumulate: int = 1) -> int:
-    """Return the largest batch of a GPU, in samples, whose `total` is at most `usable` bytes; 0 if none fits.
+    """Return the largest number of samples on a GPU whose `total` is at most `usable` bytes; 0 if none fits.
 
-    It is a multiple of `accumulate`, the number of parts in which it is computed.
+    It is a multiple of `accumulate`, the number of parts in which a batch is computed.
     """
     low, high = 0, accumulate  # both are always multiples of `accumulate`, so that all parts have the same size
     while high < MOST and total(sizes, layout, high, accumulate) <= usable:
@@ -140,7 +148,7 @@ def largest_batch(sizes: Sizes, layout: Layout, usable: float, accumulate: int =
 
 
 def checkpoint_bytes(sizes: Sizes) -> float:
-    """Return the bytes of a checkpoint: trained networks, the student's EMA and optimizer states, but not the teacher."""
+    """Return the bytes of a checkpoint, which holds trained networks, the student's EMA and optimizer states, but no teacher."""
     roles = [*sizes.trained, *(["student_ema"] if "student_ema" in sizes.networks else [])]
     networks = sum(sizes.networks[role] + sizes.buffers.get(role, 0) for role in roles)
     return networks + sum(sizes.states.values())

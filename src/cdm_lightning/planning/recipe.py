@@ -1,4 +1,4 @@
-"""Compute from a configured module what a plan needs: the bytes of its parts and the work of an iteration."""
+"""Compute from a configured module the facts that a plan needs: the bytes of its parts and the work of an iteration."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,10 +27,10 @@ PROBE_WEIGHTS = (256, 256)  # the shape of the weight with which an optimizer's 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a plan needs to know of a run, whatever the GPUs: the bytes of its parts and the work for a sample.
+    """The facts about a run that do not depend on the GPUs: the bytes of its parts, and the work for one sample.
 
     `parameters` are the numbers of parameters of the transformer, the text encoders and the image codec ("vae"), by name.
-    `source` says where the architecture was read.
+    `source` is the place where the architecture was read.
     """
 
     sizes: Sizes
@@ -40,10 +40,10 @@ class Recipe:
 
 
 def read_recipe(module: CDMModule, text_cached: bool) -> Recipe:
-    """Return the recipe of `module`, from an iteration that is run on fake tensors, which have shapes but no contents.
+    """Return the recipe of `module`, by running an iteration on fake tensors, which have shapes but no contents.
 
-    With `text_cached`, no text encoder is counted. Raises UserError for a model family that cannot be planned, for an unknown
-    architecture, and for a schedule that does not say its mean number of steps.
+    `text_cached=True` leaves out the text encoders. Raises UserError for a model family that cannot be planned, for an unknown
+    architecture, and for a schedule without a mean number of steps.
     """
     backbone, mode = module.backbone, FakeTensorMode()
     frozen = hollow(backbone)
@@ -99,19 +99,19 @@ def _work(module: CDMModule, step: Step) -> Work:
 
 
 def mean_length(schedule: SigmaSchedule) -> float:
-    """Return the expected number of steps of the schedule's rollouts; UserError if it has no property `mean_length`."""
+    """Return the expected number of steps of the schedule's rollouts. Raises UserError if the schedule does not define it."""
     try:
         return float(schedule.mean_length)
     except AttributeError as error:
         raise UserError(
-            f"schedule: {type(schedule).__name__} has no mean_length, the expected number of steps; add this property"
+            f"schedule: {type(schedule).__name__} lacks the property mean_length (expected number of steps); add it"
         ) from error
 
 
 def optimizer_bytes(recipe: OptimizerRecipe) -> tuple[float, float]:
-    """Return what an optimizer takes for each trained weight: bytes of its state, and bytes of copies during a step.
+    """Return two numbers of bytes for each trained weight: the optimizer's state, and its copies during a step.
 
-    The first is measured by a step on a small weight. By default torch's optimizers update all weights on a GPU together
+    The state is measured by a step on a small weight. By default torch's optimizers update all weights on a GPU together
     (`foreach`), which takes one more float32 copy of them.
     """
     weight = nn.Parameter(torch.zeros(PROBE_WEIGHTS))
@@ -128,7 +128,7 @@ def _steps_together(optimizer: Optimizer) -> bool:
 
 
 def _stored(value: Tensor) -> int:
-    """Return the bytes of a tensor; those of a quantized tensor are the bytes of the tensors inside it."""
+    """Return the bytes of a tensor. For a quantized one these are the bytes of its inner tensors."""
     if hasattr(value, "__tensor_flatten__"):
         names, _ = value.__tensor_flatten__()
         return sum(_stored(getattr(value, name)) for name in names)
@@ -136,7 +136,7 @@ def _stored(value: Tensor) -> int:
 
 
 def _buffers(networks: Networks) -> dict[str, int]:
-    """Return the bytes of the buffers of each network; those of a shared base count once, for the teacher."""
+    """Return the bytes of each network's buffers. Those of a shared base count once, for the teacher."""
     seen, sizes = set(), {}
     for role, network in {**networks.by_role, BASE: networks.unregistered[0]}.items():
         holder = network.shared.network if isinstance(network, BaseView) else network

@@ -1,6 +1,6 @@
 """Make a backbone build networks that have shapes but no contents.
 
-The sizes are from a local pipeline folder, or from the architectures of known pipelines in this package.
+The sizes come from a local pipeline folder, or from this package, which has the architectures of known pipelines.
 """
 
 import json
@@ -26,9 +26,9 @@ TWIN = re.compile(r"\.(fp16|bf16)[.-]")
 
 @dataclass(frozen=True)
 class FrozenParts:
-    """The numbers of parameters of a pipeline's frozen parts: of each text encoder (`text`), and of the image codec (`vae`).
+    """The numbers of parameters of a pipeline's frozen parts: each text encoder by name (`text`), and the image codec (`vae`).
 
-    `source` says where the numbers were read.
+    `source` is the place where the numbers were read.
     """
 
     text: dict[str, int]
@@ -37,13 +37,13 @@ class FrozenParts:
 
 
 def hollow(backbone: Backbone) -> FrozenParts:
-    """Make `backbone` build its networks without loading weights; return the sizes of its frozen parts.
+    """Make `backbone` build its networks without weights, and return the sizes of its frozen parts.
 
-    Raises UserError for a family that the planner does not support, and for a pipeline whose architecture is not known.
+    Raises UserError for a model family that the planner does not support, and for a pipeline of unknown architecture.
     """
     if not isinstance(backbone, PipelineBackbone):
         raise UserError(
-            f"backbone: the planner supports pipelines of diffusers only, not {type(backbone).__name__}; choose another backbone"
+            f"backbone: the planner cannot plan {type(backbone).__name__}, only pipelines of diffusers; choose another backbone"
         )
     if backbone.unplannable is not None:
         raise UserError(backbone.unplannable)
@@ -51,7 +51,7 @@ def hollow(backbone: Backbone) -> FrozenParts:
 
 
 def to_mode(roots: Iterable[nn.Module], mode: FakeTensorMode) -> None:
-    """Replace all tensors of the networks by fake CPU tensors of `mode`, in place; tensors that modules share stay shared."""
+    """Replace all tensors of the networks by fake CPU tensors of `mode`, in place. Shared tensors stay shared."""
     done: dict[int, tuple[Tensor, Tensor]] = {}
 
     def blank(tensor: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def _from_shipped(backbone: PipelineBackbone) -> FrozenParts:
     known = {entry["hub_id"]: entry for entry in entries}
     if backbone.pretrained not in known:
         raise UserError(
-            f"backbone.pretrained={backbone.pretrained}: the planner does not know its sizes; download it and pass its folder"
+            f"backbone.pretrained={backbone.pretrained} has unknown sizes; download this pipeline and pass its folder"
         )
     entry = known[backbone.pretrained]
     backbone.leave_weights_out(entry)
@@ -92,9 +92,9 @@ def _from_shipped(backbone: PipelineBackbone) -> FrozenParts:
 
 
 def count_parameters(folder: Path) -> int:
-    """Count the parameters in the safetensors files of a folder, from their headers.
+    """Count the parameters in the safetensors files of a folder, from the headers of the files.
 
-    Second copies in half precision (`.fp16.`, `.bf16.`) do not count. Raises UserError if there are none.
+    Second copies in half precision (`.fp16.`, `.bf16.`) are left out. Raises UserError if there are no such files.
     """
     total = 0
     for file in sorted(folder.glob("*.safetensors")):
@@ -115,5 +115,5 @@ def _size(shape: list[int]) -> int:
 
 
 def text_bytes(frozen: FrozenParts, text_dtype: str) -> int:
-    """Return the bytes of all text encoders in `text_dtype`, the name of a dtype such as "bfloat16"."""
+    """Return the bytes of all text encoders in the dtype named `text_dtype`, such as "bfloat16"."""
     return sum(frozen.text.values()) * DTYPES[text_dtype].itemsize

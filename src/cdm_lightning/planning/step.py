@@ -1,7 +1,7 @@
 """Run an iteration on fake tensors, which have shapes but no contents, to record its memory and floating-point operations.
 
-Networks, rollout calls, losses, backward passes and autocast are those of training, so both are measured on the code that will
-run, not estimated.
+Networks, rollout, losses, backward passes and autocast are those of training. The numbers are therefore measured on the code that
+will run.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,12 +21,12 @@ from cdm_lightning.planning.live import PROBE, GPUAutocast, LiveBytes, Timeline,
 from cdm_lightning.training.networks import Networks, bind_networks, trainable
 from cdm_lightning.training.rollouts import with_point
 
-LATE = 1_000_000  # in cycles; weights that ramp up have reached their final values
+LATE = 1_000_000  # cycles of updates; weights that grow during training have then reached their final values
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of an iteration: its bytes in memory at each moment, and the floating-point operations for one sample."""
+    """One part of an iteration: its memory at each moment, and its floating-point operations for one sample."""
 
     memory: Timeline = field(default_factory=lambda: Timeline((), (), ()))
     flops: float = 0.0
@@ -34,10 +34,10 @@ class Phase:
 
 @dataclass(frozen=True)
 class Step:
-    """An average iteration: one call of the student in the rollout, and the updates of each trained role (network).
+    """An average iteration: one call of the student in the rollout, and the updates of each trained network.
 
-    The iterations of `Objective.typical_cycle` are traced. The operations of a role are the sum over its updates in them,
-    divided by the number of iterations. The memory of a role is that of its updates, one after the other.
+    All iterations of `Objective.typical_cycle` are traced. A network's operations are those of its updates in them, divided by
+    the number of iterations. Its memory is that of its updates, one after another.
     """
 
     rollout: Phase
@@ -45,13 +45,13 @@ class Step:
 
 
 class BlankRandom(StepRandom):
-    """Random draws for `batch` samples with the right shapes but without contents, for code that never reads the numbers."""
+    """Random draws for `batch` samples with shapes but without contents, for code that never reads the numbers."""
 
     def __init__(self, batch: int) -> None:
         super().__init__(seed=0, iteration=0, slots=range(batch), device="cpu")
 
     def again(self, repeat: int) -> "BlankRandom":
-        """Return self: repeated updates need no other numbers."""
+        """Return this object, because repeated updates need no other numbers here."""
         return self
 
     def uniform(self, purpose: str, n: int | None = None) -> Tensor:
@@ -72,13 +72,13 @@ class BlankRandom(StepRandom):
 
 
 def trace_step(module: CDMModule, networks: Networks, mode: FakeTensorMode) -> Step:
-    """Run an average iteration of `module` on fake tensors; all tensors of `networks` must belong to `mode`."""
+    """Run an average iteration of `module` on fake tensors. All tensors of `networks` must belong to `mode`."""
     cycle = module.objective.typical_cycle()
     late = LATE * len(cycle)
     phases: dict[tuple, Phase] = {}
     updates: dict[str, Phase] = {}
     for turn, of_iteration in enumerate(cycle):
-        waiting = module.groups.of(turn).stop - turn - 1  # later iterations of the group, whose text is in memory
+        waiting = module.groups.of(turn).stop - turn - 1  # later iterations of the group; their text is in memory too
         for update in of_iteration:
             losses = update.losses
             same = (
@@ -111,7 +111,7 @@ def _trace_update(
 
 
 def _trace_rollout(module: CDMModule, networks: Networks, mode: FakeTensorMode) -> Phase:
-    """Trace the first call of a rollout, in which all samples of all iterations of the group take part."""
+    """Trace the first call of a rollout. All samples of all iterations whose rollouts are one batch take part in it."""
     if module.objective.rollout == "none":
         return Phase()
     together = len(module.groups.of(0))
@@ -119,7 +119,7 @@ def _trace_rollout(module: CDMModule, networks: Networks, mode: FakeTensorMode) 
     def rollout() -> Iterator[TermLosses]:
         samples = [blank_sample(module, networks, 0) for _ in range(together)]
         walking = join_rollouts([_blank_rollout(sample) for sample in samples])
-        if walking is None:  # one call cannot compute all: each iteration rolls out alone
+        if walking is None:  # one call cannot compute all samples, so each iteration is rolled out alone
             walking = _blank_rollout(samples[0])
         states = _states_kept(module, samples[0])
         with torch.no_grad():
@@ -146,7 +146,7 @@ def _states_kept(module: CDMModule, sample: Sample) -> list[Tensor]:
 
 
 def blank_sample(module: CDMModule, networks: Networks, iteration: int) -> Sample:
-    """Return a sample of `PROBE` prompts for the networks, like the samples of training but on tensors without contents."""
+    """Return a sample of `PROBE` prompts for the networks, as in training but on tensors without contents."""
     backbone, rng = module.backbone, BlankRandom(PROBE)
     text, no_text = backbone.blank_conditioning(PROBE), repeat_rows(backbone.blank_conditioning(1), PROBE)
     return Sample(
@@ -162,7 +162,7 @@ def blank_sample(module: CDMModule, networks: Networks, iteration: int) -> Sampl
 
 
 def _at_a_point(module: CDMModule, sample: Sample) -> Sample:
-    """Return the sample with the point that the objective's kind of rollout adds to it."""
+    """Return the sample with the state of the rollout that the objective needs."""
     x, v, x0_final = (sample.rng.normal("point", sample.latent_shape) for _ in range(3))
     sigma = sample.rng.uniform("sigma")
     match module.objective.rollout:
@@ -181,7 +181,7 @@ def _unchanged(sigmas: Tensor) -> Tensor:
 def _record(
     run: Callable[[], Iterable[TermLosses]], networks: Networks, role: str | None, mode: FakeTensorMode
 ) -> Phase:
-    """Record the phase `run`, with the backward pass of each loss that it yields; gradients are dropped afterwards."""
+    """Record `run` together with the backward pass of each loss that it yields. The gradients are dropped afterwards."""
     known = [t for network in every_network(networks) for t in storages(network)]
     trained = networks.trained
     parameters = [parameter for network in trained.values() for parameter in trainable(network)]
@@ -198,11 +198,11 @@ def _record(
 
 
 def _run_backward(loss: Tensor) -> None:
-    """Call the autograd engine directly: `torch.autograd.backward` would turn `GPUAutocast` off for recomputed blocks."""
+    """Run the backward pass by the autograd engine itself: `torch.autograd.backward` would turn `GPUAutocast` off in it."""
     seed = (torch.ones_like(loss),)
     _engine_run_backward((loss,), seed, False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 def every_network(networks: Networks) -> tuple[nn.Module, ...]:
-    """Return all networks, including the frozen base under adapters; the teacher is last."""
+    """Return all networks, including the frozen base of adapters. The teacher is last."""
     return (*networks.children(), *networks.unregistered)

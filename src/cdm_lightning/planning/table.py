@@ -13,12 +13,12 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is printed about one run on some GPUs.
+    """All that is printed about one run on some GPUs.
 
-    `batch` is the number of prompts on each GPU in an iteration, computed in `accumulate` parts; `fits` is the largest that fits.
-    `hours` is the run's length at the share `utilisation` of each GPU's peak of `peak_tflops` TFLOP/s. `remedies` and `further`
-    are options that save memory, `faster` are options that use memory that is left. `source` says where the architecture was
-    read.
+    `batch` is the number of prompts on each GPU in an iteration, computed in `accumulate` parts. `fits` is the largest one that
+    fits. `hours` is the length of the run if each GPU reaches the share `utilisation` of its peak of `peak_tflops` TFLOP/s.
+    `remedies` and `further` are options that save memory. `faster` are options that use free memory to save time. `source` is the
+    place where the architecture was read.
     """
 
     name: str
@@ -40,11 +40,11 @@ class Plan:
 
     @property
     def total(self) -> float:
-        """The most bytes that tensors take on a GPU during training."""
+        """The peak bytes of tensors on a GPU in training."""
         return total(self.sizes, self.layout, self.batch, self.accumulate)
 
     def parts(self) -> dict[str, float]:
-        """Return the bytes on a GPU by part, at the moment when it holds most; they add up to `total`."""
+        """Return the bytes on a GPU by part, at the moment of the peak; they add up to `total`."""
         peaks = phase_peaks(self.sizes, self.layout, self.batch, self.accumulate)
         worst = max(peaks, key=peaks.__getitem__)
         timeline = self.sizes.phases.get(worst)
@@ -56,7 +56,9 @@ class Plan:
         return parts | {f"working memory ({worst})": peaks[worst] - gradients - collected}
 
     def _gradients(self, phase: str, timeline: Timeline | None) -> float:
-        """Return the bytes of gradients in a phase; without a timeline, those of the optimizer step that takes most."""
+        """Return the bytes of gradients in a phase. Without a timeline, the phase is the optimizer step, and the largest role
+        counts.
+        """
         if phase == VALIDATION:
             return 0.0
         if timeline is not None:
@@ -67,7 +69,7 @@ class Plan:
         return sizes.trained[role] * sizes.gradient_share(role, self.layout)
 
     def as_json(self) -> dict[str, object]:
-        """Return the plan as a dictionary for JSON; sizes are in bytes, work in floating-point operations."""
+        """Return the plan as a dictionary for JSON, with sizes in bytes and work in floating-point operations."""
         return {
             "name": self.name,
             "gpus": str(self.gpus),

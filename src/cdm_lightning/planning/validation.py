@@ -1,4 +1,4 @@
-"""The memory of validation: images are sampled by a network and decoded by the image codec, which the planner runs without contents."""
+"""The memory of validation, found by sampling and decoding images with networks that have shapes but no contents."""
 
 from typing import cast
 
@@ -14,10 +14,10 @@ from cdm_lightning.planning.skeleton import to_mode
 
 
 def trace_validation(module: CDMModule, codec_parameters: int, batch: int | None) -> Validation | None:
-    """Return what the samplers of `module` take in validation with batches of `batch` prompts (None: as many as in training).
+    """Return the memory of validation with batches of `batch` prompts (None: as many as in training).
 
-    The module's backbone must be hollow. None if there is no sampler, and if the shipped configuration does not describe the
-    image codec completely, which shows in its number of parameters.
+    The backbone of `module` must have been through `skeleton.hollow`. Returns None if validation has no sampler. Also returns
+    None if the image codec's configuration in this package is incomplete, which its number of parameters shows.
     """
     backbone = cast(PipelineBackbone, module.backbone)
     if not module.samplers:
@@ -38,7 +38,7 @@ def trace_validation(module: CDMModule, codec_parameters: int, batch: int | None
 
 
 def _decoded(backbone: PipelineBackbone, mode: FakeTensorMode, count: int) -> float:
-    """Return the peak bytes of decoding `count` images, with the images."""
+    """Return the peak bytes of decoding `count` images, including the images."""
     with mode:
         latents = torch.empty(count, *backbone.latent_shape)
     with mode, LiveBytes(storages(backbone._codec.vae)) as live:
@@ -47,7 +47,7 @@ def _decoded(backbone: PipelineBackbone, mode: FakeTensorMode, count: int) -> fl
 
 
 def _copies(backbone: PipelineBackbone, mode: FakeTensorMode) -> float:
-    """Return the peak bytes for each image of a large batch after the codec, when pixels are brought to [0, 1]."""
+    """Return the peak bytes for each image when the decoded pixels are brought to [0, 1]."""
     count = 16
     with mode, LiveBytes() as live:
         backbone._codec.image_processor.postprocess(torch.empty(count, 3, *backbone.image_size), output_type="pt")

@@ -1,11 +1,11 @@
-"""The network calls, floating-point operations and hours of a run, by plain arithmetic."""
+"""The network calls, the floating-point operations and the hours of a run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cdm_lightning.objectives.base import RolloutKind
 
-PEAK_TFLOPS = 989.0  # of an H100 or H200 in bfloat16 without sparsity, from NVIDIA's data sheet
+PEAK_TFLOPS = 989.0  # H100 or H200 in bfloat16 without sparsity, from NVIDIA's data sheet
 UTILISATION = 0.4  # the assumed share of the peak that a run reaches
 
 
@@ -13,8 +13,8 @@ UTILISATION = 0.4  # the assumed share of the peak that a run reaches
 class Work:
     """The work for one sample in an average iteration.
 
-    `rollout_calls` is the expected number of the student's calls in the rollout, `rollout` their floating-point operations,
-    and `updates` the floating-point operations of each trained role's updates (forward and backward passes).
+    `rollout_calls` is the expected number of student calls in the rollout, and `rollout` their floating-point operations.
+    `updates` are the floating-point operations of each network's updates (forward and backward passes), by role.
     """
 
     rollout_calls: float
@@ -28,10 +28,10 @@ class Work:
 
 
 def expected_calls(mean_length: float, rollout: RolloutKind) -> float:
-    """Return the expected number of student calls in a rollout whose number of steps K has the mean `mean_length`.
+    """Return the expected number of student calls in a rollout, for a mean number of steps `mean_length`.
 
-    It is K for a "full" rollout, 0 for "none", and (K + 1) / 2 for one that stops "to_anchor": the anchor is uniform on the
-    K steps, and the call at the anchor itself counts.
+    For K steps there are K calls if the rollout goes to its end ("full") and none if there is no rollout ("none"). If it stops at
+    a random step, the anchor ("to_anchor"), there are (K + 1) / 2: the anchor is uniform, and the call at the anchor counts.
     """
     return {"full": mean_length, "to_anchor": (mean_length + 1) / 2, "none": 0.0}[rollout]
 
@@ -39,6 +39,6 @@ def expected_calls(mean_length: float, rollout: RolloutKind) -> float:
 def hours(flops: float, batch: int, iterations: int, peak_tflops: float, utilisation: float) -> float:
     """Return the hours of a run in which each GPU does `flops` operations for each of `batch` samples in each iteration.
 
-    A GPU does the share `utilisation` of `peak_tflops` 10^12 floating-point operations per second.
+    A GPU does `utilisation * peak_tflops * 1e12` floating-point operations per second.
     """
     return iterations * batch * flops / (peak_tflops * 1e12 * utilisation) / 3600

@@ -29,9 +29,9 @@ from cdm_lightning.kinds import (
 class Recipe:
     """The settings of a stage's training: `iterations` optimizer steps on `batch_size` samples each.
 
-    The learning rate reaches `lr` after `warmup` iterations and falls linearly to 0 from the fraction `decay_from` of all
-    iterations on. `weight_decay` and `betas` are those of AdamW; gradients are clipped to the norm `max_grad_norm`. The stage
-    returns an EMA of the weights of decay `ema_decay` (0: the last weights). All random draws are functions of `seed`.
+    The learning rate rises to `lr` over `warmup` iterations. From the fraction `decay_from` of all iterations on it falls
+    linearly to 0. `weight_decay` and `betas` are those of AdamW, and gradients are clipped to the norm `max_grad_norm`. The
+    result is an EMA of the weights with decay `ema_decay`; 0 means the last weights. All random draws depend on `seed` only.
     """
 
     iterations: Iterations
@@ -46,7 +46,7 @@ class Recipe:
     seed: Seed = 0
 
     def lr_at(self, iteration: int) -> float:
-        """Return the learning rate of an iteration, counted from 0: linear warm-up, then constant, then linear decay."""
+        """Return the learning rate of an iteration, counted from 0."""
         start = self.decay_from * self.iterations
         decay = 1 - max(0.0, iteration - start) / max(1.0, self.iterations - start)
         return self.lr * min(1.0, (iteration + 1) / max(1, self.warmup)) * decay
@@ -65,8 +65,9 @@ def optimise(
 ) -> nn.Module:
     """Train `network` in place on the 0-d `loss(iteration, generator)`, and return it with the EMA of its weights.
 
-    The parameters `train` are trained (default: all). An interrupted stage resumes from `folder/NAME.pt` (NAME is `name`), a finished
-    one is loaded from it. The generator depends on (seed, name, iteration) only: a resumed run equals an uninterrupted one.
+    `train` are the trained parameters (default: all). The state is kept in `folder/NAME.pt`, where NAME is `name`. An interrupted
+    stage resumes from it, and a finished one is loaded from it. The generator depends on the seed, `name` and the iteration only,
+    so a resumed run equals an uninterrupted one.
     """
     parameters = list(network.parameters() if train is None else train)
     options = {"lr": recipe.lr, "betas": (recipe.betas[0], recipe.betas[1]), "weight_decay": recipe.weight_decay}
@@ -105,7 +106,7 @@ def optimise(
 
 
 def _save(state: dict, path: Path) -> None:
-    """Write the file atomically: if the process is killed, the previous file remains."""
+    """Write the file. If the process is killed meanwhile, the previous file remains."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         torch.save(state, temporary)

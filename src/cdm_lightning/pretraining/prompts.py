@@ -1,6 +1,6 @@
-"""Stage 0 of `cdm_lightning.pretrain`: the caption files of the shapes set, for training and for held-out evaluation.
+"""Stage 0 of `cdm_lightning.pretrain`: write the captions of the shapes set, for training and for evaluation.
 
-The shapes set is this package's procedural data set of captioned shapes (`data.shapes`).
+The shapes set is a data set of captioned shapes that this package draws (`data.shapes`).
 """
 
 from pathlib import Path
@@ -10,9 +10,9 @@ from cdm_lightning.kinds import Count, Seed, Share
 
 
 def write_prompts(folder: Path, train: Count, heldout: Count, pairs: Share, seed: Seed) -> None:
-    """Write `shapes_train.txt` with `train` captions and `shapes_heldout.txt` with `heldout` captions into `folder`, one per line.
+    """Write `train` captions to `shapes_train.txt` and `heldout` captions to `shapes_heldout.txt`, in `folder`, one per line.
 
-    They depend on `seed` only, and about the share `pairs` of them describes two shapes. The held-out captions describe
+    The captions depend on `seed` only. About the share `pairs` of them describes two shapes. The held-out captions describe
     combinations that no training caption has (`data.shapes.Scene.held_out`).
     """
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""Stages 3 and 4 of `cdm_lightning.pretrain`: a classifier of shapes and a tiny CLIP, which measure the generated images.
+"""Stages 3 and 4 of `cdm_lightning.pretrain`: a classifier of shapes and a tiny CLIP, which measure generated images.
 
-They are trained on renderings of the shapes set (`data.shapes`), apart from all generators.
+Both are trained on renderings of the shapes set (`data.shapes`) and not on generated images.
 """
 
 import json
@@ -32,7 +32,7 @@ def perturb(images: Tensor, rng: torch.Generator) -> Tensor:
 def train_classifier(recipe: Recipe, folder: Path, output: Path, pool: int = 49152) -> ShapesClassifier:
     """Train the classifier on `pool` renderings, write it to the safetensors file `output`, and return it in eval mode.
 
-    The captions are drawn from all combinations of the shapes set, also those that are held out from the teacher.
+    The captions are drawn from all combinations of the shapes set, including those that the teacher never sees in training.
     """
     scenes = draw_scenes(pool, recipe.seed + 1000, "all", pairs=0.5)
     layout = lay_out(scenes, recipe.seed + 1000)
@@ -57,7 +57,7 @@ def train_classifier(recipe: Recipe, folder: Path, output: Path, pool: int = 491
 def clip_config(vocabulary: int, eos: int) -> dict:
     """Return the content of `open_clip_config.json` for the tiny CLIP: 32-pixel images in 4-pixel patches, 12 text tokens.
 
-    `vocabulary` is the number of tokens and `eos` the id of the end token.
+    `vocabulary` is the number of tokens, and `eos` is the id of the end token.
     """
     return {
         "model_cfg": {
@@ -85,7 +85,7 @@ def clip_config(vocabulary: int, eos: int) -> dict:
 
 
 def train_clip(recipe: Recipe, folder: Path, output: Path, pool: int = 49152) -> None:
-    """Train the tiny CLIP contrastively on `pool` renderings of training captions, and write `output` as an open_clip folder."""
+    """Train the tiny CLIP contrastively on `pool` renderings of training captions, and write it as an open_clip folder to `output`."""
     tokenizer: CLIPTokenizer = build_clip_tokenizer(all_words())
     config = clip_config(len(tokenizer), tokenizer.eos_token_id)
     torch.manual_seed(recipe.seed)

@@ -1,7 +1,7 @@
-"""Stage 2 of `cdm_lightning.pretrain`: transformer and three text encoders of the tiny SD3 pipeline, trained by flow matching.
+"""Stage 2 of `cdm_lightning.pretrain`: train the transformer and the three text encoders of the tiny SD3 pipeline by flow matching.
 
-Shapes: latents (B, C, h, w). Captions have 12 CLIP tokens, and at most `keep` T5 tokens, to which one padding token is added:
-it stands for all padding up to T5's full length, which has the same result because this T5 has no positions.
+Shapes: latents (B, C, h, w). A caption has 12 CLIP tokens, and at most `keep` T5 tokens plus one padding token. That single
+padding token stands for all padding up to T5's full length. The result is the same, because this T5 has no positions.
 """
 
 import functools
@@ -37,7 +37,7 @@ class Captioned:
 
 
 class TextConditioned(nn.Module):
-    """One module of all trained parts of the pipeline: the transformer, the two CLIP encoders and T5."""
+    """One module that holds all trained parts of the pipeline: the transformer, the two CLIP encoders and T5."""
 
     def __init__(self, pipeline: StableDiffusion3Pipeline) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class TextConditioned(nn.Module):
         )[0]
 
     def encode(self, clip_ids: Tensor, t5_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what SD3's `encode_prompt` returns, with gradients: embeddings (B, 12 + keep + 1, D), pooled ones (B, P)."""
+        """Return the text embeddings (B, 12 + keep + 1, D) and the pooled ones (B, P), as SD3's `encode_prompt` but with gradients."""
         outputs = [clip(clip_ids, output_hidden_states=True) for clip in self.clip]
         hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
         t5 = encode_compact(self.t5, t5_ids, T5_TOKENS)
@@ -67,9 +67,9 @@ class TextConditioned(nn.Module):
 
 
 def encode_compact(t5: T5EncoderModel, ids: Tensor, full_length: int) -> Tensor:
-    """Return the embeddings (B, N, D) of ids (B, N) by a T5 without positions.
+    """Return the embeddings (B, N, D) of the token ids (B, N), by a T5 without positions.
 
-    The last id is padding and stands for all padding up to `full_length` tokens.
+    The last token is padding and stands for all padding up to `full_length` tokens.
     """
     count = ids.shape[1]
     mask = torch.zeros(len(ids), 1, 1, count)
@@ -78,13 +78,13 @@ def encode_compact(t5: T5EncoderModel, ids: Tensor, full_length: int) -> Tensor:
 
 
 def tokenise(pipeline: StableDiffusion3Pipeline, captions: list[str], keep: int) -> tuple[Tensor, Tensor]:
-    """Return the CLIP ids (N, 12) and T5 ids (N, keep + 1) of N captions; the T5 ids end in padding.
+    """Return the CLIP ids (N, 12) and the T5 ids (N, keep + 1) of N captions. The last T5 id is padding.
 
     Raises ValueError if a caption has more than `keep` T5 tokens.
     """
     longest = max(len(ids) for ids in pipeline.tokenizer_3(captions).input_ids)
     if longest > keep:
-        raise ValueError(f"a caption has {longest} T5 tokens, more than {keep}")
+        raise ValueError(f"a caption has {longest} T5 tokens, more than keep={keep}; raise keep")
     clip = pipeline.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
     t5 = pipeline.tokenizer_3(captions, padding="max_length", max_length=keep + 1, return_tensors="pt").input_ids
     return clip, t5
@@ -92,9 +92,9 @@ def tokenise(pipeline: StableDiffusion3Pipeline, captions: list[str], keep: int)
 
 @torch.no_grad()
 def captioned_latents(pipeline: StableDiffusion3Pipeline, count: int, seed: int, keep: int, pairs: float) -> Captioned:
-    """Encode `count` renderings of training captions into latents, and tokenise the captions and the empty one.
+    """Encode `count` renderings of training captions into latents, and tokenise the captions and the empty caption.
 
-    The share `pairs` of the renderings shows two shapes. All draws are functions of `seed`.
+    The share `pairs` of the renderings shows two shapes. All draws depend on `seed` only.
     """
     scenes = draw_scenes(count, seed, "train", pairs=pairs)
     vae, latents = pipeline.vae, []
@@ -120,9 +120,9 @@ def train_teacher(
 ) -> StableDiffusion3Pipeline:
     """Train the pipeline in place by flow matching with caption dropout and logit-normal sigmas (SD3, arXiv:2403.03206).
 
-    The data are `count` renderings, of which the share `pairs` shows two shapes. A caption has at most `keep` T5 tokens, and is
-    replaced by the empty one with the probability `caption_dropout`. Sigma is the sigmoid of a normal draw with mean
-    `sigma_mean` and standard deviation `sigma_std`. `folder` keeps the state of an interrupted training.
+    The data are `count` renderings, of which the share `pairs` shows two shapes. A caption has at most `keep` T5 tokens. It is
+    replaced by the empty caption with probability `caption_dropout`. Sigma is the sigmoid of a normal draw with mean `sigma_mean`
+    and standard deviation `sigma_std`. `folder` keeps the state, so that an interrupted training can resume.
     """
     model = TextConditioned(pipeline).train().requires_grad_(True)
     if compile_network:

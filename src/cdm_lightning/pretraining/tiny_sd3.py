@@ -1,8 +1,8 @@
-"""The tiny pipeline: a real `StableDiffusion3Pipeline`, which has the classes of SD3-Medium with small sizes.
+"""The tiny pipeline: a real `StableDiffusion3Pipeline` with the classes of SD3-Medium and small sizes.
 
-Images have 32 x 32 pixels; the VAE halves the side (16 x 16 latents of 4 channels), and the transformer cuts the latents
-into 16 patches. The CLIP encoders read 12 tokens. The T5 has no relative positions (its bias table stays zero), so that all
-padding tokens have the same embedding and `backbones.compact_text` can fold them.
+Images have 32 x 32 pixels, latents have 4 channels of 16 x 16, and the transformer reads them as 16 patches. The CLIP encoders
+read 12 tokens. The T5 has no positions (its bias table stays zero), so that all padding tokens have the same embedding. Therefore
+`backbones.compact_text` can replace them by one.
 """
 
 import json
@@ -37,9 +37,9 @@ SHIFT = 3.0  # as in SD3-Medium's scheduler
 def build_pipeline(
     seed: Seed = 0, heads: Count = 3, layers: Count = 4, latent_channels: Count = 4
 ) -> StableDiffusion3Pipeline:
-    """Build the tiny pipeline with random weights, which depend only on `seed`; it is frozen and in eval mode.
+    """Build the tiny pipeline with random weights that depend on `seed` only. It is frozen and in eval mode.
 
-    `heads` and `layers` are those of the transformer, and `latent_channels` is C of its latents (B, C, 16, 16).
+    `heads` and `layers` are those of the transformer. `latent_channels` is C of the latents (B, C, 16, 16).
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -64,8 +64,8 @@ def build_pipeline(
 def start_from(pipeline: StableDiffusion3Pipeline, folder: str | Path) -> None:
     """Copy all weights of the tiny pipeline in `folder` into `pipeline`, to train it further with more words.
 
-    Embeddings of tokens that the earlier pipeline did not have stay random. The VAE is copied too, because the transformer was
-    trained on its latents. Raises `UserError` if `folder` does not hold a tiny pipeline of the same sizes.
+    The embeddings of new tokens stay random. The VAE is copied too, because the transformer was trained on its latents. Raises
+    `UserError` if `folder` holds no tiny pipeline of the same sizes.
     """
     folder = locate_pipeline(str(folder), None, StableDiffusion3Pipeline, ("transformer", "vae"))
     with loading(folder):
@@ -84,14 +84,16 @@ def start_from(pipeline: StableDiffusion3Pipeline, folder: str | Path) -> None:
             ours.load_state_dict(theirs.state_dict())
     except (RuntimeError, AttributeError) as error:
         raise UserError(
-            f"earlier={folder} is not a tiny pipeline of these sizes ({first_line(error)}); give one that pretrain made"
+            f"earlier={folder} is not a tiny pipeline of these sizes ({first_line(error)}); pass a folder that pretrain wrote"
         ) from error
     config = earlier.vae.config
     pipeline.vae.register_to_config(scaling_factor=config.scaling_factor, shift_factor=config.shift_factor)
 
 
 def build_transformer(heads: int, layers: int, latent_channels: int) -> SD3Transformer2DModel:
-    """Build the velocity network: 16 patches of 4 x 4 latents, heads of width 32, RMS-normed queries and keys as in SD3.5."""
+    """Build the velocity network. It has 16 patches of 4 x 4 latents, heads of width 32, and RMS-normed queries and keys as in
+    SD3.5.
+    """
     return SD3Transformer2DModel(
         sample_size=16,
         patch_size=4,
@@ -109,7 +111,7 @@ def build_transformer(heads: int, layers: int, latent_channels: int) -> SD3Trans
 
 
 def build_vae(latent_channels: int) -> AutoencoderKL:
-    """Build the autoencoder of images (B, 3, 32, 32) and latents (B, latent_channels, 16, 16); training sets its scale and shift."""
+    """Build the autoencoder of images (B, 3, 32, 32) and latents (B, latent_channels, 16, 16). Training sets its scale and shift."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -127,7 +129,7 @@ def build_vae(latent_channels: int) -> AutoencoderKL:
 
 
 def build_clip(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
-    """Build a CLIP text encoder of two layers for 12 tokens; its hidden and projected widths are 32."""
+    """Build a CLIP text encoder with two layers for 12 tokens. Its hidden and projected widths are 32."""
     return CLIPTextModelWithProjection(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -145,7 +147,7 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
 
 
 def build_t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
-    """Build a T5 encoder of one layer whose relative-position table is zero: only the CLIP encoders see the order of words."""
+    """Build a T5 encoder with one layer and no positions. Only the CLIP encoders see the order of words."""
     config = T5Config(
         vocab_size=len(tokenizer),
         d_model=T5_WIDTH,
@@ -164,8 +166,8 @@ def build_t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
 def build_clip_tokenizer(words: Sequence[str]) -> CLIPTokenizer:
     """Build a byte-level BPE tokenizer with CLIP's end-of-word mark, in which each of `words` is one token.
 
-    The trainer would number final letters in the order of a hash table, which differs between processes. They are
-    therefore given as special tokens in a fixed order.
+    Letters with the end-of-word mark are special tokens in a fixed order. The trainer itself would number them in the order of a
+    hash table, which differs between processes.
     """
     final_letters = sorted({f"{word[-1]}</w>" for word in words})
     trained = Tokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix="</w>"))
@@ -185,7 +187,7 @@ def build_clip_tokenizer(words: Sequence[str]) -> CLIPTokenizer:
 
 
 def build_t5_tokenizer(words: Sequence[str]) -> T5Tokenizer:
-    """Build a unigram tokenizer in which each of `words` is one token, with single letters for all other text."""
+    """Build a unigram tokenizer in which each of `words` is one token. Other text is split into letters."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
     pieces += [(f"▁{word}", -2.0) for word in words]
     pieces += [(letter, -8.0) for letter in "abcdefghijklmnopqrstuvwxyz0123456789,.'\"-"]

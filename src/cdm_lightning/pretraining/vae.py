@@ -1,4 +1,4 @@
-"""Stage 1 of `cdm_lightning.pretrain`: the autoencoder (VAE) of the tiny pipeline, trained on renderings of the shapes set.
+"""Stage 1 of `cdm_lightning.pretrain`: train the autoencoder (VAE) of the tiny pipeline on renderings of the shapes set.
 
 The loss is the absolute error plus four times the squared error of the images, plus a small KL divergence.
 """
@@ -17,17 +17,17 @@ from cdm_lightning.pretraining.loop import Recipe, optimise
 
 
 def posterior_of(vae: AutoencoderKL, images: Tensor) -> DiagonalGaussianDistribution:
-    """Return the VAE's distribution of the latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1]."""
+    """Return the VAE's distribution of the latents (B, C, h, w) for images (B, 3, H, W) in [-1, 1]."""
     return cast(AutoencoderKLOutput, vae.encode(images)).latent_dist
 
 
 def train_vae(
     vae: AutoencoderKL, recipe: Recipe, folder: Path, pool: int = 8192, kl_weight: float = 1e-4
 ) -> AutoencoderKL:
-    """Train the VAE in place on `pool` renderings, with the weight `kl_weight` of the KL divergence, and return it frozen.
+    """Train the VAE in place on `pool` renderings and return it frozen. `kl_weight` is the weight of the KL divergence.
 
-    Its scaling and shift factors are set so that latents have mean 0 and standard deviation 1. `folder` keeps the state of an
-    interrupted training.
+    Its scaling and shift factors are set so that latents have mean 0 and standard deviation 1. `folder` keeps the state, so that
+    an interrupted training can resume.
     """
     images = render(draw_scenes(pool, recipe.seed, "train", pairs=0.25), recipe.seed) * 2 - 1
     network = cast(nn.Module, vae)  # diffusers declares `to` without its arguments
