@@ -50,8 +50,8 @@ def test_a_prompt_file_travels_to_workers(tmp_path):
     ("name", "content", "field", "message"),
     [
         ("missing.txt", None, None, "missing.txt: cannot read the prompt file"),
-        ("empty.txt", "", None, "empty.txt: the prompt file holds no prompt"),
-        ("blank.txt", " \n\n", None, "blank.txt: the prompt file holds no prompt"),
+        ("empty.txt", "", None, "empty.txt: the prompt file has no prompts"),
+        ("blank.txt", " \n\n", None, "blank.txt: the prompt file has no prompts"),
         ("latin.txt", "fine\ngr\xfcn\n".encode("latin-1"), None, "latin.txt, line 2: the prompt file is not UTF-8"),
         ("utf16.txt", "two".encode("utf-16"), None, "utf16.txt, line 1: the prompt file is not UTF-8"),
         ("a.txt", "text", "caption", "a.txt: a text file has no field 'caption'"),
@@ -86,7 +86,7 @@ def test_overlong_prompts_are_skipped_and_counted_or_refused(tmp_path):
     with pytest.raises(UserError) as error:
         PromptFile(path, overlong="refuse")
     assert str(error.value) == (
-        f"{path}, line 2: a prompt of 100,000 characters is longer than max_characters=10000; shorten it or set overlong=skip"
+        f"{path}, line 2: the prompt has 100,000 characters, more than max_characters=10000; shorten it or set overlong=skip"
     )
 
 
@@ -112,7 +112,7 @@ def test_rules_out_of_range(tmp_path):
         PromptFile(path, overlong="cut")
     with pytest.raises(UserError, match="max_characters=0 must be at least 1"):
         PromptFile(path, max_characters=0)
-    with pytest.raises(UserError, match=r"holds no prompt \(1 over 3 characters\)"):
+    with pytest.raises(UserError, match=r"has no prompts \(1 over 3 characters\)"):
         PromptFile(write(tmp_path, "b.txt", "long"), max_characters=3)
 
 
@@ -140,7 +140,7 @@ def test_a_folder_is_its_files_in_the_order_of_their_names(tmp_path):
     write(tmp_path / "c", "d.txt", "four\n" + "x" * 20_000)
     file = pickle.loads(pickle.dumps(PromptFile(tmp_path)))
     assert [file[i] for i in range(len(file))] == ["one", "two", "three", "four"]
-    with pytest.raises(UserError, match=r"c/d.txt, line 2: a prompt of 20,000 characters"):
+    with pytest.raises(UserError, match=r"c/d.txt, line 2: the prompt has 20,000 characters"):
         PromptFile(tmp_path, overlong="refuse")
 
 
@@ -172,7 +172,7 @@ def test_parquet_gives_the_column(tmp_path):
     assert [file[i] for i in range(len(file))] == texts
     assert file.counts == Counts(kept=40, blank=2, overlong=1, repeated=1, max_characters=10_000)
     assert pickle.loads(pickle.dumps(file))[5] == texts[5]
-    with pytest.raises(UserError, match=r"a.parquet, row 43: a prompt of 20,000 characters"):
+    with pytest.raises(UserError, match=r"a.parquet, row 43: the prompt has 20,000 characters"):
         PromptFile(path, "caption", overlong="refuse", cache_folder=tmp_path / "cache")
 
 

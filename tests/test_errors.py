@@ -101,7 +101,7 @@ def test_prompt_files(refused, tmp_path):
     latin.write_bytes("grün".encode("latin-1"))
     lines.write_text('{"text": "x"}')
     assert "no.txt: cannot read the prompt file (No such file or directory)" in refused("data.train.path=no.txt")
-    assert "empty.txt: the prompt file holds no prompt" in refused(f"data.train.path={empty}")
+    assert "empty.txt: the prompt file has no prompts" in refused(f"data.train.path={empty}")
     assert "latin.txt, line 1: the prompt file is not UTF-8" in refused(f"data.val.path={latin}")
     assert 'lines.jsonl, line 1: not a JSON object with a text in "prompt"' in refused(f"data.train.path={lines}")
 

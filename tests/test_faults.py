@@ -202,7 +202,7 @@ def test_a_worker_that_dies_while_it_hands_over_a_batch(toy_run, monkeypatch, er
 
     monkeypatch.setattr(CDMModule, "training_step", broken)
     with pytest.raises(
-        UserError, match=r"DataLoader worker exited unexpectedly \((reset by peer|EOFError); .*to continue"
+        UserError, match=r"a loader worker has exited unexpectedly \((reset by peer|EOFError); .*to continue"
     ):
         toy_run("data.num_workers=1")
     with pytest.raises(type(error)):  # without workers it is no fault of theirs

@@ -43,7 +43,7 @@ def test_a_folder_gives_captions_and_images_of_one_size(folder):
         ("[1]", 'line 1: must be {"file_name"'),
         ('{"file_name": "0.png", "text": " "}', "line 1: text is blank"),
         ('{"file_name": 3, "text": "a"}', "line 1: file_name and text must be texts"),
-        ('{"file_name": "9.png", "text": "a"}', "line 1: there is no file"),
+        ('{"file_name": "9.png", "text": "a"}', "line 1: the file "),
         ("", "lists no images"),
     ],
 )
@@ -119,7 +119,7 @@ def test_drawings_are_a_function_of_seed_and_number():
 def test_texts_that_cannot_be_drawn_are_refused(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("an elephant in the rain\n", encoding="utf-8")
-    with pytest.raises(UserError, match="the shapes set can draw only its own captions"):
+    with pytest.raises(UserError, match="use only captions of the bundled shapes set"):
         DrawnCaptions(file).image(0)
 
 
@@ -157,7 +157,7 @@ def test_a_mixture_that_lacks_images_or_one_size_of_them_is_refused(folder):
     with pytest.raises(UserError, match="needs real images, but alone are prompts without images"):
         PromptDataModule(mixed, drawn, batch_size=1, images=True)
     mixed = MixedPrompts({"drawn": drawn, "mine": CaptionedFolder(folder, [8, 16])})
-    with pytest.raises(UserError, match="images of drawn have 32 x 32 pixels, those of mine 8 x 16"):
+    with pytest.raises(UserError, match="images of drawn have size 32 x 32, but images of mine have 8 x 16"):
         mixed.image(len(drawn))
 
 
@@ -165,5 +165,5 @@ def test_prompts_alone_are_refused_where_images_are_needed():
     prompts = PromptList(["a", "b"])
     with pytest.raises(UserError, match="the objective needs real images, but these are prompts without images"):
         PromptDataModule(prompts, prompts, batch_size=1, images=True)
-    with pytest.raises(UserError, match="PromptList holds prompts without images"):
+    with pytest.raises(UserError, match="a PromptList has no images"):
         prompts.image(0)

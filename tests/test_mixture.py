@@ -135,10 +135,10 @@ def test_weights_become_whole_numbers(weights, shares):
     ("weights", "message"),
     [
         ({"a": 1}, "weights are given for a, but the sources are a, b"),
-        ({"a": 1, "b": 0}, "weights must be positive"),
-        ({"a": 1, "b": "many"}, "weights must be numbers"),
-        ({"a": 1, "b": float("nan")}, "weights must be numbers"),
-        ({"a": 0.123457, "b": 0.876543}, "weights must be in a simple ratio such as 7 to 3"),
+        ({"a": 1, "b": 0}, "must be positive"),
+        ({"a": 1, "b": "many"}, "must be numbers"),
+        ({"a": 1, "b": float("nan")}, "must be numbers"),
+        ({"a": 0.123457, "b": 0.876543}, "must be in a simple ratio such as 7 to 3"),
     ],
 )
 def test_bad_weights(weights, message):

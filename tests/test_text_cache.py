@@ -177,8 +177,11 @@ def test_a_cache_of_other_encoders(backbone, fill, tmp_path, tiny_pipeline_folde
     with pytest.raises(UserError) as error:
         StoredText(tmp_path / "cache", now)
     part = "text_encoder_2"
-    assert f"(max_sequence_length is 24, was 20; {part} is {now[part]}, was {was[part]})" in str(error.value)
-    with pytest.raises(UserError, match="a text cache of other text encoders"):
+    assert (
+        f"(max_sequence_length is 24 now, but 20 in the cache; {part} is {now[part]} now, but {was[part]} in the cache)"
+        in str(error.value)
+    )
+    with pytest.raises(UserError, match="other text encoders made this text cache"):
         fill(PROMPTS, of=changed)
     with pytest.raises(UserError, match=r"holds float32, but text_cache.dtype=bfloat16"):
         fill(PROMPTS, dtype="bfloat16")
@@ -230,22 +233,22 @@ def test_a_shard_of_another_cache(backbone, fill, tmp_path):
     shutil.rmtree(tmp_path / "cache")
     fill(PROMPTS[:2], dtype="bfloat16")
     shutil.move(moved, tmp_path / "cache" / SHARDS)
-    with pytest.raises(UserError, match=r"elsewhere.safetensors: this is a shard of another text cache"):
+    with pytest.raises(UserError, match=r"elsewhere.safetensors: this file belongs to another text cache"):
         opened(backbone, tmp_path)
 
 
 def test_folders_and_values_that_cannot_be(backbone, fill, tmp_path):
-    with pytest.raises(UserError, match=r"holds no text cache; make it with `python -m cdm_lightning.cache_text`"):
+    with pytest.raises(UserError, match=r"has no text cache; run `python -m cdm_lightning.cache_text`"):
         StoredText(tmp_path / "none", backbone.text_fingerprint)
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / MANIFEST).write_text('{"format": 1')
-    with pytest.raises(UserError, match="not a text cache that this version reads"):
+    with pytest.raises(UserError, match="this version cannot read this text cache"):
         opened(backbone, tmp_path)
     shutil.rmtree(tmp_path / "cache")
     (tmp_path / "cache").touch()
     with pytest.raises(UserError, match="cannot be the text cache's folder"):
         fill(PROMPTS)
-    with pytest.raises(UserError, match=r"text_cache.dtype must be one of float32, bfloat16, float16"):
+    with pytest.raises(UserError, match=r"must be one of float32, bfloat16, float16"):
         TextCacheSettings(dtype="int8")
     with pytest.raises(UserError, match=r"text_cache\.batch_size=0 must be at least 1"):
         TextCacheSettings(batch_size=0)
@@ -325,7 +328,7 @@ def test_a_cached_run_equals_an_uncached_one_and_loads_no_text_encoder(arguments
     manifest = json.loads((tmp_path / "cache" / MANIFEST).read_text())
     manifest["tensors"]["pooled"]["shape"] = [3]
     (tmp_path / "cache" / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="a shard of another text cache"):
+    with pytest.raises(UserError, match="this file belongs to another text cache"):
         run("other", *cache)
     assert read_manifest(tmp_path / "cache").tensors["pooled"]["shape"] == [3]
 

@@ -31,15 +31,15 @@ HALVES = [r"a face \ud83d", r"\udc00", r"in the middle \ud800 of it", r"\udfff\u
 @pytest.mark.parametrize("half", HALVES)
 def test_half_a_character_is_found_at_the_scan_with_its_line(tmp_path, half):
     lines = write(tmp_path, "a.jsonl", f'{{"prompt": "fine"}}\n\n{{"prompt": "{half}"}}\n')
-    with pytest.raises(UserError, match=r"a.jsonl, line 3: the prompt holds half a character \(\\u\w{4}\)"):
+    with pytest.raises(UserError, match=r"a.jsonl, line 3: the prompt contains half a character \(\\u\w{4}\)"):
         PromptFile(lines)
     listed = write(tmp_path, "a.json", f'["fine", "{half}"]')
-    with pytest.raises(UserError, match=r"a.json, entry 2: the prompt holds half a character"):
+    with pytest.raises(UserError, match=r"a.json, entry 2: the prompt contains half a character"):
         PromptFile(listed, cache_folder=tmp_path / "cache")
-    with pytest.raises(UserError, match="prompt 2 of the list: the prompt holds half a character"):
+    with pytest.raises(UserError, match="prompt 2 in the list of prompts: the prompt contains half a character"):
         PromptList(["fine", json.loads(f'"{half}"')])
     write(tmp_path, "metadata.jsonl", f'{{"file_name": "a.json", "text": "{half}"}}\n')
-    with pytest.raises(UserError, match=r"metadata.jsonl, line 1: the prompt holds half a character"):
+    with pytest.raises(UserError, match=r"metadata.jsonl, line 1: the prompt contains half a character"):
         CaptionedFolder(tmp_path, (32, 32))
 
 
@@ -72,9 +72,9 @@ def test_a_line_without_end_is_refused_without_reading_it_whole(tmp_path, monkey
     ids=["utf16", "utf32", "one", "hole"],
 )
 def test_nul_characters_are_refused(tmp_path, content):
-    with pytest.raises(UserError, match=r"line \d: the prompt holds a NUL character; is the file UTF-16"):
+    with pytest.raises(UserError, match=r"line \d: the prompt contains a NUL character; if the file is UTF-16"):
         PromptFile(write(tmp_path, "a.txt", content))
-    with pytest.raises(UserError, match="line 1: the prompt holds a NUL"):
+    with pytest.raises(UserError, match="line 1: the prompt contains a NUL"):
         PromptFile(write(tmp_path, "a.jsonl", '{"prompt": "a\\u0000b"}'))
 
 
@@ -157,7 +157,7 @@ def test_overlong_prompts_need_no_place_in_the_file(tmp_path, monkeypatch):
     file = PromptFile(write(tmp_path, "a.txt", "short\n" + ("x" * 20 + "\n") * 500), max_characters=10)
     assert file.counts.overlong == 500
     assert places == []
-    with pytest.raises(UserError, match=r"^here: a prompt of 20 characters"):
+    with pytest.raises(UserError, match=r"^here: the prompt has 20 characters"):
         PromptFile(tmp_path / "a.txt", max_characters=10, overlong="refuse")
     assert len(places) == 1
 
@@ -218,5 +218,5 @@ def test_a_cut_copy_of_a_table_is_noticed(tmp_path):
 def test_data_sets_hold_no_prompt_that_cannot_be_read(tmp_path):
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_dict({"prompt": ["one", "\u200b", "a\0b"]}).save_to_disk(str(tmp_path / "set"))
-    with pytest.raises(UserError, match="row 3: the prompt holds a NUL"):
+    with pytest.raises(UserError, match="row 3: the prompt contains a NUL"):
         PromptDataset(tmp_path / "set")

@@ -1,4 +1,4 @@
-"""Prompts with real images, for objectives that learn from images. Shapes: images (B, 3, H, W) in [0, 1]."""
+"""Sets of prompts with real images, for objectives that learn from images. Images are (B, 3, H, W) in [0, 1]."""
 
 import json
 from collections.abc import Sequence
@@ -23,12 +23,13 @@ MOST_IMAGE = 1 << 30  # bytes
 
 
 class CaptionedFolder(Prompts):
-    """Captions and images of a folder whose `metadata.jsonl` has a line {"file_name": ..., "text": ...} for each image.
+    """The images in a folder, with their captions as prompts. `metadata.jsonl` lists them.
 
-    This is the format of ImageFolder in Hugging Face `datasets`; the prompts are the captions. Each image is turned upright
-    by its EXIF data, resized to cover `image_size` (height, width) in pixels, and cropped to its middle. Raises `UserError`
-    for a folder without `metadata.jsonl`, a file that lists no images, a line of another form, an image that is missing (at
-    once) or cannot be read (when it is used), and an `image_size` that is not two numbers of at least 1.
+    Each line of that file is {"file_name": ..., "text": ...}, the ImageFolder format of Hugging Face `datasets`. An image is
+    rotated as its EXIF data says, resized to cover `image_size` (height, width) in pixels, and cropped to its middle.
+
+    Raises `UserError` for a folder without `metadata.jsonl`, a file that lists no images, a line of another form, a missing
+    image, or a wrong `image_size`. An image that cannot be read raises it later, when it is used.
     """
 
     has_images = True
@@ -42,7 +43,7 @@ class CaptionedFolder(Prompts):
         listed = self.folder / METADATA
         if not listed.is_file():
             raise UserError(
-                f"{folder}: no {METADATA}; write one there, each line with the file_name and text of an image"
+                f"{folder} has no {METADATA}; write this file, with file_name and text of one image on each line"
             )
         lines = enumerate((text for _, text in LineFiles([listed], whole=True).scan()), start=1)
         self._entries = [self._entry(line, number) for number, line in lines if line]
@@ -64,7 +65,7 @@ class CaptionedFolder(Prompts):
             raise UserError(f"{where}: {flaw}")
         path = self.folder / name
         if not path.is_file():
-            raise UserError(f"{where}: there is no file {path}; correct file_name or remove the line")
+            raise UserError(f"{where}: the file {path} does not exist; correct file_name or remove the line")
         return path, text.strip()
 
     def __len__(self) -> int:
@@ -75,7 +76,10 @@ class CaptionedFolder(Prompts):
         return self._entries[index][1]
 
     def image(self, index: int) -> Tensor:
-        """Return image number `index`, (3, H, W) in [0, 1], with (H, W) = `image_size`; `UserError` if it cannot be read."""
+        """Return image number `index`, (3, H, W) in [0, 1], where (H, W) is `image_size`.
+
+        Raises `UserError` if it cannot be read.
+        """
         from PIL import Image, ImageOps
         from torchvision.transforms.functional import pil_to_tensor
 
@@ -93,9 +97,9 @@ class CaptionedFolder(Prompts):
 
 
 class DrawnCaptions(PromptFile):
-    """Prompts from a file of captions of the bundled shapes set (`data/shapes.py`), each with an image that is rendered.
+    """Captions of the bundled shapes set (`data/shapes.py`) from a file. The image of each caption is rendered.
 
-    The image of a caption is a function of `seed` and of the caption's number in the file.
+    An image is a function of `seed` and the number of its caption in the file.
     """
 
     has_images = True
@@ -105,11 +109,14 @@ class DrawnCaptions(PromptFile):
         self.seed = seed
 
     def image(self, index: int) -> Tensor:
-        """Render caption number `index`: (3, 32, 32) in [0, 1]. `UserError` for a text that is not a caption of the shapes set."""
+        """Render the image of caption number `index`, (3, 32, 32) in [0, 1].
+
+        Raises `UserError` if the text is not a caption of the shapes set.
+        """
         try:
             scene = parse_caption(self[index])
         except ValueError as error:
-            raise UserError(f"{self.name}: {error}; the shapes set can draw only its own captions") from None
+            raise UserError(f"{self.name}: {error}; use only captions of the bundled shapes set") from None
         return render([scene], stream(self.seed, "image of a caption", index).initial_seed())[0]
 
 

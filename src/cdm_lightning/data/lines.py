@@ -1,4 +1,4 @@
-"""Texts in files with one text on each line: as plain text, or in a JSON object under a field."""
+"""Reading of texts from files with one text on each line: a plain text, or a JSON object that contains the text."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -11,18 +11,21 @@ from cdm_lightning.errors import UserError
 from cdm_lightning.files import open_regular
 
 FILE = 1 << 48  # positions are file number * FILE + byte offset
-LONGEST_LINE = 1 << 24  # characters; a longer line is no prompt, and reading it would only fill the memory
+LONGEST_LINE = 1 << 24  # characters; a longer line cannot be a prompt, and reading it would fill the memory
 BYTE_ORDER_MARK = "\ufeff"  # some editors write it at the start of a file
 
 
 class LineFiles:
-    r"""The texts of UTF-8 files with one text on each line, one file after the other.
+    r"""The texts in UTF-8 files, one on each line.
 
-    Without `field` the texts are the lines, with `field` the text under this key in the JSON object on each line, and with
-    `whole` the lines of such objects unparsed. Plain lines end where `str.splitlines` ends them, which includes U+0085 and
-    U+2028; lines of JSON objects end with `\n`, `\r\n` or `\r` only, since the other ends may stand inside a JSON text.
-    Every access opens the file again, so loader workers may share this object, and raises `UserError` if the file has
-    changed since `scan`.
+    With `field`, each line is a JSON object, and the text is its value under this key. With `whole`, each line is a JSON object
+    that is returned unparsed. Otherwise each line is a text.
+
+    Plain lines end where `str.splitlines` ends them, also at U+0085 and U+2028. These characters may occur inside JSON texts,
+    so JSON lines end only at `\n`, `\r\n` and `\r`.
+
+    Each access opens the file again, so loader workers can share this object. It raises `UserError` if the file has changed
+    since `scan`.
     """
 
     def __init__(self, paths: Sequence[Path], field: str | None = None, whole: bool = False) -> None:
@@ -31,9 +34,9 @@ class LineFiles:
         self._states: dict[int, FileState] = {}  # of the files that have been scanned, by number
 
     def scan(self) -> Iterator[tuple[int, str]]:
-        """Yield (position, text) for each line, where `read(position)` gives the text again.
+        """Yield (position, text) for each line. `read(position)` returns the same text later.
 
-        `UserError` for a file that cannot be read or is not UTF-8, and for a line that has no text under `field`.
+        Raises `UserError` for a file that cannot be read or is not UTF-8, and for a line that has no text under `field`.
         """
         for number, path in enumerate(self.paths):
             try:
@@ -46,7 +49,7 @@ class LineFiles:
                 raise UserError(f"{path}: cannot read the prompt file ({error.strerror})") from error
 
     def read(self, position: int) -> str:
-        """Return the text at a position that `scan` yielded; `UserError` if its file has changed since then."""
+        """Return the text at a position that `scan` yielded. Raises `UserError` if the file has changed since then."""
         number, offset = divmod(position, FILE)
         path = self.paths[number]
         try:
@@ -60,7 +63,7 @@ class LineFiles:
         return self._parse(self._pieces(line)[0] if line else line)
 
     def place(self, position: int) -> str:
-        """Name the place of a text for messages, as in "captions.txt, line 3"; this reads the file from its start."""
+        """Return the place of a text for messages, such as "captions.txt, line 3". The file is read from its start."""
         number, offset = divmod(position, FILE)
         path = self.paths[number]
         with opened(path) as file:
@@ -68,7 +71,7 @@ class LineFiles:
         return f"{path}, line {line}"
 
     def _lines(self, file: TextIO, path: Path) -> Iterator[tuple[int, str]]:
-        """Yield (byte offset, line) for all lines; raise `UserError` for bytes that are not UTF-8 and for an endless line."""
+        """Yield (byte offset, line) for all lines. Raises `UserError` for bytes that are not UTF-8 and for a very long line."""
         offset = number = 0
         while line := file.readline(LONGEST_LINE):
             if len(line) == LONGEST_LINE:
@@ -91,7 +94,9 @@ class LineFiles:
         try:
             return self._parse(line)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f'{path}, line {number}: not a JSON object with a text in "{self.field}"') from error
+            raise UserError(
+                f'{path}, line {number}: not a JSON object with a text in "{self.field}"; correct the line or set field=NAME'
+            ) from error
 
     def _parse(self, line: str) -> str:
         line = line.strip(BYTE_ORDER_MARK + " \t\r\n")
@@ -104,8 +109,8 @@ class LineFiles:
 
 
 def opened(path: Path) -> TextIO:
-    r"""Open a UTF-8 file for reading, so that `seek` may be given a byte offset at which a character begins.
+    r"""Open a UTF-8 file for reading. `seek` accepts the byte offset of any character.
 
-    Lines keep their ends: `\n`, `\r\n` or `\r`. Bytes that are not UTF-8 are read as lone surrogates, without an error.
+    Lines keep their ends: `\n`, `\r\n` or `\r`. Bytes that are not UTF-8 become lone surrogates and raise no error.
     """
     return TextIOWrapper(open_regular(path), "utf-8", errors="surrogateescape", newline="")

@@ -1,4 +1,4 @@
-"""A `DataLoader` whose workers ignore signals to the run, and whose wait for a batch has a limit."""
+"""A `DataLoader` that ends cleanly: its workers ignore signals, and the wait for a batch has a time limit."""
 
 import atexit
 import ctypes
@@ -23,12 +23,14 @@ _started: set[Any] = set()  # all workers of this process
 
 
 class SteadyLoader(DataLoader):
-    """A `DataLoader` for a run that signals such as SIGTERM may stop; `values` and `options` are those of `DataLoader`.
+    """A `DataLoader` for runs that a signal such as SIGTERM may stop.
 
-    The workers ignore these signals, so that the training process decides when they end; when it ends, they are killed, even
-    suspended ones. With `is_alone` (the run has one process), a signal ends the wait for a batch at once. `patience` is the
-    longest wait for a batch in seconds, 0 for no limit. It is used instead of torch's `timeout`, which does not cover the
-    transfer of a tensor from a worker.
+    The training process decides when the workers end, so they ignore these signals. When the training process ends, they are
+    killed, even suspended ones.
+
+    `patience` is the longest wait for a batch in seconds; 0 means no limit. torch's own `timeout` does not cover the transfer
+    of a tensor from a worker. With `is_alone`, the run has a single process, and a signal ends the wait at once. `values` and
+    `options` are the arguments of `DataLoader`.
     """
 
     def __init__(self, *values: Any, is_alone: bool = True, patience: float = 0.0, **options: Any) -> None:
@@ -37,7 +39,10 @@ class SteadyLoader(DataLoader):
         self._workers: set[Any] = set()
 
     def __iter__(self) -> Any:
-        """Return an iterator of batches; it raises `UserError` if a worker dies or if no batch comes within `patience` seconds."""
+        """Return an iterator over the batches.
+
+        It raises `UserError` if a worker dies, or if no batch arrives within `patience` seconds.
+        """
         before = set(active_children())
         with signals.held():
             batches = super().__iter__()
@@ -47,14 +52,14 @@ class SteadyLoader(DataLoader):
         return _Batches(batches, self)
 
     def kill_workers(self) -> None:
-        """Kill the workers of this loader that are still alive after its shutdown, because they are suspended or hang."""
+        """Kill workers of this loader that still run after its shutdown, because they hang or are suspended."""
         kill(self._workers)
         _started.difference_update(self._workers)
         self._workers = set()
 
 
 class _Batches(Iterator):
-    """The batches of a loader."""
+    """An iterator over the batches of a loader."""
 
     def __init__(self, batches: Iterator, loader: SteadyLoader) -> None:
         self._batches, self._loader = batches, loader
@@ -75,15 +80,15 @@ class _Batches(Iterator):
 
 @contextmanager
 def _at_most(seconds: float) -> Generator[None]:
-    """Raise `UserError` in the block after this time (0: never); the main thread alone can be interrupted like this."""
+    """Raise `UserError` inside the block after this many seconds; 0 means never. This works in the main thread only."""
     if not seconds or threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def late(number: int, frame: object) -> None:
         raise UserError(
-            f"the loader workers delivered no batch for {seconds:g} seconds (data.worker_timeout): they hang or are suspended, "
-            f"or read from a file system that does not answer; {signals.AGAIN}"
+            f"no batch arrived within data.worker_timeout={seconds:g} seconds, because the loader workers hang or their file "
+            f"system does not answer; {signals.AGAIN}, or raise data.worker_timeout"
         )
 
     before = signal.signal(signal.SIGALRM, late)
@@ -96,7 +101,7 @@ def _at_most(seconds: float) -> Generator[None]:
 
 
 def kill(workers: Iterable[Any]) -> None:
-    """Kill these worker processes, and wait up to `PATIENCE` seconds for each to disappear."""
+    """Kill worker processes, and wait up to `PATIENCE` seconds for each to disappear."""
     for worker in workers:
         with suppress(ValueError):  # it has been closed
             if worker.is_alive():
@@ -104,24 +109,25 @@ def kill(workers: Iterable[Any]) -> None:
                 worker.join(PATIENCE)
 
 
-@atexit.register  # after the import of multiprocessing.util, so before its own: that one waits for all workers to end
+@atexit.register  # runs before the function that multiprocessing.util registered, which waits for all workers
 def _kill_all() -> None:
     if _started:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call their end an error
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report an error when they end
         kill(_started)
 
 
 def worker_failure(error: BaseException) -> str:
-    """Return the text of the UserError for an error that reading from a loader raised because a worker has died."""
+    """Return the message for an error that shows that a loader worker has died."""
     if isinstance(error, RuntimeError):
-        return f"{first_line(error)} (out of memory?); {signals.AGAIN}"
-    return f"DataLoader worker exited unexpectedly ({first_line(error)}; out of memory?); {signals.AGAIN}"
+        return f"a loader worker has failed ({first_line(error)}; perhaps out of memory); {signals.AGAIN}"
+    return f"a loader worker has exited unexpectedly ({first_line(error)}; perhaps out of memory); {signals.AGAIN}"
 
 
 def _end_with_parent(worker: int) -> None:
-    """Ignore signals, and let Linux kill this process when its parent ends; elsewhere torch's workers look for it themselves.
+    """Ignore signals in this worker, and on Linux let the kernel kill it when its parent ends.
 
-    A worker that another process forked (`spawn`, `forkserver`) has not inherited the mask of signals that are held.
+    On other systems, torch's workers check whether their parent still runs. Signals must be ignored here too, because a worker
+    of `spawn` or `forkserver` does not inherit the blocked signals.
     """
     for number in signals.SIGNALS:
         signal.signal(number, signal.SIG_IGN)

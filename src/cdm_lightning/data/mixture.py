@@ -1,4 +1,4 @@
-"""Several sets of prompts in fixed shares. Which set gives the n-th prompt of training is a function of (seed, n) alone."""
+"""A mixture of several sets of prompts in fixed shares. The n-th training prompt is a function of (seed, n) alone."""
 
 import math
 from bisect import bisect_right
@@ -18,15 +18,15 @@ LARGEST_BLOCK = 10_000  # the largest number of positions after which the shares
 
 
 class MixedPrompts(Prompts):
-    """Several sets of prompts as one. Training draws from each of the named `sources` in the share of its weight.
+    """Several named sets of prompts, `sources`, as one set. In training, the share of each source is its weight.
 
-    The weights become whole numbers without a common factor, for example 0.7 and 0.3 become 7 and 3. The endless sequence
-    of training prompts consists of blocks as long as the sum of these numbers (here 10). In each block every source has
-    exactly its number of prompts, in a random order. Each source is shuffled in epochs of its own. Without `weights`, the
-    weight of a source is its number of prompts. By index, the prompts of all sources follow one after the other.
+    The weights are turned into whole numbers, for example 0.7 and 0.3 into 7 and 3. Each block of 10 training prompts (7 + 3)
+    then has 7 prompts of the first source and 3 of the second, in random order. Each source is shuffled in epochs of its own.
+    Without `weights`, the weight of a source is its number of prompts. Numbers of prompts count through all sources, one after
+    the other.
 
-    It has images if all sources have. Raises `UserError` if there is no source, for weights that are missing, not positive,
-    or add up to more than 10,000 as whole numbers, and (when they are read) for images of different sizes.
+    The mixture has images if all sources have images. Raises `UserError` if there is no source, and for weights that are
+    missing, not positive, or add up to more than 10,000 as whole numbers. Reading images of different sizes also raises it.
     """
 
     def __init__(self, sources: Mapping[Name, Prompts], weights: Mapping[Name, Positive] | None = None) -> None:
@@ -41,7 +41,7 @@ class MixedPrompts(Prompts):
 
     @property
     def summary(self) -> str:
-        """One line with each source's share in percent and its `summary`, or its name if it has none."""
+        """One line with each source's share in percent, followed by its `summary` or its name."""
         total = sum(self.shares)
         lines = [
             f"{share / total:.2%} {source.summary or name}"
@@ -53,14 +53,17 @@ class MixedPrompts(Prompts):
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> str:
-        """Return prompt number `index`, counted from 0 through all sources one after the other; IndexError if there is none."""
+        """Return prompt number `index`, counted from 0 through all sources. Raises IndexError if it does not exist."""
         if not 0 <= index < len(self):
             raise IndexError(f"prompt {index} of {len(self)}")
         source, place = self._at(index)
         return self.sources[source][place]
 
     def image(self, index: int) -> Tensor:
-        """Return the image (3, H, W) in [0, 1] of prompt `index`; `UserError` if images of the first source have another size."""
+        """Return the image of prompt `index`, (3, H, W) in [0, 1].
+
+        Raises `UserError` if the images of another source have a different size.
+        """
         source, place = self._at(index)
         image = self.sources[source].image(place)
         if self._image_size is None:
@@ -69,26 +72,26 @@ class MixedPrompts(Prompts):
             sizes = [" x ".join(map(str, size)) for size in (self._image_size, image.shape[-2:])]
             first = next(iter(self.sources))
             raise UserError(
-                f"data: the images of {first} have {sizes[0]} pixels, those of {source} {sizes[1]}; use the same image_size for all"
+                f"data: images of {first} have size {sizes[0]}, but images of {source} have {sizes[1]}; set the same image_size for all"
             )
         return image
 
     def _at(self, index: int) -> tuple[str, int]:
-        """Return the name of the source that holds prompt number `index`, and the prompt's number in that source."""
+        """Return the name of the source that contains prompt `index`, and the number of the prompt in this source."""
         number = bisect_right(self._ends, index)
         return list(self.sources)[number], index - self._ends[number] + self.sizes[number]
 
     def order(self, seed: int) -> Order:
-        """Return the order of training: a function from a position in it, from 0 without end, to the number of a prompt."""
+        """Return the endless training order: a function that maps a position, from 0 on, to the number of a prompt."""
         return MixedOrder(self.sizes, self.shares, seed)
 
 
 class MixedOrder:
-    """The order in which training takes the prompts of a mixture; the prompt at any position is computed directly.
+    """The endless training order of a mixture. The prompt at any position is computed directly.
 
-    `sizes` are the numbers of prompts of the sources, `shares` their whole-number weights. The sequence consists of blocks of
-    sum(shares) slots: the first shares[0] slots belong to the first source, and so on; a random permutation of each block
-    gives the slot of each position. Slot k of a source in block b is position b * share + k in that source's shuffled epochs.
+    `sizes` are the numbers of prompts of the sources, and `shares` their weights as whole numbers. Each block of sum(shares)
+    positions is a random permutation of slots. The first shares[0] slots belong to the first source, and so on. Slot k of a
+    source in block b takes the prompt at position b * share + k of the source's own shuffled epochs.
     """
 
     def __init__(self, sizes: Sequence[int], shares: Sequence[int], seed: int) -> None:
@@ -98,12 +101,12 @@ class MixedOrder:
         self._block, self._slots = 0, permutation(self._ends[-1], seed, "prompt_mixture", 0)
 
     def __call__(self, position: int) -> int:
-        """Return the number, through all sources, of the prompt at `position`; positions count from 0."""
+        """Return the number of the prompt at `position`, counted from 0. Prompts are numbered through all sources."""
         source, turn = self.source_at(position)
         return self._starts[source] + self._orders[source](turn)
 
     def source_at(self, position: int) -> tuple[int, int]:
-        """Return the number of the source that `position` takes a prompt from, and the position in that source's own order."""
+        """Return the number of the source that gives the prompt at `position`, and the position in this source's own order."""
         block, place = divmod(position, self._ends[-1])
         if block != self._block:
             self._block, self._slots = block, permutation(self._ends[-1], self.seed, "prompt_mixture", block)
@@ -114,23 +117,23 @@ class MixedOrder:
 
 
 def whole_shares(names: Sequence[str], weights: Mapping[str, float]) -> list[int]:
-    """Return the weights, in the order of `names`, as whole numbers in the same ratio without a common factor.
+    """Return the weights as the smallest whole numbers in the same ratio, in the order of `names`.
 
-    `UserError` for names other than those of the weights, weights that are not positive numbers, and a sum above 10,000.
+    Raises `UserError` if the names do not match, if a weight is not a positive number, or if the sum is above 10,000.
     """
     if set(names) != set(weights):
         raise UserError(
-            f"data: weights are given for {', '.join(weights)}, but the sources are {', '.join(names)}; give one for each"
+            f"data: weights are given for {', '.join(weights)}, but the sources are {', '.join(names)}; set one weight for each source"
         )
     try:
         ratios = [Fraction(str(weights[name])) for name in names]  # from the text, so that 0.1 is exactly one tenth
     except ValueError as error:
-        raise UserError(f"data: weights must be numbers, got {dict(weights)}") from error
+        raise UserError(f"data.train.weights={dict(weights)} must be numbers") from error
     if min(ratios) <= 0:
-        raise UserError(f"data: weights must be positive, got {dict(weights)}; remove a source that is not wanted")
+        raise UserError(f"data.train.weights={dict(weights)} must be positive; remove sources that you do not want")
     common = math.lcm(*(ratio.denominator for ratio in ratios))
     shares = [int(ratio * common) for ratio in ratios]
     shares = [share // math.gcd(*shares) for share in shares]
     if sum(shares) > LARGEST_BLOCK:
-        raise UserError(f"data: weights must be in a simple ratio such as 7 to 3, got {dict(weights)}; round them")
+        raise UserError(f"data.train.weights={dict(weights)} must be in a simple ratio such as 7 to 3; round them")
     return shares

@@ -1,6 +1,6 @@
 """Sets of prompts that can be read in any order, from files or from the configuration.
 
-Of the prompts in files only the positions are kept in memory, not the texts.
+For prompts in files, memory holds only their positions and not their texts.
 """
 
 from abc import ABC, abstractmethod
@@ -21,17 +21,19 @@ MAX_CHARACTERS = 10_000
 
 
 class Prompts(Dataset, ABC):
-    """A set of prompts by number: their texts, the order in which training takes them, and in some sets their real images."""
+    """A set of numbered prompts. It has their texts, their training order, and in some sets their real images."""
 
     has_images = False  # whether the prompts have images, which `image` returns
 
     def image(self, index: int) -> Tensor:
-        """Return the real image of prompt `index`, (3, H, W) in [0, 1]; raise `UserError` for a set without images."""
-        raise UserError(f"{type(self).__name__} holds prompts without images")
+        """Return the real image of prompt `index`, (3, H, W) in [0, 1]. Raises `UserError` if the set has no images."""
+        raise UserError(
+            f"a {type(self).__name__} has no images; use a set of captioned images, such as data=captioned_images"
+        )
 
     @property
     def summary(self) -> str | None:
-        """One line to print: how many prompts the set holds and which were left out; None if there is nothing to report."""
+        """One line about the set: its number of prompts, and how many were left out. It is None if there is nothing to report."""
         return None
 
     @abstractmethod
@@ -40,20 +42,21 @@ class Prompts(Dataset, ABC):
 
     @abstractmethod
     def __getitem__(self, index: int) -> str:
-        """Return prompt number `index`; raise IndexError if `index` is beyond the last prompt."""
+        """Return prompt number `index`. Raises IndexError if it does not exist."""
 
     def order(self, seed: int) -> Order:
-        """Return the order of training: a function from a position in it, from 0 without end, to the number of a prompt.
+        """Return the endless training order: a function that maps a position, from 0 on, to the number of a prompt.
 
-        By default these are epochs, each shuffled by a function of `seed`.
+        By default, the order consists of epochs, each shuffled by `seed`.
         """
         return ShuffledEpochs(len(self), seed)
 
 
 class SelectedPrompts(Prompts):
-    """The texts of `source` that `selection` keeps: without blank, over-long and, if requested, repeated ones.
+    """The texts of `source` that `selection` keeps. Blank texts are left out, and over-long and repeated ones on request.
 
-    `name` is what messages call the source. `counts` says how many texts were left out. Raises `UserError` if none is left.
+    `name` is the name of the source in messages. `counts` says how many texts were left out. Raises `UserError` if no text is
+    left.
     """
 
     def __init__(self, source: TextSource, name: str, selection: Selection) -> None:
@@ -61,11 +64,11 @@ class SelectedPrompts(Prompts):
         self.positions, self.counts = selection.select(source, name)
         if not len(self.positions):
             left_out = f" ({self.counts.left_out})" if self.counts.left_out else "; write one prompt on each line"
-            raise UserError(f"{name}: the prompt file holds no prompt{left_out}")
+            raise UserError(f"{name}: the prompt file has no prompts{left_out}")
 
     @property
     def summary(self) -> str | None:
-        """One line such as "captions.txt: 9,998 prompts, left out: 1 blank, 1 repeated"; None if nothing was left out."""
+        """One line such as "captions.txt: 9,998 prompts, left out: 1 blank, 1 repeated". It is None if nothing was left out."""
         left_out = self.counts.left_out
         return f"{self.name}: {len(self):,} prompts, left out: {left_out}" if left_out else None
 
@@ -73,7 +76,10 @@ class SelectedPrompts(Prompts):
         return len(self.positions)
 
     def __getitem__(self, index: int) -> str:
-        """Return prompt number `index`, counted without those that were left out; `UserError` if its file has changed."""
+        """Return prompt number `index`. Texts that were left out are not counted.
+
+        Raises `UserError` if the file has changed.
+        """
         prompt = self.source.read(int(self.positions[index])).strip()
         if not is_visible(prompt):
             raise UserError(f"{self.name}: prompt {index} has become blank since the run began; restore the file")
@@ -81,19 +87,22 @@ class SelectedPrompts(Prompts):
 
 
 class PromptFile(SelectedPrompts):
-    """The prompts of a file, or of a folder with files of one format, which are read in the order of their paths.
+    """The prompts in a file, or in all files of a folder. The files of a folder must have one format and are read in path
+    order.
 
-    A text file holds one prompt on each line, a `*.jsonl` file one object on each line with the prompt under `field`
-    (default: "prompt"). `*.parquet`, `*.csv` and `*.tsv` files have a column `field`, and a `*.json` file holds a list of
-    texts, or of objects with the prompt under `field`. Such a column or list is copied once into `cache_folder` (default:
-    the user's cache folder), from which single rows can be read. All texts are checked once, when the file is opened.
-    Afterwards only the position of each prompt is in memory (8 bytes).
+    - A text file has one prompt on each line.
+    - A `*.jsonl` file has one object on each line, with the prompt under `field` (default: "prompt").
+    - A `*.parquet`, `*.csv` or `*.tsv` file has the prompts in column `field`.
+    - A `*.json` file has a list of texts, or of objects with the prompt under `field`.
 
-    Prompts without a visible character are left out. With `overlong="skip"`, prompts of more than `max_characters` are left
-    out too; "refuse" raises `UserError` for the first one. `deduplicate` keeps only the first of several prompts that differ
-    in nothing but white space. `counts` says how many prompts were left out.
+    A column or a JSON list is copied once into `cache_folder` (default: the user's cache folder), so that single rows can be
+    read. All texts are checked once when the file is opened. Afterwards, memory holds 8 bytes for each prompt.
 
-    Raises `UserError` for a file that is missing, empty, not UTF-8 or not in the format of its ending, for a `field`
+    Prompts without a visible character are left out. So are prompts of more than `max_characters`, unless `overlong` is
+    "refuse", which raises `UserError` for them. `deduplicate` also leaves out prompts that repeat an earlier one except for
+    white space.
+
+    Raises `UserError` for a file that is missing, empty, not UTF-8 or of another format than its ending says, for a `field`
     that does not exist, and for a prompt that no tokenizer can read.
     """
 
@@ -111,9 +120,10 @@ class PromptFile(SelectedPrompts):
 
 
 class PromptList(Prompts):
-    """Prompts that stand in the configuration itself; the whole list is repeated `repeat` times.
+    """Prompts that are written in the configuration itself. The list is repeated `repeat` times.
 
-    Raises `UserError` for an empty list, a `repeat` below 1, and a prompt that is not a text or that no tokenizer can read.
+    Raises `UserError` for an empty list, for a `repeat` below 1, and for a prompt that is not a text or that no tokenizer can
+    read.
     """
 
     def __init__(self, prompts: Annotated[Sequence[Prompt], NotEmpty], repeat: Count = 1) -> None:
@@ -125,13 +135,13 @@ class PromptList(Prompts):
         for number, prompt in enumerate(self.prompts, start=1):
             flaw = flaw_of(prompt) if isinstance(prompt, str) else f"{prompt!r} is not a text; put it in quotes"
             if flaw:
-                raise UserError(f"data: prompt {number} of the list: {flaw}")
+                raise UserError(f"data: prompt {number} in the list of prompts: {flaw}")
 
     def __len__(self) -> int:
         return len(self.prompts) * self.repeat
 
     def __getitem__(self, index: int) -> str:
-        """Return prompt number `index` of the repeated list; IndexError if `index` is beyond its end."""
+        """Return prompt number `index` of the repeated list. Raises IndexError if it does not exist."""
         if index >= len(self):
             raise IndexError(f"prompt {index} of {len(self)}")
         return self.prompts[index % len(self.prompts)]

@@ -1,4 +1,4 @@
-"""The selection of prompts from a source: blank, over-long and repeated texts are left out and counted."""
+"""The selection of prompts from a source. Blank, over-long and repeated texts are left out and counted."""
 
 import hashlib
 import unicodedata
@@ -14,27 +14,27 @@ from torch import Tensor
 from cdm_lightning.errors import UserError
 
 POLICIES = ("skip", "refuse")
-INVISIBLE = frozenset(("Cc", "Cf", "Cn", "Mn", "Zl", "Zp", "Zs"))  # categories of Unicode without ink of their own
+INVISIBLE = frozenset(("Cc", "Cf", "Cn", "Mn", "Zl", "Zp", "Zs"))  # Unicode categories of invisible characters
 FILLERS = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # letters and symbols that Unicode defines as blank
-KEY_BYTES = 16  # of the hash that identifies a prompt: the chance of a collision among 10 million is below 1e-24
+KEY_BYTES = 16  # of a prompt's hash; the chance that two of 10 million prompts have the same hash is below 1e-24
 
 
 class TextSource(Protocol):
-    """What prompts are read from: texts, each with a position (an int64) by which it can be read alone."""
+    """A source of texts, such as a file. Each text has a position (an int64) by which it can be read alone."""
 
     def scan(self) -> Iterator[tuple[int, str]]:
-        """Yield (position, text) for all texts in order; raise `UserError` for a text that cannot be read."""
+        """Yield (position, text) for all texts in order. Raises `UserError` for a text that cannot be read."""
 
     def read(self, position: int) -> str:
         """Return the text at a position that `scan` has yielded."""
 
     def place(self, position: int) -> str:
-        """Return where the text at a position stands, for messages, as in "captions.txt, line 3"."""
+        """Return the place of a text for messages, such as "captions.txt, line 3"."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """How many texts a `Selection` kept, and how many it left out for each reason; `max_characters` is its limit."""
+    """The numbers of texts that a `Selection` kept, and left out for each reason. `max_characters` is its limit of length."""
 
     kept: int
     blank: int
@@ -44,7 +44,7 @@ class Counts:
 
     @property
     def left_out(self) -> str:
-        """The numbers left out, as in "3 blank, 1 over 10,000 characters"; an empty text if nothing was left out."""
+        """A text about the texts that were left out, such as "3 blank, 1 over 10,000 characters". It is "" if there are none."""
         over = f"over {self.max_characters:,} characters"
         named = ((self.blank, "blank"), (self.overlong, over), (self.repeated, "repeated"))
         return ", ".join(f"{count:,} {name}" for count, name in named if count)
@@ -52,11 +52,12 @@ class Counts:
 
 @dataclass(frozen=True)
 class Selection:
-    """The rules by which texts become prompts.
+    """The rules by which texts are kept as prompts.
 
-    Blank texts are left out. Texts of more than `max_characters` are left out (`overlong="skip"`) or raise `UserError`
-    ("refuse"). `deduplicate` leaves out repetitions, which may differ in white space. Raises `UserError` for a
-    `max_characters` below 1 or another `overlong`.
+    Blank texts are left out. With `overlong="skip"`, texts of more than `max_characters` are left out; with "refuse", they
+    raise `UserError`. With `deduplicate`, texts that repeat an earlier one except for white space are left out.
+
+    Raises `UserError` for a `max_characters` below 1 and for another value of `overlong`.
     """
 
     max_characters: int
@@ -71,9 +72,10 @@ class Selection:
             )
 
     def select(self, source: TextSource, name: str) -> tuple[Tensor, Counts]:
-        """Return the positions (n,) int64 of the texts of `source` that are kept, in order, and the counts.
+        """Return the positions (n,) int64 of the texts that are kept, in order, and the counts.
 
-        `UserError` for a text that cannot be read or that no tokenizer can read, and for an over-long one with "refuse".
+        Raises `UserError` for a text that cannot be read or that no tokenizer can read, and with "refuse" for an over-long
+        text. `name` is the name of the source in messages.
         """
         positions, keys, blank, overlong = array("q"), bytearray(), 0, 0
         for position, text in source.scan():
@@ -98,34 +100,41 @@ class Selection:
 
     def _overlong(self, place: str, length: int) -> UserError:
         return UserError(
-            f"{place}: a prompt of {length:,} characters is longer than max_characters={self.max_characters}; "
+            f"{place}: the prompt has {length:,} characters, more than max_characters={self.max_characters}; "
             "shorten it or set overlong=skip"
         )
 
 
 def is_visible(text: str) -> bool:
-    """Return whether a text has a visible character; spaces, controls, zero-width characters, marks and fillers are not."""
+    """Return whether a text has a visible character.
+
+    Spaces, control characters, zero-width characters, combining marks and Unicode fillers are not visible.
+    """
     return any(unicodedata.category(c) not in INVISIBLE and c not in FILLERS for c in text)
 
 
 def flaw_of(text: str) -> str | None:
-    """Return why no tokenizer can read a text and how to repair it, for a message; None if nothing is wrong.
+    """Return why no tokenizer can read a text, and how to repair it. Returns None if nothing is wrong.
 
-    Wrong are NUL characters, and lone surrogates: halves of a character, which a JSON text has that was cut inside an emoji.
+    NUL characters and lone surrogates are wrong. A lone surrogate is half of a character, for example from a JSON text that was
+    cut inside an emoji.
     """
     if "\0" in text:
-        return "the prompt holds a NUL character; is the file UTF-16? convert it to UTF-8"
+        return "the prompt contains a NUL character; if the file is UTF-16, convert it to UTF-8"
     if text.isascii():
         return None
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        return f"the prompt holds half a character (\\u{ord(text[error.start]):04x}), which is no text; complete or remove it"
+        return f"the prompt contains half a character (\\u{ord(text[error.start]):04x}); complete or remove it"
     return None
 
 
 def first_occurrences(keys: bytes | bytearray) -> np.ndarray:
-    """Return the numbers (n,), in increasing order, of those 16-byte keys in `keys`, one after the other, that are new."""
+    """Return the numbers (n,) of the 16-byte keys that do not repeat an earlier key, in increasing order.
+
+    `keys` contains the keys one after the other.
+    """
     pairs = np.frombuffer(keys, dtype="<u8").reshape(-1, 2)
     order = np.lexsort((pairs[:, 1], pairs[:, 0]))  # the sort is stable: of equal keys the first comes first
     ordered = pairs[order]

@@ -1,8 +1,8 @@
-"""A procedural text-to-image set: captioned shapes with a colour, size and place, and pairs of shapes in a relation.
+"""A procedural text-to-image set: captions of coloured shapes, and images that are rendered from them.
 
-Examples: "a large red circle on the left", "a small square", "a blue shape above a large green ring". Like a real prompt, a
-caption may leave any attribute out, and its renderings then differ in this attribute. This bends the paths from noise to
-image and makes sampling with few steps hard. Everything is a function of (seed, index): nothing is stored or downloaded.
+Examples are "a large red circle on the left", "a small square", and "a blue shape above a large green ring". A caption may
+leave out any attribute, like a real prompt, and its renderings then differ in this attribute. This bends the paths from noise
+to image and makes sampling in few steps hard. Everything is a function of (seed, index), so nothing is stored or downloaded.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ Split = Literal["train", "heldout", "all"]
 
 @dataclass(frozen=True)
 class Item:
-    """One shape in a caption, by its colour, shape and size; None for what the caption leaves out."""
+    """One shape in a caption. An attribute that the caption leaves out is None."""
 
     colour: str | None
     shape: str | None
@@ -57,7 +57,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption says: one item at a `place` (None: anywhere), or a `first` and a `second` item in a `relation`."""
+    """The content of a caption: one item at a `place` (None: anywhere), or two items in a `relation` such as "above"."""
 
     first: Item
     place: str | None = None
@@ -73,7 +73,7 @@ class Scene:
 
     @property
     def held_out(self) -> bool:
-        """Whether this combination of attributes is kept out of training (decided by a hash of the caption)."""
+        """Whether this combination of attributes is kept out of the training set. A hash of the caption decides."""
         return int.from_bytes(hashlib.blake2b(self.caption.encode(), digest_size=4).digest(), "little") % HELD_OUT == 0
 
 
@@ -86,9 +86,9 @@ def all_words() -> list[str]:
 def draw_scenes(
     count: int, seed: int, split: Split = "train", pairs: float = 0.0, leave_out: float = LEAVE_OUT
 ) -> list[Scene]:
-    """Draw `count` random scenes of a `split`; "heldout" are combinations of attributes that "train" never contains.
+    """Draw `count` random scenes. The split "heldout" has only combinations of attributes that "train" never has.
 
-    A scene has two items with probability `pairs`, else one; it leaves out each attribute with probability `leave_out`.
+    A scene has two items with probability `pairs`, and otherwise one. Each attribute is left out with probability `leave_out`.
     """
     rng = random.Random(seed)
     scenes: list[Scene] = []
@@ -120,7 +120,7 @@ def _maybe(rng: random.Random, names: Iterable[str], leave_out: float) -> str | 
 
 
 def parse_caption(caption: str) -> Scene:
-    """Return the scene that a caption of the shapes set describes; raise ValueError for any other text."""
+    """Return the scene that a caption of the shapes set describes. Raises ValueError for any other text."""
     for relation in RELATIONS:
         if f" {relation} a " in caption:
             first, second = caption.split(f" {relation} ", 1)
@@ -142,11 +142,13 @@ def _parse_item(phrase: str) -> Item:
 
 @dataclass(frozen=True)
 class Layout:
-    """What N images show. Each image has two slots, the upper or left item first; a single item leaves the second one empty.
+    """The content of N images. Each image has two slots: the upper or left item comes first, and a single item leaves the
+    second empty.
 
-    colour, shape, size: (N, 2) indices into COLOURS, SHAPES and SIZES, -1 for an empty slot; place: (N,) index into PLACES,
-    -1 for pairs; arrangement: (N,) 0 for a single item, 1 for one above the other, 2 for side by side; centre: (N, 2, 2),
-    (x, y) of each slot from the upper left corner, as fractions of the image's side.
+    - `colour`, `shape`, `size`: (N, 2) indices into COLOURS, SHAPES and SIZES; -1 for an empty slot.
+    - `place`: (N,) index into PLACES; -1 for a pair.
+    - `arrangement`: (N,) 0 for a single item, 1 for items above each other, 2 for items side by side.
+    - `centre`: (N, 2, 2) centre (x, y) of each slot as fractions of the image's side, from the upper left corner.
     """
 
     colour: Tensor
@@ -158,7 +160,10 @@ class Layout:
 
 
 def lay_out(scenes: Sequence[Scene], seed: int) -> Layout:
-    """Return the layout of one image for each scene: what captions leave out is drawn, as a function of `seed` and `scenes`."""
+    """Return a layout with one image for each scene. Attributes that a caption leaves out are drawn at random.
+
+    The layout is a function of `seed` and `scenes`.
+    """
     rng = random.Random(seed)
     rows = [_lay_out_one(scene, rng) for scene in scenes]
     columns = list(zip(*rows, strict=True))
@@ -193,7 +198,7 @@ def render(scenes: Sequence[Scene], seed: int) -> Tensor:
 
 
 def render_layout(layout: Layout, seed: int) -> Tensor:
-    """Draw a layout as images (N, 3, 32, 32) in [0, 1]; `seed` fixes the backgrounds and small variations."""
+    """Render the images of a layout: (N, 3, 32, 32) in [0, 1]. `seed` fixes backgrounds and small variations."""
     rng = torch.Generator().manual_seed(seed)
     images = _background(len(layout.place), rng)
     palette = torch.tensor(list(COLOURS.values()))
@@ -233,7 +238,7 @@ def _background(count: int, rng: torch.Generator) -> Tensor:
 
 
 def _coverage(shape: Tensor, centre: Tensor, radius: Tensor, tilt: Tensor) -> Tensor:
-    """Return the fraction of each pixel that an item covers, (N, 32, 32), from the signed distance in units of a pixel."""
+    """Return the fraction of each pixel that an item covers, (N, 32, 32). It follows from the signed distance in pixels."""
     x, y = _grid()
     x, y = x - centre[:, 0, None, None], y - centre[:, 1, None, None]
     cos, sin, r = torch.cos(tilt)[:, None, None], torch.sin(tilt)[:, None, None], radius[:, None, None]

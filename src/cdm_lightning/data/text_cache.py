@@ -1,6 +1,6 @@
-"""Reading a text cache: the conditioning of prompts that `cache_text` encoded, so that training loads no text encoder.
+"""Reading of a text cache, which contains the encoded prompts of a run. Training then loads no text encoder.
 
-The files (shards) of the cache are mapped into memory from disk; only 24 bytes per prompt are held in memory itself.
+The files of the cache, called shards, are mapped into memory from disk. Each prompt takes only 24 bytes of memory itself.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,13 +33,16 @@ SHOWN = 60  # the number of characters of a prompt that a message shows
 
 @dataclass(frozen=True)
 class TextCacheSettings:
-    """The options `text_cache.*`: conditioning of prompts that is stored on disk, or else remembered in memory.
+    """The options `text_cache.*`, which say where encoded prompts are kept: in a folder, in memory, or nowhere.
 
-    `folder` is the cache that the command `cache_text` writes and training reads, with floating-point tensors in `dtype`;
-    the command encodes `batch_size` prompts at a time and writes files of about `shard_megabytes`. Before training, all
-    its prompts are looked up in the cache if there are at most `check_up_to`. With `folder` None there is no cache; a run of
-    at most `remember_up_to` prompts, repeated ones counted each time, then keeps their conditioning in memory once it is
-    encoded, if it takes at most `remember_megabytes`. Raises `UserError` for values out of range.
+    `folder` is the cache that the command `cache_text` writes and training reads. `dtype` is the dtype of its floating-point
+    tensors. The command encodes `batch_size` prompts at a time and writes files of about `shard_megabytes`. Before training,
+    all prompts are looked up in the cache, but only if there are at most `check_up_to`.
+
+    Without a `folder`, a run of at most `remember_up_to` prompts keeps their encodings in memory, if they take at most
+    `remember_megabytes`. Repeated prompts are counted each time.
+
+    Raises `UserError` for a value out of its range.
     """
 
     folder: FolderToRead | None = None
@@ -52,7 +55,7 @@ class TextCacheSettings:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise UserError(f"text_cache.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+            raise UserError(f"text_cache.dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
         if self.batch_size < 1 or self.shard_megabytes <= 0:
             raise UserError(
                 f"text_cache.{f'batch_size={self.batch_size} must be at least 1' if self.batch_size < 1 else ''}"
@@ -61,7 +64,7 @@ class TextCacheSettings:
 
 
 class Texts(Protocol):
-    """Prompts by number: a list of texts, or a `data.prompts.Prompts`."""
+    """Prompts by number, such as a list of texts or a `data.prompts.Prompts`."""
 
     def __len__(self) -> int:
         """Return the number of prompts."""
@@ -71,10 +74,10 @@ class Texts(Protocol):
 
 
 class StoredText:
-    """The text cache in `folder`, from which it returns the conditioning of prompts as `Backbone.encode_prompts` does.
+    """An opened text cache. It returns the encodings of prompts (conditioning), as `Backbone.encode_prompts` does.
 
-    `fingerprint` (`Backbone.text_fingerprint`) identifies the text encoders in use. Raises `UserError` for a folder without
-    a cache, a cache that other text encoders made, and an incomplete file of the cache.
+    `fingerprint` identifies the text encoders of this run (`Backbone.text_fingerprint`). Raises `UserError` if the folder has
+    no cache, if other text encoders made the cache, or if a file of the cache is incomplete.
     """
 
     def __init__(self, folder: str | Path, fingerprint: Mapping[str, str]) -> None:
@@ -82,7 +85,7 @@ class StoredText:
         manifest = read_manifest(self.folder)
         if manifest is None:
             raise UserError(
-                f"{folder}: holds no text cache; make it with `{COMMAND}` and the arguments of the training command"
+                f"{folder} has no text cache; run `{COMMAND}` with the arguments of the training command to make it"
             )
         require_fingerprint(self.folder, manifest, fingerprint)
         self.manifest = manifest
@@ -102,13 +105,13 @@ class StoredText:
         return self._find(prompt) is not None
 
     def to(self, device: torch.device) -> None:
-        """Return conditioning on this device from now on."""
+        """Return encodings on this device from now on."""
         self.device = torch.device(device)
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Return the conditioning of B prompts: tensors (B, ...) by name, in the dtype that the text encoders gave.
+        """Return the encodings of B prompts: tensors (B, ...) by name, in the dtype of the text encoders.
 
-        `UserError` if a prompt is not in the cache or its stored row is damaged.
+        Raises `UserError` if a prompt is not in the cache, or if its stored row is damaged.
         """
         distinct = list(dict.fromkeys(prompts))
         rows = [self._unconditional if prompt == "" else self._row(prompt) for prompt in distinct]
@@ -122,10 +125,10 @@ class StoredText:
         return {name: value.index_select(0, which) for name, value in cond.items()}
 
     def require(self, sets: Mapping[str, Texts], check_up_to: int) -> None:
-        """Raise `UserError` if the cache lacks the empty prompt or any prompt of `sets` ({"training": prompts, ...}).
+        """Raise `UserError` if the cache lacks the empty prompt or a prompt in `sets`, such as {"training": prompts}.
 
-        The message says how many prompts of a set are missing and shows the first. If the sets hold more than `check_up_to`
-        prompts in total, only the empty prompt is checked here, and a missing one raises `UserError` when it is used.
+        The message says how many prompts of a set are missing, with an example. If the sets have more than `check_up_to`
+        prompts, only the empty prompt is checked here. A missing prompt then raises `UserError` when it is used.
         """
         if "" not in self:
             raise UserError(f"{self.folder}: the text cache lacks the empty prompt; run `{COMMAND}` again to add it")
@@ -150,7 +153,7 @@ class StoredText:
         return read_row(self._paths[shard], self.manifest, found - int(self._starts[shard]))
 
     def _find(self, prompt: str) -> int | None:
-        """Return the number of the prompt, counted through all shards; None if it is not there."""
+        """Return the number of the prompt, counted through all shards, or None if it is not in the cache."""
         key = np.frombuffer(prompt_key(prompt), KEY_TYPE)[0:1]
         place = int(np.searchsorted(self._keys, key)[0])
         if place == len(self._keys) or self._keys[place : place + 1] != key:

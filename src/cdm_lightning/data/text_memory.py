@@ -1,7 +1,6 @@
-"""The conditioning of prompts that are used again and again, encoded once and kept in memory.
+"""The encodings of prompts that are used again and again. They are computed once and kept in memory.
 
-A run with a few hundred captions uses each of them many times. Without this memory, the text encoders would repeat the
-same work each time.
+A run with a few hundred captions uses each of them many times, and would otherwise repeat the work of the text encoders.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,11 +16,13 @@ BATCH = 64  # prompts encoded at a time
 
 
 class RememberedText:
-    """A wrapper of `encode` that encodes `prompts` and the empty prompt once and keeps the results, on their device.
+    """A wrapper of the function `encode` that encodes `prompts` and the empty prompt once and keeps the results on their
+    device.
 
-    The first call encodes all of them, in batches that depend on `prompts` alone: the result for a prompt then does not
-    depend on earlier calls, and a resumed run gets the same bits. A batch with any other prompt is encoded each time. Nothing
-    is kept, and every batch is encoded each time, if the results would take more than `most_bytes` or differ in shape.
+    The first call encodes all of them, in fixed batches. Therefore a result does not depend on earlier calls, and a resumed run
+    gets the same bits. A batch that contains any other prompt is encoded each time.
+
+    If the results would take more than `most_bytes`, or if they differ in shape, nothing is kept, and each batch is encoded.
     """
 
     def __init__(self, encode: Encode, prompts: Iterable[str], most_bytes: int) -> None:
@@ -31,7 +32,7 @@ class RememberedText:
         self._table: Conditioning = {}
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Return the conditioning of B prompts, tensors (B, ...) by name, as `encode` of the constructor does."""
+        """Return the encodings of B prompts: tensors (B, ...) by name, equal to those of the wrapped function."""
         if self._place is None:
             self._fill()
         known = cast(dict[str, int], self._place)
@@ -39,7 +40,7 @@ class RememberedText:
         return self._encode(prompts) if -1 in places else select_rows(self._table, torch.tensor(places))
 
     def forget(self) -> None:
-        """Drop what is kept and encode it again at the next call, because the text encoders have moved to another device."""
+        """Drop what is kept. The next call encodes it again. Call this after the text encoders have moved to another device."""
         self._place, self._table = None, {}
 
     @torch.inference_mode(False)  # the first call may come from validation, in inference mode

@@ -1,12 +1,12 @@
-"""The files of a text cache: the conditioning of prompts that the command `cache_text` encodes and training reads.
+"""The files of a text cache: the encoded prompts that the command `cache_text` writes and training reads.
 
-    DIR/text_cache.json            the manifest: hashes and settings of the text encoders (their fingerprint), the stored
-                                   dtype, and the shape and dtype of each tensor
-    DIR/shards/HASH.safetensors    a few hundred megabytes of prompts: "keys" (n, 16) uint8, "crc32" (n,) int64, and the
-                                   conditioning "cond.NAME" (n, ...); HASH is a hash of the keys
+    DIR/text_cache.json            the manifest: the fingerprint of the text encoders (hashes and settings), the stored dtype,
+                                   and the shape and dtype of each tensor
+    DIR/shards/HASH.safetensors    a shard, with a few hundred megabytes of prompts: "keys" (n, 16) uint8, "crc32" (n,) int64,
+                                   and the encodings "cond.NAME" (n, ...); HASH is a hash of the keys
 
-Such a .safetensors file is called a shard. The key of a prompt is a hash of its text. Each file is written under another
-name and renamed when it is complete. Each prompt's row has a checksum, so a damaged row is noticed when it is used.
+The key of a prompt is a hash of its text. Each file is written under another name and renamed when it is complete. Each prompt
+has a checksum, so that damage is noticed when the prompt is used.
 """
 
 import hashlib
@@ -37,11 +37,12 @@ COMMAND = "python -m cdm_lightning.cache_text"
 
 @dataclass(frozen=True)
 class Manifest:
-    """What all shards of a text cache have in common; stored as text_cache.json.
+    """The properties that all shards of a text cache share, stored as text_cache.json.
 
-    `text_fingerprint` is the `Backbone.text_fingerprint` of the text encoders that made the cache. `dtype` is the name of the
-    dtype of floating-point tensors in the files. `tensors` maps the name of each tensor of the conditioning to {"shape": its
-    shape for one prompt, "dtype": its dtype as the text encoders return it}.
+    - `text_fingerprint`: `Backbone.text_fingerprint` of the text encoders that made the cache.
+    - `dtype`: name of the dtype in which floating-point tensors are stored.
+    - `tensors`: for the name of each tensor, {"shape": its shape for one prompt, "dtype": the dtype that the text encoders
+      return}.
     """
 
     text_fingerprint: dict[str, str]
@@ -51,13 +52,13 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """A hash of the manifest, which is stored in every shard to show which cache it belongs to."""
+        """A hash of the manifest. Each shard stores it to show which cache it belongs to."""
         text = json.dumps(asdict(self), sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     @property
     def bytes_per_prompt(self) -> int:
-        """The number of bytes that one prompt takes in a shard."""
+        """The number of bytes of one prompt in a shard."""
         sizes = (
             np.prod(entry["shape"], dtype=int) * self.stored(name).itemsize for name, entry in self.tensors.items()
         )
@@ -68,12 +69,14 @@ class Manifest:
         return getattr(torch, self.tensors[name]["dtype"])
 
     def stored(self, name: str) -> torch.dtype:
-        """Return the dtype of the tensor `name` in the files: `self.dtype` if it is floating-point, else unchanged (masks)."""
+        """Return the dtype in which the tensor `name` is stored. For a floating-point tensor, it is `dtype`; masks keep their
+        own.
+        """
         return DTYPES[self.dtype] if self.given(name).is_floating_point else self.given(name)
 
     @classmethod
     def of(cls, text_fingerprint: Mapping[str, str], dtype: str, cond: Mapping[str, Tensor]) -> "Manifest":
-        """Return the manifest of a cache for conditioning with the names, shapes and dtypes of `cond` (B, ...)."""
+        """Return the manifest of a cache whose encodings have the names, shapes (B, ...) and dtypes of `cond`."""
         tensors = {
             name: {"shape": list(value.shape[1:]), "dtype": str(value.dtype).removeprefix("torch.")}
             for name, value in sorted(cond.items())
@@ -82,12 +85,12 @@ class Manifest:
 
 
 def prompt_key(prompt: str) -> bytes:
-    """Return the key of a prompt: 16 bytes, the BLAKE2b hash of its text."""
+    """Return the key of a prompt, the BLAKE2b hash of its text in 16 bytes."""
     return hashlib.blake2b(prompt.encode(), digest_size=KEY_BYTES).digest()
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """Read the manifest of a cache folder; None if the folder has none. Raise `UserError` if it cannot be read."""
+    """Return the manifest of a cache folder, or None if there is none. Raises `UserError` if it cannot be read."""
     path = folder / MANIFEST
     if not path.is_file():
         return None
@@ -95,26 +98,29 @@ def read_manifest(folder: Path) -> Manifest | None:
         manifest = Manifest(**json.loads(read_text(path)))
         if manifest.format == FORMAT and manifest.dtype in DTYPES and manifest.bytes_per_prompt > 0:
             return manifest
-    raise UserError(f"{path}: not a text cache that this version reads; make a new one in another folder")
+    raise UserError(f"{path}: this version cannot read this text cache; make a new one in another folder")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Make the folder of a new cache and write its manifest."""
+    """Create the folder of a new cache and write its manifest."""
     (folder / SHARDS).mkdir(parents=True, exist_ok=True)
     write_text(folder / MANIFEST, json.dumps(asdict(manifest), indent=2) + "\n")
 
 
 def require_fingerprint(folder: Path, manifest: Manifest, fingerprint: Mapping[str, str]) -> None:
-    """Raise `UserError`, which names the differences, unless `manifest` has this fingerprint of the text encoders in use."""
+    """Raise `UserError` if the cache was made by other text encoders than those in use, whose fingerprint is `fingerprint`.
+
+    The message lists the differences.
+    """
     made, now = manifest.text_fingerprint, dict(fingerprint)
     differing = [
-        f"{name} is {now.get(name)}, was {made.get(name)}"
+        f"{name} is {now.get(name)} now, but {made.get(name)} in the cache"
         for name in sorted(made.keys() | now.keys())
         if made.get(name) != now.get(name)
     ]
     if differing:
         raise UserError(
-            f"{folder}: this is a text cache of other text encoders ({'; '.join(differing)}); "
+            f"{folder}: other text encoders made this text cache ({'; '.join(differing)}); "
             f"make another cache with `{COMMAND}` and text_cache.folder=ANOTHER"
         )
 
@@ -125,10 +131,10 @@ def shard_paths(folder: Path) -> list[Path]:
 
 
 def write_shard(folder: Path, manifest: Manifest, keys: Sequence[bytes], cond: Mapping[str, Tensor]) -> Path:
-    """Write a shard, completely or not at all, and return its path; `UserError` if it cannot be written.
+    """Write a shard completely or not at all, and return its path.
 
-    `keys` are the n keys of its prompts, and `cond` is their conditioning (n, ...), already in the dtypes of
-    `Manifest.stored`.
+    `keys` are the keys of its n prompts. `cond` is their encodings (n, ...), already in the dtypes of `Manifest.stored`. Raises
+    `UserError` if the shard cannot be written.
     """
     rows = {name: cond[name].contiguous() for name in manifest.tensors}
     path = folder / SHARDS / f"{hashlib.blake2b(b''.join(keys), digest_size=KEY_BYTES).hexdigest()}.safetensors"
@@ -147,7 +153,10 @@ def write_shard(folder: Path, manifest: Manifest, keys: Sequence[bytes], cond: M
 
 
 def shard_keys(path: Path, manifest: Manifest) -> np.ndarray:
-    """Return the keys (n,) of a shard's prompts, as 16-byte strings; `UserError` if it is damaged or of another cache."""
+    """Return the keys (n,) of the prompts in a shard, as 16-byte strings.
+
+    Raises `UserError` if the shard is damaged or belongs to another cache.
+    """
     try:
         with safe_open(require_regular(path), framework="pt") as file:
             owner = (file.metadata() or {}).get("cache")
@@ -157,14 +166,14 @@ def shard_keys(path: Path, manifest: Manifest) -> np.ndarray:
         raise broken(path) from error
     expected = {PREFIX + name: [len(keys), *entry["shape"]] for name, entry in manifest.tensors.items()}
     if owner != manifest.digest or any(shapes.get(name) != shape for name, shape in expected.items()):
-        raise UserError(f"{path}: this is a shard of another text cache; move it out of the folder")
+        raise UserError(f"{path}: this file belongs to another text cache; move it out of the folder")
     return np.ascontiguousarray(keys).view(KEY_TYPE)[:, 0]
 
 
 def read_row(path: Path, manifest: Manifest, row: int) -> dict[str, Tensor]:
-    """Read the conditioning of the prompt in row `row` of a shard: tensors without a batch dimension, in the stored dtypes.
+    """Return the encoding of the prompt in row `row` of a shard: tensors without a batch dimension, in their stored dtypes.
 
-    `UserError` if the row does not have its checksum or the file cannot be read.
+    Raises `UserError` if the file cannot be read or the row is damaged.
     """
     try:
         with safe_open(require_regular(path), framework="pt") as file:
@@ -178,7 +187,7 @@ def read_row(path: Path, manifest: Manifest, row: int) -> dict[str, Tensor]:
 
 
 def check_sum(cond: Mapping[str, Tensor]) -> int:
-    """Return the CRC-32 of the bytes of one prompt's conditioning, its tensors in the order of their names."""
+    """Return the CRC-32 of the bytes of one prompt's encoding. Its tensors are taken in the order of their names."""
     value = 0
     for name in sorted(cond):
         # pyrefly: ignore[bad-argument-type]  numpy declares its buffers for Python 3.12 and later only
@@ -187,7 +196,7 @@ def check_sum(cond: Mapping[str, Tensor]) -> int:
 
 
 def broken(path: Path) -> UserError:
-    """Return (do not raise) the `UserError` for a shard that is incomplete or damaged."""
+    """Return a `UserError` about an incomplete or damaged shard. It is not raised here."""
     return UserError(
         f"{path}: half-written or damaged; delete this file and run `{COMMAND}` again to write its prompts again"
     )

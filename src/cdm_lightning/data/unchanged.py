@@ -1,4 +1,4 @@
-"""Noticing that a file has changed since it was first read, for files that a run reads again and again."""
+"""The check that a file has not changed since it was first read, for files that a run reads again and again."""
 
 import os
 from dataclasses import dataclass
@@ -9,25 +9,27 @@ from cdm_lightning.errors import UserError
 
 @dataclass(frozen=True)
 class FileState:
-    """The size of a file in bytes and the time of its last change in nanoseconds, to see later whether it has changed."""
+    """The size of a file in bytes and the time of its last change in nanoseconds, for a later comparison."""
 
     size: int
     changed: int
 
     @classmethod
     def of(cls, file: Path | int) -> "FileState":
-        """Return the current state of a file, given by path or by open descriptor; raise OSError if there is no such file."""
+        """Return the current state of a file, given by its path or an open descriptor. Raises OSError if it does not exist."""
         found = os.stat(file)
         return cls(found.st_size, found.st_mtime_ns)
 
     def require(self, file: Path | int, path: Path) -> None:
-        """Raise `UserError`, which names `path`, if `file` (a path or an open descriptor) no longer has this size and time."""
+        """Raise `UserError` if `file`, a path or an open descriptor, no longer has this size and time.
+
+        `path` is the name of the file in the message.
+        """
         try:
             same = FileState.of(file) == self
         except OSError:
             same = False
         if not same:
             raise UserError(
-                f"{path}: the prompt file has changed since the run opened it, so the positions of its prompts are wrong; "
-                "restore the file and run the same command again"
+                f"{path}: the prompt file has changed while the run was using it; restore the file and run the same command again"
             )
