@@ -112,13 +112,13 @@ def test_guidance_of_the_cdm_term_is_added_to_its_direction() -> None:
     x, seen = scaled._off_trajectory(sample)
     x0 = predict_x0(student, x, seen)
     looks = {"cdm": scaled._look("cdm", x0, seen, sample)}
-    teacher, _, uncond = scaled._judge(sample, looks)
+    judged = scaled._judge(sample, looks)
+    matching, guidance = judged.directions["cdm"], judged.teacher["cdm"] - judged.without_text["cdm"]
     told = [part.logs for part in scaled.student_losses(sample)][-1]
     plain = [part.logs for part in without.student_losses(sample)][-1]
-    fake = scaled._judge(sample, looks)[1]["cdm"]
-    expected = (teacher["cdm"] - fake + 2.0 * (teacher["cdm"] - uncond["cdm"])).square().mean().sqrt()
+    expected = (matching + 2.0 * guidance).square().mean().sqrt()
     assert float(told["cdm_delta_rms"]) == pytest.approx(float(expected))
-    assert float(plain["cdm_delta_rms"]) == pytest.approx(float((teacher["cdm"] - fake).square().mean().sqrt()))
+    assert float(plain["cdm_delta_rms"]) == pytest.approx(float(matching.square().mean().sqrt()))
 
 
 def test_the_embedding_is_zero_at_first_and_separates_levels_once_it_learns() -> None:

@@ -4,7 +4,7 @@ import json
 import math
 import re
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -39,9 +39,13 @@ TRAINED = {
     "consistency": ("student",),
     "scm": ("student",),
     "dmd2": ("student", "fake_score", "head"),
+    "f_distill": ("student", "fake_score", "head"),
+    "tdm": ("student", "fake_score"),
     "adaptive": ("student", "fake_score"),
     "level_aware": ("student", "fake_score"),
 }
+WITH_IMAGES = ("dmd2", "f_distill", "scm")
+WITH_STATE = ("adaptive", "f_distill")
 EVERY_RUN = (
     "callbacks=none",
     "trainer.limit_val_batches=0",
@@ -67,16 +71,23 @@ CASES = [(name, kind, "toy2d") for name in TRAINED for kind in ("full", "lora")]
 CASES += [(name, "full", "sd3") for name in TRAINED]
 CASES += [(name, "lora", "sd3") for name in ("dmd2", "level_aware")]  # what they have beside adapters
 
-each_objective = pytest.mark.parametrize("name", TRAINED)
-SHORT = {case for case in CASES if case[2] == "toy2d"} | {
-    ("dmd2", "full", "sd3"),
-    ("level_aware", "lora", "sd3"),
-}
-each_case = pytest.mark.parametrize(("name", "kind", "family"), CASES)
-each_case_in_time = pytest.mark.parametrize(  # the others take a minute more, with `make test-slow`
-    ("name", "kind", "family"),
-    [pytest.param(*case, marks=[] if case in SHORT else pytest.mark.slow) for case in CASES],
+# These are made of the parts of others, which the quick tests run in full: their own long cases are for `make test-slow`.
+DERIVED = ("f_distill", "tdm")
+SHORT = {case for case in CASES if case[2] == "toy2d"} | {("dmd2", "full", "sd3"), ("level_aware", "lora", "sd3")}
+
+
+def quick(cases: Iterable, is_quick: Callable[..., bool]) -> list:
+    """All cases, with the mark `slow` on those that take a minute more."""
+    return [pytest.param(*case, marks=[] if is_quick(*case) else pytest.mark.slow) for case in cases]
+
+
+CASE = ("name", "kind", "family")
+each_objective = pytest.mark.parametrize("name", quick(zip(TRAINED), lambda name: name not in DERIVED))
+each_case = pytest.mark.parametrize(
+    CASE, quick(CASES, lambda name, _, family: name not in DERIVED or family == "toy2d")
 )
+each_case_in_time = pytest.mark.parametrize(CASE, quick(CASES, lambda *case: case in SHORT))
+each_case_on_two = pytest.mark.parametrize(CASE, quick(CASES, lambda *case: case in SHORT and case[0] not in DERIVED))
 
 Overrides = Callable[..., list[str]]  # (objective, family, kind) -> overrides without batch size and output folder
 Straight = Callable[..., TrainResult]  # (objective, family, kind) -> an undisturbed run of one process, trained once
@@ -95,7 +106,7 @@ def overrides(prompt_file, tiny_pipeline_folder, tmp_path_factory) -> Overrides:
         made += [f"data.train.path={prompts}", f"data.val.path={prompts}"]
         if family == "sd3":
             made.append(f"backbone.pretrained={tiny_pipeline_folder}")
-        elif name in ("dmd2", "scm"):
+        elif name in WITH_IMAGES:
             made.append("data.train._target_=benchmarks.dots.Dots")
         if name == "adaptive":
             made.append(f"objective.longest={3 if family == 'toy2d' else 2}")
@@ -164,7 +175,7 @@ def test_each_stopped_and_resumed_is_the_undisturbed_run(overrides, straight, na
     assert_equal_states(undisturbed.checkpoint, whole.checkpoint)
     states = [read_checkpoint(r.checkpoint).trainer_state()["objective"] for r in (undisturbed, whole, half)]
     assert states[0] == states[1]
-    assert (states[0] != states[2]) == bool(states[0]) == (name == "adaptive")
+    assert (states[0] != states[2]) == bool(states[0]) == (name in WITH_STATE)
 
 
 @each_objective
@@ -188,7 +199,7 @@ def die_after(rank: int, iterations: int) -> None:
     CDMModule.training_step = dying
 
 
-@each_case_in_time
+@each_case_on_two
 def test_each_on_two_processes_is_each_on_one(overrides, straight, name, kind, family, tmp_path):
     command = overrides(name, family, kind)
     two = shared(command, tmp_path / "two", "fsdp2")
@@ -217,7 +228,9 @@ def test_a_lora_is_exported_as_a_pipeline(straight, tmp_path):
     assert sample.sample_images(str(exported), ["a ring"]).images.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["consistency", "scm", "dmd2"])  # `test_planning.py` holds the figures of all four
+@pytest.mark.parametrize(
+    "name", ["consistency", "scm", "dmd2", "f_distill", "tdm"]
+)  # `test_planning.py` holds the figures of all four
 def test_each_is_planned(overrides, name):
     (planned,) = plan([*overrides(name, "sd3"), "data.batch_size=4", "gpus=1x80"])
     text = json.dumps(planned.as_json())

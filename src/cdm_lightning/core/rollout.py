@@ -6,7 +6,7 @@ anchor is the state x at the start of that step, with its sigma and the student'
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -27,6 +27,7 @@ class TrajectoryPoint:
     x: Tensor  # (B, *)
     v: Tensor  # (B, *), the student's velocity at (x, sigma)
     sigma: Tensor  # (B,)
+    next_sigma: Tensor | None = None  # (B,), where the step that starts at the point ends
 
     @property
     def x0(self) -> Tensor:
@@ -45,7 +46,7 @@ class TrajectoryPoint:
 class FullTrajectoryPoint(TrajectoryPoint):
     """A point of a rollout that was simulated to its end, together with that end."""
 
-    x0_final: Tensor  # (B, *), the end of the rollout
+    x0_final: Tensor = field(kw_only=True)  # (B, *), the end of the rollout
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,12 @@ class Trajectory:
         """Return the point at step `anchor` (B,) of each sample; steps count from 0 to K - 1."""
         anchor = send(anchor, self.final.device)
         point = self._states(anchor)
-        return FullTrajectoryPoint(point.x, point.v, point.sigma, x0_final=self.final)
+        return FullTrajectoryPoint(point.x, point.v, point.sigma, point.next_sigma, x0_final=self.final)
 
     def _states(self, step: Tensor) -> TrajectoryPoint:
         samples = torch.arange(len(step), device=step.device)
-        return TrajectoryPoint(self.x[step, samples], self.v[step, samples], self.sigmas[samples, step])
+        x, v = self.x[step, samples], self.v[step, samples]
+        return TrajectoryPoint(x, v, self.sigmas[samples, step], self.sigmas[samples, step + 1])
 
 
 @torch.no_grad()
@@ -104,8 +106,9 @@ class Rollout:
 
         One call of the student computes the velocities.
         """
-        sigma = self.sigmas.gather(1, send(self.anchor, self.sigmas.device)[:, None]).squeeze(1)
-        return TrajectoryPoint(x, self.student(x, sigma), sigma)
+        anchor = send(self.anchor, self.sigmas.device)[:, None]
+        sigma, next_sigma = (self.sigmas.gather(1, anchor + step).squeeze(1) for step in (0, 1))
+        return TrajectoryPoint(x, self.student(x, sigma), sigma, next_sigma)
 
 
 def walk(rollouts: Sequence[Rollout], agree_on_calls: Callable[[int], int] = lambda calls: calls) -> list[Tensor]:

@@ -41,6 +41,16 @@ class _Look:
 
 
 @dataclass(frozen=True)
+class _Judged:
+    """What teacher and fake score say about looks, by term: x0 predictions and directions (B, *), and figures for the log (0-d)."""
+
+    teacher: dict[str, Tensor]
+    without_text: dict[str, Tensor]  # the teacher's x0 without text: of CA and of other terms with guidance
+    directions: dict[str, Tensor]  # T(c) - F(c), of all terms but CA
+    figures: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
 class CDMObjective(Objective):
     """The CDM objective; the defaults are those of the paper, the options those of its ablations.
 
@@ -188,16 +198,16 @@ class CDMObjective(Objective):
         self, sample: RolledOutSample, looks: dict[str, _Look], weights: dict[str, float], predicted: Tensor | None
     ) -> TermLosses:
         """Return the weighted sum of the terms in `looks`. `predicted` (B, *) is the student's x0, used for the logs only."""
-        teacher, fake, uncond = self._judge(sample, looks)
-        deltas = {term: teacher[term] - fake[term] for term in fake}
-        for term in uncond:
-            guidance = self.guidance(term) * (teacher[term] - uncond[term])
+        judged = self._judge(sample, looks)
+        teacher, deltas = judged.teacher, dict(judged.directions)
+        for term, uncond in judged.without_text.items():
+            guidance = self.guidance(term) * (teacher[term] - uncond)
             deltas[term] = deltas[term] + guidance if term in deltas else guidance
         terms = {
             term: weights[term] * directed_loss(look.x0, deltas[term], teacher[term], self.norm_floor)
             for term, look in looks.items()
         }
-        return TermLosses(cast(Tensor, sum(terms.values())), terms, _health(deltas, predicted))
+        return TermLosses(cast(Tensor, sum(terms.values())), terms, _health(deltas, predicted) | judged.figures)
 
     def _base(self, x0: Tensor, sample: RolledOutSample) -> Tensor:
         """Return the clean sample (B, *) that the CDM term noises for teacher and fake score.
@@ -227,20 +237,27 @@ class CDMObjective(Objective):
         return interpolate(point.x0, rng.normal(f"{purpose}.target_noise", point.x.shape[1:]), sigma), sigma
 
     @torch.no_grad()
-    def _judge(
-        self, sample: RolledOutSample, looks: dict[str, _Look]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        """Return the x0 predictions by term of the teacher, of the fake score, and of the teacher without text.
-
-        The fake score has no prediction for the term "ca". The teacher without text has one for each term with guidance.
-        """
+    def _judge(self, sample: RolledOutSample, looks: dict[str, _Look]) -> _Judged:
+        """Return what the teacher, with and without text, and the fake score say about the looks of some terms."""
         fields = sample.fields
         without_text = [term for term in looks if term == "ca" or self.guidance(term)]
-        matched = [term for term in looks if term != "ca"]
         teacher_calls = [(fields.teacher, looks[term]) for term in looks]
         judged = _predict_together(teacher_calls + [(fields.teacher_uncond, looks[term]) for term in without_text])
-        fake = _predict_together([(self.fake_score(sample, looks[term].seen), looks[term]) for term in matched])
-        return dict(zip(looks, judged)), dict(zip(matched, fake)), dict(zip(without_text, judged[len(looks) :]))
+        teacher = dict(zip(looks, judged))
+        directions, figures = self._differences(
+            sample, {term: look for term, look in looks.items() if term != "ca"}, teacher
+        )
+        return _Judged(teacher, dict(zip(without_text, judged[len(looks) :])), directions, figures)
+
+    def _differences(
+        self, sample: RolledOutSample, looks: dict[str, _Look], teacher: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return T(c) - F(c) (B, *) of each term, given the teacher's x0 predictions T(c), and figures for the log.
+
+        A subclass may weight them (`objectives.f_distill`).
+        """
+        fake = _predict_together([(self.fake_score(sample, look.seen), look) for look in looks.values()])
+        return {term: teacher[term] - of_term for term, of_term in zip(looks, fake)}, {}
 
 
 def _predict_together(calls: Sequence[tuple[VelocityField, _Look]]) -> list[Tensor]:

@@ -164,14 +164,14 @@ def blank_sample(module: CDMModule, networks: Networks, iteration: int) -> Sampl
 def _at_a_point(module: CDMModule, sample: Sample) -> Sample:
     """Return the sample with the state of the rollout that the objective needs."""
     x, v, x0_final = (sample.rng.normal("point", sample.latent_shape) for _ in range(3))
-    sigma = sample.rng.uniform("sigma")
+    sigma, next_sigma = sample.rng.uniform("sigma"), sample.rng.uniform("next")
     match module.objective.rollout:
         case "none":
             return sample
         case "full":
-            return with_point(sample, FullTrajectoryPoint(x, v, sigma, x0_final=x0_final), steps=1)
+            return with_point(sample, FullTrajectoryPoint(x, v, sigma, next_sigma, x0_final=x0_final), steps=1)
         case _:
-            return with_point(sample, TrajectoryPoint(x, v, sigma), steps=1)
+            return with_point(sample, TrajectoryPoint(x, v, sigma, next_sigma), steps=1)
 
 
 def _unchanged(sigmas: Tensor) -> Tensor:

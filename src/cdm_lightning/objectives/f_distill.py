@@ -1,0 +1,135 @@
+"""f-distill (arXiv:2502.15681): distribution matching that minimizes another divergence than the reverse KL divergence.
+
+The gradient of an f-divergence between the distributions of the data p and of the student q is that of the reverse KL
+divergence with each sample weighted by h(r) = r^2 f''(r), a function of the density ratio r = p / q of the noised sample.
+The ratio comes from the head of DMD2, whose logit is log r when the head is trained to its optimum. Shapes: B samples of
+shape * = (C, H, W).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from cdm_lightning.core.flow import denoise, per_sample
+from cdm_lightning.kinds import Count, Positive, ShareBelowOne
+from cdm_lightning.objectives.base import RolledOutSample
+from cdm_lightning.objectives.cdm import _Look
+from cdm_lightning.objectives.dmd2 import DMD2Objective
+
+Divergence = Literal[
+    "reverse_kl", "forward_kl", "jensen_shannon", "softened_reverse_kl", "squared_hellinger", "jeffreys", "neyman"
+]
+
+
+def divergence_weight(divergence: Divergence, ratio: Tensor) -> Tensor:
+    """Return h(r) = r^2 f''(r) for density ratios r, up to a constant factor; the shape is that of `ratio`.
+
+    The functions are those of table 1 of arXiv:2502.15681, and in addition those of the divergences of Jeffreys and Neyman.
+    """
+    match divergence:
+        case "reverse_kl":
+            return torch.ones_like(ratio)
+        case "forward_kl":
+            return ratio
+        case "jensen_shannon":
+            return ratio / (1 + ratio)
+        case "softened_reverse_kl":
+            return 1 / (1 + ratio)
+        case "squared_hellinger":
+            return ratio.sqrt()
+        case "jeffreys":
+            return 1 + ratio
+        case _:
+            return 1 / ratio
+
+
+@dataclass
+class _Means:
+    """Running means: of the ratio for each band of sigma, and of the weight h."""
+
+    ratios: list[float]
+    weight: float
+
+
+@dataclass(frozen=True)
+class FDistillObjective(DMD2Objective):
+    """DMD2 whose DM term minimizes the f-divergence `divergence`; with "reverse_kl" it is DMD2.
+
+    The ratio r is exp(logit) of the head at the noised sample, clamped to [`ratio_low`, `ratio_high`]. The mean of r over the
+    student's samples is 1 at every sigma if the head is right, so r is divided by its running mean in each of
+    `ratio_bands` equal bands of sigma. The weights h(r) are divided by their running mean, so that the strength of the term does not
+    depend on the divergence. Both means decay by `ratio_decay` with each update of the student; they are the same in all
+    processes and kept in checkpoints. The CDM term, if it has a weight, is not weighted by h: the head never sees its samples.
+    The other arguments are those of `DMD2Objective`. Raises ValueError for an argument out of its range.
+    """
+
+    divergence: Divergence = "jensen_shannon"
+    ratio_low: Positive = 0.1
+    ratio_high: Positive = 20.0
+    ratio_bands: Count = 10
+    ratio_decay: ShareBelowOne = 0.9
+    means: _Means = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.divergence not in get_args(Divergence):
+            raise ValueError(f"divergence={self.divergence!r} must be one of {', '.join(get_args(Divergence))}")
+        if not 0 < self.ratio_low < self.ratio_high or self.ratio_bands < 1 or not 0 <= self.ratio_decay < 1:
+            raise ValueError(
+                f"ratio_low={self.ratio_low} must be above 0 and below ratio_high={self.ratio_high}, ratio_bands="
+                f"{self.ratio_bands} at least 1, and ratio_decay={self.ratio_decay} at least 0 and below 1"
+            )
+        typical = float(divergence_weight(self.divergence, torch.ones((), device="cpu")))
+        object.__setattr__(self, "means", _Means([1.0] * self.ratio_bands, typical))
+
+    def _differences(
+        self, sample: RolledOutSample, looks: dict[str, _Look], teacher: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return h T(c) - h F(c) (B, *) for the DM term, T(c) - F(c) for others, and the figures that `observe` reads."""
+        if "dm" not in looks or self.divergence == "reverse_kl":
+            return super()._differences(sample, looks, teacher)
+        others = {term: look for term, look in looks.items() if term != "dm"}
+        directions, figures = super()._differences(sample, others, teacher) if others else ({}, {})
+        look = looks["dm"]
+        fake_score = self.fake_score(sample, look.seen)
+        velocity, features = fake_score.with_features(look.x, look.sigma, self.feature_blocks)
+        weight, of_ratio = self._weight(sample.fields.heads["head"](features), look.sigma)
+        fake = denoise(look.x, velocity.float(), look.sigma)
+        return directions | {"dm": per_sample(weight, fake) * (teacher["dm"] - fake)}, figures | of_ratio
+
+    def _weight(self, logits: Tensor, sigma: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return normalized weights h (B,) for logits of the head (B,) at sigma (B,), and figures for `observe`.
+
+        `ratio_N` is the mean over all samples of the ratio minus its running mean, counted as 0 outside band N of sigma.
+        """
+        bands = (sigma * self.ratio_bands).long().clamp(0, self.ratio_bands - 1)
+        means = torch.tensor(self.means.ratios, dtype=torch.float32, device=sigma.device)[bands]
+        ratio = logits.float().exp().clamp(self.ratio_low, self.ratio_high)
+        weight = divergence_weight(self.divergence, ratio / means)
+        off = ratio - means
+        figures = {f"ratio_{band}": torch.where(bands == band, off, 0.0).mean() for band in range(self.ratio_bands)}
+        return weight / self.means.weight, {**figures, "divergence_weight": weight.mean()}
+
+    def observe(self, role: str, figures: Mapping[str, Tensor], made: bool) -> None:
+        """Move the running means after an update of the student."""
+        if role != "student" or not made or "divergence_weight" not in figures:
+            return
+        rate = min(
+            1.0, (1 - self.ratio_decay) * self.ratio_bands
+        )  # a band holds one of `ratio_bands` samples on average
+        off = torch.stack([figures[f"ratio_{band}"] for band in range(self.ratio_bands)]).tolist()
+        self.means.ratios = [mean + rate * each for mean, each in zip(self.means.ratios, off)]
+        new = float(figures["divergence_weight"])
+        self.means.weight = self.ratio_decay * self.means.weight + (1 - self.ratio_decay) * new
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the running means."""
+        return {"ratios": list(self.means.ratios), "weight": self.means.weight}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the running means; those of a run with another number of bands are not used."""
+        if len(state["ratios"]) == self.ratio_bands:
+            self.means.ratios, self.means.weight = list(state["ratios"]), float(state["weight"])

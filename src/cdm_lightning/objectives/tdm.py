@@ -1,0 +1,131 @@
+"""TDM (arXiv:2503.06674): the states of the student's path are distributed like the teacher's at each of its sigmas.
+
+A step of the rollout leads from a state at sigma s to one at s', by the student's prediction of x0. DMD noises the prediction again;
+TDM noises the state at s', up to a sigma of the step's own segment [s', s]. Teacher and fake score are compared there. So each
+step is judged at its own sigmas, and one fake score serves all steps of a fixed schedule. Shapes: B samples of shape * = (C, H, W).
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from cdm_lightning.core.flow import interpolate, per_sample
+from cdm_lightning.core.losses import flow_matching_loss
+from cdm_lightning.kinds import ShareBelowOne
+from cdm_lightning.objectives.base import RolledOutSample
+from cdm_lightning.objectives.cdm import TermWeight, _Look
+from cdm_lightning.objectives.level_aware import FakeScoreConditioning, LevelAwareObjective
+
+Segments = Literal["own", "to_noise"]
+FakeScoreTarget = Literal["prediction", "state"]
+LOWEST = 0.02  # sigma; as in CDM
+
+
+@dataclass(frozen=True)
+class _Noised:
+    """A state at the end of a step that was noised further: x = kept * state + added * noise, at `sigma`."""
+
+    x: Tensor  # (B, *)
+    noise: Tensor  # (B, *)
+    sigma: Tensor  # (B,)
+    kept: Tensor  # (B,)
+    added: Tensor  # (B,)
+
+
+@dataclass(frozen=True)
+class TDMObjective(LevelAwareObjective):
+    """Trajectory distribution matching; the DM term carries the guidance of the teacher, `guidance_scale` (T(c) - T(0)).
+
+    `segments` says how far a state is noised again: to a uniform sigma of its own step ("own"), or to any sigma above the end of
+    its step ("to_noise"), for which the paper tells the fake score the number of steps (`fake_score_conditioning`).
+
+    `fake_score_target` says what the fake score learns from the noised state:
+      "prediction"  the student's x0 prediction, as in the authors' code. Each sample is weighted by exp(-|e|^2 / 2) /
+                    exp(-|noise|^2 / 2), where e is the noise that the prediction implies, and |.|^2 are means over elements;
+      "state"       denoising score matching, whose optimum is exactly the score of the noised states, whatever their
+                    distribution. The samples are weighted so that the target stays bounded.
+
+    There is no CDM term and nothing off the trajectory. The other arguments are those of `LevelAwareObjective`; levels of sigma
+    act on the CA term alone, which is off by default. Raises ValueError for an argument out of its range.
+    """
+
+    ca_weight: TermWeight = 0.0
+    cdm_weight: TermWeight = 0.0
+    fake_score_conditioning: FakeScoreConditioning = "none"
+    off_trajectory_share: ShareBelowOne = 0.0
+    segments: Segments = "own"
+    fake_score_target: FakeScoreTarget = "prediction"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, kind in (("segments", Segments), ("fake_score_target", FakeScoreTarget)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(get_args(kind))}")
+        for name in ("cdm_weight", "off_trajectory_share"):
+            if getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)} must be 0: TDM has nothing off the trajectory")
+
+    def guidance(self, term: str) -> float:
+        """Return the factor of T(c) - T(0) in the direction of a term; here it is the same for all terms."""
+        return self.guidance_scale
+
+    def _look(self, term: str, x0: Tensor, seen: Tensor, sample: RolledOutSample) -> _Look:
+        """Return the inputs of a term; for DM, x is the end of the step that the prediction x0 (B, *) makes, noised again."""
+        if term != "dm":
+            return super()._look(term, x0, seen, sample)
+        noised = self._noised(sample, x0.detach(), "dm")
+        return _Look(x0, seen, noised.x, noised.sigma)
+
+    def _fit(self, sample: RolledOutSample, x0: Tensor, seen: Tensor, purpose: str) -> Tensor:
+        """Return the loss (0-d) of the fake score on the end of the step that the prediction x0 (B, *) makes, noised again."""
+        noised = self._noised(sample, x0, purpose)
+        velocity = self.fake_score(sample, seen)(noised.x, noised.sigma).float()
+        if self.fake_score_target == "state":
+            return _score_matching(velocity, noised, _end(sample, x0), sample)
+        sigma = per_sample(noised.sigma, x0)
+        implied = (noised.x - (1 - sigma) * x0) / sigma
+        weight = (0.5 * (_mean_square(noised.noise) - _mean_square(implied))).exp()
+        return flow_matching_loss(*(per_sample(weight.sqrt(), x0) * each for each in (velocity, x0, implied)))
+
+    def _noised(self, sample: RolledOutSample, x0: Tensor, purpose: str) -> _Noised:
+        """Return the end of each sample's step, made by the prediction x0 (B, *), noised to a sigma of its segment."""
+        end, start = _end_sigma(sample), sample.point.sigma
+        above = start if self.segments == "own" else torch.ones_like(start)
+        draw = sample.rng.place(sample.rng.uniform(f"{purpose}.sigma"))
+        sigma = torch.maximum((end + draw * (above - end)).clamp(min=LOWEST), end)
+        kept = (1 - sigma) / (1 - end)
+        added = (sigma.square() - (kept * end).square()).clamp(min=0).sqrt()
+        noise = sample.rng.normal(f"{purpose}.noise", x0.shape[1:])
+        x = per_sample(kept, x0) * _end(sample, x0) + per_sample(added, x0) * noise
+        return _Noised(x, noise, sigma, kept, added)
+
+
+def _end_sigma(sample: RolledOutSample) -> Tensor:
+    """Return the sigma (B,) at which the step that starts at the anchor ends."""
+    assert sample.point.next_sigma is not None  # rollouts set it
+    return sample.point.next_sigma
+
+
+def _end(sample: RolledOutSample, x0: Tensor) -> Tensor:
+    """Return the state (B, *) at the end of the step that starts at the anchor, made by the prediction x0 (B, *)."""
+    return interpolate(x0, sample.point.x, _end_sigma(sample) / sample.point.sigma)
+
+
+def _mean_square(x: Tensor) -> Tensor:
+    return x.float().square().flatten(1).mean(dim=1)
+
+
+def _score_matching(velocity: Tensor, noised: _Noised, state: Tensor, sample: RolledOutSample) -> Tensor:
+    """Return the loss (0-d) whose optimum is the velocity that belongs to the score of the noised states.
+
+    The score of x given the state is -noise / added, and a score g belongs to the velocity -(sigma g + x) / (1 - sigma). Both
+    sides are multiplied by (1 - s') added / sigma, where s' is the end of the step; then no factor grows without bound.
+    """
+    end = _end_sigma(sample)
+    odds = (1 - noised.sigma) / noised.sigma * (end / (1 - end)).square()
+    share = noised.added / noised.sigma
+    of_noise, of_velocity = (per_sample(factor, state) for factor in ((1 - end) * (1 + odds), (1 - end) * share))
+    target = of_noise * noised.noise - per_sample(share, state) * state
+    return (of_velocity * velocity - target).square().mean()
