@@ -6,6 +6,7 @@ No other file of this folder writes results, so that no measurement replaces a p
 """
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 from cdm_lightning.files import write_text
@@ -31,14 +32,19 @@ def folder_of(publish: bool, topic: str | None = None) -> Path:
 def write(name: str, json_text: str, markdown_text: str, publish: bool, topic: str | None = None) -> Path:
     """Write `name`.json and `name`.md, each whole or not at all, and print the latter; the path of the latter."""
     folder = folder_of(publish, topic)
-    folder.mkdir(parents=True, exist_ok=True)
-    for ending, text in ((".json", json_text), (".md", markdown_text)):
-        temporary = folder / (name + ending + ".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(folder / (name + ending))
+    put(folder, {f"{name}.json": json_text, f"{name}.md": markdown_text})
     path = folder / f"{name}.md"
     print(f"{markdown_text}\nwritten to: {path}")
     return path
+
+
+def put(folder: Path, files: Mapping[str, str]) -> None:
+    """Write texts into a folder by file name, each whole or not at all: a process may be killed after any of them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        temporary = folder / f"{name}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(folder / name)
 
 
 def keep(path: Path, text: str) -> None:

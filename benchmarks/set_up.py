@@ -56,16 +56,16 @@ def build_backbone(size: Size) -> Backbone:
         if size.network is not None:
             backbone.shared |= {"network_config": {**size.network, "sample_size": size.side}}
     if size.network is not None:
-        backbone._load_pretrained = partial(random_network, backbone)
+        backbone._load_pretrained = partial(random_network, backbone, size.device)
     if size.text is not None:
         backbone.setup = lambda device: None
         backbone.encode_prompts = lambda prompts: random_text(size.text, prompts, size.device)
     return backbone
 
 
-def random_network(backbone: Backbone, dtype: torch.dtype) -> nn.Module:
-    """The transformer with the random start of its class, alike at each call."""
-    with torch.random.fork_rng(devices=[]):
+def random_network(backbone: Backbone, device: str, dtype: torch.dtype) -> nn.Module:
+    """The transformer with the random start of its class, alike at each call; on a GPU it is drawn there, in seconds."""
+    with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(0)
         return backbone.transformer_class(**backbone.network_config).to(dtype)
 
@@ -82,28 +82,38 @@ def _row(prompt: str, name: str, shape: tuple[int, ...], device: str) -> Tensor:
     return torch.randn(shape, generator=stream(0, f"{name} of {prompt}")).to(device)
 
 
-def build_module(size: Size) -> CDMModule:
-    """The module with the published recipe on the networks of this size, ready for `training_step` without a `Trainer`."""
-    backbone, objective = build_backbone(size), CDMObjective()
+def compute_of(size: Size) -> Compute:
+    """The options of memory and speed that our order has at this size."""
+    return Compute(
+        gradient_checkpointing=size.gradient_checkpointing if size.recompute is None else size.recompute,
+        recompute_attention=size.recompute_attention,
+        accumulate=size.accumulate,
+        rollouts_together=size.rollouts_together,
+    )
+
+
+def module_of(size: Size) -> CDMModule:
+    """The module with the published recipe on a backbone of this size, without networks."""
+    objective = CDMObjective()
     adamw = partial(AdamW, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4, fused=True)
     rates = {"student": 1e-5, **{role.name: 5e-6 for role in objective.roles}}
-    module = CDMModule(
-        backbone,
+    return CDMModule(
+        build_backbone(size),
         objective,
         RandomSchedule(UniformLength(1, size.longest_rollout)),
         {role: OptimizerRecipe(adamw, LearningRate(rate)) for role, rate in rates.items()},
         compute_dtype=size.compute_dtype,
         ema=EMA(),
-        compute=Compute(
-            gradient_checkpointing=size.gradient_checkpointing if size.recompute is None else size.recompute,
-            recompute_attention=size.recompute_attention,
-            accumulate=size.accumulate,
-            rollouts_together=size.rollouts_together,
-        ),
+        compute=compute_of(size),
     )
+
+
+def build_module(size: Size) -> CDMModule:
+    """The module of this size with its networks, ready for `training_step` without a `Trainer`."""
+    module = module_of(size)
     build_networks(module, torch.device(size.device))
     if size.text is None:  # as `train` does for few prompts
-        backbone.use_text_memory(RememberedText(backbone.encode_prompts, prompts(), 10**9))
+        module.backbone.use_text_memory(RememberedText(module.backbone.encode_prompts, prompts(), 10**9))
     return module
 
 

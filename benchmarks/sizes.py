@@ -62,6 +62,29 @@ SD3_MEDIUM = {  # the published configuration of stabilityai/stable-diffusion-3-
     "pos_embed_max_size": 192,
 }
 LONGCAT = {"num_layers": 10, "num_single_layers": 20, "joint_attention_dim": 3584, "pooled_projection_dim": 3584}
+LONGCAT_QUARTER = LONGCAT | {"num_layers": 3, "num_single_layers": 5}  # 8 of the 30 blocks, at full width
+SD3_TOY = {  # SD3's classes in seconds on a CPU, for rehearsals
+    "sample_size": 8,
+    "patch_size": 2,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 2,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "caption_projection_dim": 16,
+    "joint_attention_dim": 32,
+    "pooled_projection_dim": 16,
+    "pos_embed_max_size": 8,
+}
+LONGCAT_TOY = {
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 32,
+    "pooled_projection_dim": 32,
+    "axes_dims_rope": [4, 6, 6],
+}
 GPU = {"compute_dtype": "bfloat16", "teacher_dtype": "bfloat16", "gradient_checkpointing": True, "device": "cuda"}
 
 SIZES = {
@@ -83,5 +106,33 @@ SIZES = {
         cycles=4,
         side=128,
         **GPU,
+    ),
+    "longcat_quarter": Size(
+        "longcat",
+        network=LONGCAT_QUARTER,
+        text={"prompt_embeds": (512, 3584)},
+        batch=4,
+        cycles=4,
+        side=128,
+        **GPU,
+    ),
+    "sd3_toy": Size(
+        network=SD3_TOY,
+        text={"prompt_embeds": (6, 32), "pooled": (16,)},
+        batch=2,
+        cycles=2,
+        longest_rollout=3,
+        side=8,
+        gradient_checkpointing=True,
+    ),
+    "longcat_toy": Size(
+        "longcat",
+        network=LONGCAT_TOY,
+        text={"prompt_embeds": (6, 32)},
+        batch=2,
+        cycles=2,
+        longest_rollout=3,
+        side=8,
+        gradient_checkpointing=True,
     ),
 }

@@ -15,8 +15,8 @@ import cdm_lightning
 from benchmarks import evidence
 
 ROOT = Path(__file__).parents[1]
-BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
-WRITES_NOTHING = {"plan_check"}  # commands that only print
+BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
+WRITES_NOTHING = {"plan_check", "gpu.plans"}  # commands that only print
 WRITERS = {
     "open",
     "write_text",
@@ -73,7 +73,8 @@ def test_the_hooks_are_the_checks_of_the_gate_and_need_no_network() -> None:
 
 def commands() -> list[str]:
     """The benchmarks that can be run."""
-    return [file.stem for file in BENCHMARKS if '__name__ == "__main__"' in file.read_text(encoding="utf-8")]
+    with_main = [file for file in BENCHMARKS if '__name__ == "__main__"' in file.read_text(encoding="utf-8")]
+    return [".".join(file.relative_to(ROOT / "benchmarks").with_suffix("").parts) for file in with_main]
 
 
 def test_results_go_to_an_ignored_folder_by_default() -> None:
@@ -85,7 +86,7 @@ def test_results_go_to_an_ignored_folder_by_default() -> None:
 @pytest.mark.parametrize("name", [name for name in commands() if name not in WRITES_NOTHING])
 def test_a_benchmark_publishes_on_demand_only(name: str) -> None:
     parser = importlib.import_module(f"benchmarks.{name}").parser()
-    needed = ["student"] if name == "tiny_sd3" else []
+    needed = {"tiny_sd3": ["student"], "gpu.__main__": ["step"]}.get(name, [])
     assert parser.parse_args(needed).publish is False
     assert parser.parse_args([*needed, "--publish"]).publish is True
 

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cdm_lightning.backbones import packing
 from cdm_lightning.core.ema import lerp_parameters_
-from cdm_lightning.core.transfer import send
+from cdm_lightning.core.transfer import Fetched, send
 from cdm_lightning.lora.plan import Adapter
 from cdm_lightning.lora.shared import SharedBase
 
@@ -35,6 +35,38 @@ def test_only_copies_from_the_host_to_a_gpu_are_pinned_and_not_waited_for(monkey
     made.clear()
     send(torch.zeros(2), "cpu")
     assert made == [((torch.device("cpu"),), {})]
+
+
+class Event:
+    """In the place of a CUDA event that has not passed when it is asked."""
+
+    waits = 0
+
+    def record(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return False
+
+    def synchronize(self) -> None:
+        Event.waits += 1
+
+
+def test_a_fetched_value_is_waited_for_when_it_is_read(monkeypatch):
+    class OnGPU:
+        device, shape, dtype = torch.device("cuda"), (), torch.bool
+
+    copies: list[bool] = []
+    made = torch.empty(())
+    monkeypatch.setattr(torch, "empty", lambda *_, pin_memory, **__: made if pin_memory else None)
+    monkeypatch.setattr(Tensor, "copy_", lambda self, values, non_blocking: copies.append(non_blocking))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    fetched = Fetched(OnGPU())
+    assert (copies, Event.waits) == ([True], 0)
+    assert fetched.values is made
+    assert Event.waits == 1
+    here = torch.ones(2)
+    assert Fetched(here).values is here
 
 
 def test_positions_are_made_once_and_can_be_trained_on_after_validation():

@@ -112,6 +112,7 @@ class CDMModule(L.LightningModule):
         if update.merge is not None:
             lerp_parameters_(trained[role], trained[update.merge.source], update.merge.weight)
         if self.objective.observes:
+            self.updates.settle()
             self.objective.observe(role, average_figures(figures), made=not self.updates.skipped_in_a_row[role])
         self._figures |= {f"{role}/{name}": value for name, value in figures.items()}
 
@@ -257,6 +258,7 @@ class CDMModule(L.LightningModule):
         # pyrefly: ignore[missing-attribute]  Lightning sets it from outside the class
         if self.iteration % self.trainer.log_every_n_steps:
             return
+        self.updates.settle()
         figures: dict[str, Tensor | float] = {**average_figures(self._figures)}
         for role, skipped in self.updates.skipped_steps.items():
             figures[f"{role}/skipped_steps"] = float(skipped)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
 import lightning as L
+from torch import Tensor
 
 from cdm_lightning.terminal.progress import Progress
 
@@ -20,6 +21,7 @@ class TrainingProgress(L.Callback):
     def __init__(self) -> None:
         self._progress: Progress | None = None
         self._began, self._samples = 0.0, 0
+        self._losses: dict[str, str] = {}  # as they were logged last
 
     def setup(self, trainer: L.Trainer, pl_module: "CDMModule", stage: str) -> None:
         """Print that networks are being loaded, because pretrained weights can take minutes."""
@@ -36,7 +38,10 @@ class TrainingProgress(L.Callback):
     ) -> None:
         """Count the iteration, and update losses and speed from time to time."""
         self._samples += len(batch.prompts) * trainer.world_size
-        cast(Progress, self._progress).advance(1, lambda: self._figures(trainer))
+        # pyrefly: ignore[missing-attribute]  Lightning sets this attribute from another module
+        if pl_module.iteration % trainer.log_every_n_steps == 0:  # reading a figure waits for the device
+            self._losses = _losses(trainer.callback_metrics)
+        cast(Progress, self._progress).advance(1, self._figures)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
         """Show that validation runs, and stop the clock for samples per second."""
@@ -62,7 +67,10 @@ class TrainingProgress(L.Callback):
         if self._progress is not None:
             self._progress.close()
 
-    def _figures(self, trainer: L.Trainer) -> Mapping[str, str]:
-        losses = {name: value for name, value in trainer.callback_metrics.items() if name.endswith("/loss")}
-        shown = {name.removesuffix("/loss") + " loss": f"{float(value):.4f}" for name, value in losses.items()}
-        return {**shown, "samples/s": f"{self._samples / (time.perf_counter() - self._began):.1f}"}
+    def _figures(self) -> Mapping[str, str]:
+        return {**self._losses, "samples/s": f"{self._samples / (time.perf_counter() - self._began):.1f}"}
+
+
+def _losses(metrics: Mapping[str, Tensor]) -> dict[str, str]:
+    losses = {name: value for name, value in metrics.items() if name.endswith("/loss")}
+    return {name.removesuffix("/loss") + " loss": f"{float(value):.4f}" for name, value in losses.items()}

@@ -22,7 +22,7 @@ class ThroughputMonitor(L.Callback):
       even if it is not updated in each.
     - peak_memory_gib: the peak memory so far, of the GPU, or of the process on a CPU.
 
-    The module waits for the GPU before and after each phase while this callback is used, so that the times are correct.
+    On a GPU, the times of the phases are those of the GPU, which notes them itself; they are read only when they are logged.
     """
 
     def __init__(self) -> None:
@@ -54,9 +54,10 @@ class ThroughputMonitor(L.Callback):
         # pyrefly: ignore[missing-attribute]  Lightning sets this attribute from another module
         if pl_module.iteration % trainer.log_every_n_steps:
             return
+        phases = pl_module.timer.seconds  # waits for the device, so that all iterations that are counted are finished
         seconds = time.perf_counter() - self._began
         figures = {"samples_per_second": self._samples / seconds, "peak_memory_gib": peak_memory_gib(pl_module.device)}
-        for phase, total in pl_module.timer.seconds.items():
+        for phase, total in phases.items():
             figures[f"{phase}_seconds"] = (total - self._phases.get(phase, 0.0)) / self._iterations
         pl_module.log_dict({f"throughput/{name}": value for name, value in figures.items()})
         self._start_window(pl_module)

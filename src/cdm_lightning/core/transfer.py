@@ -1,4 +1,4 @@
-"""Copies from the host to a GPU for which the host does not wait."""
+"""Copies between the host and a GPU for which the host does not wait."""
 
 import torch
 from torch import Tensor
@@ -13,3 +13,25 @@ def send(values: Tensor, device: torch.device | str) -> Tensor:
     if device.type != "cuda" or values.device.type != "cpu":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
+
+
+class Fetched:
+    """A copy of small values of a GPU on the host, which begins now: `values` waits for this copy alone, not for later work.
+
+    Values that are on the CPU already are not copied.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._values, self._arrived = values, None
+        if values.device.type == "cuda":
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    @property
+    def values(self) -> Tensor:
+        """The values, on the CPU."""
+        if self._arrived is not None and not self._arrived.query():
+            self._arrived.synchronize()
+        return self._values

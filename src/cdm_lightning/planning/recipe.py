@@ -15,7 +15,7 @@ from cdm_lightning.errors import UserError
 from cdm_lightning.lora.views import BaseView, RoleView
 from cdm_lightning.module import CDMModule
 from cdm_lightning.planning.memory import Sizes
-from cdm_lightning.planning.skeleton import hollow, text_bytes, to_mode
+from cdm_lightning.planning.skeleton import FrozenParts, hollow, text_bytes, to_mode
 from cdm_lightning.planning.step import Step, every_network, trace_step
 from cdm_lightning.planning.work import Work, expected_calls
 from cdm_lightning.training.networks import Networks, trainable
@@ -45,8 +45,12 @@ def read_recipe(module: CDMModule, text_cached: bool) -> Recipe:
     `text_cached=True` leaves out the text encoders. Raises UserError for a model family that cannot be planned, for an unknown
     architecture, and for a schedule without a mean number of steps.
     """
+    return traced_recipe(module, hollow(module.backbone), text_cached)
+
+
+def traced_recipe(module: CDMModule, frozen: FrozenParts, text_cached: bool) -> Recipe:
+    """Return the recipe of `module`, whose backbone builds its networks without weights, with the frozen parts `frozen`."""
     backbone, mode = module.backbone, FakeTensorMode()
-    frozen = hollow(backbone)
     with torch.device("meta"):  # for the adapters too
         networks = Networks(
             backbone,

@@ -10,26 +10,43 @@ import torch
 class PhaseTimer:
     """Adds up the seconds that this process spends in each phase of training.
 
-    The phases are "rollout" and the updates of each role, named by the role. If `device` is a CUDA device, the timer waits for it
-    before and after each phase, so that the seconds include the device's work. If `device` is None (the default), they are those
-    of the host.
+    The phases are "rollout" and the updates of each role, named by the role. If `device` is a CUDA device, the seconds are those
+    of the device, which notes when it reaches the beginning and the end of each phase (CUDA events): the host waits for it
+    only when `seconds` is read. If `device` is None (the default), they are those of the host.
     """
 
     def __init__(self) -> None:
         self.device: torch.device | None = None  # set by the callback ThroughputMonitor
-        self.seconds: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
+        self._marks: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []  # phases whose times are not read yet
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The seconds by phase; the host waits until the device has finished the last phase."""
+        for phase, begin, end in self._marks:
+            end.synchronize()
+            self._add(phase, begin.elapsed_time(end) / 1000)
+        self._marks.clear()
+        return self._seconds
 
     @contextmanager
     def __call__(self, phase: str) -> Generator[None]:
         """Add the time of the `with` block to `seconds[phase]`, even if the block raises an exception."""
-        self._wait()
+        if self.device is not None and self.device.type == "cuda":
+            begin = self._mark()
+            yield
+            self._marks.append((phase, begin, self._mark()))  # not after an error: the device may have failed
+            return
         start = time.perf_counter()
         try:
             yield
-            self._wait()  # not after an error: if the device has failed, waiting would raise another error
         finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+            self._add(phase, time.perf_counter() - start)
 
-    def _wait(self) -> None:
-        if self.device is not None and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+    def _add(self, phase: str, seconds: float) -> None:
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
+
+    def _mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event

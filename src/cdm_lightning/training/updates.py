@@ -1,11 +1,13 @@
 """The optimizer steps of all trained networks: losses in parts, gradient clipping, and skipping of non-finite gradients."""
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from cdm_lightning.core.transfer import Fetched
 from cdm_lightning.distributed.sharding import average_whole_gradients, whole
 from cdm_lightning.errors import UserError
 from cdm_lightning.objectives.base import Objective, TermLosses, Update
@@ -17,13 +19,15 @@ class Updates:
 
     `recipes` are the optimizer settings by role. A step is skipped if its loss or its gradient is not finite. `skipped_steps`
     counts the skipped steps of each role. `skipped_in_a_row` counts those since its last step that was not skipped. Checkpoints
-    hold both counts, and they are equal in all processes.
+    hold both counts, and they are equal in all processes. On a GPU, the counts of an iteration are known in the next one:
+    `settle` waits for them.
     """
 
     def __init__(self, recipes: Mapping[str, OptimizerRecipe]) -> None:
         self.recipes = dict(recipes)
         self.skipped_steps = dict.fromkeys(recipes, 0)
         self.skipped_in_a_row = dict.fromkeys(recipes, 0)
+        self._uncounted: list[tuple[int, str, Fetched]] = []  # (iteration, role, whether its step was made)
 
     def step(
         self,
@@ -39,9 +43,11 @@ class Updates:
         `losses` yields pairs (share of the batch, part of the loss). The loss is the sum of the parts times their shares, and so
         are the figures. `backward` runs the backward pass of one part, before the next part is computed. Gradients that reach
         other `networks` are dropped: for example, the student's loss can pass through a head. "grad_norm" is the norm before
-        clipping. If it is not finite, the step is skipped. The host waits for the device once, to learn this.
+        clipping. If it is not finite, the step is skipped: by the optimizer's own kernel if it can, so that the host does not
+        wait for the device.
         """
         recipe = self.recipes[role]
+        self.settle(before=iteration)
         recipe.set_learning_rate(optimizer, iteration)
         others = [p for name, network in networks.items() if name != role for p in network.parameters()]
         figures: dict[str, Tensor] = {}
@@ -55,28 +61,52 @@ class Updates:
         parameters = list(networks[role].parameters())
         average_whole_gradients(parameters)
         norm = whole(nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm))
-        finite = bool(torch.isfinite(norm))
-        self._count(role, finite)
-        if not finite:
-            optimizer.zero_grad(
-                set_to_none=True
-            )  # a step without gradients changes nothing, but is counted by Lightning
-        optimizer.step()
+        finite = torch.isfinite(norm)
+        step_if(finite, optimizer)
         optimizer.zero_grad(set_to_none=True)
+        self._uncounted.append((iteration, role, Fetched(finite)))
+        if not finite.is_cuda:
+            self.settle()
         return {**figures, "grad_norm": norm.detach()}
 
-    def _count(self, role: str, finite: bool) -> None:
-        self.skipped_in_a_row[role] = 0 if finite else self.skipped_in_a_row[role] + 1
-        self.skipped_steps[role] += 0 if finite else 1
+    def settle(self, before: int | None = None) -> None:
+        """Count the steps of all iterations, or of those before `before`, and wait for the device until these are made."""
+        due = [entry for entry in self._uncounted if before is None or entry[0] < before]
+        self._uncounted = self._uncounted[len(due) :]
+        _ = [made.values for _, _, made in due[-1:]]  # the last arrives last, so that this is the only wait
+        for _, role, made in due:
+            finite = bool(made.values)
+            self.skipped_in_a_row[role] = 0 if finite else self.skipped_in_a_row[role] + 1
+            self.skipped_steps[role] += 0 if finite else 1
 
     def state_dict(self) -> dict[str, dict[str, int]]:
         """Return the counts of skipped steps for a checkpoint, as {name of the count: {role: number}}."""
+        self.settle()
         return {"skipped_steps": dict(self.skipped_steps), "skipped_in_a_row": dict(self.skipped_in_a_row)}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, int]]) -> None:
         """Restore the counts that `state_dict` returned. Counts of roles that are no longer trained are ignored."""
+        self._uncounted = []
         for name, counts in self.state_dict().items():
             getattr(self, name).update({role: state[name].get(role, 0) for role in counts})
+
+
+def step_if(finite: Tensor, optimizer: Optimizer) -> None:
+    """Make the step of `optimizer`, possibly in Lightning's wrapper, if `finite` (0-d) is true; else no state or weight changes.
+
+    Fused optimizers of torch decide it on the device, as they do for `torch.amp.GradScaler`. For others, the host waits.
+    """
+    inner: Any = getattr(optimizer, "optimizer", optimizer)
+    if getattr(inner, "_step_supports_amp_scaling", False):
+        inner.found_inf = (~finite).float()
+        try:
+            optimizer.step()
+        finally:
+            del inner.found_inf
+        return
+    if not finite:
+        optimizer.zero_grad(set_to_none=True)  # a step without gradients changes nothing, but is counted by Lightning
+    optimizer.step()
 
 
 def recipes_of(objective: Objective, optim: Mapping[str, OptimizerRecipe]) -> dict[str, OptimizerRecipe]:
