@@ -209,12 +209,12 @@ def test_mistakes_are_one_line(tiny_pipeline_folder, tuned, tmp_path, capsys):
     tensors.pop("proj_out.bias")
     save_file(tensors, other / "transformer/diffusion_pytorch_model.safetensors")
     for arguments, message in [
-        ((base, base, 4, output), "do not differ in any linear layer"),
+        ((base, base, 4, output), "are equal in all linear layers"),
         ((base, str(other), 4, output), "they differ in proj_out.bias"),
         ((base, str(tmp_path / "nowhere"), 4, output), "does not exist"),
         ((base, str(tmp_path), 4, output), "transformer holds no diffusion_pytorch_model.safetensors"),
         ((base, str(tuned), 0, output), "--rank: '0' must be a whole number of at least 1"),
-        ((base, str(tuned), 4, str(tmp_path)), "pass the name of a .safetensors file"),
+        ((base, str(tuned), 4, str(tmp_path)), "must be the name of a file that ends in .safetensors"),
     ]:
         options = zip(("--base", "--tuned", "--rank", "--output"), map(str, arguments))
         with pytest.raises(SystemExit) as stopped:

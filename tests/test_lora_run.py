@@ -140,7 +140,7 @@ def test_an_exported_run_gives_the_samplers_images_fused_and_as_a_lora(run, tiny
     added = sample.sample_images(str(tiny_pipeline_folder), PROMPTS, lora=str(tmp_path / "lora"))
     assert added.steps == 4
     assert_same_images(added.images, ours)
-    with pytest.raises(UserError, match="--lora goes with a pipeline"):
+    with pytest.raises(UserError, match="--lora needs a pipeline"):
         sample.sample_images(str(run.folder), PROMPTS, lora=str(tmp_path / "lora"))
 
     files = {path.name for path in (tmp_path / "lora").iterdir()}

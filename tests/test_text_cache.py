@@ -357,7 +357,7 @@ def test_the_command_refuses_in_one_line(arguments, tmp_path, monkeypatch, capsy
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     for words, message in (
-        ([], "text_cache.folder is not set: name the folder to write, text_cache.folder=DIR"),
+        ([], "text_cache.folder is not set; set it to the folder to write, text_cache.folder=DIR"),
         (["text_cache.dtyp=float32"], "Could not override 'text_cache.dtyp'"),
         ([f"text_cache.folder={tmp_path / 'prompts.txt'}"], "prompts.txt: cannot be the text cache's folder"),
     ):

@@ -2,7 +2,7 @@
 
 
 def __getattr__(name: str) -> str:
-    """`__version__`: that of the installed package, or of pyproject.toml in a checkout that is not installed; read when asked for."""
+    """Return `__version__` when it is first read: that of the installed package, or that in pyproject.toml of a checkout."""
     if name != "__version__":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib.metadata import PackageNotFoundError, version

@@ -1,7 +1,7 @@
 """`python -m cdm_lightning.cache_text experiment=... text_cache.folder=DIR`: encode all prompts of a run once.
 
-The arguments are those of the training command. Training with the same `text_cache.folder` then loads no text encoder.
-Running the same command again continues after a kill and adds new prompts.
+The arguments are those of the training command. Training with the same `text_cache.folder` then needs no text encoder. If the
+same command runs again, it continues after an interruption and adds new prompts.
 """
 
 import shutil
@@ -40,9 +40,10 @@ GIGABYTE = 1e9
 
 @dataclass(frozen=True)
 class Filled:
-    """The result of `fill_cache`: the number of prompts `encoded` now and in `total` in the cache's `folder`.
+    """The result of `fill_cache` for the cache in `folder`: `encoded` prompts were added, and it now holds `total` prompts.
 
-    `bytes_per_prompt` is what a prompt takes on the disk, `seconds_per_prompt` the mean time of those encoded now.
+    `bytes_per_prompt` is the size of a prompt on the disk. `seconds_per_prompt` is the mean time of the prompts that were encoded
+    now.
     """
 
     folder: Path
@@ -53,14 +54,14 @@ class Filled:
 
 
 def cache_text(config: DictConfig) -> Filled:
-    """Encode the training and validation prompts of `config`, those of its callbacks, and "" into `text_cache.folder`.
+    """Encode all prompts of a run into `text_cache.folder`: of training, of validation and of callbacks, and the empty one.
 
-    Prints a line about the cache. Raises `UserError` as `fill_cache` does, and for mistakes in `config`.
+    Prints a line about the cache. Raises `UserError` for mistakes in `config`, and in the cases of `fill_cache`.
     """
     check_config(config)
     settings = build(config, "text_cache")
     if settings.folder is None:
-        raise UserError("text_cache.folder is not set: name the folder to write, text_cache.folder=DIR")
+        raise UserError("text_cache.folder is not set; set it to the folder to write, text_cache.folder=DIR")
     backbone, data = build(config, "backbone"), build(config, "data")
     sets = {"training": data.train, "validation": data.val}
     sets |= {f"callback {number}": prompts for number, prompts in enumerate(callback_prompts(config.callbacks), 1)}
@@ -78,9 +79,9 @@ def fill_cache(
 ) -> Filled:
     """Encode the empty prompt and the prompts of `sets` (name: prompts) into the text cache in `settings.folder`.
 
-    Prompts that are there already are left out. `backbone` encodes them on `device`. Raises `UserError` for a cache of other
-    text encoders or another dtype, an incomplete shard, a full disk, and a prompt whose conditioning has another shape than
-    that of the empty prompt.
+    Prompts that are in the cache already are skipped. `backbone` encodes the others on `device`. Raises `UserError` for a cache
+    of other text encoders or of another dtype, for an incomplete file of the cache, for a full disk, and for a prompt whose
+    conditioning differs in shape from that of the empty prompt.
     """
     import torch
 
@@ -111,9 +112,9 @@ def fill_cache(
 
 
 class MissingPrompts:
-    """The distinct prompts that the cache `done` lacks, the empty one first, then those of `sets` (name: prompts).
+    """The distinct prompts of `sets` that are not in the cache `done`. The empty prompt comes first.
 
-    Only their numbers are kept in memory, 8 bytes each.
+    Memory holds only their numbers, 8 bytes each.
     """
 
     def __init__(self, done: "StoredText", sets: "Mapping[str, Texts]") -> None:
@@ -122,7 +123,7 @@ class MissingPrompts:
         from cdm_lightning.data.selection import first_occurrences
         from cdm_lightning.data.text_shards import prompt_key
 
-        sources = {"empty": PromptList([""]), **sets}  # only counted and looked up by number, which all of these allow
+        sources = {"empty": PromptList([""]), **sets}  # used only for the number of prompts and for prompts by number
         self.prompts = MixedPrompts(cast("Mapping[str, Prompts]", sources))
         lacking, keys = array("q"), bytearray()
         for number in range(len(self.prompts)):
@@ -136,7 +137,7 @@ class MissingPrompts:
         return len(self.numbers)
 
     def batches(self, size: int) -> Iterator[list[str]]:
-        """Yield the prompts in batches of at most `size`; the empty prompt is a batch by itself, as in training."""
+        """Yield the prompts in batches of at most `size`. The empty prompt is a batch of its own, as in training."""
         batch: list[str] = []
         for number in self.numbers:
             batch.append(self.prompts[number])
@@ -148,7 +149,7 @@ class MissingPrompts:
 
 
 def announce(folder: Path, count: int, manifest: "Manifest") -> None:
-    """Print how many bytes `count` prompts will take in `folder`; raise `UserError` if the disk has too little space."""
+    """Print how many bytes `count` prompts will take in `folder`. Raises `UserError` if the disk has less space."""
     size, free = count * manifest.bytes_per_prompt, shutil.disk_usage(folder).free
     said = f"{count:,} prompts of {manifest.bytes_per_prompt:,} bytes, {size / GIGABYTE:.3g} GB"
     if size > free:
@@ -159,7 +160,7 @@ def announce(folder: Path, count: int, manifest: "Manifest") -> None:
 def encode_missing(
     backbone: "Backbone", missing: MissingPrompts, manifest: "Manifest", settings: "TextCacheSettings"
 ) -> None:
-    """Encode the missing prompts and write them to the cache's files (shards) of about `settings.shard_megabytes` each."""
+    """Encode the missing prompts and write them to files of about `settings.shard_megabytes` each in the cache."""
     from cdm_lightning.backbones.base import concat
     from cdm_lightning.data.text_shards import prompt_key, write_shard
 
@@ -178,10 +179,10 @@ def encode_missing(
 
 
 def encode_batch(backbone: "Backbone", batch: Sequence[str], manifest: "Manifest", size: int) -> "Conditioning":
-    """Return the text conditioning of the prompts in `batch`, on the CPU and in the dtypes of the cache (`manifest`).
+    """Return the text conditioning of the prompts in `batch`, on the CPU and in the dtypes of the cache.
 
-    A batch of fewer than `size` prompts is filled up for the encoder, because in some matrix products the last bit depends on the
-    number of rows. Raises `UserError` if a tensor has another shape per prompt than that of the empty prompt.
+    A batch of fewer than `size` prompts is filled up first, because the last bit of some matrix products depends on the number of
+    rows. `manifest` describes the cache. Raises `UserError` if a tensor differs in shape from that of the empty prompt.
     """
     filled = batch if batch[0] == "" else [*batch, *[batch[-1]] * (size - len(batch))]
     cond = backbone.encode_prompts(filled)
@@ -195,9 +196,9 @@ def encode_batch(backbone: "Backbone", batch: Sequence[str], manifest: "Manifest
 
 
 def callback_prompts(node: DictConfig | None) -> "Iterator[Texts]":
-    """Build and yield the sets of prompts that callbacks make images of.
+    """Yield the prompts of which callbacks make images, one set for each callback that has some.
 
-    `node` is the group `callbacks` of the configuration; each node in it that is named `prompts` and has a `_target_` is a set.
+    `node` is the group `callbacks` of the configuration. Each of its nodes that is named `prompts` and has a `_target_` is a set.
     """
     for key, child in (node or {}).items():
         if isinstance(child, DictConfig):
@@ -208,7 +209,7 @@ def callback_prompts(node: DictConfig | None) -> "Iterator[Texts]":
 
 
 def choose_device(accelerator: str) -> str:
-    """Return the device to encode on: "cuda" if there is a GPU and the trainer does not ask for the CPU, else "cpu"."""
+    """Return the device for the text encoders: "cuda" if there is a GPU and `accelerator` does not say "cpu", otherwise "cpu"."""
     import torch
 
     return "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"
@@ -216,9 +217,9 @@ def choose_device(accelerator: str) -> str:
 
 @contextmanager
 def writing(folder: Path) -> Generator[None]:
-    """Make the cache's folder if it is missing, lock it inside the block, and delete temporary files of killed writers first.
+    """Lock the cache's folder inside the `with` block. It is made if it is missing, and old temporary files are deleted.
 
-    Raises `UserError` if the folder holds other files, if another process has locked it, or if it cannot be written.
+    Raises `UserError` if the folder holds other files, is locked by another process, or cannot be written.
     """
     from cdm_lightning.data.text_shards import MANIFEST, SHARDS
 
@@ -226,7 +227,7 @@ def writing(folder: Path) -> Generator[None]:
         try:
             if not (folder / MANIFEST).is_file() and (others := names_in(folder) - {LOCK, SHARDS}):
                 raise UserError(
-                    f"{folder}: is no text cache, since it holds {min(others)} and no {MANIFEST}; set text_cache.folder to a "
+                    f"{folder}: is no text cache, since it holds {min(others)} but no {MANIFEST}; set text_cache.folder to a "
                     "new folder"
                 )
             folder.mkdir(parents=True, exist_ok=True)
@@ -250,7 +251,7 @@ def writing(folder: Path) -> Generator[None]:
 
 
 def names_in(folder: Path) -> set[str]:
-    """Return the names in a folder, without this package's temporary files; empty if the folder does not exist."""
+    """Return the names in a folder, without this package's temporary files. A missing folder has none."""
     if not folder.is_dir():
         return set()
     return {path.name for path in folder.iterdir() if not path.name.startswith(OWN)}

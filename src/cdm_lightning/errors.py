@@ -1,13 +1,13 @@
-"""The two ways in which a run ends early: through a mistake of the user, or because it was asked to stop."""
+"""The two exceptions that end a run early: a mistake of the user, and a signal that stops the run."""
 
 FROM_WORKER = "Caught UserError in DataLoader worker"
 
 
 class UserError(Exception):
-    """A mistake of the user. `str()` of it is one line that says what is wrong, where it is, and how to fix it.
+    """A mistake of the user. Its text is one line: what is wrong, where it is, and how to fix it.
 
-    A `DataLoader` raises the error of a worker process again, with the worker's traceback in front of the message; the
-    traceback is cut off here, so that `str()` is the worker's message alone.
+    A `DataLoader` raises errors of its worker processes again, with the worker's traceback before the message. `str()` gives the
+    message alone.
     """
 
     def __init__(self, message: str) -> None:
@@ -17,13 +17,13 @@ class UserError(Exception):
 
 
 class Preempted(SystemExit):
-    """Raised to end a run that a signal has asked to stop: the process exits with code 75.
+    """Ends a run that was stopped by a signal; the process exits with code 75.
 
-    Running the same command again continues the run. `where` says at which point it stopped, such as "in training". It is a
-    `SystemExit`, because code that catches every `Exception` must not keep a run from stopping.
+    The same command continues the run. `where` says at which point it stopped, such as "in training". The class is a
+    `SystemExit`, because code that catches every `Exception` must not keep a run alive.
     """
 
-    exit_code = 75  # EX_TEMPFAIL in sysexits.h, which means: try again later
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
     def __init__(self, where: str = "") -> None:
         super().__init__(self.exit_code)

@@ -1,7 +1,7 @@
 """`python -m cdm_lightning.export RUN --output FOLDER`: export a checkpoint's student as a pipeline folder or a LoRA.
 
-The model family's own library loads the folder, for example `StableDiffusion3Pipeline.from_pretrained(FOLDER)`. The call
-in its model card runs the student's own sigmas.
+The model family's own library loads the folder, for example `StableDiffusion3Pipeline.from_pretrained(FOLDER)`. The folder's
+model card shows a call that uses the sigmas of the student's training.
 """
 
 import argparse
@@ -37,14 +37,18 @@ def export_checkpoint(
     height: int | None = None,
     width: int | None = None,
 ) -> Path:
-    """Export the student of a checkpoint, or of the newest one of a run folder, to `output` and return its path.
+    """Export the student of a checkpoint, or of the newest checkpoint of a run folder, to `output`, and return its path.
 
-    `form` is "pipeline" (a folder; a LoRA is fused in), "lora" (a folder with the LoRA alone), or a new .safetensors file:
-    "weights" of the student, or "checkpoint" of everything, in the precision of training. `nfe` is the number of network calls
-    for an image, `weights` is "student", "student_ema" or "auto" (the EMA if there is one), and `dtype` (float32, float16,
-    bfloat16) that of the weights. `pretrained` replaces the path of the pretrained pipeline in the run's configuration, in case
-    it has moved. `height` and `width`, in pixels, are those of the call in the model card, by default those of the run's
-    backbone. Raises `UserError` for a source or output that does not fit; see `export_pipeline`.
+    `form` says what is written:
+      "pipeline"    a pipeline folder; a LoRA is fused into the network;
+      "lora"        a folder with the LoRA alone;
+      "weights"     a .safetensors file with the student's weights;
+      "checkpoint"  a .safetensors file with the whole checkpoint, in the precision of training.
+
+    `nfe` is the number of network calls for an image. `weights` is "student", "student_ema" or "auto" (the EMA if there is one).
+    `dtype` is "float32", "float16" or "bfloat16". `pretrained` is the path of the pretrained pipeline, if it has moved since
+    training. `height` and `width` are the pixels of the call in the model card; by default those of training. Raises `UserError`
+    for a source or output that does not fit (see `export_pipeline`).
     """
     if form in FILES:
         return export_file(Path(source), Path(output), weights, dtype, form)
@@ -63,7 +67,7 @@ def export_checkpoint(
 def export_file(source: Path, output: Path, weights: str, dtype: str, form: str) -> Path:
     """Write a student (`form="weights"`) or a whole checkpoint (`form="checkpoint"`) as the new .safetensors file `output`.
 
-    Returns its path; arguments as in `export_checkpoint`. The pretrained pipeline is not needed.
+    Returns the file's path. The other arguments are those of `export_checkpoint`. The pretrained pipeline is not needed.
     """
     import torch
 
@@ -129,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; a user's mistake is reported in one line on stderr, with exit status 2."""
+    """Run the command line. A mistake of the user gives one line on stderr and exit status 2."""
     quiet_libraries()
     with command("before the student was written"):
         options = parser().parse_args(arguments)

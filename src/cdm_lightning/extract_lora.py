@@ -1,7 +1,7 @@
 """`python -m cdm_lightning.extract_lora --base PIPELINE --tuned PIPELINE --rank R --output FILE`: extract a LoRA.
 
-It is the LoRA of rank R that is nearest to the difference of two pipelines' transformers, for example the pretrained one
-and an exported student whose weights were all trained. The error that remains is reported layer by layer.
+The LoRA of rank R approximates the difference between two pipelines' transformers, for example between the pretrained one and a
+student whose weights were all trained. The error is reported layer by layer.
 """
 
 import argparse
@@ -31,17 +31,17 @@ if TYPE_CHECKING:  # these take seconds to import: --help and error messages sho
 
 
 def extract_lora(base: str, tuned: str, rank: int, output: str | Path, device: str = "auto") -> "Extraction":
-    """Extract the difference `tuned` - `base` of two pipelines' transformers as a LoRA of this rank, and return it with its errors.
+    """Extract the difference `tuned` - `base` of two pipelines' transformers as a LoRA of rank `rank`, and return it with its errors.
 
     `base` and `tuned` are folders or hub ids. The LoRA is written to the .safetensors file `output`, for diffusers'
-    `load_lora_weights`. The decompositions run on `device` ("auto": CUDA if available). Raises `UserError` for transformers of
-    different shapes or without a difference, and for an `output` that cannot be written.
+    `load_lora_weights`. The decompositions run on `device`; "auto" means CUDA if available. Raises `UserError` for transformers
+    of different shapes or without a difference, and if `output` cannot be written.
     """
     output = Path(output)
     if rank < 1:
         raise UserError(f"--rank {rank} must be at least 1")
     if output.is_dir() or output.suffix != ".safetensors":
-        raise UserError(f"{output}: pass the name of a .safetensors file to write")
+        raise UserError(f"--output {output} must be the name of a file that ends in .safetensors")
     try:
         require_replaceable(output)
     except OSError as error:
@@ -55,7 +55,7 @@ def extract_lora(base: str, tuned: str, rank: int, output: str | Path, device: s
     found = extract(_pairs(before, after), rank, choose_device(device))
     if not found.tensors:
         raise UserError(
-            f"{tuned} and {base} do not differ in any linear layer, so there is nothing to extract; pass other pipelines"
+            f"{tuned} and {base} are equal in all linear layers, so there is nothing to extract; pass other pipelines"
         )
     _write(before.family, found, output)
     return found
@@ -69,7 +69,7 @@ def _pairs(before: "TransformerFiles", after: "TransformerFiles") -> "Iterator[t
 
 
 def _write(family: type, found: "Extraction", output: Path) -> None:
-    """Write the file completely or not at all."""
+    """Write the LoRA file, completely or not at all."""
     from cdm_lightning.backbones.lora_file import write_lora_file
 
     try:
@@ -84,9 +84,9 @@ def _write(family: type, found: "Extraction", output: Path) -> None:
 
 
 def report(found: "Extraction") -> str:
-    """Return a text with the relative error of each tensor, a line each and the worst first, then that of all together.
+    """Return a text with the relative error of each tensor, the largest first, followed by the error of all together.
 
-    The error is the Frobenius norm of what the LoRA leaves out, divided by that of the difference.
+    The error is the Frobenius norm of the part that the LoRA misses, divided by that of the difference.
     """
     errors = sorted(found.errors(), key=lambda pair: -pair[1])
     outside = set(found.outside)
@@ -134,7 +134,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; a user's mistake is reported in one line on stderr, with exit status 2."""
+    """Run the command line. A mistake of the user gives one line on stderr and exit status 2."""
     quiet_libraries()
     with command("before the LoRA was written"):
         options = parser().parse_args(arguments)

@@ -1,8 +1,8 @@
 """The distillation as a LightningModule: an objective trains the student and further networks.
 
-The unit of all counters is the iteration: one batch, one rollout (the student's own path from noise) and the optimizer steps
-that the objective asks for. `trainer.global_step`, `max_steps`, checkpoints and logs all count iterations. A *role* is the name
-of a network: "student", "student_ema", "teacher", or one that the objective adds, such as "fake_score".
+Everything is counted in iterations: `trainer.global_step`, `max_steps`, checkpoints and logs. An iteration has one batch, one
+rollout (the student's own path from noise) and the optimizer steps of the objective. A *role* is the name of a network:
+"student", "student_ema", "teacher", or one that the objective adds, such as "fake_score".
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,15 +40,19 @@ COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class CDMModule(L.LightningModule):
-    """Distils the model of `backbone` with `objective`: CDM (arXiv:2605.06376), or any other objective.
+    """Distils the model of `backbone` with `objective`: CDM (arXiv:2605.06376) or another training method.
 
-    `optim` has the optimizer settings of each trained role. `ema` configures the student's EMA (default: no EMA). `lora` says
-    which roles are LoRA adapters on one frozen base. `schedule` draws the sigmas of rollouts, `resolution` the image sizes.
-    `compute` trades memory for speed. Validation generates images in each of the ways that `samplers` lists (default: none).
-    Networks compute in `compute_dtype` ("float32", "bfloat16"); trained weights, gradients, sigmas and losses are always
-    float32. All random draws are functions of (`seed`, iteration, index in the global batch). `iteration` counts the finished
-    iterations, `ema_updates` the updates of `networks.student_ema`. `updated_roles` are the roles that the last iteration
-    updated. Raises `UserError` for an argument out of its range.
+    - `optim`: the optimizer settings of each trained network, by its name (role).
+    - `schedule`: draws the sigmas of rollouts. `resolution`: draws the image sizes.
+    - `ema`: the settings of the student's EMA; by default there is none.
+    - `lora`: the networks that are trained as LoRAs.
+    - `compute`: options that trade memory for speed. `compute_dtype`: "float32" or "bfloat16", for the networks' calls.
+      Trained weights, gradients, sigmas and losses are always float32.
+    - `samplers`: the ways in which validation makes images; by default none.
+    - `seed`: all random draws depend only on it, on the iteration and on the index in the global batch.
+
+    The attribute `iteration` counts finished iterations, and `ema_updates` the updates of the EMA. `updated_roles` are the
+    networks that the last iteration updated. Raises `UserError` for an argument out of its range.
     """
 
     networks: Networks  # set by `configure_model`, when the device is known
@@ -85,12 +89,12 @@ class CDMModule(L.LightningModule):
         self.timer = PhaseTimer()
         self.iteration = self.ema_updates = 0
         self.updated_roles: tuple[str, ...] = ()
-        self._figures: dict[str, Tensor] = {}  # of the last update of each role
+        self._figures: dict[str, Tensor] = {}  # the figures of the last update of each role
 
     # ---- training
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Run one iteration: roll out the student as the objective asks for, then make the objective's updates in their order."""
+        """Run one iteration: the student's rollout, followed by the objective's updates in their order."""
         samples = self.rollouts.samples(batch, self.iteration)
         steps = steps_of(self.objective, self.iteration, self.groups.of(self.iteration))
         for left, (update, repeat) in zip(reversed(range(len(steps))), steps):
@@ -104,7 +108,7 @@ class CDMModule(L.LightningModule):
         self._log_figures()
 
     def _make(self, update: Update, samples: Sequence[Sample], counts: bool) -> None:
-        """Make one optimizer step and its merge; `counts` marks the last step of an iteration, which Lightning counts."""
+        """Make one optimizer step and its merge. `counts` is True for the last step of an iteration, which Lightning counts."""
         role, trained, size = update.role, self.networks.trained, sum(map(len, samples))
         losses = ((len(sample) / size, loss) for sample in samples for loss in update.losses(sample))
         optimizer = self._optimizer(role, counts)
@@ -138,7 +142,7 @@ class CDMModule(L.LightningModule):
         return dict(zip(self.networks.trained, self.trainer.optimizers, strict=True))
 
     def _optimizer(self, role: str, counts: bool = False) -> Optimizer:
-        """Return the optimizer of a role; with `counts`, in Lightning's wrapper, so that Lightning counts its step."""
+        """Return the optimizer of a role. With `counts` it has Lightning's wrapper, by which Lightning counts its steps."""
         wrapped = self.optimizers()  # Lightning returns a list, or a single optimizer without a list
         by_role = dict(zip(self.networks.trained, wrapped if isinstance(wrapped, list) else [wrapped], strict=True))
         return cast(Optimizer, by_role[role] if counts else by_role[role].optimizer)
@@ -147,19 +151,21 @@ class CDMModule(L.LightningModule):
 
     @property
     def network_names(self) -> tuple[str, ...]:
-        """The roles of all networks of the run; known before the networks are built."""
+        """The names (roles) of all networks of the run. They are known before the networks are built."""
         return network_names(self.objective.roles, self.ema.is_on)
 
     @property
     def whole_names(self) -> tuple[str, ...]:
-        """The roles of the networks that are neither LoRA adapters, nor the base under them, nor heads (`Networks.whole`)."""
+        """The roles of the networks that hold all weights of the pretrained network (`Networks.whole`), known before they are
+        built.
+        """
         return whole_names(self.objective.roles, self.lora, self.backbone, self.ema.is_on)
 
     def configure_model(self) -> None:
-        """Build the networks, put them on their devices and load the backbone's frozen parts (text encoders, image codec).
+        """Build the networks on their devices and load the backbone's frozen parts (text encoders, image codec).
 
-        Lightning calls this before it restores weights. Raises UserError if the trainer's precision is not "32-true", and if
-        the strategy keeps a network in host memory that the run does not have.
+        Lightning calls this before it restores weights. Raises UserError if the trainer's precision is not "32-true", and if the
+        strategy keeps a network in host memory that the run does not have.
         """
         if hasattr(self, "networks"):
             return
@@ -168,7 +174,7 @@ class CDMModule(L.LightningModule):
                 f"trainer.precision={self.trainer.precision} must be 32-true; set the networks' precision by module.compute_dtype"
             )
         strategy = self.trainer.strategy
-        with torch.device("cpu"):  # Lightning sets another default device, on which weights must not depend
+        with torch.device("cpu"):  # Lightning sets a default device, but random weights must not depend on the device
             empty = isinstance(strategy, MeshStrategy)  # then each process reads only its own rows of the weights
             roles = self.objective.roles
             self.networks = Networks(
@@ -182,9 +188,9 @@ class CDMModule(L.LightningModule):
         self.rollouts = self.make_rollouts(strategy.root_device, is_sharded)
 
     def make_rollouts(self, device: torch.device, is_sharded: bool = False) -> Rollouts:
-        """Return the object that turns batches of prompts into the objective's samples on `device`, by the student's rollouts.
+        """Return the object that makes the inputs of the losses from a batch of prompts, by rollouts of the student on `device`.
 
-        With `is_sharded`, processes agree on the number of network calls, since each call needs all of them.
+        With `is_sharded`, processes agree on the number of network calls, because each call needs all of them.
         """
         return KINDS[self.objective.rollout](
             self.bind,
@@ -201,19 +207,19 @@ class CDMModule(L.LightningModule):
         )
 
     def on_train_start(self) -> None:
-        """Drop rollouts that an earlier training computed in advance, which may be of other prompts or of another student."""
+        """Drop the rollouts that an earlier training computed in advance; they may have other prompts or another student."""
         self.rollouts.forget()
 
     @property
     def fingerprint(self) -> str:
-        """A text that identifies the networks: the backbone's fingerprint and the LoRA settings of the trained roles.
+        """A text that identifies the networks, made of the backbone's fingerprint and the LoRA settings of the trained roles.
 
         A checkpoint with another fingerprint does not fit this module.
         """
         return self.backbone.fingerprint + self.lora.tag(self.updates.recipes)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Add the fingerprint of the networks and the counters to the checkpoint: iterations, EMA updates, skipped steps."""
+        """Add the networks' fingerprint and the counters to the checkpoint: iterations, EMA updates and skipped steps."""
         checkpoint["cdm"] = {
             "fingerprint": self.fingerprint,
             "iteration": self.iteration,
@@ -231,15 +237,15 @@ class CDMModule(L.LightningModule):
 
     @property
     def evaluated_network(self) -> nn.Module:
-        """The network that is evaluated and exported: the student's EMA once it has been updated, until then the student."""
+        """The network that is evaluated and exported: the student's EMA, or the student while the EMA has no update yet."""
         average = self.networks.student_ema
         return average if average is not None and self.ema_updates else self.networks.student
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict:
         """Generate images of B prompts in each of the ways of `samplers`, and return them for all callbacks.
 
-        The result is {"prompts": B texts, "indices": (B,), "images": {sampler: (B, 3, H, W) in [0, 1]}}. A padding batch, which
-        only makes the number of network calls equal in all processes, gives no prompts and no images.
+        The result is {"prompts": B texts, "indices": (B,), "images": {sampler: (B, 3, H, W) in [0, 1]}}. A padding batch gives no
+        prompts and no images; it only makes the number of network calls equal in all processes.
         """
         networks = {"student": self.evaluated_network, "teacher": self.networks.teacher}
         images = generate_all(self.samplers, self.backbone, networks, batch, self.seed, self.compute_dtype)
@@ -254,7 +260,7 @@ class CDMModule(L.LightningModule):
     # ---- figures
 
     def _log_figures(self) -> None:
-        """Log the latest figures every `log_every_n_steps` iterations; "step" becomes the x axis of all loggers."""
+        """Log the latest figures every `log_every_n_steps` iterations. "step" becomes the x axis of all loggers."""
         # pyrefly: ignore[missing-attribute]  Lightning sets it from outside the class
         if self.iteration % self.trainer.log_every_n_steps:
             return

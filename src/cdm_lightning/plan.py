@@ -1,9 +1,14 @@
 """`python -m cdm_lightning.plan experiment=sd3_cdm gpus=8x80`: memory, work and hours of a run, before it is started.
 
-The arguments are those of the training command and: gpus=COUNTxGB (required), strategy=single|ddp|fsdp2|hsdp,
-strategy.on_cpu=[NETWORK,...] (networks that rest in host memory), peak_tflops= (of a GPU, in TFLOP/s), utilisation= (the share of
-the peak that a run reaches), reserve= (the share of a GPU's memory that tensors may not take) and json=FILE (also write the
-plan there). No weights are read. Several values of gpus, separated by commas, give one plan each.
+The arguments are those of the training command and:
+  gpus=COUNTxGB        required; several values, separated by commas, give one plan each
+  strategy=NAME        single, ddp, fsdp2 or hsdp
+  strategy.on_cpu=[NETWORK,...]  networks that stay in host memory
+  peak_tflops=NUMBER   the peak of a GPU in TFLOP/s
+  utilisation=SHARE    the share of the peak that a run reaches
+  reserve=SHARE        the share of a GPU's memory that is kept free
+  json=FILE            also write the plan to this file
+No weights are read.
 """
 
 import json
@@ -45,13 +50,13 @@ OWN = ("gpus", "strategy", "strategy.on_cpu", "peak_tflops", "utilisation", "res
 
 
 def plan(arguments: Sequence[str]) -> "list[Plan]":
-    """Return a plan for each value of gpus in the command line's `arguments`; UserError if the run cannot be planned."""
+    """Return a plan for each value of gpus on the command line. Raises UserError if the run cannot be planned."""
     own, overrides = split(arguments)
     if "gpus" not in own:
         raise UserError("gpus is missing; give the number of GPUs and the memory of each, for example gpus=8x80")
     peak, utilisation, reserve = (value_of(own, key) for key in ("peak_tflops", "utilisation", "reserve"))
     if Path(value_of(own, "json") or "x.json").is_dir():
-        raise UserError(f"json={own['json']} is a folder; pass the name of a file to write")
+        raise UserError(f"json={own['json']} is a folder; pass the name of a file instead")
     config = compose([*overrides, "output_dir=."])
     check_config(config)
     from cdm_lightning.planning.layout import read_gpus
@@ -86,7 +91,7 @@ def make_plan(
     peak_tflops: float,
     utilisation: float,
 ) -> "Plan":
-    """Return the plan of a run on these GPUs, from its configuration and its `recipe` (what was measured of it).
+    """Return the plan of a run on these GPUs, from its configuration and its `recipe` (bytes of its parts, work of an iteration).
 
     Each GPU is assumed to reach the share `utilisation` of `peak_tflops` TFLOP/s.
     """
@@ -119,7 +124,7 @@ def make_plan(
 
 
 def choose_layout(strategy: str | None, count: int, on_cpu: Sequence[str]) -> "Layout":
-    """Return how `strategy` lays out the networks on `count` GPUs; its default is single on one GPU and fsdp2 on several.
+    """Return the layout of the networks for a strategy on `count` GPUs. The default is single on one GPU and fsdp2 on several.
 
     Raises UserError if strategy and number of GPUs do not fit together.
     """
@@ -129,12 +134,15 @@ def choose_layout(strategy: str | None, count: int, on_cpu: Sequence[str]) -> "L
 
 
 def split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Split the arguments into the planner's own, by name, and the overrides of training; UserError for one that starts with -."""
+    """Split the arguments into the planner's own, by name, and the overrides of training.
+
+    Raises UserError for an argument that starts with "-".
+    """
     own, overrides = {}, []
     for argument in arguments:
         key, sign, value = argument.partition("=")
         if argument.startswith("-"):
-            raise UserError(f"{argument}: the planner takes only overrides of the form KEY=VALUE; leave {argument} out")
+            raise UserError(f"{argument}: the planner takes only arguments KEY=VALUE; leave {argument} out")
         if sign and key in OWN:
             own[key] = value
         else:
@@ -143,7 +151,7 @@ def split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def value_of(own: dict[str, str], key: str) -> Any:
-    """Return the value of the planner's own argument `key`, None if it is not given; UserError if it is not of its kind."""
+    """Return the value of the planner's own argument `key`, or None if it is missing. Raises UserError for a wrong value."""
     if key not in own:
         return None
     try:
@@ -153,7 +161,7 @@ def value_of(own: dict[str, str], key: str) -> Any:
 
 
 def write_json(path: Path, plans: "Sequence[Plan]") -> None:
-    """Write all plans to a JSON file; an interrupted write leaves no partial file. UserError if it cannot be written."""
+    """Write all plans to a JSON file, completely or not at all. Raises UserError if it cannot be written."""
     try:
         write_text(path, json.dumps([p.as_json() for p in plans], indent=2) + "\n")
     except OSError as error:
@@ -161,7 +169,7 @@ def write_json(path: Path, plans: "Sequence[Plan]") -> None:
 
 
 def main() -> None:
-    """Print the plans that the command line asks for; a user's mistake is one line on stderr, with exit status 2."""
+    """Print the plans for the command line. A mistake of the user gives one line on stderr and exit status 2."""
     quiet_libraries()
     with command("before the plan was made"):
         plans = plan(sys.argv[1:])

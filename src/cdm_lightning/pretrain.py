@@ -95,7 +95,7 @@ def check_options(cfg: DictConfig) -> None:
 def save_pipeline(pipeline, folder: Path) -> None:
     """Write the pipeline into `folder` as diffusers does, completely or not at all.
 
-    The transformer, which takes most of the space, is converted to half precision, in place.
+    The transformer takes most of the space and is converted to half precision, in place.
     """
     import torch
 
@@ -105,7 +105,7 @@ def save_pipeline(pipeline, folder: Path) -> None:
 
 
 def main() -> None:
-    """Run the stages that the command line asks for; a user's mistake is one line on stderr, with exit status 2."""
+    """Run the stages for the command line. A mistake of the user gives one line on stderr and exit status 2."""
     run_cli(pretrain, "pretrain", "before all stages were complete")
 
 

@@ -1,7 +1,7 @@
 """`python -m cdm_lightning.sample --model FOLDER --prompt TEXT`: generate images and draw them as a labelled grid.
 
-An exported folder, a run's folder and a checkpoint give the images of the student. Any other pipeline of a known family,
-such as the teacher's, can be sampled with the same noise: that of image i depends only on the seed and on i.
+The model can be a student (an exported folder, a run's folder or a checkpoint) or any pipeline of a known family, such as the
+teacher. The noise of image i depends only on the seed and on i, so different models start from the same noise.
 """
 
 import argparse
@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # these take seconds to import: --help and error messages sho
 
     from cdm_lightning.backbones.base import Backbone
 
-    Opened = tuple[Backbone, Callable[[], nn.Module], int]  # the backbone, a function that makes its network, the steps
+    Opened = tuple[Backbone, Callable[[], nn.Module], int]  # backbone, function that makes its network, number of steps
 
 KINDS = {
     "model": Model,
@@ -70,13 +70,14 @@ def sample_images(
 ) -> "Samples":
     """Generate an image for each of N prompts with `model`: a run, a checkpoint, an export, a pipeline folder or a hub id.
 
-    `steps=None` is the number that an export was made for, 4 for a run, and the default of the pipeline's call for any
-    other pipeline. `lora` is a LoRA file or an exported LoRA, which has its own number of steps; it is fused into the
-    model. `height` and `width` are in pixels, by default those of the model. A guidance scale of at most 1 means no
-    guidance. `device` is "auto" (CUDA if there is one) or a device of torch, and `dtype` that of the network ("float32" or
-    "bfloat16"). All prompts are encoded first; then the text encoders are freed, before the network is loaded. Raises
-    UserError for a model that is neither a run nor a pipeline of a known family, for a size that the model cannot make, and
-    for a device or dtype that cannot be used.
+    - `steps`: by default the number that an export was made for, 4 for a run, and the pipeline's own default for another pipeline.
+    - `lora`: a LoRA file or an exported LoRA, which is fused into the model. An exported LoRA has its own default of `steps`.
+    - `height`, `width`: pixels; by default those of the model.
+    - `guidance_scale`: 1 or less means no guidance.
+    - `device`: "auto" (CUDA if available) or a device of torch. `dtype`: "float32" or "bfloat16", for the network.
+
+    The text encoders are freed before the network is loaded. Raises UserError for a model that is neither a run nor a pipeline of
+    a known family, for a size that it cannot make, and for a device or dtype that cannot be used.
     """
     opened = open_sized(model, lora, height, width, steps)
     images = list(sampled(opened, prompts, guidance_scale, seed, batch_size, device, dtype))
@@ -94,7 +95,7 @@ def sampled(
     device: str,
     dtype: str = "float32",
 ) -> "Iterator[Tensor]":
-    """Yield the images (B, 3, H, W) of each batch of prompts, on the CPU; `opened` is what `open_sized` returns."""
+    """Yield the images (B, 3, H, W) of each batch of prompts, on the CPU. `opened` is the result of `open_sized`."""
     from cdm_lightning.distributed.devices import choose_device
     from cdm_lightning.evaluation.samplers import SamplerSpec, encode_ahead, generate
     from cdm_lightning.module import COMPUTE_DTYPES
@@ -114,22 +115,20 @@ def sampled(
 
 
 def open_sized(model: str, lora: str | None, height: int | None, width: int | None, steps: int | None) -> "Opened":
-    """Open a run or a pipeline for images of this size and this number of steps; None is what the model was made for."""
+    """Open a run or a pipeline for images of this size and number of steps. None means the model's own value."""
     backbone, build_network, default = open_run(model, lora) if is_run(Path(model)) else open_model(model, lora)
     return backbone.at(height, width), build_network, steps or default
 
 
 def open_run(model: str, lora: str | None) -> "Opened":
-    """Return the backbone of a run, a function that makes its student's network, and 4, the steps that CDM trains for.
+    """Return the backbone of a run, a function that makes its student's network, and 4, the number of steps CDM trains for.
 
-    Raises UserError if `lora` is given, and if the run has no checkpoint that can be read.
+    Raises UserError if `lora` is given, and if the run has no readable checkpoint.
     """
     from cdm_lightning.run.student import open_student, plain_network
 
     if lora is not None:
-        raise UserError(
-            f"--lora goes with a pipeline, not with the run {model}; export the run and pass the export as --model"
-        )
+        raise UserError(f"--lora needs a pipeline, but {model} is a run; export the run and pass the export as --model")
     found = open_student(model)
     return found.backbone, lambda: plain_network(found.backbone, found.network()), RUN_STEPS
 
@@ -137,8 +136,8 @@ def open_run(model: str, lora: str | None) -> "Opened":
 def open_model(model: str, lora: str | None = None) -> "Opened":
     """Return the backbone of a pipeline folder or hub id, a function that makes its network, and its default number of steps.
 
-    Sizes and steps are those that the student was exported for, or the LoRA if `lora` is an exported one. Raises UserError for
-    a pipeline of an unknown family.
+    An exported student has its own size and steps, and so has an exported LoRA. Raises UserError for a pipeline of an unknown
+    family.
     """
     from cdm_lightning.backbones.families import open_pipeline
 
@@ -151,7 +150,7 @@ def open_model(model: str, lora: str | None = None) -> "Opened":
 
 
 def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
-    """Return the prompts of the command line, followed by those of a prompt file; UserError if there are none."""
+    """Return the prompts of the command line, followed by those of a prompt file. Raises UserError if there are none."""
     found = list(prompts)
     if file is not None:
         from cdm_lightning.data.prompts import PromptFile
@@ -164,7 +163,7 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
 
 
 def check_output(output: Path) -> None:
-    """Raise UserError if there is anything but a regular file at `output`, since only a file may be replaced by the picture."""
+    """Raise UserError if `output` exists and is no regular file, because only a file may be replaced by the picture."""
     try:
         require_replaceable(output)
     except OSError as error:
@@ -172,7 +171,7 @@ def check_output(output: Path) -> None:
 
 
 def write_picture(picture: "Image", output: Path) -> None:
-    """Save the picture as PNG, completely or not at all; UserError if it cannot be written to `output`."""
+    """Save the picture as PNG, completely or not at all. Raises UserError if it cannot be written."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with replacing(output) as temporary:
@@ -227,16 +226,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> Path:
-    """Generate the images that the command line asks for, write the picture or the folder of pictures, and return its path.
+    """Generate the images for the command line, write the picture or the folder of pictures, and return its path.
 
-    Raises UserError for options that cannot work, before anything is generated.
+    Raises UserError for wrong options before anything is generated.
     """
     prompts, output = read_prompts(options.prompt, options.prompts_file), Path(options.output)
     is_folder = options.output.endswith("/")
     if not output.name or (output.is_dir() and not is_folder):
-        raise UserError(
-            f"--output={output} is a folder; pass the name of a picture to write, or FOLDER/ to write a file for each image"
-        )
+        raise UserError(f"--output={output} is a folder; pass the name of a picture, or FOLDER/ for one file per image")
     check_output(output / "00000.png" if is_folder else output)
     opened = open_sized(options.model, options.lora, options.height, options.width, options.steps)
     numbers = options.seed, options.batch_size, options.device, options.dtype
@@ -260,7 +257,7 @@ def run(options: argparse.Namespace) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; a user's mistake is reported in one line on stderr, with exit status 2."""
+    """Run the command line. A mistake of the user gives one line on stderr and exit status 2."""
     quiet_libraries()
     with command("before all pictures were written"):
         output = run(parser().parse_args(arguments))

@@ -1,8 +1,8 @@
 """`python -m cdm_lightning.train experiment=...`: compose the configuration, build its objects, train.
 
-A run has one folder, `outputs/RUN_NAME`. It holds `config.yaml` (the resolved configuration), `starts.jsonl` (command,
-versions and hardware of each start), `checkpoints/`, and the files of loggers and callbacks. Running the same command again
-resumes the run.
+A run has one folder, `outputs/RUN_NAME`. It holds `config.yaml` (the resolved configuration), `starts.jsonl` (command, versions
+and hardware, a line for each time that the command was started), `checkpoints/`, and the files of loggers and callbacks. The same
+command resumes the run.
 """
 
 import os
@@ -63,7 +63,7 @@ from cdm_lightning.terminal.quiet import quiet_libraries
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished training returns: the run's folder, its newest checkpoint (None without one), and its last iteration.
+    """The result of a finished training: the run's folder, its newest checkpoint (or None), and its last iteration.
 
     `metrics` holds the last value of each logged figure by name, such as "val/clip_score/student_4".
     """
@@ -97,8 +97,8 @@ def train_in(run: Run, config: DictConfig) -> TrainResult:
     data = build(config, "data", of=PromptDataModule, groups=module.groups.of, images=module.objective.needs_latents)
     if module.compute.accumulate > data.batch_size:
         raise UserError(
-            f"compute.accumulate={module.compute.accumulate} parts of a batch need at least as many prompts, but "
-            f"data.batch_size={data.batch_size}; lower the one or raise the other"
+            f"compute.accumulate={module.compute.accumulate} must be at most data.batch_size={data.batch_size}; lower "
+            "compute.accumulate, or raise data.batch_size"
         )
     module.resolution.check(module.backbone)
     check_samplers(module.samplers, module.backbone)
@@ -113,7 +113,7 @@ def train_in(run: Run, config: DictConfig) -> TrainResult:
         name for callback in callbacks if isinstance(callback, ValidationMetrics) for name in callback.names(module)
     ]
     own = all(type(callback).__module__.startswith("cdm_lightning.") for callback in callbacks)
-    if own and type(module) is CDMModule:  # a class of somebody else may log more
+    if own and type(module) is CDMModule:  # a subclass may log more
         checkpoint.best.check(logged if config.trainer.limit_val_batches else [])
     trainer = make_trainer(
         config,
@@ -150,9 +150,10 @@ def hidden_end(error: BaseException) -> Preempted | UserError | None:
 
 
 def explained(error: Exception, has_workers: bool, timeout: float | None) -> UserError | None:
-    """Return a `UserError` that explains `error` if a data loader's worker or another process has failed; None otherwise.
+    """Return a `UserError` that explains `error` if a worker process of the data loader or another process has failed.
 
-    `has_workers` is whether the loader has worker processes, and `timeout` is `strategy.timeout` in seconds.
+    Otherwise returns None. `has_workers` is whether the loader has worker processes, and `timeout` is `strategy.timeout` in
+    seconds.
     """
     by_worker = has_workers and isinstance(error, (ConnectionError, EOFError))  # it died while it passed on a batch
     if by_worker or "DataLoader worker" in str(error):
@@ -166,7 +167,7 @@ def explained(error: Exception, has_workers: bool, timeout: float | None) -> Use
 
 
 def print_cautions(module: CDMModule) -> None:
-    """Print a line on stderr for each LoRA adapter that is not used, and for each caution about the teacher."""
+    """Print a line on stderr for each LoRA adapter that is not used, and for each warning about the teacher."""
     for role in module.lora.unused(module.updates.recipes):
         print(f"lora.{role} is not used, because the objective does not train {role}", file=sys.stderr, flush=True)
     for caution in module.backbone.cautions(getattr(module.objective, "guidance_scale", 0.0)):
@@ -174,16 +175,16 @@ def print_cautions(module: CDMModule) -> None:
 
 
 def make_trainer(config: DictConfig, **parts: Any) -> L.Trainer:
-    """Build Lightning's trainer from `config.trainer`; `parts` are further arguments: strategy, callbacks and loggers.
+    """Build Lightning's trainer from `config.trainer`. `parts` are further arguments: strategy, callbacks and loggers.
 
-    Raises `UserError` for values that Lightning refuses and for devices that are missing.
+    Raises `UserError` for values that Lightning refuses, and for missing devices.
     """
     make = build(config, "trainer", of=L.Trainer)
     try:
         trainer = make(**parts)
     except (MisconfigurationException, ValueError) as error:
         raise UserError(f"trainer: {one_line(error)}") from error
-    # Lightning's own handlers communicate with other processes inside the handler, which hangs if not all got the signal.
+    # Lightning's signal handlers wait for other processes, and would hang if only some of them got the signal.
     trainer._signal_connector.register_signal_handlers = lambda: None
     return trainer
 
@@ -191,10 +192,10 @@ def make_trainer(config: DictConfig, **parts: Any) -> L.Trainer:
 def use_text_cache(
     settings: TextCacheSettings, backbone: Backbone, data: PromptDataModule, callbacks: Sequence[L.Callback]
 ) -> None:
-    """Give the backbone the text cache in `settings.folder`, or, without one, a memory for few prompts.
+    """Give the backbone the text cache in `settings.folder`. Without a folder it remembers the conditioning of few prompts.
 
-    The memory keeps the text conditioning of up to `remember_up_to` prompts. `callbacks` are looked through for prompts that they
-    make images of. Raises `UserError` if the cache was made with other text encoders or lacks a prompt.
+    `remember_up_to` is the number of prompts that are remembered. `callbacks` are searched for prompts of which they make images.
+    Raises `UserError` if the cache was made with other text encoders or lacks a prompt.
     """
     generated = {type(callback).__name__: callback.prompts for callback in callbacks if hasattr(callback, "prompts")}
     sets = {"training": data.train, "validation": data.val, **generated}
@@ -211,12 +212,12 @@ def use_text_cache(
 def find_beginning(
     config: DictConfig, run: Run, checkpoint: IterationCheckpoint, fingerprint: str, inputs: Inputs
 ) -> Path | None:
-    """Return the checkpoint of another run to begin with, if `config.resume` is the path of one and this run has none; else None.
+    """Return the checkpoint of another run with which this run begins, or None.
 
-    `resume` may also be "auto" (resume from this run's newest undamaged checkpoint, if there is one) or "never" (refuse a folder
-    with checkpoints). The other run's backbone must have this `fingerprint` (`Backbone.fingerprint`), but its configuration may
-    differ. Raises `UserError` for that, and if this run has checkpoints that the configuration or the contents of its input
-    files (`inputs`, see `run.inputs`) do not fit.
+    It is the path in `config.resume`, if this run has no checkpoints yet. `resume` may also be "auto" (this run's newest
+    undamaged checkpoint, if there is one) or "never" (refuse a folder with checkpoints). Raises `UserError` if the other run's
+    backbone has another fingerprint (`Backbone.fingerprint`); other options may differ. Also raises it if this run has
+    checkpoints that do not fit the configuration or the contents of the input files (`inputs`, see `run.inputs`).
     """
     refuse_old_files(checkpoint.folder)
     own = checkpoints_in(checkpoint.folder)
@@ -243,18 +244,18 @@ def find_beginning(
 
 
 def local_folders(backbone: Backbone) -> dict[str, Path]:
-    """Return {"backbone.pretrained": the folder of the pretrained pipeline on this machine}; empty without a pipeline.
+    """Return {"backbone.pretrained": folder of the pretrained pipeline on this machine}, or {} without a pipeline.
 
-    `inputs_of` needs it, because the option may be a hub id, whose pipeline was downloaded to that folder.
+    `inputs_of` needs it, because the option may be a hub id whose pipeline was downloaded to that folder.
     """
     folder = getattr(backbone, "folder", None)
     return {"backbone.pretrained": folder} if isinstance(folder, Path) else {}
 
 
 def require_same_backbone(own: Sequence[Path], fingerprint: str) -> StoredCheckpoint | None:
-    """Return the newest of the checkpoints `own` that can be opened, None if none can.
+    """Return the newest checkpoint in `own` that can be opened, or None.
 
-    Raises `UserError` if its backbone had another fingerprint (`Backbone.fingerprint`) than the configured one.
+    Raises `UserError` if its backbone has another fingerprint (`Backbone.fingerprint`) than the configured one.
     """
     for path in sorted(own, key=recorded_iteration, reverse=True):
         with suppress(UserError):  # a damaged one is reported later, when the run looks for a good checkpoint
@@ -266,9 +267,9 @@ def require_same_backbone(own: Sequence[Path], fingerprint: str) -> StoredCheckp
 
 
 def start(config: DictConfig) -> None:
-    """Train in this process, or start `trainer.devices` processes that train, unless torchrun or SLURM has started this one.
+    """Train in this process, or start `trainer.devices` processes that train if no launcher has done so.
 
-    If a started process fails, this one exits with its status.
+    The launcher can be torchrun or SLURM. If a started process fails, this one exits with its status.
     """
     check_config(config)
     processes = device_count(config.trainer.devices)
