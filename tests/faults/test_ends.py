@@ -12,10 +12,12 @@ import pytest
 from killable import start
 from processes import ROOT
 from test_resume import assert_equal_states
+from torch.utils.data import DataLoader
 
 from cdm_lightning.backbones.toy2d import Toy2DBackbone
 from cdm_lightning.checkpoint.folder import checkpoints_in, iteration_of
 from cdm_lightning.data.batches import DrawnPrompts
+from cdm_lightning.data.loader import SteadyLoader
 from cdm_lightning.distributed import strategy
 from cdm_lightning.distributed.launch import LAUNCHER, SIGNALLED
 from cdm_lightning.ends import signals
@@ -252,6 +254,26 @@ def test_a_suspended_worker_ends_the_run_with_a_line_and_a_checkpoint(toy_run, t
     saved = checkpoints_in(tmp_path / "run/checkpoints")
     assert len(saved) == 1
     assert iteration_of(saved[0]) >= 3
+
+
+def test_workers_that_a_signal_finds_while_they_start_are_killed(monkeypatch):
+    begin = DataLoader.__iter__
+
+    def interrupted(loader):
+        batches = begin(loader)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return batches
+
+    monkeypatch.setattr(DataLoader, "__iter__", interrupted)
+    loader, before = SteadyLoader([1, 2, 3], num_workers=1), set(active_children())
+    with signals.watched():
+        signals.loading("in a test")
+        with pytest.raises(Preempted) as stopped:  # its frames keep the iterator, which would end the worker, alive
+            iter(loader)
+    assert len(set(active_children()) - before) == 1
+    loader.kill_workers()
+    assert set(active_children()) <= before
+    assert stopped.value.where == "in a test"
 
 
 # ---- ranks and launchers

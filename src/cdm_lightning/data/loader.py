@@ -44,11 +44,13 @@ class SteadyLoader(DataLoader):
         It raises `UserError` if a worker dies, or if no batch arrives within `patience` seconds.
         """
         before = set(active_children())
-        with signals.held():
-            batches = super().__iter__()
-        started = set(active_children()) - before
-        self._workers |= started
-        _started.update(started)
+        with signals.held():  # until the workers are known, because a signal ends the run as soon as it is delivered
+            try:
+                batches = super().__iter__()
+            finally:
+                started = set(active_children()) - before
+                self._workers |= started
+                _started.update(started)
         return _Batches(batches, self)
 
     def kill_workers(self) -> None:
