@@ -282,7 +282,7 @@ def test_a_shard_that_cannot_be_written(backbone, fill, tmp_path, monkeypatch):
 def test_prompts_of_another_shape(fill, tiny_pipeline_folder):
     """Folded padding keeps as many tokens as a long prompt needs; a cache has one shape."""
     compact = SD3Backbone(str(tiny_pipeline_folder), compact_text=5)
-    with pytest.raises(UserError, match=r"a prompt gives prompt_embeds of shape .* \(compact_text too small"):
+    with pytest.raises(UserError, match=r"prompt_embeds has shape .*; if backbone.compact_text is set, raise it"):
         fill(["a ring", "a large red circle above a small blue square"], of=compact)
     assert fill(["a ring"], of=compact).total == 2
 

@@ -189,8 +189,9 @@ def encode_batch(backbone: "Backbone", batch: Sequence[str], manifest: "Manifest
     for name, entry in manifest.tensors.items():
         if list(cond[name].shape[1:]) != entry["shape"]:
             raise UserError(
-                f"a prompt gives {name} of shape {list(cond[name].shape[1:])}, the empty one {entry['shape']}, but a text "
-                f"cache holds one shape only (compact_text too small, perhaps); a prompt of the batch: {batch[0][:60]!r}"
+                f"{name} has shape {list(cond[name].shape[1:])} for a prompt, but {entry['shape']} for the empty prompt, and a "
+                "text cache holds one shape only; if backbone.compact_text is set, raise it (a prompt of the batch: "
+                f"{batch[0][:60]!r})"
             )
     return {name: cond[name][: len(batch)].to("cpu", manifest.stored(name)) for name in manifest.tensors}
 
@@ -227,7 +228,7 @@ def writing(folder: Path) -> Generator[None]:
         try:
             if not (folder / MANIFEST).is_file() and (others := names_in(folder) - {LOCK, SHARDS}):
                 raise UserError(
-                    f"{folder}: is no text cache, since it holds {min(others)} but no {MANIFEST}; set text_cache.folder to a "
+                    f"{folder} is no text cache, since it holds {min(others)} but no {MANIFEST}; set text_cache.folder to a "
                     "new folder"
                 )
             folder.mkdir(parents=True, exist_ok=True)

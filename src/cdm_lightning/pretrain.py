@@ -82,7 +82,7 @@ def check_options(cfg: DictConfig) -> None:
     """Raise UserError for the first option that is missing, unknown, or has a value that is not allowed."""
     for key, kind in TOP.items():
         if key not in cfg:
-            raise UserError(f"{key} is missing in the configuration; leave out ~{key}")
+            raise UserError(f"{key} is missing in the configuration; remove ~{key} from the command line")
         check_value(cfg[key], kind, key)
     for key, called in ARGUMENTS.items():
         options = OmegaConf.select(cfg, key)

@@ -216,8 +216,8 @@ def find_beginning(
 
     It is the path in `config.resume`, if this run has no checkpoints yet. `resume` may also be "auto" (this run's newest
     undamaged checkpoint, if there is one) or "never" (refuse a folder with checkpoints). Raises `UserError` if the other run's
-    backbone has another fingerprint (`Backbone.fingerprint`); other options may differ. Also raises it if this run has
-    checkpoints that do not fit the configuration or the contents of the input files (`inputs`, see `run.inputs`).
+    backbone has another `fingerprint` (`Backbone.fingerprint`). Raises it too if this run has checkpoints, but the configuration
+    or the contents of the input files (`inputs`, see `run.inputs`) have changed since.
     """
     refuse_old_files(checkpoint.folder)
     own = checkpoints_in(checkpoint.folder)

@@ -108,7 +108,7 @@ class IterationCheckpoint(Checkpoint):
                     callback.load_state_dict(state["callbacks"][callback.state_key])
         if trainer.global_step != start.iteration:
             raise UserError(
-                f"{of_state}: holds the state of iteration {trainer.global_step}, not of {start.iteration}; {OTHER}"
+                f"{of_state} is of iteration {trainer.global_step}, but the checkpoint is of {start.iteration}; {OTHER}"
             )
         if start.path.parent == self.folder:
             if self.best.metric is not None:
@@ -168,7 +168,7 @@ class IterationCheckpoint(Checkpoint):
         if value is None:
             known = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/")))
             raise UserError(
-                f"checkpoint.best={self.best.metric} is not logged by validation; choose one of {known or 'none'}"
+                f"checkpoint.best={self.best.metric} is not logged by validation, which logs {known or 'nothing; set metric=[NAME]'}"
             )
         iteration = trainer.global_step
         if not ranks.from_first(self.best.is_improved_by(value)):

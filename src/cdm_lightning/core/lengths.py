@@ -148,9 +148,7 @@ class CategoricalLength:
 
 def _check_range(low: int, high: int) -> None:
     if not 1 <= low <= high:
-        raise ValueError(
-            f"the length of a rollout is at least 1 step, and low is at most high; got {low} to {high} steps"
-        )
+        raise ValueError(f"low={low} and high={high} must satisfy 1 <= low <= high (numbers of steps of a rollout)")
 
 
 def _mean(lengths: Sequence[int], weights: Sequence[float]) -> float:

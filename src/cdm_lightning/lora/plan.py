@@ -80,7 +80,7 @@ class LoRAPlan:
         wrong = [role for role, adapter in adapters.items() if not isinstance(adapter, Adapter | None)]
         if wrong:
             raise UserError(
-                f"lora.{wrong[0]} must be null or have the entries of an adapter, as in conf/lora/adapter/default.yaml"
+                f"lora.{wrong[0]} must be null, or have the options of a LoRA as in conf/lora/adapter/default.yaml"
             )
         first = sorted(adapters, key=lambda role: (role != "student", role))
         self._adapters = {role: adapter for role in first if (adapter := adapters[role]) is not None}

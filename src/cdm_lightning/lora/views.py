@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # peft takes seconds to import, and a run without adapters do
 
 
 class RoleView(nn.Module):
-    """A network that runs the shared base with the adapter of `role`, or without an adapter if `role` is None.
+    """The shared base network with the adapter of `role` on, or with all adapters off if `role` is None.
 
     `parameters` are all parameters of this module, by dotted name. The base is not a submodule.
     """
@@ -45,7 +45,7 @@ class RoleView(nn.Module):
 
 
 class AdapterView(RoleView):
-    """A network that runs the shared base with one role's adapter. Its parameters are those of the adapter, in float32."""
+    """The shared base network with one role's LoRA adapter on. Its parameters are those of the adapter, in float32."""
 
     def __init__(
         self, shared: "SharedBase", role: str, parameters: Mapping[str, nn.Parameter], adapter: Adapter
@@ -60,7 +60,7 @@ class AdapterView(RoleView):
 
 
 class BaseView(RoleView):
-    """A network that runs the shared base with all adapters off; usually this is the teacher.
+    """The shared base network with all adapters off; usually this is the teacher.
 
     Its parameters are those of the base, and moving it to a device moves the base.
     """

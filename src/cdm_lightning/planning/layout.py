@@ -77,7 +77,7 @@ def make_layout(strategy: str, count: int, on_cpu: Sequence[str] = ()) -> Layout
         case "single" if count == 1:
             return Layout(strategy, on_cpu=tuple(on_cpu))
         case "single":
-            raise UserError(f"strategy=single runs on one GPU, but gpus names {count}; set strategy=ddp, fsdp2 or hsdp")
+            raise UserError(f"strategy=single runs on one GPU, but gpus says {count}; set strategy=ddp, fsdp2 or hsdp")
         case "ddp":
             return Layout(strategy, replicas=count, on_cpu=tuple(on_cpu))
         case "fsdp2":
@@ -85,7 +85,7 @@ def make_layout(strategy: str, count: int, on_cpu: Sequence[str] = ()) -> Layout
         case "hsdp":
             if count % NODE:
                 raise UserError(
-                    f"strategy=hsdp needs whole nodes of {NODE} GPUs, but gpus asks for {count}: "
+                    f"strategy=hsdp needs whole nodes of {NODE} GPUs, but gpus says {count}; "
                     f"give a multiple of {NODE}, or set strategy=fsdp2"
                 )
             return Layout(strategy, replicas=count // NODE, shards=NODE, on_cpu=tuple(on_cpu))

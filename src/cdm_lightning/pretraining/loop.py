@@ -65,9 +65,8 @@ def optimise(
 ) -> nn.Module:
     """Train `network` in place on the 0-d `loss(iteration, generator)`, and return it with the EMA of its weights.
 
-    `train` are the trained parameters (default: all). The state is kept in `folder/NAME.pt`, where NAME is `name`. An interrupted
-    stage resumes from it, and a finished one is loaded from it. The generator depends on the seed, `name` and the iteration only,
-    so a resumed run equals an uninterrupted one.
+    `train` are the trained parameters (default: all). The state is kept in `folder/NAME.pt`, from which an interrupted stage
+    resumes. The generator depends on seed, `name` and iteration only, so a resumed run equals an uninterrupted one.
     """
     parameters = list(network.parameters() if train is None else train)
     options = {"lr": recipe.lr, "betas": (recipe.betas[0], recipe.betas[1]), "weight_decay": recipe.weight_decay}

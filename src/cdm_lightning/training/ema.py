@@ -22,7 +22,7 @@ class EMA:
 
     def __post_init__(self) -> None:
         if self.decay is not None and not 0 <= self.decay < 1:
-            raise UserError(f"ema.decay={self.decay} must be in [0, 1), or null for no EMA")
+            raise UserError(f"ema.decay={self.decay} must be at least 0 and below 1, or null for no EMA")
 
     @property
     def is_on(self) -> bool:

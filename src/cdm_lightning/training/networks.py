@@ -172,7 +172,7 @@ class Networks(nn.Module):
     def whole(self) -> dict[str, nn.Module]:
         """The networks by role that hold all weights of the pretrained network for themselves.
 
-        Three kinds are left out: adapters, a teacher that is the base of the adapters, and heads.
+        LoRA adapters, their shared base (even if it is the teacher) and heads, which the objective builds itself, are left out.
         """
         from cdm_lightning.lora.views import RoleView
 

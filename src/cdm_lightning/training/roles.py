@@ -12,7 +12,8 @@ from cdm_lightning.training.networks import Networks
 def network_names(roles: Iterable[Role], average: bool = True) -> tuple[str, ...]:
     """Return the names of all networks of a run, the keys of `Networks.by_role`.
 
-    `roles` are those of the objective. "student_ema" is left out if `average` is False, that is, if the run has no EMA.
+    `roles` are the networks that the objective trains besides the student. "student_ema" is left out if `average` is False, that
+    is, if the run has no EMA.
     """
     return ("student", *(role.name for role in roles), *(["student_ema"] if average else []), "teacher")
 
@@ -20,8 +21,8 @@ def network_names(roles: Iterable[Role], average: bool = True) -> tuple[str, ...
 def whole_names(roles: Iterable[Role], lora: LoRAPlan, backbone: Backbone, average: bool = True) -> tuple[str, ...]:
     """Return the names of the networks that hold all weights of the pretrained network: the keys of `Networks.whole`.
 
-    Adapters, a teacher that is the base of the adapters, and heads are left out. `roles` are those of the objective. The order is
-    that of `network_names`.
+    LoRA adapters, their shared base (even if it is the teacher) and heads are left out. `roles` are the networks that the
+    objective trains besides the student. The order is that of `network_names`.
     """
     roles = list(roles)
     built = [role.name for role in roles if role.build is not None]

@@ -115,7 +115,9 @@ class Rollouts(ABC):
 
     def _latents(self, part: PromptBatch, backbone: Backbone) -> Tensor:
         if part.images is None:
-            raise UserError("this batch has no images, but the objective needs them; build the data with images=True")
+            raise UserError(
+                "this batch has no images, but the objective needs them; build the data module with images=True"
+            )
         return backbone.encode_images(fit_to(part.images.to(self.device), backbone.image_size))
 
     def draw(self, sample: Sample) -> Rollout:

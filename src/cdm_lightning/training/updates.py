@@ -70,7 +70,10 @@ class Updates:
         return {**figures, "grad_norm": norm.detach()}
 
     def settle(self, before: int | None = None) -> None:
-        """Count the steps of all iterations, or of those before `before`, and wait for the device until these are made."""
+        """Count the made and the skipped steps of the iterations before `before` (None: of all iterations).
+
+        Waits until the device has finished these steps.
+        """
         due = [entry for entry in self._uncounted if before is None or entry[0] < before]
         self._uncounted = self._uncounted[len(due) :]
         _ = [made.values for _, _, made in due[-1:]]  # the last arrives last, so that this is the only wait
@@ -92,9 +95,10 @@ class Updates:
 
 
 def step_if(finite: Tensor, optimizer: Optimizer) -> None:
-    """Make the step of `optimizer`, possibly in Lightning's wrapper, if `finite` (0-d) is true; else no state or weight changes.
+    """Make one step of `optimizer` if `finite` (0-d) is true; otherwise change nothing.
 
-    Fused optimizers of torch decide it on the device, as they do for `torch.amp.GradScaler`. For others, the host waits.
+    Fused optimizers of torch decide this on the device, as for `torch.amp.GradScaler`. With other optimizers the host waits for
+    the device. `optimizer` may have Lightning's wrapper.
     """
     inner: Any = getattr(optimizer, "optimizer", optimizer)
     if getattr(inner, "_step_supports_amp_scaling", False):
