@@ -25,7 +25,7 @@ def class_of(value: object) -> str:
 def require_readable(objective: "Objective") -> None:
     """Raise `UserError` if the objective's `state_dict()` could not be read back from a checkpoint.
 
-    torch must be able to load it with `weights_only=True`. A run with another state could never be resumed.
+    torch must be able to load it with `weights_only=True`. Otherwise the run could never be resumed.
     """
     packed = io.BytesIO()
     try:

@@ -23,9 +23,10 @@ def choose_start(
 ) -> StoredCheckpoint | None:
     """Return the checkpoint to resume from, or None for a fresh start. `say` prints a line for the user.
 
-    It is the newest undamaged checkpoint in `folder`, or `begin_with` if `folder` is empty. Later checkpoints in `folder`, which
-    are damaged, are renamed to unused_... . Folders whose name does not fit the iteration in their state.json get the right name.
-    Raises `UserError` if all checkpoints are damaged, or if the chosen one has another `fingerprint` (`Backbone.fingerprint`).
+    This is the newest undamaged checkpoint in `folder`, or `begin_with` if `folder` has none. Later checkpoints in `folder`,
+    which are damaged, are renamed to unused_... . A folder whose name does not fit the iteration in its state.json gets the right
+    name. Raises `UserError` if all checkpoints are damaged, or if the chosen one has another `fingerprint`
+    (`Backbone.fingerprint`).
     """
     start = newest_checkpoint(folder, lambda path, why: say(f"skipped a checkpoint: {why}"))
     if start is not None:

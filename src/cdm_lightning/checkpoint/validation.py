@@ -1,4 +1,4 @@
-"""Make up for a validation that was due when a run was stopped, so that the resumed run has the figures of all validations."""
+"""Run a validation that was missed because its run was stopped, so that the resumed run has the figures of all validations."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -30,7 +30,7 @@ def make_up_validation(
 ) -> None:
     """Run the validation of the iteration of `start` now if it was due but not finished, as Lightning's loop runs it.
 
-    A checkpoint is written before the validation. A run that is killed between the two has the checkpoint only.
+    A checkpoint is written before the validation, so a run that is killed between the two misses the validation.
     """
     if not is_due(trainer, start):
         return

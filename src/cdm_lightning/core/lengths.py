@@ -15,7 +15,7 @@ from cdm_lightning.kinds import NotEmpty, NotNegative, Positive, Steps
 
 
 class LengthDistribution(Protocol):
-    """The interface of a distribution of the number of steps."""
+    """The interface of a distribution of K, the number of steps of a rollout."""
 
     @property
     def mean(self) -> float:

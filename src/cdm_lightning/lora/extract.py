@@ -1,4 +1,4 @@
-"""Extract a LoRA from a tuned network: the one nearest to its difference from the base, by truncated singular value decomposition."""
+"""Extract a LoRA from a tuned network, by truncated singular value decomposition of its difference from the base network."""
 
 import math
 from collections.abc import Iterable, Iterator

@@ -58,10 +58,12 @@ class CDMObjective(Objective):
     and sigma. After each step the fake score becomes (1 - `fake_score_merge`) times itself plus `fake_score_merge` times the
     student. The student is updated once in `student_every` iterations, in the last of them.
 
-    `ca_weight`, `dm_weight` and `cdm_weight` are the weights of the three terms; a term of weight 0 costs nothing.
-    `guidance_scale` is the factor of the CA direction. Each direction is divided by the mean distance between the teacher's and
-    the student's x0 predictions, or by `norm_floor` if that is larger. `ca_levels`, `dm_levels`, `cdm_levels` and
-    `fake_score_levels` draw the sigma at which the x0 prediction is noised again: one for each term, and one for the fake score.
+    The loss has three terms: CA (guidance augmentation), DM (distribution matching) and CDM (distribution matching off the
+    trajectory), with the weights `ca_weight`, `dm_weight` and `cdm_weight`. A term of weight 0 costs nothing. Each term moves the
+    student's x0 prediction in a direction, CA in that of the teacher's guidance times `guidance_scale`. The direction is divided
+    by the mean distance between the teacher's and the student's x0 predictions, or by `norm_floor` if that is larger.
+    `ca_levels`, `dm_levels`, `cdm_levels` and `fake_score_levels` draw the sigma to which the x0 prediction is noised again: one
+    for each term, and one for the fake score.
 
     The CDM term calls the student at a point off its rollout. The rollout's *anchor* is the step that is drawn for each sample, and
     `target_levels` draws the sigma s' of the new point. `cdm_input` says how the point is made:
@@ -115,7 +117,9 @@ class CDMObjective(Objective):
 
     @property
     def rollout(self) -> RolloutKind:
-        """Rollouts to their end ("full") if `teacher_base` is "final", which is that end; otherwise to their anchor ("to_anchor")."""
+        """How far rollouts go: to their end ("full") for `teacher_base="final"`, otherwise to their randomly drawn step
+        ("to_anchor").
+        """
         return "full" if self.teacher_base == "final" else "to_anchor"
 
     @property

@@ -1,9 +1,8 @@
-"""f-distill (arXiv:2502.15681): distribution matching that minimizes another divergence than the reverse KL divergence.
+"""f-distill (arXiv:2502.15681): distribution matching with another divergence than the reverse KL divergence.
 
-The gradient of an f-divergence between the distributions of the data p and of the student q is that of the reverse KL
-divergence with each sample weighted by h(r) = r^2 f''(r), a function of the density ratio r = p / q of the noised sample.
-The ratio comes from the head of DMD2, whose logit is log r when the head is trained to its optimum. Shapes: B samples of
-shape * = (C, H, W).
+The gradient of an f-divergence is that of the reverse KL divergence with each sample weighted by h(r) = r^2 f''(r). Here r = p /
+q is the density ratio of the data p and the student q at the noised sample. DMD2's head estimates it: the optimal logit is log r.
+Shapes: B samples of shape * = (C, H, W).
 """
 
 from collections.abc import Mapping
@@ -25,9 +24,9 @@ Divergence = Literal[
 
 
 def divergence_weight(divergence: Divergence, ratio: Tensor) -> Tensor:
-    """Return h(r) = r^2 f''(r) for density ratios r, up to a constant factor; the shape is that of `ratio`.
+    """Return h(r) = r^2 f''(r) for density ratios r of any shape, up to a constant factor.
 
-    The functions are those of table 1 of arXiv:2502.15681, and in addition those of the divergences of Jeffreys and Neyman.
+    The functions are those in table 1 of arXiv:2502.15681, and those of the divergences of Jeffreys and Neyman.
     """
     match divergence:
         case "reverse_kl":
@@ -48,7 +47,7 @@ def divergence_weight(divergence: Divergence, ratio: Tensor) -> Tensor:
 
 @dataclass
 class _Means:
-    """Running means: of the ratio for each band of sigma, and of the weight h."""
+    """Running means of the density ratio r in each band of sigma, and of the weight h(r)."""
 
     ratios: list[float]
     weight: float
@@ -56,14 +55,16 @@ class _Means:
 
 @dataclass(frozen=True)
 class FDistillObjective(DMD2Objective):
-    """DMD2 whose DM term minimizes the f-divergence `divergence`; with "reverse_kl" it is DMD2.
+    """DMD2 whose DM term minimizes the f-divergence `divergence`; with "reverse_kl" it equals DMD2.
 
-    The ratio r is exp(logit) of the head at the noised sample, clamped to [`ratio_low`, `ratio_high`]. The mean of r over the
-    student's samples is 1 at every sigma if the head is right, so r is divided by its running mean in each of
-    `ratio_bands` equal bands of sigma. The weights h(r) are divided by their running mean, so that the strength of the term does not
-    depend on the divergence. Both means decay by `ratio_decay` with each update of the student; they are the same in all
-    processes and kept in checkpoints. The CDM term, if it has a weight, is not weighted by h: the head never sees its samples.
-    The other arguments are those of `DMD2Objective`. Raises ValueError for an argument out of its range.
+    Each sample of the DM term is weighted by h(r), a function of the density ratio r of data and student at the noised sample.
+    The head estimates r as exp(logit), which is clamped to [`ratio_low`, `ratio_high`]. Over the student's samples the mean of r
+    should be 1 at every sigma, so r is divided by its running mean in each of `ratio_bands` equal bands of sigma. h(r) is also
+    divided by its running mean, so that the strength of the term does not depend on the divergence. Both means decay by
+    `ratio_decay` with each student update. They are the same in all processes, and checkpoints hold them.
+
+    The CDM term is not weighted, because the head never sees its samples. The other arguments are those of `DMD2Objective`.
+    Raises ValueError for an argument out of its range.
     """
 
     divergence: Divergence = "jensen_shannon"
@@ -88,7 +89,9 @@ class FDistillObjective(DMD2Objective):
     def _differences(
         self, sample: RolledOutSample, looks: dict[str, _Look], teacher: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return h T(c) - h F(c) (B, *) for the DM term, T(c) - F(c) for others, and the figures that `observe` reads."""
+        """Return the teacher's x0 minus the fake score's (B, *) for each term, in DM times h(r), and the figures that `observe`
+        reads.
+        """
         if "dm" not in looks or self.divergence == "reverse_kl":
             return super()._differences(sample, looks, teacher)
         others = {term: look for term, look in looks.items() if term != "dm"}
@@ -101,9 +104,9 @@ class FDistillObjective(DMD2Objective):
         return directions | {"dm": per_sample(weight, fake) * (teacher["dm"] - fake)}, figures | of_ratio
 
     def _weight(self, logits: Tensor, sigma: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return normalized weights h (B,) for logits of the head (B,) at sigma (B,), and figures for `observe`.
+        """Return h(r) (B,) divided by its running mean, for the head's logits (B,) at sigma (B,), and figures for `observe`.
 
-        `ratio_N` is the mean over all samples of the ratio minus its running mean, counted as 0 outside band N of sigma.
+        The figure `ratio_N` is the mean of the ratio minus its running mean; samples outside band N of sigma count as 0.
         """
         bands = (sigma * self.ratio_bands).long().clamp(0, self.ratio_bands - 1)
         means = torch.tensor(self.means.ratios, dtype=torch.float32, device=sigma.device)[bands]
@@ -114,7 +117,7 @@ class FDistillObjective(DMD2Objective):
         return weight / self.means.weight, {**figures, "divergence_weight": weight.mean()}
 
     def observe(self, role: str, figures: Mapping[str, Tensor], made: bool) -> None:
-        """Move the running means after an update of the student."""
+        """Update the running means after an update of the student."""
         if role != "student" or not made or "divergence_weight" not in figures:
             return
         rate = min(
@@ -130,6 +133,6 @@ class FDistillObjective(DMD2Objective):
         return {"ratios": list(self.means.ratios), "weight": self.means.weight}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the running means; those of a run with another number of bands are not used."""
+        """Restore the running means. Those of a run with another number of bands are ignored."""
         if len(state["ratios"]) == self.ratio_bands:
             self.means.ratios, self.means.weight = list(state["ratios"]), float(state["weight"])

@@ -1,8 +1,9 @@
-"""TDM (arXiv:2503.06674): the states of the student's path are distributed like the teacher's at each of its sigmas.
+"""TDM (arXiv:2503.06674): the states of the student's path learn the teacher's distribution at each sigma of the path.
 
-A step of the rollout leads from a state at sigma s to one at s', by the student's prediction of x0. DMD noises the prediction again;
-TDM noises the state at s', up to a sigma of the step's own segment [s', s]. Teacher and fake score are compared there. So each
-step is judged at its own sigmas, and one fake score serves all steps of a fixed schedule. Shapes: B samples of shape * = (C, H, W).
+A step of the rollout leads from a state at sigma s to a state at s', by the student's x0 prediction. DMD noises this prediction.
+TDM noises the state at s' instead, to a sigma between s' and s, and compares teacher and fake score there. Each step is thus
+trained at its own sigmas, and one fake score is enough for all steps of a fixed schedule. Shapes: B samples of shape * =
+(C, H, W).
 """
 
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ LOWEST = 0.02  # sigma; as in CDM
 
 @dataclass(frozen=True)
 class _Noised:
-    """A state at the end of a step that was noised further: x = kept * state + added * noise, at `sigma`."""
+    """The state at the end of a step after further noising: x = kept * state + added * noise, at `sigma`."""
 
     x: Tensor  # (B, *)
     noise: Tensor  # (B, *)
@@ -36,19 +37,24 @@ class _Noised:
 
 @dataclass(frozen=True)
 class TDMObjective(LevelAwareObjective):
-    """Trajectory distribution matching; the DM term carries the guidance of the teacher, `guidance_scale` (T(c) - T(0)).
+    """Trajectory distribution matching (TDM), with the teacher's guidance in the DM term.
 
-    `segments` says how far a state is noised again: to a uniform sigma of its own step ("own"), or to any sigma above the end of
-    its step ("to_noise"), for which the paper tells the fake score the number of steps (`fake_score_conditioning`).
+    The guidance is `guidance_scale` times the teacher's x0 with the prompt minus its x0 without. `segments` says to which
+    sigma a state is
+    noised again:
+      "own"       a uniform sigma of its own step, from its end to its start;
+      "to_noise"  any sigma above the end of its step; the paper then also tells the fake score the number of steps
+                  (`fake_score_conditioning`).
 
     `fake_score_target` says what the fake score learns from the noised state:
       "prediction"  the student's x0 prediction, as in the authors' code. Each sample is weighted by exp(-|e|^2 / 2) /
                     exp(-|noise|^2 / 2), where e is the noise that the prediction implies, and |.|^2 are means over elements;
-      "state"       denoising score matching, whose optimum is exactly the score of the noised states, whatever their
-                    distribution. The samples are weighted so that the target stays bounded.
+      "state"       the score of the noised states, by denoising score matching. Each sample is weighted so that the target
+                    stays bounded.
 
-    There is no CDM term and nothing off the trajectory. The other arguments are those of `LevelAwareObjective`; levels of sigma
-    act on the CA term alone, which is off by default. Raises ValueError for an argument out of its range.
+    `cdm_weight` and `off_trajectory_share` must be 0. The other arguments are those of `LevelAwareObjective`. Of the sigma
+    distributions only `ca_levels` has an effect, and only if the CA term is on. Raises ValueError for an argument out of its
+    range.
     """
 
     ca_weight: TermWeight = 0.0
@@ -65,21 +71,24 @@ class TDMObjective(LevelAwareObjective):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(get_args(kind))}")
         for name in ("cdm_weight", "off_trajectory_share"):
             if getattr(self, name):
-                raise ValueError(f"{name}={getattr(self, name)} must be 0: TDM has nothing off the trajectory")
+                raise ValueError(f"{name}={getattr(self, name)} must be 0, because TDM has no term off the trajectory")
 
     def guidance(self, term: str) -> float:
-        """Return the factor of T(c) - T(0) in the direction of a term; here it is the same for all terms."""
+        """Return the guidance scale of a loss term, the factor of the teacher's x0 with the prompt minus its x0 without.
+
+        Here it is the same for all terms.
+        """
         return self.guidance_scale
 
     def _look(self, term: str, x0: Tensor, seen: Tensor, sample: RolledOutSample) -> _Look:
-        """Return the inputs of a term; for DM, x is the end of the step that the prediction x0 (B, *) makes, noised again."""
+        """Return the inputs of a loss term. For DM, x is the state that the step with x0 (B, *) reaches, after further noising."""
         if term != "dm":
             return super()._look(term, x0, seen, sample)
         noised = self._noised(sample, x0.detach(), "dm")
         return _Look(x0, seen, noised.x, noised.sigma)
 
     def _fit(self, sample: RolledOutSample, x0: Tensor, seen: Tensor, purpose: str) -> Tensor:
-        """Return the loss (0-d) of the fake score on the end of the step that the prediction x0 (B, *) makes, noised again."""
+        """Return the fake score's loss (0-d) on the state that the step with x0 (B, *) reaches, after further noising."""
         noised = self._noised(sample, x0, purpose)
         velocity = self.fake_score(sample, seen)(noised.x, noised.sigma).float()
         if self.fake_score_target == "state":
@@ -90,7 +99,7 @@ class TDMObjective(LevelAwareObjective):
         return flow_matching_loss(*(per_sample(weight.sqrt(), x0) * each for each in (velocity, x0, implied)))
 
     def _noised(self, sample: RolledOutSample, x0: Tensor, purpose: str) -> _Noised:
-        """Return the end of each sample's step, made by the prediction x0 (B, *), noised to a sigma of its segment."""
+        """Return the state that each sample's step reaches with x0 (B, *), noised to a sigma of its segment."""
         end, start = _end_sigma(sample), sample.point.sigma
         above = start if self.segments == "own" else torch.ones_like(start)
         draw = sample.rng.place(sample.rng.uniform(f"{purpose}.sigma"))
@@ -103,13 +112,13 @@ class TDMObjective(LevelAwareObjective):
 
 
 def _end_sigma(sample: RolledOutSample) -> Tensor:
-    """Return the sigma (B,) at which the step that starts at the anchor ends."""
+    """Return the sigma (B,) at the end of the step that starts at the rollout's anchor, its randomly drawn step."""
     assert sample.point.next_sigma is not None  # rollouts set it
     return sample.point.next_sigma
 
 
 def _end(sample: RolledOutSample, x0: Tensor) -> Tensor:
-    """Return the state (B, *) at the end of the step that starts at the anchor, made by the prediction x0 (B, *)."""
+    """Return the state (B, *) that the step from the rollout's anchor reaches with the prediction x0 (B, *)."""
     return interpolate(x0, sample.point.x, _end_sigma(sample) / sample.point.sigma)
 
 

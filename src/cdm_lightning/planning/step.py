@@ -204,5 +204,5 @@ def _run_backward(loss: Tensor) -> None:
 
 
 def every_network(networks: Networks) -> tuple[nn.Module, ...]:
-    """Return all networks, including the frozen base of adapters. The teacher is last."""
+    """Return all networks, including the frozen base of the LoRA adapters. The teacher is last."""
     return (*networks.children(), *networks.unregistered)

@@ -33,7 +33,7 @@ class Resolution(Protocol):
 
 @dataclass(frozen=True)
 class OwnSize:
-    """The image size that is set in the backbone, in every iteration."""
+    """Every iteration has the image size that is set in the backbone."""
 
     def check(self, backbone: Backbone) -> None:
         """Raise UserError if the model family cannot make images of this size."""

@@ -147,7 +147,7 @@ class FullRollouts(Rollouts):
     """Makes samples by rollouts to the clean image, for losses that use the rest of the path after the anchor."""
 
     def samples(self, batch: PromptBatch, iteration: int) -> list[RolledOutSample]:
-        """Return a sample with a `FullTrajectoryPoint` for each part of the batch."""
+        """Return a sample for each part of the batch; its point is a `FullTrajectoryPoint`, which includes the end of the rollout."""
         samples = self.bound(batch, iteration)
         with self.timer("rollout"):
             return [self._rolled_out(sample, self.draw(sample)) for sample in samples]
@@ -160,14 +160,14 @@ class FullRollouts(Rollouts):
 
 @dataclass(frozen=True)
 class _AtAnchor:
-    """A sample whose rollout has reached each prompt's anchor; x (B, C, H, W) are the states there."""
+    """A sample whose rollout has reached each prompt's anchor (its randomly drawn step); x (B, C, H, W) are the states there."""
 
     sample: Sample
     rollout: Rollout
     x: Tensor
 
     def rolled_out(self) -> RolledOutSample:
-        """Return the sample with the point at the anchor. This calls the student once."""
+        """Return the sample with its point, for which the student is called once."""
         return with_point(self.sample, self.rollout.point(self.x), self.rollout.steps)
 
 
@@ -183,7 +183,7 @@ class AnchorRollouts(Rollouts):
         self._waiting: dict[int, list[_AtAnchor]] = {}  # by iteration
 
     def samples(self, batch: PromptBatch, iteration: int) -> list[RolledOutSample]:
-        """Return a sample with the `TrajectoryPoint` at the anchor for each part of the batch."""
+        """Return a sample for each part of the batch; its point is the state at the anchor."""
         if iteration not in self._waiting:
             self._roll_out_group(batch, iteration)
         with self.timer("rollout"):
@@ -212,6 +212,6 @@ KINDS: dict[RolloutKind, type[Rollouts]] = {"to_anchor": AnchorRollouts, "full":
 
 
 def with_point(sample: Sample, point: TrajectoryPoint, steps: int) -> RolledOutSample:
-    """Return the sample together with the point at the anchor of its rollout of `steps` steps."""
+    """Return the sample with one state of its rollout, `point`. `steps` is the number of steps of the rollout."""
     of_sample = {field.name: getattr(sample, field.name) for field in fields(Sample)}
     return RolledOutSample(**of_sample, point=point, steps=steps)
