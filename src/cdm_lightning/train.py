@@ -192,10 +192,10 @@ def make_trainer(config: DictConfig, **parts: Any) -> L.Trainer:
 def use_text_cache(
     settings: TextCacheSettings, backbone: Backbone, data: PromptDataModule, callbacks: Sequence[L.Callback]
 ) -> None:
-    """Give the backbone the text cache in `settings.folder`. Without a folder it remembers the conditioning of few prompts.
+    """Give the backbone the text cache in `settings.folder`. Without a folder it keeps the conditioning of some prompts in memory.
 
-    `remember_up_to` is the number of prompts that are remembered. `callbacks` are searched for prompts of which they make images.
-    Raises `UserError` if the cache was made with other text encoders or lacks a prompt.
+    Their number is at most `remember_up_to`. `callbacks` are searched for prompts of which they make images. Raises `UserError`
+    if the cache was made with other text encoders or lacks a prompt.
     """
     generated = {type(callback).__name__: callback.prompts for callback in callbacks if hasattr(callback, "prompts")}
     sets = {"training": data.train, "validation": data.val, **generated}

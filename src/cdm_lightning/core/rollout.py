@@ -102,9 +102,9 @@ class Rollout:
 
     @torch.no_grad()
     def point(self, x: Tensor) -> TrajectoryPoint:
-        """Return the point at each sample's anchor, given the states x (B, *) there, which `walk` returns.
+        """Return the state at each sample's anchor (its randomly drawn step), with the student's velocity there.
 
-        One call of the student computes the velocities.
+        `x` (B, *) are the states that `walk` returns. One call of the student computes the velocities.
         """
         anchor = send(self.anchor, self.sigmas.device)[:, None]
         sigma, next_sigma = (self.sigmas.gather(1, anchor + step).squeeze(1) for step in (0, 1))
@@ -112,7 +112,7 @@ class Rollout:
 
 
 def walk(rollouts: Sequence[Rollout], agree_on_calls: Callable[[int], int] = lambda calls: calls) -> list[Tensor]:
-    """Compute each sample's rollout up to its anchor, and return the states (B, *) there, for each rollout.
+    """Compute each sample's rollout up to its anchor, a randomly drawn step, and return the states (B, *) there, for each rollout.
 
     `rollout.point(x)` of a returned state x equals `simulate(...).at(anchor)` up to rounding, without the cost of the later
     steps. All rollouts are computed as one batch if one call of the student can compute them.
@@ -149,7 +149,7 @@ def join_rollouts(rollouts: Sequence[Rollout]) -> Rollout | None:
 
 @torch.no_grad()
 def _walk(rollout: Rollout, agree_on_calls: Callable[[int], int]) -> Tensor:
-    """Return the states (B, *) at the anchors.
+    """Return the states (B, *) at the anchors, the randomly drawn steps.
 
     Step n runs only for samples with anchor > n. The batch is sorted by decreasing anchor, so these samples come first, and after
     each step the finished samples are cut off at the end. The host never waits for the device.

@@ -65,7 +65,8 @@ def check_on_cpu(on_cpu: Sequence[str], networks: Sequence[str], whole: Sequence
     """Raise `UserError` if `on_cpu` names a network that cannot be in host memory.
 
     `networks` are the names of all networks of the run. `whole` are those that can be in host memory, because they hold all
-    weights of the pretrained network. LoRA adapters, their base and heads do not.
+    weights of the pretrained network. LoRA adapters, their shared base and heads (networks that the objective builds itself) do
+    not.
     """
     refused = [name for name in on_cpu if name not in whole]
     if refused:

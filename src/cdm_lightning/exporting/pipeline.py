@@ -101,7 +101,7 @@ def require_adapter(is_adapter: bool) -> None:
 def model_card(name: str, record: dict[str, Any], run: Run | None) -> str:
     """Return the text of the model card `name`, with the configuration and metrics of `run`, if it is given.
 
-    `record` holds the other fields of `ModelCard`: nfe, weights, iteration and dtype.
+    `record` holds the other arguments of `ModelCard`: nfe, weights, iteration and dtype.
     """
     from cdm_lightning.exporting.model_card import ModelCard
 

@@ -100,7 +100,8 @@ class LoRAPlan:
     def tag(self, roles: Iterable[str]) -> str:
         """Return the adapter settings of the trained `roles` as one text, or "" if they have no adapter.
 
-        The text is part of a checkpoint's fingerprint, so that a run with other adapters refuses the checkpoint.
+        The text is part of the fingerprint that identifies a checkpoint's networks. A run with other adapters refuses the
+        checkpoint.
         """
         used = set(roles)
         parts = [f"{role}={adapter.tag}" for role, adapter in self._adapters.items() if role in used]

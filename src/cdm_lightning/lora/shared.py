@@ -30,10 +30,12 @@ if TYPE_CHECKING:
 class SharedBase:
     """A frozen network, the base, that holds a LoRA adapter for each role, so that several trained networks share its memory.
 
-    `view(role)` returns a module that runs the base with this role's adapter. Outside such calls all adapters are off. The base
-    is set to eval mode and keeps its dtype; adapters are float32. A starts uniform, as in peft, and B starts at zero, so every
-    role starts equal to the base. The initial A depends on `seed` and the layer only. As it is the same for all roles, an average
-    of two roles' factors is at first also an average of their products B A. Raises UserError for targets that `network` lacks.
+    `view(role)` returns a module that runs the base with this role's adapter. While no such module runs, all adapters are off.
+    The base is set to eval mode and keeps its dtype; adapters are float32.
+
+    A LoRA adds B A to a weight. B starts at zero, so every role starts equal to the base. A starts uniform, as in peft, and
+    depends on `seed` and the layer only. As it is the same for all roles, an average of two roles' factors is at first also an
+    average of their products B A. Raises UserError for targets that `network` lacks.
     """
 
     def __init__(self, network: nn.Module, adapters: Mapping[str, Adapter], presets: Presets, seed: int) -> None:

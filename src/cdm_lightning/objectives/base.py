@@ -52,7 +52,7 @@ class VelocityFields:
     def __getitem__(self, role: str) -> VelocityField:
         """Return the velocity field of a role: "student", "student_ema", or another key of `by_role`.
 
-        Raises UserError for "student_ema" if the run has no EMA, and KeyError for an unknown role and for the role of a head.
+        Raises UserError for "student_ema" if the run has no EMA. Raises KeyError for other names, also for those in `heads`.
         """
         if role == "student_ema" and role not in self.by_role:
             raise UserError("ema.decay is null, but the objective needs the EMA of the student; set ema=default")

@@ -138,14 +138,14 @@ class CDMObjective(Objective):
     # ---- losses
 
     def fake_score_losses(self, sample: RolledOutSample) -> Iterator[TermLosses]:
-        """Yield the flow matching loss of the fake score on the student's x0 prediction at the rollout's anchor."""
+        """Yield the flow matching loss of the fake score on the student's x0 prediction at a random step of its rollout."""
         yield TermLosses(self._fit(sample, sample.point.x0, sample.point.sigma, "fake_score"))
 
     def student_losses(self, sample: RolledOutSample) -> Iterator[TermLosses]:
         """Yield the student's loss in up to two parts, each of which calls the student once.
 
-        The first part holds the terms at the rollout's anchor. The second is the CDM term off the trajectory. With
-        `cdm_input="trajectory"` the CDM term belongs to the first part. Terms of weight 0 are left out.
+        The first part holds the terms at the rollout's anchor, a randomly drawn step. The second is the CDM term off the
+        trajectory. With `cdm_input="trajectory"` the CDM term belongs to the first part. Terms of weight 0 are left out.
         """
         weights = self._weights(sample.iteration)
         at_anchor = [term for term in weights if term != "cdm" or self.cdm_input == "trajectory"]
@@ -216,7 +216,7 @@ class CDMObjective(Objective):
     def _base(self, x0: Tensor, sample: RolledOutSample) -> Tensor:
         """Return the clean sample (B, *) that the CDM term noises for teacher and fake score.
 
-        The choice "next" is `x0_next` in the authors' code: the x0 prediction that the rollout made at the anchor.
+        The choice "next" is `x0_next` in the authors' code: the rollout's x0 prediction at its randomly drawn step.
         """
         point = sample.point
         if self.teacher_base == "online":

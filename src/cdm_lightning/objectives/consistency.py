@@ -42,7 +42,9 @@ class _AlongTheODE(Objective):
 
     @property
     def rollout(self) -> RolloutKind:
-        """Rollouts to their anchor ("to_anchor") if the points come from them; none ("none") if the points come from real images."""
+        """Rollouts to a randomly drawn step ("to_anchor") if the points come from them; none ("none") if they come from real
+        images.
+        """
         return "to_anchor" if self.start == "student" else "none"
 
     @property

@@ -69,28 +69,30 @@ class DMD2Objective(CDMObjective):
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        """The fake score, and the head that reads its hidden states."""
+        """The fake score, and the classifier head that reads its hidden states."""
         return (*super().roles, Role("head", build=partial(RealHead, branches=len(self.feature_blocks))))
 
     @property
     def needs_latents(self) -> bool:
-        """True: the head compares predictions with real images."""
+        """True, because the adversarial term compares predictions with real images."""
         return True
 
     def updates(self, iteration: int) -> list[Update]:
-        """Return the updates of fake score and head, followed by the student's in the last of every `student_every` iterations."""
+        """Return the updates of fake score and classifier head, followed by the student's in the last of every `student_every`
+        iterations.
+        """
         fake_score, *student = super().updates(iteration)
         return [fake_score, Update("head", self.head_losses), *student]
 
     def fake_score_losses(self, sample: RolledOutSample) -> Iterator[TermLosses]:
-        """Yield the flow matching loss, and the head's loss on real and on predicted latents times `classifier_weight`."""
+        """Yield the flow matching loss, and the classifier head's loss on real and on predicted latents times `classifier_weight`."""
         yield from super().fake_score_losses(sample)
         for name, latents in self._compared(sample) if self.classifier_weight else []:
             weighted = self.classifier_weight * self._loss(sample, name, self._features(sample, latents, name))
             yield TermLosses(weighted, {name: weighted})
 
     def head_losses(self, sample: RolledOutSample) -> Iterator[TermLosses]:
-        """Yield the head's loss on real and on predicted latents. No gradient reaches the fake score."""
+        """Yield the classifier head's loss on real and on predicted latents. No gradient reaches the fake score."""
         for name, latents in self._compared(sample):
             with torch.no_grad():
                 features = self._features(sample, latents, name)
@@ -119,6 +121,9 @@ class DMD2Objective(CDMObjective):
         return self.fake_score(sample, sample.point.sigma).with_features(x, sigma, self.feature_blocks)[1]
 
     def _loss(self, sample: RolledOutSample, answer: str, features: list[Tensor]) -> Tensor:
-        """Return the mean over samples (0-d) of -log of the probability that the head gives to `answer`, "real" or "fake"."""
+        """Return the mean over samples (0-d) of -log of the probability that the classifier head gives to `answer`.
+
+        `answer` is "real" or "fake".
+        """
         logits = sample.fields.heads["head"](features)
         return F.softplus(-logits if answer == "real" else logits).mean()

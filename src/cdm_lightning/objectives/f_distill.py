@@ -104,9 +104,10 @@ class FDistillObjective(DMD2Objective):
         return directions | {"dm": per_sample(weight, fake) * (teacher["dm"] - fake)}, figures | of_ratio
 
     def _weight(self, logits: Tensor, sigma: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return h(r) (B,) divided by its running mean, for the head's logits (B,) at sigma (B,), and figures for `observe`.
+        """Return h(r) (B,) divided by its running mean, and figures for `observe`.
 
-        The figure `ratio_N` is the mean of the ratio minus its running mean; samples outside band N of sigma count as 0.
+        `logits` (B,) are those of the classifier head at sigma (B,). The figure `ratio_N` is the mean of the ratio minus its
+        running mean; samples outside band N of sigma count as 0.
         """
         bands = (sigma * self.ratio_bands).long().clamp(0, self.ratio_bands - 1)
         means = torch.tensor(self.means.ratios, dtype=torch.float32, device=sigma.device)[bands]

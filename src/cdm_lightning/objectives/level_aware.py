@@ -95,7 +95,8 @@ class LevelAwareObjective(CDMObjective):
         return (Role("fake_score", inputs=dict.fromkeys(names, LevelEmbedding)),)
 
     def fake_score_losses(self, sample: RolledOutSample) -> Iterator[TermLosses]:
-        """Yield the flow matching loss on the x0 prediction at the rollout's anchor, and in some updates one off the trajectory.
+        """Yield the flow matching loss on the x0 prediction at a random step of the rollout, and in some updates one off the
+        trajectory.
 
         Every `off_trajectory_every`-th update has the second loss.
         """

@@ -40,8 +40,7 @@ class TDMObjective(LevelAwareObjective):
     """Trajectory distribution matching (TDM), with the teacher's guidance in the DM term.
 
     The guidance is `guidance_scale` times the teacher's x0 with the prompt minus its x0 without. `segments` says to which
-    sigma a state is
-    noised again:
+    sigma a state is noised again:
       "own"       a uniform sigma of its own step, from its end to its start;
       "to_noise"  any sigma above the end of its step; the paper then also tells the fake score the number of steps
                   (`fake_score_conditioning`).
@@ -112,13 +111,13 @@ class TDMObjective(LevelAwareObjective):
 
 
 def _end_sigma(sample: RolledOutSample) -> Tensor:
-    """Return the sigma (B,) at the end of the step that starts at the rollout's anchor, its randomly drawn step."""
+    """Return the sigma (B,) at the end of the rollout's randomly drawn step."""
     assert sample.point.next_sigma is not None  # rollouts set it
     return sample.point.next_sigma
 
 
 def _end(sample: RolledOutSample, x0: Tensor) -> Tensor:
-    """Return the state (B, *) that the step from the rollout's anchor reaches with the prediction x0 (B, *)."""
+    """Return the state (B, *) that the rollout's randomly drawn step reaches with the prediction x0 (B, *)."""
     return interpolate(x0, sample.point.x, _end_sigma(sample) / sample.point.sigma)
 
 

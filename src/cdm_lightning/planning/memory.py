@@ -50,11 +50,12 @@ class Sizes:
     - `trained`: the trained weights.
     - `states`: the optimizer's state after its first step.
     - `step_copies`: what an optimizer step takes in addition.
-    - `phases`: the timeline of the "rollout", and of each role's updates.
+    - `phases`: the memory at each moment of the "rollout", and of each role's updates.
 
     `text` and `vae` are the bytes of the text encoders and of the image codec. `largest_block` is the number of weights in a
     network's largest block, `outside_blocks` the number outside all blocks, and `compute` the bytes of one weight in the compute
-    dtype. The roles in `held_whole`, adapters and heads, are never sharded. `validation` is None if validation is not counted.
+    dtype. The roles in `held_whole` are never sharded: LoRA adapters, and heads, which the objective builds itself. `validation`
+    is None if validation is not counted.
     """
 
     networks: Mapping[str, float]

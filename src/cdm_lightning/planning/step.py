@@ -181,7 +181,7 @@ def _unchanged(sigmas: Tensor) -> Tensor:
 def _record(
     run: Callable[[], Iterable[TermLosses]], networks: Networks, role: str | None, mode: FakeTensorMode
 ) -> Phase:
-    """Record `run` together with the backward pass of each loss that it yields. The gradients are dropped afterwards."""
+    """Measure `run` together with the backward pass of each loss that it yields. The gradients are dropped afterwards."""
     known = [t for network in every_network(networks) for t in storages(network)]
     trained = networks.trained
     parameters = [parameter for network in trained.values() for parameter in trainable(network)]

@@ -17,7 +17,8 @@ def trace_validation(module: CDMModule, codec_parameters: int, batch: int | None
     """Return the memory of validation with batches of `batch` prompts (None: as many as in training).
 
     The backbone of `module` must have been through `skeleton.hollow`. Returns None if validation has no sampler. Also returns
-    None if the image codec's configuration in this package is incomplete, which its number of parameters shows.
+    None if the image codec's configuration in this package is incomplete, that is, if it does not give `codec_parameters`
+    parameters.
     """
     backbone = cast(PipelineBackbone, module.backbone)
     if not module.samplers:

@@ -47,7 +47,9 @@ class _Explained(logging.Filter):
         self.blocks: dict[str, set[str]] = {}  # a function as dynamo writes it -> names of the classes that run it
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Rewrite the record if it is that warning. Always returns True, so that no record is lost."""
+        """Rewrite the log record if it is dynamo's warning about the limit of variants. Always returns True, so that no record is
+        lost.
+        """
         if isinstance(record.msg, str) and record.msg.startswith(HIT) and isinstance(record.args, tuple):
             _, limit, function, reason, *_ = record.args
             names = ", ".join(sorted(self.blocks.get(str(function), {str(function)})))

@@ -28,7 +28,7 @@ def distribute(networks: Networks, backbone: Backbone, strategy: MeshStrategy, c
     """Distribute all networks over the strategy's device mesh, in place: each rank keeps its own rows of each weight.
 
     Networks on the meta device are filled, and each rank reads its own rows only. The base of LoRA adapters is sharded if the
-    strategy uses shards. Adapters and heads are small, so each rank keeps all of them.
+    strategy uses shards. Each rank keeps all of the small networks: adapters, and heads, which the objective builds itself.
     """
     mesh, device = strategy.device_mesh["data_parallel", "tensor_parallel"], strategy.root_device
     policy, block_types = mixed_precision(compute_dtype), backbone.block_types

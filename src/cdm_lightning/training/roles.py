@@ -21,8 +21,8 @@ def network_names(roles: Iterable[Role], average: bool = True) -> tuple[str, ...
 def whole_names(roles: Iterable[Role], lora: LoRAPlan, backbone: Backbone, average: bool = True) -> tuple[str, ...]:
     """Return the names of the networks that hold all weights of the pretrained network: the keys of `Networks.whole`.
 
-    LoRA adapters, their shared base (even if it is the teacher) and heads are left out. `roles` are the networks that the
-    objective trains besides the student. The order is that of `network_names`.
+    LoRA adapters, their shared base (even if it is the teacher) and heads, which the objective builds itself, are left out.
+    `roles` are the networks that the objective trains besides the student. The order is that of `network_names`.
     """
     roles = list(roles)
     built = [role.name for role in roles if role.build is not None]

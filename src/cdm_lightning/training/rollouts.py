@@ -32,7 +32,7 @@ Bind = Callable[
 
 @dataclass(frozen=True)
 class RolloutGroups:
-    """Groups of up to `together` successive iterations whose rollouts are computed as one batch.
+    """Groups of up to `together` successive iterations whose rollouts (the student's paths from noise) are computed as one batch.
 
     A group ends at the latest with the next update of the student. Until then the student stays the same, so a group gives the
     same rollouts as single iterations, with fewer network calls. `period` is the number of iterations from one student update to
@@ -144,7 +144,7 @@ class NoRollouts(Rollouts):
 
 
 class FullRollouts(Rollouts):
-    """Makes samples by rollouts to the clean image, for losses that use the rest of the path after the anchor."""
+    """Makes samples by rollouts to the clean image, for losses that use the path after the randomly drawn step."""
 
     def samples(self, batch: PromptBatch, iteration: int) -> list[RolledOutSample]:
         """Return a sample for each part of the batch; its point is a `FullTrajectoryPoint`, which includes the end of the rollout."""
@@ -172,7 +172,7 @@ class _AtAnchor:
 
 
 class AnchorRollouts(Rollouts):
-    """Makes samples by rollouts that stop at each prompt's anchor; later steps are not computed.
+    """Makes samples by rollouts that stop at each prompt's anchor, a randomly drawn step; later steps are not computed.
 
     The first iteration of a group computes the rollouts of the whole group, for which it gets the prompts of all its iterations
     (`batch.group`). The results are kept until their iteration comes.
@@ -183,7 +183,7 @@ class AnchorRollouts(Rollouts):
         self._waiting: dict[int, list[_AtAnchor]] = {}  # by iteration
 
     def samples(self, batch: PromptBatch, iteration: int) -> list[RolledOutSample]:
-        """Return a sample for each part of the batch; its point is the state at the anchor."""
+        """Return a sample for each part of the batch; its point is the state at the randomly drawn step."""
         if iteration not in self._waiting:
             self._roll_out_group(batch, iteration)
         with self.timer("rollout"):

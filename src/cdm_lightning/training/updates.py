@@ -40,11 +40,10 @@ class Updates:
     ) -> dict[str, Tensor]:
         """Make one optimizer step of `role` and return its figures: "loss", terms, logs and "grad_norm", all 0-d.
 
-        `losses` yields pairs (share of the batch, part of the loss). The loss is the sum of the parts times their shares, and so
-        are the figures. `backward` runs the backward pass of one part, before the next part is computed. Gradients that reach
-        other `networks` are dropped: for example, the student's loss can pass through a head. "grad_norm" is the norm before
-        clipping. If it is not finite, the step is skipped: by the optimizer's own kernel if it can, so that the host does not
-        wait for the device.
+        `losses` yields pairs (share of the batch, part of the loss). Loss and figures are the sums of the parts times their
+        shares. `backward` runs the backward pass of one part, before the next part is computed. Gradients that reach other
+        `networks` are dropped. "grad_norm" is the norm before clipping. If it is not finite, the step is skipped. An optimizer
+        that can skip a step in its own kernel does so, and the host does not wait for the device.
         """
         recipe = self.recipes[role]
         self.settle(before=iteration)
@@ -136,9 +135,10 @@ def recipes_of(objective: Objective, optim: Mapping[str, OptimizerRecipe]) -> di
 def steps_of(objective: Objective, iteration: int, group: range) -> list[tuple[Update, int]]:
     """Return the optimizer steps of an iteration in their order, each with its number among its role's steps, from 0.
 
-    The number is part of the key of the step's random draws (`StepRandom.again`). `group` are the iterations whose rollouts
-    are computed
-    as one batch with this one. Raises ValueError in two cases:
+    The number is part of the key of the step's random draws (`StepRandom.again`). The rollouts of the iterations `group` are
+    computed as one batch.
+
+    Raises ValueError in two cases:
     - The iteration has no update; Lightning would never count it.
     - The student is updated before the last iteration of the group; the group's later rollouts would come from an older student.
     """
