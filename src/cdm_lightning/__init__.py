@@ -2,7 +2,10 @@
 
 
 def __getattr__(name: str) -> str:
-    """Return `__version__` when it is first read: that of the installed package, or that in pyproject.toml of a checkout."""
+    """Return `__version__`, which is looked up when it is first read.
+
+    It is the version of the installed package, or the version in pyproject.toml of a checkout that is not installed.
+    """
     if name != "__version__":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib.metadata import PackageNotFoundError, version

@@ -79,9 +79,10 @@ def fill_cache(
 ) -> Filled:
     """Encode the empty prompt and the prompts of `sets` (name: prompts) into the text cache in `settings.folder`.
 
-    Prompts that are in the cache already are skipped. `backbone` encodes the others on `device`. Raises `UserError` for a cache
-    of other text encoders or of another dtype, for an incomplete file of the cache, for a full disk, and for a prompt whose
-    conditioning differs in shape from that of the empty prompt.
+    Prompts that are in the cache already are skipped. `backbone` encodes the others on `device`. Raises `UserError` in these cases:
+    - The cache was made with other text encoders or in another dtype.
+    - A file of the cache is incomplete, or the disk is full.
+    - The conditioning of a prompt has another shape than the conditioning of the empty prompt.
     """
     import torch
 
@@ -182,7 +183,7 @@ def encode_batch(backbone: "Backbone", batch: Sequence[str], manifest: "Manifest
     """Return the text conditioning of the prompts in `batch`, on the CPU and in the dtypes of the cache.
 
     A batch of fewer than `size` prompts is filled up first, because the last bit of some matrix products depends on the number of
-    rows. `manifest` describes the cache. Raises `UserError` if a tensor differs in shape from that of the empty prompt.
+    rows. `manifest` describes the cache. Raises `UserError` if a tensor has another shape than for the empty prompt.
     """
     filled = batch if batch[0] == "" else [*batch, *[batch[-1]] * (size - len(batch))]
     cond = backbone.encode_prompts(filled)

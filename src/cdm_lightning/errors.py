@@ -6,8 +6,8 @@ FROM_WORKER = "Caught UserError in DataLoader worker"
 class UserError(Exception):
     """A mistake of the user. Its text is one line: what is wrong, where it is, and how to fix it.
 
-    A `DataLoader` raises errors of its worker processes again, with the worker's traceback before the message. `str()` gives the
-    message alone.
+    A `DataLoader` raises errors of its worker processes again, with the worker's traceback before the message. `str()` leaves the
+    traceback out.
     """
 
     def __init__(self, message: str) -> None:

@@ -86,7 +86,7 @@ def _write(family: type, found: "Extraction", output: Path) -> None:
 def report(found: "Extraction") -> str:
     """Return a text with the relative error of each tensor, the largest first, followed by the error of all together.
 
-    The error is the Frobenius norm of the part that the LoRA misses, divided by that of the difference.
+    The error is the Frobenius norm of the part that the LoRA misses, divided by the norm of the difference.
     """
     errors = sorted(found.errors(), key=lambda pair: -pair[1])
     outside = set(found.outside)

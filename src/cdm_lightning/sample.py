@@ -76,8 +76,8 @@ def sample_images(
     - `guidance_scale`: 1 or less means no guidance.
     - `device`: "auto" (CUDA if available) or a device of torch. `dtype`: "float32" or "bfloat16", for the network.
 
-    The text encoders are freed before the network is loaded. Raises UserError for a model that is neither a run nor a pipeline of
-    a known family, for a size that it cannot make, and for a device or dtype that cannot be used.
+    The text encoders are freed before the network is loaded. Raises UserError for a model that is no run and no pipeline of a
+    known family. Also raises it for a size that the model cannot make, and for a device or dtype that cannot be used.
     """
     opened = open_sized(model, lora, height, width, steps)
     images = list(sampled(opened, prompts, guidance_scale, seed, batch_size, device, dtype))

@@ -1,8 +1,8 @@
 """`python -m cdm_lightning.train experiment=...`: compose the configuration, build its objects, train.
 
-A run has one folder, `outputs/RUN_NAME`. It holds `config.yaml` (the resolved configuration), `starts.jsonl` (command, versions
-and hardware, a line for each time that the command was started), `checkpoints/`, and the files of loggers and callbacks. The same
-command resumes the run.
+A run has one folder, `outputs/RUN_NAME`, with `config.yaml` (the resolved configuration), `checkpoints/`, and the files of
+loggers and callbacks. Each start of the command adds a line to `starts.jsonl`: command, versions and hardware. The same command
+resumes the run.
 """
 
 import os

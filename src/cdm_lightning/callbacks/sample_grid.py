@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 class SampleGrid(L.Callback):
     """Write a picture of each validation to `FOLDER/iteration_0000500.png` in the run's folder.
 
-    The picture has a row for each of `validation.samplers` (ways to make images, such as the student in 4 steps) and a column for
-    each of the first `num_prompts` validation prompts of the first process. Loggers that support pictures get it too. Raises
-    ValueError for `num_prompts` below 1.
+    Each row shows one of `validation.samplers` (ways to make images, such as the student in 4 steps). Each column shows a
+    validation prompt: the first `num_prompts` prompts of the first process. Loggers that support pictures get the picture too.
+    Raises ValueError for `num_prompts` below 1.
     """
 
     def __init__(self, num_prompts: Pictures = 8, folder: FolderOfRun = "samples") -> None:

@@ -22,7 +22,7 @@ class ThroughputMonitor(L.Callback):
       even if it is not updated in each.
     - peak_memory_gib: the peak memory so far, of the GPU, or of the process on a CPU.
 
-    On a GPU, the times of the phases are those of the GPU, which notes them itself; they are read only when they are logged.
+    On a GPU, CUDA events measure the times of the phases, and they are read only when they are logged.
     """
 
     def __init__(self) -> None:

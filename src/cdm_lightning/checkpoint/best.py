@@ -56,7 +56,7 @@ class Best:
         return found if found["metric"] == self.metric and found["iteration"] in kept else None
 
     def is_improved_by(self, value: float) -> bool:
-        """Return whether `value` is better than that of the best checkpoint. NaN and infinity never are."""
+        """Return whether `value` is better than the value of the best checkpoint. NaN and infinity never are."""
         if not math.isfinite(value):
             return False
         best = self.read()

@@ -68,7 +68,7 @@ class IterationCheckpoint(Checkpoint):
     # ---- the start
 
     def setup(self, trainer: L.Trainer, pl_module: "CDMModule", stage: str) -> None:
-        """Delete what a killed run left behind, and choose the checkpoint to resume from, before any network is built."""
+        """Delete the remains of a killed run, and choose the checkpoint to resume from, before any network is built."""
         if stage == "fit":
             if ranks.rank() == 0 and (left := sweep(self.folder)):
                 say(f"deleted the remains of an interrupted save: {', '.join(left)}")
@@ -79,7 +79,7 @@ class IterationCheckpoint(Checkpoint):
     def choose_start(self, fingerprint: str) -> StoredCheckpoint | None:
         """Return the checkpoint to resume from, or None for a fresh start.
 
-        `fingerprint` is that of the run's backbone (`Backbone.fingerprint`). Raises `UserError` if the checkpoint has another
+        `fingerprint` identifies the run's backbone (`Backbone.fingerprint`). Raises `UserError` if the checkpoint has another
         one, and if all checkpoints are damaged.
         """
         return choose_start(self.folder, self.begin_with, fingerprint, say)

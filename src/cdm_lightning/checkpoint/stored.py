@@ -116,7 +116,7 @@ class StoredCheckpoint:
         load_tensors(tensors, self.files)
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
-        """Read the whole tensors whose names begin with `prefix`, to the CPU, in this process alone.
+        """Read the whole tensors whose names begin with `prefix`, to the CPU. Other processes are not involved.
 
         The keys are the names without the prefix. Raises `UserError` if the files cannot be read.
         """
@@ -161,10 +161,10 @@ class StoredCheckpoint:
             return file.get_tensor(TRAINER).numpy().tobytes()
 
     def find_fault(self) -> str | None:
-        """Return what is wrong with the checkpoint's files, such as "X is truncated: ...", or None.
+        """Compare the files with their sizes and checksums, and check that weights are finite. Return the first fault, or None.
 
-        Sizes and checksums are compared, and weights must be finite. The processes of a run share the reading, so all of them
-        must call this; each gets the same answer.
+        A fault is a text such as "X is truncated: ...". The processes of a run share the reading, so all of them must call this;
+        each gets the same answer.
         """
         fault = None
         if self.path.is_dir():  # for a single file, safetensors compares the header with the length
@@ -179,7 +179,7 @@ class StoredCheckpoint:
 def read_checkpoint(path: Path, fingerprint: str | None = None) -> StoredCheckpoint:
     """Open a checkpoint, either a folder or a single file. Its checksums are not compared yet.
 
-    Raises `UserError` if it is missing, unfinished or no checkpoint of this project. `fingerprint` is that of the configured
+    Raises `UserError` if it is missing, unfinished or no checkpoint of this project. `fingerprint` identifies the configured
     backbone (`Backbone.fingerprint`); if it is given, a checkpoint of another backbone raises `UserError` too.
     """
     path = Path(path)

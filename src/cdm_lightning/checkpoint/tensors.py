@@ -81,7 +81,7 @@ def save_tensors(tensors: Mapping[str, Tensor], folder: Path) -> FileSums:
 
 
 def load_tensors(tensors: dict[str, Tensor], files: Sequence[Path], alone: bool = False) -> None:
-    """Read tensors from a checkpoint's files, in place. All processes must call this together, unless `alone` is true.
+    """Read tensors from a checkpoint's files, in place. Either all processes call this together, or one process with `alone=True`.
 
     Raises RuntimeError if a name is missing or a shape does not fit.
     """

@@ -28,8 +28,8 @@ def interpolate(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 def move(x: Tensor, v: Tensor, sigma_from: Tensor, sigma_to: Tensor) -> Tensor:
     """Move x (B, *) from `sigma_from` to `sigma_to` along the velocity v: x + (sigma_to - sigma_from) v.
 
-    The result equals that of `FlowMatchEulerDiscreteScheduler.step` in diffusers bit for bit, because the order of the operations
-    is the same.
+    The order of the operations is the same as in `FlowMatchEulerDiscreteScheduler.step` of diffusers, so the results are equal
+    bit for bit.
     """
     return x + per_sample(sigma_to - sigma_from, x) * v
 

@@ -6,8 +6,8 @@ the CPU, so they are also the same for every device. Noise is moved to the devic
 they have been shifted, so that the host never waits for the device.
 
 The generator is SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), which computes each number of its sequence from the number's
-position. All samples are therefore drawn at once. The sequence starts at a hash of seed, purpose and iteration, and the position
-is given by the slot and by the index of the number in the slot's draw.
+position. All samples are therefore drawn at once. The sequence starts at a hash of seed, purpose and iteration. Number n of a
+slot has the position slot * 2^32 + n.
 """
 
 import hashlib

@@ -16,9 +16,9 @@ def send(values: Tensor, device: torch.device | str) -> Tensor:
 
 
 class Fetched:
-    """A copy of small values of a GPU on the host, which begins now: `values` waits for this copy alone, not for later work.
+    """A copy of small values from a GPU to the host, which begins when the object is made.
 
-    Values that are on the CPU already are not copied.
+    `values` waits until the copy has arrived, but not for later work of the GPU. Values on the CPU are not copied.
     """
 
     def __init__(self, values: Tensor) -> None:

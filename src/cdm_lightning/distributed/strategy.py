@@ -64,9 +64,9 @@ class MeshStrategy(ModelParallelStrategy):
 def check_on_cpu(on_cpu: Sequence[str], networks: Sequence[str], whole: Sequence[str]) -> None:
     """Raise `UserError` if `on_cpu` names a network that cannot be in host memory.
 
-    `networks` are the names of all networks of the run. `whole` are those that can be in host memory, because they hold all
-    weights of the pretrained network. LoRA adapters, their shared base and heads (networks that the objective builds itself) do
-    not.
+    `networks` are the names of all networks of the run. `whole` are the networks that can be in host memory, because they hold
+    all weights of the pretrained network. LoRA adapters, their shared base and heads (networks that the objective builds itself)
+    do not.
     """
     refused = [name for name in on_cpu if name not in whole]
     if refused:
@@ -154,7 +154,7 @@ def world_size(devices: int | str | Sequence[int], num_nodes: int) -> int:
 
 
 def launched_processes() -> int | None:
-    """Return the number of processes that torchrun or SLURM has started, or None if neither has."""
+    """Return the number of processes that torchrun or SLURM has started. None means that the run has no such launcher."""
     tasks = int(os.environ.get("SLURM_NTASKS", "1"))
     return int(os.environ.get("WORLD_SIZE", "0")) or (tasks if tasks > 1 else None)
 

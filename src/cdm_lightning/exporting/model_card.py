@@ -45,8 +45,8 @@ class ModelCard:
     """The facts in the model card of a student called `name`.
 
     `nfe` is the number of network calls for an image. `weights` is the exported network, "student_ema" or "student". `iteration`
-    is the number of training iterations, and `dtype` that of the file. `config` is the run's configuration, and `metrics` the
-    content of its metrics.json, if there is one.
+    is the number of training iterations, and `dtype` is the dtype of the weights' file. `config` is the run's configuration, and
+    `metrics` the content of its metrics.json, if there is one.
     """
 
     name: str

@@ -73,7 +73,7 @@ class LoRAPlan:
     """The trained networks that are LoRAs, with an `Adapter` for each, for example `LoRAPlan(student=Adapter(...))`.
 
     A network without an entry, or with None, trains all its weights. Entries for networks that the objective does not train have
-    no effect. Raises UserError for a value that is neither an `Adapter` nor None.
+    no effect. Raises UserError if a value is no `Adapter` and not None.
     """
 
     def __init__(self, **adapters: Adapter | None) -> None:
@@ -90,7 +90,7 @@ class LoRAPlan:
         return self._adapters.get("student" if role == "student_ema" else role)
 
     def among(self, roles: Iterable[str]) -> dict[str, Adapter]:
-        """Return {role: adapter} for the given roles, without those that have no adapter."""
+        """Return {role: adapter} for the given roles. Roles without an adapter are left out."""
         return {role: adapter for role in roles if (adapter := self.of(role)) is not None}
 
     def unused(self, roles: Iterable[str]) -> list[str]:

@@ -64,7 +64,7 @@ class SharedBase:
 
     @contextmanager
     def running(self, role: str | None) -> Generator[None]:
-        """Turn on the adapter of `role` inside the `with` block (None: no adapter), and restore the former state afterwards."""
+        """Turn on the adapter of `role` inside the `with` block (None: all off). Afterwards restore the state before the block."""
         before = self._role
         self._switch(role)
         try:

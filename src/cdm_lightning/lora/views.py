@@ -29,7 +29,7 @@ class RoleView(nn.Module):
             _hold(self, name, parameter)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the base with this role's adapter only, and restore the former adapter afterwards."""
+        """Call the base with this role's adapter only. Afterwards restore the adapter that was on before."""
         with self.shared.running(self.role):
             return self.shared.network(*args, **kwargs)
 

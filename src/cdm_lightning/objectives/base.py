@@ -167,7 +167,7 @@ class Update:
 class Objective(ABC):
     """The base class of objectives. A subclass must write `updates`; everything else has a default.
 
-    The defaults fit a method that trains the student alone, on its own rollouts, and keeps no state.
+    The defaults fit a method that trains only the student, on its own rollouts, and keeps no state.
     """
 
     @property

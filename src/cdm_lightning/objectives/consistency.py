@@ -118,11 +118,11 @@ class ConsistencyObjective(_AlongTheODE):
 class ContinuousConsistencyObjective(_AlongTheODE):
     """Continuous-time consistency distillation (sCM, arXiv:2410.11081), for rectified flow.
 
-    On the teacher's path dx/ds is the teacher's velocity u. The student's prediction f = x - s v changes along it by the tangent
-    g = u - v - s (dv/dx u + dv/ds), and g = 0 means consistency. The student's velocity therefore learns v + g / (|g| +
-    `tangent_floor`), where |g| is the root mean square of g in a sample (the paper's tangent normalization). The part s (dv/dx u
-    + dv/ds) grows linearly from 0 to its full size over the first `warmup` iterations. The defaults of both options are the
-    paper's.
+    On the teacher's path dx/ds is the teacher's velocity u. Along this path the student's prediction f = x - s v changes by the
+    tangent g = u - v - s (dv/dx u + dv/ds). Consistency means g = 0. The student's velocity therefore learns v + g / (|g| +
+    `tangent_floor`), where |g| is the root mean square of g in a sample. This is the paper's tangent normalization. The part s
+    (dv/dx u + dv/ds) grows linearly from 0 to its full size over the first `warmup` iterations. The defaults of both options are
+    the paper's.
 
     With `derivative="exact"` the derivative in g is a Jacobian-vector product by forward-mode differentiation, which the
     network's attention must support. With "finite" it is the central difference over `finite_step` in sigma, which works for

@@ -44,7 +44,7 @@ class RealHead(nn.Module):
 class DMD2Objective(CDMObjective):
     """DMD2: distribution matching plus an adversarial term that compares predictions with real images.
 
-    A head classifies noised latents as real or predicted, from the hidden states of the fake score after the blocks
+    A head classifies noised latents as real or predicted. It reads the hidden states of the fake score after the blocks
     `feature_blocks` (negative numbers count from the last block). Its loss is -log of the probability of the right answer
     (non-saturating GAN). The head is updated in every iteration, after the fake score. The fake score gets the same loss, times
     `classifier_weight`, so that it learns features that help the head. The student gets, times `generator_weight`, -log of the

@@ -54,11 +54,11 @@ class LevelAwareObjective(CDMObjective):
       "sigma_and_steps"  that sigma, and 1 / K for a rollout of K steps.
     These inputs have no effect at the start of training. They are learnt together with the fake score's weights or LoRA.
 
-    The fake score's loss is (1 - `off_trajectory_share`) times the loss on the x0 prediction at the rollout's anchor (its
-    randomly drawn step), plus `off_trajectory_share` times the loss on an x0 prediction off the trajectory. The latter is made at
-    the input of the CDM term (`cdm_input`, `target_levels`). It costs a call of the student without gradient, and a forward and a
-    backward pass of the fake score. It is part of every `off_trajectory_every`-th update of the fake score; the other updates use
-    the anchor alone.
+    The fake score learns from x0 predictions at the rollout's anchor (its randomly drawn step) and from x0 predictions off the
+    trajectory, at the input of the CDM term (`cdm_input`, `target_levels`). The two losses have the weights 1 -
+    `off_trajectory_share` and `off_trajectory_share`. The second loss costs a call of the student without gradient, and a forward
+    and a backward pass of the fake score. Only every `off_trajectory_every`-th update of the fake score has it; the other updates
+    use the first loss only.
 
     `cdm_guidance_scale` adds guidance to the direction of the CDM term; published CDM has none there. The other arguments are
     those of `CDMObjective`. Raises ValueError for an argument out of its range.

@@ -32,8 +32,8 @@ class Validation:
     def peak(self, rollout: Timeline | None, batch: int, fixed: float) -> float:
         """Return the largest number of bytes at any moment of validation.
 
-        `rollout` is the memory of a training rollout, `batch` is the number of samples in training, and `fixed` is the share of
-        the rollout's fixed bytes that this GPU holds.
+        `rollout` is the memory of a training rollout, and `batch` the number of samples in training. This GPU holds the share
+        `fixed` of the rollout's fixed bytes.
         """
         images = self.batch or batch
         sampled = rollout.peak(math.ceil(images * self.share), 1.0, fixed) if rollout is not None else 0.0

@@ -32,7 +32,8 @@ def perturb(images: Tensor, rng: torch.Generator) -> Tensor:
 def train_classifier(recipe: Recipe, folder: Path, output: Path, pool: int = 49152) -> ShapesClassifier:
     """Train the classifier on `pool` renderings, write it to the safetensors file `output`, and return it in eval mode.
 
-    The captions are drawn from all combinations of the shapes set, including those that the teacher never sees in training.
+    The captions are drawn from all combinations of the shapes set, also from combinations that the teacher never sees in
+    training.
     """
     scenes = draw_scenes(pool, recipe.seed + 1000, "all", pairs=0.5)
     layout = lay_out(scenes, recipe.seed + 1000)

@@ -1,4 +1,4 @@
-"""The networks of a run: the student, its EMA, the teacher, and those that the objective trains in addition."""
+"""The networks of a run: the student, its EMA, the teacher, and the networks that the objective trains in addition."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class Networks(nn.Module):
     """All networks of a run: `student`, `student_ema`, `teacher`, and one attribute for each role of the objective.
 
-    The student and the networks of the `roles` are trained in float32. The EMA and the teacher are frozen. All start from the
-    same pretrained weights, except heads, which the objective builds itself (`Role.build`).
+    The student and the networks of the `roles` are trained in float32. The EMA and the teacher are frozen. Heads are built by the
+    objective itself (`Role.build`); all other networks start from the same pretrained weights.
 
     `lora` gives LoRA adapters to some roles. These roles share one frozen base network, and their own modules hold only the
     adapter's parameters. If the base equals the teacher (`Backbone.teacher_is_base`), the teacher is the base with all adapters

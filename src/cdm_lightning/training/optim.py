@@ -71,7 +71,7 @@ class OptimizerRecipe:
         return self.optimizer(parameters, lr=self.learning_rate.at(0))
 
     def set_learning_rate(self, optimizer: Optimizer, iteration: int) -> None:
-        """Set the optimizer's learning rate to that of `iteration`.
+        """Set the optimizer's learning rate for `iteration`.
 
         Optimizers of torchao keep the rate in a tensor, which is changed in place.
         """

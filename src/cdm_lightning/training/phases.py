@@ -10,9 +10,9 @@ import torch
 class PhaseTimer:
     """Adds up the seconds that this process spends in each phase of training.
 
-    The phases are "rollout" and the updates of each role, named by the role. If `device` is a CUDA device, the seconds are those
-    of the device, which notes when it reaches the beginning and the end of each phase (CUDA events): the host waits for it
-    only when `seconds` is read. If `device` is None (the default), they are those of the host.
+    The phases are "rollout" and the updates of each role, named by the role. If `device` is a CUDA device, its CUDA events
+    measure the time, and the host waits for them only when `seconds` is read. If `device` is None (the default), the seconds are
+    those of the host.
     """
 
     def __init__(self) -> None:

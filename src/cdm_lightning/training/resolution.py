@@ -1,4 +1,4 @@
-"""The image size of an iteration: always that of the backbone, or one of several sizes that is drawn in each iteration.
+"""The image size of an iteration: always the backbone's size, or one of several sizes that is drawn in each iteration.
 
 Training at several sizes needs no images: a rollout starts from noise of that size. In some model families the shift of the
 sigmas depends on the size (`Backbone.at`).
@@ -49,8 +49,8 @@ class Buckets:
     """An image size that is drawn from `sizes` in each iteration, the same for all samples and processes.
 
     `sizes` are pairs (height, width) in pixels. `weights` gives the relative probability of each size; by default all are equal.
-    Raises UserError for a size that is no such pair, for a number of weights that differs from that of the sizes, and for
-    negative weights or weights that are all 0.
+    Raises UserError for a size that is no such pair. Also raises it for weights that are negative, that are all 0, or that are
+    not one for each size.
     """
 
     sizes: Annotated[Sequence[Annotated[Sequence[Pixels], Len(2, 2)]], NotEmpty]

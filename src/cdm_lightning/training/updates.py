@@ -18,9 +18,9 @@ class Updates:
     """Makes the optimizer steps of all trained networks, and counts the skipped steps.
 
     `recipes` are the optimizer settings by role. A step is skipped if its loss or its gradient is not finite. `skipped_steps`
-    counts the skipped steps of each role. `skipped_in_a_row` counts those since its last step that was not skipped. Checkpoints
-    hold both counts, and they are equal in all processes. On a GPU, the counts of an iteration are known in the next one:
-    `settle` waits for them.
+    counts the skipped steps of each role. `skipped_in_a_row` counts the skipped steps since the last one that was made.
+    Checkpoints hold both counts, and they are equal in all processes. On a GPU, an iteration is counted when the next one begins,
+    or when `settle` is called.
     """
 
     def __init__(self, recipes: Mapping[str, OptimizerRecipe]) -> None:
