@@ -60,7 +60,7 @@ class CDMObjective(Objective):
 
     The loss has three terms: CA (guidance augmentation), DM (distribution matching) and CDM (distribution matching off the
     trajectory), with the weights `ca_weight`, `dm_weight` and `cdm_weight`. A term of weight 0 costs nothing. Each term moves the
-    student's x0 prediction in a direction, CA in the direction of the teacher's guidance times `guidance_scale`. The direction is divided
+    student's x0 prediction in a direction; for CA this is the teacher's guidance times `guidance_scale`. The direction is divided
     by the mean distance between the teacher's and the student's x0 predictions, or by `norm_floor` if that is larger.
     `ca_levels`, `dm_levels`, `cdm_levels` and `fake_score_levels` draw the sigma to which the x0 prediction is noised again: one
     for each term, and one for the fake score.
