@@ -70,7 +70,7 @@ def check_on_cpu(on_cpu: Sequence[str], networks: Sequence[str], whole: Sequence
     """
     refused = [name for name in on_cpu if name not in whole]
     if refused:
-        what = f"{refused[0]}, which is an adapter, the base of adapters or a head and must stay on the device"
+        what = f"{refused[0]}, which is an adapter, the base of adapters or a head of the objective, and must stay on the device"
         wrong = what if refused[0] in networks else f"{refused[0]}, which is not a network of this run"
         raise UserError(f"strategy.on_cpu names {wrong}; it may list {', '.join(whole) or 'nothing here'}")
 

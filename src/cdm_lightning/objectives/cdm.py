@@ -42,11 +42,13 @@ class _Look:
 
 @dataclass(frozen=True)
 class _Judged:
-    """What teacher and fake score say about looks, by term: x0 predictions and directions (B, *), and figures for the log (0-d)."""
+    """The results of teacher and fake score for each loss term: x0 predictions and directions (B, *), and figures for the log
+    (0-d).
+    """
 
     teacher: dict[str, Tensor]
-    without_text: dict[str, Tensor]  # the teacher's x0 without text: of CA and of other terms with guidance
-    directions: dict[str, Tensor]  # T(c) - F(c), of all terms but CA
+    without_text: dict[str, Tensor]  # the teacher's x0 without text, for CA and other terms with guidance
+    directions: dict[str, Tensor]  # T(c) - F(c), for all terms but CA
     figures: dict[str, Tensor]
 
 
@@ -201,7 +203,10 @@ class CDMObjective(Objective):
     def _term_losses(
         self, sample: RolledOutSample, looks: dict[str, _Look], weights: dict[str, float], predicted: Tensor | None
     ) -> TermLosses:
-        """Return the weighted sum of the terms in `looks`. `predicted` (B, *) is the student's x0, used for the logs only."""
+        """Return the weighted sum of some loss terms. `looks` holds their inputs.
+
+        `predicted` (B, *) is the student's x0, which is used for the logs only.
+        """
         judged = self._judge(sample, looks)
         teacher, deltas = judged.teacher, dict(judged.directions)
         for term, uncond in judged.without_text.items():
@@ -242,7 +247,10 @@ class CDMObjective(Objective):
 
     @torch.no_grad()
     def _judge(self, sample: RolledOutSample, looks: dict[str, _Look]) -> _Judged:
-        """Return what the teacher, with and without text, and the fake score say about the looks of some terms."""
+        """Call teacher and fake score on the noised sample of each loss term, and return their results.
+
+        The teacher is also called without text, for terms with guidance.
+        """
         fields = sample.fields
         without_text = [term for term in looks if term == "ca" or self.guidance(term)]
         teacher_calls = [(fields.teacher, looks[term]) for term in looks]
@@ -256,9 +264,9 @@ class CDMObjective(Objective):
     def _differences(
         self, sample: RolledOutSample, looks: dict[str, _Look], teacher: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return T(c) - F(c) (B, *) of each term, given the teacher's x0 predictions T(c), and figures for the log.
+        """Return the teacher's x0 minus the fake score's, T(c) - F(c) (B, *), for each loss term, and figures for the log.
 
-        A subclass may weight them (`objectives.f_distill`).
+        `teacher` holds T(c) by term. A subclass may weight the differences (`objectives.f_distill`).
         """
         fake = _predict_together([(self.fake_score(sample, look.seen), look) for look in looks.values()])
         return {term: teacher[term] - of_term for term, of_term in zip(looks, fake)}, {}

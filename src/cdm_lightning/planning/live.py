@@ -18,7 +18,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_
 
 PROBE = (
     2 * 1009
-)  # a batch size that divides no weight's size: tensors that it, or its half, divides grow with the batch
+)  # a batch size that divides no weight's size; a tensor grows with the batch if it, or its half, divides its size
 
 
 ATTENTION = ("flash_attention_for_cpu", "fused_attention_overrideable")  # the kinds that torch 2.11 has no formulas for

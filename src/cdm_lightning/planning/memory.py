@@ -115,7 +115,7 @@ def phase_peaks(sizes: Sizes, layout: Layout, batch: int, accumulate: int = 1) -
         name: timeline.peak(part, sizes.gradient_share(name, layout), fixed, repeated) + gathered(sizes, layout)
         for name, timeline in sizes.phases.items()
     }
-    peaks["optimizer step"] = max(  # a network's gradients are dropped before those of the next are computed
+    peaks["optimizer step"] = max(  # a network's gradients are dropped before the next network's are computed
         sizes.gradient_share(role, layout) * (size + sizes.step_copies[role]) for role, size in sizes.trained.items()
     )
     if sizes.validation is not None:
