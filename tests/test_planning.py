@@ -269,7 +269,7 @@ PLAIN = "compute.gradient_checkpointing=false"
     ("family", "overrides"),
     [
         ("sd3", [PLAIN]),
-        ("sd3", [CHECKPOINTED]),
+        pytest.param("sd3", [CHECKPOINTED], marks=pytest.mark.slow),
         pytest.param("larger_sd3", [PLAIN], marks=pytest.mark.slow),
         pytest.param("larger_sd3", [CHECKPOINTED], marks=pytest.mark.slow),
         ("larger_sd3", ["compute.gradient_checkpointing=0.5", "compute.recompute_attention=false"]),

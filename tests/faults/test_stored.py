@@ -260,7 +260,9 @@ def validating(monkeypatch):
     return lambda *iterations: (dies.extend(iterations), seen)[1]
 
 
-@pytest.mark.parametrize("kills", [(4,), (6,), (2, 4, 4)])
+@pytest.mark.parametrize(
+    "kills", [pytest.param((4,), marks=pytest.mark.slow), pytest.param((6,), marks=pytest.mark.slow), (2, 4, 4)]
+)
 def test_a_validation_that_was_due_is_made_up_and_the_best_checkpoint_is_the_undisturbed_one(
     toy_run, validating, kills
 ):
