@@ -271,10 +271,15 @@ def test_image_folder_reads_resizes_and_crops(tmp_path: Path) -> None:
     assert [batch.shape for batch in batches] == [(1, 3, 4, 4)] * 2
     torch.testing.assert_close(batches[0][0, :, 0, 0], torch.tensor([1.0, 0.0, 0.2]))
     torch.testing.assert_close(batches[1][0, :, 0, 0], torch.tensor([0.4, 0.4, 0.4]))
-    assert_one_line(lambda: list(ImageFolder(tmp_path, batch_size=1)), "differ in size; set image_size")
+    assert_one_line(
+        lambda: ImageFolder(tmp_path, batch_size=1), "a.PNG: reference images differ in size; set image_size"
+    )
 
 
 def test_unfit_image_folders_are_one_line(tmp_path: Path) -> None:
     assert_one_line(lambda: ImageFolder(tmp_path), "holds no reference images")
     (tmp_path / "a.png").write_bytes(b"cut off")
+    assert_one_line(lambda: ImageFolder(tmp_path), "cannot be read as an image")
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])  # the header is whole
     assert_one_line(lambda: list(ImageFolder(tmp_path)), "cannot be read as an image")

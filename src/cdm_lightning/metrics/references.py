@@ -6,6 +6,7 @@ The shapes set is this package's procedural data set of captioned shapes (`data.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -84,6 +85,9 @@ class ImageFolder:
         self.paths = sorted(path for path in self.folder.rglob("*") if path.suffix.lower() in SUFFIXES)
         if not self.paths:
             raise UserError(f"{folder} holds no reference images ({', '.join(SUFFIXES)}); give a folder that does")
+        sizes = {self._size(path): path for path in self.paths}  # of the headers: a mistake is found before training
+        if len(sizes) > 1 and image_size is None:
+            self._refuse_sizes(list(sizes.values())[1])
 
     def __iter__(self) -> Iterator[Tensor]:
         size = self.image_size and (3, self.image_size, self.image_size)
@@ -93,10 +97,21 @@ class ImageFolder:
                 batch.append(self._read(path))
                 size = size or batch[-1].shape
                 if batch[-1].shape != size:
-                    raise UserError(
-                        f"{path}: reference images differ in size; set image_size to resize them to one size"
-                    )
+                    self._refuse_sizes(path)
             yield torch.stack(batch)
+
+    def _size(self, path: Path) -> tuple[int, int]:
+        """Return the width and height of an image by its header, which is read alone; `UserError` if it is no image."""
+        from PIL import Image
+
+        try:
+            with Image.open(require_regular(path, MOST_IMAGE)) as file:
+                return file.size
+        except (OSError, Image.DecompressionBombError) as error:
+            raise UserError(f"{path}: cannot be read as an image ({error}); remove it") from error
+
+    def _refuse_sizes(self, path: Path) -> NoReturn:
+        raise UserError(f"{path}: reference images differ in size; set image_size to resize them to one size")
 
     def _read(self, path: Path) -> Tensor:
         from PIL import Image, ImageOps
@@ -105,7 +120,7 @@ class ImageFolder:
         try:
             with Image.open(require_regular(path, MOST_IMAGE)) as file:
                 image = file.convert("RGB")
-        except OSError as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise UserError(f"{path}: cannot be read as an image ({error}); remove it") from error
         if self.image_size:
             image = ImageOps.fit(image, (self.image_size, self.image_size), Image.Resampling.BICUBIC)
