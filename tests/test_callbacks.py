@@ -261,15 +261,15 @@ def test_an_extractor_runs_once_a_batch_for_all_metrics(tmp_path: Path) -> None:
 
 
 def test_a_metric_without_its_extractor_is_refused() -> None:
-    with pytest.raises(UserError, match=r"metric.fid needs the feature extractor feature.inception, but there is clip"):
+    with pytest.raises(UserError, match=r"metric.fid needs the feature extractor feature.inception, which is missing"):
         MetricSuite({"fid": Frechet([], "inception")}, {"clip": Points()})
-    with pytest.raises(UserError, match=r"metric.fid is a Points; it must be a cdm_lightning Metric"):
+    with pytest.raises(UserError, match=r"metric.fid must be a cdm_lightning Metric, not a Points"):
         MetricSuite({"fid": Points()})
     with pytest.raises(
-        UserError, match=r"metric.clip_score needs features of prompts, but feature.clip has no encode_texts"
+        UserError, match=r"metric.clip_score needs features of prompts, but feature.clip cannot encode prompts"
     ):
         MetricSuite({"clip_score": CLIPScore()}, {"clip": Points()})
-    with pytest.raises(UserError, match=r"metric.sampler has the name of a column of the results"):
+    with pytest.raises(UserError, match=r"metric.sampler: sampler is the name of a column of the results"):
         MetricSuite({"sampler": RightHalf()})
 
 

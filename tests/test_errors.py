@@ -181,14 +181,14 @@ def test_metrics_without_their_weights(refused):
     missing = refused("callbacks=metrics", "metric=[clip_score]", "feature.clip.pretrained=/no/weights.pt")
     assert "/no/weights.pt" in missing
     other = refused("callbacks=metrics", "metric=[energy_distance]", "metric.energy_distance.feature=dots")
-    assert "metric.energy_distance needs the feature extractor feature.dots, but there is points" in other
+    assert "metric.energy_distance needs the feature extractor feature.dots, which is missing" in other
 
 
 def test_a_text_is_not_a_list(refused):
     assert "validation.samplers=student_4 must be a list of SamplerSpec" in refused("validation.samplers=student_4")
     doubled = "[{_target_: cdm_lightning.evaluation.samplers.SamplerSpec, name: a},"
     doubled += "{_target_: cdm_lightning.evaluation.samplers.SamplerSpec, name: a}]"
-    assert "validation.samplers: two have the name 'a'" in refused(f"validation.samplers={doubled}")
+    assert "validation.samplers: two samplers have the name 'a'" in refused(f"validation.samplers={doubled}")
 
 
 def test_arguments_out_of_range(refused):

@@ -259,9 +259,9 @@ def test_contradictory_settings_are_refused(changes: dict, text: str) -> None:
     [
         (
             FrechetToSampler("nobody", "points"),
-            "metric.m.sampler='nobody' is not among the samplers; name one of teacher 50 steps",
+            "metric.m.sampler='nobody' must be one of the evaluated samplers: teacher 50 steps",
         ),
-        (Diversity("points", prompts=9), "metric.m asks for 9 prompts, but the evaluation has count=8"),
+        (Diversity("points", prompts=9), "metric.m.prompts=9 is more than the 8 prompts"),
     ],
 )
 def test_metrics_that_do_not_fit_the_evaluation_are_refused(metric: Metric, text: str) -> None:

@@ -165,7 +165,7 @@ def test_sizes_that_a_family_cannot_make_are_refused_before_anything_is_loaded(
 
 def test_the_plane_has_one_size(toy_run):
     with pytest.raises(
-        UserError, match=r"resolution.sizes, 64 x 32: Toy2DBackbone makes images of \d+ x \d+ pixels only"
+        UserError, match=r"resolution.sizes, 64 x 32: Toy2DBackbone cannot make images of 64 x 32 pixels"
     ):
         toy_run("resolution=buckets", "resolution.sizes=[[64,32]]")
 

@@ -313,7 +313,7 @@ def test_compact_text_is_refused_where_padding_tokens_differ(tmp_path):
     torch.nn.init.normal_(bias.weight, generator=torch.Generator().manual_seed(0))
     pipeline.save_pretrained(tmp_path)
     SD3Backbone(str(tmp_path)).setup(torch.device("cpu"))  # the stock path does not care
-    with pytest.raises(UserError, match=r"padding tokens of its T5 differ.*compact_text=null"):
+    with pytest.raises(UserError, match=r"padding tokens are not identical.*compact_text=null"):
         SD3Backbone(str(tmp_path), compact_text=20).setup(torch.device("cpu"))
 
 
@@ -355,19 +355,19 @@ def test_file_in_place_of_a_folder(folder):
 
 
 def test_folder_that_is_no_pipeline(tmp_path):
-    assert "is not a diffusers pipeline: it has no model_index.json" in refusal(SD3Backbone(str(tmp_path)))
+    assert "is not a diffusers pipeline, because it has no model_index.json" in refusal(SD3Backbone(str(tmp_path)))
     (tmp_path / "model_index.json").write_text("{ half a")
     assert "cannot be read" in refusal(SD3Backbone(str(tmp_path)))
 
 
 def test_pipeline_of_another_family(copied):
     edit_json(copied / "model_index.json", _class_name="FluxPipeline")
-    assert "holds a FluxPipeline, not a StableDiffusion3Pipeline" in refusal(SD3Backbone(str(copied)))
+    assert "is a FluxPipeline, but this backbone needs a StableDiffusion3Pipeline" in refusal(SD3Backbone(str(copied)))
 
 
 def test_pipeline_without_t5(copied):
     edit_json(copied / "model_index.json", text_encoder_3=[None, None])
-    assert "lacks text_encoder_3" in refusal(SD3Backbone(str(copied)))
+    assert "has no text_encoder_3" in refusal(SD3Backbone(str(copied)))
 
 
 def test_hub_id_without_network(monkeypatch):
@@ -401,12 +401,12 @@ def test_missing_weights_are_not_made_up(copied):
     weights = load_file(path)
     del weights["proj_out.weight"]
     save_file(weights, path, metadata={"format": "pt"})
-    assert "lacks the weights proj_out.weight" in refusal(SD3Backbone(str(copied)))
+    assert "the weight proj_out.weight is missing" in refusal(SD3Backbone(str(copied)))
 
 
 def test_missing_part(copied):
     shutil.rmtree(copied / "scheduler")
-    assert f"{copied} lacks scheduler" in refusal(SD3Backbone(str(copied)))
+    assert f"{copied}: the part scheduler is missing" in refusal(SD3Backbone(str(copied)))
 
 
 @pytest.mark.parametrize("size", [{"height": 36}, {"width": 10}, {"height": 0}, {"width": 128}])
@@ -414,7 +414,7 @@ def test_image_size_that_cannot_be_cut_into_patches(folder, size):
     ((name, side),) = size.items()
     line = refusal(SD3Backbone(str(folder), **size))
     assert line.startswith(f"{name}={side} does not fit")
-    assert line.endswith("use a multiple of 8 up to 64")
+    assert line.endswith("set a multiple of 8 up to 64")
 
 
 def test_arguments_out_of_their_range():

@@ -277,10 +277,12 @@ def test_features_of_no_gradient_carry_none(backbone):
 def test_a_block_that_there_is_not_is_refused(backbone, number):
     network = backbone.build_network()
     field, x, sigma = asked(backbone, network)
-    with pytest.raises(UserError, match=rf"after block {number}: the network has the blocks 0 to 2, or -3 to -1"):
+    with pytest.raises(
+        UserError, match=rf"block {number} does not exist, .* the network's blocks: 0 to 2, or -3 to -1"
+    ):
         field.with_features(x, sigma, [0, number])
     exact, _, _ = asked(backbone, backbone.build_teacher())
-    with pytest.raises(UserError, match="the network has no blocks"):
+    with pytest.raises(UserError, match="the network's blocks: none"):
         exact.with_features(x, sigma, [0])
     assert not any(block._forward_hooks for block in backbone.blocks_of(network))
 
@@ -289,7 +291,7 @@ def test_a_block_that_the_network_does_not_run_is_told(backbone):
     network = backbone.build_network()
     network.spare = nn.ModuleList([type(network.blocks[0])(64)])
     field, x, sigma = asked(backbone, network)
-    with pytest.raises(UserError, match="after block -1: the network did not run it"):
+    with pytest.raises(UserError, match="the network does not run block -1"):
         field.with_features(x, sigma, [0, -1])
 
 
@@ -340,7 +342,7 @@ class Silent(Toy2DBackbone):
         (lambda family: family.blank_conditioning(1), "Silent cannot be planned: it does not define the shapes of its"),
         (lambda family: family.feature_width, "Silent does not define the width of its hidden features"),
         (lambda family: family.time_embedding_width, "Silent does not define the width of its time embedding"),
-        (lambda family: family.time_module(nn.Module()), "which Silent does not name"),
+        (lambda family: family.time_module(nn.Module()), "but Silent defines none"),
     ],
 )
 def test_a_family_that_says_nothing_is_told_so(ask, message):

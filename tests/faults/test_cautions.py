@@ -75,7 +75,7 @@ def test_a_value_that_is_not_finite_is_never_best(value, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("has_input", "told", "scale", "warning"),
     [
-        (True, 3.5, 7.0, "objective.guidance_scale=7.0 acts on top"),
+        (True, 3.5, 7.0, "objective.guidance_scale=7.0 is added to"),
         (True, 1.0, 7.0, None),
         (True, 3.5, 0.0, None),
         (False, 3.5, 7.0, "already distilled to few steps"),

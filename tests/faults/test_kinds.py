@@ -273,7 +273,7 @@ def test_what_comes_at_the_end_is_checked_before_the_first_step(refused, tmp_pat
         in line
     )
     line = refused("callbacks=metrics", "metric=[shapes_adherence]", "trainer.limit_val_batches=1")
-    assert "metric.adherence cannot judge prompt 1 of those that it measures" in line
+    assert "metric.adherence cannot measure images of prompt 1" in line
     line = refused("metric=[shapes_frechet]", "metric.frechet_real.reference.count=1")
     assert "metric.frechet_real.reference.count=1 must be a whole number of at least 2" in line
 
@@ -347,5 +347,5 @@ def test_arguments_of_the_planner(argument, line):
 
 def test_one_picture_has_an_end():
     require_one_picture(200, (32, 32))
-    with pytest.raises(UserError, match=r"2,048 images do not fit into one picture \(1,016 x 79,376 pixels"):
+    with pytest.raises(UserError, match=r"2,048 images are too many for one picture \(1,016 x 79,376 pixels"):
         require_one_picture(2048, (32, 32))

@@ -60,7 +60,7 @@ def edit(path: Path, *keys: str, to: object) -> None:
 )
 def test_a_part_that_is_missing_is_named(folder, part):
     shutil.rmtree(folder / part)
-    assert f"{folder} lacks {part}, which its model_index.json names" in refusal(folder)
+    assert f"{folder}: the part {part} is missing, but model_index.json names it" in refusal(folder)
 
 
 @pytest.mark.parametrize("part", ["tokenizer", "tokenizer_2", "tokenizer_3"])
@@ -68,7 +68,7 @@ def test_a_tokenizer_without_words_is_refused(folder, part):
     vocabulary = folder / part / "tokenizer.json"
     assert vocabulary.is_file()
     vocabulary.rename(folder / "kept")
-    assert f"{folder / part} holds no vocabulary" in refusal(folder)
+    assert f"{folder / part} has no vocabulary" in refusal(folder)
     vocabulary.write_bytes(b"")
     assert f"{vocabulary} cannot be read" in refusal(folder)
     (folder / "kept").rename(vocabulary)
@@ -147,7 +147,7 @@ def test_tokens_beyond_the_embedding_are_refused(folder):
     vocab[f"{word}x"] = 10_000_000
     file.write_text(json.dumps(settings))
     said = refusal(folder)
-    assert f"{folder / 'tokenizer'}: the tokenizer gives numbers up to 10000000, but its text encoder knows" in said
+    assert f"{folder / 'tokenizer'}: the tokenizer has token ids up to 10000000, but its text encoder has only" in said
 
 
 @pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "text_encoder_3"])
@@ -166,7 +166,7 @@ def test_weights_that_are_not_there_name_their_file(folder, part, fault):
         file.mkdir()
     said = refusal(folder)
     assert str(folder / part) in said
-    assert ("can hold programs" in said) == (fault == "pickle")
+    assert ("can contain programs" in said) == (fault == "pickle")
 
 
 @pytest.mark.parametrize(

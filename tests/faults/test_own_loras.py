@@ -58,7 +58,7 @@ def test_a_lora_of_ones_own_is_what_diffusers_loads(tiny_folder, tmp_path, name,
     own = family.backbone(str(folder), **family.options, teacher_lora=str(file))
     if refused:
         assert alpha is not None
-        with pytest.raises(UserError, match="is not a LoRA: it holds"):
+        with pytest.raises(UserError, match="is not a LoRA: it contains"):
             own.build_network()
         return
     ours, theirs, changed = own.build_network().state_dict(), pipeline.transformer.state_dict(), 0.0
@@ -94,16 +94,19 @@ FAULTS = {
         "without lora_B",
     ),
     "B without A": (lambda t: {k: v for k, v in t.items() if not k.endswith(A)}, "without lora_A.weight"),
-    "rank 0": (lambda t: {k: v[:0] if k.endswith(A) else v[:, :0] for k, v in t.items()}, "no rank in common"),
-    "two ranks": (lambda t: {k: v[:2].clone() if k.endswith(A) else v for k, v in t.items()}, "no rank in common"),
-    "vectors": (lambda t: {k: v.flatten() for k, v in t.items()}, "which are no matrices"),
-    "scalars": (lambda t: {k: v.sum() for k, v in t.items()}, "which are no matrices"),
+    "rank 0": (lambda t: {k: v[:0] if k.endswith(A) else v[:, :0] for k, v in t.items()}, "whose ranks differ"),
+    "two ranks": (lambda t: {k: v[:2].clone() if k.endswith(A) else v for k, v in t.items()}, "whose ranks differ"),
+    "vectors": (lambda t: {k: v.flatten() for k, v in t.items()}, "which are not matrices"),
+    "scalars": (lambda t: {k: v.sum() for k, v in t.items()}, "which are not matrices"),
     "convolutions": (lambda t: {k: v[..., None, None] for k, v in t.items()}, "LoRA of another model"),
     "NaN": (lambda t: {k: v * float("nan") for k, v in t.items()}, "not finite"),
     "infinity": (lambda t: {k: v / 0 for k, v in t.items()}, "not finite"),
     "whole numbers": (lambda t: {k: v.to(torch.int8) for k, v in t.items()}, "whole numbers"),
-    "alpha": (lambda t: t | {"transformer.x.alpha": torch.tensor(1.0)}, "is not a LoRA: it holds transformer.x.alpha"),
-    "nothing": (lambda t: {"transformer.note": torch.zeros(1)}, "is not a LoRA: it holds transformer.note"),
+    "alpha": (
+        lambda t: t | {"transformer.x.alpha": torch.tensor(1.0)},
+        "is not a LoRA: it contains transformer.x.alpha",
+    ),
+    "nothing": (lambda t: {"transformer.note": torch.zeros(1)}, "is not a LoRA: it contains transformer.note"),
 }
 
 

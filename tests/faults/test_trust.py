@@ -336,7 +336,7 @@ def test_a_part_is_a_part_of_two_libraries(entry, pipeline):
     index = json.loads((pipeline / "model_index.json").read_text())
     for name in ("text_encoder_3", "another"):
         (pipeline / "model_index.json").write_text(json.dumps({**index, name: entry}))
-        with pytest.raises(UserError, match=r"is no part|must be \[library, class\]"):
+        with pytest.raises(UserError, match=r"cannot be loaded; use a pipeline|must be \[library, class\]"):
             sample.sample_images(str(pipeline), ["a ring"])
 
 

@@ -1,7 +1,7 @@
-"""The interface that every model family implements, and a network bound to a batch's text as a velocity field.
+"""The interface that every model family implements (`Backbone`), and a network with its text inputs as a velocity field.
 
-Shapes: latents (B, C, H, W); sigma (B,) in [0, 1], 1 = noise, always float32; images (B, 3, H, W) in [0, 1].
-A new family is one file with a subclass of `Backbone`. The rest of the code uses only these shapes and sigma.
+Shapes: latents (B, C, H, W); sigma (B,) float32 in [0, 1], where 1 is noise; images (B, 3, H, W) in [0, 1]. A new family is one
+file with a subclass of `Backbone`. The rest of the code depends only on these shapes and on sigma.
 """
 
 from abc import ABC, abstractmethod
@@ -24,51 +24,53 @@ Conditioning = dict[str, Tensor]  # a network's inputs except x and sigma, batch
 
 
 def select_rows(cond: Conditioning, rows: Rows) -> Conditioning:
-    """Return the conditioning of the samples `rows` of a batch: a slice (a view, no copy), or a tensor of indices."""
+    """Return the conditioning of some samples of a batch. `rows` is a slice (then nothing is copied) or a tensor of indices."""
     if isinstance(rows, slice):
         return {name: value[rows] for name, value in cond.items()}
     return {name: value.index_select(0, send(rows, value.device)) for name, value in cond.items()}
 
 
 def repeat_rows(cond: Conditioning, times: int) -> Conditioning:
-    """Return the conditioning of one prompt expanded to a batch of `times` samples; this copies nothing."""
+    """Return the conditioning of one prompt, expanded to a batch of `times` samples without a copy."""
     return {name: value.expand(times, *value.shape[1:]) for name, value in cond.items()}
 
 
 def concat(conds: Sequence[Conditioning]) -> Conditioning:
-    """Concatenate the conditioning of several batches along the batch; KeyError if one of them lacks a key of the first."""
+    """Concatenate the conditioning of several batches. Raises KeyError if a batch lacks a key of the first."""
     return {name: torch.cat([cond[name] for cond in conds]) for name in conds[0]}
 
 
 class TextCache(Protocol):
-    """Conditioning of prompts that was encoded earlier and stored on disk; `data.text_cache.StoredText` implements this."""
+    """The text conditioning of prompts that was encoded earlier and stored on disk (`data.text_cache.StoredText`)."""
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Return the conditioning of B prompts; UserError for a prompt that the cache does not hold."""
+        """Return the conditioning of B prompts. Raises `UserError` for a prompt that is not in the cache."""
 
     def to(self, device: torch.device) -> None:
         """Return conditioning on this device from now on."""
 
 
 class TextMemory(Protocol):
-    """Conditioning of prompts that is kept in memory once it is encoded; `data.text_memory.RememberedText` implements this."""
+    """The text conditioning of prompts, kept in memory after it is encoded (`data.text_memory.RememberedText`)."""
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Return the conditioning of B prompts."""
 
     def forget(self) -> None:
-        """Drop everything that is kept; the next call encodes again."""
+        """Drop everything that is kept. The next call encodes it again."""
 
 
 class Backbone(Anatomy, ABC):
-    """A family of pretrained flow models: its networks, text encoding, noise shift, latents and pipeline format."""
+    """A family of pretrained flow models: its networks, text encoders, timestep shift, image codec and pipeline format."""
 
     text_cache: TextCache | None = None  # see `use_text_cache`
     text_memory: TextMemory | None = None  # see `use_text_memory`
     lora_targets: Mapping[str, tuple[str, ...]] = {}  # presets of LoRA targets: name suffixes of linear layers
     decode_tile: int | None = None  # images with a longer side, in pixels, are decoded in tiles; read by `setup`
     teacher_is_base: bool = True  # whether the network of `build_base` without its adapters is the teacher
-    unplannable: str | None = None  # a sentence: why the planner cannot plan the family; shown before any file is read
+    unplannable: str | None = (
+        None  # why the planner cannot plan the family, as a sentence; shown before any file is read
+    )
 
     @property
     @abstractmethod
@@ -81,86 +83,86 @@ class Backbone(Anatomy, ABC):
         """(H, W) of an image, in pixels."""
 
     def at(self, height: int | None = None, width: int | None = None) -> "Backbone":
-        """Return the same family, with its loaded parts, for images of another size in pixels.
+        """Return this backbone, with its loaded parts, for images of another size in pixels.
 
-        A side that is None keeps its current value. UserError if the family cannot make images of that size.
+        A side that is None stays the same. Raises `UserError` if the family cannot make images of this size.
         """
         own = self.image_size
         size = (own[0] if height is None else height, own[1] if width is None else width)
         if size == own:
             return self
         raise UserError(
-            f"{type(self).__name__} makes images of {own[0]} x {own[1]} pixels only, not {size[0]} x {size[1]}"
+            f"{type(self).__name__} cannot make images of {size[0]} x {size[1]} pixels; set {own[0]} x {own[1]}"
         )
 
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """The family's name and a hash of the network's configuration; a checkpoint with another fingerprint is refused."""
+        """The family's name and a hash of the network's configuration. A checkpoint with another fingerprint is refused."""
 
     @abstractmethod
     def build_network(self) -> nn.Module:
-        """Return a new trainable copy of the pretrained network in float32, the same at every call and in every process."""
+        """Return a trainable copy of the pretrained network in float32, the same at every call and in every process."""
 
     def build_teacher(self) -> nn.Module:
-        """Return the network to distil from; by default this is the pretrained network."""
+        """Return the network to distil from. By default it is the pretrained network."""
         return self.build_network()
 
     def build_base(self) -> nn.Module:
-        """Return the pretrained network to which LoRA adapters are added, in the dtype in which it stays frozen."""
+        """Return the frozen pretrained network to which LoRA adapters are added."""
         return self.build_teacher()
 
     def build_empty(self, teacher: bool) -> nn.Module | None:
-        """Return the network of `build_teacher` (if `teacher`) or `build_network` with its weights on the meta device.
+        """Return the network without its weights, on the meta device: that of `build_teacher` or else of `build_network`.
 
-        It can then be sharded first, and each process reads only its shards by `read_rows`. Return None if the weights are
-        not simply those of a file, which depends on the family and its settings: every process then builds the whole network.
+        It can be sharded first; then each process reads only its own shards by `read_rows`. Returns None if the weights are not
+        exactly those of a file. In this case every process builds the whole network.
         """
         return None
 
     def read_rows(self, name: str, first: int, end: int) -> Tensor:
-        """Read rows first..end-1 (of dimension 0) of the pretrained weight `name` from its file, onto the CPU, in its dtype."""
+        """Read rows first..end-1 (dimension 0) of the pretrained weight `name` from its file, onto the CPU in the file's dtype."""
         raise KeyError(name)
 
     @abstractmethod
     def setup(self, device: torch.device) -> None:
-        """Load the frozen parts (text encoders, image codec) and move them to the device; a later call moves them again.
+        """Load the frozen parts (text encoders and image codec) and move them to the device. Later calls only move them.
 
-        With a `text_cache` no text encoder is loaded, and the cache returns its conditioning on the device.
+        With a `text_cache`, no text encoder is loaded; the cache returns its conditioning on the device.
         """
 
     @property
     def text_fingerprint(self) -> dict[str, str]:
-        """What the result of `encode_prompts` depends on, as {name: text}: hashes of text encoders and tokenizers, and settings.
+        """Everything that affects the text conditioning: hashes of text encoders and tokenizers, and settings, by name.
 
-        A text cache with another fingerprint is refused. UserError for a family without text encoders, which needs no cache.
+        A text cache with another fingerprint is refused. Raises `UserError` for a family without text encoders.
         """
         raise UserError(
-            f"{type(self).__name__} has no text encoder to cache, so a text cache is of no use; set text_cache.folder=null"
+            f"{type(self).__name__} has no text encoder, so it needs no text cache; set text_cache.folder=null"
         )
 
     def use_text_cache(self, cache: TextCache) -> None:
-        """Take all conditioning from `cache` from now on; call this before `setup`."""
+        """Take all text conditioning from `cache` from now on. Call this before `setup`."""
         self.text_cache = cache
         self.encode_prompts = cache.encode  # the instance attribute hides the method of the class
 
     def use_text_memory(self, memory: TextMemory) -> None:
-        """Take all conditioning from `memory` from now on; it must have been made with this backbone's `encode_prompts`."""
+        """Take all text conditioning from `memory`, which must wrap this backbone's `encode_prompts`, from now on."""
         self.text_memory, self.encode_prompts = memory, memory.encode
 
     def drop_text_encoders(self) -> None:
-        """Free the text encoders, if there are any; afterwards only prompts of the text cache or memory can be encoded."""
+        """Free the memory of the text encoders. Afterwards only prompts in the text cache or memory can be encoded."""
         return
 
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Return the conditioning of B prompts, tensors (B, ...) by name; the prompt "" gives the unconditional conditioning."""
+        """Return the text conditioning of B prompts: tensors (B, ...) by name. The prompt "" gives the unconditional one."""
 
     def blank_conditioning(self, batch: int) -> Conditioning:
-        """Return uninitialized tensors with the keys, shapes and dtypes of `encode_prompts` for `batch` prompts.
+        """Return uninitialized tensors with the names, shapes and dtypes of `encode_prompts` for `batch` prompts.
 
-        The planner uses them to predict memory without loading text encoders: only configuration files are read. The tensors
-        are on torch's default device. UserError for a family whose shapes are not known before the prompts are.
+        The planner uses them to predict memory. Only configuration files are read, and the tensors are on torch's default
+        device. Raises `UserError` if the family's shapes depend on the prompts.
         """
         raise UserError(
             self.unplannable
@@ -168,43 +170,42 @@ class Backbone(Anatomy, ABC):
         )
 
     def alike(self, conds: Sequence[Conditioning]) -> Sequence[Conditioning] | None:
-        """Return the conditioning of several batches brought to equal shapes (for example by padding), or None if impossible.
+        """Return the conditioning of several batches with equal shapes (for example padded), or None if this is impossible.
 
-        It is then concatenated for one network call. The default pads nothing. A family whose shapes depend on the prompts
-        must override this: processes that hold shards of one network must make the same calls whatever their prompts are.
+        They can then be concatenated for a single network call. By default nothing is padded. A family whose shapes depend on
+        the prompts must override this. Otherwise, processes that share a sharded network would make different numbers of calls.
         """
         shapes = [{name: value.shape[1:] for name, value in cond.items()} for cond in conds]
         return conds if all(shape == shapes[0] for shape in shapes) else None
 
     @abstractmethod
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """Return the network's prediction of the velocity (noise - x0), (B, C, H, W) in float32, for noisy latents `x`."""
+        """Return the network's prediction of the velocity (noise - x0) for noisy latents `x`: (B, C, H, W) in float32."""
 
     @abstractmethod
     def shift_sigmas(self, sigmas: Tensor) -> Tensor:
-        """Apply the family's timestep shift, which moves noise levels towards 1, to sigmas of any shape; 0 and 1 stay the same.
+        """Apply the family's timestep shift to sigmas of any shape. It moves them towards 1; 0 and 1 stay the same.
 
         Each sigma is shifted independently of the others.
         """
 
     def shift_steps(self, sigmas: Tensor) -> Tensor:
-        """Return the shifted sigmas of whole rollouts (sampling runs of K steps), as the family's scheduler gives them.
+        """Return the shifted sigmas of rollouts (sampling runs of K steps), as the family's scheduler gives them.
 
-        `sigmas` (..., K) are unshifted, decreasing and without the final 0. The default is `shift_sigmas`; a family
-        overrides it if its scheduler also stretches each rollout so that its last sigma has a fixed value.
+        `sigmas` (..., K) are unshifted and decreasing, without the final 0. By default this is `shift_sigmas`. A family
+        overrides it if its scheduler also stretches each rollout so that the last sigma has a fixed value.
         """
         return self.shift_sigmas(sigmas)
 
     def guide(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
-        """Combine a conditional and an unconditional velocity (B, C, H, W) as the family's pipeline does.
+        """Combine a conditional and an unconditional velocity (B, C, H, W) by guidance, as the family's pipeline does.
 
-        Scale 1 means no guidance, whatever value the pipeline uses for that. This is for evaluation only: the objective
-        has its own guidance.
+        Scale 1 always means no guidance. Only evaluation uses this method; objectives have guidance of their own.
         """
         return plain_guidance(cond, uncond, scale)
 
     def cautions(self, guidance_scale: float) -> list[str]:
-        """Return warnings to print before training, if this teacher suits an objective with this `guidance_scale` badly."""
+        """Return warnings to print before training if this teacher does not suit an objective with this `guidance_scale`."""
         return []
 
     @abstractmethod
@@ -217,27 +218,27 @@ class Backbone(Anatomy, ABC):
 
     @abstractmethod
     def enable_gradient_checkpointing(self, network: nn.Module, function: CheckpointFunction | None = None) -> None:
-        """Make the network's blocks recompute activations in the backward pass: by `function(block, *arguments)`, else by torch."""
+        """Make blocks recompute activations in the backward pass, by `function(block, *arguments)` or else by torch."""
 
     @abstractmethod
     def save_pipeline(self, network: nn.Module, folder: Path, nfe: int, model_card: str) -> None:
-        """Write `network` as a pipeline in the family's own format, made for samples of `nfe` steps, with its model card."""
+        """Write `network` in the family's own pipeline format, for sampling in `nfe` steps, together with its model card."""
 
     def save_lora(self, tensors: Mapping[str, Tensor], folder: Path, nfe: int, model_card: str) -> None:
-        """Write a LoRA file, the schedule of `nfe` steps and the model card into `folder`.
+        """Write a LoRA file, the scheduler for `nfe` steps and the model card into `folder`.
 
-        `tensors` are those of `AdapterWeights.portable`: "LAYER.lora_A.weight", ..., to be applied with scale 1. UserError if
-        the family has no LoRA files.
+        `tensors` are those of `AdapterWeights.portable`, such as "LAYER.lora_A.weight", for scale 1. Raises `UserError` if the
+        family has no LoRA files.
         """
         raise UserError(f"{type(self).__name__} has no LoRA files; export with --form pipeline")
 
 
 @dataclass(frozen=True, eq=False)
 class BoundField(VelocityField):
-    """A network bound to the conditioning `cond` of a batch: a function of x and sigma that returns the velocity.
+    """A network together with the text conditioning `cond` of a batch: a function of x and sigma that returns the velocity.
 
-    It computes in `compute_dtype`, by autocast unless that is float32. `inputs` holds, by name, the values (B,) of inputs
-    that this network has in addition to x, sigma and text (`own_inputs.py`).
+    It computes in `compute_dtype`, by autocast unless this is float32. `inputs` are the values (B,) of additional inputs of the
+    network, by name (`own_inputs.py`).
     """
 
     backbone: Backbone
@@ -247,7 +248,7 @@ class BoundField(VelocityField):
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """Return the velocity (B, C, H, W) in float32 for x (B, C, H, W) and sigma (B,), which stay in float32 under autocast."""
+        """Return the velocity (B, C, H, W) in float32 for x (B, C, H, W) and sigma (B,), which autocast leaves in float32."""
         with (
             torch.autocast(x.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32),
             giving(self.network, self.inputs),
@@ -255,36 +256,38 @@ class BoundField(VelocityField):
             return self.backbone.velocity(self.network, x, sigma, self.cond).float()
 
     def given(self, **inputs: Tensor) -> VelocityField:
-        """Return this field with these values (B,), by name, for the network's inputs beside x, sigma and text."""
+        """Return this field with values (B,), by name, for the network's additional inputs."""
         return replace(self, inputs=inputs)
 
     def with_features(self, x: Tensor, sigma: Tensor, blocks: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         """Return the velocity, and the hidden states (B, N, D) of the image tokens after each of `blocks`, in float32.
 
-        Blocks are numbered as `Backbone.blocks_of` lists them; negative numbers count from the end. Gradients flow through
-        both results. UserError for a block that does not exist or that the network does not run.
+        Blocks are numbered as in `Backbone.blocks_of`; negative numbers count from the end. Gradients flow through both
+        results. Raises `UserError` for a block that does not exist or that the network does not run.
         """
         picked = pick_blocks(self.backbone.blocks_of(self.network), blocks)
         with outputs_of(picked) as outputs:
             velocity = self(x, sigma)
         idle = [number for number, block in zip(blocks, picked) if block not in outputs]
         if idle:
-            raise UserError(f"there are no features after block {idle[0]}: the network did not run it")
+            raise UserError(
+                f"the network does not run block {idle[0]}, so this block has no features; choose another block"
+            )
         features = [self.backbone.features_after(outputs[block]).float() for block in picked]
         for each in features:
             gather_for_backward(self.network, each)
         return velocity, features
 
     def select(self, rows: Rows) -> VelocityField:
-        """Return the field of the samples `rows` of the batch: a slice, or a tensor of indices."""
+        """Return the field of some samples of the batch. `rows` is a slice or a tensor of indices."""
         inputs = {name: values[rows] for name, values in self.inputs.items()}
         return replace(self, cond=select_rows(self.cond, rows), inputs=inputs)
 
     def join(self, others: Sequence[VelocityField]) -> VelocityField | None:
-        """Return one field for the batches of this and the `others`, concatenated, so that one network call serves all.
+        """Return one field for the concatenated batches of this field and `others`, so that one network call serves them all.
 
-        None if they differ in network, `compute_dtype` or names of inputs, or if their conditioning has shapes that cannot be
-        made equal (`Backbone.alike`).
+        Returns None if they differ in network, `compute_dtype` or names of inputs. The same holds if their conditioning cannot
+        be brought to equal shapes (`Backbone.alike`).
         """
         fields = [self, *(other for other in others if isinstance(other, BoundField) and self._is_like(other))]
         inputs = join_values([field.inputs for field in fields])

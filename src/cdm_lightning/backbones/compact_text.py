@@ -1,10 +1,9 @@
-"""Attention of SD3 with one T5 padding token in place of about two hundred identical ones, with the same result.
+"""Attention of SD3 that keeps one T5 padding token instead of about two hundred identical ones. The result is the same.
 
-Stock SD3 pads T5 tokens to 256 and attends to all of them. If the text encoder gives every padding token the same
-embedding (as in the bundled tiny pipeline, whose T5 has no relative positions), these tokens stay identical in every
-block, because the text stream of the network has no positions either. In a softmax, n equal keys with equal values have
-the weight of one key whose logit is larger by log n. Keeping one of them is therefore the same mathematics at a tenth of
-the cost.
+SD3 pads T5 tokens to 256 and attends to all of them. In the bundled tiny pipeline, T5 has no relative positions, so all padding
+tokens have the same embedding. They stay identical in every block, because the network's text tokens have no positions either.
+In a softmax, n equal keys with equal values weigh as much as one key whose logit is larger by log n. One token with this bias
+therefore gives the same result at a tenth of the cost.
 """
 
 import math
@@ -20,10 +19,11 @@ if TYPE_CHECKING:
 
 
 class CompactPaddingAttention:
-    """Joint attention of SD3 (as diffusers' `JointAttnProcessor2_0`) that lets the last text token stand for all padding.
+    """Joint attention of SD3 in which the last text token stands for all padding tokens.
 
-    `full_length` is the number of text tokens of the stock pipeline (CLIP + T5). In a text of N < `full_length` tokens, the
-    last token counts `full_length - N + 1` times, as if it had not been shortened. Texts of full length are as usual.
+    It replaces diffusers' `JointAttnProcessor2_0`. `full_length` is the number of text tokens in the stock pipeline (CLIP and
+    T5). In a shortened text of N tokens, the last token counts `full_length - N + 1` times. For a text of full length nothing
+    changes.
     """
 
     def __init__(self, full_length: int) -> None:
@@ -53,9 +53,12 @@ class CompactPaddingAttention:
         return image, text if attn.context_pre_only else attn.to_add_out(text)
 
     def bias(self, image_tokens: int, text_tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """Return what to add to attention logits, (1, 1, 1, image + text tokens): log of each key's count; None at full length."""
+        """Return the bias of the attention logits, (1, 1, 1, image + text tokens), or None for a text of full length.
+
+        For each key, it is the logarithm of the number of tokens that the key stands for.
+        """
         key = (image_tokens, text_tokens, dtype, device)
-        if torch.compiler.is_compiling():  # a cache would make the second call a different program and recompile it
+        if torch.compiler.is_compiling():  # a cache would make torch.compile compile the second call again
             return self._make_bias(*key)
         if key not in self._biases:
             self._biases[key] = self._make_bias(*key)
@@ -74,9 +77,9 @@ class CompactPaddingAttention:
 
 
 def normalised(x: Tensor, norms: Sequence[Any], lengths: Sequence[int]) -> Tensor:
-    """Normalise x (B, T, H, d): its first lengths[0] tokens by diffusers' `RMSNorm` norms[0], the next by norms[1], ...
+    """Normalise x (B, T, H, d) by several of diffusers' `RMSNorm`s: the first lengths[0] tokens by norms[0], and so on.
 
-    `x` is returned unchanged if norms[0] is None. One pass for all norms takes a quarter of the operations of a call per norm.
+    If norms[0] is None, `x` is returned unchanged. A single pass takes a quarter of the operations of separate calls.
     """
     if norms[0] is None:
         return x
@@ -86,9 +89,9 @@ def normalised(x: Tensor, norms: Sequence[Any], lengths: Sequence[int]) -> Tenso
 
 
 def compact_text(embeds: Tensor, keep: int) -> Tensor:
-    """Shorten text (B, N, D) to (B, keep + 1, D): its first `keep` tokens, and its last one, which stands for the others.
+    """Shorten text embeddings (B, N, D) to (B, keep + 1, D): the first `keep` tokens and the last one.
 
-    Texts of at most `keep` + 1 tokens are returned unchanged.
+    The last token stands for those that are left out. Texts of at most `keep` + 1 tokens are returned unchanged.
     """
     if keep + 1 >= embeds.shape[1]:
         return embeds
@@ -96,13 +99,16 @@ def compact_text(embeds: Tensor, keep: int) -> Tensor:
 
 
 def lengthened(embeds: Tensor, tokens: int) -> Tensor:
-    """Lengthen shortened text (B, N, D) to (B, tokens, D) by repeating its last token; attention gives the same result."""
+    """Lengthen shortened text embeddings (B, N, D) to (B, tokens, D) by repeating the last token.
+
+    Attention gives the same result for both.
+    """
     more = tokens - embeds.shape[1]
     return torch.cat([embeds, embeds[:, -1:].expand(-1, more, -1)], dim=1) if more > 0 else embeds
 
 
 def use_compact_padding(network: nn.Module, full_length: int) -> None:
-    """Use `CompactPaddingAttention` in every attention of an `SD3Transformer2DModel`, in place; its weights stay the same."""
+    """Replace every attention of an `SD3Transformer2DModel` by `CompactPaddingAttention`, in place. The weights stay the same."""
     transformer = cast("SD3Transformer2DModel", network)
     compact: Any = {name: CompactPaddingAttention(full_length) for name in transformer.attn_processors}
     transformer.set_attn_processor(compact)  # its type declares only the processors of diffusers

@@ -1,7 +1,7 @@
-"""The base of all backbones for diffusers pipelines; a family adds its classes, network call and text encoding.
+"""The base class of all backbones for diffusers pipelines. A family adds its classes, its network call and its text encoding.
 
-Shapes: B batch, (C, h, w) latent, (H, W) pixels. Prompts are encoded by the stock pipeline itself, sigmas are shifted by
-its scheduler, and pixels are converted by its image processor, so that training sees the same inputs as `pipe(prompt)`.
+Shapes: B batch, (C, h, w) latent, (H, W) pixels. The stock pipeline itself encodes prompts, its scheduler shifts sigmas, and
+its image processor converts pixels. Training therefore sees the same inputs as `pipe(prompt)`.
 """
 
 import gc
@@ -33,9 +33,9 @@ TRIED = 8  # latents along one side of the image that is decoded to try the code
 
 
 class PipelineBackbone(PipelineSettings):
-    """A text-to-image pipeline of diffusers, from a local folder or a hub id; files are read only when needed.
+    """A text-to-image pipeline of diffusers, from a local folder or the hub, with the arguments of `PipelineSettings`.
 
-    The arguments are those of `PipelineSettings`.
+    Files are read only when they are needed.
     """
 
     has_language_head: ClassVar[bool] = False  # whether the text encoder is a whole language model
@@ -45,7 +45,7 @@ class PipelineBackbone(PipelineSettings):
     # ---- networks
 
     def build_network(self) -> nn.Module:
-        """Return the pretrained transformer, float32 and trainable; it is the same at every call."""
+        """Return the pretrained transformer, trainable and in float32. It is the same at every call."""
         return self._finished(self._load_network(torch.float32)).requires_grad_(True).train()
 
     def build_teacher(self) -> nn.Module:
@@ -53,14 +53,14 @@ class PipelineBackbone(PipelineSettings):
         return self._finished(self._load_network(DTYPES[self.teacher_dtype])).requires_grad_(False).eval()
 
     def _finished(self, network: nn.Module) -> nn.Module:
-        """Return the transformer after the family's own changes to how it computes."""
+        """Return the transformer after changes that the family makes to its computation."""
         return network
 
     def build_empty(self, teacher: bool) -> nn.Module | None:
-        """Return the transformer with its weights on the meta device; its buffers have their values.
+        """Return the transformer with its weights on the meta device. Its buffers have their values.
 
-        None if the weights are not simply those of its files in one dtype: with a `teacher_lora`, for a class that keeps some
-        weights in float32, and after `leave_weights_out`. UserError if the files lack a weight.
+        Returns None if the weights are not exactly those of its files: with a `teacher_lora`, for a class that keeps some
+        weights in float32, or after `leave_weights_out`. Raises `UserError` if the files lack a weight.
         """
         if not self.has_weights or self.teacher_lora is not None or self.transformer_class._keep_in_fp32_modules:
             return None
@@ -69,7 +69,9 @@ class PipelineBackbone(PipelineSettings):
         network = network.to(DTYPES[self.teacher_dtype] if teacher else torch.float32)
         absent = dict(network.named_parameters()).keys() - set(self._files.names)
         if absent:
-            raise UserError(f"{self.folder / 'transformer'} lacks the weights {min(absent)}; copy the folder again")
+            raise UserError(
+                f"{self.folder / 'transformer'}: the weight {min(absent)} is missing; copy the pipeline again"
+            )
         for name, buffer in network.named_buffers():
             if name in self._files.names:
                 buffer.copy_(self._files.tensor(name))
@@ -80,7 +82,7 @@ class PipelineBackbone(PipelineSettings):
         return TransformerFiles(str(self.folder))
 
     def read_rows(self, name: str, first: int, end: int) -> Tensor:
-        """Read rows first..end-1 of the weight `name` from its safetensors file, onto the CPU, in the file's dtype."""
+        """Read rows first..end-1 of the weight `name` from its safetensors file, onto the CPU in the file's dtype."""
         return self._files.rows(name, first, end)
 
     def _load_network(self, dtype: torch.dtype) -> nn.Module:
@@ -104,26 +106,26 @@ class PipelineBackbone(PipelineSettings):
                 self.folder, subfolder="transformer", dtype=dtype, output_loading_info=True
             )
         if report["missing_keys"]:  # diffusers would fill them with random numbers
-            raise UserError(f"{where} lacks the weights {report['missing_keys'][0]}; copy the folder again")
+            raise UserError(f"{where}: the weight {report['missing_keys'][0]} is missing; copy the pipeline again")
         return network
 
     def enable_gradient_checkpointing(self, network: nn.Module, function: CheckpointFunction | None = None) -> None:
-        """Make each block recompute its activations in the backward pass: by `function(block, *arguments)`, else by torch."""
+        """Make blocks recompute activations in the backward pass, by `function(block, *arguments)` or else by torch."""
         cast(ModelMixin, network).enable_gradient_checkpointing(function)
 
     # ---- sigmas
 
     def shift_sigmas(self, sigmas: Tensor) -> Tensor:
-        """Return what the scheduler's timestep shift makes of each sigma, of any shape: in float32, same shape and device."""
+        """Apply the scheduler's timestep shift to sigmas of any shape. The result is float32, with the same shape and device."""
         given = sigmas.detach().to("cpu", torch.float32).flatten().numpy()
         with np.errstate(divide="ignore"):  # the dynamic shift divides by sigma; the result at 0 is still right
             self._shift.set_timesteps(sigmas=given, mu=self._mu)
         return self._shift.sigmas[:-1].reshape(sigmas.shape).to(sigmas.device)
 
     def shift_steps(self, sigmas: Tensor) -> Tensor:
-        """Shift the decreasing sigmas (..., K) of whole rollouts; with `shift_terminal`, stretch each to end at that sigma.
+        """Shift the decreasing sigmas (..., K) of rollouts. With `shift_terminal`, each rollout is stretched to end there.
 
-        This is what the scheduler does, except that it would divide 0 by 0 for a single step, which is not stretched here.
+        The scheduler does the same, except for a single step: it would divide 0 by 0, and here the step is not stretched.
         """
         shifted, terminal = self.shift_sigmas(sigmas), self.scheduler.config.shift_terminal
         if not terminal or not shifted.numel():
@@ -133,12 +135,12 @@ class PipelineBackbone(PipelineSettings):
 
     @shared_property
     def _shift(self) -> FlowMatchEulerDiscreteScheduler:
-        """The scheduler without its terminal sigma; with one, a shifted sigma would depend on the others of the rollout."""
+        """The scheduler without `shift_terminal`, so that each sigma is shifted independently of the others."""
         return from_config(self.scheduler.config, shift_terminal=None)
 
     @property
     def _mu(self) -> float | None:
-        """The strength of a dynamic shift for this image size, by the pipeline's own function; None for a static shift."""
+        """The strength of a dynamic shift for this image size, by the pipeline's own function. None for a static shift."""
         config, (_, height, width) = self.scheduler.config, self.latent_shape
         if not config.use_dynamic_shifting:
             return None
@@ -162,7 +164,7 @@ class PipelineBackbone(PipelineSettings):
         return parts
 
     def _load_parts(self, without: Iterable[str]) -> DiffusionPipeline:
-        """Load the pipeline without the transformer and the parts `without`, frozen and in eval mode (T5 has dropout)."""
+        """Load the pipeline without the transformer and the parts in `without`, frozen and in eval mode."""
         left_out = dict.fromkeys(["transformer", *without])
         found = parts_of(read_index(self.folder, self.pretrained))
         parts = {name: kind for name, kind in found.items() if name not in left_out}
@@ -188,9 +190,9 @@ class PipelineBackbone(PipelineSettings):
             )
 
     def setup(self, device: torch.device) -> None:
-        """Load the image codec and, without a text cache, the text encoders, and move them to `device`.
+        """Load the image codec and the text encoders, and move them to `device`. With a text cache, no text encoder is loaded.
 
-        Codec and text encoders are run once, so that parts that do not fit together are a UserError here.
+        Both are run once. Raises `UserError` if they do not work together.
         """
         self._codec.to(device)
         decode_sparingly(self._codec.vae, self.decode_tile)
@@ -207,7 +209,7 @@ class PipelineBackbone(PipelineSettings):
             _ = self._unconditional
 
     def drop_text_encoders(self) -> None:
-        """Free the text encoders and the GPU memory that they took; they are loaded again if they are needed."""
+        """Free the text encoders and their GPU memory. They are loaded again when they are needed."""
         self.shared.pop("_text_parts", None)
         gc.collect()
         if torch.cuda.is_available():
@@ -220,7 +222,7 @@ class PipelineBackbone(PipelineSettings):
 
     @property
     def text_fingerprint(self) -> dict[str, str]:
-        """{"family": its name, PART: the hash of each of `text_parts`, "max_sequence_length": ..., "text_dtype": ...}."""
+        """The family's name, the hash of each text encoder and tokenizer, "max_sequence_length" and "text_dtype", by name."""
         settings = {
             "max_sequence_length": str(self.max_sequence_length),
             "text_dtype": self.text_dtype,
@@ -230,11 +232,11 @@ class PipelineBackbone(PipelineSettings):
 
     @shared_property
     def _unconditional(self) -> Conditioning:
-        """The conditioning of the empty prompt (B = 1), encoded once."""
+        """The text conditioning of the empty prompt (B = 1). It is encoded only once."""
         return self._encode([""])
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Return the conditioning of B prompts, embeddings in float32; the prompt "" gives the unconditional conditioning."""
+        """Return the text conditioning of B prompts, embeddings in float32. The prompt "" gives the unconditional one."""
         if any(prompts):
             return self._encode(list(prompts))
         return {name: value.repeat_interleave(len(prompts), dim=0) for name, value in self._unconditional.items()}
@@ -254,7 +256,7 @@ class PipelineBackbone(PipelineSettings):
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """Encode images (B, 3, H, W) in [0, 1] into clean latents (B, C, h, w): the mode of the VAE's posterior, normalized."""
+        """Encode images (B, 3, H, W) in [0, 1] into clean latents (B, C, h, w): the normalised mode of the VAE's posterior."""
         vae = self._codec.vae
         latents = vae.encode(images.float() * 2 - 1).latent_dist.mode()
         return (latents - vae.config.shift_factor) * vae.config.scaling_factor
@@ -262,11 +264,11 @@ class PipelineBackbone(PipelineSettings):
     # ---- export
 
     def save_pipeline(self, network: nn.Module, folder: Path, nfe: int, model_card: str) -> None:
-        """Write a diffusers pipeline folder that holds `network` and whose plain call with `nfe` steps runs the student's sigmas."""
+        """Write a pipeline folder whose transformer is `network`. A call with `nfe` steps uses the student's sigmas."""
         write_pipeline(self.folder, network, Path(folder), model_card, self._student_call(nfe))
 
     def save_lora(self, tensors: Mapping[str, Tensor], folder: Path, nfe: int, model_card: str) -> None:
-        """Write a LoRA file that diffusers loads, a scheduler for the student's sigmas, and a model card that shows their use."""
+        """Write a LoRA file for diffusers, a scheduler with the student's sigmas, and a model card that shows their use."""
         own = None if self.teacher_lora is None else OwnLoRA(Path(self.teacher_lora).name, self.teacher_lora_scale)
         write_lora(self.pipeline_class, tensors, Path(folder), model_card, self._student_call(nfe), own)
 
@@ -281,7 +283,7 @@ class PipelineBackbone(PipelineSettings):
         )
 
     def _guidance_notes(self) -> list[str]:
-        """Return a warning for each argument of `unguided` whose default in the pipeline's call is guidance."""
+        """Return a warning for each argument in `unguided` whose default in the pipeline's call applies guidance."""
         defaults = {name: self.call_default(name) for name in self.unguided}
         return [
             f"Pass `{name}={value}` in every call: the pipeline's default, {defaults[name]}, is guidance for the original "
@@ -291,9 +293,8 @@ class PipelineBackbone(PipelineSettings):
         ]
 
     def exported_scheduler(self, nfe: int) -> FlowMatchEulerDiscreteScheduler | FlowMapEulerDiscreteScheduler:
-        """Return the scheduler with which the pipeline, called with `nfe` steps and no sigmas, runs the student's sigmas.
+        """Return the scheduler of an exported pipeline. With it, a call with `nfe` steps uses the student's sigmas.
 
-        By default it is the original scheduler, for pipelines that themselves ask it for 1, 1 - 1/nfe, ..., 1/nfe (before
-        the shift).
+        By default it is the original scheduler, for pipelines that pass it the unshifted sigmas 1, 1 - 1/nfe, ..., 1/nfe.
         """
         return self.scheduler

@@ -1,4 +1,4 @@
-"""The list of model families: which backbone reads a pipeline, by the pipeline class that its model_index.json names."""
+"""The list of model families. The pipeline class in model_index.json decides which backbone reads a pipeline."""
 
 from importlib import import_module
 from pathlib import Path
@@ -28,16 +28,18 @@ BACKBONES = frozenset(f"cdm_lightning.backbones.{module}.{name}" for module, nam
 def open_pipeline(
     pretrained: str, revision: str | None = None, lora: str | None = None
 ) -> "tuple[PipelineBackbone, dict[str, Any]]":
-    """Return the backbone of a pipeline folder or hub id, and the arguments of its call (without the prompt).
+    """Return the backbone for a pipeline folder or hub id, and the arguments of its call apart from the prompt.
 
-    The arguments, such as "num_inference_steps", are those that an export stored for the student's images; they are {} for
-    other pipelines. The backbone takes its image size and text length from them. `lora`, a LoRA file or the folder of an
-    exported LoRA, is fused in, and its arguments are used. UserError for a pipeline of an unknown family.
+    For an exported student, the arguments are those for which it was exported, such as "num_inference_steps", and the backbone
+    takes its image size and text length from them. For other pipelines they are {}.
+
+    `lora`, a LoRA file or the folder of an exported LoRA, is fused into the network, and its arguments are used. Raises
+    `UserError` for a pipeline of an unknown family.
     """
     found = pipeline_class_name(pretrained, revision)
     if found not in FAMILIES:
         raise UserError(
-            f"{pretrained} holds a {found}, which no backbone can read; the known pipelines are {', '.join(FAMILIES)}"
+            f"{pretrained} is a {found}, which is not supported; pass a pipeline of one of these classes: {', '.join(FAMILIES)}"
         )
     module, name = FAMILIES[found]
     family = getattr(import_module(f"cdm_lightning.backbones.{module}"), name)

@@ -1,4 +1,4 @@
-"""FLUX.1-dev and FLUX.1-schnell: `FluxPipeline` of diffusers behind the `Backbone` interface.
+"""The backbone for FLUX.1-dev and FLUX.1-schnell (`FluxPipeline` of diffusers).
 
 Shapes: B batch, (C, h, w) latent, N text tokens of T5, D their width, P width of the pooled CLIP text.
 """
@@ -27,9 +27,9 @@ TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 class FluxBackbone(PipelineBackbone):
     """The backbone of a `FluxPipeline`.
 
-    The arguments are those of `PipelineSettings` and `guidance_embed`: the guidance scale that a guidance-distilled network
-    (FLUX.1-dev) takes as an input. Student, teacher and fake score get the same value; for a network without such an input
-    (FLUX.1-schnell) it has no effect.
+    The arguments are those of `PipelineSettings` and `guidance_embed`. A guidance-distilled network (FLUX.1-dev) takes the
+    guidance scale as an input, and `guidance_embed` is its value for student, teacher and fake score. For a network without
+    this input (FLUX.1-schnell) it has no effect.
     """
 
     title = "FLUX"
@@ -45,25 +45,25 @@ class FluxBackbone(PipelineBackbone):
 
     @property
     def latent_channels(self) -> int:
-        """C, the number of channels of a latent; one token of the network holds 2 x 2 latents."""
+        """C, the number of channels of a latent. Each token of the network is made of 2 x 2 latents."""
         return self.network_config["in_channels"] // 4
 
     @property
     def is_told_guidance(self) -> bool:
-        """Whether the network has a guidance input: FLUX.1-dev has one, FLUX.1-schnell does not."""
+        """Whether the network takes the guidance scale as an input. FLUX.1-dev does, FLUX.1-schnell does not."""
         return bool(self.network_config["guidance_embeds"])
 
     def cautions(self, guidance_scale: float) -> list[str]:
-        """Return a warning for a step-distilled teacher, or for guidance in both the objective and the network's input."""
+        """Return a warning if the teacher is distilled to few steps already, or if guidance would be applied twice."""
         if not self.is_told_guidance:
             return [
-                "this teacher has no guidance input, so it is already distilled to few steps (FLUX.1-schnell): its prediction is not "
-                "that of a diffusion model, which distribution matching needs; backbone=flux_dev is such a model"
+                "this teacher is already distilled to few steps (FLUX.1-schnell), but distribution matching needs the predictions "
+                "of a model with many steps; use backbone=flux_dev"
             ]
         if guidance_scale and self.guidance_embed > 1:
             return [
-                f"objective.guidance_scale={guidance_scale} acts on top of the guidance that the network is told, "
-                f"backbone.guidance_embed={self.guidance_embed}; lower one of the two if the images are over-saturated"
+                f"guidance acts twice: objective.guidance_scale={guidance_scale} is added to the network's own guidance, "
+                f"backbone.guidance_embed={self.guidance_embed}; lower one of them if images are over-saturated"
             ]
         return []
 
@@ -93,7 +93,7 @@ class FluxBackbone(PipelineBackbone):
 
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> Conditioning:
-        """{"prompt_embeds": (B, N, D), "pooled": (B, P)} float32."""
+        """Return {"prompt_embeds": (B, N, D), "pooled": (B, P)} in float32."""
         embeds, pooled, _ = self._text_parts.encode_prompt(
             prompts, device=self._text_parts.device, max_sequence_length=self.text_length
         )
@@ -103,11 +103,13 @@ class FluxBackbone(PipelineBackbone):
         call = super()._student_call(nfe)
         if not self.is_told_guidance:
             return call.with_(notes=("The network has no guidance: one call a step.",))
-        told = f"`guidance_scale={self.guidance_embed}` is what the network is told; it calls once a step."
+        told = f"`guidance_scale={self.guidance_embed}` is an input of the network; there is one network call a step."
         return call.with_(arguments={**call.arguments, "guidance_scale": self.guidance_embed}, notes=(told,))
 
     @classmethod
     def settings_of(cls, call: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the constructor's arguments that fit the call of an exported student: sizes, and `guidance_embed`."""
+        """Return the constructor's arguments for an exported student, given the arguments of its call: sizes and
+        `guidance_embed`.
+        """
         told = {"guidance_embed": call["guidance_scale"]} if "guidance_scale" in call else {}
         return super().settings_of(call) | told

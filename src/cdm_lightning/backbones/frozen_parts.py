@@ -1,4 +1,4 @@
-"""Saving memory in the frozen parts of a pipeline, its image codec and text encoders: they compute only what is used."""
+"""Ways to save memory in the frozen parts of a pipeline, its image codec and text encoders."""
 
 import inspect
 from collections.abc import Mapping
@@ -14,10 +14,10 @@ TILE_OVERLAP = 0.25  # the share of a tile that overlaps its neighbour, as by de
 
 
 def decode_sparingly(vae: Any, tile: int | None = None) -> None:
-    """Let the image codec `vae` work on one image at a time, and on one tile at a time if a side exceeds `tile` pixels.
+    """Let the image codec `vae` process one image at a time, and large images in tiles. This saves memory.
 
-    Memory is then needed for one image, or one tile (None: no tiles). One image at a time changes pixels by rounding only;
-    tiles overlap and are blended, so pixels near their edges differ a little.
+    An image is decoded in tiles if one of its sides is longer than `tile` pixels (None: never). Tiles overlap and are blended,
+    so pixels near their edges change a little. One image at a time changes pixels only by rounding.
     """
     vae.enable_slicing()
     if tile is None:
@@ -32,10 +32,10 @@ def decode_sparingly(vae: Any, tile: int | None = None) -> None:
 
 
 def codec_without_weights(pipeline_class: Any, config: Mapping[str, Any], factor: int) -> Any:
-    """Return an object with the image codec of a pipeline class on the meta device (`vae`) and an `image_processor`.
+    """Return an object with a pipeline's image codec (`vae`), on the meta device, and its `image_processor`.
 
-    The planner uses it to measure decoding without weights. `config` has the arguments of the codec's constructor; one
-    latent is `factor` x `factor` pixels.
+    The planner uses it to measure decoding without weights. `config` are the arguments of the codec's constructor. One latent
+    covers `factor` x `factor` pixels.
     """
     kind: Any = inspect.signature(pipeline_class.__init__).parameters["vae"].annotation
     with torch.device("meta"):
@@ -44,11 +44,11 @@ def codec_without_weights(pipeline_class: Any, config: Mapping[str, Any], factor
 
 
 def keep_last_state_only(encoder: nn.Module) -> None:
-    """Change a vision-language model with a language head, in place, to return only its last hidden state.
+    """Change a vision-language model in place so that it computes only its last hidden state.
 
-    Pipelines ask for all hidden states and use the last one. The head would compute logits over the whole vocabulary, and the
-    states of all layers would stay in memory: 18 GB for 64 prompts of 512 tokens. The head and the vision tower, which text
-    never reaches, are dropped.
+    Pipelines ask for all hidden states and use only the last one. The states of all layers would stay in memory, and the
+    language head would compute logits over the whole vocabulary: 18 GB for 64 prompts of 512 tokens. Therefore the head is
+    dropped, and so is the vision tower, which text does not use.
     """
     model = cast(Any, encoder).model
 

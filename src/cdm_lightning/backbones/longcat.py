@@ -1,7 +1,7 @@
-"""LongCat-Image: `LongCatImagePipeline` of diffusers behind the `Backbone` interface.
+"""The backbone for LongCat-Image (`LongCatImagePipeline` of diffusers).
 
-Shapes: B batch, (C, h, w) latent, 512 text tokens of Qwen2.5-VL, D their width. Padding tokens are
-attended to, as in the pipeline. Prompts are used unchanged: the pipeline's rewriting by a language model is always off.
+Shapes: B batch, (C, h, w) latent, 512 text tokens of Qwen2.5-VL, D their width. The network attends to padding tokens, as in
+the pipeline. Prompts are used unchanged: the pipeline's rewriting by a language model is always off.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from cdm_lightning.backbones.weights_dtype import weights_dtype
 
 
 class LongCatBackbone(PipelineBackbone):
-    """The backbone of a `LongCatImagePipeline`; the arguments are those of `PipelineSettings`."""
+    """The backbone of a `LongCatImagePipeline`. The arguments are those of `PipelineSettings`."""
 
     title = "LongCat"
     pipeline_class = LongCatImagePipeline
@@ -42,7 +42,7 @@ class LongCatBackbone(PipelineBackbone):
 
     @property
     def latent_channels(self) -> int:
-        """C, the number of channels of a latent; one token of the network holds 2 x 2 latents."""
+        """C, the number of channels of a latent. Each token of the network is made of 2 x 2 latents."""
         return self.network_config["in_channels"] // 4
 
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
@@ -60,7 +60,9 @@ class LongCatBackbone(PipelineBackbone):
         return unpack(output.float(), height, width)
 
     def guide(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
-        """Apply classifier-free guidance, then limit each token's norm to that of its conditional velocity, as the pipeline does."""
+        """Apply classifier-free guidance as the pipeline does: each token's norm is limited to that of its conditional
+        velocity.
+        """
         return renormalised(cond, super().guide(cond, uncond, scale), low=0.0, high=1.0)
 
     def blank_conditioning(self, batch: int) -> Conditioning:
@@ -70,6 +72,6 @@ class LongCatBackbone(PipelineBackbone):
 
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> Conditioning:
-        """{"prompt_embeds": (B, 512, D)} float32."""
+        """Return {"prompt_embeds": (B, 512, D)} in float32."""
         embeds, _ = self._text_parts.encode_prompt(prompts)
         return {"prompt_embeds": embeds.float()}

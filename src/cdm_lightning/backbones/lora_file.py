@@ -1,4 +1,4 @@
-"""LoRA files of diffusers: writing them for a pipeline's own loader, reading them, and fusing them into a network."""
+"""LoRA files of diffusers: writing and reading them, and fusing them into a network."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -25,15 +25,15 @@ JOINT_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_
 
 
 def presets(attention: tuple[str, ...], feed_forward: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """Return {"attention": ..., "attention_feed_forward": ...}, the presets of LoRA targets as endings of layer names."""
+    """Return two presets of LoRA targets, "attention" and "attention_feed_forward", as endings of layer names."""
     return {"attention": attention, "attention_feed_forward": attention + feed_forward}
 
 
 def write_lora_file(family: type[DiffusionPipeline], tensors: Mapping[str, Tensor], folder: Path) -> Path:
-    """Write the LoRA `tensors` ("LAYER.lora_A.weight", ..., scale 1) of a transformer into `folder`; return the file's path.
+    """Write the LoRA of a transformer into `folder`, and return the path of the file.
 
-    `family` is the pipeline's class. The file is for its `load_lora_weights` if it has that method, else for the
-    transformer's `load_lora_adapter` with `prefix=None`.
+    `tensors` are "LAYER.lora_A.weight" and so on, for scale 1. `family` is the pipeline's class. Its `load_lora_weights` can
+    load the file. If it has no such method, `load_lora_adapter` of the transformer can, with `prefix=None`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(family, "save_lora_weights"):
@@ -45,26 +45,29 @@ def write_lora_file(family: type[DiffusionPipeline], tensors: Mapping[str, Tenso
 
 
 def locate_lora(path: str | Path) -> Path:
-    """Return the path of a LoRA file: `path` itself, or the `pytorch_lora_weights.safetensors` in the folder `path`.
+    """Return the path of a LoRA file. `path` is the file, or a folder that contains `pytorch_lora_weights.safetensors`.
 
-    UserError if there is no such file or its name does not end in .safetensors.
+    Raises `UserError` if there is no such file, or if its name does not end in .safetensors.
     """
     file = Path(path).expanduser()
     if file.is_dir():
         file = file / WEIGHTS
     if not file.is_file():
-        raise UserError(f"{file}: no such LoRA file; pass a .safetensors file or a folder that holds {WEIGHTS}")
+        raise UserError(
+            f"the LoRA file {file} does not exist; pass a .safetensors file or a folder that contains {WEIGHTS}"
+        )
     if file.suffix != ".safetensors":
-        raise UserError(f"{file} is not a .safetensors file; no other format can be read, convert it")
+        raise UserError(f"{file} is not a .safetensors file; convert it to this format")
     return file
 
 
 @dataclass(frozen=True)
 class OwnWeights:
-    """The contents of the user's own LoRA `file`, as diffusers reads them, ready for `load_lora_adapter`.
+    """The contents of a LoRA file that the user supplies, ready for `load_lora_adapter` of diffusers.
 
-    The names of `tensors` begin with `prefix`, if that is not None. `alphas` are the LoRA alphas of the layers, if the family's
-    loader returns them apart from the tensors, and `settings` is the configuration of peft, if the file has one.
+    - `tensors`: the LoRA's tensors; their names begin with `prefix`, if it is not None.
+    - `alphas`: the LoRA alphas of the layers, if they are stored apart from the tensors.
+    - `settings`: the configuration of peft, if the file has one.
     """
 
     file: Path
@@ -74,7 +77,10 @@ class OwnWeights:
     settings: Mapping[str, Any] | None = None
 
     def layers(self) -> dict[str, dict[str, Tensor]]:
-        """Return {layer: {kind: tensor}}, as in {"ff.net.2": {"lora_A.weight": (rank, in), "lora_B.weight": (out, rank)}}."""
+        """Return the tensors of each layer, as {layer: {name: tensor}}.
+
+        For example, {"ff.net.2": {"lora_A.weight": (rank, in), "lora_B.weight": (out, rank)}}.
+        """
         found: dict[str, dict[str, Tensor]] = {}
         for name, tensor in self.tensors.items():
             layer, _, kind = name.removeprefix(f"{self.prefix}.").partition(".lora_")
@@ -83,10 +89,10 @@ class OwnWeights:
 
 
 def read_lora_file(family: type[DiffusionPipeline], file: Path) -> OwnWeights:
-    """Read the LoRA of a transformer from `file`, as `load_lora_weights` of the pipeline class `family` does.
+    """Read the LoRA of a transformer from `file`, like `load_lora_weights` of the pipeline class `family`.
 
-    UserError for a broken file, for one that holds anything but a LoRA of the transformer, and for factors A and B without a
-    common rank or with values that are not finite.
+    Raises `UserError` if the file is broken or contains anything else, or if the factors A and B of a layer differ in rank or
+    have values that are not finite.
     """
     prefix = getattr(family, "transformer_name", "transformer") if hasattr(family, "lora_state_dict") else None
     alphas = settings = None
@@ -102,18 +108,18 @@ def read_lora_file(family: type[DiffusionPipeline], file: Path) -> OwnWeights:
             alphas = more[0] if has_alphas else None
     others = [key for key in tensors if ".lora" not in key]
     if others or not tensors:
-        raise UserError(f"{file} is not a LoRA: it holds {others[0] if others else 'nothing'}; pass another file")
+        raise UserError(f"{file} is not a LoRA: it contains {others[0] if others else 'no tensors'}; pass another file")
     text = [key for key in tensors if key.startswith("text_encoder")]
     if text:
         raise UserError(
-            f"{file} changes the text encoder too ({text[0]}), which is not supported; pass a LoRA that does not"
+            f"{file} also changes the text encoder ({text[0]}), which is not supported; pass a LoRA of the transformer only"
         )
     if prefix is not None and not all(key.startswith(f"{prefix}.") for key in tensors):
         tensors = {f"{prefix}.{key.removeprefix(f'{prefix}.')}": value for key, value in tensors.items()}
     own = OwnWeights(file, prefix, tensors, alphas or None, settings)
     for layer, factors in own.layers().items():
         if flaw := flaw_of_factors(factors):
-            raise UserError(f"{file}: {layer} {flaw}; make the file again")
+            raise UserError(f"{file}: the layer {layer} {flaw}; make the file again")
     for name, alpha in (alphas or {}).items():
         if not math.isfinite(float(alpha)):
             raise UserError(f"{file}: {name} is {float(alpha)}; make the file again")
@@ -121,15 +127,15 @@ def read_lora_file(family: type[DiffusionPipeline], file: Path) -> OwnWeights:
 
 
 def flaw_of_factors(factors: Mapping[str, Tensor]) -> str | None:
-    """Return what is wrong with the tensors of one layer as the factors of a LoRA, in words for a message; None if nothing is."""
+    """Return what is wrong with the LoRA factors of one layer, for a message, or None if nothing is wrong."""
     a, b = factors.get("lora_A.weight"), factors.get("lora_B.weight")
     if a is None or b is None:
         return f"has {', '.join(factors)} without lora_{'A' if a is None else 'B'}.weight"
     shapes = f"{list(a.shape)} and {list(b.shape)}"
     if min(a.ndim, b.ndim) < 2:
-        return f"has factors of the shapes {shapes}, which are no matrices"
+        return f"has factors of the shapes {shapes}, which are not matrices"
     if a.shape[0] != b.shape[1] or not a.shape[0]:
-        return f"has factors of the shapes {shapes}, which have no rank in common"
+        return f"has factors of the shapes {shapes}, whose ranks differ"
     for kind, tensor in factors.items():
         if not tensor.is_floating_point():
             return f"has {kind} of whole numbers"
@@ -139,9 +145,9 @@ def flaw_of_factors(factors: Mapping[str, Tensor]) -> str | None:
 
 
 def check_fit(own: OwnWeights, network: nn.Module) -> None:
-    """Raise UserError unless every layer of the LoRA is a layer of `network` with the same sizes.
+    """Raise `UserError` unless each layer of the LoRA is a layer of `network` with the same sizes.
 
-    Only shapes are used, so `network` may be on the meta device.
+    `network` may be on the meta device, since only shapes are used.
     """
     modules, layers, file = dict(network.named_modules()), own.layers(), own.file
     unknown = [name for name in layers if not isinstance(getattr(modules.get(name), "weight", None), Tensor)]
@@ -154,20 +160,20 @@ def check_fit(own: OwnWeights, network: nn.Module) -> None:
         weight = cast(Tensor, modules[name].weight)
         if weight.ndim != factors["lora_A.weight"].ndim:
             raise UserError(
-                f"{file} is the LoRA of another model: {name} has factors of another kind of layer; pass one of this model"
+                f"{file} is the LoRA of another model: {name} is another kind of layer there; pass a LoRA of this model"
             )
         sizes = [factors["lora_B.weight"].shape[0], factors["lora_A.weight"].shape[1]]
         if sizes != list(weight.shape[:2]):
             raise UserError(
                 f"{file} is the LoRA of another model: {name} is {sizes[0]} x {sizes[1]} there, {weight.shape[0]} x "
-                f"{weight.shape[1]} here; pass one of this model"
+                f"{weight.shape[1]} here; pass a LoRA of this model"
             )
 
 
 def fuse_lora(network: nn.Module, own: OwnWeights, scale: float) -> None:
-    """Add `scale` times the LoRA to the weights of a diffusers transformer, in place, with the loader of diffusers.
+    """Add `scale` times the LoRA to the weights of a diffusers transformer, in place, with diffusers' own loader.
 
-    UserError if the loader refuses the LoRA.
+    Raises `UserError` if the loader refuses the LoRA.
     """
     adapted = cast("PeftAdapterMixin", network)
     options: Any = {} if own.alphas is None else {"network_alphas": dict(own.alphas)}
@@ -188,10 +194,10 @@ def fused_network(
     scale: float,
     dtype: torch.dtype,
 ) -> nn.Module:
-    """Return the network that `load` reads, with `scale` times the LoRA at `path` fused in, in `dtype`.
+    """Load a network, fuse `scale` times the LoRA at `path` into it, and return it in `dtype`.
 
-    `load(dtype)` loads the network, here in float32, so that the sum is rounded only once. `skeleton()` builds it without
-    weights: the LoRA is checked against it before any weights are loaded, and a LoRA that does not fit is a UserError.
+    `load(dtype)` loads the network; here it does so in float32, so that the sum is rounded only once. `skeleton()` builds it
+    without weights, to check the LoRA first. Raises `UserError` for a LoRA that does not fit.
     """
     file = locate_lora(path)
     own = read_lora_file(family, file)

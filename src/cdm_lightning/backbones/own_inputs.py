@@ -1,7 +1,7 @@
-"""Own inputs: inputs that an objective gives to a network in addition to x, sigma and text, such as a second noise level.
+"""Additional inputs that an objective gives to a network besides x, sigma and text, such as a second noise level.
 
-Each is embedded by a module, and the embeddings are added to the network's time embedding. Shapes: B samples, D the width
-of the time embedding.
+A module embeds each input, and the embeddings are added to the network's time embedding. Shapes: B samples, D the width of the
+time embedding.
 """
 
 from collections.abc import Generator, Mapping
@@ -15,9 +15,9 @@ NAME = "own_inputs"  # the attribute in which a network holds its own inputs
 
 
 class OwnInputs(nn.Module):
-    """The modules that embed a network's additional inputs, by name: each maps values (B,) to (B, D).
+    """The modules that embed a network's additional inputs, by name. Each maps values (B,) to (B, D).
 
-    The sum of the embeddings is added to the output of the network's time embedding.
+    The sum of the embeddings is added to the network's time embedding.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
@@ -27,7 +27,10 @@ class OwnInputs(nn.Module):
 
     @contextmanager
     def given(self, values: Mapping[str, Tensor]) -> Generator[None]:
-        """Use these values (B,), by name, in all calls of the network inside the `with`; ValueError if names do not match."""
+        """Use these values (B,), by name, in all calls of the network inside the `with` block.
+
+        Raises ValueError if the names differ from those of the inputs.
+        """
         if values.keys() != self.embeddings.keys():
             raise ValueError(
                 f"the network has the inputs {', '.join(self.embeddings)}, but it was given {', '.join(values) or 'none'}"
@@ -39,10 +42,10 @@ class OwnInputs(nn.Module):
             self._values = {}
 
     def add_to(self, module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
-        """Return the output (B, D) of the time embedding plus the embeddings of the current values; a forward hook.
+        """Return the time embedding, `output` (B, D), plus the embeddings of the current values. This is a forward hook.
 
-        A base network that several LoRA roles share runs the hook for all of them. While no values are given, the output is
-        unchanged.
+        Without current values, `output` is returned unchanged. This happens on a base network that several LoRA networks share,
+        because it runs the hook for all of them.
         """
         for name, values in self._values.items():
             output = output + self.embeddings[name](values).to(output.dtype)
@@ -50,10 +53,10 @@ class OwnInputs(nn.Module):
 
 
 def attach_inputs(network: nn.Module, time_embedding: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Give `network` additional inputs: `modules[NAME]` embeds input NAME, (B,) to (B, D), for the time embedding.
+    """Give `network` additional inputs. `modules[NAME]` embeds the input NAME, from (B,) to (B, D).
 
-    The modules become submodules of `network` and are trained with it, except for their frozen parameters. `time_embedding`
-    is a module of `network`, or of the base that a LoRA view shares with other roles.
+    The modules become submodules of `network` and are trained with it, except for frozen parameters. `time_embedding` is a
+    module of `network`, or of the base that a LoRA network shares.
     """
     own = OwnInputs(modules)
     setattr(network, NAME, own)
@@ -62,9 +65,9 @@ def attach_inputs(network: nn.Module, time_embedding: nn.Module, modules: Mappin
 
 @contextmanager
 def giving(network: nn.Module, values: Mapping[str, Tensor]) -> Generator[None]:
-    """Use these values (B,), by name, of the additional inputs of `network` in all its calls inside the `with`.
+    """Use these values (B,), by name, for the additional inputs of `network` in all its calls inside the `with` block.
 
-    ValueError if an input lacks a value, or a value belongs to no input of `network`.
+    Raises ValueError if the names differ from those of the network's inputs.
     """
     own = getattr(network, NAME, None)
     if isinstance(own, OwnInputs):
@@ -77,7 +80,7 @@ def giving(network: nn.Module, values: Mapping[str, Tensor]) -> Generator[None]:
 
 
 def join_values(values: list[Mapping[str, Tensor]]) -> dict[str, Tensor] | None:
-    """Concatenate the values (B,), by name, of several batches; None if the batches have values of different inputs."""
+    """Concatenate the values (B,) of several batches, by name. Returns None if the batches have different names."""
     names = values[0].keys()
     if any(other.keys() != names for other in values):
         return None

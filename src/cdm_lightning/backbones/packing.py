@@ -13,13 +13,16 @@ from cdm_lightning.core.transfer import send
 
 
 def pack(x: Tensor) -> Tensor:
-    """Pack (B, C, h, w) -> (B, h/2 * w/2, 4 C), row by row from the top left; this only permutes the values."""
+    """Pack each 2 x 2 latents into a token: (B, C, h, w) -> (B, h/2 * w/2, 4 C), row by row from the top left.
+
+    The values are only permuted.
+    """
     b, c, h, w = x.shape
     return x.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h // 2 * (w // 2), 4 * c)
 
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """Unpack (B, h/2 * w/2, 4 C) -> (B, C, h, w), a latent of this height and width: the inverse of `pack`."""
+    """Unpack tokens into a latent of this height and width: (B, h/2 * w/2, 4 C) -> (B, C, h, w). This is the inverse of `pack`."""
     b, _, channels = tokens.shape
     grid = tokens.view(b, height // 2, width // 2, channels // 4, 2, 2)
     return grid.permute(0, 3, 1, 4, 2, 5).reshape(b, channels // 4, height, width)
@@ -28,10 +31,10 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
 def grid_ids(height: int, width: int, first: tuple[int, int, int], device: torch.device) -> Tensor:
     """Return the position of each token of a latent of `height` x `width`: (h/2 * w/2, 3) in float32.
 
-    A position is `first` + (0, row, column). Float32 is exact for every position that occurs; bfloat16, which pipelines may
-    use, is not exact above 256. On a GPU the tensor is kept for later calls, since the host would wait to make it.
+    A position is `first` + (0, row, column). Pipelines may use bfloat16 here, which is exact only up to 256; float32 is always
+    exact. On a GPU the tensor is kept for later calls, because making it would interrupt the GPU's work.
     """
-    if device.type == "cuda":  # only numbers of a GPU are kept: elsewhere a copy costs nothing
+    if device.type == "cuda":  # on other devices, making the tensor again costs nothing
         return _kept_ids(height, width, first, device)
     return _made_ids(height, width, first, device)
 
@@ -51,7 +54,7 @@ def _made_ids(height: int, width: int, first: tuple[int, int, int], device: torc
 
 
 def dtype_of_call(network: nn.Module, x: Tensor) -> torch.dtype:
-    """Return the dtype in which `network` computes on the device of `x`: that of autocast if enabled, else of the weights."""
+    """Return the dtype in which `network` computes on the device of `x`: that of autocast if it is on, and else of the weights."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weights_dtype(network)
 
@@ -59,9 +62,9 @@ def dtype_of_call(network: nn.Module, x: Tensor) -> torch.dtype:
 def rounded_timestep(sigma: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the network's timestep for sigma (B,), rounded as in the pipeline: (1000 sigma cast to `dtype`) / 1000.
 
-    These networks multiply the timestep by 1000 in the dtype of their computation. In bfloat16 this rounds to multiples
-    of 4 above 512, and a division before the cast would round differently (sigma 0.9045 to 908, not to 904): the student
-    would be trained on other noise levels than the pipeline uses. In float32 nothing is lost.
+    These networks multiply the timestep by 1000 in the dtype of their computation. Above 512, bfloat16 rounds to multiples of
+    4. If sigma were cast first, it would round differently (0.9045 to 908 instead of 904), and the student would be trained on
+    other noise levels than the pipeline uses.
     """
     return (sigma.float() * 1000).to(dtype) / 1000
 
@@ -69,7 +72,7 @@ def rounded_timestep(sigma: Tensor, dtype: torch.dtype) -> Tensor:
 def renormalised(cond: Tensor, guided: Tensor, low: float | None = None, high: float | None = None) -> Tensor:
     """Rescale guided velocities (B, C, h, w) so that each token (2 x 2 latents) has the norm of its conditional velocity.
 
-    `low` and `high`, if given, bound the factor by which a token is multiplied.
+    `low` and `high`, if given, bound the scale factor of a token.
     """
     height, width = cond.shape[2:]
     cond, guided = pack(cond), pack(guided)

@@ -1,4 +1,4 @@
-"""What a backbone knows before any weights are loaded: the user's options, and the configuration files of the pipeline."""
+"""The options of a pipeline's backbone, and the contents of the pipeline's configuration files. No weights are loaded here."""
 
 import copy
 import hashlib
@@ -35,7 +35,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class shared_property:
-    """A cached property, computed at the first access, that a backbone shares with its copies for other image sizes (`at`)."""
+    """A property that is computed once, for a backbone and all its copies for other image sizes (`at`)."""
 
     def __init__(self, make: Callable[[Any], Any]) -> None:
         self.make, self.__doc__ = make, make.__doc__
@@ -62,14 +62,14 @@ def constructor_defaults(network: type[Any]) -> dict[str, Any]:
 
 @dataclass(eq=False)
 class PipelineSettings(Backbone):
-    """The location of a pipeline, the options for its use, and the contents of its configuration files.
+    """The options of a pipeline's backbone, and the contents of the pipeline's configuration files.
 
-    `pretrained` is a pipeline folder or a hub id (with `revision`). `height`, `width` are in pixels (default: the pipeline's
-    own size), `max_sequence_length` is the number of text tokens (default: that of the pipeline's call). `teacher_dtype` is
-    the dtype of the frozen teacher, `text_dtype` that of the text encoders; trained networks and the VAE are float32.
-    `teacher_lora`, your own LoRA (a safetensors file or its folder), is fused into the pretrained network at the scale
-    `teacher_lora_scale`, and teacher, student and fake score all start from the sum. Raises `UserError` for an argument out of
-    its range, and for a LoRA file that is missing or not a .safetensors file.
+    `pretrained` is a pipeline folder or a hub id (at `revision`). `height` and `width` are in pixels (default: the pipeline's
+    own size). `max_sequence_length` is the number of text tokens (default: that of the pipeline's call). `teacher_dtype` is the
+    dtype of the frozen teacher, and `text_dtype` that of the text encoders. Trained networks and the VAE are float32.
+    `teacher_lora`, a safetensors file or its folder, is fused into the pretrained network at `teacher_lora_scale`; teacher,
+    student and fake score start from the result. Raises `UserError` for an argument out of its range, and for a LoRA file that
+    is missing or not a .safetensors file.
     """
 
     title: ClassVar[str]  # the family's name in messages and, in lower case, at the start of fingerprints
@@ -95,17 +95,17 @@ class PipelineSettings(Backbone):
             self.max_sequence_length = self.default_text_length()
         if self.max_sequence_length not in self.text_tokens:
             allowed = f"{self.text_tokens.start} to {self.text_tokens.stop - 1}"
-            raise UserError(f"max_sequence_length={self.max_sequence_length}: {self.title} takes {allowed} text tokens")
+            raise UserError(f"max_sequence_length={self.max_sequence_length} must be {allowed} tokens for {self.title}")
         for name in ("teacher_dtype", "text_dtype"):
             if getattr(self, name) not in DTYPES:
-                raise UserError(f"backbone.{name} must be one of {', '.join(DTYPES)}, got {getattr(self, name)!r}")
+                raise UserError(f"backbone.{name}={getattr(self, name)!r} must be one of {', '.join(DTYPES)}")
         self.pretrained = str(self.pretrained)
         self.teacher_lora = None if self.teacher_lora is None else locate_lora(self.teacher_lora)
 
     def at(self, height: int | None = None, width: int | None = None) -> Self:
-        """Return a copy of this backbone for images of another size in pixels; it shares the loaded parts.
+        """Return a copy of this backbone for images of another size in pixels. It shares the loaded parts.
 
-        A side that is None keeps its current value. UserError if the pipeline cannot make images of that size.
+        A side that is None stays the same. Raises `UserError` if the pipeline cannot make images of this size.
         """
         view = copy.copy(self)
         view.height = self.height if height is None else height
@@ -117,12 +117,12 @@ class PipelineSettings(Backbone):
 
     @shared_property
     def folder(self) -> Path:
-        """The pipeline's folder on this machine, downloaded if `pretrained` is a hub id; UserError if it cannot be used."""
+        """The pipeline's local folder, which is downloaded for a hub id. Raises `UserError` if it cannot be used."""
         return locate_pipeline(self.pretrained, self.revision, self.pipeline_class, self.parts)
 
     @shared_property
     def network_config(self) -> dict[str, Any]:
-        """The arguments of the transformer's constructor, from its config.json; UserError if it cannot be built from them."""
+        """The arguments of the transformer's constructor, from its config.json. Raises `UserError` if they are wrong."""
         config, file = self._config("transformer"), self.folder / "transformer" / "config.json"
         require_buildable(self.transformer_class, config, file)
         self.network_config = config  # for the sizes that follow from it
@@ -131,7 +131,7 @@ class PipelineSettings(Backbone):
 
     @shared_property
     def vae_config(self) -> dict[str, Any]:
-        """The arguments of the image codec's constructor, from its config.json; UserError if it cannot be built from them."""
+        """The arguments of the image codec's constructor, from its config.json. Raises `UserError` if they are wrong."""
         config, file = self._config("vae"), self.folder / "vae" / "config.json"
         require_buildable(codec_class(self.folder), config, file)
         require_numbers(config, ("scaling_factor", "shift_factor"), file)
@@ -154,16 +154,15 @@ class PipelineSettings(Backbone):
 
     @shared_property
     def has_weights(self) -> bool:
-        """Whether networks are built with their weights: True until `leave_weights_out`, which puts them on the meta device."""
+        """Whether networks are built with their weights. `leave_weights_out` makes this False."""
         return True
 
     def leave_weights_out(self, architecture: Mapping[str, Any] | None = None) -> None:
-        """Build networks on the meta device from now on, for all image sizes: the planner needs only shapes and dtypes.
+        """Build networks without weights, on the meta device, from now on. The planner needs only shapes and dtypes.
 
-        The pipeline's configuration files are read now; UserError if they cannot be used. With `architecture` no file is
-        read: it is {"transformer": arguments of its constructor that differ from the defaults, "vae": arguments of its
-        constructor, with all that the backbone reads}, and sigmas are not shifted. A `teacher_lora` is left out, since it
-        changes no shape.
+        The pipeline's configuration files are read now. Raises `UserError` if they cannot be used. With `architecture`, no file
+        is read and sigmas are not shifted. It has the arguments of the "transformer" that differ from its defaults, and all
+        arguments of the "vae" that the backbone uses. A `teacher_lora` is ignored, since it changes no shape.
         """
         self.has_weights = False
         if architecture is not None:
@@ -178,9 +177,9 @@ class PipelineSettings(Backbone):
 
     @shared_property
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
-        """The scheduler whose timestep shift training uses; UserError if it has options that the family is not trained with.
+        """The scheduler whose timestep shift training uses. Raises `UserError` if it has options that are not supported.
 
-        It is the pipeline's own; an exported folder may have kept it beside a scheduler for the student's call.
+        It is the pipeline's own scheduler. An exported folder may store it in addition to the scheduler for the student.
         """
         subfolder = next((name for name in OF_TRAINING if (self.folder / name).is_dir()), "scheduler")
         file = self.folder / subfolder / "scheduler_config.json"
@@ -190,7 +189,7 @@ class PipelineSettings(Backbone):
         config: Any = scheduler.config  # a FrozenDict, whose keys are attributes
         require_sizes({"num_train_timesteps": config.num_train_timesteps}, file)
         if not config.shift > 0:
-            raise UserError(f"{file}: shift={config.shift} must be above 0; copy the folder again")
+            raise UserError(f"{file}: shift={config.shift} must be above 0; copy the pipeline again")
         require_known_shift(scheduler, self.pretrained, self.title, self.shift_options)
         return scheduler
 
@@ -214,7 +213,7 @@ class PipelineSettings(Backbone):
 
     @property
     def size_unit(self) -> int:
-        """The number of pixels of which both sides of an image must be multiples."""
+        """Both sides of an image must be multiples of this number of pixels."""
         return self.patch * self.vae_factor
 
     @property
@@ -224,17 +223,17 @@ class PipelineSettings(Backbone):
 
     @property
     def largest_side(self) -> int | None:
-        """The largest side of an image, in pixels; None if the network has no limit."""
+        """The largest allowed side of an image, in pixels. None means that the network has no limit."""
         return None
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels; UserError for a side that is no multiple of `size_unit` or above `largest_side`."""
+        """(height, width) in pixels. Raises `UserError` for a side that is no multiple of `size_unit` or above `largest_side`."""
         unit, largest = self.size_unit, self.largest_side
         for name, side in (("height", self.height), ("width", self.width)):
             if side is not None and (side % unit or not 0 < side <= (largest or side)):
                 limit = f" up to {largest}" if largest else ""
-                raise UserError(f"{name}={side} does not fit {self.pretrained}: use a multiple of {unit}{limit}")
+                raise UserError(f"{name}={side} does not fit {self.pretrained}; set a multiple of {unit}{limit}")
         return self.height or self.native_side, self.width or self.native_side
 
     @property
@@ -255,24 +254,24 @@ class PipelineSettings(Backbone):
 
     @property
     def time_embedding_width(self) -> int:
-        """D, the width of the output (B, D) of the submodule `time_embedding`."""
+        """D, the width of the time embedding (B, D)."""
         return self.feature_width
 
     @property
     def fingerprint(self) -> str:
-        """The family and a hash of the transformer's configuration: networks with equal fingerprints can exchange weights."""
+        """The family's name and a hash of the transformer's configuration. Equal ones can exchange weights."""
         config = json.dumps(self.network_config, sort_keys=True)
         return f"{self.title.lower()}-{hashlib.blake2b(config.encode(), digest_size=8).hexdigest()}"
 
     @property
     def text_length(self) -> int:
-        """The number of tokens to which prompts are padded or cut: `max_sequence_length`, which is no longer None here."""
+        """The number of text tokens to which prompts are padded or cut (`max_sequence_length`)."""
         return cast(int, self.max_sequence_length)
 
     def call_sizes(self) -> dict[str, int]:
-        """Return the arguments of a call of the pipeline ("height", "width", "max_sequence_length") that are not its defaults.
+        """Return the arguments to add to a call of the pipeline for this backbone's image size and text length.
 
-        With them, a call makes images of the size and uses the text length that this backbone trains with.
+        These are "height", "width" and "max_sequence_length", without those that equal the pipeline's defaults.
         """
         is_default = self.max_sequence_length == self.default_text_length()
         sizes = {} if is_default else {"max_sequence_length": self.text_length}
@@ -282,17 +281,17 @@ class PipelineSettings(Backbone):
 
     @classmethod
     def default_text_length(cls) -> int:
-        """Return the default `max_sequence_length` of the pipeline's call; the largest of `text_tokens` if the call has none."""
+        """Return the default `max_sequence_length` of the pipeline's call, or else the largest of `text_tokens`."""
         length = cls.call_default("max_sequence_length")
         return cls.text_tokens.stop - 1 if length is None else length
 
     @classmethod
     def call_default(cls, argument: str) -> Any:
-        """Return the default of an argument of the pipeline's call; None if the call has no such argument."""
+        """Return the default of an argument of the pipeline's call, or None if the call has no such argument."""
         parameter = inspect.signature(cls.pipeline_class.__call__).parameters.get(argument)
         return None if parameter is None else parameter.default
 
     @classmethod
     def settings_of(cls, call: Mapping[str, Any]) -> dict[str, Any]:
-        """Return those arguments of an exported student's call that this constructor takes too: sizes and text length."""
+        """Return this constructor's arguments (sizes, text length) for the call of an exported student."""
         return {name: call[name] for name in ("height", "width", "max_sequence_length") if name in call}

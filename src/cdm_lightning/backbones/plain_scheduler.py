@@ -1,9 +1,9 @@
-"""The scheduler of an exported pipeline: a plain call, which passes no sigmas, then runs those the student was trained on.
+"""The scheduler of an exported pipeline: it uses the sigmas that the student was trained on, even if a call passes none.
 
-Without explicit sigmas, `FlowMatchEulerDiscreteScheduler` does not space its steps by 1/n: it stores the shifted end points,
-spaces the steps evenly between them and shifts again (diffusers issue 13243). For example, 4 steps at shift 3 run the sigmas
-1, .858, .602, .009. `FlowMapEulerDiscreteScheduler`, also of diffusers, takes the same Euler steps at the shifted values of
-1, 1 - 1/n, ..., 1/n, which are the student's, for every n.
+Without explicit sigmas, diffusers' `FlowMatchEulerDiscreteScheduler` does not space its steps by 1/n. It shifts the two end
+points, spaces the steps evenly between them, and shifts again (diffusers issue 13243). For example, 4 steps at shift 3 have the
+sigmas 1, .858, .602, .009. `FlowMapEulerDiscreteScheduler` takes the same Euler steps at the shifted values of 1, 1 - 1/n, ...,
+1/n. These are the student's sigmas, for every n.
 """
 
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from diffusers import FlowMapEulerDiscreteScheduler, FlowMatchEulerDiscreteSched
 from cdm_lightning.core.schedules import uniform_sigmas
 from cdm_lightning.errors import UserError
 
-KEPT = "training_scheduler"  # where an exported folder keeps the scheduler of training if its call cannot use it
+KEPT = "training_scheduler"  # the folder of the training scheduler in an export whose call uses another scheduler
 OF_TRAINING = (
     KEPT,
     "scheduler/unbaked",
-)  # the second: exports of older versions, which diffusers cannot load with a `variant`
+)  # older versions exported to the second folder, which diffusers cannot load with a `variant`
 TOLERANCE = 1e-6  # largest error of a sigma, for float32 rounding
 BEYOND_SHIFT = (
     "use_dynamic_shifting",
@@ -34,32 +34,32 @@ BEYOND_SHIFT = (
 def require_known_shift(
     scheduler: FlowMatchEulerDiscreteScheduler, name: str, family: str, allowed: Sequence[str] = ()
 ) -> None:
-    """Raise UserError if the scheduler of the pipeline `name` shapes its sigmas by more than a static shift and `allowed`.
+    """Raise `UserError` if a pipeline's scheduler changes its sigmas by more than a static shift and the options in `allowed`.
 
-    `allowed` are names of its options, and `family` is the family's name for the message.
+    `name` is the pipeline's name and `family` the family's name in the message.
     """
     extra = [key for key in BEYOND_SHIFT if scheduler.config.get(key) and key not in allowed]
     if extra:
         known = " and ".join(["a static shift", *allowed])
         raise UserError(
-            f"the scheduler of {name} sets {', '.join(extra)}, but {family} is trained with {known} only; restore "
+            f"the scheduler of {name} sets {', '.join(extra)}, but {family} supports only {known}; restore "
             "scheduler/scheduler_config.json from the original pipeline"
         )
 
 
 def from_config(config: dict[str, Any], **changes: Any) -> FlowMatchEulerDiscreteScheduler:
-    """Return a `FlowMatchEulerDiscreteScheduler` of the configuration `config` with the values in `changes` replaced."""
+    """Return a `FlowMatchEulerDiscreteScheduler` with the configuration `config`, in which `changes` are replaced."""
     return cast(FlowMatchEulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler.from_config(config, **changes))
 
 
 def plain_scheduler(scheduler: FlowMatchEulerDiscreteScheduler, nfe: int) -> FlowMapEulerDiscreteScheduler:
-    """Return a scheduler that, for any number n of steps, runs 1, 1 - 1/n, ..., 1/n with the static shift of `scheduler`.
+    """Return a scheduler whose sigmas for n steps are 1, 1 - 1/n, ..., 1/n with the static shift of `scheduler`.
 
-    It needs no explicit sigmas. UserError for an `nfe` below 1, and if the installed diffusers gives other sigmas for `nfe`
-    steps.
+    It needs no explicit sigmas. Raises `UserError` for an `nfe` below 1, and if the installed diffusers gives other sigmas for
+    `nfe` steps.
     """
     if nfe < 1:
-        raise UserError(f"nfe={nfe} is less than one network call; pass 1 or more")
+        raise UserError(f"nfe={nfe} must be at least 1 network call")
     config: Any = scheduler.config  # a FrozenDict: its keys are attributes
     # by name: `from_config` would replace arguments that were given by position with their defaults
     plain = FlowMapEulerDiscreteScheduler(num_train_timesteps=config.num_train_timesteps, shift=config.shift)
@@ -76,7 +76,7 @@ def plain_scheduler(scheduler: FlowMatchEulerDiscreteScheduler, nfe: int) -> Flo
 
 
 def of_training(config: dict[str, Any]) -> FlowMatchEulerDiscreteScheduler | None:
-    """Invert `plain_scheduler`: return the scheduler of training for the configuration of its result; None for any other."""
+    """Return the scheduler of training for the configuration of a `plain_scheduler`, and None for any other configuration."""
     if config.get("_class_name") != FlowMapEulerDiscreteScheduler.__name__:
         return None
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=config["num_train_timesteps"], shift=config["shift"])

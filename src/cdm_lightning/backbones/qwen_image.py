@@ -1,7 +1,7 @@
-"""Qwen-Image: `QwenImagePipeline` of diffusers behind the `Backbone` interface.
+"""The backbone for Qwen-Image (`QwenImagePipeline` of diffusers).
 
-Shapes: B batch, (C, h, w) latent, N text tokens of Qwen2.5-VL with a mask, D their width. The codec is a video
-codec: an image is a video of one frame. The scheduler stretches every rollout so that its last sigma is `shift_terminal`.
+Shapes: B batch, (C, h, w) latent, N text tokens of Qwen2.5-VL with a mask, D their width. The codec is a video codec; an image
+is a video of one frame. The scheduler stretches each rollout so that its last sigma is `shift_terminal`.
 """
 
 from collections.abc import Mapping
@@ -23,10 +23,10 @@ FEED_FORWARD = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "tx
 
 
 class QwenImageBackbone(PipelineBackbone):
-    """The backbone of a `QwenImagePipeline`; the arguments are those of `PipelineSettings`.
+    """The backbone of a `QwenImagePipeline`. The arguments are those of `PipelineSettings`.
 
-    Texts are padded to `max_sequence_length` tokens, so that the conditioning of all prompts has the same shape; a mask
-    hides the padding from the network. A smaller number is faster.
+    Texts are padded to `max_sequence_length` tokens, so that all prompts have conditioning of the same shape. A mask hides the
+    padding from the network. A smaller number is faster.
     """
 
     title = "Qwen-Image"
@@ -49,7 +49,7 @@ class QwenImageBackbone(PipelineBackbone):
 
     @property
     def latent_channels(self) -> int:
-        """C, the number of channels of a latent; one token of the network holds 2 x 2 latents."""
+        """C, the number of channels of a latent. Each token of the network is made of 2 x 2 latents."""
         return self.network_config["in_channels"] // 4
 
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
@@ -66,7 +66,7 @@ class QwenImageBackbone(PipelineBackbone):
         return unpack(output.float(), height, width)
 
     def guide(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
-        """Apply classifier-free guidance, then give each token the norm of its conditional velocity, as the pipeline does."""
+        """Apply classifier-free guidance as the pipeline does: each token gets the norm of its conditional velocity."""
         return renormalised(cond, super().guide(cond, uncond, scale))
 
     def blank_conditioning(self, batch: int) -> Conditioning:
@@ -79,10 +79,10 @@ class QwenImageBackbone(PipelineBackbone):
 
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> Conditioning:
-        """{"prompt_embeds": (B, N, D) float32, "mask": (B, N) bool}, padded to N = `max_sequence_length`.
+        """Return {"prompt_embeds": (B, N, D) float32, "mask": (B, N) bool}, padded to N = `max_sequence_length`.
 
-        Prompts are encoded one at a time: the pipeline pads a batch to its longest prompt, so the last bits of one prompt
-        would depend on the others, and cached text would not be exactly what training encodes.
+        Prompts are encoded one at a time. The pipeline would pad a batch to its longest prompt, and the last bits of a prompt
+        would depend on the others. Cached text would then differ from the text of training.
         """
         encoded = [self._encode_one(prompt) for prompt in prompts]
         return {name: torch.cat([one[name] for one in encoded]) for name in encoded[0]}
@@ -106,13 +106,13 @@ class QwenImageBackbone(PipelineBackbone):
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """Encode images (B, 3, H, W) in [0, 1] into clean latents (B, C, h, w): the mode of the VAE's posterior, standardised."""
+        """Encode images (B, 3, H, W) in [0, 1] into clean latents (B, C, h, w): the standardised mode of the VAE's posterior."""
         mean, std = self._latent_statistics(images)
         frames = images.float()[:, :, None] * 2 - 1
         return ((self._codec.vae.encode(frames).latent_dist.mode() - mean) / std)[:, :, 0]
 
     def _latent_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean and the standard deviation of the codec's latents, (1, C, 1, 1, 1) each."""
+        """Return the mean and the standard deviation of the codec's latents, (1, C, 1, 1, 1) each."""
         config = self._codec.vae.config
         mean, std = (
             torch.tensor(values, device=like.device).view(1, -1, 1, 1, 1)
@@ -121,5 +121,5 @@ class QwenImageBackbone(PipelineBackbone):
         return mean, std
 
     def exported_scheduler(self, nfe: int) -> FlowMatchEulerDiscreteScheduler:
-        """Return the pipeline's own scheduler; for `nfe` = 1 without `shift_terminal`, with which it would divide 0 by 0."""
+        """Return the pipeline's own scheduler. For `nfe` = 1 it has no `shift_terminal`, which would divide 0 by 0."""
         return self.scheduler if nfe > 1 else self._shift

@@ -1,7 +1,7 @@
-"""SANA: `SanaPipeline` of diffusers behind the `Backbone` interface.
+"""The backbone for SANA (`SanaPipeline` of diffusers).
 
-Shapes: B batch, (C, h, w) latent, N text tokens of Gemma with a mask, D their width. The published pipeline
-uses a multi-step solver; the student is trained, sampled and exported with the Euler scheduler and the same shift.
+Shapes: B batch, (C, h, w) latent, N text tokens of Gemma with a mask, D their width. The published pipeline uses a multi-step
+solver. The student is trained, sampled and exported with the Euler scheduler and the same shift.
 """
 
 import math
@@ -28,7 +28,7 @@ from cdm_lightning.errors import UserError
 
 
 class SanaBackbone(PipelineBackbone):
-    """The backbone of a `SanaPipeline`; the arguments are those of `PipelineSettings`."""
+    """The backbone of a `SanaPipeline`. The arguments are those of `PipelineSettings`."""
 
     title = "SANA"
     pipeline_class = SanaPipeline
@@ -59,7 +59,7 @@ class SanaBackbone(PipelineBackbone):
 
     @property
     def size_unit(self) -> int:
-        """The number of pixels of which both sides of an image must be multiples: at least 32, which the pipeline demands."""
+        """Both sides of an image must be multiples of this number of pixels. The pipeline requires multiples of 32."""
         return math.lcm(32, super().size_unit)
 
     @property
@@ -68,7 +68,7 @@ class SanaBackbone(PipelineBackbone):
         return self.network_config["sample_size"] * self.vae_factor
 
     def call_sizes(self) -> dict[str, int]:
-        """Return the sizes to pass in a call, always with "height" and "width": the pipeline's default is 1024 for any network."""
+        """Return the sizes for a call of the pipeline. "height" and "width" are always included, because their default is 1024."""
         height, width = self.image_size
         return super().call_sizes() | {"height": height, "width": width}
 
@@ -82,18 +82,18 @@ class SanaBackbone(PipelineBackbone):
             return super()._load_scheduler(subfolder)
         if not config.get("use_flow_sigmas") or config.get("prediction_type") != "flow_prediction":
             raise UserError(
-                f"the scheduler of {self.pretrained} is not one of a flow model; restore {path} from the original"
+                f"the scheduler of {self.pretrained} is not that of a flow model; restore {path} from the original pipeline"
             )
         return FlowMatchEulerDiscreteScheduler(config.get("num_train_timesteps", 1000), shift=config["flow_shift"])
 
     def exported_scheduler(self, nfe: int) -> FlowMapEulerDiscreteScheduler:
-        """Return a scheduler that runs the student's sigmas in a call that passes none, since it must space the steps itself."""
+        """Return a scheduler that uses the student's sigmas, because a call of this pipeline passes no sigmas."""
         return plain_scheduler(self.scheduler, nfe)
 
     # ---- network and text
 
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """Return the velocity (B, C, h, w) in float32 for x (B, C, h, w) and sigma (B,), which is never rounded below float32."""
+        """Return the velocity (B, C, h, w) in float32 for x (B, C, h, w) and sigma (B,). Sigma stays in float32."""
         timestep = sigma.float() * self.scheduler.config.num_train_timesteps
         output = network(
             x.to(weights_dtype(network)),
@@ -114,9 +114,9 @@ class SanaBackbone(PipelineBackbone):
 
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> Conditioning:
-        """{"prompt_embeds": (B, N, D) float32, "mask": (B, N) int64}.
+        """Return {"prompt_embeds": (B, N, D) float32, "mask": (B, N) int64}.
 
-        The pipeline puts its long instruction before every prompt except the unconditional one.
+        The pipeline puts its long instruction in front of every prompt except the unconditional one.
         """
         pipeline, instruction = self._text_parts, self.call_default("complex_human_instruction")
         options = {"device": pipeline.device, "max_sequence_length": self.text_length}

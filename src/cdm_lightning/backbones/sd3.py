@@ -1,6 +1,6 @@
-"""Stable Diffusion 3 and 3.5: diffusers' own classes behind the `Backbone` interface.
+"""The backbone for Stable Diffusion 3 and 3.5 (`StableDiffusion3Pipeline` of diffusers).
 
-Shapes: B batch, (C, h, w) latent, N text tokens (CLIP then T5), D their width, P width of the pooled text.
+Shapes: B batch, (C, h, w) latent, N text tokens (CLIP, then T5), D their width, P width of the pooled text.
 """
 
 from collections.abc import Sequence
@@ -27,11 +27,11 @@ TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "
 
 @dataclass(eq=False)
 class SD3Backbone(PipelineBackbone):
-    """The backbone of a `StableDiffusion3Pipeline`, from a local folder or a hub id; files are read only when needed.
+    """The backbone of a `StableDiffusion3Pipeline`, from a local folder or the hub. Files are read only when they are needed.
 
-    The arguments are those of `PipelineSettings` and `compact_text`. To save computation, `compact_text=k` replaces the
-    identical T5 padding tokens after the first k T5 tokens by one token, with the same result (see `compact_text.py`); None
-    keeps all padding, as the stock pipeline does.
+    The arguments are those of `PipelineSettings` and `compact_text`. `compact_text=k` saves computation: one token replaces the
+    identical T5 padding tokens after the first k T5 tokens, with the same result (`compact_text.py`). None keeps all padding,
+    as the stock pipeline does.
     """
 
     title = "SD3"
@@ -59,7 +59,7 @@ class SD3Backbone(PipelineBackbone):
 
     @property
     def largest_side(self) -> int:
-        """The largest side of an image, in pixels, that the network's table of positions allows."""
+        """The largest allowed side of an image, in pixels. The network's table of positions limits it."""
         return self.network_config["pos_embed_max_size"] * self.patch * self.vae_factor
 
     # ---- networks
@@ -70,7 +70,7 @@ class SD3Backbone(PipelineBackbone):
         return network
 
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """Return the velocity (B, C, h, w) in float32 for x (B, C, h, w) and sigma (B,), which is never rounded below float32."""
+        """Return the velocity (B, C, h, w) in float32 for x (B, C, h, w) and sigma (B,). Sigma stays in float32."""
         dtype = weights_dtype(network)
         output = network(
             hidden_states=x.to(dtype),
@@ -82,20 +82,21 @@ class SD3Backbone(PipelineBackbone):
         return output.float()
 
     def exported_scheduler(self, nfe: int) -> FlowMapEulerDiscreteScheduler:
-        """Return a scheduler that runs the student's sigmas in a call that passes none, since it must space the steps itself."""
+        """Return a scheduler that uses the student's sigmas, because a call of this pipeline passes no sigmas."""
         return plain_scheduler(self.scheduler, nfe)
 
     # ---- text
 
     @property
     def clip_tokens(self) -> int:
-        """The number of text tokens of CLIP, which come before those of T5."""
+        """The number of CLIP tokens in a text. They come before the T5 tokens."""
         return int(self.tokenizer_config.get("model_max_length", CLIP_TOKENS))
 
     def blank_conditioning(self, batch: int) -> Conditioning:
         """Return {"prompt_embeds": (B, N, D), "pooled": (B, P)} in float32, uninitialized, for B = `batch`.
 
-        With `compact_text`, N is that of prompts with at most `compact_text` T5 tokens; longer prompts have a larger N.
+        With `compact_text`, N is the number of tokens for prompts of at most `compact_text` T5 tokens. Longer prompts have
+        more.
         """
         config, t5_tokens = self.network_config, self.text_length
         if self.compact_text is not None:
@@ -106,9 +107,9 @@ class SD3Backbone(PipelineBackbone):
         }
 
     def alike(self, conds: Sequence[Conditioning]) -> Sequence[Conditioning] | None:
-        """Return the conditioning of several batches in equal shapes, or None if impossible.
+        """Return the conditioning of several batches with equal shapes, or None if this is impossible.
 
-        With `compact_text`, batches have different numbers of text tokens; shorter ones get back some of their padding.
+        With `compact_text`, batches differ in their number of text tokens. Shorter ones get some of their padding back.
         """
         if self.compact_text is not None:
             longest = max(cond["prompt_embeds"].shape[1] for cond in conds)
@@ -120,10 +121,10 @@ class SD3Backbone(PipelineBackbone):
         return PromptEncoder(self._text_parts, self.text_length, self.compact_text, name=self.pretrained)
 
     def setup(self, device: torch.device) -> None:
-        """Load the VAE and, without a text cache, the text encoders, and move them to `device`.
+        """Load the VAE and the text encoders, and move them to `device`. With a text cache, no text encoder is loaded.
 
-        UserError for parts that do not fit together, and if the T5 gives unequal padding tokens, so that `compact_text` cannot
-        be used.
+        Raises `UserError` if these parts do not work together, and if the T5 padding tokens differ, so that `compact_text`
+        cannot be used.
         """
         super().setup(device)
         if self.text_cache is None:
@@ -135,5 +136,5 @@ class SD3Backbone(PipelineBackbone):
         return super().text_fingerprint | {"compact_text": str(self.compact_text)}
 
     def _encode(self, prompts: list[str]) -> Conditioning:
-        """{"prompt_embeds": (B, N, D), "pooled": (B, P)} float32."""
+        """Return {"prompt_embeds": (B, N, D), "pooled": (B, P)} in float32."""
         return self._text.encode(prompts)

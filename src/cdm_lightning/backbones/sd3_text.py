@@ -1,6 +1,6 @@
-"""Encoding prompts into the conditioning of SD3 by the stock pipeline's own `encode_prompt`.
+"""The text encoding of SD3, by the stock pipeline's own `encode_prompt`.
 
-Shapes: B prompts, N text tokens (CLIP then T5), D their width, P width of the pooled text.
+Shapes: B prompts, N text tokens (CLIP, then T5), D their width, P width of the pooled text.
 """
 
 import logging
@@ -17,14 +17,14 @@ from cdm_lightning.errors import UserError
 
 
 class FirstCut(logging.Filter):
-    """Let the pipeline warn once for CLIP and once for T5 that it truncated a prompt, instead of in each batch."""
+    """A logging filter for the pipeline's warning that a prompt is truncated. It is shown once for CLIP and once for T5."""
 
     def __init__(self) -> None:
         super().__init__()
         self.told: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether to show the message: False for a warning of a truncated prompt if one of this kind was shown before."""
+        """Return whether to show the message. The result is False for a truncation warning that was shown before."""
         kind = record.getMessage()[:60]
         known = kind.startswith("The following part of your input was truncated") and kind in self.told
         self.told.add(kind)
@@ -35,11 +35,12 @@ FIRST_CUT = FirstCut()
 
 
 class PromptEncoder:
-    """Encodes prompts by the three text encoders of `pipeline`, with `t5_tokens` tokens of T5.
+    """An encoder of prompts that uses the three text encoders of `pipeline`, with `t5_tokens` tokens of T5.
 
-    `compact=k` then replaces the T5 padding after the first k T5 tokens by one token (see `compact_text.py`); a batch with a
-    longer prompt keeps as many tokens as that needs. None keeps all. `name` is the pipeline's name in messages. UserError if
-    the padding tokens differ from one another, so that one cannot stand for all.
+    With `compact=k`, one token then replaces the T5 padding after the first k T5 tokens (`compact_text.py`). In a batch with a
+    longer prompt, more tokens are kept. None keeps all padding. `name` is the pipeline's name in messages.
+
+    Raises `UserError` if the padding tokens differ, so that one token cannot replace them.
     """
 
     def __init__(self, pipeline: StableDiffusion3Pipeline, t5_tokens: int, compact: int | None, name: str) -> None:
@@ -52,11 +53,11 @@ class PromptEncoder:
 
     @property
     def clip_tokens(self) -> int:
-        """The number of text tokens of CLIP, which come before those of T5."""
+        """The number of CLIP tokens in a text. They come before the T5 tokens."""
         return self.pipeline.tokenizer_max_length
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Return {"prompt_embeds": (B, N, D), "pooled": (B, P)} of B prompts in float32; "" is the unconditional prompt."""
+        """Return {"prompt_embeds": (B, N, D), "pooled": (B, P)} of B prompts, in float32. "" is the unconditional prompt."""
         embeds, pooled = self._stock_encode(prompts)
         if self.compact is not None:
             embeds = compact_text(embeds, max(self.clip_tokens + self.compact, tokens_before_padding(embeds)))
@@ -76,17 +77,20 @@ class PromptEncoder:
         return embeds.float(), pooled.float()
 
     def _require_equal_padding(self, name: str) -> None:
-        """UserError if padding tokens differ in the empty prompt, whose T5 tokens are an end token, then padding."""
+        """Raise `UserError` if the padding tokens of the empty prompt differ. Its T5 tokens are an end token and padding."""
         embeds, _ = self._stock_encode([""])
         if tokens_before_padding(embeds) > self.clip_tokens + 1:
             raise UserError(
-                f"compact_text={self.compact} cannot be used with {name}: the padding tokens of its T5 differ from one "
-                "another; set compact_text=null"
+                f"compact_text={self.compact} cannot be used with {name}, because its T5 padding tokens are not identical; "
+                "set backbone.compact_text=null"
             )
 
 
 def tokens_before_padding(embeds: Tensor) -> int:
-    """Return the number of leading tokens of embeds (B, N, D) after which all tokens equal the last, up to rounding."""
+    """Return the number of leading tokens of `embeds` (B, N, D) that are not padding.
+
+    All later tokens equal the last one, up to rounding.
+    """
     last = embeds[:, -1:]
     differs = ((embeds - last).abs().amax(-1) > 1e-5 * last.abs().amax()).any(0)
     return int(differs.nonzero().max()) + 1 if differs.any() else 0

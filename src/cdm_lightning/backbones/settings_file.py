@@ -1,4 +1,4 @@
-"""Reading the JSON files of model folders; a file that cannot be used is a UserError that names it."""
+"""Reading of JSON files in model folders. A file that cannot be used gives a `UserError` with its name."""
 
 import json
 from pathlib import Path
@@ -11,14 +11,19 @@ LARGEST = 1 << 28  # bytes; the largest vocabularies take about 4e7
 
 
 def read_settings(path: Path, name: str | None = None) -> dict[str, Any]:
-    """Return the JSON object in a file; UserError, which calls the file `name` (default: `path`), if it has none."""
+    """Return the JSON object in a file. `name` is the file's name in messages (default: `path`).
+
+    Raises `UserError` if the file is missing, cannot be read or has no JSON object.
+    """
     shown = name or path
     try:
         found = json.loads(read_text(path, LARGEST))
     except FileNotFoundError:
-        raise UserError(f"{shown} is missing; copy the folder again") from None
+        raise UserError(f"the file {shown} does not exist; copy or download the model again") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{shown} cannot be read ({first_line(error)}); copy the folder again") from error
+        raise UserError(f"{shown} cannot be read ({first_line(error)}); copy or download the model again") from error
     if not isinstance(found, dict):
-        raise UserError(f"{shown} must hold a JSON object, not a {type(found).__name__}; copy the folder again")
+        raise UserError(
+            f"{shown} must contain a JSON object, not a {type(found).__name__}; copy or download the model again"
+        )
     return found

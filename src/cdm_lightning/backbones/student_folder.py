@@ -1,4 +1,4 @@
-"""Writing a distilled network (the student) as a pipeline folder or a LoRA that diffusers loads and runs by a plain call."""
+"""Writing of a distilled network (the student) as a pipeline folder or a LoRA that diffusers can load."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -41,8 +41,8 @@ pipe.scheduler = {scheduler}.from_pretrained("FOLDER", subfolder="scheduler")
 image = pipe("a prompt", {arguments}).images[0]
 ```
 
-- `BASE` is the pipeline that it was distilled from, `FOLDER` this folder.{own}
-- The file's scale is 1, whatever reads it.
+- `BASE` is the pipeline that the LoRA was distilled from. `FOLDER` is this folder.{own}
+- Use the LoRA at scale 1.
 {notes}
 """
 LOAD = 'pipe.load_lora_weights("FOLDER", weight_name="{weights}")'
@@ -53,23 +53,26 @@ pipe.set_adapters(["own", "cdm"], [{scale:g}, 1.0])"""
 LOAD_BOTH_PARTS = """pipe.transformer.load_lora_adapter("{name}", prefix=None, adapter_name="own")
 pipe.transformer.load_lora_adapter("FOLDER", prefix=None, weight_name="{weights}", adapter_name="cdm")
 pipe.transformer.set_adapters(["own", "cdm"], [{scale:g}, 1.0])"""
-OWN = """The scheduler runs the student's own sigmas for every number of steps, the shifted values of 1, 1 - 1/n, ..., 1/n: {nfe}
-  step{plural} run {sigmas} ({recipe}). Values that are passed as `sigmas` are shifted too."""
-STOCK = """The schedule of {nfe} step{plural}, {sigmas}, is what the pipeline's own scheduler makes of that number at this size
-  of image. It follows the size and the number as in the original pipeline."""
+OWN = """The scheduler uses the student's sigmas for every number of steps n: the shifted values of 1, 1 - 1/n, ..., 1/n. For {nfe}
+  step{plural} they are {sigmas} ({recipe}). Values that you pass as `sigmas` are shifted as well."""
+STOCK = """For {nfe} step{plural} at this image size, the pipeline's own scheduler uses the sigmas {sigmas}. For other numbers of
+  steps and other sizes, it uses the sigmas of the original pipeline."""
 TERMINAL = """For one step, first switch off the terminal sigma, with which the scheduler would divide 0 by 0:
   `pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, shift_terminal=None)`."""
-ONE_STEP = """The scheduler is for one step. For more, load the one of training, from the folder `{kept}`:
+ONE_STEP = """The scheduler is for one step. For more steps, load the scheduler of training from the folder `{kept}`:
   `pipe.scheduler = type(pipe.scheduler).from_pretrained("FOLDER", subfolder="{kept}")`."""
 
 
 @dataclass(frozen=True)
 class StudentCall:
-    """How the pipeline of an export is to be called to get the student's images in `nfe` steps.
+    """A description of the call by which an exported pipeline makes the student's images in `nfe` steps.
 
-    `pipeline` is the name of the pipeline's class. `scheduler` is the scheduler of training, `exported` the one that is
-    written for the call (the same object, or one that spaces its steps as in training), and `sigmas` (nfe + 1,) are what it
-    runs. `arguments` are passed in the call beside the prompt, and `notes` explain them in the model card.
+    - `pipeline`: name of the pipeline's class.
+    - `scheduler`: the scheduler of training.
+    - `exported`: the scheduler that is written for the call. It is `scheduler`, or one that spaces its steps as training does.
+    - `sigmas`: (nfe + 1,) the sigmas of the call.
+    - `arguments`: the arguments of the call, apart from the prompt.
+    - `notes`: explanations of the arguments in the model card.
     """
 
     pipeline: str
@@ -80,22 +83,22 @@ class StudentCall:
     notes: Sequence[str]
 
     def with_(self, **changes: Any) -> "StudentCall":
-        """Return a copy of this description with the given fields changed."""
+        """Return a copy with the given fields changed."""
         return replace(self, **changes)
 
     @property
     def keeps_scheduler(self) -> bool:
-        """Whether the scheduler of training must be written too, since it cannot be derived from the one for the call."""
+        """Whether the scheduler of training is written as well, because it cannot be derived from the exported one."""
         return self.exported is not self.scheduler and not isinstance(self.exported, FlowMapEulerDiscreteScheduler)
 
     def usage(self) -> str:
-        """Return the section "Usage" of a pipeline's model card (Markdown), which shows the call."""
+        """Return the Markdown section "Usage" for a pipeline's model card, which shows the call."""
         return USAGE.format(**self.facts())
 
     def lora_usage(self, family: type[DiffusionPipeline], own: "OwnLoRA | None") -> str:
-        """Return the section "Usage" of a LoRA's model card: how to load it, with the LoRA `own` that the teacher had, and call it.
+        """Return the Markdown section "Usage" for a LoRA's model card, which shows how to load and call it.
 
-        `family` is the pipeline's class.
+        `own` is the user's LoRA that the teacher had, if any. `family` is the pipeline's class.
         """
         whole = hasattr(family, "load_lora_weights")
         if own is None:
@@ -107,7 +110,7 @@ class StudentCall:
         return LORA_USAGE.format(scheduler=type(self.exported).__name__, load=load, own=note, **self.facts())
 
     def facts(self) -> dict[str, str]:
-        """Return what fills the templates of the section "Usage": {"pipeline": ..., "arguments": ..., "notes": ...}."""
+        """Return the values for the templates of the section "Usage": {"pipeline": ..., "arguments": ..., "notes": ...}."""
         nfe = len(self.sigmas) - 1
         config: Any = self.exported.config  # a FrozenDict, whose keys are attributes
         is_own = isinstance(self.exported, FlowMapEulerDiscreteScheduler)
@@ -128,14 +131,17 @@ class StudentCall:
 
 @dataclass(frozen=True)
 class OwnLoRA:
-    """The user's LoRA that was fused into the teacher: the name of its file, and its scale."""
+    """The file name and the scale of the user's LoRA that was fused into the teacher."""
 
     file: str
     scale: float
 
 
 def write_pipeline(source: Path, network: nn.Module, folder: Path, model_card: str, call: StudentCall) -> None:
-    """Write a pipeline folder: `network`, the scheduler and arguments of `call`, a model card, other parts from `source`."""
+    """Write a pipeline folder whose transformer is `network`, with the scheduler of `call` and a model card.
+
+    The other parts are copied from the pipeline folder `source`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     copy_parts(source, folder, without=("transformer", "scheduler"))
     cast(ModelMixin, network).save_pretrained(folder / "transformer")
@@ -152,9 +158,9 @@ def write_lora(
     call: StudentCall,
     own: OwnLoRA | None,
 ) -> None:
-    """Write a LoRA folder: the LoRA file of `tensors`, the scheduler and arguments of `call`, and a model card.
+    """Write a LoRA folder: a LoRA file with `tensors`, the scheduler and arguments of `call`, and a model card.
 
-    `family` is the pipeline's class, and `own` the LoRA that was fused into the teacher, if any.
+    `family` is the pipeline's class. `own` is the user's LoRA that was fused into the teacher, if any.
     """
     write_lora_file(family, tensors, folder)
     _write_call(folder, call, model_card, call.lora_usage(family, own))
@@ -170,9 +176,10 @@ def _write_call(folder: Path, call: StudentCall, model_card: str, usage: str) ->
 
 
 def read_call(folder: Path) -> dict[str, Any]:
-    """Return the call's arguments that an export stored in call.json (see `StudentCall`); {} for a folder without this file.
+    """Return the call's arguments that an export stored in call.json, or {} if there is no such file.
 
-    UserError if sizes or numbers of steps in it are not whole numbers of at least 1, or guidance scales are not numbers.
+    Raises `UserError` if a size or a number of steps in it is not a whole number of at least 1, or if a guidance scale is not a
+    number.
     """
     path = folder / CALL
     call = read_settings(path) if path.is_file() else {}
@@ -182,7 +189,7 @@ def read_call(folder: Path) -> dict[str, Any]:
 
 
 def _name_scheduler(index: Path, name: str) -> None:
-    """Write the class of the exported scheduler into the index if the original pipeline has another."""
+    """Write the class of the exported scheduler into the pipeline's index."""
     entries = read_settings(index)
     if entries["scheduler"] != ["diffusers", name]:
         entries["scheduler"] = ["diffusers", name]
@@ -190,7 +197,7 @@ def _name_scheduler(index: Path, name: str) -> None:
 
 
 def _tidy(folder: Path) -> None:
-    """Remove the training machine's path from the configuration and give the weights the file mode of that file."""
+    """Remove the training machine's path from config.json, and give the weights the same file mode."""
     config = folder / "config.json"
     entries = read_settings(config)
     entries.pop("_name_or_path", None)

@@ -1,8 +1,9 @@
-"""A toy backbone, complete but tiny: its data are eight Gaussians (modes) on a circle, its teacher is a closed formula.
+"""A complete toy backbone in two dimensions. Its data are eight Gaussians (modes) on a circle, and its teacher is a closed
+formula.
 
-A latent (2, 1, 1) is a point (x, y). A prompt names modes by compass direction ("north", "east southeast ..."); a prompt
-without a direction means all eight. The student starts from an MLP that is fitted to the teacher's velocity in seconds.
-An image is a dark square with one bright dot at the point, so images can be converted back into points.
+A latent (2, 1, 1) is a point (x, y). A prompt names modes by compass direction, as in "north" or "east southeast"; a prompt
+without a direction means all eight modes. The student starts from an MLP that is fitted to the teacher's velocity in seconds.
+An image is a dark square with one bright dot at the point, so an image can be converted back into a point.
 """
 
 import copy
@@ -35,7 +36,7 @@ FREQUENCIES = 4  # number of sines and of cosines of sigma among the MLP's input
 
 
 class MixtureVelocity(nn.Module):
-    """The exact velocity field of the flow between noise and a mixture of the eight Gaussians; it has no parameters."""
+    """The exact velocity field of the flow between noise and a mixture of the eight Gaussians. It has no parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,8 +46,8 @@ class MixtureVelocity(nn.Module):
     def forward(self, x: Tensor, sigma: Tensor, weights: Tensor) -> Tensor:
         """Return the velocity E[noise - x0 | x] (B, 2) for x (B, 2), sigma (B,) and mixture weights (B, 8).
 
-        Given a mode with centre m and standard deviation w, at s = sigma, x is normal around (1 - s) m with the variance
-        (1 - s)^2 w^2 + s^2, and the mean of noise - x0 is linear in x.
+        For a mode with centre m and standard deviation w, x at s = sigma is normal around (1 - s) m with variance (1 - s)^2 w^2
+        + s^2. The mean of noise - x0 is then linear in x.
         """
         s = sigma[:, None]
         variance = (1 - s) ** 2 * WIDTH**2 + s**2  # (B, 1)
@@ -56,7 +57,7 @@ class MixtureVelocity(nn.Module):
         return (share[..., None] * given_mode).sum(dim=1)
 
     def sample(self, weights: Tensor, generator: torch.Generator) -> Tensor:
-        """Draw clean points (B, 2) from the mixtures with the weights (B, 8)."""
+        """Draw clean points (B, 2) from mixtures with the weights (B, 8)."""
         mode = torch.multinomial(weights, 1, generator=generator).squeeze(1)
         return self.centres[mode] + WIDTH * torch.randn(len(weights), 2, generator=generator)
 
@@ -74,7 +75,7 @@ class Block(nn.Module):
 
 
 class VelocityMLP(nn.Module):
-    """The network of the student: an MLP of `depth` residual layers of width `hidden` that predicts the velocity."""
+    """The student's network: an MLP of `depth` residual layers of width `hidden` that predicts the velocity."""
 
     def __init__(self, hidden: int, depth: int) -> None:
         super().__init__()
@@ -95,9 +96,10 @@ class VelocityMLP(nn.Module):
 
 
 class Toy2DBackbone(Backbone):
-    """Eight Gaussians on a circle as a backbone; the teacher is exact, and the student is an MLP that is first fitted to it.
+    """A backbone whose data are eight Gaussians on a circle. The teacher is exact, and the student is an MLP.
 
-    `hidden` (width) and `depth` (residual layers) are the size of the MLP, `fit_steps` the optimizer steps of the fit.
+    The MLP has `depth` residual layers of width `hidden`. Before training, it is fitted to the teacher in `fit_steps` optimizer
+    steps.
     """
 
     block_types = (Block,)
@@ -123,26 +125,26 @@ class Toy2DBackbone(Backbone):
 
     @property
     def fingerprint(self) -> str:
-        """The text "toy2d-" and a hash of the size of the MLP; a checkpoint with another fingerprint is refused."""
+        """The text "toy2d-" and a hash of the size of the MLP. A checkpoint with another fingerprint is refused."""
         config = json.dumps(self._network_config(), sort_keys=True)
         return f"toy2d-{hashlib.blake2b(config.encode(), digest_size=8).hexdigest()}"
 
     @property
     def feature_width(self) -> int:
-        """D, the width of the hidden states (B, 1, D) after a block: `hidden`."""
+        """D, the width of the hidden states (B, 1, D) after a block. It is `hidden`."""
         return self.hidden
 
     @property
     def time_embedding_width(self) -> int:
-        """D, the width of the output (B, D) of the layer `enter`, to which embeddings of additional inputs are added."""
+        """D, the width of the output (B, D) of the layer `enter`. Embeddings of additional inputs are added to this output."""
         return self.hidden
 
     def features_after(self, block_output: Tensor) -> Tensor:
-        """Return a block's output (B, hidden) as features (B, 1, hidden): a point is one token."""
+        """Return a block's output (B, hidden) as features (B, 1, hidden). A point is one token."""
         return block_output[:, None]
 
     def build_network(self) -> nn.Module:
-        """Return a new copy of the MLP that was fitted to the teacher; the fit takes seconds, once in each process."""
+        """Return a new copy of the MLP that is fitted to the teacher. The fit takes seconds and runs once in each process."""
         return copy.deepcopy(_fitted_network(self.hidden, self.depth, self.fit_steps))
 
     def build_teacher(self) -> nn.Module:
@@ -154,11 +156,14 @@ class Toy2DBackbone(Backbone):
         return self.build_network()
 
     def setup(self, device: torch.device) -> None:
-        """Put conditioning on `device` from now on; there is nothing to load."""
+        """Put conditioning on `device` from now on. Nothing has to be loaded."""
         self.device = torch.device(device)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Return {"weights": (B, 8)}, mixture weights: equal for the modes that a prompt names, or for all if it names none."""
+        """Return {"weights": (B, 8)}, the mixture weights. They are equal for all modes that a prompt names.
+
+        A prompt that names no mode gives all modes the same weight.
+        """
         named = torch.tensor([[mode in _words(prompt) for mode in MODES] for prompt in prompts], dtype=torch.float32)
         named[named.sum(dim=1) == 0] = 1.0
         return {"weights": (named / named.sum(dim=1, keepdim=True)).to(self.device)}
@@ -172,16 +177,16 @@ class Toy2DBackbone(Backbone):
         return network(x.flatten(1), sigma, cond["weights"]).float()[..., None, None]
 
     def shift_sigmas(self, sigmas: Tensor) -> Tensor:
-        """Return the sigmas unchanged: the family has no shift."""
+        """Return the sigmas unchanged, because this family has no timestep shift."""
         return sigmas
 
     def exact_samples(self, prompts: Sequence[str], seed: int) -> Tensor:
-        """Draw one point of the data, as a latent (B, 2, 1, 1) on the CPU, for each of B prompts; a function of `seed`."""
+        """Draw one point of the data for each of B prompts, as latents (B, 2, 1, 1) on the CPU. They are a function of `seed`."""
         weights = self.encode_prompts(prompts)["weights"].cpu()
         return MixtureVelocity().sample(weights, torch.Generator().manual_seed(seed))[..., None, None]
 
     def decode_latents(self, x0: Tensor) -> Tensor:
-        """Draw points (B, 2, 1, 1) as a bright dot in images (B, 3, 32, 32) in [0, 1]; points outside are moved to the border."""
+        """Draw points (B, 2, 1, 1) as bright dots in images (B, 3, 32, 32) in [0, 1]. Points outside are moved to the border."""
         place = x0.float().flatten(1).clamp(-EXTENT, EXTENT)
         along = [(_pixel_centres(x0.device) - place[:, i, None]).square() for i in (0, 1)]  # (B, 32) each
         distance = along[1].flip(1)[:, :, None] + along[0][:, None, :]  # row 0 is the top, y grows upwards
@@ -189,7 +194,7 @@ class Toy2DBackbone(Backbone):
         return dot[:, None].repeat(1, 3, 1, 1)
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Return the points (B, 2, 1, 1) that images (B, 3, 32, 32) show: their mean positions weighted by brightness."""
+        """Return the points (B, 2, 1, 1) that images (B, 3, 32, 32) show: the mean pixel position, weighted by brightness."""
         light = images.float().mean(dim=1)
         light = light / light.sum(dim=(1, 2), keepdim=True)
         centres = _pixel_centres(images.device)
@@ -197,14 +202,14 @@ class Toy2DBackbone(Backbone):
         return torch.stack([x, y], dim=1)[..., None, None]
 
     def enable_gradient_checkpointing(self, network: nn.Module, function: CheckpointFunction | None = None) -> None:
-        """Make each block recompute its activations in the backward pass: by `function(block, *arguments)`, else by torch."""
+        """Make blocks recompute activations in the backward pass, by `function(block, *arguments)` or else by torch."""
         velocity = cast(VelocityMLP, network)
         velocity.gradient_checkpointing = True
         if function is not None:
             velocity.checkpoint = function
 
     def save_pipeline(self, network: nn.Module, folder: Path, nfe: int, model_card: str) -> None:
-        """Write network.safetensors, config.json ("hidden", "depth" of `VelocityMLP`, and "nfe") and README.md, the model card."""
+        """Write network.safetensors, config.json ("hidden", "depth" and "nfe") and README.md, the model card."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / "network.safetensors") as weights:
@@ -220,7 +225,7 @@ class Toy2DBackbone(Backbone):
 
 
 class PointsOfPictures(nn.Module):
-    """A feature extractor for metrics: the features of an image of a dot are the coordinates of its point."""
+    """A feature extractor for metrics. The features of an image are the coordinates of its dot."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the points (x, y), (B, 2), of images (B, 3, 32, 32) in [0, 1]."""
@@ -228,7 +233,7 @@ class PointsOfPictures(nn.Module):
 
 
 def exact_points(prompts: Sequence[str], seed: Seed = 0) -> Tensor:
-    """Draw one point of the data for each of B prompts: (B, 2), a function of `seed`; the reference for metrics."""
+    """Draw one point of the data for each of B prompts: (B, 2), a function of `seed`. Metrics use them as reference."""
     return Toy2DBackbone().exact_samples(prompts, seed).flatten(1)
 
 
@@ -243,7 +248,7 @@ def _pixel_centres(device: torch.device) -> Tensor:
 
 @cache
 def _fitted_network(hidden: int, depth: int, steps: int) -> VelocityMLP:
-    """Return the MLP after regression on the closed-form velocity; it is the same for the same arguments."""
+    """Return the MLP after regression on the closed-form velocity. The same arguments give the same weights."""
     generator, teacher = torch.Generator().manual_seed(0), MixtureVelocity()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
@@ -261,9 +266,9 @@ def _fitted_network(hidden: int, depth: int, steps: int) -> VelocityMLP:
 
 
 def _fit_batch(teacher: MixtureVelocity, generator: torch.Generator, size: int = 512) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw noised points (B, 2), sigmas (B,) and weights (B, 8).
+    """Draw noised points (B, 2), sigmas (B,) and mixture weights (B, 8).
 
-    The weights are those of all modes in one half of the batch, and of one to eight random modes in the other.
+    In one half of the batch, the weights are those of all modes; in the other half, those of one to eight random modes.
     """
     count = torch.randint(1, len(MODES) + 1, (size, 1), generator=generator)
     count[: size // 2] = len(MODES)

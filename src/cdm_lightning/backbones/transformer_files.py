@@ -1,4 +1,4 @@
-"""Reading the transformer of a pipeline folder tensor by tensor, without holding the whole network in memory."""
+"""Reading of a pipeline's transformer, one tensor at a time. The whole network is never in memory."""
 
 from functools import cached_property
 from pathlib import Path
@@ -16,13 +16,13 @@ from cdm_lightning.backbones.whole_folder import INDEX, require_weights
 from cdm_lightning.errors import UserError
 from cdm_lightning.files import first_line, require_regular
 
-HALF = (".fp16.", ".bf16.")  # marks of files with the same weights in half precision
+HALF = (".fp16.", ".bf16.")  # parts of the names of files with the same weights in half precision
 
 
 class TransformerFiles:
-    """The safetensors files in the folder `transformer` of a pipeline, which `pretrained` (folder or hub id) names.
+    """The safetensors files of a pipeline's transformer. `pretrained` is the pipeline's folder or hub id.
 
-    Tensors are read one by one, from disk at each call. UserError if there are no such files or they cannot be read.
+    Each call reads a single tensor from disk. Raises `UserError` if there are no such files or if they cannot be read.
     """
 
     def __init__(self, pretrained: str) -> None:
@@ -37,7 +37,7 @@ class TransformerFiles:
                         self._file_of |= dict.fromkeys(content.keys(), file)
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"cannot read the transformer of {pretrained} ({first_line(error)}); copy it again"
+                f"the transformer of {pretrained} cannot be read ({first_line(error)}); copy or download the pipeline again"
             ) from error
         if not self._file_of:
             raise UserError(f"{pretrained} holds no transformer/*.safetensors; pass a pipeline folder")
@@ -53,23 +53,26 @@ class TransformerFiles:
             return content.get_slice(name).get_shape()
 
     def tensor(self, name: str) -> Tensor:
-        """Read the tensor `name` from its file, onto the CPU, in the file's dtype."""
+        """Read the tensor `name` from its file, onto the CPU in the file's dtype."""
         with safe_open(self._file_of[name], "pt") as content:
             return content.get_tensor(name)
 
     def rows(self, name: str, first: int, end: int) -> Tensor:
-        """Read only rows first..end-1 (of dimension 0) of the tensor `name`, onto the CPU, in the file's dtype."""
+        """Read rows first..end-1 (dimension 0) of the tensor `name`, onto the CPU in the file's dtype."""
         with safe_open(self._file_of[name], "pt") as content:
             return content.get_slice(name)[first:end]
 
     @cached_property
     def family(self) -> type[DiffusionPipeline]:
-        """The class of the pipeline, which its index names; UserError if diffusers has no such pipeline."""
+        """The pipeline class that the index names. Raises `UserError` if diffusers has no such class."""
         return _class(self.folder / INDEX, DiffusionPipeline)
 
     @cached_property
     def linear_weights(self) -> frozenset[str]:
-        """The names of those tensors that are weights of linear layers; the network is built on the meta device to know them."""
+        """The names of the tensors that are weights of linear layers.
+
+        The network is built on the meta device to find them.
+        """
         config = self.folder / "transformer" / "config.json"
         family = _class(config, ModelMixin)
         with loading(config), torch.device("meta"):
@@ -78,13 +81,13 @@ class TransformerFiles:
 
 
 def require_same_shapes(base: TransformerFiles, tuned: TransformerFiles) -> None:
-    """Raise UserError unless both transformers have tensors of the same names and shapes."""
+    """Raise `UserError` unless both transformers have tensors of the same names and shapes."""
     differing = set(base.names) ^ set(tuned.names)
     differing |= {name for name in set(base.names) & set(tuned.names) if base.shape(name) != tuned.shape(name)}
     if differing:
         raise UserError(
-            f"{tuned.pretrained} is not a tuned {base.pretrained}: they differ in {sorted(differing)[0]}; "
-            "pass the base that it was tuned from"
+            f"{tuned.pretrained} was not tuned from {base.pretrained}, because their tensor {sorted(differing)[0]} differs in "
+            "shape or is missing in one of them; pass the model that it was tuned from"
         )
 
 
@@ -103,9 +106,11 @@ def _locate(pretrained: str) -> Path:
 
 
 def _class(file: Path, kind: type) -> type:
-    """Return the diffusers class that a configuration file names; UserError unless it is a subclass of `kind`."""
+    """Return the diffusers class that a configuration file names. Raises `UserError` if it is not a subclass of `kind`."""
     name = read_settings(file).get("_class_name")
     found = getattr(diffusers, str(name), None)
     if not (isinstance(found, type) and issubclass(found, kind)):
-        raise UserError(f"{file} names {name}, which is not a {kind.__name__} of diffusers; copy the folder again")
+        raise UserError(
+            f"{file}: the class {name} is not a {kind.__name__} of diffusers; copy or download the pipeline again"
+        )
     return found

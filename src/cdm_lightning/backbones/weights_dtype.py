@@ -8,10 +8,10 @@ from torch import nn
 
 
 def weights_dtype(network: nn.Module) -> torch.dtype:
-    """Return the floating-point dtype of the weights of a diffusers model, or of the base that a LoRA view calls.
+    """Return the floating-point dtype of a network's weights.
 
-    This is faster than `ModelMixin.dtype`, which visits every module in each call: that takes a millisecond for the
-    bundled pipeline and several for a large one.
+    `network` is a diffusers model, or a LoRA view of a shared base network. `ModelMixin.dtype` would visit every module in each
+    call, which takes a millisecond for the bundled pipeline and several for a large one.
     """
     if isinstance(network, ModelMixin):
         return next(parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())

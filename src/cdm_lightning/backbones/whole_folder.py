@@ -1,6 +1,6 @@
-"""Checks that a pipeline folder is complete and unbroken, by what its own files name: parts, settings and weights.
+"""The check that a pipeline folder is complete and intact: its parts, settings and weights.
 
-The libraries would fill gaps in silence: transformers, for example, makes an empty tokenizer if the vocabulary is missing.
+The libraries would fill gaps silently. For example, transformers makes an empty tokenizer if the vocabulary is missing.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +14,7 @@ from cdm_lightning.errors import UserError
 from cdm_lightning.files import first_line
 
 INDEX = "model_index.json"
-AGAIN = "copy the folder again"
+AGAIN = "copy or download the pipeline again"
 SETTINGS = {  # the file that a part of each kind is built from; some kinds have several names for it
     "scheduler": ("scheduler_config.json",),
     "tokenizer": ("tokenizer_config.json", "tokenizer.json"),
@@ -32,7 +32,7 @@ WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 
 
 def kind_of(class_name: str) -> str:
-    """Return what a pipeline's part is, by the name of its class: "scheduler", "tokenizer", "processor" or "model"."""
+    """Return the kind of a pipeline's part, given the name of its class: "scheduler", "tokenizer", "processor" or "model"."""
     if "Scheduler" in class_name or class_name.endswith("Solver"):
         return "scheduler"
     if "Tokenizer" in class_name:
@@ -41,29 +41,34 @@ def kind_of(class_name: str) -> str:
 
 
 def parts_of(index: Mapping[str, Any]) -> dict[str, str]:
-    """Return {part: name of its class} for the parts that a pipeline's index (the contents of model_index.json) names.
+    """Return {part: name of its class} for the parts in a pipeline's index, the contents of model_index.json.
 
-    Entries that are settings of the pipeline, such as "is_distilled": true, and parts that are left out ([null, null]) do not
-    count.
+    Settings of the pipeline, such as "is_distilled": true, do not count. Neither do parts that are left out ([null, null]).
     """
     entries = {part: entry for part, entry in index.items() if isinstance(entry, list) and not part.startswith("_")}
     return {part: entry[1] for part, entry in entries.items() if entry[1] is not None}
 
 
 def require_settings(folder: Path, parts: Mapping[str, str]) -> None:
-    """Raise UserError unless each part ({part: class name}) has its folder with a configuration file, and valid JSON files."""
+    """Raise `UserError` unless each part has a folder with a configuration file, and all JSON files in it are valid.
+
+    `parts` is {part: name of its class}.
+    """
     for part, class_name in parts.items():
         place, needed = folder / part, SETTINGS[kind_of(class_name)]
         if not place.is_dir():
-            raise UserError(f"{folder} lacks {part}, which its {INDEX} names; {AGAIN}")
+            raise UserError(f"{folder}: the part {part} is missing, but {INDEX} names it; {AGAIN}")
         if not any((place / file).is_file() for file in needed):
-            raise UserError(f"{place} lacks {' or '.join(needed)}; {AGAIN}")
+            raise UserError(f"{place}: the file {' or '.join(needed)} is missing; {AGAIN}")
         for file in sorted(place.glob("*.json")):
             read_settings(file)
 
 
 def require_contents(folder: Path, parts: Mapping[str, str]) -> None:
-    """Raise UserError unless each tokenizer among `parts` ({part: class name}) has a vocabulary, and each model its weights."""
+    """Raise `UserError` unless each tokenizer in `parts` has a vocabulary and each model has its weights.
+
+    `parts` is {part: name of its class}.
+    """
     for part, class_name in parts.items():
         kind = kind_of(class_name)
         if kind == "model":
@@ -73,10 +78,10 @@ def require_contents(folder: Path, parts: Mapping[str, str]) -> None:
 
 
 def require_vocabulary(folder: Path) -> None:
-    """Raise UserError unless the folder of a tokenizer holds a vocabulary, and `model_max_length`, if given, is a number."""
+    """Raise `UserError` unless the folder of a tokenizer has a vocabulary. `model_max_length`, if given, must be a number."""
     if not any(all(is_filled(folder / file) for file in files) for files in VOCABULARIES):
         known = ", ".join(" and ".join(files) for files in VOCABULARIES)
-        raise UserError(f"{folder} holds no vocabulary ({known}), so the tokenizer would be empty; {AGAIN}")
+        raise UserError(f"{folder} has no vocabulary ({known}), so the tokenizer would be empty; {AGAIN}")
     settings = folder / "tokenizer_config.json"
     if settings.is_file():
         require_numbers(read_settings(settings), ("model_max_length",), settings)
@@ -88,19 +93,22 @@ def is_filled(file: Path) -> bool:
 
 
 def require_weights(folder: Path) -> None:
-    """Raise UserError unless a model's folder holds weights as safetensors files, all that its shard index names, unbroken."""
+    """Raise `UserError` unless a model's folder has its weights as intact safetensors files.
+
+    If there is a shard index, all files that it names are required.
+    """
     indexes = [folder / f"{name}.index.json" for name in WEIGHTS if (folder / f"{name}.index.json").is_file()]
     files = [folder / shard for index in indexes for shard in shards_of(index)]
     files += [folder / name for name in WEIGHTS if (folder / name).exists()]
     if not files:
-        others = ", but .bin files, which can hold programs: convert them" if any(folder.glob("*.bin")) else ""
-        raise UserError(f"{folder} holds no {' or '.join(WEIGHTS)}{others or f'; {AGAIN}'}")
+        others = "; convert its .bin files, which can contain programs" if any(folder.glob("*.bin")) else ""
+        raise UserError(f"{folder} has no {' or '.join(WEIGHTS)}{others or f'; {AGAIN}'}")
     for file in files:
         require_tensors(file)
 
 
 def shards_of(index: Path) -> list[str]:
-    """Return the file names in a shard index (*.safetensors.index.json), sorted; UserError for an index that names none."""
+    """Return the file names in a shard index (*.safetensors.index.json), sorted. Raises `UserError` if it names none."""
     where = read_settings(index).get("weight_map")
     names = where.values() if isinstance(where, dict) else ()
     if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
@@ -109,9 +117,9 @@ def shards_of(index: Path) -> list[str]:
 
 
 def require_tensors(file: Path) -> None:
-    """Raise UserError unless a safetensors file exists and has the size that its header says."""
+    """Raise `UserError` unless a safetensors file exists and has the size that its header says."""
     if not file.is_file():
-        raise UserError(f"{file} is missing, though the index beside it names it; {AGAIN}")
+        raise UserError(f"{file} is missing, but the index in the same folder names it; {AGAIN}")
     try:
         with safe_open(file, "pt") as content:
             content.keys()
@@ -120,7 +128,7 @@ def require_tensors(file: Path) -> None:
 
 
 def require_known_tokens(tokenizer: Any, encoder: Any, folder: Path) -> None:
-    """Raise UserError unless a tokenizer knows words and its text encoder has an embedding for every token id.
+    """Raise `UserError` unless the tokenizer knows words and the text encoder has an embedding for every token.
 
     `folder` is the tokenizer's folder, for the message.
     """
@@ -130,12 +138,15 @@ def require_known_tokens(tokenizer: Any, encoder: Any, folder: Path) -> None:
     rows, largest = encoder.get_input_embeddings().num_embeddings, max(vocabulary.values())
     if largest >= rows:
         raise UserError(
-            f"{folder}: the tokenizer gives numbers up to {largest}, but its text encoder knows {rows}; {AGAIN}"
+            f"{folder}: the tokenizer has token ids up to {largest}, but its text encoder has only {rows} embeddings; {AGAIN}"
         )
 
 
 def require_numbers(config: Mapping[str, Any], names: Iterable[str], file: Path) -> None:
-    """Raise UserError, which names `file`, unless those of the settings `names` that `config` has are finite numbers."""
+    """Raise `UserError` if a setting in `config` whose name is in `names` is not a finite number. Missing settings are allowed.
+
+    `file` is the file of the settings, for the message.
+    """
     for name in names:
         value = config.get(name)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -144,13 +155,16 @@ def require_numbers(config: Mapping[str, Any], names: Iterable[str], file: Path)
 
 
 def require_sizes(sizes: Mapping[str, Any], file: Path) -> None:
-    """Raise UserError, which names `file`, unless all `sizes` ({name: value}, taken from it) are whole numbers of at least 1."""
+    """Raise `UserError` unless all `sizes` ({name: value}) are whole numbers of at least 1.
+
+    `file` is the file that they come from, for the message.
+    """
     wrong = [name for name, size in sizes.items() if not isinstance(size, int) or isinstance(size, bool) or size < 1]
     if wrong:
-        raise UserError(f"{file}: {wrong[0]} would be {sizes[wrong[0]]!r}, not a whole number of at least 1; {AGAIN}")
+        raise UserError(f"{file}: {wrong[0]}={sizes[wrong[0]]!r} must be a whole number of at least 1; {AGAIN}")
 
 
 def pairs_of(parts: Sequence[str]) -> list[tuple[str, str]]:
-    """Return the pairs ("tokenizer_N", "text_encoder_N") of which both are among the names `parts`."""
+    """Return the pairs ("tokenizer_N", "text_encoder_N") in a list of the names of parts."""
     pairs = [(part, part.replace("tokenizer", "text_encoder")) for part in parts if part.startswith("tokenizer")]
     return [(tokenizer, encoder) for tokenizer, encoder in pairs if encoder in parts]

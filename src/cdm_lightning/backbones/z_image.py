@@ -1,8 +1,8 @@
-"""Z-Image: `ZImagePipeline` of diffusers behind the `Backbone` interface.
+"""The backbone for Z-Image (`ZImagePipeline` of diffusers).
 
-Shapes: B batch, (C, h, w) latent, N text tokens of Qwen3, D their width. This file hides how the network differs from
-those of the other families: it takes lists of samples whose texts have different lengths, its time runs from noise to
-data, and it returns the negative velocity.
+Shapes: B batch, (C, h, w) latent, N text tokens of Qwen3, D their width. The network differs from those of other families, and
+this file hides it: it takes lists of samples with texts of different lengths, its time runs from noise to data, and it returns
+the negative velocity.
 """
 
 from collections.abc import Mapping
@@ -21,12 +21,12 @@ from cdm_lightning.backbones.weights_dtype import weights_dtype
 
 
 class ZImageBackbone(PipelineBackbone):
-    """The backbone of a `ZImagePipeline`; the arguments are those of `PipelineSettings`.
+    """The backbone of a `ZImagePipeline`. The arguments are those of `PipelineSettings`.
 
-    Texts are stored padded to `max_sequence_length` tokens; the network sees each text without this padding. Its blocks
-    are, in this order: those of the image alone, those of the text alone and those of both. The features after the last
-    kind are the tokens of the image, then those of the text. Each of these two sequences is padded to a multiple of 32
-    tokens, and a joint sequence is padded to the longest one of the batch.
+    Texts are stored padded to `max_sequence_length` tokens, but the network gets each text without this padding. The network
+    has blocks for the image alone, then for the text alone, then for both. Features after a block for both are the image
+    tokens, followed by the text tokens. Each of these two sequences is padded to a multiple of 32 tokens, and the joint
+    sequence to the longest of the batch.
     """
 
     title = "Z-Image"
@@ -49,7 +49,7 @@ class ZImageBackbone(PipelineBackbone):
 
     @property
     def largest_side(self) -> int:
-        """The largest side of an image, in pixels, that the network's table of positions allows."""
+        """The largest allowed side of an image, in pixels. The network's table of positions limits it."""
         return min(self.network_config["axes_lens"][1:]) * self.patch * self.vae_factor
 
     @property
@@ -59,7 +59,7 @@ class ZImageBackbone(PipelineBackbone):
 
     @property
     def time_embedding_width(self) -> int:
-        """D, the width of the output (B, D) of the submodule `time_embedding`."""
+        """D, the width of the time embedding (B, D)."""
         return min(self.feature_width, ADALN_EMBED_DIM)
 
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
@@ -76,7 +76,7 @@ class ZImageBackbone(PipelineBackbone):
 
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> Conditioning:
-        """{"prompt_embeds": (B, N, D) float32, "length": (B,) int64 on the CPU}, padded to N = `max_sequence_length`."""
+        """Return {"prompt_embeds": (B, N, D) float32, "length": (B,) int64 on the CPU}, padded to N = `max_sequence_length`."""
         texts, _ = self._text_parts.encode_prompt(
             list(prompts),  # a copy, because the pipeline writes its template into the list
             device=self._text_parts.device,

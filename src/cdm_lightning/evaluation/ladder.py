@@ -1,8 +1,8 @@
-"""The ladder evaluation: teacher and student at several numbers of steps, measured on the same prompts and noise.
+"""An evaluation of teacher and student at several numbers of steps (a ladder), on the same prompts and noise.
 
-A *sampler* is a way to make images: a network, a number of steps and a guidance scale (`SamplerSpec`). Images are generated
-once, in batches, and all metrics measure a batch before the next one is generated. Only features, scores and the few images of
-the overview picture are kept. Shapes: images (N, 3, H, W) in [0, 1].
+A *sampler* is a way to make images: a network, a number of steps and a guidance scale (`SamplerSpec`). Images are generated in
+batches, and all metrics measure a batch before the next one is generated. Only features, scores and the few images of the
+overview picture are kept. Shapes: images (N, 3, H, W) in [0, 1].
 """
 
 import time
@@ -41,7 +41,7 @@ Row = dict[str, Any]
 
 @dataclass
 class SamplerResult:
-    """What is kept of one sampler: the features and scores of its images, the seconds that they took, and the first images.
+    """The measurements of one sampler: features and scores of its images, the time they took in seconds, and some images.
 
     `shown` are the images (P, 3, H, W) of the first P prompts, for the overview picture.
     """
@@ -53,13 +53,14 @@ class SamplerResult:
 
 @dataclass(frozen=True)
 class LadderResult:
-    """The figures of each sampler, and what they come from.
+    """The result of an evaluation: the figures of each sampler, and the data behind them.
 
-    A row of `rows` has `sampler` (its name), the figures of the metrics that apply to it, `network_calls` for an image and
-    `seconds_per_image` (including decoding, and text encoding unless its results are kept in memory). `scores` has a row
-    for each sampler and prompt, with the scores of the single image. `images` (P, 3, H, W), by sampler, are those of the first
-    P `prompts`. `settings` is what determines the figures. `measured` can be passed as `known` to another `run` of the same
-    evaluation.
+    - `rows`: one row for each sampler, with its name ("sampler"), its figures, and "network_calls" and "seconds_per_image". The
+      time includes decoding; it includes text encoding unless the encodings are kept in memory.
+    - `scores`: one row for each sampler and prompt, with the scores of the image.
+    - `images`: (P, 3, H, W) for each sampler, the images of the first P `prompts`.
+    - `settings`: everything that determines the figures.
+    - `measured`: measurements that another `run` of the same evaluation can take as `known`.
     """
 
     rows: list[Row]
@@ -74,11 +75,12 @@ class LadderResult:
 class LadderEvaluation:
     """The settings of an evaluation: its samplers, prompts and noise.
 
-    The first `count` of `prompts` are used (all, if there are fewer or it is None), in batches of `batch_size`. Image k of a prompt
-    starts from the noise of (`seed` + k, prompt index); images with k > 0 are made only for metrics that ask for several images
-    per prompt. `real_images`, a function of (prompts, their indices, seed), adds a row of real images of the same prompts, which
-    shows the figures of a perfect sampler. The images of the first `shown` prompts are kept. Raises `UserError` for samplers of the
-    same name and numbers out of range.
+    The first `count` of `prompts` are used, or all if `count` is None or larger. Images are generated in batches of
+    `batch_size`. Image k of a prompt starts from the noise of (`seed` + k, prompt index); images with k > 0 are made only for
+    metrics that need several images per prompt. The images of the first `shown` prompts are kept.
+
+    `real_images` is a function of (prompts, their indices, seed) that returns real images. It adds a row with the figures of a
+    perfect sampler. Raises `UserError` for samplers of the same name and for numbers out of range.
     """
 
     prompts: Sequence[str]
@@ -93,7 +95,7 @@ class LadderEvaluation:
         names = [spec.name for spec in self.samplers]
         if len(set(names)) < len(names):
             raise UserError(
-                f"callbacks.ladder.evaluation.samplers: two have the same name among {', '.join(names)}; rename one"
+                f"callbacks.ladder.evaluation.samplers: two of the samplers {', '.join(names)} have the same name; rename one"
             )
         count = len(self.prompts) if self.count is None else min(self.count, len(self.prompts))
         object.__setattr__(self, "count", count)
@@ -109,7 +111,7 @@ class LadderEvaluation:
         return self.count or 0
 
     def check(self, metrics: MetricSuite) -> None:
-        """Raise UserError for a metric that compares with a sampler that is not run, or that asks for more prompts than `size`."""
+        """Raise `UserError` if a metric cannot be computed: it needs a sampler that is not run, or more prompts than `size`."""
         metrics.check_prompts(self.prompts, self.size)
         if self.real_images is not None:
             _ = self.real_images([self.prompts[0], self.prompts[self.size - 1]], [0, self.size - 1], self.seed)
@@ -117,12 +119,12 @@ class LadderEvaluation:
         for name, metric in metrics.metrics.items():
             if metric.sampler is not None and metric.sampler not in names:
                 raise UserError(
-                    f"metric.{name}.sampler={metric.sampler!r} is not among the samplers; name one of {', '.join(names)}"
+                    f"metric.{name}.sampler={metric.sampler!r} must be one of the evaluated samplers: {', '.join(names)}"
                 )
             if metric.copies is not None and metric.copies.prompts > self.size:
                 raise UserError(
-                    f"metric.{name} asks for {metric.copies.prompts} prompts, but the evaluation has count={self.count}; reduce "
-                    "the number of prompts of the metric or raise callbacks.ladder.evaluation.count"
+                    f"metric.{name}.prompts={metric.copies.prompts} is more than the {self.count} prompts of the evaluation; reduce "
+                    "it, or raise callbacks.ladder.evaluation.count"
                 )
 
     def run(
@@ -134,10 +136,10 @@ class LadderEvaluation:
         silent: bool = False,
         known: Mapping[str, SamplerResult] | None = None,
     ) -> LadderResult:
-        """Measure all samplers with `networks` {"student": ..., "teacher": ...}, on the device of these networks and `backbone`.
+        """Measure all samplers with the networks {"student": ..., "teacher": ...}, on their device.
 
-        Networks compute in `compute_dtype`. With `silent`, no progress is shown. Samplers in `known` (such as those of the
-        teacher, from an earlier run of the same evaluation) are not run again. Raises the errors of `check`.
+        Networks compute in `compute_dtype`. With `silent`, no progress is shown. Samplers in `known` are not run again; for
+        example, these are the teacher's from an earlier run of the same evaluation. Raises the errors of `check`.
         """
         self.check(metrics)
         progress = Progress("reading reference images", self._total_calls(metrics), silent=silent)
@@ -193,7 +195,7 @@ class LadderEvaluation:
         progress: Progress,
         texts: dict[int, dict[str, Tensor]],
     ) -> SamplerResult:
-        """Generate and measure one sampler's images batch by batch; `texts` keeps the prompts' features by batch."""
+        """Generate and measure one sampler's images, batch by batch. `texts` stores the prompts' features for each batch."""
         shown = [
             make(self._prompts[:1], [0], self.seed)[:0].clone()
         ]  # the first call is not timed: it includes one-time setup
@@ -218,7 +220,7 @@ class LadderEvaluation:
     def _measure_other_noise(
         self, metrics: MetricSuite, collected: Collected, make: MakeImages, calls: int, progress: Progress
     ) -> None:
-        """Generate one image for each prompt from noise that no other image has, and keep its features."""
+        """Generate one image for each prompt, from noise that no other image uses, and keep its features."""
         for start in range(0, self.size, self.batch_size):
             prompts = self._prompts[start : start + self.batch_size]
             images = make(prompts, range(start, start + len(prompts)), self.seed + OTHER_NOISE)
@@ -236,7 +238,7 @@ class LadderEvaluation:
         return rows
 
     def settings(self, metrics: MetricSuite, backbone: Backbone) -> dict[str, Any]:
-        """Return what determines the figures and is known before they are measured; equal settings make them comparable."""
+        """Return everything that determines the figures and is known before measuring. Equal settings give comparable figures."""
         return {
             "count": self.count,
             "batch_size": self.batch_size,

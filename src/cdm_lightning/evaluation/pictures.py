@@ -1,4 +1,4 @@
-"""Drawing labelled overview pictures of generated images (P, 3, H, W) in [0, 1]."""
+"""Drawing of labelled overview pictures of generated images (P, 3, H, W) in [0, 1]."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -20,10 +20,10 @@ LABEL_SIZE, CHARACTER = 13, 7  # pixels: font size, and average width of a chara
 
 
 def picture(images: Mapping[str, "Tensor"], prompts: Sequence[str]) -> "Image":
-    """Draw the images (P, 3, H, W) of each sampler in a row, with the sampler's name on the left and the P prompts on top.
+    """Draw the images (P, 3, H, W) of each sampler in a row. The sampler's name is on the left, and the P prompts are on top.
 
-    Small images are enlarged by an integer factor without smoothing, and large ones are reduced; the factor is the same
-    for all samplers, whose images may differ in size.
+    Small images are enlarged by an integer factor without smoothing, and large ones are reduced. The factor is the same for all
+    samplers, whose images may differ in size.
     """
     from PIL import Image, ImageDraw, ImageFont
     from torchvision.transforms.functional import to_pil_image
@@ -61,12 +61,12 @@ def _wrap(text: str, font, width: int) -> list[str]:
 
 
 def require_one_picture(count: int, size: tuple[int, int]) -> None:
-    """Raise UserError if a grid of `count` images of `size` (height, width) would have sides that few programs can show."""
+    """Raise `UserError` if a grid of `count` images of `size` (height, width) would be too large for most programs to show."""
     grid = _grid_size(count, *size)
     if max(grid) > MOST_PIXELS:
         raise UserError(
-            f"{count:,} images do not fit into one picture ({grid[0]:,} x {grid[1]:,} pixels, at most {MOST_PIXELS:,} on a side); "
-            "pass --output FOLDER/ to write a file for each"
+            f"{count:,} images are too many for one picture ({grid[0]:,} x {grid[1]:,} pixels, but at most {MOST_PIXELS:,} on a side); "
+            "pass --output FOLDER/ to write a file for each image"
         )
 
 
@@ -87,14 +87,14 @@ def _grid_size(count: int, height: int, width: int) -> tuple[int, int]:
 
 
 def to_picture(image: "Tensor") -> "Image":
-    """Return an image (3, H, W) in [0, 1] as a picture of its own size, rounded to 8 bits as diffusers does."""
+    """Return an image (3, H, W) in [0, 1] as a PIL image of the same size, rounded to 8 bits as diffusers does."""
     from torchvision.transforms.functional import to_pil_image
 
     return to_pil_image((image * 255).round().byte())
 
 
 def draw_grid(images: "Tensor", prompts: Sequence[str], title: str) -> "Image":
-    """Draw images (N, 3, H, W) in [0, 1] in rows and columns under a title, each with its prompt below.
+    """Draw images (N, 3, H, W) in [0, 1] in rows and columns, under a title. Each image has its prompt below it.
 
     Small images are enlarged by an integer factor without smoothing.
     """

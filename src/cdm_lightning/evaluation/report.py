@@ -1,4 +1,4 @@
-"""The report of a ladder evaluation (teacher and student at several numbers of steps): table, figures, scores and picture."""
+"""The files that an evaluation writes: a table, the figures, the scores and a picture."""
 
 import csv
 import io
@@ -17,7 +17,7 @@ FORMATS = {"seconds_per_image": "{:.4f}"}  # other figures: see `_cell`
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Return the rows (name of column -> value) as an aligned table for a terminal; a missing value is shown as -."""
+    """Return the rows (name of column -> value) as an aligned table for a terminal. A missing value is shown as -."""
     columns = _columns(rows)
     cells = [[column.replace("_", " ") for column in columns], *_cells(rows, columns)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
@@ -26,7 +26,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """Return the rows (name of column -> value) as a Markdown table; a missing value is shown as -."""
+    """Return the rows (name of column -> value) as a Markdown table. A missing value is shown as -."""
     columns = _columns(rows)
     heads, rules = [column.replace("_", " ") for column in columns], ["---", *["---:"] * (len(columns) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in [heads, rules, *_cells(rows, columns)]) + "\n"
@@ -44,7 +44,7 @@ def _cells(rows: Sequence[Row], columns: Sequence[str]) -> list[list[str]]:
 
 
 def _cell(column: str, value: object) -> str:
-    """Format a value; a number gets three decimals below 10 and two from 10 on, unless its column has a format."""
+    """Format a value. A number has three decimals below 10 and two from 10 on, unless its column has a format."""
     if value is None:
         return "-"
     if not isinstance(value, float):
@@ -53,7 +53,7 @@ def _cell(column: str, value: object) -> str:
 
 
 def csv_text(rows: Sequence[Row]) -> str:
-    """Return rows that all have the same keys as comma-separated values under a header line; the empty text for no rows."""
+    """Return rows that have the same keys as comma-separated values with a header line. No rows give the empty text."""
     text = io.StringIO()
     if rows:
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
@@ -63,17 +63,20 @@ def csv_text(rows: Sequence[Row]) -> str:
 
 
 def _as_json(row: Row) -> Row:
-    """JSON has no NaN and no infinity: such a figure is null."""
+    """Return a row in which NaN and infinity are replaced by null, because JSON has neither."""
     return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
 
 
 def save_report(result: LadderResult, folder: str | Path) -> dict[str, Path]:
     """Write the result of an evaluation into `folder`, and return the paths of the files by their names.
 
-    metrics.json has the settings and the figures, table.md the figures as a table, samples.png the images of the first prompts,
-    and scores.csv a line for each sampler and prompt, so that two runs can be compared prompt by prompt. metrics.json is
-    written last: if it is there, the evaluation is complete. A file that cannot be written is a warning; the file of an earlier
-    evaluation is then deleted, so that no report mixes two evaluations.
+    - metrics.json: the settings and the figures. It is written last, so it marks a complete evaluation.
+    - table.md: the figures as a table.
+    - samples.png: the images of the first prompts.
+    - scores.csv: a line for each sampler and prompt, to compare two runs prompt by prompt.
+
+    A file that cannot be written gives a warning. Its version from an earlier evaluation is deleted, so that files of two
+    evaluations are never mixed.
     """
     folder = Path(folder)
     paths = {name: folder / name for name in (METRICS, TABLE, SCORES, PICTURE)}

@@ -1,7 +1,7 @@
-"""Generating images from prompts for viewing and for metrics, with noise that depends only on (seed, prompt index).
+"""Generating images from prompts, for viewing and for metrics. The noise depends only on (seed, prompt index).
 
-A *sampler* is a way to make images: a network, a number of steps and a guidance scale. All samplers of teacher and student
-take deterministic Euler steps along the sigmas 1, 1 - 1/nfe, ..., 1/nfe, shifted as the model family does, and then 0
+A *sampler* is a way to make images: a network, a number of steps and a guidance scale. All samplers take deterministic Euler
+steps along the sigmas 1, 1 - 1/nfe, ..., 1/nfe, which are shifted as in the model family, and then 0
 (`core.schedules.inference_sigmas`). Shapes: images (N, 3, H, W) in [0, 1].
 """
 
@@ -26,9 +26,9 @@ from cdm_lightning.kinds import Guidance, Name, Pixels, Steps
 
 @dataclass(frozen=True)
 class SamplerSpec:
-    """A way to generate images: the network, the number of steps `nfe`, the guidance scale (1: none), and the size in pixels.
+    """A way to make images: the network, the number of steps `nfe`, the guidance scale (1: none) and the size in pixels.
 
-    A side that is None is that of the backbone. Raises UserError for an unknown network and for `nfe` below 1.
+    A side that is None is that of the backbone. Raises `UserError` for an unknown network and for `nfe` below 1.
     """
 
     name: Name
@@ -42,10 +42,10 @@ class SamplerSpec:
         if self.network not in ("student", "teacher"):
             raise UserError(f"sampler {self.name!r}: network={self.network!r} must be student or teacher")
         if self.nfe < 1:
-            raise UserError(f"sampler {self.name!r}: nfe={self.nfe}, the number of steps, must be at least 1")
+            raise UserError(f"sampler {self.name!r}: the number of steps nfe={self.nfe} must be at least 1")
 
     def check(self, backbone: Backbone) -> None:
-        """Raise UserError if the model family cannot make images of this sampler's height and width."""
+        """Raise `UserError` if the model family cannot make images of this sampler's size."""
         try:
             backbone.at(self.height, self.width)
         except UserError as error:
@@ -53,15 +53,15 @@ class SamplerSpec:
 
     @property
     def network_calls(self) -> int:
-        """The number of network calls for one image: one per step, or two with guidance, which also needs a call without text."""
+        """The number of network calls for one image. It is one per step, or two with guidance."""
         return self.nfe * (1 if self.guidance_scale == 1 else 2)
 
 
 def check_samplers(samplers: Sequence[SamplerSpec], backbone: Backbone) -> None:
-    """Raise UserError if two samplers have the same name, and for a size that the model family cannot generate."""
+    """Raise `UserError` if two samplers have the same name, or if the model family cannot make images of a sampler's size."""
     names = [spec.name for spec in samplers]
     if doubled := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"validation.samplers: two have the name {doubled[0]!r}; give each its own name")
+        raise UserError(f"validation.samplers: two samplers have the name {doubled[0]!r}; rename one")
     for spec in samplers:
         spec.check(backbone)
 
@@ -74,9 +74,9 @@ def generate_all(
     seed: int,
     compute_dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """Generate the images (B, 3, H, W) in [0, 1] of a batch of B prompts by each sampler, and return them by its name.
+    """Generate images of a batch of B prompts by each sampler. Return {sampler's name: images (B, 3, H, W) in [0, 1]}.
 
-    `networks` holds the networks "student" and "teacher"; they compute in `compute_dtype`.
+    `networks` has the networks "student" and "teacher", which compute in `compute_dtype`.
     """
     numbers, size = batch.indices.tolist(), len(batch.prompts)
     return {
@@ -97,9 +97,9 @@ def generate(
 ) -> Tensor:
     """Generate images (N, 3, H, W) in [0, 1], on the CPU, one for each of N prompts.
 
-    `spec` says in how many steps, with which guidance and at which size. `indices` (N) are the prompts' indices: the noise
-    depends only on them and on `seed`, so that neither the batch size nor the number of processes changes an image by more
-    than float rounding. `backbone.setup` must have been called. UserError for a size that the model family cannot make.
+    `spec` has the number of steps, the guidance and the size. `indices` (N) are the prompts' indices. The noise depends only on
+    them and on `seed`. Therefore the batch size and the number of processes change an image by float rounding at most.
+    `backbone.setup` must have been called. Raises `UserError` for a size that the model family cannot make.
     """
     backbone, batches = backbone.at(spec.height, spec.width), []
     with _evaluating(network):
@@ -111,23 +111,23 @@ def generate(
 
 
 class EncodedAhead:
-    """The conditioning of the batches of prompts that `generate` will ask for, encoded once."""
+    """The text conditioning of all batches that `generate` will use, encoded once."""
 
     def __init__(self, by_batch: Mapping[tuple[str, ...], Conditioning]) -> None:
         self._by_batch = dict(by_batch)
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Return the conditioning of a batch of B prompts; KeyError for a batch that was not encoded."""
+        """Return the conditioning of a batch of B prompts. Raises KeyError for any other batch."""
         return self._by_batch[tuple(prompts)]
 
     def forget(self) -> None:
-        """Keep everything, since nothing could encode it again."""
+        """Do nothing. The conditioning is kept, because it cannot be encoded again."""
         return
 
 
 @torch.no_grad()
 def encode_ahead(backbone: Backbone, prompts: Sequence[str], batch_size: int) -> None:
-    """Encode N prompts in the batches of `generate`, and free the text encoders, so that the network can have their memory."""
+    """Encode N prompts in the batches that `generate` uses, and free the text encoders to make room for the network."""
     batches = [tuple(prompts[start : start + batch_size]) for start in range(0, len(prompts), batch_size)]
     encoded = {batch: backbone.encode_prompts(list(batch)) for batch in [*batches, ("",)]}
     backbone.use_text_memory(EncodedAhead(encoded))
@@ -161,7 +161,7 @@ def _sample_images(
 
 
 def device_of(network: nn.Module) -> torch.device:
-    """Return the device of the network's first parameter or buffer; the CPU if it has none."""
+    """Return the device of the network's first parameter or buffer, or the CPU if it has none."""
     return next(itertools.chain(network.parameters(), network.buffers()), torch.empty(0)).device
 
 

@@ -1,4 +1,4 @@
-"""Adherence: the share of images that show everything that their prompts ask for."""
+"""The metric adherence: the share of images that show everything in their prompts."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -9,25 +9,25 @@ from cdm_lightning.metrics.base import ImageBatch, Metric
 
 
 class AdherenceJudge(Protocol):
-    """Any object that judges whether an image shows what its prompt asks for, such as `ShapesClassifier`."""
+    """An object that decides whether an image shows everything in its prompt, such as the `ShapesClassifier`."""
 
     def adherence(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return (B,) bool for images (B, 3, H, W) in [0, 1]: whether each shows what its prompt asks for."""
+        """Return (B,) bool: whether each of the images (B, 3, H, W) in [0, 1] shows everything in its prompt."""
         ...
 
 
 class Adherence(Metric):
-    """The share, in [0, 1], of images that show what their prompts ask for, according to `judge`."""
+    """The share, in [0, 1], of images that show everything in their prompts. `judge` decides this for each image."""
 
     def __init__(self, judge: AdherenceJudge) -> None:
         self.judge = judge
 
     def check_prompt(self, prompt: str) -> None:
-        """Ask the judge, if it can be asked without an image."""
+        """Raise an error if `judge` cannot decide about images of this prompt. It is asked only if it has a `check_prompt`."""
         check = getattr(self.judge, "check_prompt", None)
         if check is not None:
             check(prompt)
 
     def score(self, batch: ImageBatch) -> Tensor:
-        """Return scores (B,): 1 for an image that shows what its prompt asks for, else 0."""
+        """Return scores (B,): 1 for an image that shows everything in its prompt, and 0 otherwise."""
         return self.judge.adherence(batch.images, batch.prompts).float()

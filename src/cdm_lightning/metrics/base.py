@@ -1,8 +1,9 @@
-"""The interface of a metric, which computes figures from the images of one sampler.
+"""The interface of a metric. A metric computes numbers (figures) from the images of one sampler.
 
 A *sampler* is a way to make images: a network, a number of steps and a guidance scale. A *feature extractor* is a network that
-maps images to vectors, such as Inception or CLIP. A metric asks for extractors by name, and each runs once on a batch, however
-many metrics ask for it. Shapes: images (B, 3, H, W) in [0, 1], features (N, D), scores (N,). See docs/new-metric.md.
+maps images to vectors, such as Inception or CLIP. A metric names the extractors that it needs. Each extractor runs once on a
+batch, even if several metrics need it. Shapes: images (B, 3, H, W) in [0, 1], features (N, D), scores (N,). See
+docs/new-metric.md.
 """
 
 import itertools
@@ -21,24 +22,24 @@ class TextEncoder(Protocol):
     """A feature extractor that can also encode prompts, such as `metrics.extractors.OpenClipFeatures`."""
 
     def encode_texts(self, prompts: Sequence[str]) -> Tensor:
-        """Return features (B, D) of B prompts."""
+        """Return the features (B, D) of B prompts."""
         ...
 
 
 @torch.no_grad()
 def extract(extractor: nn.Module, images: Tensor) -> Tensor:
-    """Return the features (B, D) of images (B, 3, H, W) in [0, 1]; the images are moved to the extractor's device."""
+    """Return the features (B, D) of images (B, 3, H, W) in [0, 1]. The images are moved to the extractor's device."""
     state = next(itertools.chain(extractor.parameters(), extractor.buffers()), images)
     return extractor(images.to(state.device)).flatten(1)
 
 
 @dataclass
 class ImageBatch:
-    """Images (B, 3, H, W) in [0, 1] of one sampler, their prompts, and the indices of these prompts in the prompt set.
+    """A batch of images (B, 3, H, W) in [0, 1] of one sampler, with their prompts and the indices of these prompts.
 
-    `extractors` are the feature extractors by name. Features are computed at the first request and then kept, so that
-    metrics share them. `known_texts` holds the features (B, D) of the prompts by extractor; pass the same dictionary for other
-    samplers' images of the same prompts, so that prompts are encoded once.
+    `extractors` are the feature extractors by name. Features are computed when they are first requested and then kept, so that
+    metrics share them. `known_texts` are the features (B, D) of the prompts, by extractor. Pass the same dictionary for images
+    of the same prompts by other samplers, so that prompts are encoded only once.
     """
 
     images: Tensor
@@ -63,13 +64,14 @@ class ImageBatch:
 
 @dataclass(frozen=True)
 class MeasuredImages:
-    """What is kept of the N images of one sampler, in the order of their prompts' indices, for one metric's `figures`.
+    """The measurements of the N images of one sampler, for one metric's `figures`. They are sorted by prompt index.
 
-    `features` are (N, D) by the name of their extractor, on the CPU. `scores` (N,) are what the metric's own `score` returned,
-    or None if it does not score single images. `copies` are the features (P, M, D), by extractor, of M images for each of the
-    first P prompts; it is empty unless a metric asks for several images per prompt and the evaluation makes them. `other_noise`
-    are the features (N, D) of images of the same prompts from other noise, if a metric asks for them. `has_noise` is False for
-    real images.
+    - `features`: (N, D) on the CPU, by extractor.
+    - `scores`: (N,) the results of the metric's `score`, or None if the metric has no scores.
+    - `copies`: (P, M, D) features of M images for each of the first P prompts, by extractor. It is empty if no metric asks for
+      several images per prompt.
+    - `other_noise`: (N, D) features of images of the same prompts from other noise, if a metric asks for them.
+    - `has_noise`: False for real images.
     """
 
     prompts: list[str]
@@ -86,19 +88,22 @@ class MeasuredImages:
 
 @dataclass(frozen=True)
 class Copies:
-    """A metric's request for several images of one prompt: `images` for each of the first `prompts`, from different noise."""
+    """A metric's request for several images per prompt: `images` from different noise, for each of the first `prompts`."""
 
     prompts: int
     images: int
 
 
 class Metric:
-    """The base class of metrics: a measure of the images of a sampler (a way to make images).
+    """The base class of metrics. A metric measures the images of one sampler (a way to make images).
 
-    A subclass overrides `score` if it measures single images, or `figures` if it measures all images together.
-    `features` are the names of the feature extractors that it needs, `text_features` those that must also encode prompts.
-    `copies` asks for several images per prompt (None: one). `sampler` names another sampler to compare with, if any; the
-    metric has no figure if that sampler is not run. `other_noise` asks for each student's images from other noise in addition.
+    A subclass overrides `score` if it measures single images, and `figures` if it measures all images together.
+
+    - `features`: names of the feature extractors that it needs.
+    - `text_features`: names of the extractors that must also encode prompts.
+    - `copies`: a request for several images per prompt (None: one image).
+    - `sampler`: name of a sampler to compare with. If this sampler is not run, the metric has no figure.
+    - `other_noise`: whether the metric also needs images of each student from other noise.
     """
 
     features: tuple[str, ...] = ()
@@ -108,23 +113,27 @@ class Metric:
     other_noise: bool = False
 
     def prepare(self, extractors: Mapping[str, nn.Module]) -> None:
-        """Do slow work once, before the first image, with all extractors by name; for example, measure reference images."""
+        """Do slow work once, before the first image, such as measuring reference images. `extractors` has all extractors by
+        name.
+        """
 
     def check_prompt(self, prompt: str) -> None:
-        """Raise UserError or ValueError for a prompt whose images cannot be judged; asked before training, for all prompts."""
+        """Raise `UserError` or ValueError if images of this prompt cannot be measured. It is called for all prompts before
+        training.
+        """
 
     def score(self, batch: ImageBatch) -> Tensor | None:
-        """Return the scores (B,) of the single images, or None if the metric does not score single images (the default)."""
+        """Return the scores (B,) of single images, or None (the default) if the metric has no scores."""
         return None
 
     def figures(self, measured: MeasuredImages, others: Mapping[str, MeasuredImages]) -> Figures:
-        """Return the figure of one sampler's images, or several figures by name, or None if there is no figure.
+        """Return the figure of one sampler's images, several figures by name, or None if there is no figure.
 
-        By default this is the mean of the scores. `others` has the images of all samplers by name, including this one.
+        By default it is the mean of the scores. `others` has the measurements of all samplers by name, including this one.
         """
         scores = measured.scores
         return None if scores is None or not len(scores) else float(scores.double().mean())
 
     def facts(self) -> Mapping[str, float | str]:
-        """Return what a reader must know to compare the figures, by name, for example the number of reference images."""
+        """Return facts that a reader needs to compare figures, by name. An example is the number of reference images."""
         return {}

@@ -8,9 +8,9 @@ from cdm_lightning.metrics.base import ImageBatch, Metric
 
 
 class CLIPScore(Metric):
-    """The mean of 100 x the cosine similarity of image and prompt, in [-100, 100].
+    """The CLIP score: the mean of 100 x the cosine similarity of image and prompt, in [-100, 100].
 
-    `feature` names a feature extractor that can also encode prompts.
+    `feature` is the name of a feature extractor that can also encode prompts.
     """
 
     def __init__(self, feature: FeatureName = "clip") -> None:
@@ -18,5 +18,5 @@ class CLIPScore(Metric):
         self.features = self.text_features = (feature,)
 
     def score(self, batch: ImageBatch) -> Tensor:
-        """Return the scores (B,) of the images for their prompts."""
+        """Return the CLIP scores (B,) of a batch of images."""
         return 100 * F.cosine_similarity(batch.features(self.feature), batch.text_features(self.feature))

@@ -1,4 +1,4 @@
-"""Diversity within a prompt: the distance between images of the same prompt that started from different noise."""
+"""The metric diversity: the distance between images of the same prompt from different noise."""
 
 from collections.abc import Mapping
 
@@ -11,24 +11,28 @@ from cdm_lightning.metrics.base import Copies, MeasuredImages, Metric
 
 
 class Diversity(Metric):
-    """The mean distance between the features of images of one prompt: how much the images depend on the noise.
+    """The mean distance between the features of images of the same prompt. It says how much images depend on the noise.
 
-    It is taken over `images_per_prompt` images for each of the first `prompts` prompts (`pairwise_diversity`). `feature`
-    names the feature extractor. There is no figure where one image per prompt is made, as in validation. Raises UserError
-    for prompts < 1 or images_per_prompt < 2.
+    It uses `images_per_prompt` images for each of the first `prompts` prompts (`pairwise_diversity`). `feature` is the name of
+    the feature extractor. In validation there is only one image per prompt, so there is no figure.
+
+    Raises `UserError` for `prompts` < 1 or `images_per_prompt` < 2.
     """
 
     def __init__(self, feature: FeatureName = "clip", prompts: Count = 32, images_per_prompt: Several = 4) -> None:
         if prompts < 1 or images_per_prompt < 2:
             raise UserError(
-                f"Diversity (a metric) needs prompts >= 1 and images_per_prompt >= 2, got prompts={prompts} and "
-                f"images_per_prompt={images_per_prompt}; leave the metric out to turn it off"
+                f"the metric Diversity: prompts={prompts} must be at least 1 and images_per_prompt={images_per_prompt} at least 2; "
+                "to turn it off, remove the metric"
             )
         self.feature, self.features = feature, (feature,)
         self.copies = Copies(prompts, images_per_prompt)
 
     def figures(self, measured: MeasuredImages, others: Mapping[str, MeasuredImages]) -> float | None:
-        """Return the mean distance within a prompt, in the units of the features; None without several images per prompt."""
+        """Return the mean distance within a prompt, in the units of the features.
+
+        Returns None if there is only one image per prompt.
+        """
         copies = measured.copies.get(self.feature)
         if copies is None:
             return None
@@ -37,10 +41,10 @@ class Diversity(Metric):
 
 
 def pairwise_diversity(features: Tensor) -> float:
-    """Return the mean Euclidean distance of two images of a prompt, over all pairs and over all prompts.
+    """Return the mean Euclidean distance between two images of the same prompt, over all pairs and all prompts.
 
-    `features` (P, M, D) are those of M images for each of P prompts; the distance is in their units. 0 means that the images
-    do not depend on the noise. Raises ValueError for M < 2.
+    `features` (P, M, D) belong to M images for each of P prompts. The distance has their units. It is 0 if the images do not
+    depend on the noise. Raises ValueError for M < 2.
     """
     images = features.shape[1]
     if images < 2:

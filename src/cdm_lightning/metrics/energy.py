@@ -1,4 +1,4 @@
-"""Energy distance: a distance between the distributions of two sets of points, without a kernel or a bandwidth to choose."""
+"""The energy distance between the distributions of two sets of points. It needs no kernel and no bandwidth."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -10,26 +10,28 @@ from cdm_lightning.metrics.base import MeasuredImages, Metric
 
 
 class EnergyDistance(Metric):
-    """The `energy_distance` of the images' features to equally many samples that are drawn from the data distribution itself.
+    """The `energy_distance` between the images' features and samples of the data distribution.
 
-    `exact` returns the features (N, D) of such samples for N prompts; `feature` names the extractor of the images' features.
+    `exact` is a function that returns the features (N, D) of exact samples for N prompts. `feature` is the name of the feature
+    extractor for the images.
     """
 
     def __init__(self, exact: Callable[[Sequence[str]], Tensor], feature: FeatureName = "points") -> None:
         self.exact, self.feature, self.features = exact, feature, (feature,)
 
     def figures(self, measured: MeasuredImages, others: Mapping[str, MeasuredImages]) -> float | None:
-        """Return the distance, in the units of the features; None for fewer than 2 images."""
+        """Return the distance in the units of the features, or None for fewer than 2 images."""
         if len(measured) < 2:
             return None
         return float(energy_distance(measured.features[self.feature], self.exact(measured.prompts)))
 
 
 def energy_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Return 2 E|a - b| - E|a - a'| - E|b - b'| of points a (N, D) and b (M, D), as a 0-d float64 in their units.
+    """Return the energy distance 2 E|a - b| - E|a - a'| - E|b - b'| of points a (N, D) and b (M, D).
 
-    It is 0 for equal distributions (Székely and Rizzo, 2013). The estimate is unbiased (no point is paired with itself),
-    so for equal distributions it may be slightly negative. Raises ValueError for a set of fewer than 2 points.
+    The result is a 0-d float64 in the units of the points. It is 0 for equal distributions (Székely and Rizzo, 2013). The
+    estimate is unbiased, because no point is paired with itself, so it can be slightly negative. Raises ValueError for fewer
+    than 2 points in a set.
     """
     if min(len(a), len(b)) < 2:
         raise ValueError(f"energy distance needs at least 2 points in each set, got {len(a)} and {len(b)}")

@@ -1,4 +1,4 @@
-"""Feature extractors for metrics: any `nn.Module` that maps images (B, 3, H, W) in [0, 1] to (B, D) can be one."""
+"""Feature extractors for metrics. Any `nn.Module` that maps images (B, 3, H, W) in [0, 1] to features (B, D) can be one."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from cdm_lightning.metrics.open_clip_model import OpenClipModel
 
 
 class OpenClipFeatures(nn.Module):
-    """The embeddings of images, and of prompts, by a CLIP model, without normalization; for the arguments see `OpenClipModel`.
+    """The embeddings of images and prompts by a CLIP model, not normalized. The arguments are those of `OpenClipModel`.
 
     Raises `UserError` if the model or its weights are missing or cannot be loaded.
     """
@@ -24,27 +24,27 @@ class OpenClipFeatures(nn.Module):
         self.model = OpenClipModel(model, pretrained)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the embeddings (B, D), not normalized, of images (B, 3, H, W) in [0, 1]."""
+        """Return the embeddings (B, D) of images (B, 3, H, W) in [0, 1], not normalized."""
         return self.model.encode_images(images)
 
     def encode_texts(self, prompts: Sequence[str]) -> Tensor:
-        """Return the embeddings (B, D), not normalized, of B prompts."""
+        """Return the embeddings (B, D) of B prompts, not normalized."""
         return self.model.encode_texts(prompts)
 
 
 class InceptionFeatures(nn.Module):
-    """The 2048 features of Inception v3 that the standard FID uses (Heusel et al., arXiv:1706.08500), by torch-fidelity.
+    """The 2048 features of Inception v3 in the standard FID (Heusel et al., arXiv:1706.08500), computed by torch-fidelity.
 
-    `weights` is the file weights-inception-2015-12-05-6726825d.pth. Raises `UserError` if it is missing or cannot be used, or
-    if the package torch-fidelity is not installed.
+    `weights` is the file weights-inception-2015-12-05-6726825d.pth. Raises `UserError` if the file is missing or cannot be
+    used, or if the package torch-fidelity is not installed.
     """
 
     def __init__(self, weights: FileToRead) -> None:
         super().__init__()
         if not Path(weights).is_file():
             raise UserError(
-                f"Inception weights {weights} are missing; download them from torch-fidelity's releases"
-                " (weights-inception-2015-12-05-6726825d.pth)"
+                f"the Inception weights {weights} do not exist; download weights-inception-2015-12-05-6726825d.pth"
+                " from torch-fidelity's releases"
             )
         if importlib.util.find_spec("torch_fidelity") is None:
             raise UserError("the Inception network needs the package torch-fidelity: pip install torch-fidelity")
@@ -55,9 +55,9 @@ class InceptionFeatures(nn.Module):
             self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(weights))
         except Exception as error:  # torch.load and load_state_dict raise many kinds of errors
             reason = first_line(error)
-            raise UserError(f"{weights} does not hold Inception weights ({reason}); download them again") from error
+            raise UserError(f"{weights} cannot be used as Inception weights ({reason}); download them again") from error
         self.requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the features (B, 2048) of images (B, 3, H, W) in [0, 1], which are rounded to 8 bits as in a saved file."""
+        """Return the features (B, 2048) of images (B, 3, H, W) in [0, 1]. The images are rounded to 8 bits, as in a saved file."""
         return self.network((images * 255).round().to(torch.uint8))

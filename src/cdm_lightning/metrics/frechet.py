@@ -1,8 +1,8 @@
-"""Fréchet distance between the features of generated and of reference images, computed by torchmetrics.
+"""The Fréchet distance between the features of generated images and of reference images, computed by torchmetrics.
 
-It is |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) for features with the means m and covariances C (Heusel et al.,
-arXiv:1706.08500); with the features of Inception it is called FID. It decreases with the number of images: compare only
-figures with equal numbers. Shapes: images (B, 3, H, W) in [0, 1], features (N, D).
+It is |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) for features with means m and covariances C (Heusel et al., arXiv:1706.08500).
+With the features of Inception it is called FID. It decreases with the number of images, so compare only figures for equal
+numbers. Shapes: images (B, 3, H, W) in [0, 1], features (N, D).
 """
 
 from collections.abc import Iterable, Mapping
@@ -23,7 +23,9 @@ from cdm_lightning.metrics.base import Figures, MeasuredImages, Metric, extract
 
 @dataclass(frozen=True)
 class FeatureStatistics:
-    """What a Fréchet distance needs of a set of features: mean (D,), covariance (D, D), both float64, and their number."""
+    """The statistics of a set of features for a Fréchet distance: mean (D,) and covariance (D, D), both float64, and their
+    number.
+    """
 
     mean: Tensor
     covariance: Tensor
@@ -31,7 +33,7 @@ class FeatureStatistics:
 
     @classmethod
     def of_features(cls, batches: Iterable[Tensor]) -> "FeatureStatistics":
-        """Return the statistics of batches of features (B, D); ValueError for fewer than 2 features in total."""
+        """Return the statistics of batches of features (B, D). Raises ValueError for fewer than 2 features in total."""
         count, total, outer = 0, torch.zeros(()), torch.zeros(())
         for features in batches:
             features = features.cpu().double()  # not all devices have float64
@@ -43,7 +45,10 @@ class FeatureStatistics:
 
     @classmethod
     def of_images(cls, extractor: nn.Module, batches: Iterable[Tensor]) -> "FeatureStatistics":
-        """Return the statistics of the features of batches of images (B, 3, H, W) in [0, 1]; ValueError for fewer than 2."""
+        """Return the statistics of the features of images, given in batches (B, 3, H, W) in [0, 1].
+
+        Raises ValueError for fewer than 2 images.
+        """
         return cls.of_features(extract(extractor, images) for images in batches)
 
     def save(self, path: str | Path) -> None:
@@ -54,20 +59,20 @@ class FeatureStatistics:
 
     @classmethod
     def load(cls, path: str | Path) -> "FeatureStatistics":
-        """Read statistics that `save` wrote; UserError if the file is missing or has other contents."""
+        """Read statistics that `save` wrote. Raises `UserError` if the file is missing or has other contents."""
         try:
             state = load_file(path)
             return cls(state["mean"].double(), state["covariance"].double(), int(state["count"]))
         except (OSError, SafetensorError, KeyError) as error:
             reason = first_line(error)
             raise UserError(
-                f"{path}: no statistics of reference images can be read ({reason}); give a safetensors file with mean, covariance "
-                "and count"
+                f"{path}: the statistics of reference images cannot be read ({reason}); pass a safetensors file with mean, "
+                "covariance and count"
             ) from None
 
 
 class _GivenFeatures(nn.Module):
-    """The `feature` module for torchmetrics; its inputs are features already, so that all metrics share one extraction."""
+    """A `feature` module for torchmetrics that returns its input. The inputs are features already, which all metrics share."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -79,9 +84,9 @@ class _GivenFeatures(nn.Module):
 
 
 def frechet_distance(reference: FeatureStatistics, features: Tensor) -> float | None:
-    """Return the Fréchet distance of features (N, D) to the reference, computed in float64 by torchmetrics.
+    """Return the Fréchet distance of features (N, D) to `reference`, computed in float64 by torchmetrics.
 
-    Return None for N < 2, and NaN for features that are not finite, such as those of a student that has diverged.
+    Returns None for N < 2, and NaN for features that are not finite, such as those of a student that has diverged.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance  # takes seconds to import, so only where it is used
 
@@ -99,36 +104,39 @@ def frechet_distance(reference: FeatureStatistics, features: Tensor) -> float | 
 
 
 class Frechet(Metric):
-    """The Fréchet distance of the images to those of `reference`, in the features of the extractor that `feature` names.
+    """The Fréchet distance of the images to the images in `reference`.
 
-    `reference` yields batches of images (B, 3, H, W) in [0, 1] and is read once, or it is the statistics of their
-    features. Name the metric `fid` only with `InceptionFeatures`, since the distance depends on the features.
+    `reference` yields batches of images (B, 3, H, W) in [0, 1] and is read once. It can also be the statistics of their
+    features. `feature` is the name of the feature extractor. Name the metric `fid` only with `InceptionFeatures`, because the
+    distance depends on the features.
     """
 
     def __init__(self, reference: Iterable[Tensor] | FeatureStatistics, feature: FeatureName = "clip") -> None:
         self.reference, self.feature, self.features = reference, feature, (feature,)
 
     def prepare(self, extractors: Mapping[str, nn.Module]) -> None:
-        """Compute the statistics of the reference images, unless they are given; UserError for fewer than 2 images."""
+        """Compute the statistics of the reference images, unless they are given. Raises `UserError` for fewer than 2 images."""
         if not isinstance(self.reference, FeatureStatistics):
             try:
                 self.reference = FeatureStatistics.of_images(extractors[self.feature], self.reference)
             except ValueError as error:
-                raise UserError(f"the reference images of a Fréchet distance: {error}; give more images") from error
+                raise UserError(
+                    f"there are too few reference images for a Fréchet distance ({error}); set a reference with more images"
+                ) from error
 
     def figures(self, measured: MeasuredImages, others: Mapping[str, MeasuredImages]) -> float | None:
-        """Return the distance; None for fewer than 2 images."""
+        """Return the distance, or None for fewer than 2 images."""
         return frechet_distance(cast(FeatureStatistics, self.reference), measured.features[self.feature])
 
     def facts(self) -> dict[str, float]:
-        """Return the number of reference images, since the distance depends on it."""
+        """Return the number of reference images, because the distance depends on it."""
         return {"reference_images": cast(FeatureStatistics, self.reference).count}
 
 
 class FrechetToSampler(Metric):
-    """The Fréchet distance of the images to those of another sampler (way to make images), such as the teacher in 50 steps.
+    """The Fréchet distance of the images to those of another sampler, such as the teacher in 50 steps.
 
-    `sampler` is the name of that sampler, `feature` that of the feature extractor.
+    A sampler is a way to make images. `sampler` is the name of the other one, and `feature` that of the feature extractor.
     """
 
     def __init__(self, sampler: Name, feature: FeatureName = "clip") -> None:
@@ -137,10 +145,11 @@ class FrechetToSampler(Metric):
         self._reference: tuple[MeasuredImages, FeatureStatistics] | None = None  # of the latest measurement
 
     def figures(self, measured: MeasuredImages, others: Mapping[str, MeasuredImages]) -> Figures:
-        """Return {"same_noise": distance, "other_noise": distance}; None for that sampler itself and if it is not run.
+        """Return {"same_noise": distance, "other_noise": distance}. Returns None for the other sampler itself, and if it is not
+        run.
 
-        An image from the noise of the sampler's own image of that prompt resembles it, which makes the first distance small.
-        The second is that of images from other noise, if the evaluation makes them. Fewer than 2 images have no distance.
+        The first distance uses images from the same noise as the other sampler's images. They resemble these, so it is small.
+        The second uses images from other noise, if the evaluation makes them. Fewer than 2 images have no distance.
         """
         reference = others.get(self.sampler or "")
         if reference is None or reference is measured or min(len(reference), len(measured)) < 2:

@@ -1,4 +1,4 @@
-"""An open_clip model that embeds images and prompts for metrics, with an immediate error if its weights are missing."""
+"""An open_clip model that embeds images and prompts for metrics. Missing weights are an error at once."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,9 +21,10 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.pth")  # the weight files that open_clip
 class OpenClipModel(nn.Module):
     """The image and text encoders of a CLIP model, frozen, in float32 and in eval mode.
 
-    `model` is `local-dir:FOLDER` (a folder with open_clip_config.json and weights), or a model name that open_clip knows.
-    With a name, `pretrained` is a file of weights, or one of open_clip's tags, whose weights are downloaded. Raises
-    `UserError` if the model or its weights are missing or cannot be loaded.
+    `model` is `local-dir:FOLDER`, a folder with open_clip_config.json and weights, or a model name that open_clip knows. For a
+    name, `pretrained` is a file of weights or one of open_clip's tags, whose weights are downloaded.
+
+    Raises `UserError` if the model or its weights are missing or cannot be loaded.
     """
 
     def __init__(self, model: str, pretrained: str | None = None) -> None:
@@ -37,7 +38,7 @@ class OpenClipModel(nn.Module):
         except Exception as error:  # open_clip passes on any error of json, torch, safetensors and the network
             reason = first_line(error)
             raise UserError(
-                f"cannot load the CLIP model {model} with pretrained={pretrained} ({reason}); give weights that fit it"
+                f"cannot load the CLIP model {model} with pretrained={pretrained} ({reason}); set pretrained to weights of this model"
             ) from error
         self.clip = cast("CLIP", clip.float().eval().requires_grad_(False))
         *self.geometry, self.normalise = cast("Compose", transform).transforms
@@ -49,7 +50,7 @@ class OpenClipModel(nn.Module):
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """Return the embeddings (B, D), not normalized, of images (B, 3, H, W) in [0, 1], preprocessed as open_clip does."""
+        """Return the embeddings (B, D) of images (B, 3, H, W) in [0, 1], not normalized, with open_clip's preprocessing."""
         images = images.to(self.device, torch.float32)
         for transform in self.geometry:
             images = transform(images)
@@ -57,30 +58,30 @@ class OpenClipModel(nn.Module):
 
     @torch.no_grad()
     def encode_texts(self, prompts: Sequence[str]) -> Tensor:
-        """Return the embeddings (B, D), not normalized, of B prompts."""
+        """Return the embeddings (B, D) of B prompts, not normalized."""
         return self.clip.encode_text(self.tokenizer(list(prompts)).to(self.device))
 
 
 def _check_source(model: str, pretrained: str | None, known: Sequence[str], tags_of) -> None:
-    """UserError for mistakes for which open_clip would use random weights or raise an error of several lines."""
+    """Raise `UserError` for mistakes that open_clip would answer with random weights or with an error of several lines."""
     if model.startswith(LOCAL_DIR):
         folder = Path(model.removeprefix(LOCAL_DIR))
         if not (folder / "open_clip_config.json").is_file():
             raise UserError(
-                f"{folder} is not an open_clip folder: it has no open_clip_config.json; pass a folder that has it"
+                f"{folder} is not an open_clip folder, because it has no open_clip_config.json; pass a folder with this file"
             )
         if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
-            raise UserError(f"{folder} holds no CLIP weights (open_clip_model.safetensors); put them there")
+            raise UserError(f"{folder} has no CLIP weights; copy open_clip_model.safetensors into it")
         return
     if model not in known:
-        raise UserError(f"open_clip does not know the model {model!r}; give one of its names or {LOCAL_DIR}FOLDER")
+        raise UserError(f"open_clip has no model {model!r}; use one of its model names or {LOCAL_DIR}FOLDER")
     if pretrained is None:
         raise UserError(
-            f"the CLIP model {model} has no weights: set feature.NAME.pretrained, with the NAME of this extractor, "
-            "to a file or to a tag of open_clip"
+            f"the CLIP model {model} has no weights; set feature.NAME.pretrained to a file or a tag of open_clip, where NAME is "
+            "this extractor's name"
         )
     if not Path(pretrained).is_file() and pretrained not in tags_of(model):
         tags = ", ".join(tags_of(model))
         raise UserError(
-            f"CLIP weights {pretrained} are missing: feature.NAME.pretrained must be a file or a tag of {model} ({tags})"
+            f"the CLIP weights {pretrained} do not exist; set feature.NAME.pretrained to a file or a tag of {model} ({tags})"
         )

@@ -1,4 +1,4 @@
-"""Real images to compare with, as iterables of batches (B, 3, H, W) in [0, 1].
+"""Real images for metrics to compare with, as iterables of batches (B, 3, H, W) in [0, 1].
 
 The shapes set is this package's procedural data set of captioned shapes (`data.shapes`).
 """
@@ -24,11 +24,13 @@ MOST_IMAGE = 1 << 30  # bytes
 
 @dataclass(frozen=True)
 class ShapesRenderings:
-    """`count` renderings (B, 3, 32, 32) of the shapes set, which show the first `captions` prompts in turn (None: all prompts).
+    """Real images of the shapes set, as batches (B, 3, 32, 32): `count` renderings that show the first `captions` prompts in
+    turn.
 
-    They depend only on the prompts and on `seed`. Generated images are compared with real images of the same prompts, as FID on
-    COCO is measured: other prompts would add a distance that no generator can remove. Raises `UserError` if there are fewer
-    prompts than `captions`, and for a prompt that is not a caption of the shapes set.
+    `captions` None means all prompts. The renderings depend only on the prompts and on `seed`. They show the same prompts as
+    the generated images, as for FID on COCO, because other prompts would add a distance that no generator can remove.
+
+    Raises `UserError` if there are fewer prompts than `captions`, or if a prompt is not a caption of the shapes set.
     """
 
     prompts: Sequence[str]
@@ -39,11 +41,11 @@ class ShapesRenderings:
     def __post_init__(self) -> None:
         if self.captions is not None and not 1 <= self.captions <= len(self.prompts):
             raise UserError(
-                f"reference (of a metric): captions={self.captions}, but there are {len(self.prompts)} prompts; set captions to "
-                "at most this number, or to null for all"
+                f"the reference of a metric: captions={self.captions} must be 1 to {len(self.prompts)}, the number of prompts, or "
+                "null for all prompts"
             )
         for number in range(self.captions or len(self.prompts)):
-            _ = scene_of(self.prompts[number])  # refused now, not when the images are needed
+            _ = scene_of(self.prompts[number])  # wrong prompts are refused now, and not only when the images are needed
 
     def __iter__(self) -> Iterator[Tensor]:
         captions = self.captions or len(self.prompts)
@@ -54,37 +56,37 @@ class ShapesRenderings:
 
 
 def render_prompts(prompts: Sequence[str], indices: Sequence[Index], seed: Seed) -> Tensor:
-    """Return a rendering (B, 3, 32, 32) in [0, 1] of each of B prompts, which depends only on (prompt, its index, seed).
+    """Return a rendering of each of B prompts, (B, 3, 32, 32) in [0, 1]. It depends only on the prompt, its index and `seed`.
 
-    Raises UserError for a prompt that is not a caption of the shapes set.
+    Raises `UserError` for a prompt that is not a caption of the shapes set.
     """
     seeds = [stream(seed, "rendering of a prompt", index).initial_seed() for index in indices]
     return torch.cat([render([scene_of(prompt)], its) for prompt, its in zip(prompts, seeds, strict=True)])
 
 
 def scene_of(prompt: str) -> Scene:
-    """Return the scene of the shapes set that a prompt describes; UserError for a text that is none of its captions."""
+    """Return the scene that a caption of the shapes set describes. Raises `UserError` for any other text."""
     try:
         return parse_caption(prompt)
     except ValueError as error:
         raise UserError(
-            f"real images: {error}; the shapes set can render only its own captions, so use those as prompts"
+            f"real images cannot be rendered for this prompt: {error}; use captions of the bundled shapes set as prompts"
         ) from None
 
 
 class ImageFolder:
-    """The images in a folder and in the folders below it, in the order of their paths, in batches of `batch_size`.
+    """The images in a folder and its subfolders, in the order of their paths, in batches of `batch_size`.
 
-    With `image_size` (a side in pixels), each image is resized to cover a square of that side and cropped to its centre.
-    Without it, all images must have the same size. Raises `UserError` for a folder without images, for unreadable images
-    and for images of different sizes.
+    With `image_size` (in pixels), each image is resized to cover a square of this side and cropped to its centre. Otherwise all
+    images must have the same size. Raises `UserError` for a folder without images, for an unreadable image, and for images of
+    different sizes.
     """
 
     def __init__(self, folder: FolderToRead, image_size: Pixels | None = None, batch_size: BatchSize = 64) -> None:
         self.folder, self.image_size, self.batch_size = Path(folder), image_size, batch_size
         self.paths = sorted(path for path in self.folder.rglob("*") if path.suffix.lower() in SUFFIXES)
         if not self.paths:
-            raise UserError(f"{folder} holds no reference images ({', '.join(SUFFIXES)}); give a folder that does")
+            raise UserError(f"{folder} has no reference images ({', '.join(SUFFIXES)}); pass a folder of images")
         sizes = {self._size(path): path for path in self.paths}  # of the headers: a mistake is found before training
         if len(sizes) > 1 and image_size is None:
             self._refuse_sizes(list(sizes.values())[1])

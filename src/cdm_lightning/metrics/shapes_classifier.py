@@ -1,6 +1,6 @@
-"""A small classifier that judges whether an image of the shapes set shows what its caption says.
+"""A small classifier that decides whether an image of the shapes set shows what its caption says.
 
-It is trained separately from all generators. The shapes set is this package's procedural data set (`data.shapes`).
+It is trained independently of all generators. The shapes set is this package's procedural data set (`data.shapes`).
 """
 
 from collections.abc import Sequence
@@ -29,10 +29,10 @@ HEADS = {
 
 
 class ShapesClassifier(nn.Module):
-    """A convolutional classifier of images (N, 3, 32, 32) of the shapes set, with a linear head for each question.
+    """A convolutional classifier of images (N, 3, 32, 32) of the shapes set.
 
-    It predicts the arrangement of the shapes, the place of a single one and, for each of up to two shapes (the upper or left
-    one first), its colour, shape and size.
+    It predicts the arrangement of the shapes, the place of a single shape, and the colour, shape and size of each of up to two
+    shapes (the upper or left one first). Each prediction has a linear head of its own.
     """
 
     def __init__(self) -> None:
@@ -45,20 +45,20 @@ class ShapesClassifier(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(128, classes) for name, classes in HEADS.items()})
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Return the logits (N, classes) of each head by name, for images (N, 3, 32, 32) in [0, 1]."""
+        """Return the logits (N, classes) of each head, by name, for images (N, 3, 32, 32) in [0, 1]."""
         features = self.features(images * 2 - 1)
         return {name: head(features) for name, head in self.heads.items()}
 
     @classmethod
     def load(cls, path: FileToRead) -> "ShapesClassifier":
-        """Read a trained classifier from a safetensors file; UserError if the file is missing or holds something else."""
+        """Read a trained classifier from a safetensors file. Raises `UserError` if the file is missing or has other contents."""
         model = cls()
         try:
             model.load_state_dict(load_file(path))
         except (OSError, SafetensorError, RuntimeError) as error:
             reason = first_line(error)
             raise UserError(
-                f"{path}: the shapes classifier cannot be loaded ({reason}); give a file that cdm_lightning.pretrain wrote"
+                f"{path}: the shapes classifier cannot be loaded ({reason}); pass a file that cdm_lightning.pretrain wrote"
             ) from None
         return model.eval().requires_grad_(False)
 
@@ -82,7 +82,9 @@ class ShapesClassifier(nn.Module):
 
 
 def expected(scene: Scene) -> dict[str, int]:
-    """Return the class that a caption's scene asks for, by the classifier's head; heads that it leaves open are left out."""
+    """Return the class that a caption asks for, by the name of the classifier's head. Heads that the caption leaves open are
+    left out.
+    """
     if scene.relation is None:
         place = {} if scene.place is None else {"place": list(PLACES).index(scene.place)}
         return {"arrangement": 0, **place, **_item(scene, 0)}

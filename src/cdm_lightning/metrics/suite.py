@@ -1,4 +1,4 @@
-"""All metrics of a run and the feature extractors that they share, for validation and for the evaluation at the end of a run.
+"""All metrics of a run, with the feature extractors that they share. Validation and the final evaluation use them.
 
 A *sampler* is a way to make images: a network, a number of steps and a guidance scale.
 """
@@ -19,7 +19,7 @@ Row = dict[str, float]  # figure -> value
 
 @dataclass
 class Collected:
-    """What is kept of one sampler's images, batch by batch: features, scores and prompts, but not the images."""
+    """The measurements of one sampler's images, collected batch by batch: features, scores and prompts. Images are not kept."""
 
     prompts: list[str] = field(default_factory=list)
     indices: list[int] = field(default_factory=list)
@@ -32,7 +32,7 @@ class Collected:
     has_noise: bool = True  # False for real images
 
     def add(self, other: "Collected") -> None:
-        """Append what another process has collected of the same sampler, except for `copies`."""
+        """Append the measurements that another process has made for the same sampler, except for `copies`."""
         self.prompts += other.prompts
         self.indices += other.indices
         for mine, theirs in ((self.features, other.features), (self.scores, other.scores)):
@@ -40,7 +40,7 @@ class Collected:
                 mine.setdefault(name, []).extend(batches)
 
     def of(self, metric: str) -> MeasuredImages:
-        """Return what the metric of this name needs for its figures, in the order of the prompts' indices."""
+        """Return the measurements that the metric `metric` needs for its figures, sorted by prompt index."""
         order = sorted(range(len(self.indices)), key=self.indices.__getitem__)
         features = {name: torch.cat(batches)[order] for name, batches in self.features.items()}
         scores = self.scores.get(metric)
@@ -58,10 +58,10 @@ class Collected:
 
 
 class MetricSuite:
-    """The metrics by name, and the feature extractors by the names that the metrics use for them.
+    """All metrics by name, and the feature extractors by the names that metrics use.
 
-    Raises UserError for an object that is not a `Metric` or not a torch module, for a metric whose feature extractor is missing
-    or cannot encode prompts, and for a metric that has the name of a column of the results.
+    Raises `UserError` for an object that is not a `Metric`, for an extractor that is not a torch module, and for a metric with
+    the name of a column of the results. It is also raised if a metric's extractor is missing or cannot encode prompts.
     """
 
     def __init__(
@@ -71,29 +71,31 @@ class MetricSuite:
         self.extractors = {name: module for name, module in (features or {}).items() if module is not None}
         for name, extractor in self.extractors.items():
             if not isinstance(extractor, nn.Module):
-                raise UserError(f"feature.{name} is a {type(extractor).__name__}; it must be a torch nn.Module")
+                raise UserError(f"feature.{name} must be a torch nn.Module, not a {type(extractor).__name__}")
         for name, metric in self.metrics.items():
             if not isinstance(metric, Metric):
-                raise UserError(f"metric.{name} is a {type(metric).__name__}; it must be a cdm_lightning Metric")
+                raise UserError(f"metric.{name} must be a cdm_lightning Metric, not a {type(metric).__name__}")
             if name in COLUMNS:
-                raise UserError(f"metric.{name} has the name of a column of the results; give the metric another name")
+                raise UserError(
+                    f"metric.{name}: {name} is the name of a column of the results; give the metric another name"
+                )
             for missing in sorted({*metric.features, *metric.text_features} - self.extractors.keys()):
                 known = ", ".join(self.extractors) or "none"
                 raise UserError(
-                    f"metric.{name} needs the feature extractor feature.{missing}, but there is {known}; "
-                    f"add feature.{missing}, or name another one in metric.{name}"
+                    f"metric.{name} needs the feature extractor feature.{missing}, which is missing; add it, or let metric.{name} "
+                    f"use one of these extractors: {known}"
                 )
             for feature in metric.text_features:
                 if not callable(getattr(self.extractors[feature], "encode_texts", None)):
                     raise UserError(
-                        f"metric.{name} needs features of prompts, but feature.{feature} has no encode_texts; "
+                        f"metric.{name} needs features of prompts, but feature.{feature} cannot encode prompts; "
                         "use an extractor such as OpenClipFeatures"
                     )
         self._prepared = False
 
     @property
     def copies(self) -> Copies:
-        """The largest numbers of prompts, and of images per prompt, that any metric asks for; (0, 1) if none asks."""
+        """The largest number of prompts and of images per prompt that a metric asks for. It is (0, 1) if no metric asks."""
         wishes = [metric.copies for metric in self.metrics.values() if metric.copies is not None]
         return Copies(
             max((wish.prompts for wish in wishes), default=0), max((wish.images for wish in wishes), default=1)
@@ -101,16 +103,16 @@ class MetricSuite:
 
     @property
     def other_noise(self) -> bool:
-        """Whether a metric asks for each student's images from other noise in addition."""
+        """Whether a metric also needs images of each student from other noise."""
         return any(metric.other_noise for metric in self.metrics.values())
 
     @property
     def needed(self) -> list[str]:
-        """The names of the extractors that at least one metric needs; their features of all images are kept."""
+        """The names of the extractors that at least one metric needs. The features of all images by them are kept."""
         return sorted({name for metric in self.metrics.values() for name in metric.features})
 
     def prepare(self, device: torch.device) -> None:
-        """Move the extractors and the metrics' own networks to the device; the first call also runs each `Metric.prepare`."""
+        """Move the extractors and the metrics' own networks to the device. The first call also runs each metric's `prepare`."""
         parts = [
             *self.extractors.values(),
             *(part for metric in self.metrics.values() for part in vars(metric).values()),
@@ -124,7 +126,7 @@ class MetricSuite:
         self._prepared = True
 
     def check_prompts(self, prompts: Texts, count: int) -> None:
-        """Raise `UserError` if a metric cannot judge one of the first `count` prompts."""
+        """Raise `UserError` if a metric cannot measure images of one of the first `count` prompts."""
         for name, metric in self.metrics.items():
             if type(metric).check_prompt is Metric.check_prompt:
                 continue
@@ -133,14 +135,14 @@ class MetricSuite:
                     metric.check_prompt(prompts[number])
                 except (UserError, ValueError) as error:
                     raise UserError(
-                        f"metric.{name} cannot judge prompt {number + 1} of those that it measures ({error}); leave {name} out "
-                        "or give other prompts"
+                        f"metric.{name} cannot measure images of prompt {number + 1} ({error}); remove metric.{name} or "
+                        "use other prompts"
                     ) from error
 
     def facts(self) -> dict[str, float | str]:
-        """Return the facts of all metrics (`Metric.facts`) under the keys METRIC_FACT, such as "fid_reference_images".
+        """Return the facts of all metrics (`Metric.facts`) under keys such as "fid_reference_images".
 
-        What JSON cannot hold becomes its text: a fact must not cost the results that it stands beside.
+        A value that JSON cannot store is turned into text, so that it never prevents the results from being written.
         """
         return {
             f"{name}_{fact}": value if isinstance(value, int | float | str) else str(value)
@@ -149,9 +151,9 @@ class MetricSuite:
         }
 
     def figures(self, samplers: Mapping[str, Collected]) -> dict[str, Row]:
-        """Return the figures by sampler and metric; a metric with several figures has the keys METRIC_FIGURE.
+        """Return the figures as {sampler: {metric: figure}}. A metric with several figures has keys such as "METRIC_FIGURE".
 
-        A metric that has no figure for a sampler is left out there.
+        A metric without a figure for a sampler is left out.
         """
         rows: dict[str, Row] = {sampler: {} for sampler in samplers}
         for name, metric in self.metrics.items():
@@ -173,9 +175,10 @@ class MetricSuite:
         indices: Sequence[int],
         texts: dict[str, Tensor] | None = None,
     ) -> None:
-        """Add the features and scores of images (B, 3, H, W) in [0, 1] of one sampler to `collected`.
+        """Add the features and scores of a sampler's images (B, 3, H, W) in [0, 1] to `collected`.
 
-        `texts` keeps the prompts' features by extractor: pass the same dictionary for other samplers' images of these prompts.
+        `texts` stores the prompts' features by extractor. Pass the same dictionary for images of the same prompts by other
+        samplers.
         """
         batch = ImageBatch(images, prompts, indices, self.extractors, {} if texts is None else texts)
         collected.prompts += prompts
@@ -186,29 +189,33 @@ class MetricSuite:
             scores = metric.score(batch)
             if (scores is None) != (name not in collected.scores) and len(collected.prompts) > len(prompts):
                 raise UserError(
-                    f"metric.{name}: score gave scores for some batches and None for others; give one or the other"
+                    f"metric.{name}: its method `score` returned scores for some batches and None for others; it must always "
+                    "return scores, or always None"
                 )
             if scores is not None:
                 if scores.numel() != len(prompts):
                     raise UserError(
-                        f"metric.{name}: score gave {tuple(scores.shape)} for {len(prompts)} images; give one score for each"
+                        f"metric.{name}: its method `score` returned a shape of {tuple(scores.shape)} for {len(prompts)} images; "
+                        "it must return one score for each image"
                     )
                 collected.scores.setdefault(name, []).append(scores.reshape(-1).float().cpu())
 
     def measure_other_noise(self, collected: Collected, images: Tensor) -> None:
-        """Measure a batch of images (B, 3, H, W) from other noise than those of `measure`, of the same prompts."""
+        """Add the features of images (B, 3, H, W) to `collected` that were made for the same prompts from other noise."""
         for name in sorted(
             {name for metric in self.metrics.values() if metric.other_noise for name in metric.features}
         ):
             collected.other_noise.setdefault(name, []).append(extract(self.extractors[name], images).cpu())
 
     def measure_copy(self, collected: Collected, images: Tensor) -> None:
-        """Add the features of one more image for each of the first P prompts, in their order: (P, 3, H, W) in [0, 1]."""
+        """Add the features of one more image for each of the first P prompts, in order: (P, 3, H, W) in [0, 1]."""
         for name in self.needed:
             collected.copies.setdefault(name, []).append(extract(self.extractors[name], images).cpu())
 
     def scores(self, samplers: Mapping[str, Collected]) -> list[dict[str, str | int | float]]:
-        """Return a row for each sampler and prompt with the scores of its image by metric, for comparisons prompt by prompt."""
+        """Return a row for each sampler and prompt with the scores of its image, by metric. It allows comparisons prompt by
+        prompt.
+        """
         rows: list[dict[str, str | int | float]] = []
         for sampler, collected in samplers.items():
             measured = {name: collected.of(name) for name in self.metrics if name in collected.scores}
