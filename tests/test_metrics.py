@@ -117,7 +117,7 @@ def test_unreadable_statistics_are_one_line(tmp_path: Path, content: bytes | Non
     path = tmp_path / "real.safetensors"
     if content is not None:
         path.write_bytes(content)
-    assert_one_line(lambda: FeatureStatistics.load(path), "no statistics of reference images can be read")
+    assert_one_line(lambda: FeatureStatistics.load(path), "the statistics of reference images cannot be read")
 
 
 # ---- CLIP
@@ -202,19 +202,19 @@ def test_missing_weights_are_one_line(clip_folder: Path, tmp_path: Path) -> None
     (other / "open_clip_config.json").write_text(json.dumps(config))
     (tmp_path / "cut.safetensors").write_bytes(b"cut off")
     assert_one_line(lambda: OpenClipModel(f"local-dir:{tmp_path}/nowhere"), "is not an open_clip folder")
-    assert_one_line(lambda: OpenClipModel(f"local-dir:{without}"), "holds no CLIP weights")
+    assert_one_line(lambda: OpenClipModel(f"local-dir:{without}"), "has no CLIP weights")
     assert_one_line(lambda: OpenClipModel(f"local-dir:{other}"), "cannot load the CLIP model")
     assert_one_line(lambda: OpenClipModel("ViT-B-32"), "has no weights")
-    assert_one_line(lambda: OpenClipModel("ViT-B-32", str(tmp_path / "absent.pt")), "absent.pt are missing")
+    assert_one_line(lambda: OpenClipModel("ViT-B-32", str(tmp_path / "absent.pt")), "absent.pt do not exist")
     assert_one_line(lambda: OpenClipModel("ViT-B-32", str(tmp_path / "cut.safetensors")), "cannot load the CLIP model")
-    assert_one_line(lambda: OpenClipFeatures("ViT-Z-99", "openai"), "does not know the model 'ViT-Z-99'")
-    assert_one_line(lambda: InceptionFeatures(tmp_path / "inception.pth"), "Inception weights .* are missing")
+    assert_one_line(lambda: OpenClipFeatures("ViT-Z-99", "openai"), "has no model 'ViT-Z-99'")
+    assert_one_line(lambda: InceptionFeatures(tmp_path / "inception.pth"), "Inception weights .* do not exist")
 
 
 def test_unfit_inception_weights_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "inception.pth").write_bytes(b"cut off")
     assert_one_line(
-        lambda: InceptionFeatures(tmp_path / "inception.pth"), "torch-fidelity|does not hold Inception weights"
+        lambda: InceptionFeatures(tmp_path / "inception.pth"), "torch-fidelity|cannot be used as Inception weights"
     )
 
 
@@ -252,7 +252,7 @@ def test_renderings_show_the_first_captions_in_turn() -> None:
 def test_renderings_refuse_what_they_cannot_draw() -> None:
     with pytest.raises(UserError, match="not a caption of the shapes set: 'a dog'"):
         list(ShapesRenderings(["a dog"], count=2))
-    with pytest.raises(UserError, match="captions=4, but there are 3 prompts"):
+    with pytest.raises(UserError, match="captions=4 must be 1 to 3"):
         ShapesRenderings(PROMPTS, captions=4)
 
 
@@ -277,7 +277,7 @@ def test_image_folder_reads_resizes_and_crops(tmp_path: Path) -> None:
 
 
 def test_unfit_image_folders_are_one_line(tmp_path: Path) -> None:
-    assert_one_line(lambda: ImageFolder(tmp_path), "holds no reference images")
+    assert_one_line(lambda: ImageFolder(tmp_path), "has no reference images")
     (tmp_path / "a.png").write_bytes(b"cut off")
     assert_one_line(lambda: ImageFolder(tmp_path), "cannot be read as an image")
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
