@@ -200,7 +200,7 @@ def encode_batch(backbone: "Backbone", batch: Sequence[str], manifest: "Manifest
 def callback_prompts(node: DictConfig | None) -> "Iterator[Texts]":
     """Yield the prompts of which callbacks make images, one set for each callback that has some.
 
-    `node` is the group `callbacks` of the configuration. Each of its nodes that is named `prompts` and has a `_target_` is a set.
+    `node` is the group `callbacks` of the configuration. A set is a node in it that is named `prompts` and has a `_target_`.
     """
     for key, child in (node or {}).items():
         if isinstance(child, DictConfig):

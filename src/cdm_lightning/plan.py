@@ -169,7 +169,7 @@ def write_json(path: Path, plans: "Sequence[Plan]") -> None:
 
 
 def main() -> None:
-    """Print the plans for the command line. A mistake of the user gives one line on stderr and exit status 2."""
+    """Print the plans that the command line describes. A mistake of the user gives one line on stderr and exit status 2."""
     quiet_libraries()
     with command("before the plan was made"):
         plans = plan(sys.argv[1:])

@@ -105,7 +105,7 @@ def save_pipeline(pipeline, folder: Path) -> None:
 
 
 def main() -> None:
-    """Run the stages for the command line. A mistake of the user gives one line on stderr and exit status 2."""
+    """Run the stages that the command line names. A mistake of the user gives one line on stderr and exit status 2."""
     run_cli(pretrain, "pretrain", "before all stages were complete")
 
 

@@ -226,7 +226,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> Path:
-    """Generate the images for the command line, write the picture or the folder of pictures, and return its path.
+    """Generate images as `options` say, write one picture or a folder of pictures, and return its path.
 
     Raises UserError for wrong options before anything is generated.
     """

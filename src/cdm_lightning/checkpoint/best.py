@@ -16,9 +16,10 @@ BEST, VALIDATED = "best.json", "validated.json"
 
 @dataclass(frozen=True)
 class Best:
-    """The best checkpoint in `folder`: the one with the smallest ("min") or largest ("max") value of a validation metric.
+    """The checkpoint in `folder` with the best value of a validation metric so far.
 
-    `best_is` is "min" or "max". `metric` is a name such as "val/clip_score/student_4"; if it is None, no checkpoint is best.
+    `best_is` says whether the smallest ("min") or the largest ("max") value is best. `metric` is a name such as
+    "val/clip_score/student_4"; if it is None, no checkpoint is best.
     """
 
     folder: Path

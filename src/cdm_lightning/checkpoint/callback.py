@@ -80,7 +80,7 @@ class IterationCheckpoint(Checkpoint):
         """Return the checkpoint to resume from, or None for a fresh start.
 
         `fingerprint` identifies the run's backbone (`Backbone.fingerprint`). Raises `UserError` if the checkpoint has another
-        one, and if all checkpoints are damaged.
+        fingerprint, and if all checkpoints are damaged.
         """
         return choose_start(self.folder, self.begin_with, fingerprint, say)
 

@@ -87,7 +87,7 @@ def states_of(network: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, A
 def restore(networks: nn.Module, optimizers: Mapping[str, Optimizer], stored: StoredCheckpoint) -> None:
     """Load a checkpoint into networks and optimizers, in place. Raises `UserError` if names or shapes of tensors differ.
 
-    If only the run has an EMA, it starts as a copy of the student. If only the checkpoint has one, it is ignored.
+    If only the run has an EMA, the EMA starts as a copy of the student. If only the checkpoint has an EMA, it is ignored.
     """
     for role, optimizer in optimizers.items():
         prefix = f"optimizers.{role}."

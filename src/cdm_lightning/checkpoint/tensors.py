@@ -1,7 +1,7 @@
 """Write and read the tensors of a checkpoint with torch.distributed.checkpoint, as safetensors files.
 
-Each process writes its own shards and reads the shards that it needs, even if they were written in another layout. No pickle is
-involved, unlike in torch's default format, whose index is one.
+Each process writes its own shards and reads the shards that it needs, even if they were written in another layout. This format
+contains no pickle; torch's default format has a pickle as its index.
 """
 
 import os

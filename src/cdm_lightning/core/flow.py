@@ -72,8 +72,8 @@ class VelocityField(ABC):
     def with_features(self, x: Tensor, sigma: Tensor, blocks: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         """Return the velocity (B, *) and the hidden states (B, N, D) after each of the given blocks: N tokens of width D.
 
-        `blocks` are indices of transformer blocks; negative ones count from the last block. Raises ValueError if the field is no
-        network, and UserError for a block that does not exist or does not run.
+        `blocks` are indices of transformer blocks; negative indices count from the last block. Raises ValueError if the field is
+        no network, and UserError for a block that does not exist or does not run.
         """
         raise ValueError(f"{type(self).__name__} has no blocks, so no hidden states; use the field of a network")
 

@@ -1,8 +1,8 @@
 """Sigma schedules of rollouts and of inference. K steps have K + 1 sigmas, from 1 down to 0.
 
-A model family shifts sigmas towards noise (SD3: 3 s / (1 + 2 s)). `space` says whether the configured sigmas are meant
-"before_shift", as in papers, or "after_shift". The returned sigmas are always shifted ones, at which the network is called.
-Classes raise ValueError for arguments that give no decreasing sigmas.
+A model family shifts sigmas towards noise (SD3: 3 s / (1 + 2 s)). `space` says whether the configured sigmas are unshifted
+("before_shift", as in papers) or shifted already ("after_shift"). The returned sigmas are always shifted; the network is called
+at them. Classes raise ValueError for arguments that give no decreasing sigmas.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,7 +41,7 @@ class RandomSchedule:
 
     K is drawn from `length`. Each sample gets K - 1 sorted draws from U(sigma_min, sigma_max) between the ends 1 and 0. With
     `stratified`, each of K - 1 equal bins gets one draw instead, as in LightX2V's code of CDM. The defaults are the published
-    ones for SD3-Medium. The authors draw the sigmas once per process; here each sample has its own.
+    values for SD3-Medium. The authors draw the sigmas once per process; here each sample has its own sigmas.
     """
 
     length: LengthDistribution

@@ -58,7 +58,7 @@ class CDMObjective(Objective):
 
     The fake score is updated `fake_score_steps` times in each iteration. Each step uses the same x0 predictions with new noise
     and sigma. After each step the fake score becomes (1 - `fake_score_merge`) times itself plus `fake_score_merge` times the
-    student. The student is updated once in `student_every` iterations, in the last of them.
+    student. The student is updated in the last of every `student_every` iterations.
 
     The loss has three terms: CA (guidance augmentation), DM (distribution matching) and CDM (distribution matching off the
     trajectory), with the weights `ca_weight`, `dm_weight` and `cdm_weight`. A term of weight 0 costs nothing. Each term moves the

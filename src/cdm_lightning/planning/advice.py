@@ -24,9 +24,10 @@ class Remedy:
 
 
 def remedies(sizes: Sizes, layout: Layout, gpus: GPUs, batch: int, accumulate: int = 1) -> list[Remedy]:
-    """Return the ways to save memory that the run does not use yet, largest saving first; the last combines all of them.
+    """Return the ways to save memory that the run does not use yet.
 
-    `batch` is the number of prompts on each GPU in an iteration, computed in `accumulate` parts.
+    The largest saving comes first, and the last entry combines all. `batch` is the number of prompts on each GPU in an iteration,
+    computed in `accumulate` parts.
     """
     now = total(sizes, layout, batch, accumulate)
     found = []

@@ -1,7 +1,7 @@
 """Record how many bytes a piece of code holds in memory at each moment, from the tensors that it makes.
 
-This works on real tensors and on fake ones, which have shapes but no contents (`torch._subclasses.FakeTensorMode`). A tensor's
-storage counts from the operation that makes it until it is freed, and views add nothing. Scratch space of kernels and gaps of the
+The tensors can be real or fake; fake tensors have shapes but no contents (`torch._subclasses.FakeTensorMode`). A tensor's storage
+counts from the operation that makes it until it is freed, and views add nothing. Scratch space of kernels and gaps of the
 allocator are not counted.
 """
 

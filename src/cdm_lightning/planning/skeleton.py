@@ -83,7 +83,7 @@ def _from_shipped(backbone: PipelineBackbone) -> FrozenParts:
     known = {entry["hub_id"]: entry for entry in entries}
     if backbone.pretrained not in known:
         raise UserError(
-            f"backbone.pretrained={backbone.pretrained} has unknown sizes; download this pipeline and pass its folder"
+            f"backbone.pretrained={backbone.pretrained} is a pipeline of unknown sizes; download it and pass its folder"
         )
     entry = known[backbone.pretrained]
     backbone.leave_weights_out(entry)

@@ -181,7 +181,7 @@ class Networks(nn.Module):
 
     @property
     def unregistered(self) -> list[nn.Module]:
-        """The networks that are no submodules: the base of the adapters, if there is one, followed by the teacher."""
+        """The networks that are no submodules: the base of the LoRA adapters, if there are any, followed by the teacher."""
         return [network for network in (self._base_view, self.teacher) if network is not None]
 
     # ---- the device
