@@ -32,8 +32,9 @@ SLEEP = "\nprint('ready', flush=True)\ntime.sleep(60)"
 
 def program(text: str, *sent: int, between: float = 0.7, before: str = "", arguments: tuple[str, ...] = ()) -> tuple:
     """Run a program that prints "ready"; send it signals; return its exit code and what it wrote."""
+    usual = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # the tests themselves may run under nohup
     process = subprocess.Popen(
-        [sys.executable, "-c", before + BEGIN + text, *arguments],
+        [sys.executable, "-c", usual + before + BEGIN + text, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -247,7 +247,7 @@ def test_words_that_need_quotes(refused):
 def test_lightnings_options_name_what_to_use_here(refused):
     some = {
         "accumulate_grad_batches=2": "set compute.accumulate",
-        "gradient_clip_val=1": "set optim.student.max_grad_norm",
+        "gradient_clip_val=1": "set optim.NETWORK.max_grad_norm",
         "strategy=ddp": "strategy=ddp, fsdp2 or hsdp",
         "limit_train_batches=3": "set trainer.max_steps",
     }
