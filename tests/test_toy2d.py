@@ -339,7 +339,10 @@ class Silent(Toy2DBackbone):
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
-        (lambda family: family.blank_conditioning(1), "Silent cannot be planned: it does not define the shapes of its"),
+        (
+            lambda family: family.blank_conditioning(1),
+            "Silent cannot be planned: its text shapes are not known in advance",
+        ),
         (lambda family: family.feature_width, "Silent does not define the width of its hidden features"),
         (lambda family: family.time_embedding_width, "Silent does not define the width of its time embedding"),
         (lambda family: family.time_module(nn.Module()), "but Silent defines none"),

@@ -47,7 +47,7 @@ class TextCache(Protocol):
         """Return the conditioning of B prompts. Raises `UserError` for a prompt that is not in the cache."""
 
     def to(self, device: torch.device) -> None:
-        """Return conditioning on this device from now on."""
+        """Set the device of all conditioning that is returned from now on."""
 
 
 class TextMemory(Protocol):
@@ -166,7 +166,7 @@ class Backbone(Anatomy, ABC):
         """
         raise UserError(
             self.unplannable
-            or f"{type(self).__name__} cannot be planned: it does not define the shapes of its conditioning"
+            or f"{type(self).__name__} cannot be planned: its text shapes are not known in advance; choose another backbone"
         )
 
     def alike(self, conds: Sequence[Conditioning]) -> Sequence[Conditioning] | None:

@@ -30,8 +30,8 @@ def open_pipeline(
 ) -> "tuple[PipelineBackbone, dict[str, Any]]":
     """Return the backbone for a pipeline folder or hub id, and the arguments of its call apart from the prompt.
 
-    For an exported student, the arguments are those for which it was exported, such as "num_inference_steps", and the backbone
-    takes its image size and text length from them. For other pipelines they are {}.
+    An exported student stores its arguments, such as "num_inference_steps", and the backbone takes its image size and text
+    length from them. For other pipelines they are {}.
 
     `lora`, a LoRA file or the folder of an exported LoRA, is fused into the network, and its arguments are used. Raises
     `UserError` for a pipeline of an unknown family.

@@ -27,7 +27,7 @@ TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 class FluxBackbone(PipelineBackbone):
     """The backbone of a `FluxPipeline`.
 
-    The arguments are those of `PipelineSettings` and `guidance_embed`. A guidance-distilled network (FLUX.1-dev) takes the
+    `PipelineSettings` describes the arguments except `guidance_embed`. A guidance-distilled network (FLUX.1-dev) takes the
     guidance scale as an input, and `guidance_embed` is its value for student, teacher and fake score. For a network without
     this input (FLUX.1-schnell) it has no effect.
     """
@@ -108,8 +108,6 @@ class FluxBackbone(PipelineBackbone):
 
     @classmethod
     def settings_of(cls, call: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the constructor's arguments for an exported student, given the arguments of its call: sizes and
-        `guidance_embed`.
-        """
+        """Return the constructor's arguments (sizes, text length, `guidance_embed`) for the call of an exported student."""
         told = {"guidance_embed": call["guidance_scale"]} if "guidance_scale" in call else {}
         return super().settings_of(call) | told

@@ -23,7 +23,7 @@ from cdm_lightning.backbones.weights_dtype import weights_dtype
 
 
 class LongCatBackbone(PipelineBackbone):
-    """The backbone of a `LongCatImagePipeline`. The arguments are those of `PipelineSettings`."""
+    """The backbone of a `LongCatImagePipeline`. `PipelineSettings` describes the arguments."""
 
     title = "LongCat"
     pipeline_class = LongCatImagePipeline
@@ -60,9 +60,7 @@ class LongCatBackbone(PipelineBackbone):
         return unpack(output.float(), height, width)
 
     def guide(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
-        """Apply classifier-free guidance as the pipeline does: each token's norm is limited to that of its conditional
-        velocity.
-        """
+        """Apply classifier-free guidance as the pipeline does. It limits each token's norm to that of its conditional velocity."""
         return renormalised(cond, super().guide(cond, uncond, scale), low=0.0, high=1.0)
 
     def blank_conditioning(self, batch: int) -> Conditioning:

@@ -122,7 +122,7 @@ def read_lora_file(family: type[DiffusionPipeline], file: Path) -> OwnWeights:
             raise UserError(f"{file}: the layer {layer} {flaw}; make the file again")
     for name, alpha in (alphas or {}).items():
         if not math.isfinite(float(alpha)):
-            raise UserError(f"{file}: {name} is {float(alpha)}; make the file again")
+            raise UserError(f"{file}: the alpha {name}={float(alpha)} must be finite; make the file again")
     return own
 
 

@@ -231,8 +231,7 @@ def codec_class(folder: Path, part: str = "vae") -> type[Any]:
 
 
 def require_buildable(network: type[Any], config: Mapping[str, Any], file: Path) -> None:
-    """Raise `UserError` if the diffusers model `network` cannot be built from `config`. `file` is the file that the message
-    names.
+    """Raise `UserError` if the diffusers model `network` cannot be built from `config`. The message names `file`.
 
     The model is built on the meta device, without memory for its weights.
     """

@@ -228,7 +228,7 @@ class PipelineSettings(Backbone):
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels. Raises `UserError` for a side that is no multiple of `size_unit` or above `largest_side`."""
+        """(height, width) in pixels. Raises `UserError` for a side above `largest_side` or no multiple of `size_unit`."""
         unit, largest = self.size_unit, self.largest_side
         for name, side in (("height", self.height), ("width", self.width)):
             if side is not None and (side % unit or not 0 < side <= (largest or side)):
@@ -293,5 +293,5 @@ class PipelineSettings(Backbone):
 
     @classmethod
     def settings_of(cls, call: Mapping[str, Any]) -> dict[str, Any]:
-        """Return this constructor's arguments (sizes, text length) for the call of an exported student."""
+        """Return the constructor's arguments (sizes, text length) for the call of an exported student."""
         return {name: call[name] for name in ("height", "width", "max_sequence_length") if name in call}

@@ -53,7 +53,7 @@ def from_config(config: dict[str, Any], **changes: Any) -> FlowMatchEulerDiscret
 
 
 def plain_scheduler(scheduler: FlowMatchEulerDiscreteScheduler, nfe: int) -> FlowMapEulerDiscreteScheduler:
-    """Return a scheduler whose sigmas for n steps are 1, 1 - 1/n, ..., 1/n with the static shift of `scheduler`.
+    """Return a scheduler that takes n steps at the sigmas 1, 1 - 1/n, ..., 1/n, shifted by the static shift of `scheduler`.
 
     It needs no explicit sigmas. Raises `UserError` for an `nfe` below 1, and if the installed diffusers gives other sigmas for
     `nfe` steps.
@@ -69,8 +69,8 @@ def plain_scheduler(scheduler: FlowMatchEulerDiscreteScheduler, nfe: int) -> Flo
     error = (plain.sigmas.double() - scheduler.sigmas.double()).abs().max()
     if not error < TOLERANCE:
         raise UserError(
-            f"the scheduler of the installed diffusers spaces its steps differently (by {error:.1e}); export with "
-            "diffusers 0.42"
+            f"the installed diffusers gives other sigmas than the student was trained on (they differ by {error:.1e}); "
+            "export with diffusers 0.42"
         )
     return plain
 

@@ -23,7 +23,7 @@ FEED_FORWARD = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "tx
 
 
 class QwenImageBackbone(PipelineBackbone):
-    """The backbone of a `QwenImagePipeline`. The arguments are those of `PipelineSettings`.
+    """The backbone of a `QwenImagePipeline`. `PipelineSettings` describes the arguments.
 
     Texts are padded to `max_sequence_length` tokens, so that all prompts have conditioning of the same shape. A mask hides the
     padding from the network. A smaller number is faster.
@@ -66,7 +66,7 @@ class QwenImageBackbone(PipelineBackbone):
         return unpack(output.float(), height, width)
 
     def guide(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
-        """Apply classifier-free guidance as the pipeline does: each token gets the norm of its conditional velocity."""
+        """Apply classifier-free guidance as the pipeline does. Each token gets the norm of its conditional velocity."""
         return renormalised(cond, super().guide(cond, uncond, scale))
 
     def blank_conditioning(self, batch: int) -> Conditioning:
@@ -121,5 +121,5 @@ class QwenImageBackbone(PipelineBackbone):
         return mean, std
 
     def exported_scheduler(self, nfe: int) -> FlowMatchEulerDiscreteScheduler:
-        """Return the pipeline's own scheduler. For `nfe` = 1 it has no `shift_terminal`, which would divide 0 by 0."""
+        """Return the pipeline's own scheduler. `shift_terminal` is removed for `nfe` = 1, because it would divide 0 by 0."""
         return self.scheduler if nfe > 1 else self._shift

@@ -28,7 +28,7 @@ from cdm_lightning.errors import UserError
 
 
 class SanaBackbone(PipelineBackbone):
-    """The backbone of a `SanaPipeline`. The arguments are those of `PipelineSettings`."""
+    """The backbone of a `SanaPipeline`. `PipelineSettings` describes the arguments."""
 
     title = "SANA"
     pipeline_class = SanaPipeline
@@ -87,7 +87,7 @@ class SanaBackbone(PipelineBackbone):
         return FlowMatchEulerDiscreteScheduler(config.get("num_train_timesteps", 1000), shift=config["flow_shift"])
 
     def exported_scheduler(self, nfe: int) -> FlowMapEulerDiscreteScheduler:
-        """Return a scheduler that uses the student's sigmas, because a call of this pipeline passes no sigmas."""
+        """Return a scheduler that computes the student's sigmas itself, because the pipeline passes it none."""
         return plain_scheduler(self.scheduler, nfe)
 
     # ---- network and text

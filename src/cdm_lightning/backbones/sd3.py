@@ -29,7 +29,7 @@ TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "
 class SD3Backbone(PipelineBackbone):
     """The backbone of a `StableDiffusion3Pipeline`, from a local folder or the hub. Files are read only when they are needed.
 
-    The arguments are those of `PipelineSettings` and `compact_text`. `compact_text=k` saves computation: one token replaces the
+    `PipelineSettings` describes the arguments except `compact_text`. `compact_text=k` saves computation: one token replaces the
     identical T5 padding tokens after the first k T5 tokens, with the same result (`compact_text.py`). None keeps all padding,
     as the stock pipeline does.
     """
@@ -82,7 +82,7 @@ class SD3Backbone(PipelineBackbone):
         return output.float()
 
     def exported_scheduler(self, nfe: int) -> FlowMapEulerDiscreteScheduler:
-        """Return a scheduler that uses the student's sigmas, because a call of this pipeline passes no sigmas."""
+        """Return a scheduler that computes the student's sigmas itself, because the pipeline passes it none."""
         return plain_scheduler(self.scheduler, nfe)
 
     # ---- text

@@ -1,4 +1,4 @@
-"""Reading of JSON files in model folders. A file that cannot be used gives a `UserError` with its name."""
+"""JSON files in model folders. A file that cannot be used gives a `UserError` with its name."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Writing of a distilled network (the student) as a pipeline folder or a LoRA that diffusers can load."""
+"""Export of a distilled network (the student) as a pipeline folder or a LoRA that diffusers can load."""
 
 import json
 from collections.abc import Mapping, Sequence

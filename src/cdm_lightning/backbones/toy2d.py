@@ -1,5 +1,4 @@
-"""A complete toy backbone in two dimensions. Its data are eight Gaussians (modes) on a circle, and its teacher is a closed
-formula.
+"""A complete toy backbone in two dimensions: the data are eight Gaussians (modes) on a circle, and the teacher is exact.
 
 A latent (2, 1, 1) is a point (x, y). A prompt names modes by compass direction, as in "north" or "east southeast"; a prompt
 without a direction means all eight modes. The student starts from an MLP that is fitted to the teacher's velocity in seconds.
@@ -156,7 +155,7 @@ class Toy2DBackbone(Backbone):
         return self.build_network()
 
     def setup(self, device: torch.device) -> None:
-        """Put conditioning on `device` from now on. Nothing has to be loaded."""
+        """Set the device of all conditioning that is returned from now on. Nothing has to be loaded."""
         self.device = torch.device(device)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:

@@ -1,4 +1,4 @@
-"""Reading of a pipeline's transformer, one tensor at a time. The whole network is never in memory."""
+"""Access to the tensors in a pipeline's transformer, one at a time. The whole network is never in memory."""
 
 from functools import cached_property
 from pathlib import Path
@@ -86,8 +86,8 @@ def require_same_shapes(base: TransformerFiles, tuned: TransformerFiles) -> None
     differing |= {name for name in set(base.names) & set(tuned.names) if base.shape(name) != tuned.shape(name)}
     if differing:
         raise UserError(
-            f"{tuned.pretrained} was not tuned from {base.pretrained}, because their tensor {sorted(differing)[0]} differs in "
-            "shape or is missing in one of them; pass the model that it was tuned from"
+            f"{tuned.pretrained} was not tuned from {base.pretrained}: their tensor {sorted(differing)[0]} differs in shape or is "
+            "missing in one of them; pass the base model that it was tuned from"
         )
 
 

@@ -1,4 +1,4 @@
-"""The dtype in which a network holds its weights."""
+"""The dtype of a network's weights."""
 
 from typing import cast
 

@@ -21,7 +21,7 @@ from cdm_lightning.backbones.weights_dtype import weights_dtype
 
 
 class ZImageBackbone(PipelineBackbone):
-    """The backbone of a `ZImagePipeline`. The arguments are those of `PipelineSettings`.
+    """The backbone of a `ZImagePipeline`. `PipelineSettings` describes the arguments.
 
     Texts are stored padded to `max_sequence_length` tokens, but the network gets each text without this padding. The network
     has blocks for the image alone, then for the text alone, then for both. Features after a block for both are the image

@@ -69,8 +69,7 @@ def conf_dir() -> Path:
 
 
 def asset_path(name: str) -> str:
-    """Return the path of a file or folder that the package contains. `name` is its path below assets/, such as
-    "prompts/general.txt".
+    """Return the path of a file in the package. `name` is its path below assets/, such as "prompts/general.txt".
 
     The file need not exist.
     """
@@ -78,8 +77,7 @@ def asset_path(name: str) -> str:
 
 
 def job_folder(override_dirname: str) -> str:
-    """Return the folder name of one job in a Hydra sweep (`--multirun`), made from `override_dirname`, the job's overrides as
-    text.
+    """Return the folder name of one job in a Hydra sweep (`--multirun`). `override_dirname` is the text of its overrides.
 
     The name is short and has no slash and no secret. The same overrides give the same name.
     """

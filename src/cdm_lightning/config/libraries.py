@@ -91,8 +91,9 @@ INSTEAD = {  # Lightning's options that must not be set, and what to do instead
 
 
 def options_of(target: str) -> dict[str, Any]:
-    """Return {option: annotation} for a class of another library, given by its dotted name. It is empty if the class is not
-    listed here.
+    """Return {option: annotation} for a class of another library, given by its dotted name.
+
+    The result is empty if the class is not listed here.
     """
     return OPTIONS.get(target, {})
 

@@ -10,8 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 
 
 def where_set(key: str) -> str:
-    """Return where an option was set, as the end of a message: " (set in conf/data/prompts.yaml)" or " (set on the command
-    line)".
+    """Return where an option was set, as the end of a message: " (set in FILE)" or " (set on the command line)".
 
     `key` is the option's dotted name. Returns "" if the place cannot be found.
     """

@@ -51,7 +51,7 @@ def check_config(config: DictConfig) -> None:
 
 
 def _check_packages(config: DictConfig) -> None:
-    """Raise `UserError` if a file sets options of other groups, but lacks the line `# @package _global_`."""
+    """Raise `UserError` if a file sets options of other groups without the line `# @package _global_`."""
     for group in GLOBAL:
         node = config.get(group)
         if isinstance(node, DictConfig) and (

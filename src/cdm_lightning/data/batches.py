@@ -26,8 +26,8 @@ class PromptBatch(NamedTuple):
     - `indices`: (B,) int64 on the CPU, the numbers for random draws. In training, it is the sample's place in the global batch
       over all ranks. In validation, it is the prompt's number in its file, or `PADDING`.
     - `images`: (B, 3, H, W) in [0, 1], real images of the prompts, or None if the objective needs none.
-    - `group`: the batches of several iterations whose rollouts are computed together, including this one. Only the first batch
-      of such a group has it; for all others it is empty.
+    - `group`: all batches of the iterations that compute their rollouts together, if this batch is the first of them; else
+      empty.
     """
 
     prompts: list[str]
@@ -106,13 +106,13 @@ class ShuffledEpochs:
 class EndlessBatches(Sampler):
     """The endless sequence of training batches of one rank, from batch `start` on. Each batch is a list of `batch_size` draws.
 
-    `order` gives the order of the `size` prompts; by default it is shuffled epochs, and a batch may span two of them. All ranks
-    together take `world_size * batch_size` consecutive prompts for each batch. Therefore the global batch does not depend on
-    the number of ranks.
+    `order` gives the order of the `size` prompts. By default, each epoch is shuffled, and a batch may contain the end of one
+    epoch and the start of the next. All ranks together take `world_size * batch_size` consecutive prompts for each batch.
+    Therefore the global batch does not depend on the number of ranks.
 
-    `groups(n)` is the range of iterations whose rollouts are computed together with those of iteration n; by default, n alone.
-    The first batch of a group also contains the draws of the group's other batches, after its own. Those batches follow in
-    their turn nevertheless.
+    `groups(n)` gives the iterations that compute their rollouts together with iteration n (default: n alone). The first batch
+    of such a group also contains the draws of the other iterations, after its own. Each of the other batches is delivered as
+    well, in its turn.
     """
 
     def __init__(

@@ -23,9 +23,8 @@ class PromptDataModule(L.LightningDataModule):
 
     A resumed run continues at batch `global_step`, so the loaders have no state to save. `seed` fixes the order of the training
     prompts. Validation uses the first `val_prompts` prompts of `val`, or all if it is None. Batch sizes are per process;
-    `val_batch_size` is `batch_size` if it is None. `groups(n)` is the range of iterations whose rollouts are computed together
-    with those of iteration n; the loader delivers their prompts together. With `images`, each training prompt comes with its
-    real image.
+    `val_batch_size` is `batch_size` if it is None. `groups(n)` gives the iterations that compute their rollouts together with
+    iteration n; their prompts are delivered together. With `images`, each training prompt comes with its real image.
 
     Raises `UserError` for a number out of its range, and if `images` are requested from prompts without images. If no batch
     arrives within `worker_timeout` seconds, the run ends with `UserError`.

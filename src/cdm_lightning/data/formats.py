@@ -1,4 +1,4 @@
-"""Opening of prompt files. The ending of a file's name decides its format."""
+"""The formats of prompt files. The ending of a file's name decides its format."""
 
 import json
 import mimetypes
@@ -60,8 +60,8 @@ def open_files(path: Path, field: str | None, cache_folder: str | Path | None) -
 def kind_of(file: Path) -> str:
     """Return the format of a file by the ending of its name, as one of the values of `KINDS`.
 
-    A file without an ending, or with an unknown one, is plain text. Raises `UserError` for an ending such as .yaml or .gz,
-    whose format is known and cannot be read as prompts.
+    A file with an unknown ending, or without one, is taken as plain text. Raises `UserError` for an ending such as .yaml or
+    .gz, because such files cannot be read as prompts.
     """
     ending = file.suffix.lower()
     if ending in KINDS:

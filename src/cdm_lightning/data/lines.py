@@ -1,4 +1,4 @@
-"""Reading of texts from files with one text on each line: a plain text, or a JSON object that contains the text."""
+"""Texts in files with one text on each line. A line is the text itself, or a JSON object that contains it."""
 
 import json
 from collections.abc import Iterator, Sequence

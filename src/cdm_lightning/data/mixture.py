@@ -25,8 +25,9 @@ class MixedPrompts(Prompts):
     Without `weights`, the weight of a source is its number of prompts. Numbers of prompts count through all sources, one after
     the other.
 
-    The mixture has images if all sources have images. Raises `UserError` if there is no source, and for weights that are
-    missing, not positive, or add up to more than 10,000 as whole numbers. Reading images of different sizes also raises it.
+    The mixture has images if all sources have images; reading images of different sizes raises `UserError`. `UserError` is also
+    raised if there is no source, or if a weight is missing or not positive. As whole numbers, the weights may add up to 10,000
+    at most.
     """
 
     def __init__(self, sources: Mapping[Name, Prompts], weights: Mapping[Name, Positive] | None = None) -> None:
@@ -89,9 +90,9 @@ class MixedPrompts(Prompts):
 class MixedOrder:
     """The endless training order of a mixture. The prompt at any position is computed directly.
 
-    `sizes` are the numbers of prompts of the sources, and `shares` their weights as whole numbers. Each block of sum(shares)
-    positions is a random permutation of slots. The first shares[0] slots belong to the first source, and so on. Slot k of a
-    source in block b takes the prompt at position b * share + k of the source's own shuffled epochs.
+    `sizes` are the numbers of prompts of the sources. `shares` are their weights as whole numbers. For example, shares of 7 and
+    3 give blocks of 10 positions. A random permutation of each block gives 7 positions to the first source and 3 to the second.
+    Each source then takes its next prompt from its own shuffled epochs.
     """
 
     def __init__(self, sizes: Sequence[int], shares: Sequence[int], seed: int) -> None:

@@ -1,6 +1,6 @@
 """Sets of prompts that can be read in any order, from files or from the configuration.
 
-For prompts in files, memory holds only their positions and not their texts.
+For prompts in files, memory contains only their positions and not their texts.
 """
 
 from abc import ABC, abstractmethod
@@ -87,8 +87,7 @@ class SelectedPrompts(Prompts):
 
 
 class PromptFile(SelectedPrompts):
-    """The prompts in a file, or in all files of a folder. The files of a folder must have one format and are read in path
-    order.
+    """The prompts in a file, or in all files of a folder, which must have one format and are read in path order.
 
     - A text file has one prompt on each line.
     - A `*.jsonl` file has one object on each line, with the prompt under `field` (default: "prompt").
@@ -96,14 +95,14 @@ class PromptFile(SelectedPrompts):
     - A `*.json` file has a list of texts, or of objects with the prompt under `field`.
 
     A column or a JSON list is copied once into `cache_folder` (default: the user's cache folder), so that single rows can be
-    read. All texts are checked once when the file is opened. Afterwards, memory holds 8 bytes for each prompt.
+    read. All texts are checked once when the file is opened. Afterwards, each prompt takes 8 bytes of memory.
 
     Prompts without a visible character are left out. So are prompts of more than `max_characters`, unless `overlong` is
     "refuse", which raises `UserError` for them. `deduplicate` also leaves out prompts that repeat an earlier one except for
     white space.
 
-    Raises `UserError` for a file that is missing, empty, not UTF-8 or of another format than its ending says, for a `field`
-    that does not exist, and for a prompt that no tokenizer can read.
+    Raises `UserError` if the file is missing, empty or not UTF-8, or if its content does not match its ending. It is also
+    raised for an unknown `field` and for a prompt that no tokenizer can read.
     """
 
     def __init__(

@@ -142,12 +142,13 @@ def _parse_item(phrase: str) -> Item:
 
 @dataclass(frozen=True)
 class Layout:
-    """The content of N images. Each image has two slots: the upper or left item comes first, and a single item leaves the
-    second empty.
+    """The content of N images. Each image has two slots for shapes, the upper or left one first.
+
+    A single shape is in the first slot, and the second one is empty.
 
     - `colour`, `shape`, `size`: (N, 2) indices into COLOURS, SHAPES and SIZES; -1 for an empty slot.
     - `place`: (N,) index into PLACES; -1 for a pair.
-    - `arrangement`: (N,) 0 for a single item, 1 for items above each other, 2 for items side by side.
+    - `arrangement`: (N,) 0 for a single shape, 1 for shapes above each other, 2 for shapes side by side.
     - `centre`: (N, 2, 2) centre (x, y) of each slot as fractions of the image's side, from the upper left corner.
     """
 

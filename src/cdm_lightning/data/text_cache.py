@@ -1,4 +1,4 @@
-"""Reading of a text cache, which contains the encoded prompts of a run. Training then loads no text encoder.
+"""A text cache contains the encoded prompts of a run, so that training loads no text encoder. This file reads it.
 
 The files of the cache, called shards, are mapped into memory from disk. Each prompt takes only 24 bytes of memory itself.
 """
@@ -105,7 +105,7 @@ class StoredText:
         return self._find(prompt) is not None
 
     def to(self, device: torch.device) -> None:
-        """Return encodings on this device from now on."""
+        """Set the device of all encodings that are returned from now on."""
         self.device = torch.device(device)
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:

@@ -16,11 +16,10 @@ BATCH = 64  # prompts encoded at a time
 
 
 class RememberedText:
-    """A wrapper of the function `encode` that encodes `prompts` and the empty prompt once and keeps the results on their
-    device.
+    """A wrapper of the function `encode` that encodes `prompts` and the empty prompt only once and keeps the results.
 
-    The first call encodes all of them, in fixed batches. Therefore a result does not depend on earlier calls, and a resumed run
-    gets the same bits. A batch that contains any other prompt is encoded each time.
+    The first call encodes all of them, in fixed batches, and the results stay on their device. Therefore a result does not
+    depend on earlier calls, and a resumed run gets the same bits. A batch that contains any other prompt is encoded each time.
 
     If the results would take more than `most_bytes`, or if they differ in shape, nothing is kept, and each batch is encoded.
     """

@@ -69,9 +69,7 @@ class Manifest:
         return getattr(torch, self.tensors[name]["dtype"])
 
     def stored(self, name: str) -> torch.dtype:
-        """Return the dtype in which the tensor `name` is stored. For a floating-point tensor, it is `dtype`; masks keep their
-        own.
-        """
+        """Return the dtype in which the tensor `name` is stored: `dtype` if it is floating-point, and its own dtype if not."""
         return DTYPES[self.dtype] if self.given(name).is_floating_point else self.given(name)
 
     @classmethod
@@ -108,7 +106,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def require_fingerprint(folder: Path, manifest: Manifest, fingerprint: Mapping[str, str]) -> None:
-    """Raise `UserError` if the cache was made by other text encoders than those in use, whose fingerprint is `fingerprint`.
+    """Raise `UserError` unless the cache was made by text encoders with this `fingerprint`, which those of the run have.
 
     The message lists the differences.
     """

@@ -1,4 +1,4 @@
-"""Writing of files that a run can do without, such as logs, pictures and tables. A disk error gives one warning."""
+"""Files that a run can do without, such as logs, pictures and tables. A disk error while one is written gives one warning."""
 
 import sys
 from collections.abc import Generator
@@ -12,11 +12,11 @@ _failing: set[str] = set()
 
 @contextmanager
 def may_fail(what: str | Path, *also: type[Exception], proves: bool = True) -> Generator[None]:
-    """Turn a disk error of the block, which writes the file `what`, into a warning on stderr. The run continues.
+    """Turn a disk error inside the block into a warning on stderr. The block writes the file `what`.
 
-    Errors of the classes in `also` are treated in the same way. The warning is printed at the first failure. The next success
-    prints that the file can be written again. Pass `proves=False` if the block only fills a buffer, because its success does
-    not show that.
+    Errors of the classes in `also` are treated in the same way. Only the first failure prints a warning. The next success
+    prints that the file can be written again. Pass `proves=False` if the block only fills a buffer, because success then proves
+    nothing.
     """
     name = str(what)
     try:

@@ -30,7 +30,7 @@ AGAIN = "run the same command again to continue"
 
 
 class Phase(Enum):
-    """The phase of a process, which decides what its first signal does. Each value describes this in words."""
+    """The phase of a process, which decides what its first signal does. The value of each member describes this in words."""
 
     IMPORTING = "exit in the handler"
     LOADING = "raise Preempted: everything is stored"

@@ -1,4 +1,4 @@
-"""Protection of stdout and stderr when nobody reads them any more: a closed pipe or terminal, or a full disk."""
+"""Streams that raise no errors when nobody reads stdout and stderr any more: a closed pipe or terminal, or a full disk."""
 
 import errno
 import os
@@ -40,9 +40,7 @@ class TolerantStream:
         return getattr(self._stream, name)
 
     def _give_up(self, error: Exception) -> None:
-        """Redirect the stream to /dev/null if its reader is gone. After other errors, such as a full disk, writing may work
-        again.
-        """
+        """Redirect the stream to /dev/null if its reader is gone. After other errors, writing may work again later."""
         if isinstance(error, OSError) and error.errno in GONE:
             with suppress(OSError, ValueError, AttributeError):
                 _to_null(self._stream.fileno())

@@ -1,4 +1,4 @@
-"""Recognition of disk errors in the exceptions of any library, and safe appending to a text file."""
+"""Functions that recognise disk errors in the exceptions of any library, and that append to a text file safely."""
 
 import os
 import re

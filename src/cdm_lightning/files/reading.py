@@ -1,4 +1,4 @@
-"""The reading of regular files of a bounded size, and the check of file names."""
+"""Functions that read regular files of a limited size and check file names."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""The reading of JSON files that earlier runs wrote. Each error names the file and says how to continue."""
+"""Functions that read the JSON files of earlier runs. Each error names the file and says how to continue."""
 
 import json
 from collections.abc import Generator, Mapping
@@ -34,8 +34,8 @@ def read_record(path: str | Path, cure: str, most: int = MOST_TEXT) -> dict[str,
 def require_entries(record: Mapping[str, Any], path: str | Path, cure: str, **kinds: type | tuple[type, ...]) -> None:
     """Raise `UserError` unless `record` has an entry of the right type for each name in `kinds`.
 
-    For example, `iteration=int` asks for an int that is not negative under "iteration". A bool does not count as a number.
-    `path` is the file of the record, for the message. `cure` ends the message and says what the user can do.
+    For example, `iteration=int` requires an int of at least 0 under "iteration". A bool does not count as a number. `path` is
+    the file of the record, for the message. `cure` ends the message and says what the user can do.
     """
     for name, kind in kinds.items():
         value = record.get(name)

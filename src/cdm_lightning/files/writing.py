@@ -1,4 +1,4 @@
-"""Writing of a file or folder completely or not at all, even if the process is killed or the disk is full."""
+"""Functions that write a file or folder completely or not at all, even if the process is killed or the disk is full."""
 
 import errno
 import os

@@ -23,7 +23,7 @@ class Adherence(Metric):
         self.judge = judge
 
     def check_prompt(self, prompt: str) -> None:
-        """Raise an error if `judge` cannot decide about images of this prompt. It is asked only if it has a `check_prompt`."""
+        """Raise an error if `judge` refuses this prompt. A judge without the method `check_prompt` accepts every prompt."""
         check = getattr(self.judge, "check_prompt", None)
         if check is not None:
             check(prompt)

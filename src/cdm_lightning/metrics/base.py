@@ -113,14 +113,10 @@ class Metric:
     other_noise: bool = False
 
     def prepare(self, extractors: Mapping[str, nn.Module]) -> None:
-        """Do slow work once, before the first image, such as measuring reference images. `extractors` has all extractors by
-        name.
-        """
+        """Do slow work once, before the first image, such as measuring reference images. `extractors` has all extractors."""
 
     def check_prompt(self, prompt: str) -> None:
-        """Raise `UserError` or ValueError if images of this prompt cannot be measured. It is called for all prompts before
-        training.
-        """
+        """Raise `UserError` or ValueError if images of this prompt cannot be measured. All prompts are checked before training."""
 
     def score(self, batch: ImageBatch) -> Tensor | None:
         """Return the scores (B,) of single images, or None (the default) if the metric has no scores."""

@@ -22,8 +22,8 @@ class Diversity(Metric):
     def __init__(self, feature: FeatureName = "clip", prompts: Count = 32, images_per_prompt: Several = 4) -> None:
         if prompts < 1 or images_per_prompt < 2:
             raise UserError(
-                f"the metric Diversity: prompts={prompts} must be at least 1 and images_per_prompt={images_per_prompt} at least 2; "
-                "to turn it off, remove the metric"
+                f"the metric Diversity: prompts={prompts} must be at least 1, and images_per_prompt={images_per_prompt} at least "
+                "2; remove the metric to turn it off"
             )
         self.feature, self.features = feature, (feature,)
         self.copies = Copies(prompts, images_per_prompt)

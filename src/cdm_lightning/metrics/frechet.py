@@ -23,8 +23,9 @@ from cdm_lightning.metrics.base import Figures, MeasuredImages, Metric, extract
 
 @dataclass(frozen=True)
 class FeatureStatistics:
-    """The statistics of a set of features for a Fréchet distance: mean (D,) and covariance (D, D), both float64, and their
-    number.
+    """The statistics of a set of features for a Fréchet distance: mean (D,), covariance (D, D) and number of features.
+
+    Mean and covariance are float64.
     """
 
     mean: Tensor
@@ -145,11 +146,12 @@ class FrechetToSampler(Metric):
         self._reference: tuple[MeasuredImages, FeatureStatistics] | None = None  # of the latest measurement
 
     def figures(self, measured: MeasuredImages, others: Mapping[str, MeasuredImages]) -> Figures:
-        """Return {"same_noise": distance, "other_noise": distance}. Returns None for the other sampler itself, and if it is not
-        run.
+        """Return {"same_noise": distance, "other_noise": distance}.
 
-        The first distance uses images from the same noise as the other sampler's images. They resemble these, so it is small.
-        The second uses images from other noise, if the evaluation makes them. Fewer than 2 images have no distance.
+        "same_noise" is the distance to images that start from the same noise. It is small, because such images resemble each
+        other. "other_noise" is that of images from other noise, if the evaluation makes them.
+
+        Returns None for the other sampler itself, if the other sampler is not run, and for fewer than 2 images.
         """
         reference = others.get(self.sampler or "")
         if reference is None or reference is measured or min(len(reference), len(measured)) < 2:

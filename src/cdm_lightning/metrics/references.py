@@ -24,8 +24,7 @@ MOST_IMAGE = 1 << 30  # bytes
 
 @dataclass(frozen=True)
 class ShapesRenderings:
-    """Real images of the shapes set, as batches (B, 3, 32, 32): `count` renderings that show the first `captions` prompts in
-    turn.
+    """Real images of the shapes set, in batches (B, 3, 32, 32): `count` renderings of the first `captions` prompts in turn.
 
     `captions` None means all prompts. The renderings depend only on the prompts and on `seed`. They show the same prompts as
     the generated images, as for FID on COCO, because other prompts would add a distance that no generator can remove.
@@ -103,7 +102,7 @@ class ImageFolder:
             yield torch.stack(batch)
 
     def _size(self, path: Path) -> tuple[int, int]:
-        """Return the width and height of an image by its header, which is read alone; `UserError` if it is no image."""
+        """Return the width and height of an image from its header. Raises `UserError` if it is not an image."""
         from PIL import Image
 
         try:

@@ -82,8 +82,9 @@ class ShapesClassifier(nn.Module):
 
 
 def expected(scene: Scene) -> dict[str, int]:
-    """Return the class that a caption asks for, by the name of the classifier's head. Heads that the caption leaves open are
-    left out.
+    """Return the class that each head of the classifier should predict for a caption, by the head's name.
+
+    Heads about attributes that the caption does not mention are left out.
     """
     if scene.relation is None:
         place = {} if scene.place is None else {"place": list(PLACES).index(scene.place)}

@@ -213,8 +213,9 @@ class MetricSuite:
             collected.copies.setdefault(name, []).append(extract(self.extractors[name], images).cpu())
 
     def scores(self, samplers: Mapping[str, Collected]) -> list[dict[str, str | int | float]]:
-        """Return a row for each sampler and prompt with the scores of its image, by metric. It allows comparisons prompt by
-        prompt.
+        """Return a row for each sampler and prompt with the scores of its image, by metric.
+
+        Two runs can be compared prompt by prompt with it.
         """
         rows: list[dict[str, str | int | float]] = []
         for sampler, collected in samplers.items():

@@ -20,7 +20,8 @@ MOST_CONFIG = 1 << 22  # bytes of config.yaml: it takes a second to parse; usual
 class Run:
     """A training run, as it is stored in `folder`.
 
-    The folder holds config.yaml, starts.jsonl (one line for each start), checkpoints/, and, after an evaluation, metrics.json.
+    The folder contains config.yaml, starts.jsonl (one line for each start), checkpoints/ and, after an evaluation,
+    metrics.json.
 
     `kept` is the path of a checkpoint that stores the run's configuration itself. Such a checkpoint can be used after it has
     been copied out of the folder.
@@ -194,7 +195,7 @@ def is_checkpoint(path: Path) -> bool:
 def is_run(path: Path) -> bool:
     """Return whether `path` looks like a run's folder or a checkpoint.
 
-    A diffusers pipeline folder, which has a model_index.json, does not.
+    A folder with a model_index.json is a diffusers pipeline and not a run.
     """
     is_stored = (path / MARKER).is_file() or path.suffix in (".safetensors", ".ckpt")
     return is_stored or ((path / CONFIG).is_file() and not (path / "model_index.json").exists())

@@ -124,8 +124,8 @@ def is_same(
     """Return whether the option `key` has the same value in two configurations.
 
     `before` and `now` are the configurations as flat dicts (`flatten`); `saved` and `config` are the same two as nested dicts.
-    If only one of them has the option, its value must be the default. An option that no longer exists must have been None or
-    False.
+    If only one of the two has the option, its value must be the default. If the option was removed from this version, its value
+    must be None or False.
     """
     if key in before and key in now:
         return before[key] == now[key]
@@ -203,7 +203,7 @@ def flatten(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def without_copies(flat: dict[str, Any]) -> dict[str, Any]:
-    """Return a flat configuration without those options `module.KEY` that are copies of an option `KEY` with the same value."""
+    """Return a flat configuration without its copies: options `module.KEY` that have the same value as the option `KEY`."""
     return {
         key: value
         for key, value in flat.items()

@@ -92,8 +92,8 @@ def build_parts(run: Run, pretrained: str | None = None) -> tuple[Backbone, LoRA
 def choose_weights(weights: str, ema_updates: int, checkpoint: Path) -> str:
     """Return the name of the stored weights to use: "student" or "student_ema".
 
-    "auto" takes the EMA if the number of its updates, `ema_updates`, is above 0. Every other value of `weights` is returned
-    unchanged. Raises `UserError` for "student_ema" if `checkpoint` has no EMA.
+    "auto" means "student_ema" if the EMA has been updated at least once (`ema_updates`), and otherwise "student". Other values
+    of `weights` are returned unchanged. Raises `UserError` for "student_ema" if `checkpoint` has no EMA.
     """
     if weights == "auto":
         return "student_ema" if ema_updates else "student"

@@ -100,8 +100,8 @@ def is_secret_key(name: str) -> bool:
 def masked(value: Any, key: str = "", is_secret: bool = False) -> Any:
     """Return a copy of nested dicts and lists in which each secret is replaced by ***.
 
-    Secrets are whatever `masked_text` finds in a text, and all values below a secret key (`is_secret_key`). `key` is the key of
-    `value`. `is_secret` says that a key above it is secret.
+    Secrets are the values below a secret key (`is_secret_key`), and those that `masked_text` finds in a text. `key` is the key
+    of `value`. `is_secret` says that a key above it is secret.
     """
     is_secret = is_secret or is_secret_key(key)
     if isinstance(value, Mapping):
@@ -121,7 +121,7 @@ def masked(value: Any, key: str = "", is_secret: bool = False) -> Any:
 def masked_command(arguments: Sequence[str]) -> list[str]:
     """Return command-line arguments in which each secret is replaced by ***.
 
-    Secrets are whatever `masked_text` finds, and the value of each secret key, as in `KEY=VALUE` or `--KEY VALUE`.
+    Secrets are the values of secret keys, as in `KEY=VALUE` or `--KEY VALUE`, and those that `masked_text` finds.
     """
     found, follows = [], False
     for argument in arguments:
