@@ -89,7 +89,7 @@ def train(config: DictConfig) -> TrainResult:
 
 
 def train_in(run: Run, config: DictConfig) -> TrainResult:
-    """Do the work of `train` in the folder of `run`, which the caller has locked (`only_process_in`)."""
+    """Train as `train` does, in the folder of `run`. The caller has locked this folder (`only_process_in`)."""
     L.seed_everything(config.seed, verbose=False)
     strategy, module = build(config, "strategy"), build(config, "module", of=CDMModule)
     if isinstance(strategy, MeshStrategy):
@@ -139,9 +139,9 @@ def train_in(run: Run, config: DictConfig) -> TrainResult:
 
 
 def hidden_end(error: BaseException) -> Preempted | UserError | None:
-    """Return the `Preempted` or `UserError` that ended the training, if Lightning's clean-up then failed with `error`.
+    """Return the exception that ended the training, if Lightning's clean-up failed after it with `error`.
 
-    Its clean-up fails, for example, when the training ends before a data loader has delivered its first batch.
+    It is a `Preempted` or a `UserError`. The clean-up fails, for example, if no data loader has delivered a batch yet.
     """
     earlier = error.__context__
     while earlier is not None and not isinstance(earlier, (Preempted, UserError)):

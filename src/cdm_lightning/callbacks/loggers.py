@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class GuardedLogger(library.Logger):
-    """A wrapper around any logger that turns an error into one warning. The run continues, and logs again when that is possible.
+    """A wrapper around any logger that turns an error into one warning. The run continues, and logging resumes when it can.
 
     While the logger is set up, only errors of the disk become warnings. A missing login, for example, still ends the run at once.
     """

@@ -44,14 +44,14 @@ class TrajectoryPoint:
 
 @dataclass(frozen=True)
 class FullTrajectoryPoint(TrajectoryPoint):
-    """A point of a rollout that was simulated to its end, together with that end."""
+    """A state on a rollout that was simulated to its end, together with that end."""
 
     x0_final: Tensor = field(kw_only=True)  # (B, *), the end of the rollout
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """All states and velocities of a rollout of K steps, and its end."""
+    """All states and velocities of a rollout (the student's path from noise to an image) of K steps, and its end."""
 
     x: Tensor  # (K, B, *)
     v: Tensor  # (K, B, *)
@@ -76,7 +76,7 @@ class Trajectory:
 
 @torch.no_grad()
 def simulate(student: VelocityField, noise: Tensor, sigmas: Tensor) -> Trajectory:
-    """Compute whole rollouts by K calls of the student, from noise (B, *) along sigmas (B, K + 1)."""
+    """Compute whole rollouts, the student's paths from noise (B, *) along sigmas (B, K + 1), by K calls of the student."""
     x, xs, vs = noise, [], []
     for sigma, next_sigma in pairwise(sigmas.T):
         v = student(x, sigma)
@@ -88,7 +88,7 @@ def simulate(student: VelocityField, noise: Tensor, sigmas: Tensor) -> Trajector
 
 @dataclass(frozen=True)
 class Rollout:
-    """The random draws of a rollout that has not been computed yet, and the student that will compute it."""
+    """The random draws of a rollout (the student's path from noise) that is still to be computed, and the student."""
 
     student: VelocityField
     noise: Tensor  # (B, *)
@@ -127,9 +127,9 @@ def walk(rollouts: Sequence[Rollout], agree_on_calls: Callable[[int], int] = lam
 
 
 def join_rollouts(rollouts: Sequence[Rollout]) -> Rollout | None:
-    """Concatenate rollouts into one batch. Returns None if one call of the student cannot compute them all.
+    """Concatenate rollouts (the student's paths from noise) into one batch.
 
-    Rollouts with fewer steps get further sigmas of 0.
+    Returns None if one call of the student cannot compute them all. Rollouts with fewer steps get further sigmas of 0.
     """
     first, *others = rollouts
     if not others:

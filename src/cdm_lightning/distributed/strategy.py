@@ -41,7 +41,10 @@ class MeshStrategy(ModelParallelStrategy):
         self.replicas, self.shards, self.on_cpu = replicas, shards, tuple(on_cpu)
 
     def check(self, networks: Sequence[str], whole: Sequence[str]) -> None:
-        """Raise `UserError` if `on_cpu` names a network that cannot be in host memory (see `check_on_cpu`)."""
+        """Raise `UserError` if `on_cpu` names a network that cannot be in host memory.
+
+        The arguments are those of `check_on_cpu`.
+        """
         check_on_cpu(self.on_cpu, networks, whole)
 
     def model_to_device(self) -> None:
@@ -98,8 +101,8 @@ def data_parallel(
 ) -> MeshStrategy:
     """Return the strategy in which each process holds whole copies of all networks (strategy=ddp).
 
-    `devices` and `num_nodes` are explained in `world_size`, `on_cpu` and `timeout` in `MeshStrategy`. Raises `UserError` as they
-    do.
+    `world_size` explains `devices` and `num_nodes`, and `MeshStrategy` explains `on_cpu` and `timeout`. Raises `UserError` for
+    values that they refuse.
     """
     return MeshStrategy(world_size(devices, num_nodes), 1, on_cpu, timeout)
 
@@ -112,8 +115,8 @@ def fully_sharded(
 ) -> MeshStrategy:
     """Return the strategy in which each process holds one shard of each weight, gradient and optimizer state (strategy=fsdp2).
 
-    `devices` and `num_nodes` are explained in `world_size`, `on_cpu` and `timeout` in `MeshStrategy`. Raises `UserError` as they
-    do.
+    `world_size` explains `devices` and `num_nodes`, and `MeshStrategy` explains `on_cpu` and `timeout`. Raises `UserError` for
+    values that they refuse.
     """
     return MeshStrategy(1, world_size(devices, num_nodes), on_cpu, timeout)
 
@@ -127,8 +130,8 @@ def hybrid_sharded(
 ) -> MeshStrategy:
     """Return the strategy of `replicas` copies of the networks, each sharded over a group of processes (strategy=hsdp).
 
-    The groups have equal sizes; raises `UserError` if `replicas` does not divide the number of processes. `devices` and
-    `num_nodes` are explained in `world_size`, `on_cpu` and `timeout` in `MeshStrategy`.
+    The groups have equal sizes. `world_size` explains `devices` and `num_nodes`, and `MeshStrategy` explains `on_cpu` and
+    `timeout`. Raises `UserError` for values that they refuse, and if `replicas` does not divide the number of processes.
     """
     processes = world_size(devices, num_nodes)
     if replicas < 1 or processes % replicas:

@@ -54,7 +54,7 @@ class _Judged:
 
 @dataclass(frozen=True)
 class CDMObjective(Objective):
-    """The CDM objective; the defaults are those of the paper, the options those of its ablations.
+    """The CDM objective (arXiv:2605.06376). The defaults are the settings of the paper; other values are its ablations.
 
     The fake score is updated `fake_score_steps` times in each iteration. Each step uses the same x0 predictions with new noise
     and sigma. After each step the fake score becomes (1 - `fake_score_merge`) times itself plus `fake_score_merge` times the

@@ -89,8 +89,9 @@ class FDistillObjective(DMD2Objective):
     def _differences(
         self, sample: RolledOutSample, looks: dict[str, _Look], teacher: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the teacher's x0 minus the fake score's (B, *) for each term, in DM times h(r), and the figures that `observe`
-        reads.
+        """Return the teacher's x0 minus the fake score's (B, *) for each loss term, and figures for `observe`.
+
+        In the DM term the difference is multiplied by h(r).
         """
         if "dm" not in looks or self.divergence == "reverse_kl":
             return super()._differences(sample, looks, teacher)

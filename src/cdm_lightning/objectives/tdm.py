@@ -80,14 +80,14 @@ class TDMObjective(LevelAwareObjective):
         return self.guidance_scale
 
     def _look(self, term: str, x0: Tensor, seen: Tensor, sample: RolledOutSample) -> _Look:
-        """Return the inputs of a loss term. For DM, x is the state that the step with x0 (B, *) reaches, after further noising."""
+        """Return the inputs of a loss term. For DM, x is the state that the step with the prediction x0 reaches, noised further."""
         if term != "dm":
             return super()._look(term, x0, seen, sample)
         noised = self._noised(sample, x0.detach(), "dm")
         return _Look(x0, seen, noised.x, noised.sigma)
 
     def _fit(self, sample: RolledOutSample, x0: Tensor, seen: Tensor, purpose: str) -> Tensor:
-        """Return the fake score's loss (0-d) on the state that the step with x0 (B, *) reaches, after further noising."""
+        """Return the fake score's loss (0-d) on the state that the step with the prediction x0 reaches, noised further."""
         noised = self._noised(sample, x0, purpose)
         velocity = self.fake_score(sample, seen)(noised.x, noised.sigma).float()
         if self.fake_score_target == "state":
@@ -98,7 +98,7 @@ class TDMObjective(LevelAwareObjective):
         return flow_matching_loss(*(per_sample(weight.sqrt(), x0) * each for each in (velocity, x0, implied)))
 
     def _noised(self, sample: RolledOutSample, x0: Tensor, purpose: str) -> _Noised:
-        """Return the state that each sample's step reaches with x0 (B, *), noised to a sigma of its segment."""
+        """Return the state that each sample's step reaches with the prediction x0 (B, *), noised to a sigma of its segment."""
         end, start = _end_sigma(sample), sample.point.sigma
         above = start if self.segments == "own" else torch.ones_like(start)
         draw = sample.rng.place(sample.rng.uniform(f"{purpose}.sigma"))
@@ -128,8 +128,8 @@ def _mean_square(x: Tensor) -> Tensor:
 def _score_matching(velocity: Tensor, noised: _Noised, state: Tensor, sample: RolledOutSample) -> Tensor:
     """Return the loss (0-d) whose optimum is the velocity that belongs to the score of the noised states.
 
-    The score of x given the state is -noise / added, and a score g belongs to the velocity -(sigma g + x) / (1 - sigma). Both
-    sides are multiplied by (1 - s') added / sigma, where s' is the end of the step; then no factor grows without bound.
+    The score of x given the state is -noise / added. A score g belongs to the velocity -(sigma g + x) / (1 - sigma). Both sides
+    are multiplied by (1 - s') added / sigma, where s' is the sigma at the end of the step, so that no factor grows without bound.
     """
     end = _end_sigma(sample)
     odds = (1 - noised.sigma) / noised.sigma * (end / (1 - end)).square()

@@ -94,7 +94,7 @@ def trace_step(module: CDMModule, networks: Networks, mode: FakeTensorMode) -> S
 
 
 def _together(before: Phase, after: Phase, share: float) -> Phase:
-    """Return `before` followed by `after`, which runs `share` times in an average iteration."""
+    """Return one phase that consists of `before` and `after`. In an average iteration, `after` runs `share` times."""
     a, b = before.memory, after.memory
     memory = Timeline(a.fixed + b.fixed, a.sample + b.sample, a.gradient + b.gradient)
     return Phase(memory, before.flops + share * after.flops)
@@ -138,7 +138,7 @@ def _blank_rollout(sample: Sample) -> Rollout:
 
 
 def _states_kept(module: CDMModule, sample: Sample) -> list[Tensor]:
-    """Return the states and velocities that a full rollout keeps: two latents for each step."""
+    """Return the tensors that a full rollout keeps until its end: a state and a velocity for each step."""
     if module.objective.rollout != "full":
         return []
     steps = round(module.schedule.mean_length)
