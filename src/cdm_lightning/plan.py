@@ -46,6 +46,9 @@ STRATEGY_OF = {
     "fully_sharded": "fsdp2",
     "hybrid_sharded": "hsdp",
 }  # by the end of their _target_
+NO_REWARD = (
+    "objective.reward is not counted: decoding and scoring one image at a time, and doing so again in the backward pass"
+)
 OWN = ("gpus", "strategy", "strategy.on_cpu", "peak_tflops", "utilisation", "reserve", "json")
 
 
@@ -59,6 +62,9 @@ def plan(arguments: Sequence[str]) -> "list[Plan]":
         raise UserError(f"json={own['json']} is a folder; pass the name of a file instead")
     config = compose([*overrides, "output_dir=."])
     check_config(config)
+    if config.objective.get("reward") is not None:
+        print(NO_REWARD, file=sys.stderr, flush=True)
+        config.objective.reward = None
     from cdm_lightning.planning.layout import read_gpus
 
     wanted = [read_gpus(text, 0.08 if reserve is None else reserve) for text in own["gpus"].split(",")]

@@ -210,7 +210,7 @@ class Backbone(Anatomy, ABC):
 
     @abstractmethod
     def decode_latents(self, x0: Tensor) -> Tensor:
-        """Decode clean latents (B, C, H, W) into images (B, 3, H, W) in [0, 1]."""
+        """Decode clean latents (B, C, H, W) into images (B, 3, H, W) in [0, 1]; gradients flow through it."""
 
     @abstractmethod
     def encode_images(self, images: Tensor) -> Tensor:

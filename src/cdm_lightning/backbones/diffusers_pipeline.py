@@ -247,7 +247,6 @@ class PipelineBackbone(PipelineSettings):
 
     # ---- images: the arithmetic of `AutoencoderKL`, which most families have
 
-    @torch.no_grad()
     def decode_latents(self, x0: Tensor) -> Tensor:
         """Decode clean latents x0 (B, C, h, w) into images (B, 3, H, W) in [0, 1], as the stock pipeline does."""
         vae = self._codec.vae

@@ -131,7 +131,6 @@ class SanaBackbone(PipelineBackbone):
 
     # ---- images
 
-    @torch.no_grad()
     def decode_latents(self, x0: Tensor) -> Tensor:
         """Decode clean latents x0 (B, C, h, w) into images (B, 3, H, W) in [0, 1], as the stock pipeline does."""
         vae = self._codec.vae

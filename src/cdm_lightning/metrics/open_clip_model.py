@@ -51,6 +51,10 @@ class OpenClipModel(nn.Module):
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """Return the embeddings (B, D) of images (B, 3, H, W) in [0, 1], not normalized, with open_clip's preprocessing."""
+        return self.embed_images(images)
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Return what `encode_images` returns; gradients flow from the embeddings to the images."""
         images = images.to(self.device, torch.float32)
         for transform in self.geometry:
             images = transform(images)

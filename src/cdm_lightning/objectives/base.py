@@ -33,6 +33,10 @@ class TermLosses:
     terms: dict[str, Tensor] = field(default_factory=dict)
     logs: dict[str, Tensor] = field(default_factory=dict)
 
+    def __add__(self, other: "TermLosses") -> "TermLosses":
+        """Return the sum of two losses that share a graph, with the figures of both."""
+        return TermLosses(self.total + other.total, self.terms | other.terms, self.logs | other.logs)
+
 
 @dataclass(frozen=True)
 class VelocityFields:
@@ -59,6 +63,10 @@ class VelocityFields:
         return self.student if role == "student" else self.by_role[role]
 
 
+def _no_images(latents: Tensor) -> Tensor:
+    raise UserError("this sample has no image codec, so a reward cannot look at images; set objective.reward=null")
+
+
 @dataclass(frozen=True)
 class Sample:
     """The input of a loss: B prompts of one iteration, with the networks and the random numbers for them.
@@ -66,7 +74,8 @@ class Sample:
     `fields` are the networks with the text of these prompts, and `rng` gives their random numbers. `shift` applies the model
     family's timestep shift to single sigmas, `shift_steps` to all sigmas of a rollout (`Backbone.shift_steps`). `latent_shape` is
     (C, H, W). Shifts and shape are those of this iteration's image size. `iteration` counts from 0. `latents` are the clean
-    latents (B, C, H, W) of real images, or None if the objective uses none.
+    latents (B, C, H, W) of real images, or None if the objective uses none. `decode` turns clean latents (B, C, H, W) into images
+    (B, 3, H, W) in [0, 1]; gradients flow through it.
     """
 
     prompts: Sequence[str]
@@ -77,6 +86,7 @@ class Sample:
     latent_shape: tuple[int, int, int]
     iteration: int
     latents: Tensor | None = None  # given if `Objective.needs_latents`
+    decode: Callable[[Tensor], Tensor] = _no_images
 
     def __len__(self) -> int:
         """Return B, the number of prompts."""

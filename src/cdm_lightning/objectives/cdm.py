@@ -9,8 +9,10 @@ F(c). The loss moves the student's prediction along the sum of up to three direc
 Shapes: B samples of shape * = (C, H, W).
 """
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Literal, cast, get_args
 
 import torch
@@ -24,6 +26,8 @@ from cdm_lightning.core.ramps import LinearRamp, weight_at
 from cdm_lightning.core.rollout import FullTrajectoryPoint
 from cdm_lightning.kinds import Count, Guidance, Iterations, Positive, Share, Weight
 from cdm_lightning.objectives.base import Merge, Objective, Role, RolledOutSample, RolloutKind, TermLosses, Update
+from cdm_lightning.objectives.first_step import FirstStepAnchor
+from cdm_lightning.objectives.reward import Reward
 
 CDMInput = Literal["extrapolated", "trajectory", "renoised"]
 TeacherBase = Literal["online", "next", "final"]
@@ -77,7 +81,8 @@ class CDMObjective(Objective):
       "next"    the x0 prediction that the rollout made at the anchor;
       "final"   the end of the rollout.
 
-    Raises ValueError for an unknown choice, for a number out of its range, and if all three weights are 0 at the start.
+    `first_step` lets the student's first steps follow the teacher, for diversity, and `reward` adds the gradient of a scorer of
+    images (None: off). Raises ValueError for an unknown choice, a number out of its range, and three weights of 0 at the start.
     """
 
     ca_weight: TermWeight = 1.0
@@ -95,6 +100,8 @@ class CDMObjective(Objective):
     student_every: Iterations = 2
     fake_score_steps: Count = 1
     fake_score_merge: Share = 1e-3
+    first_step: FirstStepAnchor | None = None
+    reward: Reward | None = None
 
     def __post_init__(self) -> None:
         for name, kind in (("cdm_input", CDMInput), ("teacher_base", TeacherBase)):
@@ -151,16 +158,20 @@ class CDMObjective(Objective):
         """
         weights = self._weights(sample.iteration)
         at_anchor = [term for term in weights if term != "cdm" or self.cdm_input == "trajectory"]
-        if at_anchor:
+        if at_anchor or self.reward is not None:
             point = sample.point
             x0 = predict_x0(sample.fields.student, point.x, point.sigma)
             looks = {term: self._look(term, x0, point.sigma, sample) for term in at_anchor}
-            yield self._term_losses(sample, looks, weights, x0)
+            parts = [self._term_losses(sample, looks, weights, x0)] if at_anchor else []
+            parts += [self.reward.loss(sample, x0)] if self.reward is not None else []
+            yield reduce(operator.add, parts)
         if "cdm" in weights and "cdm" not in at_anchor:
             x, seen = self._off_trajectory(sample)
             x0 = predict_x0(sample.fields.student, x, seen)
             looks = {"cdm": self._look("cdm", x0, seen, sample)}
             yield self._term_losses(sample, looks, weights, None if at_anchor else x0)
+        if self.first_step is not None:
+            yield self.first_step.loss(sample)
 
     def fake_score(self, sample: RolledOutSample, seen: Tensor) -> VelocityField:
         """Return the fake score's velocity field, for x0 that the student predicted at sigma `seen` (B,).
@@ -212,6 +223,8 @@ class CDMObjective(Objective):
         for term, uncond in judged.without_text.items():
             guidance = self.guidance(term) * (teacher[term] - uncond)
             deltas[term] = deltas[term] + guidance if term in deltas else guidance
+        if self.first_step is not None:
+            deltas = {term: self.first_step.kept(sample, looks[term].seen, delta) for term, delta in deltas.items()}
         terms = {
             term: weights[term] * directed_loss(look.x0, deltas[term], teacher[term], self.norm_floor)
             for term, look in looks.items()

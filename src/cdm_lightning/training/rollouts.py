@@ -109,6 +109,7 @@ class Rollouts(ABC):
                     latent_shape=backbone.latent_shape,
                     iteration=iteration,
                     latents=self._latents(part, backbone) if self.needs_latents else None,
+                    decode=backbone.decode_latents,
                 )
             )
         return samples

@@ -1,0 +1,25 @@
+"""Scorers of images that gradients flow through, for the reward term of objectives (`objectives.reward`)."""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from cdm_lightning.kinds import Model, Weights
+from cdm_lightning.metrics.open_clip_model import OpenClipModel
+
+
+class CLIPReward:
+    """The cosine similarity of image and prompt in the embedding of a CLIP model; for the arguments see `OpenClipModel`.
+
+    Raises `UserError` if the model or its weights are missing or cannot be loaded.
+    """
+
+    def __init__(self, model: Model, pretrained: Weights | None = None) -> None:
+        self.model = OpenClipModel(model, pretrained)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the similarities (B,) in [-1, 1] of images (B, 3, H, W) in [0, 1] and their prompts; images keep their gradients."""
+        if self.model.device != images.device:
+            self.model.to(images.device)
+        return F.cosine_similarity(self.model.embed_images(images), self.model.encode_texts(prompts))
