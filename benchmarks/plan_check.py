@@ -14,12 +14,12 @@ import lightning as L
 import torch
 
 from cdm_lightning.config import build, compose, fail
+from cdm_lightning.data.caches import use_text_cache
 from cdm_lightning.errors import UserError
 from cdm_lightning.planning.layout import Layout
 from cdm_lightning.planning.memory import total
 from cdm_lightning.planning.recipe import Recipe, read_recipe
 from cdm_lightning.terminal.quiet import quiet_libraries
-from cdm_lightning.train import use_text_cache
 
 ITERATIONS = 6  # of which the first two also make the optimizers' states
 

@@ -121,6 +121,26 @@ def test_guidance_of_the_cdm_term_is_added_to_its_direction() -> None:
     assert float(plain["cdm_delta_rms"]) == pytest.approx(float(matching.square().mean().sqrt()))
 
 
+@pytest.mark.parametrize(
+    ("objective", "expected"),
+    [
+        (CDMObjective(), 4.5),  # CA 7 for two matching terms
+        (CDMObjective(cdm_weight=0.0), 8.0),
+        (CDMObjective(ca_weight=0.0), 1.0),
+        (CDMObjective(cdm_weight=0.5, guidance_scale=3.0), 3.0),
+        (LevelAwareObjective(cdm_guidance_scale=7.0), 8.0),
+        (LevelAwareObjective(dm_weight=0.0), 8.0),
+    ],
+)
+def test_the_effective_guidance_is_told_once(objective, expected) -> None:
+    told = [
+        part.logs["effective_guidance"]
+        for part in objective.student_losses(sample_of([]))
+        if "effective_guidance" in part.logs
+    ]
+    assert [float(each) for each in told] == [pytest.approx(expected)]
+
+
 def test_the_embedding_is_zero_at_first_and_separates_levels_once_it_learns() -> None:
     embedding = LevelEmbedding(16)
     levels = torch.linspace(0, 1, 7)

@@ -41,10 +41,11 @@ from cdm_lightning.config import build, build_named, one_line, process_number, r
 from cdm_lightning.config.folders import require_writable_folders
 from cdm_lightning.config.secrets import plain
 from cdm_lightning.config.whole import check_config
+from cdm_lightning.data.caches import use_image_cache, use_text_cache
 from cdm_lightning.data.datamodule import PromptDataModule
+from cdm_lightning.data.image_cache import ImageCacheSettings
 from cdm_lightning.data.loader import worker_failure
-from cdm_lightning.data.text_cache import StoredText, TextCacheSettings
-from cdm_lightning.data.text_memory import RememberedText
+from cdm_lightning.data.text_cache import TextCacheSettings
 from cdm_lightning.distributed.launch import follow, is_launched, launch
 from cdm_lightning.distributed.ranks import lost_process
 from cdm_lightning.distributed.strategy import MeshStrategy, device_count, require_devices
@@ -109,6 +110,8 @@ def train_in(run: Run, config: DictConfig) -> TrainResult:
     metrics = cache(lambda: MetricSuite(build_named(config, "metric"), build_named(config, "feature")))
     callbacks = build(config, "callbacks", offered={"metrics": metrics}, of=L.Callback)
     use_text_cache(build(config, "text_cache", of=TextCacheSettings), module.backbone, data, callbacks)
+    if module.objective.needs_latents:
+        use_image_cache(build(config, "image_cache", of=ImageCacheSettings), module.backbone)
     logged = [
         name for callback in callbacks if isinstance(callback, ValidationMetrics) for name in callback.names(module)
     ]
@@ -187,26 +190,6 @@ def make_trainer(config: DictConfig, **parts: Any) -> L.Trainer:
     # Lightning's signal handlers wait for other processes, and would hang if only some of them got the signal.
     trainer._signal_connector.register_signal_handlers = lambda: None
     return trainer
-
-
-def use_text_cache(
-    settings: TextCacheSettings, backbone: Backbone, data: PromptDataModule, callbacks: Sequence[L.Callback]
-) -> None:
-    """Give the backbone the text cache in `settings.folder`. Without a folder it keeps the conditioning of some prompts in memory.
-
-    Their number is at most `remember_up_to`. `callbacks` are searched for prompts of which they make images. Raises `UserError`
-    if the cache was made with other text encoders or lacks a prompt.
-    """
-    generated = {type(callback).__name__: callback.prompts for callback in callbacks if hasattr(callback, "prompts")}
-    sets = {"training": data.train, "validation": data.val, **generated}
-    if settings.folder is not None:
-        cache = StoredText(settings.folder, backbone.text_fingerprint)
-        cache.require(sets, settings.check_up_to)
-        backbone.use_text_cache(cache)
-    elif sum(map(len, sets.values())) <= settings.remember_up_to and settings.remember_megabytes:
-        prompts = [prompts[number] for prompts in sets.values() for number in range(len(prompts))]
-        most_bytes = int(settings.remember_megabytes * 1e6)
-        backbone.use_text_memory(RememberedText(backbone.encode_prompts, prompts, most_bytes))
 
 
 def find_beginning(

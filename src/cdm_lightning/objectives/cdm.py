@@ -229,7 +229,12 @@ class CDMObjective(Objective):
             term: weights[term] * directed_loss(look.x0, deltas[term], teacher[term], self.norm_floor)
             for term, look in looks.items()
         }
-        return TermLosses(cast(Tensor, sum(terms.values())), terms, _health(deltas, predicted) | judged.figures)
+        logs = _health(deltas, predicted) | judged.figures
+        matched = sum(weight for term, weight in weights.items() if term != "ca")
+        if predicted is not None and matched:  # once in an update
+            guidance = sum(weight * self.guidance(term) for term, weight in weights.items())
+            logs["effective_guidance"] = torch.full((), 1 + guidance / matched, device=predicted.device)
+        return TermLosses(cast(Tensor, sum(terms.values())), terms, logs)
 
     def _base(self, x0: Tensor, sample: RolledOutSample) -> Tensor:
         """Return the clean sample (B, *) that the CDM term noises for teacher and fake score.

@@ -27,6 +27,7 @@ FREE = (  # groups and options that change no result: where a run is, its length
     "callbacks",
     "logger",
     "text_cache",  # holds the same conditioning that the text encoders would return
+    "image_cache.folder",  # holds what the image codec would return
     "module.samplers",
     "data.num_workers",
     "data.worker_timeout",
@@ -55,6 +56,7 @@ ADDED = {  # options that older versions did not have, with the values that matc
     "resolution._target_": "cdm_lightning.training.resolution.OwnSize",
     "ema._target_": "cdm_lightning.training.ema.EMA",
     "ema.decay": None,
+    "image_cache._target_": "cdm_lightning.data.image_cache.ImageCacheSettings",
 }
 
 

@@ -1,0 +1,50 @@
+"""What a run takes from caches instead of computing it: the text of its prompts, and the latents of its real images."""
+
+from collections.abc import Sequence
+
+import lightning as L
+
+from cdm_lightning.backbones.base import Backbone
+from cdm_lightning.data.datamodule import PromptDataModule
+from cdm_lightning.data.image_cache import ImageCacheSettings, StoredLatents
+from cdm_lightning.data.text_cache import StoredText, TextCacheSettings
+from cdm_lightning.data.text_memory import RememberedText
+
+
+def use_text_cache(
+    settings: TextCacheSettings, backbone: Backbone, data: PromptDataModule, callbacks: Sequence[L.Callback]
+) -> None:
+    """Give the backbone the text cache in `settings.folder`. Without a folder it keeps the conditioning of some prompts in memory.
+
+    Their number is at most `remember_up_to`. `callbacks` are searched for prompts of which they make images. Raises `UserError`
+    if the cache was made with other text encoders or lacks a prompt.
+    """
+    generated = {type(callback).__name__: callback.prompts for callback in callbacks if hasattr(callback, "prompts")}
+    sets = {"training": data.train, "validation": data.val, **generated}
+    if settings.folder is not None:
+        cache = StoredText(settings.folder, backbone.text_fingerprint)
+        cache.require(sets, settings.check_up_to)
+        backbone.use_text_cache(cache)
+    elif sum(map(len, sets.values())) <= settings.remember_up_to and settings.remember_megabytes:
+        prompts = [prompts[number] for prompts in sets.values() for number in range(len(prompts))]
+        most_bytes = int(settings.remember_megabytes * 1e6)
+        backbone.use_text_memory(RememberedText(backbone.encode_prompts, prompts, most_bytes))
+
+
+def use_image_cache(settings: ImageCacheSettings, backbone: Backbone) -> None:
+    """Let the backbone keep the latents of real images in `settings.folder`, and take them from there; None: it encodes them always."""
+    if settings.folder is not None:
+        stored = StoredLatents(settings.folder, settings.dtype, codec_of(backbone), backbone.encode_images)
+        backbone.encode_images = stored.encode  # the instance attribute hides the method of the class
+
+
+def codec_of(backbone: Backbone) -> str:
+    """Return a text that identifies the image codec: the backbone's class, and for a pipeline a hash of the codec's files.
+
+    Raises UserError if there are no such files.
+    """
+    from cdm_lightning.backbones.pipeline_folder import hash_part  # imports diffusers, which takes seconds
+    from cdm_lightning.backbones.pipeline_settings import PipelineSettings
+
+    name = type(backbone).__qualname__
+    return f"{name} {hash_part(backbone.folder / 'vae')}" if isinstance(backbone, PipelineSettings) else name
