@@ -10,16 +10,15 @@ Shapes: B samples of shape * = (C, H, W).
 """
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Literal, cast, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from cdm_lightning.core.flow import VelocityField, denoise, evaluate_together, interpolate, predict_x0
+from cdm_lightning.core.flow import VelocityField, interpolate, predict_x0
 from cdm_lightning.core.levels import CappedUniformLevels, SigmaLevels, UniformLevels
 from cdm_lightning.core.losses import directed_loss, flow_matching_loss
 from cdm_lightning.core.ramps import LinearRamp, weight_at
@@ -27,33 +26,12 @@ from cdm_lightning.core.rollout import FullTrajectoryPoint
 from cdm_lightning.kinds import Count, Guidance, Iterations, Positive, Share, Weight
 from cdm_lightning.objectives.base import Merge, Objective, Role, RolledOutSample, RolloutKind, TermLosses, Update
 from cdm_lightning.objectives.first_step import FirstStepAnchor
+from cdm_lightning.objectives.looks import Judged, Look, health, predict_together
 from cdm_lightning.objectives.reward import Reward
 
 CDMInput = Literal["extrapolated", "trajectory", "renoised"]
 TeacherBase = Literal["online", "next", "final"]
 TermWeight = Weight | LinearRamp
-
-
-@dataclass(frozen=True)
-class _Look:
-    """The inputs of one loss term: the student's prediction, and the noised sample that teacher and fake score see."""
-
-    x0: Tensor  # (B, *), the student's prediction, with gradient
-    seen: Tensor  # (B,), the sigma at which the student made the prediction
-    x: Tensor  # (B, *), the prediction, noised again
-    sigma: Tensor  # (B,), the sigma of x
-
-
-@dataclass(frozen=True)
-class _Judged:
-    """The results of teacher and fake score for each loss term: x0 predictions and directions (B, *), and figures for the log
-    (0-d).
-    """
-
-    teacher: dict[str, Tensor]
-    without_text: dict[str, Tensor]  # the teacher's x0 without text, for CA and other terms with guidance
-    directions: dict[str, Tensor]  # T(c) - F(c), for all terms but CA
-    figures: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -203,16 +181,16 @@ class CDMObjective(Objective):
         now = {term: weight_at(weight, iteration) for term, weight in weights.items()}
         return {term: weight for term, weight in now.items() if weight != 0}
 
-    def _look(self, term: str, x0: Tensor, seen: Tensor, sample: RolledOutSample) -> _Look:
+    def _look(self, term: str, x0: Tensor, seen: Tensor, sample: RolledOutSample) -> Look:
         """Return the inputs of a loss term for the x0 (B, *) that the student predicted at sigma `seen` (B,)."""
         levels = {"ca": self.ca_levels, "dm": self.dm_levels, "cdm": self.cdm_levels}[term]
         base = self._base(x0, sample) if term == "cdm" else x0.detach()
         sigma = levels.sample(sample.rng, f"{term}.sigma", seen, sample.shift)
         noise = sample.rng.normal(f"{term}.noise", base.shape[1:])
-        return _Look(x0, seen, interpolate(base, noise, sigma), sigma)
+        return Look(x0, seen, interpolate(base, noise, sigma), sigma)
 
     def _term_losses(
-        self, sample: RolledOutSample, looks: dict[str, _Look], weights: dict[str, float], predicted: Tensor | None
+        self, sample: RolledOutSample, looks: dict[str, Look], weights: dict[str, float], predicted: Tensor | None
     ) -> TermLosses:
         """Return the weighted sum of some loss terms. `looks` holds their inputs.
 
@@ -229,7 +207,7 @@ class CDMObjective(Objective):
             term: weights[term] * directed_loss(look.x0, deltas[term], teacher[term], self.norm_floor)
             for term, look in looks.items()
         }
-        logs = _health(deltas, predicted) | judged.figures
+        logs = health(deltas, predicted) | judged.figures
         matched = sum(weight for term, weight in weights.items() if term != "ca")
         if predicted is not None and matched:  # once in an update
             guidance = sum(weight * self.guidance(term) for term, weight in weights.items())
@@ -264,7 +242,7 @@ class CDMObjective(Objective):
         return interpolate(point.x0, rng.normal(f"{purpose}.target_noise", point.x.shape[1:]), sigma), sigma
 
     @torch.no_grad()
-    def _judge(self, sample: RolledOutSample, looks: dict[str, _Look]) -> _Judged:
+    def _judge(self, sample: RolledOutSample, looks: dict[str, Look]) -> Judged:
         """Call teacher and fake score on the noised sample of each loss term, and return their results.
 
         The teacher is also called without text, for terms with guidance.
@@ -272,40 +250,19 @@ class CDMObjective(Objective):
         fields = sample.fields
         without_text = [term for term in looks if term == "ca" or self.guidance(term)]
         teacher_calls = [(fields.teacher, looks[term]) for term in looks]
-        judged = _predict_together(teacher_calls + [(fields.teacher_uncond, looks[term]) for term in without_text])
+        judged = predict_together(teacher_calls + [(fields.teacher_uncond, looks[term]) for term in without_text])
         teacher = dict(zip(looks, judged))
         directions, figures = self._differences(
             sample, {term: look for term, look in looks.items() if term != "ca"}, teacher
         )
-        return _Judged(teacher, dict(zip(without_text, judged[len(looks) :])), directions, figures)
+        return Judged(teacher, dict(zip(without_text, judged[len(looks) :])), directions, figures)
 
     def _differences(
-        self, sample: RolledOutSample, looks: dict[str, _Look], teacher: dict[str, Tensor]
+        self, sample: RolledOutSample, looks: dict[str, Look], teacher: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the teacher's x0 minus the fake score's, T(c) - F(c) (B, *), for each loss term, and figures for the log.
 
         `teacher` holds T(c) by term. A subclass may weight the differences (`objectives.f_distill`).
         """
-        fake = _predict_together([(self.fake_score(sample, look.seen), look) for look in looks.values()])
+        fake = predict_together([(self.fake_score(sample, look.seen), look) for look in looks.values()])
         return {term: teacher[term] - of_term for term, of_term in zip(looks, fake)}, {}
-
-
-def _predict_together(calls: Sequence[tuple[VelocityField, _Look]]) -> list[Tensor]:
-    """Return the x0 prediction (B, *), in float32, for each pair of a field and its inputs.
-
-    Fields that can be evaluated in one batch share a network call.
-    """
-    velocities = evaluate_together([(velocity_field, look.x, look.sigma) for velocity_field, look in calls])
-    return [denoise(look.x, v.float(), look.sigma) for v, (_, look) in zip(velocities, calls)]
-
-
-@torch.no_grad()
-def _health(deltas: dict[str, Tensor], x0: Tensor | None) -> dict[str, Tensor]:
-    """Return figures for the log that show a failing run before its losses or images do."""
-    logs = {f"{term}_delta_rms": delta.square().mean().sqrt() for term, delta in deltas.items()}
-    if "ca" in deltas and "dm" in deltas:
-        logs["ca_dm_cosine"] = F.cosine_similarity(deltas["ca"].flatten(1), deltas["dm"].flatten(1)).mean()
-    if x0 is not None:
-        logs |= {"x0_mean": x0.mean(), "x0_std": x0.std()}
-    logs["nonfinite_deltas"] = cast(Tensor, sum((~delta.isfinite()).sum() for delta in deltas.values())).float()
-    return logs

@@ -15,8 +15,8 @@ from torch import Tensor
 from cdm_lightning.core.flow import denoise, per_sample
 from cdm_lightning.kinds import Count, Positive, ShareBelowOne
 from cdm_lightning.objectives.base import RolledOutSample
-from cdm_lightning.objectives.cdm import _Look
 from cdm_lightning.objectives.dmd2 import DMD2Objective
+from cdm_lightning.objectives.looks import Look
 
 Divergence = Literal[
     "reverse_kl", "forward_kl", "jensen_shannon", "softened_reverse_kl", "squared_hellinger", "jeffreys", "neyman"
@@ -87,7 +87,7 @@ class FDistillObjective(DMD2Objective):
         object.__setattr__(self, "means", _Means([1.0] * self.ratio_bands, typical))
 
     def _differences(
-        self, sample: RolledOutSample, looks: dict[str, _Look], teacher: dict[str, Tensor]
+        self, sample: RolledOutSample, looks: dict[str, Look], teacher: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the teacher's x0 minus the fake score's (B, *) for each loss term, and figures for `observe`.
 

@@ -16,8 +16,9 @@ from cdm_lightning.core.flow import interpolate, per_sample
 from cdm_lightning.core.losses import flow_matching_loss
 from cdm_lightning.kinds import ShareBelowOne
 from cdm_lightning.objectives.base import RolledOutSample
-from cdm_lightning.objectives.cdm import TermWeight, _Look
+from cdm_lightning.objectives.cdm import TermWeight
 from cdm_lightning.objectives.level_aware import FakeScoreConditioning, LevelAwareObjective
+from cdm_lightning.objectives.looks import Look
 
 Segments = Literal["own", "to_noise"]
 FakeScoreTarget = Literal["prediction", "state"]
@@ -79,12 +80,12 @@ class TDMObjective(LevelAwareObjective):
         """
         return self.guidance_scale
 
-    def _look(self, term: str, x0: Tensor, seen: Tensor, sample: RolledOutSample) -> _Look:
+    def _look(self, term: str, x0: Tensor, seen: Tensor, sample: RolledOutSample) -> Look:
         """Return the inputs of a loss term. For DM, x is the state that the step with the prediction x0 reaches, noised further."""
         if term != "dm":
             return super()._look(term, x0, seen, sample)
         noised = self._noised(sample, x0.detach(), "dm")
-        return _Look(x0, seen, noised.x, noised.sigma)
+        return Look(x0, seen, noised.x, noised.sigma)
 
     def _fit(self, sample: RolledOutSample, x0: Tensor, seen: Tensor, purpose: str) -> Tensor:
         """Return the fake score's loss (0-d) on the state that the step with the prediction x0 reaches, noised further."""

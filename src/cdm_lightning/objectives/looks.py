@@ -1,0 +1,57 @@
+"""The inputs of teacher and fake score for the terms of distribution matching, and their results.
+
+Shapes: B samples of shape * = (C, H, W).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cdm_lightning.core.flow import VelocityField, denoise, evaluate_together
+
+
+@dataclass(frozen=True)
+class Look:
+    """The inputs of one loss term: the student's prediction, and the noised sample that teacher and fake score see."""
+
+    x0: Tensor  # (B, *), the student's prediction, with gradient
+    seen: Tensor  # (B,), the sigma at which the student made the prediction
+    x: Tensor  # (B, *), the prediction, noised again
+    sigma: Tensor  # (B,), the sigma of x
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The results of teacher and fake score for each loss term: x0 predictions and directions (B, *), and figures for the log
+    (0-d).
+    """
+
+    teacher: dict[str, Tensor]
+    without_text: dict[str, Tensor]  # the teacher's x0 without text, for CA and other terms with guidance
+    directions: dict[str, Tensor]  # T(c) - F(c), for all terms but CA
+    figures: dict[str, Tensor]
+
+
+def predict_together(calls: Sequence[tuple[VelocityField, Look]]) -> list[Tensor]:
+    """Return the x0 prediction (B, *), in float32, for each pair of a field and its inputs.
+
+    Fields that can be evaluated in one batch share a network call.
+    """
+    velocities = evaluate_together([(velocity_field, look.x, look.sigma) for velocity_field, look in calls])
+    return [denoise(look.x, v.float(), look.sigma) for v, (_, look) in zip(velocities, calls)]
+
+
+@torch.no_grad()
+def health(deltas: dict[str, Tensor], x0: Tensor | None) -> dict[str, Tensor]:
+    """Return figures for the log that show a failing run before its losses or images do."""
+    logs = {f"{term}_delta_rms": delta.square().mean().sqrt() for term, delta in deltas.items()}
+    if "ca" in deltas and "dm" in deltas:
+        logs["ca_dm_cosine"] = F.cosine_similarity(deltas["ca"].flatten(1), deltas["dm"].flatten(1)).mean()
+    if x0 is not None:
+        logs |= {"x0_mean": x0.mean(), "x0_std": x0.std()}
+    logs["nonfinite_deltas"] = cast(Tensor, sum((~delta.isfinite()).sum() for delta in deltas.values())).float()
+    return logs
