@@ -44,7 +44,7 @@ class TextCache(Protocol):
     """The text conditioning of prompts that was encoded earlier and stored on disk (`data.text_cache.StoredText`)."""
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Return the conditioning of B prompts. Raises `UserError` for a prompt that is not in the cache."""
+        """Return the text conditioning of B prompts. Raises `UserError` for a prompt that is not in the cache."""
 
     def to(self, device: torch.device) -> None:
         """Set the device of all conditioning that is returned from now on."""
@@ -54,7 +54,7 @@ class TextMemory(Protocol):
     """The text conditioning of prompts, kept in memory after it is encoded (`data.text_memory.RememberedText`)."""
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Return the conditioning of B prompts."""
+        """Return the text conditioning of B prompts."""
 
     def forget(self) -> None:
         """Drop everything that is kept. The next call encodes it again."""

@@ -207,7 +207,7 @@ def parameters_of(target: str | None) -> Mapping[str, inspect.Parameter]:
 
 
 def answer_questions(config_name: str) -> None:
-    """Print Hydra's help or the configuration and exit, if the command line asks for it (`--help`, `--cfg`).
+    """Print the answer and exit, if the command line asks for Hydra's help (`--help`) or for the configuration (`--cfg`).
 
     Call this before slow imports such as torch, so that the answer comes at once.
     """

@@ -1,7 +1,7 @@
-"""The check of configuration values by the annotations of the constructors that receive them, before anything is built.
+"""The check that each value in a configuration fits the constructor that receives it, before anything is built.
 
-pydantic checks single values (`cdm_lightning.kinds`). The annotations of other libraries say nothing about ranges, so
-`config.libraries` lists ranges for their classes.
+pydantic checks values by the annotations of the constructor's parameters (`cdm_lightning.kinds`). The annotations of other
+libraries have no ranges, so `config.libraries` lists ranges for their classes.
 """
 
 import copy

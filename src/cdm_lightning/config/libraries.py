@@ -1,7 +1,7 @@
 """The allowed values for options of other libraries' classes, and Lightning's options that must not be set.
 
-The libraries' own annotations have no ranges. Some options of Lightning's trainer are replaced by other options here. With the
-former, the trainer would fail, ignore them, or change which prompts a run sees, so the message names the latter.
+The libraries' own annotations have no ranges. Some options of Lightning's trainer must not be set, because the trainer would
+fail, ignore them, or change which prompts a run sees. For each of them, the message names the option to use instead.
 """
 
 from types import NoneType

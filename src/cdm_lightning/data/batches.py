@@ -75,7 +75,10 @@ class Drawn(NamedTuple):
 
 
 class DrawnPrompts(Dataset):
-    """A data set that is indexed by `Draw` and returns `Drawn`. With `images`, it also loads each prompt's real image."""
+    """A data set of prompts. Its index is a `Draw`, a request for one prompt, and it returns a `Drawn`, the prompt itself.
+
+    With `images`, it also loads each prompt's real image.
+    """
 
     def __init__(self, prompts: "Prompts", images: bool = False) -> None:
         self.prompts, self.images = prompts, images

@@ -46,7 +46,7 @@ class LineFiles:
                         yield number * FILE + offset, self._checked(text, path, line)
                     self._states[number].require(file.fileno(), path)  # else it is still being written
             except OSError as error:
-                raise UserError(f"{path}: cannot read the prompt file ({error.strerror})") from error
+                raise UserError(f"{path}: cannot read the prompt file ({error.strerror}); correct the path") from error
 
     def read(self, position: int) -> str:
         """Return the text at a position that `scan` yielded. Raises `UserError` if the file has changed since then."""
@@ -59,7 +59,7 @@ class LineFiles:
                 if number in self._states:
                     self._states[number].require(file.fileno(), path)
         except OSError as error:
-            raise UserError(f"{path}: cannot read the prompt file ({error.strerror})") from error
+            raise UserError(f"{path}: cannot read the prompt file ({error.strerror}); correct the path") from error
         return self._parse(self._pieces(line)[0] if line else line)
 
     def place(self, position: int) -> str:
@@ -76,14 +76,16 @@ class LineFiles:
         while line := file.readline(LONGEST_LINE):
             if len(line) == LONGEST_LINE:
                 raise UserError(
-                    f"{path}, line {number + 1}: longer than {LONGEST_LINE:,} characters; write one prompt on each line"
+                    f"{path}, line {number + 1}: the line has over {LONGEST_LINE:,} characters; write one prompt on each line"
                 )
             for piece in self._pieces(line):
                 number += 1
                 try:
                     size = len(piece) if piece.isascii() else len(piece.encode())
                 except UnicodeEncodeError as error:
-                    raise UserError(f"{path}, line {number}: the prompt file is not UTF-8; convert it first") from error
+                    raise UserError(
+                        f"{path}, line {number}: the prompt file is not UTF-8; convert it to UTF-8"
+                    ) from error
                 yield offset, piece
                 offset += size
 

@@ -107,7 +107,9 @@ class MixedOrder:
         return self._starts[source] + self._orders[source](turn)
 
     def source_at(self, position: int) -> tuple[int, int]:
-        """Return the number of the source that gives the prompt at `position`, and the position in this source's own order."""
+        """Return the number of the source that gives the prompt at `position`, and the prompt's position in the source's own
+        order.
+        """
         block, place = divmod(position, self._ends[-1])
         if block != self._block:
             self._block, self._slots = block, permutation(self._ends[-1], self.seed, "prompt_mixture", block)

@@ -44,7 +44,7 @@ class Counts:
 
     @property
     def left_out(self) -> str:
-        """A text about the texts that were left out, such as "3 blank, 1 over 10,000 characters". It is "" if there are none."""
+        """The numbers of texts that were left out, such as "3 blank, 1 over 10,000 characters". It is "" if there are none."""
         over = f"over {self.max_characters:,} characters"
         named = ((self.blank, "blank"), (self.overlong, over), (self.repeated, "repeated"))
         return ", ".join(f"{count:,} {name}" for count, name in named if count)

@@ -106,7 +106,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def require_fingerprint(folder: Path, manifest: Manifest, fingerprint: Mapping[str, str]) -> None:
-    """Raise `UserError` unless the cache was made by text encoders with this `fingerprint`, which those of the run have.
+    """Raise `UserError` unless the text encoders of this run made the cache. `fingerprint` is that of these text encoders.
 
     The message lists the differences.
     """

@@ -58,8 +58,8 @@ def watch(silent: bool = False) -> bool:
     Returns False, and does nothing, if this process has the handlers already or if this is not the main thread. SIGHUP stays
     ignored if it was ignored before, for example by `nohup`.
 
-    With `silent`, a signal prints a line only in training. The processes of a launcher are silent: the launcher prints the line
-    itself, and it also sends SIGTERM when another process has failed, which nobody asked for.
+    With `silent`, a signal prints a line only in training. Use it for processes that a launcher started. The launcher prints
+    the line itself, and when one process fails, it sends SIGTERM to the others, for which no line must be printed.
     """
     if _state.process == os.getpid() or threading.current_thread() is not threading.main_thread():
         return False

@@ -138,8 +138,8 @@ class LadderEvaluation:
     ) -> LadderResult:
         """Measure all samplers with the networks {"student": ..., "teacher": ...}, on their device.
 
-        Networks compute in `compute_dtype`. With `silent`, no progress is shown. Samplers in `known` are not run again; for
-        example, these are the teacher's from an earlier run of the same evaluation. Raises the errors of `check`.
+        Networks compute in `compute_dtype`. With `silent`, no progress is shown. Samplers in `known` are not run again, such as
+        those of the teacher after an earlier run of the same evaluation. Raises the errors of `check`.
         """
         self.check(metrics)
         progress = Progress("reading reference images", self._total_calls(metrics), silent=silent)

@@ -215,7 +215,7 @@ class MetricSuite:
     def scores(self, samplers: Mapping[str, Collected]) -> list[dict[str, str | int | float]]:
         """Return a row for each sampler and prompt with the scores of its image, by metric.
 
-        Two runs can be compared prompt by prompt with it.
+        The rows allow a comparison of two runs prompt by prompt.
         """
         rows: list[dict[str, str | int | float]] = []
         for sampler, collected in samplers.items():
