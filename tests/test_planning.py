@@ -272,11 +272,15 @@ PLAIN = "compute.gradient_checkpointing=false"
         pytest.param("sd3", [CHECKPOINTED], marks=pytest.mark.slow),
         pytest.param("larger_sd3", [PLAIN], marks=pytest.mark.slow),
         pytest.param("larger_sd3", [CHECKPOINTED], marks=pytest.mark.slow),
-        ("larger_sd3", ["compute.gradient_checkpointing=0.5", "compute.recompute_attention=false"]),
+        pytest.param(
+            "larger_sd3",
+            ["compute.gradient_checkpointing=0.5", "compute.recompute_attention=false"],
+            marks=pytest.mark.slow,
+        ),
         ("sd3", [PLAIN, "lora=lora", "lora.student.rank=8", "lora.fake_score.rank=8"]),
-        ("sd3", [PLAIN, "objective=dmd"]),
+        pytest.param("sd3", [PLAIN, "objective=dmd"], marks=pytest.mark.slow),
         pytest.param("larger_sd3", [PLAIN, "compute.accumulate=2"], marks=pytest.mark.slow),
-        ("longcat", [PLAIN]),
+        pytest.param("longcat", [PLAIN], marks=pytest.mark.slow),
         ("longcat", [CHECKPOINTED]),
     ],
 )
@@ -330,7 +334,15 @@ ADAPTED = (CHECKPOINTED, "lora=lora", "lora.student.rank=8", "lora.fake_score.ra
 
 
 @pytest.mark.parametrize(
-    ("name", "form"), [*((name, (PLAIN,)) for name in OTHERS), ("dmd2", ADAPTED), ("level_aware", ADAPTED)]
+    ("name", "form"),
+    [
+        ("adaptive", (PLAIN,)),
+        ("dmd2", (PLAIN,)),
+        ("level_aware", ADAPTED),
+        pytest.param("consistency", (PLAIN,), marks=pytest.mark.slow),
+        pytest.param("level_aware", (PLAIN,), marks=pytest.mark.slow),
+        pytest.param("dmd2", ADAPTED, marks=pytest.mark.slow),
+    ],
 )
 def test_an_objective_that_the_planner_does_not_know_is_planned_as_well(
     name: str, form: tuple[str, ...], tiny_folder, tmp_path: Path, monkeypatch
