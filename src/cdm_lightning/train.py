@@ -229,7 +229,7 @@ def find_beginning(
 def local_folders(backbone: Backbone) -> dict[str, Path]:
     """Return {"backbone.pretrained": folder of the pretrained pipeline on this machine}, or {} without a pipeline.
 
-    `inputs_of` needs it, because the option may be a hub id whose pipeline was downloaded to that folder.
+    `inputs_of` needs the folder, because `backbone.pretrained` may be a hub id whose pipeline was downloaded.
     """
     folder = getattr(backbone, "folder", None)
     return {"backbone.pretrained": folder} if isinstance(folder, Path) else {}

@@ -69,8 +69,7 @@ class LadderReport(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
         """Evaluate, export and report, after all checkpoints have been written.
 
-        Every process makes all images, because processes that hold shards of one network must all call it. The first process
-        reports.
+        Every process makes all images, because only all processes together can call a sharded network. The first process reports.
         """
         run, backbone, network = Run(Path(trainer.default_root_dir)), pl_module.backbone, pl_module.evaluated_network
         if from_first(self._is_done(run, pl_module)):

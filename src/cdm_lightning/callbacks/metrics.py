@@ -40,7 +40,7 @@ class ValidationMetrics(L.Callback):
             self.metrics.check_prompts(data.val, data.val_prompts)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Clear the previous validation and prepare the metrics. The first time, they read their reference images."""
+        """Clear the previous validation and prepare the metrics. At the first validation the metrics read their reference images."""
         self._collected = {}
         if not trainer.sanity_checking:
             self.metrics.prepare(pl_module.device)

@@ -40,9 +40,10 @@ def require_readable(objective: "Objective") -> None:
 
 
 def restore_objective(objective: "Objective", state: Mapping[str, Any]) -> str | None:
-    """Load the objective's own state from `state`, which is a checkpoint's `trainer_state`. Returns None.
+    """Load the objective's own state from `state`, which is the `trainer_state` of a checkpoint.
 
-    If another class of objective wrote it, nothing is loaded, and a text that says so is returned.
+    If another class of objective wrote the state, nothing is loaded. The function then returns a text that says so, otherwise
+    None.
     """
     stored, name = state.get("objective"), class_of(objective)  # older versions did not store it
     if not stored:

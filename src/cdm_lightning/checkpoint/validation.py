@@ -28,7 +28,7 @@ def is_due(trainer: L.Trainer, start: StoredCheckpoint) -> bool:
 def make_up_validation(
     trainer: L.Trainer, module: "CDMModule", start: StoredCheckpoint, say: Callable[[str], None]
 ) -> None:
-    """Run the validation of the iteration of `start` now if it was due but not finished, as Lightning's loop runs it.
+    """Run the validation at the iteration of `start` if it was due but not finished. It runs as in Lightning's loop.
 
     A checkpoint is written before the validation, so a run that is killed between the two misses the validation.
     """

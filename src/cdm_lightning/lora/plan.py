@@ -56,7 +56,7 @@ class Adapter:
     def endings(self, presets: Presets) -> tuple[str, ...]:
         """Return the endings of the target layers' names: those of the preset `targets`, or the list `targets` itself.
 
-        Raises UserError if `targets` is no preset in `presets`.
+        Raises UserError if `targets` is a name that `presets` does not have.
         """
         if not isinstance(self.targets, str):
             return tuple(self.targets)
@@ -108,6 +108,6 @@ class LoRAPlan:
         return f"+lora({', '.join(parts)})" if parts else ""
 
     def check(self, presets: Presets) -> None:
-        """Raise UserError if an adapter's `targets` is a name that is no preset in `presets` (`Backbone.lora_targets`)."""
+        """Raise UserError if an adapter's `targets` is a name that `presets` (`Backbone.lora_targets`) does not have."""
         for adapter in self._adapters.values():
             adapter.endings(presets)

@@ -81,7 +81,7 @@ class FDistillObjective(DMD2Objective):
         if not 0 < self.ratio_low < self.ratio_high or self.ratio_bands < 1 or not 0 <= self.ratio_decay < 1:
             raise ValueError(
                 f"ratio_low={self.ratio_low} must be above 0 and below ratio_high={self.ratio_high}, ratio_bands="
-                f"{self.ratio_bands} at least 1, and ratio_decay={self.ratio_decay} at least 0 and below 1"
+                f"{self.ratio_bands} must be at least 1, and ratio_decay={self.ratio_decay} must be at least 0 and below 1"
             )
         typical = float(divergence_weight(self.divergence, torch.ones((), device="cpu")))
         object.__setattr__(self, "means", _Means([1.0] * self.ratio_bands, typical))

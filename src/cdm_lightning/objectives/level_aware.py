@@ -112,7 +112,10 @@ class LevelAwareObjective(CDMObjective):
             yield TermLosses(loss, {"off_trajectory": loss})
 
     def fake_score(self, sample: RolledOutSample, seen: Tensor) -> VelocityField:
-        """Return the fake score's velocity field, told that the student predicted x0 at sigma `seen` (B,)."""
+        """Return the fake score's velocity field, for x0 that the student predicted at sigma `seen` (B,).
+
+        The field is told `seen` and the number of steps, as `fake_score_conditioning` says.
+        """
         fake_score = super().fake_score(sample, seen)
         if self.fake_score_conditioning == "none":
             return fake_score

@@ -48,8 +48,7 @@ count_attention()
 class Timeline:
     """The bytes that some code holds at each moment t: fixed[t] + B sample[t] for a batch of B samples.
 
-    gradient[t] is the part of fixed[t] that gradients take. There is one moment, with an entry in all three, whenever the bytes
-    grow.
+    gradient[t] is the part of fixed[t] that gradients take. All three have an entry for each moment at which the bytes grow.
     """
 
     fixed: tuple[float, ...]

@@ -116,7 +116,7 @@ def mean_length(schedule: SigmaSchedule) -> float:
 
 
 def optimizer_bytes(recipe: OptimizerRecipe) -> tuple[float, float]:
-    """Return two numbers of bytes for each trained weight: the optimizer's state, and its copies during a step.
+    """Return the bytes of an optimizer for each trained weight: the bytes of its state, and of its copies during a step.
 
     The state is measured by a step on a small weight. By default torch's optimizers update all weights on a GPU together
     (`foreach`), which takes one more float32 copy of them.

@@ -2,7 +2,7 @@
 
 Images have 32 x 32 pixels, latents have 4 channels of 16 x 16, and the transformer reads them as 16 patches. The CLIP encoders
 read 12 tokens. The T5 has no positions (its bias table stays zero), so that all padding tokens have the same embedding. Therefore
-`backbones.compact_text` can replace them by one.
+`backbones.compact_text` can replace all padding tokens by a single one.
 """
 
 import json
