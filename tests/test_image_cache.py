@@ -75,7 +75,7 @@ def test_a_damaged_file_is_written_again(tmp_path, damage) -> None:
 def test_a_folder_that_cannot_be_written_costs_one_warning(tmp_path) -> None:
     (tmp_path / "file").write_text("in the way")
     cache = stored(tmp_path / "file", Codec())
-    with pytest.warns(UserWarning, match="latents cannot be kept") as told:
+    with pytest.warns(UserWarning, match="cannot be written") as told:
         latents = cache.encode(IMAGES)
     assert torch.equal(latents, Codec()(IMAGES))
     assert len(told) == 1

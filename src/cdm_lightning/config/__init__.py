@@ -251,10 +251,10 @@ def run_cli(task: Callable[[DictConfig], object], config_name: str, until: str =
 
 @contextmanager
 def command(until: str) -> Generator[None]:
-    """Run a command other than training inside the block, so that mistakes and signals end it in one line.
+    """Run a command other than training inside the block. A mistake or a signal ends it with one line.
 
-    A user's mistake and an error of the disk exit with status 2. A signal that asks the process to stop exits with status 75
-    (`ends.signals`); `until` completes the message "SIGNAL: stopped ...", for example "before the picture was written".
+    A user's mistake and a disk error exit with status 2. A signal that asks the process to stop exits with status 75
+    (`ends.signals`). `until` completes the message "SIGNAL: stopped ...", for example "before the picture was written".
     """
     mask_output()
     with signals.watched(), tolerant_streams():

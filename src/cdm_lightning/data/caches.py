@@ -1,4 +1,4 @@
-"""What a run takes from caches instead of computing it: the text of its prompts, and the latents of its real images."""
+"""Connecting a run to its caches: the text conditioning of its prompts, and the latents of its real images."""
 
 from collections.abc import Sequence
 
@@ -14,10 +14,12 @@ from cdm_lightning.data.text_memory import RememberedText
 def use_text_cache(
     settings: TextCacheSettings, backbone: Backbone, data: PromptDataModule, callbacks: Sequence[L.Callback]
 ) -> None:
-    """Give the backbone the text cache in `settings.folder`. Without a folder it keeps the conditioning of some prompts in memory.
+    """Let `backbone` take the text conditioning of prompts from the cache in `settings.folder`.
 
-    Their number is at most `remember_up_to`. `callbacks` are searched for prompts of which they make images. Raises `UserError`
-    if the cache was made with other text encoders or lacks a prompt.
+    Without a folder, the conditioning of the run's prompts is kept in memory, if there are at most `remember_up_to` of them.
+    The prompts are those of `data`, and those for which `callbacks` make images.
+
+    Raises `UserError` if other text encoders made the cache, or if it lacks a prompt.
     """
     generated = {type(callback).__name__: callback.prompts for callback in callbacks if hasattr(callback, "prompts")}
     sets = {"training": data.train, "validation": data.val, **generated}
@@ -32,7 +34,10 @@ def use_text_cache(
 
 
 def use_image_cache(settings: ImageCacheSettings, backbone: Backbone) -> None:
-    """Let the backbone keep the latents of real images in `settings.folder`, and take them from there; None: it encodes them always."""
+    """Let `backbone` take the latents of real images from the cache in `settings.folder`, and add new ones to it.
+
+    Without a folder, every image is encoded each time.
+    """
     if settings.folder is not None:
         stored = StoredLatents(settings.folder, settings.dtype, codec_of(backbone), backbone.encode_images)
         backbone.encode_images = stored.encode  # the instance attribute hides the method of the class
@@ -41,7 +46,7 @@ def use_image_cache(settings: ImageCacheSettings, backbone: Backbone) -> None:
 def codec_of(backbone: Backbone) -> str:
     """Return a text that identifies the image codec: the backbone's class, and for a pipeline a hash of the codec's files.
 
-    Raises UserError if there are no such files.
+    Raises `UserError` if there are no such files.
     """
     from cdm_lightning.backbones.pipeline_folder import hash_part  # imports diffusers, which takes seconds
     from cdm_lightning.backbones.pipeline_settings import PipelineSettings

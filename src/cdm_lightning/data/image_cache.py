@@ -1,9 +1,9 @@
-"""Latents of real images, kept on the disk: each image is encoded once, the first time that it is used.
+"""A cache of the latents of real images on disk. Each image is encoded only once, when it is first used.
 
-    DIR/AB/ABCD....safetensors   "latent" (C, h, w), with its check sum; the name is a hash of the image codec and of the pixels
+    DIR/AB/ABCD....safetensors   "latent" (C, h, w), with its checksum; the name is a hash of the image codec and of the pixels
 
-The pixels decide, at 8 bits as in image files, so an image that was changed is encoded again, and one at another size too. Several
-processes and runs may share a folder.
+The hash is taken of the 8-bit pixels. An image that was changed, or that has another size, is therefore encoded again. Several
+processes and runs can share a folder.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ LATENT, CHECK = "latent", "crc32"
 
 @dataclass(frozen=True)
 class ImageCacheSettings:
-    """The options `image_cache.*`: the folder in which latents of real images are kept (None: nowhere), and their dtype there."""
+    """The options `image_cache.*`: the `folder` of the cache (None: no cache), and the `dtype` in which latents are stored."""
 
     folder: FolderToWrite | None = None
     dtype: DtypeName = "float32"
@@ -39,11 +39,11 @@ class ImageCacheSettings:
 
 
 class StoredLatents:
-    """Encodes images into latents, and keeps the latents in `folder`.
+    """An encoder of images into latents that stores the latents in `folder`.
 
-    `encode` is `Backbone.encode_images`, and `fingerprint` identifies the image codec. Images are encoded one by one, so that a
-    latent does not depend on the batch. A file that is damaged is written again. A folder that cannot be written, because the disk
-    is full for example, costs one warning and the time of encoding.
+    `encode` is `Backbone.encode_images`. `fingerprint` identifies the image codec. Images are encoded one at a time, so that a
+    latent does not depend on the batch. A damaged file is written again. If the folder cannot be written, for example because
+    the disk is full, there is one warning, and images are encoded each time.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class StoredLatents:
         self._told = False
 
     def encode(self, images: Tensor) -> Tensor:
-        """Return the clean latents (B, C, h, w), float32, of images (B, 3, H, W) in [0, 1], on the images' device."""
+        """Return the clean latents (B, C, h, w) in float32 of images (B, 3, H, W) in [0, 1], on the images' device."""
         pixels = (images.detach().float() * 255).round().to(torch.uint8).cpu()
         rows = [self._row(image, eight_bit) for image, eight_bit in zip(images, pixels)]
         return torch.stack(rows).to(images.device, torch.float32)
@@ -67,13 +67,13 @@ class StoredLatents:
         return latent
 
     def path_of(self, pixels: Tensor) -> Path:
-        """Return the file of an image, by its 8-bit pixels (3, H, W)."""
+        """Return the path of the file for an image with these 8-bit pixels (3, H, W)."""
         about = f"{self.fingerprint} {self.dtype} {tuple(pixels.shape)} "
         name = hashlib.blake2b(about.encode() + pixels.numpy().tobytes(), digest_size=16).hexdigest()
         return self.folder / name[:2] / f"{name}.safetensors"
 
     def _read(self, path: Path) -> Tensor | None:
-        """Return a stored latent; None if there is none, or if its file is damaged."""
+        """Return a stored latent, or None if its file does not exist or is damaged."""
         try:
             with safe_open(path, "pt") as file:
                 latent, check = file.get_tensor(LATENT), (file.metadata() or {}).get(CHECK)
@@ -89,7 +89,10 @@ class StoredLatents:
         except (OSError, SafetensorError) as error:
             if not self._told:
                 why = first_line(error)
-                warnings.warn(f"image_cache.folder={self.folder}: latents cannot be kept ({why})", stacklevel=2)
+                warnings.warn(
+                    f"image_cache.folder={self.folder} cannot be written ({why}); images are encoded each time",
+                    stacklevel=2,
+                )
             self._told = True
 
 

@@ -54,7 +54,7 @@ class OpenClipModel(nn.Module):
         return self.embed_images(images)
 
     def embed_images(self, images: Tensor) -> Tensor:
-        """Return what `encode_images` returns; gradients flow from the embeddings to the images."""
+        """Return the embeddings of `encode_images`, but let gradients flow back to the images."""
         images = images.to(self.device, torch.float32)
         for transform in self.geometry:
             images = transform(images)

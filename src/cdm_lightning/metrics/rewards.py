@@ -1,4 +1,4 @@
-"""Scorers of images that gradients flow through, for the reward term of objectives (`objectives.reward`)."""
+"""Differentiable scores of images, for the reward term of objectives (`objectives.reward`)."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from cdm_lightning.metrics.open_clip_model import OpenClipModel
 
 
 class CLIPReward:
-    """The cosine similarity of image and prompt in the embedding of a CLIP model; for the arguments see `OpenClipModel`.
+    """The cosine similarity of image and prompt in the embedding of a CLIP model. `OpenClipModel` describes the arguments.
 
     Raises `UserError` if the model or its weights are missing or cannot be loaded.
     """
@@ -19,7 +19,10 @@ class CLIPReward:
         self.model = OpenClipModel(model, pretrained)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the similarities (B,) in [-1, 1] of images (B, 3, H, W) in [0, 1] and their prompts; images keep their gradients."""
+        """Return the similarities (B,) in [-1, 1] of images (B, 3, H, W) in [0, 1] and their prompts.
+
+        Gradients flow back to the images.
+        """
         if self.model.device != images.device:
             self.model.to(images.device)
         return F.cosine_similarity(self.model.embed_images(images), self.model.encode_texts(prompts))
