@@ -59,8 +59,9 @@ class CDMObjective(Objective):
       "next"    the x0 prediction that the rollout made at the anchor;
       "final"   the end of the rollout.
 
-    `first_step` lets the student's first steps follow the teacher, for diversity, and `reward` adds the gradient of a scorer of
-    images (None: off). Raises ValueError for an unknown choice, a number out of its range, and three weights of 0 at the start.
+    `first_step` adds a loss that makes the student's first steps follow the teacher, for diversity. `reward` adds a loss from a
+    scorer of images. Both are off if None. Raises ValueError for an unknown choice, for a number out of its range, and if all
+    three weights are 0 at the start.
     """
 
     ca_weight: TermWeight = 1.0

@@ -1,7 +1,8 @@
-"""A first step that follows the teacher, so that students keep the teacher's diversity (DP-DMD, arXiv:2602.03139).
+"""A loss that makes the student's first step follow the teacher, to keep the teacher's diversity (DP-DMD, arXiv:2602.03139).
 
-Distribution matching lets different noises lead to the same image. The first step of a student decides what an image will show;
-here it learns to lead where some steps of the teacher lead from the same noise. Shapes: B samples of shape * = (C, H, W).
+With distribution matching, different noises may lead to the same image. The first step of a student decides what an image will
+show. Here it learns to lead from a noise in the direction in which some steps of the teacher lead from the same noise. Shapes: B
+samples of shape * = (C, H, W).
 """
 
 from dataclasses import dataclass
@@ -19,13 +20,16 @@ from cdm_lightning.objectives.base import RolledOutSample, TermLosses
 
 @dataclass(frozen=True)
 class FirstStepAnchor:
-    """The squared distance of the student's first velocity to the straight line to where the teacher gets, times `weight`.
+    """A loss that ties the student's first velocity to the teacher's first steps from the same noise.
 
-    The teacher makes the first `followed` of `teacher_steps` steps from the noise of each sample's rollout, with its guidance
-    `guidance_scale` (1: none), to a state z at sigma s. The student's velocity at the noise learns (noise - z) / (1 - s). With
-    `alone`, as in DP-DMD, the terms CA and DM do not act on first steps, except in rollouts of a single step. It costs `followed`
-    calls of the teacher, twice as many with guidance, and a forward and backward pass of the student in each update of the student.
-    The defaults are those of the authors' code for SD3.5-Medium. Raises ValueError for more steps followed than made.
+    The teacher makes the first `followed` of `teacher_steps` steps from the noise of each sample's rollout, to a state z at sigma
+    s. Its guidance scale is `guidance_scale`; 1 means no guidance. The student's velocity at the noise learns (noise - z) / (1 -
+    s), by the mean squared error times `weight`. With `alone`, as in DP-DMD, the CA and DM terms do not act on first steps;
+    rollouts of a single step keep them.
+
+    Each student update then costs `followed` calls of the teacher (twice as many with guidance), and a forward and a backward
+    pass of the student. The defaults are those of the authors' code for SD3.5-Medium. Raises ValueError if `followed` is above
+    `teacher_steps`.
     """
 
     weight: Weight = 0.05
@@ -41,7 +45,7 @@ class FirstStepAnchor:
             )
 
     def loss(self, sample: RolledOutSample) -> TermLosses:
-        """Return the weighted loss of the student's first steps."""
+        """Return the weighted mean squared error of the student's velocity at the noise."""
         fields = sample.fields
         noise = sample.rng.normal("rollout.noise", sample.latent_shape)
         target = self._target(sample, noise)
@@ -59,7 +63,10 @@ class FirstStepAnchor:
         return (noise - state).float() / (1 - sigmas[-1])
 
     def kept(self, sample: RolledOutSample, seen: Tensor, direction: Tensor) -> Tensor:
-        """Return a term's direction (B, *) for predictions made at sigma `seen` (B,): 0 for first steps if they are `alone`."""
+        """Return a loss term's direction (B, *) for predictions at sigma `seen` (B,), set to 0 for first steps if `alone`.
+
+        Rollouts of a single step keep the direction.
+        """
         if not self.alone or sample.steps == 1:
             return direction
         return direction * per_sample((seen < 1).to(direction.dtype), direction)

@@ -1,4 +1,4 @@
-"""The inputs of teacher and fake score for the terms of distribution matching, and their results.
+"""The inputs and results of teacher and fake score for the terms of distribution matching.
 
 Shapes: B samples of shape * = (C, H, W).
 """

@@ -1,4 +1,4 @@
-"""A reward: the student's clean predictions are decoded, and a differentiable scorer says how good the images are."""
+"""A reward: a differentiable scorer says how good the student's images are, and the student learns to raise the score."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,22 +16,25 @@ class Scorer(Protocol):
     """The interface of a scorer, such as `metrics.rewards.CLIPReward`."""
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the scores (B,), higher for better images, of images (B, 3, H, W) in [0, 1] of B prompts; with gradients."""
+        """Return the scores (B,) of images (B, 3, H, W) in [0, 1] for B prompts; higher scores mean better images.
+
+        The scores have gradients with respect to the images.
+        """
 
 
 @dataclass(frozen=True)
 class Reward:
-    """Minus the mean score of the student's predictions at the anchors, times `weight`.
+    """A loss that is minus the mean score of the student's x0 predictions, times `weight`.
 
-    The predictions are decoded one by one, and the activations of the image codec and of the scorer are computed again in the
-    backward pass, so that the memory is that of one image whatever the batch.
+    The predictions are those at a random step of each rollout. They are decoded one by one. The backward pass recomputes the
+    activations of the image codec and the scorer, so that memory holds those of one image only.
     """
 
     scorer: Scorer
     weight: Weight = 1.0
 
     def loss(self, sample: RolledOutSample, x0: Tensor) -> TermLosses:
-        """Return the weighted loss for the student's predictions x0 (B, *), and the mean score as a figure."""
+        """Return the weighted loss for the student's predictions x0 (B, *), with the mean score as a figure for the log."""
         decode = sample.decode
 
         def score(latent: Tensor, prompt: str) -> Tensor:
