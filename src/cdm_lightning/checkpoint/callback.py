@@ -32,13 +32,14 @@ if TYPE_CHECKING:
 class IterationCheckpoint(Checkpoint):
     """Save a run to `folder` every `every` iterations, at the last iteration, and when a signal stops the run.
 
-    - Kept are the newest `keep` checkpoints (None: all), and the one with the smallest (`best_is="min"`) or largest ("max")
-      value of the validation metric `best`.
+    - The newest `keep` checkpoints are kept (None: all). The checkpoint with the smallest (`best_is="min"`) or largest
+      ("max") value of the validation metric `best` is kept too.
     - A run resumes from the newest undamaged checkpoint in `folder`. If there is none, it starts from the checkpoint
-      `begin_with` of another run, if that is set. A validation that was due there but not done is done first.
+      `begin_with` of another run, if that is set. If the validation of the checkpoint's iteration is missing, it is run
+      first.
     - `UserError` stops the run if weights are not finite (they are not saved), or if `max_skipped` updates of a network in a
       row were skipped because of non-finite gradients (None: never).
-    - If the disk fails, the run continues, except at the last iteration.
+    - If the disk fails, the run continues; at the last iteration it ends with `UserError`.
     - If an error comes between two iterations of a run with one process, the run is saved before it ends.
     """
 

@@ -54,8 +54,8 @@ class LevelAwareObjective(CDMObjective):
       "sigma_and_steps"  that sigma, and 1 / K for a rollout of K steps.
     These inputs have no effect at the start of training. They are learnt together with the fake score's weights or LoRA.
 
-    The fake score learns from x0 predictions at the rollout's anchor (its randomly drawn step) and from x0 predictions off the
-    trajectory, at the input of the CDM term (`cdm_input`, `target_levels`). The two losses have the weights 1 -
+    The fake score has two losses. The first is on x0 predictions at the rollout's anchor (its randomly drawn step). The second is
+    on x0 predictions off the trajectory, at the input of the CDM term (`cdm_input`, `target_levels`). Their weights are 1 -
     `off_trajectory_share` and `off_trajectory_share`. The second loss costs a call of the student without gradient, and a forward
     and a backward pass of the fake score. Only every `off_trajectory_every`-th update of the fake score has it; the other updates
     use the first loss only.

@@ -146,7 +146,7 @@ def _states_kept(module: CDMModule, sample: Sample) -> list[Tensor]:
 
 
 def blank_sample(module: CDMModule, networks: Networks, iteration: int) -> Sample:
-    """Return a sample of `PROBE` prompts for the networks, as in training but on tensors without contents."""
+    """Return a sample of `PROBE` prompts as in training, but with tensors that have shapes and no contents."""
     backbone, rng = module.backbone, BlankRandom(PROBE)
     text, no_text = backbone.blank_conditioning(PROBE), repeat_rows(backbone.blank_conditioning(1), PROBE)
     return Sample(

@@ -239,7 +239,7 @@ def bind_networks(
 
 
 def trained_parameters(networks: Networks) -> dict[str, list[nn.Parameter]]:
-    """Return the trainable parameters of each trained network, by role. Raises UserError if a role has none."""
+    """Return the trainable parameters of each trained network, by role. Raises UserError if all weights of a network are frozen."""
     found = {role: trainable(network) for role, network in networks.trained.items()}
     if frozen := [role for role, parameters in found.items() if not parameters]:
         raise UserError(
