@@ -42,14 +42,12 @@ class _AlongTheODE(Objective):
 
     @property
     def rollout(self) -> RolloutKind:
-        """Rollouts to a randomly drawn step ("to_anchor") if the points come from them; none ("none") if they come from real
-        images.
-        """
+        """Rollouts to a randomly drawn step ("to_anchor") with `start="student"`; no rollouts ("none") with `start="data"`."""
         return "to_anchor" if self.start == "student" else "none"
 
     @property
     def needs_latents(self) -> bool:
-        """Whether the points come from real images."""
+        """Whether the loss uses latents of real images: only with `start="data"`."""
         return self.start == "data"
 
     @property
@@ -58,7 +56,7 @@ class _AlongTheODE(Objective):
         return 1
 
     def updates(self, iteration: int) -> list[Update]:
-        """Return the update of the student."""
+        """Return the student's update, which is made in every iteration."""
         return [Update("student", self.student_losses)]
 
     @abstractmethod

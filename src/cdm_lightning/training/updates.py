@@ -1,4 +1,4 @@
-"""The optimizer steps of all trained networks: losses in parts, gradient clipping, and skipping of non-finite gradients."""
+"""The optimizer steps of all trained networks: losses in parts, gradient clipping, and skipped steps for non-finite gradients."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
