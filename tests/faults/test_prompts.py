@@ -62,7 +62,7 @@ def test_line_ends_of_json_objects_are_those_that_no_json_text_can_hold(tmp_path
 
 def test_a_line_without_end_is_refused_without_reading_it_whole(tmp_path, monkeypatch):
     monkeypatch.setattr("cdm_lightning.data.lines.LONGEST_LINE", 1000)
-    with pytest.raises(UserError, match=r"a.txt, line 2: longer than 1,000 characters"):
+    with pytest.raises(UserError, match=r"a.txt, line 2: the line has over 1,000 characters"):
         PromptFile(write(tmp_path, "a.txt", "fine\n" + "x" * 1000))
 
 
