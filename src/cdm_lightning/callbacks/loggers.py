@@ -115,7 +115,7 @@ class CSVLogger(library.CSVLogger):
 
 
 class WholeRows(ExperimentWriter):
-    """Writes the rows of a CSV file. Rows that cannot be written are kept and written with the next ones."""
+    """Writes the rows of a CSV file. If the disk refuses rows, they are kept and written with the next ones."""
 
     def save(self) -> None:
         """Write all rows that have not been written yet. Raises OSError and keeps the rows if the disk fails."""

@@ -94,7 +94,7 @@ def _from_shipped(backbone: PipelineBackbone) -> FrozenParts:
 def count_parameters(folder: Path) -> int:
     """Count the parameters in the safetensors files of a folder, from the headers of the files.
 
-    Second copies in half precision (`.fp16.`, `.bf16.`) are left out. Raises UserError if there are no such files.
+    Second copies in half precision (`.fp16.`, `.bf16.`) are left out. Raises UserError if there are no safetensors files.
     """
     total = 0
     for file in sorted(folder.glob("*.safetensors")):

@@ -92,8 +92,8 @@ class Rollouts(ABC):
     def bound(self, batch: PromptBatch, iteration: int) -> list[Sample]:
         """Return a `Sample` without a rollout for each part of the batch: networks with text, random numbers and image size.
 
-        The samples have latents of real images if the objective needs them. Raises UserError if it does and the batch has no
-        images.
+        If the objective needs latents of real images, the samples have them. Raises UserError if the batch has no images for
+        them.
         """
         samples = []
         for part in batch.split(self.accumulate):
