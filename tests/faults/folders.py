@@ -303,9 +303,9 @@ def _files_of_runs() -> list[str]:
 
 
 def _hostile(place: str, node: dict[str, Any]) -> breaking.Break:
-    def rewrite(run: Path) -> None:
-        path = run / "config.yaml"
-        config = yaml.safe_load(path.read_text())
+    """Put the node into the run's configuration, and into the copies of it in the run's checkpoints."""
+
+    def put(config: dict[str, Any]) -> dict[str, Any]:
         *way, last = place.split(".")
         inside = config
         for step in way:
@@ -313,7 +313,16 @@ def _hostile(place: str, node: dict[str, Any]) -> breaking.Break:
                 inside[step] = {}
             inside = inside[step]
         inside[last] = node
-        path.write_text(yaml.safe_dump(config))
+        return config
+
+    def rewrite(run: Path) -> None:
+        path = run / "config.yaml"
+        path.write_text(yaml.safe_dump(put(yaml.safe_load(path.read_text()))))
+        copies = list(run.glob("checkpoints/*/run.json"))
+        assert copies
+        for copy in copies:
+            about = json.loads(copy.read_text())
+            copy.write_text(json.dumps(about | {"config": put(about["config"])}))
 
     return rewrite
 

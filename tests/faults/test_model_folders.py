@@ -112,6 +112,8 @@ def test_settings_that_are_no_object_name_their_file(folder, file, text):
         ("transformer/config.json", "num_attention_heads", 0),
         ("transformer/config.json", "attention_head_dim", [16]),
         ("transformer/config.json", "sample_size", "large"),
+        ("transformer/config.json", "sample_size", -1),
+        ("transformer/config.json", "pos_embed_max_size", 0),
         ("transformer/config.json", "joint_attention_dim", {}),
         ("vae/config.json", "block_out_channels", 8),
         ("vae/config.json", "block_out_channels", []),

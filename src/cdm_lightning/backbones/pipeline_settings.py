@@ -17,7 +17,7 @@ from cdm_lightning.backbones.lora_file import locate_lora
 from cdm_lightning.backbones.pipeline_folder import codec_class, loading, locate_pipeline, require_buildable
 from cdm_lightning.backbones.plain_scheduler import OF_TRAINING, of_training, require_known_shift
 from cdm_lightning.backbones.settings_file import read_settings
-from cdm_lightning.backbones.whole_folder import require_numbers, require_sizes
+from cdm_lightning.backbones.whole_folder import constructor_defaults, require_numbers, require_sizes, sizes_in
 from cdm_lightning.errors import UserError
 from cdm_lightning.kinds import DtypeName, FileOrFolder, Model, Pixels, Revision, Scale, Tokens
 
@@ -52,12 +52,6 @@ class shared_property:
 
     def __set__(self, backbone: Any, value: Any) -> None:
         backbone.shared[self.name] = value
-
-
-def constructor_defaults(network: type[Any]) -> dict[str, Any]:
-    """Return {argument: default} for the arguments of a class's constructor that have a default."""
-    parameters = inspect.signature(network.__init__).parameters.values()
-    return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
 
 
 @dataclass(eq=False)
@@ -125,6 +119,7 @@ class PipelineSettings(Backbone):
         """The arguments of the transformer's constructor, from its config.json. Raises `UserError` if they are wrong."""
         config, file = self._config("transformer"), self.folder / "transformer" / "config.json"
         require_buildable(self.transformer_class, config, file)
+        require_sizes(sizes_in(config, self.transformer_class), file)
         self.network_config = config  # for the sizes that follow from it
         self._require_sizes(file, "latent_channels", "patch", "feature_width", "time_embedding_width")
         return config

@@ -3,6 +3,7 @@
 The libraries would fill gaps silently. For example, transformers makes an empty tokenizer if the vocabulary is missing.
 """
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,21 @@ def require_sizes(sizes: Mapping[str, Any], file: Path) -> None:
     wrong = [name for name, size in sizes.items() if not isinstance(size, int) or isinstance(size, bool) or size < 1]
     if wrong:
         raise UserError(f"{file}: {wrong[0]}={sizes[wrong[0]]!r} must be a whole number of at least 1; {AGAIN}")
+
+
+def constructor_defaults(network: type[Any]) -> dict[str, Any]:
+    """Return {argument: default} for the arguments of a class's constructor that have a default."""
+    parameters = inspect.signature(network.__init__).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
+
+
+def sizes_in(config: Mapping[str, Any], network: type[Any]) -> dict[str, Any]:
+    """Return the arguments in `config` that are sizes: those whose default is a positive whole number.
+
+    Numbers of layers are left out, because they may be 0.
+    """
+    sizes = {name for name, value in constructor_defaults(network).items() if type(value) is int and value > 0}
+    return {name: value for name, value in config.items() if name in sizes and "layers" not in name}
 
 
 def pairs_of(parts: Sequence[str]) -> list[tuple[str, str]]:
