@@ -144,6 +144,20 @@ def test_a_run_goes_on_from_the_one_before_and_says_so(finished, template, toy_r
     assert left == {".lock", older.name, newest.name, "unused_iteration_0000010"}
 
 
+def test_files_with_the_names_of_folders_are_in_nobodys_way(finished, toy_run):
+    names = (
+        ".saving_iteration_0000007",
+        ".saving_iteration_0000012",
+        ".removing_iteration_0000005",
+        "iteration_0000012",
+    )
+    for name in names:
+        (finished / "checkpoints" / name).touch()
+    assert toy_run("trainer.max_steps=12", "checkpoint.every=5", "checkpoint.keep=1").iteration == 12
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == [".lock", "iteration_0000012"]
+    assert (finished / "checkpoints/iteration_0000012").is_dir()
+
+
 def test_nothing_but_damaged_checkpoints_is_refused(finished, toy_run):
     for path in checkpoints_in(finished / "checkpoints"):
         flip_a_bit(path / SHARD)

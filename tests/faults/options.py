@@ -281,7 +281,8 @@ def _of_leaf(base: str, key: str, value: Any) -> Iterator[Case]:
 
 def _values(key: str, value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Senseless values of an option, and values at the edge of sense."""
-    named = SENSELESS.get(key.rpartition(".")[2], ())
+    group, _, name = key.rpartition(".")
+    named = SENSELESS.get("decay" if group.endswith("levels") and name in ("low", "high") else name, ())  # sigmas
     if isinstance(value, bool):
         return WRONG_FOR_TRUTHS, EDGES_FOR_TRUTHS
     if isinstance(value, int | float):

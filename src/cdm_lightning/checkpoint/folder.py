@@ -11,6 +11,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import cast
 
@@ -56,7 +57,7 @@ def begin(folder: Path, iteration: int) -> Path:
     Raises OSError if it cannot be made.
     """
     temporary = temporary_path(folder, iteration)
-    shutil.rmtree(temporary, ignore_errors=True)
+    _delete(temporary)
     temporary.mkdir(parents=True)
     return temporary
 
@@ -93,9 +94,9 @@ def write_synced(path: Path, content: bytes) -> dict[str, int]:
 def remove(path: Path) -> None:
     """Delete a checkpoint. It gets a temporary name first, so that a half-deleted folder is never read as a checkpoint."""
     doomed = path.with_name(REMOVING + path.name)
-    shutil.rmtree(doomed, ignore_errors=True)
+    _delete(doomed)
     os.rename(path, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    _delete(doomed)
 
 
 def sweep(folder: Path) -> list[str]:
@@ -104,14 +105,23 @@ def sweep(folder: Path) -> list[str]:
         return []
     left = [path for path in folder.iterdir() if path.name.startswith((SAVING, REMOVING))]
     for path in left:
-        shutil.rmtree(path, ignore_errors=True)
+        _delete(path)
     return sorted(path.name for path in left)
+
+
+def _delete(path: Path) -> None:
+    """Delete a folder as far as that is possible, or a file or link that has the name of one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def set_aside(path: Path) -> Path:
     """Rename a checkpoint to unused_..., so that no run finds it any more. Return the new path."""
     target = path.with_name(UNUSED + path.name)
-    shutil.rmtree(target, ignore_errors=True)
+    _delete(target)
     os.rename(path, target)
     return target
 

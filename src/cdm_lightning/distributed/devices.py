@@ -13,6 +13,8 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
+        device = torch.empty(1, device=name)
+        device.tolist()  # a device such as "meta" has no values
+        return device.device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA raises AssertionError
         raise UserError(f"--device {name} cannot be used here; pass cpu, or cuda where torch finds a GPU") from error
