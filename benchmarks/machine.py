@@ -33,9 +33,9 @@ def seconds_of(work: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-def matrix_ceiling(device: str, dtype: torch.dtype, repeats: int = 5) -> float:
-    """The most FLOP/s that a square matrix product reaches here: the best of some repeats."""
-    side = 8192 if device.startswith("cuda") else 1024
+def matrix_ceiling(device: str, dtype: torch.dtype, repeats: int = 5, side: int | None = None) -> float:
+    """The most FLOP/s that a square matrix product of some side reaches here: the best of some repeats."""
+    side = side or (8192 if device.startswith("cuda") else 1024)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     a @ b
     times = 10 if device.startswith("cuda") else 2

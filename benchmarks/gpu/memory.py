@@ -3,6 +3,7 @@
 from collections.abc import Generator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -122,10 +123,10 @@ def _codec(name: str, device: str) -> tuple[nn.Module, tuple[int, ...]]:
     from cdm_lightning.config import asset_path
 
     if name == "tiny":
-        config = json.loads((asset_path("tiny_sd3") / "vae" / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((Path(asset_path("tiny_sd3")) / "vae" / "config.json").read_text(encoding="utf-8"))
         arguments, kind, latent = {k: v for k, v in config.items() if not k.startswith("_")}, AutoencoderKL, (16, 16)
     else:
-        file = asset_path("architectures") / f"{name}.json"
+        file = Path(asset_path("architectures")) / f"{name}.json"
         arguments = json.loads(file.read_text(encoding="utf-8"))["vae"]
         kinds = {"sana": (AutoencoderDC, (32, 32)), "qwen_image": (AutoencoderKLQwenImage, (1, 128, 128))}
         kind, latent = kinds.get(name, (AutoencoderKL, (128, 128)))

@@ -37,7 +37,7 @@ def _commands(
     sizes = [(one.name, chosen) for one in networks for chosen in one.sizes(device)]
     plans, peak = Plans(sizes), peak_of(record.facts["hardware"])
     try:
-        ceiling = kernels.ceiling(record, device, peak)
+        ceiling = kernels.ceiling(record, device, size, peak)
         if backend is None:
             kernels.attentions(record, device, size)
         for one in networks:

@@ -25,6 +25,7 @@ from cdm_lightning.evaluation.samplers import SamplerSpec, generate_all
 from cdm_lightning.kinds import ComputeDtype, Name, Seed
 from cdm_lightning.lora.plan import LoRAPlan
 from cdm_lightning.objectives.base import Objective, Sample, Update, VelocityFields
+from cdm_lightning.training.attention import attention_by
 from cdm_lightning.training.compute import Compute
 from cdm_lightning.training.ema import EMA
 from cdm_lightning.training.networks import Networks, bind_networks, trained_parameters
@@ -95,6 +96,12 @@ class CDMModule(L.LightningModule):
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Run one iteration: the student's rollout, followed by the objective's updates in their order."""
+        with attention_by(self.compute.attention):
+            self._train(batch)
+        self.iteration += 1
+        self._log_figures()
+
+    def _train(self, batch: PromptBatch) -> None:
         samples = self.rollouts.samples(batch, self.iteration)
         steps = steps_of(self.objective, self.iteration, self.groups.of(self.iteration))
         for left, (update, repeat) in zip(reversed(range(len(steps))), steps):
@@ -104,8 +111,6 @@ class CDMModule(L.LightningModule):
         if self.ema.is_on and "student" in self.updated_roles:
             self.ema.follow(self.networks.average["student_ema"], self.networks.student, self.ema_updates)
             self.ema_updates += 1
-        self.iteration += 1
-        self._log_figures()
 
     def _make(self, update: Update, samples: Sequence[Sample], counts: bool) -> None:
         """Make one optimizer step and its merge. `counts` is True for the last step of an iteration, which Lightning counts."""
@@ -248,7 +253,8 @@ class CDMModule(L.LightningModule):
         prompts and no images; it only makes the number of network calls equal in all processes.
         """
         networks = {"student": self.evaluated_network, "teacher": self.networks.teacher}
-        images = generate_all(self.samplers, self.backbone, networks, batch, self.seed, self.compute_dtype)
+        with attention_by(self.compute.attention):
+            images = generate_all(self.samplers, self.backbone, networks, batch, self.seed, self.compute_dtype)
         if PADDING in batch.indices:
             return {"prompts": [], "indices": batch.indices[:0], "images": {}}
         return {"prompts": batch.prompts, "indices": batch.indices, "images": images}

@@ -67,6 +67,7 @@ def sample_images(
     height: int | None = None,
     width: int | None = None,
     dtype: str = "float32",
+    attention: str | None = None,
 ) -> "Samples":
     """Generate an image for each of N prompts with `model`: a run, a checkpoint, an export, a pipeline folder or a hub id.
 
@@ -75,12 +76,13 @@ def sample_images(
     - `height`, `width`: pixels; by default those of the model.
     - `guidance_scale`: 1 or less means no guidance.
     - `device`: "auto" (CUDA if available) or a device of torch. `dtype`: "float32" or "bfloat16", for the network.
+    - `attention`: the kernel that computes attention (`training.attention`); None is torch's choice.
 
     The text encoders are freed before the network is loaded. Raises UserError for a model that is no run and no pipeline of a
     known family. Also raises it for a size that the model cannot make, and for a device or dtype that cannot be used.
     """
     opened = open_sized(model, lora, height, width, steps)
-    images = list(sampled(opened, prompts, guidance_scale, seed, batch_size, device, dtype))
+    images = list(sampled(opened, prompts, guidance_scale, seed, batch_size, device, dtype, attention))
     import torch
 
     return Samples(torch.cat(images), opened[2])
@@ -94,12 +96,15 @@ def sampled(
     batch_size: int,
     device: str,
     dtype: str = "float32",
+    attention: str | None = None,
 ) -> "Iterator[Tensor]":
     """Yield the images (B, 3, H, W) of each batch of prompts, on the CPU. `opened` is the result of `open_sized`."""
     from cdm_lightning.distributed.devices import choose_device
     from cdm_lightning.evaluation.samplers import SamplerSpec, encode_ahead, generate
     from cdm_lightning.module import COMPUTE_DTYPES
+    from cdm_lightning.training.attention import attention_by, check_attention
 
+    check_attention(attention, "--attention")
     if dtype not in COMPUTE_DTYPES:
         raise UserError(f"--dtype {dtype} must be one of {', '.join(COMPUTE_DTYPES)}")
     backbone, build_network, steps = opened
@@ -111,7 +116,9 @@ def sampled(
     for start in range(0, len(prompts), batch_size):
         numbers = range(start, min(start + batch_size, len(prompts)))
         part = [prompts[number] for number in numbers]
-        yield generate(backbone, network, spec, part, numbers, seed, batch_size, COMPUTE_DTYPES[dtype])
+        with attention_by(attention):
+            images = generate(backbone, network, spec, part, numbers, seed, batch_size, COMPUTE_DTYPES[dtype])
+        yield images
 
 
 def open_sized(model: str, lora: str | None, height: int | None, width: int | None, steps: int | None) -> "Opened":
@@ -222,6 +229,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--dtype", default="float32", metavar="D", help="of the network: float32 or bfloat16 (half the memory)"
     )
+    what = "the kernel of attention: math, flash, efficient, cudnn, flash3 or flash4 (default: torch's choice)"
+    made.add_argument("--attention", type=kinds["name"], metavar="NAME", help=what)
     return made
 
 
@@ -236,7 +245,7 @@ def run(options: argparse.Namespace) -> Path:
         raise UserError(f"--output={output} is a folder; pass the name of a picture, or FOLDER/ for one file per image")
     check_output(output / "00000.png" if is_folder else output)
     opened = open_sized(options.model, options.lora, options.height, options.width, options.steps)
-    numbers = options.seed, options.batch_size, options.device, options.dtype
+    numbers = options.seed, options.batch_size, options.device, options.dtype, options.attention
     images = sampled(opened, prompts, options.guidance_scale, *numbers)
     from cdm_lightning.evaluation.pictures import draw_grid, require_one_picture, to_picture
 

@@ -61,6 +61,17 @@ def test_options_compute_what_a_cpu_does(options, short_run, device):
     assert ours == pytest.approx(figures(short_run("sd3", "cpu", FLOAT32, *options, folder="cpu")), rel=2e-3)
 
 
+@pytest.mark.parametrize("kernel", ["flash", "efficient", "cudnn"])
+@pytest.mark.parametrize("name", ["sd3", "longcat", "flux_dev", "qwen_image", "z_image", "sana"])
+def test_a_kernel_of_attention_computes_what_the_definition_says(name, kernel, short_run, device):
+    """In float32 flash attention and cuDNN leave the calls to another kernel; in bfloat16 they make them."""
+    for dtype, tolerance in ((FLOAT32, 2e-3), (BFLOAT16, 0.1)):
+        ours = figures(short_run(name, device, dtype, f"compute.attention={kernel}", folder=f"{kernel}_{dtype[-2:]}"))
+        exact = figures(short_run(name, device, dtype, "compute.attention=math", folder=f"math_{dtype[-2:]}"))
+        losses = [key for key in ours if key.endswith("loss")]
+        assert [ours[key] for key in losses] == pytest.approx([exact[key] for key in losses], rel=tolerance)
+
+
 @pytest.fixture
 def no_process_group() -> Iterator[None]:
     """Ends the process group that a run in shards leaves."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from cdm_lightning.errors import UserError
 from cdm_lightning.kinds import Choice, Count, Pixels, Share
+from cdm_lightning.training.attention import check_attention
 from cdm_lightning.training.gradient_checkpointing import Recomputation
 
 SMALLEST_TILE = 64  # pixels; a tile must be several latents wide
@@ -21,6 +22,8 @@ class Compute:
     - `rollouts_together`: the largest number of iterations whose rollouts are computed as one batch, while the student stays the same.
     - `decode_tile`: images with a side above this number of pixels are decoded in tiles of this size, which saves memory in
       validation; null means never.
+    - `attention`: the kernel that computes attention where it can: "math", "flash", "efficient", "cudnn", or "flash3" and "flash4"
+      where these packages are installed; null is torch's choice (`training.attention`).
 
     Raises UserError for a value out of its range.
     """
@@ -31,6 +34,7 @@ class Compute:
     compile_backend: Choice | None = None
     rollouts_together: Count = 2
     decode_tile: Pixels | None = None
+    attention: Choice | None = None
 
     def __post_init__(self) -> None:
         for name in ("accumulate", "rollouts_together"):
@@ -46,6 +50,7 @@ class Compute:
                     f"compute.compile_backend={self.compile_backend} is no backend of torch.compile; set one of "
                     f"{', '.join(known)}, or null"
                 )
+        check_attention(self.attention, "compute.attention")
         _ = self.recomputation
 
     @property
