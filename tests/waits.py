@@ -80,7 +80,7 @@ class _Devices(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is DEVICE_OF:
+        if func == DEVICE_OF:  # a new object at each access
             return HERE if self.waits.holds(args[0]) else torch.device("cpu")
         out = func(*args, **kwargs)
         if HERE in (kwargs.get("device"), *args[1:2]) and isinstance(out, Tensor) and not self.waits.holds(out):
