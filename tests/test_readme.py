@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu_tables, step_time, study
+from benchmarks.gpu import __main__ as gpu
 from cdm_lightning import export, extract_lora, plan, sample
 from cdm_lightning.config import asset_path, compose
 
@@ -53,6 +54,8 @@ def test_commands_are_understood(command: str, tmp_path: Path) -> None:
             study.parser().parse_args(arguments)
         case "benchmarks.step_time":
             step_time.parser().parse_args(arguments)
+        case "benchmarks.gpu":
+            gpu.parser().parse_args(arguments)
         case "benchmarks.gpu_tables":
             gpu_tables.parser().parse_args(arguments)
         case _:
