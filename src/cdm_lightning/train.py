@@ -83,7 +83,7 @@ def train(config: DictConfig) -> TrainResult:
     check_config(config)
     require_name(str(config.run_name), "run_name")
     require_writable_folders(config)
-    run = Run.create(Path(config.output_dir))
+    run = Run.create(Path(str(config.output_dir)))
     with signals.watched(), only_process_in(run.folder, checkpoint_folder(run, plain(config))):
         signals.loading("before training")
         return train_in(run, config)

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from cdm_lightning import extract_lora, plan, sample
 from cdm_lightning.config import compose
 from cdm_lightning.config.arguments import alternatives, annotations_of, check_arguments
+from cdm_lightning.config.folders import folders_to_write, require_writable_folders
 from cdm_lightning.config.libraries import INSTEAD, OPTIONS
 from cdm_lightning.config.whole import OBJECTS, check_config
 from cdm_lightning.errors import UserError
@@ -349,3 +350,11 @@ def test_one_picture_has_an_end():
     require_one_picture(200, (32, 32))
     with pytest.raises(UserError, match=r"2,048 images are too many for one picture \(1,016 x 79,376 pixels"):
         require_one_picture(2048, (32, 32))
+
+
+def test_a_truth_value_as_a_folder_is_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = compose(["experiment=toy2d_cdm", "output_dir=true"])
+    check_config(config)
+    require_writable_folders(config)
+    assert ("checkpoint.folder", Path("True/checkpoints")) in folders_to_write(config, "", Path(str(config.output_dir)))

@@ -23,7 +23,7 @@ def require_writable_folders(config: DictConfig) -> None:
     themselves are not created. A full disk is not an error yet, because there may be space when the run saves.
     """
     tried: set[Path] = set()
-    for key, folder in folders_to_write(config, "", Path(config.output_dir)):
+    for key, folder in folders_to_write(config, "", Path(str(config.output_dir))):
         place = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
         if place in tried:
             continue

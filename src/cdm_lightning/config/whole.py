@@ -23,6 +23,7 @@ OBJECTS = (  # groups that describe one object
     "trainer",
     "strategy",
     "text_cache",
+    "image_cache",
     "checkpoint",
     "module",
 )

@@ -16,5 +16,5 @@ def choose_device(name: str) -> torch.device:
         device = torch.empty(1, device=name)
         device.tolist()  # a device such as "meta" has no values
         return device.device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA raises AssertionError
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
         raise UserError(f"--device {name} cannot be used here; pass cpu, or cuda where torch finds a GPU") from error
