@@ -239,7 +239,7 @@ def test_learning_rate_is_a_function_of_the_iteration():
     assert [rate.at(i) for i in (0, 1, 3, 4, 9)] == [0.5, 1.0, 2.0, 2.0, 2.0]
     assert [rate.at(i) for i in (10, 15, 19, 20, 30)] == pytest.approx([2.0, 1.0, 0.2, 0.0, 0.0])
     assert LearningRate(peak=2.0, warmup=0).at(10**6) == 2.0
-    with pytest.raises(UserError, match="needs a total"):
+    with pytest.raises(UserError, match=r"learning_rate.total=.* must be at least 1"):
         LearningRate(peak=1.0, decay_from=0.5)
 
 

@@ -142,9 +142,9 @@ def train_in(run: Run, config: DictConfig) -> TrainResult:
 
 
 def hidden_end(error: BaseException) -> Preempted | UserError | None:
-    """Return the exception that ended the training, if Lightning's clean-up failed after it with `error`.
+    """Return the `Preempted` or `UserError` that ended the training and that a later `error` hides. None if there is none.
 
-    It is a `Preempted` or a `UserError`. The clean-up fails, for example, if no data loader has delivered a batch yet.
+    `error` comes from Lightning's clean-up, which fails, for example, if no data loader has delivered a batch yet.
     """
     earlier = error.__context__
     while earlier is not None and not isinstance(earlier, (Preempted, UserError)):

@@ -53,7 +53,9 @@ class OwnInputs(nn.Module):
 
 
 def attach_inputs(network: nn.Module, time_embedding: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Give `network` additional inputs. `modules[NAME]` embeds the input NAME, from (B,) to (B, D).
+    """Give `network` additional inputs, which are added to its time embedding.
+
+    `modules[NAME]` embeds the input NAME, from (B,) to (B, D). Its result is added to the output of `time_embedding`.
 
     The modules become submodules of `network` and are trained with it, except for frozen parameters. `time_embedding` is a
     module of `network`, or of the base that a LoRA network shares.

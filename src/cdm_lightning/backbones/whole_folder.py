@@ -172,9 +172,10 @@ def constructor_defaults(network: type[Any]) -> dict[str, Any]:
 
 
 def sizes_in(config: Mapping[str, Any], network: type[Any]) -> dict[str, Any]:
-    """Return the arguments in `config` that are sizes: those whose default is a positive whole number.
+    """Return the arguments in `config` that are sizes, which must be at least 1.
 
-    Numbers of layers are left out, because they may be 0.
+    An argument is a size if its default in `network`'s constructor is a positive whole number. Numbers of layers are left out,
+    because 0 is allowed for them.
     """
     sizes = {name for name, value in constructor_defaults(network).items() if type(value) is int and value > 0}
     return {name: value for name, value in config.items() if name in sizes and "layers" not in name}

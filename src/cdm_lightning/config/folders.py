@@ -1,4 +1,4 @@
-"""A check at the start of a run that all folders are writable which the run will write to."""
+"""A check, at the start of a run, that every folder that the run will write to is writable."""
 
 import errno
 import tempfile

@@ -36,8 +36,8 @@ class LearningRate:
             )
         if self.decay_from < 1 and (self.total is None or self.total < 1):
             raise UserError(
-                f"optim.ROLE.learning_rate: total={self.total}, but decay_from={self.decay_from} needs a total of at least 1, "
-                "the iteration at which the rate reaches 0; set total, or decay_from=1"
+                f"optim.ROLE.learning_rate.total={self.total} must be at least 1 with decay_from={self.decay_from}: it is the "
+                "iteration at which the rate reaches 0; set it, or decay_from=1 for no decay"
             )
 
     def at(self, iteration: int) -> float:
