@@ -17,6 +17,7 @@ FLOAT32 = "module.compute_dtype=float32"
 BFLOAT16 = "module.compute_dtype=bfloat16"
 LORA = ("lora=lora", "lora.student.rank=2", "lora.fake_score.rank=2")
 WAITS_AN_ITERATION = 1  # in steady state: whether the gradients were finite
+CLOSE = 0.01  # relative, in float32; the student is moved along differences of predictions, which makes rounding larger
 VARIANTS = 40  # of compiled blocks, far below the limit
 
 
@@ -34,7 +35,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_computes_in_float32_what_a_cpu_does(name, short_run, device):
     ours = figures(short_run(name, device, FLOAT32, folder="device"))
-    assert ours == pytest.approx(figures(short_run(name, "cpu", FLOAT32, folder="cpu")), rel=2e-3)
+    assert ours == pytest.approx(figures(short_run(name, "cpu", FLOAT32, folder="cpu")), rel=CLOSE)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -58,14 +59,14 @@ def test_a_family_computes_in_bfloat16_nearly_that(name, short_run, device):
 )
 def test_options_compute_what_a_cpu_does(options, short_run, device):
     ours = figures(short_run("sd3", device, FLOAT32, *options, folder="device"))
-    assert ours == pytest.approx(figures(short_run("sd3", "cpu", FLOAT32, *options, folder="cpu")), rel=2e-3)
+    assert ours == pytest.approx(figures(short_run("sd3", "cpu", FLOAT32, *options, folder="cpu")), rel=CLOSE)
 
 
 @pytest.mark.parametrize("kernel", ["flash", "efficient", "cudnn"])
 @pytest.mark.parametrize("name", ["sd3", "longcat", "flux_dev", "qwen_image", "z_image", "sana"])
 def test_a_kernel_of_attention_computes_what_the_definition_says(name, kernel, short_run, device):
     """In float32 flash attention and cuDNN leave the calls to another kernel; in bfloat16 they make them."""
-    for dtype, tolerance in ((FLOAT32, 2e-3), (BFLOAT16, 0.1)):
+    for dtype, tolerance in ((FLOAT32, CLOSE), (BFLOAT16, 0.1)):
         ours = figures(short_run(name, device, dtype, f"compute.attention={kernel}", folder=f"{kernel}_{dtype[-2:]}"))
         exact = figures(short_run(name, device, dtype, "compute.attention=math", folder=f"math_{dtype[-2:]}"))
         losses = [key for key in ours if key.endswith("loss")]
@@ -91,13 +92,13 @@ def test_shards_on_one_device_compute_what_a_single_process_does(options, short_
     shards = short_run("sd3", device, FLOAT32, "strategy=fsdp2", "trainer.devices=1", *options, folder="shards")
     if device == "cuda":
         assert "nccl" in torch.distributed.get_backend_config()
-    assert figures(shards) == pytest.approx(single, rel=2e-3)
+    assert figures(shards) == pytest.approx(single, rel=CLOSE)
 
 
 def test_a_run_goes_on_where_it_was_saved(short_run, device):
-    whole = short_run("sd3", device, BFLOAT16, folder="whole")
-    short_run("sd3", device, BFLOAT16, "trainer.max_steps=2", "checkpoint.every=2", folder="parts")
-    parts = short_run("sd3", device, BFLOAT16, folder="parts")
+    whole = short_run("sd3", device, BFLOAT16, "trainer.max_steps=4", folder="whole")
+    short_run("sd3", device, BFLOAT16, "trainer.max_steps=2", folder="parts")
+    parts = short_run("sd3", device, BFLOAT16, "trainer.max_steps=4", folder="parts")
     assert parts.iteration == whole.iteration == 4
     expected, found = weights(whole.folder), weights(parts.folder)
     assert expected.keys() == found.keys()
@@ -115,9 +116,9 @@ def test_validation_makes_the_images_of_a_cpu(short_run, device, monkeypatch):
         return made
 
     monkeypatch.setattr(CDMModule, "validation_step", kept)
-    options = ("trainer.limit_val_batches=1", "trainer.val_check_interval=4", "data.val_prompts=2", FLOAT32)
-    for accelerator in (device, "cpu"):
-        short_run("sd3", accelerator, *options, folder=accelerator)
+    options = ("trainer.limit_val_batches=1", "trainer.val_check_interval=2", "data.val_prompts=2", FLOAT32)
+    for folder, accelerator in (("device", device), ("other", "cpu")):
+        short_run("sd3", accelerator, *options, folder=folder)
     ours, others = seen
     assert ours.keys() == others.keys() != set()
     for name, images in ours.items():
