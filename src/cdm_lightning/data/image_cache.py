@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cdm_lightning.data.text_shards import DTYPES
 from cdm_lightning.errors import UserError
-from cdm_lightning.files import first_line, replacing
+from cdm_lightning.files import first_line, replacing, require_regular
 from cdm_lightning.kinds import DtypeName, FolderToWrite
 
 LATENT, CHECK = "latent", "crc32"
@@ -75,7 +75,7 @@ class StoredLatents:
     def _read(self, path: Path) -> Tensor | None:
         """Return a stored latent, or None if its file does not exist or is damaged."""
         try:
-            with safe_open(path, "pt") as file:
+            with safe_open(require_regular(path), "pt") as file:
                 latent, check = file.get_tensor(LATENT), (file.metadata() or {}).get(CHECK)
         except (OSError, SafetensorError):
             return None
