@@ -28,7 +28,7 @@ from cdm_lightning.config import build, command, compose
 from cdm_lightning.config.whole import check_config
 from cdm_lightning.errors import UserError
 from cdm_lightning.files import write_text
-from cdm_lightning.kinds import FileOrFolder, Positive, PositiveShare, ShareBelowOne
+from cdm_lightning.kinds import FileOrFolder, ShareBelowOne, TeraFlops, Utilisation
 from cdm_lightning.kinds.command_line import argument as kind_of
 from cdm_lightning.terminal.quiet import quiet_libraries
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from cdm_lightning.planning.recipe import Recipe
     from cdm_lightning.planning.table import Plan
 
-KINDS = {"peak_tflops": Positive, "utilisation": PositiveShare, "reserve": ShareBelowOne, "json": FileOrFolder}
+KINDS = {"peak_tflops": TeraFlops, "utilisation": Utilisation, "reserve": ShareBelowOne, "json": FileOrFolder}
 STRATEGY_OF = {
     "data_parallel": "ddp",
     "fully_sharded": "fsdp2",

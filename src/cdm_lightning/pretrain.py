@@ -1,6 +1,8 @@
 """`python -m cdm_lightning.pretrain experiment=tiny_sd3_teacher`: train the bundled tiny pipeline and scorers from scratch."""
 
+import difflib
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -13,6 +15,7 @@ if __name__ == "__main__":  # before the imports below, because they take second
 
 from cdm_lightning.config import run_cli
 from cdm_lightning.config.arguments import check_arguments, check_value
+from cdm_lightning.config.origin import where_set
 from cdm_lightning.errors import UserError
 from cdm_lightning.files import replacing_folder
 from cdm_lightning.kinds import Count, FileOrFolder, FolderToWrite, Seed
@@ -80,6 +83,9 @@ def pretrain(cfg: DictConfig) -> Path:
 
 def check_options(cfg: DictConfig) -> None:
     """Raise UserError for the first option that is missing, unknown, or has a value that is not allowed."""
+    _require_known(cfg, (*TOP, *(key.partition(".")[0] for key in ARGUMENTS)), "")
+    if isinstance(recipes := cfg.get("recipe"), DictConfig):
+        _require_known(recipes, LEARNED, "recipe.")
     for key, kind in TOP.items():
         if key not in cfg:
             raise UserError(f"{key} is missing in the configuration; remove ~{key} from the command line")
@@ -90,6 +96,14 @@ def check_options(cfg: DictConfig) -> None:
             raise UserError(f"{key}={options} must be a mapping; see conf/experiment/tiny_sd3_teacher.yaml")
         options = cast(dict[str, Any], OmegaConf.to_container(options))
         check_arguments(OmegaConf.create({**options, "_target_": f"cdm_lightning.pretraining.{called}"}), key)
+
+
+def _require_known(node: DictConfig, known: Collection[str], prefix: str) -> None:
+    for key in map(str, node):
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"the options are: {', '.join(dict.fromkeys(known))}"
+            raise UserError(f"{prefix}{key} is no option of pretrain; {hint}{where_set(f'{prefix}{key}')}")
 
 
 def save_pipeline(pipeline, folder: Path) -> None:

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -13,7 +14,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from cdm_lightning import extract_lora, plan, sample
+from cdm_lightning import extract_lora, plan, pretrain, sample
 from cdm_lightning.config import compose
 from cdm_lightning.config.arguments import alternatives, annotations_of, check_arguments
 from cdm_lightning.config.folders import folders_to_write, require_writable_folders
@@ -332,8 +333,15 @@ def test_arguments_of_commands(command, arguments, line, capsys):
 @pytest.mark.parametrize(
     ("argument", "line"),
     [
-        ("utilisation=2", "must be a number above 0 and at most 1"),
-        ("peak_tflops=nan", "must be a number above 0"),
+        ("utilisation=2", "must be a number of at least 0.0001 and at most 1"),
+        ("utilisation=1e-300", "must be a number of at least 0.0001 and at most 1"),
+        ("peak_tflops=nan", "must be a number of at least 0.001"),
+        ("peak_tflops=1e-12", "must be a number of at least 0.001"),
+        ("peak_tflops=1e300", "must be a number of at least 0.001 and at most 1e6"),
+        (f"gpus={'9' * 5000}x80", "gpus=9{60}: write COUNTxGB, for example"),
+        (f"gpus=1x{'9' * 400}", "with a whole COUNT of at most 100,000 and GB from 0.001 to 100,000"),
+        ("gpus=100001x80", "with a whole COUNT of at most 100,000"),
+        ("gpus=1x0.0001", "GB from 0.001"),
         ("reserve=1", "must be a number of at least 0 and below 1"),
         ("json=.", "is a folder"),
         ("json=", "it is empty"),
@@ -344,6 +352,21 @@ def test_arguments_of_commands(command, arguments, line, capsys):
 def test_arguments_of_the_planner(argument, line):
     with pytest.raises(UserError, match=line):
         plan.plan(["experiment=toy2d_cdm", "gpus=1x8", argument])
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("+foo=1", "foo is no option of pretrain; the options are: output, work_dir"),
+        ("+thread=1", "thread is no option of pretrain; did you mean threads?"),
+        ("+recipe.clap={lr: 1}", "recipe.clap is no option of pretrain; did you mean recipe.clip?"),
+        ("+vae.lr=1", "vae is no option of pretrain"),
+    ],
+)
+def test_unknown_options_of_pretrain(override, line):
+    with pytest.raises(UserError, match=re.escape(line)):
+        pretrain.check_options(compose(["stages=[]", override], "pretrain"))
+    pretrain.check_options(compose(["stages=[]"], "pretrain"))
 
 
 def test_one_picture_has_an_end():

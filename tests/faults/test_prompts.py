@@ -128,6 +128,21 @@ def test_known_formats_are_read_as_what_they_are(tmp_path):
         ("a.json", '["cut', "cannot be read as JSON"),
         ("a.jsonl", "[" * 100_000, "line 1: not a JSON object"),
         ("a.txt", '{"prompt": "a cat"}\n', "has a JSON object on each line; rename it to"),
+        ("a.txt", '["north", "east"]\n', "is a JSON list; rename it to *.json"),
+        ("a.txt", '[\n  "north",\n  "east"', "begins as JSON does"),
+        ("a.txt", '{\n "prompts": ["north"]\n}\n', "is a JSON object"),
+        ("a.txt", "{\\rtf1\\ansi a cat}\n", "is RTF; save it as plain text"),
+        ("a.txt", "<!DOCTYPE html>\n<p>a cat\n", "is HTML or XML"),
+        ("a.txt", "<ul class='x'>\n<li>a cat</li></ul>\n", "is HTML or XML"),
+        ("a.txt", "%PDF-1.4\n", "is PDF"),
+        ("a", "---\nprompts:\n- a cat\n", "is YAML"),
+        ("a.txt", "id,prompt\n1,a cat\n2,a dog, big\n", "is a table with the columns id, prompt; rename it to *.csv"),
+        ("a.txt", "1\ta cat\n2\ta dog\n", "rename it to *.tsv"),
+        ("a.txt", '"prompt"\na cat\n', "is a table with the column"),
+        ("a.csv", 'prompt\na cat\n"a dog\na bird\n', "line 3: a quotation mark is not closed"),
+        ("a.csv", 'n,prompt\n1,"a dog\n2,"a bird"\n', "line 2: a quotation mark is not closed, or text follows it"),
+        ("a.tsv", 'prompt\tn\n"a dog\t1\n', "line 2: a quotation mark is not closed"),
+        ("a.csv", "prompt,prompt\na,b\n", "several columns have the name 'prompt'"),
         ("a.yaml", "- a cat\n", ".yaml files cannot be read as prompts"),
         ("a.html", "<p>a cat", ".html files cannot be read as prompts"),
         ("a.txt.gz", b"\x1f\x8b", ".gz files cannot be read as prompts"),
@@ -141,6 +156,32 @@ def test_other_contents_are_refused_in_one_line(tmp_path, name, content, message
     assert message in str(error.value)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[a cat] in the rain\n[a dog]\n",
+        '["STOP"] on a sign\n',
+        "{a|b} cat\n",
+        "<cat-toy> on a beach\n",
+        "<3\na cat\n",
+        "portrait, oil painting, text\nlandscape, photo, night\n",
+        "1girl,solo\ncat,dog\n",
+        "- a cat\n- a dog\n",
+        'a sign, "text"\n"STOP", red\n',
+        "text\nname\n",
+    ],
+)
+def test_prompts_that_look_like_another_format_are_read(tmp_path, content):
+    assert texts(write(tmp_path, "a.txt", content)) == content.splitlines()
+
+
+def test_a_repeated_column_of_parquet(tmp_path):
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["prompt", "prompt"])
+    pyarrow.parquet.write_table(twice, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="several columns have the name 'prompt'; rename all but one"):
+        PromptFile(tmp_path / "a.parquet", cache_folder=tmp_path / "cache")
 
 
 def test_pipes_and_devices_are_refused_before_they_are_opened(tmp_path):

@@ -19,6 +19,7 @@ from cdm_lightning.files import first_line, replacing
 
 BATCH_ROWS = 10_000
 ReadTexts = Callable[[Sequence[Path], str, ModuleType], Iterator[list[str | None]]]  # (files, field, pyarrow) -> texts
+SEVERAL = "several columns have the name {field!r}; rename all but one of them"
 INSTALL = "pip install 'cdm-lightning[data]'"
 
 
@@ -97,7 +98,7 @@ def open_columns(
 
 
 def check_column(path: Path, field: str, pyarrow: ModuleType) -> None:
-    """Raise `UserError` if `path` is not a readable parquet file with a text column `field`."""
+    """Raise `UserError` if `path` is not a readable parquet file with exactly one column `field` of texts."""
     try:
         schema = pyarrow.parquet.read_schema(path)
     except (pyarrow.ArrowException, OSError) as error:
@@ -106,6 +107,8 @@ def check_column(path: Path, field: str, pyarrow: ModuleType) -> None:
         ) from error
     if field not in schema.names:
         raise UserError(f"{path}: no column {field!r}; set field to one of its columns: {', '.join(schema.names)}")
+    if schema.names.count(field) > 1:
+        raise UserError(f"{path}: {SEVERAL.format(field=field)}")
     kind = schema.field(field).type
     if pyarrow.types.is_dictionary(kind):
         kind = kind.value_type

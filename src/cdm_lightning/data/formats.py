@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from cdm_lightning.data.columns import open_columns, parquet_texts
+from cdm_lightning.data.columns import SEVERAL, open_columns, parquet_texts
+from cdm_lightning.data.content import require_closed_quotes, require_plain_text
 from cdm_lightning.data.lines import LineFiles, opened
 from cdm_lightning.data.selection import TextSource, flaw_of
 from cdm_lightning.errors import UserError
@@ -50,7 +51,7 @@ def open_files(path: Path, field: str | None, cache_folder: str | Path | None) -
                 f"{path}: a text file has no field {field!r}, because each line is a prompt; remove field={field}"
             )
         for file in files:
-            require_no_objects(file)
+            require_plain_text(file)
         return LineFiles(files)
     if kind == OBJECTS or (kind == LIST and all(map(holds_lines, files))):
         return LineFiles(files, field or FIELD)
@@ -93,18 +94,6 @@ def files_in(folder: Path) -> list[Path]:
     return files
 
 
-def require_no_objects(file: Path) -> None:
-    """Raise `UserError` if the first line of a text file is a JSON object, because the file then has the wrong ending."""
-    try:
-        with opened(file) as lines:
-            first = lines.readline(1 << 16)
-        found = json.loads(first) if first.lstrip("\ufeff ").startswith("{") else None
-    except (OSError, ValueError, RecursionError):
-        return
-    if isinstance(found, dict):
-        raise UserError(f"{file}: this text file has a JSON object on each line; rename it to *.jsonl")
-
-
 def holds_lines(file: Path) -> bool:
     """Return whether a *.json file has a JSON object on each line, like *.jsonl, instead of one list.
 
@@ -123,13 +112,15 @@ def delimited_texts(delimiter: str) -> Callable[[Sequence[Path], str, ModuleType
     """Return a function that reads CSV or TSV files for `open_columns`. `delimiter` separates the columns.
 
     The function takes (paths, field, pyarrow) and yields lists of the texts in column `field`. Column names stand in each
-    file's first line. It raises `UserError` for a file that is not a table or has no such column.
+    file's first line. It raises `UserError` for a file that is not a table, has an unclosed quotation mark, or does
+    not have exactly one such column.
     """
 
     def texts(paths: Sequence[Path], field: str, pyarrow: ModuleType) -> Iterator[list[str | None]]:
         from pyarrow import csv
 
         for path in paths:
+            require_closed_quotes(path, delimiter)
             try:
                 with csv.open_csv(
                     path,
@@ -140,6 +131,8 @@ def delimited_texts(delimiter: str) -> Callable[[Sequence[Path], str, ModuleType
                         raise UserError(
                             f"{path}: no column {field!r}; set field to one of its columns: {', '.join(table.schema.names)}"
                         )
+                    if table.schema.names.count(field) > 1:
+                        raise UserError(f"{path}: {SEVERAL.format(field=field)}")
                     for batch in table:
                         yield batch.column(table.schema.names.index(field)).to_pylist()
             except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:

@@ -8,6 +8,9 @@ from cdm_lightning.errors import UserError
 
 GIBIBYTE = 2**30
 NODE = 8  # GPUs in a node
+DIGITS = 9  # of a number in gpus=COUNTxGB
+MOST_GPUS = 100_000  # as kinds.Processes
+LEAST_MEMORY, MOST_MEMORY = 0.001, 100_000  # GB of one GPU
 STRATEGIES = ("single", "ddp", "fsdp2", "hsdp")
 
 
@@ -36,9 +39,12 @@ def read_gpus(text: str, reserve: float = 0.08) -> GPUs:
 
     Raises UserError for a text of another form, and for a `reserve` outside [0, 1).
     """
-    match = re.fullmatch(r"(\d+)x(\d+(?:\.\d+)?)", str(text).strip())
-    if not match or int(match[1]) < 1 or float(match[2]) <= 0:
-        raise UserError(f"gpus={text}: write COUNTxGB, for example gpus=1x24 or gpus=8x80")
+    match = re.fullmatch(rf"([0-9]{{1,{DIGITS}}})x([0-9]{{1,{DIGITS}}}(?:\.[0-9]{{1,{DIGITS}}})?)", str(text).strip())
+    if not match or not 1 <= int(match[1]) <= MOST_GPUS or not LEAST_MEMORY <= float(match[2]) <= MOST_MEMORY:
+        raise UserError(
+            f"gpus={str(text)[:60]}: write COUNTxGB, for example gpus=1x24 or gpus=8x80, with a whole COUNT of at most "
+            f"{MOST_GPUS:,} and GB from {LEAST_MEMORY} to {MOST_MEMORY:,}"
+        )
     if not 0 <= reserve < 1:
         raise UserError(
             f"reserve={reserve} must be at least 0 and below 1: the share of a GPU's memory that is kept free"
