@@ -4,6 +4,7 @@ import inspect
 import tomllib
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -112,15 +113,14 @@ def test_debug_and_logger_options_compose(tmp_path, debug, logger):
 
 def test_every_leaf_is_an_argument_of_its_class(tmp_path):
     """The keys of every `_target_` in every experiment and callback option are parameters that exist."""
-    choices = [f"experiment={name}" for name in DISTILLATIONS]
-    choices += [
-        f"{group}={name}"
-        for group in ("callbacks", "metric", "backbone", "data", "lora", "resolution", "ema", "compute", "validation")
-        for name in options(group)
-    ]
-    choices = [f"metric=[{choice.partition('=')[2]}]" if choice.startswith("metric=") else choice for choice in choices]
-    for override in choices:
-        config = OmegaConf.to_container(composed(tmp_path, override), resolve=False)
+    groups = ("callbacks", "metric", "backbone", "data", "lora", "resolution", "ema", "compute", "validation")
+    columns = [[f"{group}={f'[{name}]' if group == 'metric' else name}" for name in options(group)] for group in groups]
+    rows = [[f"experiment={name}"] for name in DISTILLATIONS]
+    rows += [
+        [choice for choice in row if choice] for row in zip_longest(*columns)
+    ]  # one option of each group at a time
+    for override in rows:
+        config = OmegaConf.to_container(composed(tmp_path, *override), resolve=False)
         found = targets({key: node for key, node in config.items() if key != "module"})
         assert found
         for node in found:

@@ -73,7 +73,9 @@ CASES += [(name, "lora", "sd3") for name in ("dmd2", "level_aware")]  # what the
 
 # These are made of the parts of others, which the quick tests run in full: their own long cases are for `make test-slow`.
 DERIVED = ("f_distill", "tdm")
-SHORT = {case for case in CASES if case[2] == "toy2d"} | {("dmd2", "full", "sd3"), ("level_aware", "lora", "sd3")}
+SHORT = {case for case in CASES if case[1:] == ("full", "toy2d")}
+SHORT |= {(name, "lora", "toy2d") for name in ("dmd2", "level_aware")}
+SHORT |= {("dmd2", "full", "sd3"), ("level_aware", "lora", "sd3")}
 
 
 def quick(cases: Iterable, is_quick: Callable[..., bool]) -> list:
@@ -83,10 +85,8 @@ def quick(cases: Iterable, is_quick: Callable[..., bool]) -> list:
 
 CASE = ("name", "kind", "family")
 each_objective = pytest.mark.parametrize("name", quick(zip(TRAINED), lambda name: name not in DERIVED))
-each_case = pytest.mark.parametrize(
-    CASE, quick(CASES, lambda name, _, family: name not in DERIVED or family == "toy2d")
-)
 each_case_in_time = pytest.mark.parametrize(CASE, quick(CASES, lambda *case: case in SHORT))
+each_exported = pytest.mark.parametrize("name", quick(zip(TRAINED), lambda name: name in ("dmd2", "level_aware")))
 each_case_on_two = pytest.mark.parametrize(CASE, quick(CASES, lambda *case: case in SHORT and case[0] not in DERIVED))
 
 Overrides = Callable[..., list[str]]  # (objective, family, kind) -> overrides without batch size and output folder
@@ -147,7 +147,7 @@ def untrained(overrides: Sequence[str], folder: Path) -> Networks:
 # ---- what each of them does
 
 
-@each_case
+@each_case_in_time
 def test_each_trains_to_its_end(overrides, straight, name, kind, family, tmp_path):
     result = straight(name, family, kind)
     assert result.iteration == LENGTH[family]
@@ -209,7 +209,7 @@ def test_each_on_two_processes_is_each_on_one(overrides, straight, name, kind, f
         assert furthest(other.folder, straight(name, family, kind).folder) > 50 * ROUNDING
 
 
-@each_objective
+@each_exported
 def test_each_is_exported_and_sampled(straight, name, tmp_path):
     folder = straight(name, "sd3").folder
     exported = export.export_checkpoint(folder, tmp_path / "student", nfe=2)
