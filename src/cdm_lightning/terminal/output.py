@@ -4,23 +4,39 @@ import logging
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
+from os.path import commonpath
+from threading import RLock
 from typing import Any, TextIO
 
 from cdm_lightning.terminal.secrets import masked_text
+
+LONGEST_LINE = 10_000  # characters of an unfinished line that are kept
 
 
 class MaskedStream:
     """A text stream that replaces secrets by *** before it writes to `stream`.
 
-    All other attributes are those of `stream`.
+    A line is masked as a whole, also if it is written in pieces, as by `print("token:", token)`. It therefore reaches `stream`
+    when it ends, or at the next `flush`. All other attributes are those of `stream`.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
+        self._line = ""  # what was written of the line that has not ended
+        self._shown = ""  # what `stream` has got of it
+        self._lock = RLock()  # a signal handler may print within a write
 
     def write(self, text: str) -> int:
-        """Write `text` with its secrets masked, and return the length of `text`."""
-        self.stream.write(masked_text(text) if isinstance(text, str) else text)
+        """Take `text`, write the lines that end in it with their secrets masked, and return the length of `text`."""
+        with self._lock:
+            self._line += text
+            end = max(self._line.rfind("\n"), self._line.rfind("\r")) + 1
+            if end:
+                ended, self._line = self._line[:end], self._line[end:]
+                shown, self._shown = self._shown, ""
+                self.stream.write(_after(shown, masked_text(ended)))
+            elif len(self._line) > LONGEST_LINE:
+                self._show()
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
@@ -28,11 +44,34 @@ class MaskedStream:
         for line in lines:
             self.write(line)
 
+    def flush(self) -> None:
+        """Write what there is of the last line too, and flush `stream`."""
+        with self._lock:
+            self._show()
+            self.stream.flush()
+
+    def _show(self) -> None:
+        """Write the part of the unfinished line that `stream` has not got. What follows is masked together with this part."""
+        if not self._line:
+            return
+        shown, self._shown = self._shown, masked_text(self._line)
+        if rest := _after(shown, self._shown):
+            self.stream.write(rest)
+        if len(self._line) > LONGEST_LINE:
+            self._line = self._shown = ""
+
     def __iter__(self) -> Any:
         return iter(self.stream)
 
     def __getattr__(self, name: str) -> Any:
+        if name in ("buffer", "detach", "close"):  # what is written below this stream comes after what it was given
+            self.flush()
         return getattr(self.stream, name)
+
+
+def _after(shown: str, text: str) -> str:
+    """Return what is left of `text` after `shown`. If a secret began in `shown`, they are alike up to there only."""
+    return text[len(commonpath([shown, text])) :]
 
 
 def mask_output() -> None:
