@@ -418,9 +418,9 @@ def test_image_size_that_cannot_be_cut_into_patches(folder, size):
 
 
 def test_arguments_out_of_their_range():
-    with pytest.raises(UserError, match=r"teacher_dtype must be one of float32, bfloat16, float16, got 'half'"):
+    with pytest.raises(UserError, match=r"backbone.teacher_dtype='half' must be one of float32, bfloat16, float16"):
         SD3Backbone("anywhere", teacher_dtype="half")
-    with pytest.raises(UserError, match="max_sequence_length=0: SD3 takes 1 to 512"):
+    with pytest.raises(UserError, match="max_sequence_length=0 must be 1 to 512 tokens for SD3"):
         SD3Backbone("anywhere", max_sequence_length=0)
 
 
