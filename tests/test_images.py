@@ -5,8 +5,10 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.utils import save_image
 
 from cdm_lightning.config import asset_path
@@ -15,6 +17,7 @@ from cdm_lightning.data.images import CaptionedFolder, DrawnCaptions, fit_to
 from cdm_lightning.data.mixture import MixedPrompts
 from cdm_lightning.data.prompts import PromptList
 from cdm_lightning.errors import UserError
+from cdm_lightning.metrics.references import ImageFolder
 
 
 @pytest.fixture
@@ -94,6 +97,35 @@ def test_half_an_image_and_no_list_are_refused(folder):
     (folder / "metadata.jsonl").unlink()
     with pytest.raises(UserError, match=r"no metadata\.jsonl"):
         CaptionedFolder(folder, [8, 8])
+
+
+def test_sixteen_bits_and_transparency_are_seen_as_they_look(tmp_path):
+    """Pillow's own conversion makes 16-bit images white, and shows the colours under transparent pixels."""
+    images = {
+        "grey16.png": (Image.fromarray(np.full((8, 8), 16384, np.uint16)), [64, 64, 64]),
+        "grey8.png": (Image.new("L", (8, 8), 64), [64, 64, 64]),
+        "clear.png": (Image.new("RGBA", (8, 8), (200, 0, 0, 0)), [255, 255, 255]),
+        "half.png": (Image.new("RGBA", (8, 8), (0, 0, 0, 51)), [204, 204, 204]),
+        "grey_clear.png": (Image.new("LA", (8, 8), (10, 0)), [255, 255, 255]),
+        "colour.png": (Image.new("RGB", (8, 8), (10, 20, 30)), [10, 20, 30]),
+    }
+    for name, (image, _) in images.items():
+        image.save(tmp_path / name)
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([200, 0, 0] * 256)
+    palette.save(tmp_path / "palette.png", transparency=0)
+    wanted = {name: colour for name, (_, colour) in images.items()} | {"palette.png": [255, 255, 255]}
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps({"file_name": n, "text": n}) + "\n" for n in wanted))
+    captioned = CaptionedFolder(tmp_path, [8, 8])
+    for index, (name, colour) in enumerate(wanted.items()):
+        assert (captioned.image(index)[:, 0, 0] * 255).round().tolist() == colour, name
+    references = torch.cat(list(ImageFolder(tmp_path)))
+    for name, image in zip(sorted(wanted), references):
+        assert (image[:, 0, 0] * 255).round().tolist() == wanted[name], name
+    Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "float.tiff")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "float.tiff", "text": "a"}\n')
+    with pytest.raises(UserError, match="its pixels have 32 bits"):
+        CaptionedFolder(tmp_path, [8, 8]).image(0)
 
 
 def test_images_are_cut_from_their_middle():

@@ -136,7 +136,7 @@ def test_mistakes(capsys, tmp_path, tiny_pipeline_folder):
     assert "the picture cannot be written" in line
 
 
-@pytest.mark.parametrize("device", ["gpu", "meta", "meta:x", "cuda:77"])
+@pytest.mark.parametrize("device", ["gpu", "meta", "meta:x", "cuda:77", "hpu", "xla", "cuda:99999999999", "torch"])
 def test_a_device_that_is_not_there_is_refused(device):
     with pytest.raises(UserError, match=f"--device {device} cannot be used here"):
         choose_device(device)

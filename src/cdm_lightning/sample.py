@@ -104,6 +104,7 @@ def sampled(
     from cdm_lightning.module import COMPUTE_DTYPES
     from cdm_lightning.training.attention import attention_by, check_attention
 
+    check_prompts(prompts)
     check_attention(attention, "--attention")
     if dtype not in COMPUTE_DTYPES:
         raise UserError(f"--dtype {dtype} must be one of {', '.join(COMPUTE_DTYPES)}")
@@ -118,6 +119,10 @@ def sampled(
         part = [prompts[number] for number in numbers]
         with attention_by(attention):
             images = generate(backbone, network, spec, part, numbers, seed, batch_size, COMPUTE_DTYPES[dtype])
+        if not images.isfinite().all():
+            raise UserError(
+                "the images have values that are not finite, so the model or its LoRA is damaged; copy it again"
+            )
         yield images
 
 
@@ -167,6 +172,15 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
     if not found:
         raise UserError("there is no prompt; pass --prompt TEXT or --prompts-file FILE")
     return found
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Raise UserError for a prompt that no tokenizer can read."""
+    from cdm_lightning.data.selection import flaw_of
+
+    for number, prompt in enumerate(prompts, start=1):
+        if flaw := flaw_of(prompt):
+            raise UserError(f"prompt {number}: {flaw}")
 
 
 def check_output(output: Path) -> None:

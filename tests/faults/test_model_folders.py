@@ -1,14 +1,20 @@
 """Faults of model folders: parts that are missing, settings of another kind, weights that are not there."""
 
 import json
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from cdm_lightning.backbones.families import open_pipeline
+from cdm_lightning.backbones.pipeline_folder import copy_parts
 from cdm_lightning.backbones.sd3 import SD3Backbone
+from cdm_lightning.backbones.transformer_files import TransformerFiles
 from cdm_lightning.errors import UserError
 
 
@@ -191,11 +197,167 @@ def test_shards_that_an_index_names_must_be_there(folder, part, shards, message)
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", '{"height": "tall"}', '{"num_inference_steps": 0}', '{"guidance_scale": []}', "{"]
+    "text",
+    [
+        "[]",
+        '{"height": "tall"}',
+        '{"height": 10000000}',
+        '{"num_inference_steps": 0}',
+        '{"num_inference_steps": 1000000000}',
+        '{"num_inference_steps": true}',
+        '{"max_sequence_length": 1e9}',
+        '{"guidance_scale": []}',
+        '{"guidance_scale": NaN}',
+        "{",
+    ],
 )
 def test_the_call_of_an_exported_folder_is_checked(folder, text):
     (folder / "call.json").write_text(text)
     assert str(folder / "call.json") in refusal(folder)
+
+
+PARTS = ["transformer", "vae", "text_encoder", "text_encoder_3"]
+
+
+def rewrite(folder: Path, part: str, change: Callable[[dict[str, Tensor]], None]) -> Path:
+    """Change the tensors of a part's file."""
+    (file,) = (folder / part).glob("*.safetensors")
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    return file
+
+
+def largest(tensors: dict[str, Tensor]) -> str:
+    return max(tensors, key=lambda name: tensors[name].numel())
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_weight_that_is_missing_is_not_filled_in(folder, part):
+    gone = []
+    rewrite(folder, part, lambda tensors: gone.append(tensors.pop(largest(tensors)) is None))
+    assert gone
+    said = refusal(folder)
+    assert f"{folder / part}: the weight " in said
+    assert " is missing; " in said
+
+
+@pytest.mark.parametrize(
+    ("part", "key"),
+    [("transformer", "num_layers"), ("text_encoder", "num_hidden_layers"), ("text_encoder_2", "num_hidden_layers")],
+)
+def test_layers_are_not_dropped(folder, part, key):
+    settings = json.loads((folder / part / "config.json").read_text())
+    assert settings[key] > 1
+    edit(folder / part / "config.json", key, to=1)
+    said = refusal(folder)
+    assert str(folder / part) in said
+    if part != "transformer":  # its last block has another shape, so the loader itself refuses it
+        assert "has no place in the model that config.json describes" in said
+
+
+@pytest.mark.parametrize(
+    ("part", "key"), [("transformer", "num_layers"), ("vae", "layers_per_block"), ("text_encoder_3", "num_layers")]
+)
+def test_a_model_without_end_is_not_begun(folder, part, key):
+    edit(folder / part / "config.json", key, to=10**9)
+    assert f"{folder / part / 'config.json'}: {key}=1000000000 must be at most 1000" in refusal(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("part", PARTS)
+def test_weights_that_are_not_finite_are_refused(folder, part, value):
+    named = []
+
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        named.append(largest(tensors))
+        tensors[named[0]].view(-1)[-1] = value
+
+    rewrite(folder, part, spoil)
+    said = refusal(folder)
+    assert f"{folder / part}: the weight {named[0]} has values that are not finite" in said
+
+
+def test_rows_that_are_not_finite_are_refused(folder):
+    """A sharded run reads rows alone."""
+    file = rewrite(folder, "transformer", lambda tensors: tensors["proj_out.weight"][-1].fill_(float("nan")))
+    files = TransformerFiles(str(folder))
+    files.rows("proj_out.weight", 0, 1)
+    with pytest.raises(UserError, match="not finite"):
+        files.rows("proj_out.weight", 1, files.shape("proj_out.weight")[0])
+    with pytest.raises(UserError, match=re.escape(str(file))):
+        files.tensor("proj_out.weight")
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.uint8])
+@pytest.mark.parametrize("part", PARTS)
+def test_weights_of_whole_numbers_are_refused(folder, part, dtype):
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        tensors[largest(tensors)] = tensors[largest(tensors)].to(dtype)
+
+    file = rewrite(folder, part, spoil)
+    assert f"{file}: the weight " in (said := refusal(folder))
+    assert "weights must be floating-point numbers" in said
+
+
+def test_a_backup_next_to_the_weights_does_not_count(folder):
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    backup = {name: tensor + 1 for name, tensor in load_file(file).items()}
+    save_file(backup, file.with_name("zz_backup.safetensors"))
+    found = TransformerFiles(str(folder))
+    assert all(torch.equal(found.tensor(name), tensor) for name, tensor in load_file(file).items())
+
+
+@pytest.fixture
+def home(tmp_path) -> Path:
+    """A folder of the user with a private file."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "secret.txt").write_text("a secret")
+    return tmp_path / "home"
+
+
+@pytest.mark.parametrize(
+    "place", ["text_encoder/notes.json.txt", "vae/more", "notes", "vae/deep/more", ".part/secret.txt"]
+)
+@pytest.mark.parametrize("what", ["secret.txt", "."])
+def test_links_that_leave_a_model_folder_are_refused_and_not_copied(folder, home, tmp_path, place, what):
+    link = folder / place
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(home / what)
+    if place.startswith(".part"):  # a hidden folder counts if the index makes it a part
+        edit(folder / "model_index.json", ".part", to=["transformers", "CLIPTokenizer"])
+    else:
+        assert f"{place} is a link that leaves the folder" in refusal(folder)
+    (tmp_path / "out").mkdir()
+    if place != "notes":  # an export copies parts alone
+        with pytest.raises(UserError, match="is a link that leaves the folder"):
+            copy_parts(folder, tmp_path / "out", without=())
+    assert not any("secret" in file.read_text() for file in (tmp_path / "out").rglob("*.txt"))
+
+
+@pytest.mark.parametrize("to", ["..", ".", "../vae"])
+def test_links_to_folders_further_up_have_no_end(folder, to):
+    (folder / "vae" / "more").symlink_to(to)
+    assert "vae/more is a link that leaves the folder" in refusal(folder)
+
+
+def test_the_links_of_the_hub_s_cache_are_followed(folder, tmp_path):
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0123", tmp_path / "models--a--b" / "blobs"
+    shutil.copytree(folder, snapshot)
+    blobs.mkdir()
+    for number, file in enumerate([path for path in snapshot.rglob("*") if path.is_file()]):
+        file.rename(blobs / f"{number}")
+        file.symlink_to(Path(*[".."] * (len(file.relative_to(snapshot).parts) + 1), "blobs", f"{number}"))
+    use(snapshot)
+    (tmp_path / "out").mkdir()
+    copy_parts(snapshot, tmp_path / "out", without=("transformer",))
+    assert (tmp_path / "out" / "vae" / "config.json").read_text() == (folder / "vae" / "config.json").read_text()
+
+
+def test_a_part_may_be_a_link_to_another_one(folder):
+    shutil.rmtree(folder / "tokenizer_2")
+    (folder / "tokenizer_2").symlink_to("tokenizer")
+    use(folder)
 
 
 def test_a_whole_folder_is_used_as_before(folder):

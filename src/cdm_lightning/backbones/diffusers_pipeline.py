@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from cdm_lightning.backbones.base import CheckpointFunction, Conditioning
 from cdm_lightning.backbones.frozen_parts import decode_sparingly, keep_last_state_only
+from cdm_lightning.backbones.loaded_weights import load_model, model_class, require_names
 from cdm_lightning.backbones.lora_file import fused_network
 from cdm_lightning.backbones.pipeline_folder import hash_part, loading, read_index
 from cdm_lightning.backbones.pipeline_settings import DTYPES, PipelineSettings, shared_property
@@ -67,11 +68,9 @@ class PipelineBackbone(PipelineSettings):
         with torch.device("cpu"), init_empty_weights(include_buffers=False):
             network = self._skeleton()
         network = network.to(DTYPES[self.teacher_dtype] if teacher else torch.float32)
-        absent = dict(network.named_parameters()).keys() - set(self._files.names)
-        if absent:
-            raise UserError(
-                f"{self.folder / 'transformer'}: the weight {min(absent)} is missing; copy the pipeline again"
-            )
+        own, stored = dict(network.named_parameters()).keys(), set(self._files.names)
+        unexpected = stored - own - dict(network.named_buffers()).keys()
+        require_names(network, own - stored, unexpected, self.folder / "transformer")
         for name, buffer in network.named_buffers():
             if name in self._files.names:
                 buffer.copy_(self._files.tensor(name))
@@ -99,15 +98,8 @@ class PipelineBackbone(PipelineSettings):
         return network.from_config(dict(self.network_config))
 
     def _load_pretrained(self, dtype: torch.dtype) -> nn.Module:
-        where = self.folder / "transformer"
         require_contents(self.folder, {"transformer": self.transformer_class.__name__})
-        with loading(where):
-            network, report = self.transformer_class.from_pretrained(
-                self.folder, subfolder="transformer", dtype=dtype, output_loading_info=True
-            )
-        if report["missing_keys"]:  # diffusers would fill them with random numbers
-            raise UserError(f"{where}: the weight {report['missing_keys'][0]} is missing; copy the pipeline again")
-        return network
+        return load_model(self.transformer_class, self.folder / "transformer", dtype)
 
     def enable_gradient_checkpointing(self, network: nn.Module, function: CheckpointFunction | None = None) -> None:
         """Make blocks recompute activations in the backward pass, by `function(block, *arguments)` or else by torch."""
@@ -166,13 +158,14 @@ class PipelineBackbone(PipelineSettings):
     def _load_parts(self, without: Iterable[str]) -> DiffusionPipeline:
         """Load the pipeline without the transformer and the parts in `without`, frozen and in eval mode."""
         left_out = dict.fromkeys(["transformer", *without])
-        found = parts_of(read_index(self.folder, self.pretrained))
-        parts = {name: kind for name, kind in found.items() if name not in left_out}
+        index = read_index(self.folder, self.pretrained)
+        parts = {name: kind for name, kind in parts_of(index).items() if name not in left_out}
         require_contents(self.folder, parts)
+        models = {part: self._load_model(part, kind) for part in parts if (kind := model_class(*index[part]))}
         try:
-            pipeline = self._from_files(self.folder, left_out)
+            pipeline = self._from_files(self.folder, left_out | models)
         except UserError:
-            for part in parts:  # the error does not say which part it is about
+            for part in parts.keys() - models.keys():  # the error does not say which part it is about
                 self._from_files(self.folder / part, left_out | dict.fromkeys(parts.keys() - {part}))
             raise
         for part in pipeline.components.values():
@@ -183,11 +176,13 @@ class PipelineBackbone(PipelineSettings):
                 require_known_tokens(getattr(pipeline, tokenizer), getattr(pipeline, encoder), self.folder / tokenizer)
         return pipeline
 
-    def _from_files(self, blamed: Path, left_out: Mapping[str, None]) -> DiffusionPipeline:
+    def _load_model(self, part: str, kind: type[Any]) -> nn.Module:
+        return load_model(kind, self.folder / part, torch.float32 if part == "vae" else DTYPES[self.text_dtype])
+
+    def _from_files(self, blamed: Path, given: Mapping[str, nn.Module | None]) -> DiffusionPipeline:
+        """Load the pipeline, except for the parts that are `given`; None leaves a part out."""
         with loading(blamed):
-            return self.pipeline_class.from_pretrained(
-                self.folder, dtype={"vae": torch.float32, "default": DTYPES[self.text_dtype]}, **left_out
-            )
+            return self.pipeline_class.from_pretrained(self.folder, **given)
 
     def setup(self, device: torch.device) -> None:
         """Load the image codec and the text encoders, and move them to `device`. With a text cache, no text encoder is loaded.

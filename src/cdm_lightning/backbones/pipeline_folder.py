@@ -127,13 +127,36 @@ def check_entry(part: str, entry: Any, where: str) -> None:
 def require_plain(folder: Path, name: str) -> None:
     """Raise `UserError` if the folder contains anything except files and folders, because reading a pipe would never end.
 
-    `name` is the folder's name in the message.
+    Links that leave the folder are refused too, because an export copies what they show. `name` is the folder's name in the
+    message.
     """
     parts = [path for path in folder.iterdir() if not path.name.startswith(".")]
     for path in (path for part in parts for path in ((part,) if not part.is_dir() else irregular(part))):
         if not path.is_file():
             raise UserError(
                 f"{name}: {path.relative_to(folder)} is not a regular file; remove it or copy the pipeline again"
+            )
+    for part in parts:
+        require_own_files(part, folder, name)
+
+
+def require_own_files(part: Path, folder: Path, name: str) -> None:
+    """Raise `UserError` if `part`, an entry of a pipeline folder, is or contains a link to somebody else's file.
+
+    A link may lead to a file in the folder, or to a whole other part of it. In a snapshot of the hub's cache, it may also lead
+    to a file in the cache's own folder "blobs". `name` is the pipeline folder's name in the message.
+    """
+    whole = folder.resolve()
+    blobs = whole.parent.parent / "blobs" if whole.parent.name == "snapshots" else None
+    for path in (part, *(part.rglob("*") if part.is_dir() else ())):
+        if not path.is_symlink():
+            continue
+        target = path.resolve()
+        is_blob = target.is_file() and target.parent == blobs
+        is_part = path.parent == folder and target.parent == whole  # a link to a folder further up would have no end
+        if not (is_blob or is_part or (target.is_file() and target.is_relative_to(whole))):
+            raise UserError(
+                f"{name}: {path.relative_to(folder)} is a link that leaves the folder; replace it by the file that it shows"
             )
 
 
@@ -177,9 +200,11 @@ def hash_part(folder: Path) -> str:
 def copy_parts(source: Path, target: Path, without: Sequence[str]) -> None:
     """Copy the index of a pipeline folder, and its parts except those in `without`, to `target`.
 
-    Half-precision copies of weights (.fp16, .bf16) are left out.
+    Half-precision copies of weights (.fp16, .bf16) are left out. Raises `UserError` for a link that leaves `source`.
     """
     parts = [name for name in parts_of(read_index(source, str(source))) if name not in without]
+    for part in (INDEX, *parts):
+        require_own_files(source / part, source, str(source))
     shutil.copyfile(source / INDEX, target / INDEX)
     for part in parts:
         # copyfile: a read-only source, such as an installed package, must not make a read-only copy

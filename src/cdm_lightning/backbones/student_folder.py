@@ -13,9 +13,19 @@ from cdm_lightning.backbones.lora_file import WEIGHTS, write_lora_file
 from cdm_lightning.backbones.pipeline_folder import copy_parts
 from cdm_lightning.backbones.plain_scheduler import KEPT
 from cdm_lightning.backbones.settings_file import read_settings
-from cdm_lightning.backbones.whole_folder import INDEX, require_numbers, require_sizes
+from cdm_lightning.backbones.whole_folder import INDEX
+from cdm_lightning.errors import UserError
+from cdm_lightning.kinds import Guidance, Pixels, Steps, Tokens
+from cdm_lightning.kinds.values import problem_of, told
 
-CALL_SIZES = ("height", "width", "max_sequence_length", "num_inference_steps")
+CALL_KINDS = {
+    "height": Pixels,
+    "width": Pixels,
+    "max_sequence_length": Tokens,
+    "num_inference_steps": Steps,
+    "guidance_scale": Guidance,
+    "true_cfg_scale": Guidance,
+}
 CALL = "call.json"  # file with the call arguments, other than the prompt, for the student's own images
 USAGE = """
 ## Usage
@@ -178,13 +188,14 @@ def _write_call(folder: Path, call: StudentCall, model_card: str, usage: str) ->
 def read_call(folder: Path) -> dict[str, Any]:
     """Return the call's arguments that an export stored in call.json, or {} if there is no such file.
 
-    Raises `UserError` if a size or a number of steps in it is not a whole number of at least 1, or if a guidance scale is not a
-    number.
+    Raises `UserError` if a size, a number of steps or a guidance scale in it does not have the type and range of the option of
+    the same meaning (`CALL_KINDS`).
     """
     path = folder / CALL
     call = read_settings(path) if path.is_file() else {}
-    require_sizes({name: call[name] for name in CALL_SIZES if name in call}, path)
-    require_numbers(call, ("guidance_scale", "true_cfg_scale"), path)
+    for name, kind in CALL_KINDS.items():
+        if name in call and problem_of(call[name], [kind]) is not None:
+            raise UserError(f"{path}: {name}={call[name]!r:.80} must be {told([kind])}; export the student again")
     return call
 
 

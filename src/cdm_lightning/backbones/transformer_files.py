@@ -10,13 +10,12 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from cdm_lightning.backbones.loaded_weights import require_finite
 from cdm_lightning.backbones.pipeline_folder import HUB_ID, loading
 from cdm_lightning.backbones.settings_file import read_settings
-from cdm_lightning.backbones.whole_folder import INDEX, require_weights
+from cdm_lightning.backbones.whole_folder import INDEX, require_weights, weight_files
 from cdm_lightning.errors import UserError
 from cdm_lightning.files import first_line, require_regular
-
-HALF = (".fp16.", ".bf16.")  # parts of the names of files with the same weights in half precision
 
 
 class TransformerFiles:
@@ -31,10 +30,9 @@ class TransformerFiles:
         require_weights(self.folder / "transformer")
         self._file_of: dict[str, Path] = {}
         try:
-            for file in sorted((self.folder / "transformer").glob("*.safetensors")):
-                if not any(mark in file.name for mark in HALF):
-                    with safe_open(require_regular(file), "pt") as content:
-                        self._file_of |= dict.fromkeys(content.keys(), file)
+            for file in weight_files(self.folder / "transformer"):
+                with safe_open(require_regular(file), "pt") as content:
+                    self._file_of |= dict.fromkeys(content.keys(), file)
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"the transformer of {pretrained} cannot be read ({first_line(error)}); copy or download the pipeline again"
@@ -53,14 +51,24 @@ class TransformerFiles:
             return content.get_slice(name).get_shape()
 
     def tensor(self, name: str) -> Tensor:
-        """Read the tensor `name` from its file, onto the CPU in the file's dtype."""
+        """Read the tensor `name` from its file, onto the CPU in the file's dtype.
+
+        Raises `UserError` if it has values that are not finite.
+        """
         with safe_open(self._file_of[name], "pt") as content:
-            return content.get_tensor(name)
+            return self._finite(name, content.get_tensor(name))
 
     def rows(self, name: str, first: int, end: int) -> Tensor:
-        """Read rows first..end-1 (dimension 0) of the tensor `name`, onto the CPU in the file's dtype."""
+        """Read rows first..end-1 (dimension 0) of the tensor `name`, onto the CPU in the file's dtype.
+
+        Raises `UserError` if they have values that are not finite.
+        """
         with safe_open(self._file_of[name], "pt") as content:
-            return content.get_slice(name)[first:end]
+            return self._finite(name, content.get_slice(name)[first:end])
+
+    def _finite(self, name: str, tensor: Tensor) -> Tensor:
+        require_finite(tensor, name, self._file_of[name])
+        return tensor
 
     @cached_property
     def family(self) -> type[DiffusionPipeline]:

@@ -4,6 +4,7 @@ The libraries would fill gaps silently. For example, transformers makes an empty
 """
 
 import inspect
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ VOCABULARIES = (
     ("spiece.model",),
     ("tokenizer.model",),
 )
+WHOLE = re.compile(r"(ids|index|indices|idx|mask|tracked|step|count)$")  # ends of the names of buffers of whole numbers
+MOST = {"layers": 1000, "blocks": 1000, "train_timesteps": 10**6}  # part of a setting's name: the largest value
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 
 
@@ -62,7 +65,22 @@ def require_settings(folder: Path, parts: Mapping[str, str]) -> None:
         if not any((place / file).is_file() for file in needed):
             raise UserError(f"{place}: the file {' or '.join(needed)} is missing; {AGAIN}")
         for file in sorted(place.glob("*.json")):
-            read_settings(file)
+            require_few_layers(read_settings(file), file)
+
+
+def require_few_layers(config: Mapping[str, Any], file: Path) -> None:
+    """Raise `UserError` if a number of layers, blocks or training timesteps in `config` is so large that building never ends.
+
+    Settings of inner models count too. `file` is the file of the settings, for the message.
+    """
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            require_few_layers(value, file)
+        most = next((most for part, most in MOST.items() if part in name), None)
+        numbers = value if isinstance(value, list) else [value]
+        large = [number for number in numbers if isinstance(number, int | float) and most and number > most]
+        if large:
+            raise UserError(f"{file}: {name}={large[0]!r:.80} must be at most {most}; {AGAIN}")
 
 
 def require_contents(folder: Path, parts: Mapping[str, str]) -> None:
@@ -98,14 +116,22 @@ def require_weights(folder: Path) -> None:
 
     If there is a shard index, all files that it names are required.
     """
+    for file in weight_files(folder):
+        require_tensors(file)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files that the weights in a model's folder are read from: those of its shard indexes, or else its one file.
+
+    Other safetensors files in the folder, such as backups, do not count. Raises `UserError` if there are none.
+    """
     indexes = [folder / f"{name}.index.json" for name in WEIGHTS if (folder / f"{name}.index.json").is_file()]
     files = [folder / shard for index in indexes for shard in shards_of(index)]
     files += [folder / name for name in WEIGHTS if (folder / name).exists()]
     if not files:
         others = "; convert its .bin files, which can contain programs" if any(folder.glob("*.bin")) else ""
         raise UserError(f"{folder} has no {' or '.join(WEIGHTS)}{others or f'; {AGAIN}'}")
-    for file in files:
-        require_tensors(file)
+    return files
 
 
 def shards_of(index: Path) -> list[str]:
@@ -118,14 +144,23 @@ def shards_of(index: Path) -> list[str]:
 
 
 def require_tensors(file: Path) -> None:
-    """Raise `UserError` unless a safetensors file exists and has the size that its header says."""
+    """Raise `UserError` unless a safetensors file exists, has the size that its header says, and has weights of floating point.
+
+    Only numbers of places and the like (`WHOLE`) may be whole numbers. Others would be converted without a word.
+    """
     if not file.is_file():
         raise UserError(f"{file} is missing, but the index in the same folder names it; {AGAIN}")
     try:
         with safe_open(file, "pt") as content:
-            content.keys()
+            names = [name for name in list(content.keys()) if not WHOLE.search(name)]
+            dtypes = {name: content.get_slice(name).get_dtype() for name in names}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} cannot be read ({first_line(error)}); {AGAIN}") from error
+    wrong = [name for name, dtype in dtypes.items() if not dtype.startswith(("F", "BF"))]
+    if wrong:
+        raise UserError(
+            f"{file}: the weight {wrong[0]} is stored as {dtypes[wrong[0]]}, but weights must be floating-point numbers; {AGAIN}"
+        )
 
 
 def require_known_tokens(tokenizer: Any, encoder: Any, folder: Path) -> None:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch.nn.functional as F
 from annotated_types import Len
@@ -17,6 +17,9 @@ from cdm_lightning.data.shapes import parse_caption, render
 from cdm_lightning.errors import UserError
 from cdm_lightning.files import require_regular
 from cdm_lightning.kinds import FileOrFolder, FolderToRead, Pixels, Seed
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 METADATA = "metadata.jsonl"
 MOST_IMAGE = 1 << 30  # bytes
@@ -87,13 +90,33 @@ class CaptionedFolder(Prompts):
         try:
             with Image.open(require_regular(path, MOST_IMAGE)) as file:
                 upright = ImageOps.exif_transpose(file)  # cameras do not turn the pixels; they store how to turn them
-                pixels = pil_to_tensor(upright.convert("RGB")).float() / 255
+                pixels = pil_to_tensor(as_rgb(upright)).float() / 255
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # a damaged file raises these
             why = str(error).partition(str(path))[0].removesuffix(" '") or type(error).__name__
             raise UserError(
                 f"{path}: cannot be read as an image ({why}); replace it or remove its line from {METADATA}"
             ) from error
         return fit_to(pixels[None], self.image_size)[0]
+
+
+def as_rgb(image: "Image") -> "Image":
+    """Return an image as 8-bit RGB: 16-bit grey values are scaled, and transparent pixels are shown on white.
+
+    Pillow's own conversion clips 16-bit values at 255, and it shows the arbitrary colours under transparent pixels. Raises
+    ValueError for 32-bit values, whose range is unknown.
+    """
+    import numpy as np
+    from PIL import Image
+
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image).astype(float)
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise ValueError("its pixels have 32 bits; convert it to 8 or 16 bits")
+        return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    pixels = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", pixels.size, "white"), pixels).convert("RGB")
 
 
 class DrawnCaptions(PromptFile):

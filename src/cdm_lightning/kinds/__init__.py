@@ -44,6 +44,8 @@ class Text:
             return "it is not one of these"
         if not value.strip() and not self.may_be_empty:
             return "it is empty"
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            return "it has half a character or bytes that are not UTF-8"
         return "it has a NUL character" if "\0" in value else None
 
 

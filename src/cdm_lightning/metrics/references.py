@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cdm_lightning.core.rng import stream
+from cdm_lightning.data.images import as_rgb
 from cdm_lightning.data.shapes import Scene, parse_caption, render
 from cdm_lightning.errors import UserError
 from cdm_lightning.files import require_regular
@@ -120,7 +121,7 @@ class ImageFolder:
 
         try:
             with Image.open(require_regular(path, MOST_IMAGE)) as file:
-                image = file.convert("RGB")
+                image = as_rgb(file)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise UserError(f"{path}: cannot be read as an image ({error}); remove it") from error
         if self.image_size:

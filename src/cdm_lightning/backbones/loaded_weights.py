@@ -1,0 +1,71 @@
+"""The loading of one model of a pipeline, with the check that its weights are complete, belong to it and are finite.
+
+diffusers and transformers fill missing weights with random numbers, and they drop weights that the configuration has no place
+for. Both report it, and here both are errors.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from torch import Tensor, nn
+
+from cdm_lightning.backbones.pipeline_folder import loading
+from cdm_lightning.backbones.whole_folder import AGAIN
+from cdm_lightning.errors import UserError
+
+
+def model_class(library: str, name: str) -> type[Any] | None:
+    """Return the class of a part of a pipeline if it is a model of diffusers or transformers, and None for another part."""
+    found = getattr(diffusers if library == "diffusers" else transformers, name, None)
+    is_model = isinstance(found, type) and issubclass(found, diffusers.ModelMixin | transformers.PreTrainedModel)
+    return found if is_model else None
+
+
+def load_model(kind: type[Any], folder: Path, dtype: torch.dtype) -> Any:
+    """Load a model of the class `kind` from its own folder, on the CPU in `dtype`.
+
+    Raises `UserError` if its files lack a weight, have a weight that its config.json has no place for, or have a value that is
+    not finite.
+    """
+    with loading(folder):
+        model, report = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    require_names(model, report["missing_keys"], report["unexpected_keys"], folder)
+    for name, tensor in model.state_dict().items():
+        require_finite(tensor, name, folder)
+    return model
+
+
+def require_names(model: nn.Module, missing: Iterable[str], unexpected: Iterable[str], folder: Path) -> None:
+    """Raise `UserError` if a weight of `model` is `missing` in its files, or if one of the files is `unexpected`.
+
+    Unexpected weights of whole parts that `model` does not have, such as a language head, are harmless. So are stored values
+    of buffers, which older versions of the libraries wrote.
+    """
+    if absent := sorted(missing):
+        raise UserError(f"{folder}: the weight {absent[0]} is missing; {AGAIN}")
+    children = {name for name, _ in model.named_children()}
+    inner = f"{getattr(model, 'base_model_prefix', '') or ''}."
+    buffers = tuple(name for name, _ in model.named_buffers())
+    for name in sorted(unexpected):
+        within = name if inner == "." else name.removeprefix(inner)
+        if {name.partition(".")[0], within.partition(".")[0]} & children and not name.endswith(buffers):
+            raise UserError(
+                f"{folder}: the weight {name} has no place in the model that config.json describes, so the two do not belong "
+                f"together; {AGAIN}"
+            )
+
+
+def require_finite(tensor: Tensor, name: str, where: Path | str) -> None:
+    """Raise `UserError` if a floating-point tensor has NaN or infinity. It takes one pass without extra memory.
+
+    `name` is the tensor's name and `where` its folder or file, for the message.
+    """
+    if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:
+        return
+    values = tensor.float() if tensor.element_size() == 1 else tensor  # 8-bit numbers have few functions
+    if not all(bound.isfinite() for bound in torch.aminmax(values.detach())):  # a NaN gives NaN
+        raise UserError(f"{where}: the weight {name} has values that are not finite (NaN or infinity); {AGAIN}")
