@@ -5,8 +5,6 @@ student whose weights were all trained. The error is reported layer by layer.
 """
 
 import argparse
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,11 +72,8 @@ def _write(family: type, found: "Extraction", output: Path) -> None:
 
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            replacing(output) as temporary,
-            tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder,
-        ):
-            os.rename(write_lora_file(family, found.tensors, Path(folder)), temporary)
+        with replacing(output) as temporary:
+            write_lora_file(family, found.tensors, temporary.parent, temporary.name)
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error.strerror or error}); pass another --output") from error
 

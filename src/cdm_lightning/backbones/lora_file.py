@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -12,8 +12,10 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from cdm_lightning.backbones.loaded_weights import require_finite
 from cdm_lightning.backbones.pipeline_folder import blaming
 from cdm_lightning.errors import UserError
+from cdm_lightning.lora.settings import LARGEST, flaw_of_alpha, plain_settings
 
 if TYPE_CHECKING:
     from diffusers.loaders.peft import PeftAdapterMixin
@@ -29,19 +31,21 @@ def presets(attention: tuple[str, ...], feed_forward: tuple[str, ...]) -> dict[s
     return {"attention": attention, "attention_feed_forward": attention + feed_forward}
 
 
-def write_lora_file(family: type[DiffusionPipeline], tensors: Mapping[str, Tensor], folder: Path) -> Path:
-    """Write the LoRA of a transformer into `folder`, and return the path of the file.
+def write_lora_file(
+    family: type[DiffusionPipeline], tensors: Mapping[str, Tensor], folder: Path, name: str = WEIGHTS
+) -> Path:
+    """Write the LoRA of a transformer into `folder` as the file `name`, and return the path of the file.
 
     `tensors` are "LAYER.lora_A.weight" and so on, for scale 1. `family` is the pipeline's class. Its `load_lora_weights` can
     load the file. If it has no such method, `load_lora_adapter` of the transformer can, with `prefix=None`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(family, "save_lora_weights"):
-        family.save_lora_weights(folder, transformer_lora_layers=dict(tensors), weight_name=WEIGHTS)
+        family.save_lora_weights(folder, transformer_lora_layers=dict(tensors), weight_name=name)
     else:
-        save_file(dict(tensors), folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / WEIGHTS).chmod(0o644)  # safetensors makes its files readable by the owner only
-    return folder / WEIGHTS
+        save_file(dict(tensors), folder / name, metadata={"format": "pt"})
+    (folder / name).chmod(0o644)  # safetensors makes its files readable by the owner only
+    return folder / name
 
 
 def locate_lora(path: str | Path) -> Path:
@@ -120,10 +124,36 @@ def read_lora_file(family: type[DiffusionPipeline], file: Path) -> OwnWeights:
     for layer, factors in own.layers().items():
         if flaw := flaw_of_factors(factors):
             raise UserError(f"{file}: the layer {layer} {flaw}; make the file again")
-    for name, alpha in (alphas or {}).items():
-        if not math.isfinite(float(alpha)):
-            raise UserError(f"{file}: the alpha {name}={float(alpha)} must be finite; make the file again")
-    return own
+    return replace(own, alphas=_alphas_of(own), settings=_settings_of(own))
+
+
+def _alphas_of(own: OwnWeights) -> dict[str, float] | None:
+    """Return the alphas as numbers. Raises `UserError` for one that is no number in the range, or of no layer of the LoRA."""
+    found, layers = {}, own.layers()
+    for name, alpha in (own.alphas or {}).items():
+        value = alpha.item() if isinstance(alpha, Tensor) and alpha.numel() == 1 else alpha
+        if flaw := flaw_of_alpha(value):
+            raise UserError(f"{own.file}: the alpha {name} {flaw}; make the file again")
+        if name.removeprefix(f"{own.prefix}.").removesuffix(".alpha").partition(".lora_")[0] not in layers:
+            raise UserError(f"{own.file}: the alpha {name:.200} is of no layer of the LoRA; make the file again")
+        found[name] = value
+    return found or None
+
+
+def _settings_of(own: OwnWeights) -> dict[str, Any] | None:
+    """Return the safe part of the settings of peft, or None if the file has none. Raises `UserError` for wrong ones."""
+    if own.settings is not None and not isinstance(own.settings, Mapping):
+        raise UserError(f"{own.file}: its lora_adapter_metadata must be a JSON object; make the file again")
+    begin = f"{own.prefix}."
+    given = {key.removeprefix(begin): value for key, value in (own.settings or {}).items() if key.startswith(begin)}
+    if not given:
+        return None
+    ranks = {layer: factors["lora_A.weight"].shape[0] for layer, factors in own.layers().items()}
+    try:
+        made = plain_settings(given, own.tensors, ranks)
+    except ValueError as error:
+        raise UserError(f"{own.file}: its lora_adapter_metadata is wrong: {error}; make the file again") from error
+    return {f"{begin}{key}": value for key, value in made.items()}
 
 
 def flaw_of_factors(factors: Mapping[str, Tensor]) -> str | None:
@@ -139,8 +169,11 @@ def flaw_of_factors(factors: Mapping[str, Tensor]) -> str | None:
     for kind, tensor in factors.items():
         if not tensor.is_floating_point():
             return f"has {kind} of whole numbers"
-        if not torch.isfinite(tensor).all():
+        largest = max((bound.abs() for bound in torch.aminmax(tensor.float())), default=0)  # NaN if there is one
+        if not math.isfinite(largest):
             return f"has {kind} with values that are not finite"
+        if largest > LARGEST:
+            return f"has {kind} with values above {LARGEST:g}"
     return None
 
 
@@ -184,6 +217,18 @@ def fuse_lora(network: nn.Module, own: OwnWeights, scale: float) -> None:
         )
         adapted.fuse_lora(lora_scale=scale, adapter_names=[ADAPTER])
     adapted.unload_lora()
+    _require_finite_sum(network, own)
+
+
+def _require_finite_sum(network: nn.Module, own: OwnWeights) -> None:
+    """Raise `UserError` if a weight that the LoRA changed is no longer finite."""
+    for layer in own.layers():
+        try:
+            require_finite(cast(Tensor, network.get_submodule(layer).weight), f"{layer}.weight", own.file)
+        except UserError:
+            raise UserError(
+                f"{own.file}: the sum of the LoRA and the weight of {layer} is not finite; lower its scale or make the file again"
+            ) from None
 
 
 def fused_network(
@@ -205,4 +250,6 @@ def fused_network(
         check_fit(own, skeleton())
     network = load(torch.float32)
     fuse_lora(network, own, scale)
-    return network.to(dtype)
+    network = network.to(dtype)
+    _require_finite_sum(network, own)
+    return network

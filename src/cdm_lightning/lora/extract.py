@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from cdm_lightning.errors import UserError
+
 
 @dataclass
 class Extraction:
@@ -44,12 +46,16 @@ def extract(pairs: Iterable[tuple[str, Tensor, Tensor, bool]], rank: int, device
 
     `pairs` yields (name, base tensor, tuned tensor, whether it is the weight of a linear layer). Weights of linear layers get
     factors of rank min(`rank`, out, in). For other tensors only the difference is measured. `device` is where the decompositions
-    run.
+    run. Raises UserError for a difference that is not finite.
     """
     found = Extraction()
     for name, base, tuned, is_linear in pairs:
         difference = tuned.to(device, torch.float32) - base.to(device, torch.float32)
         whole = float(difference.norm())
+        if not math.isfinite(whole):
+            raise UserError(
+                f"the difference of the tensor {name} is not finite in float32; pass the undamaged networks"
+            )
         if whole == 0:
             continue
         lost = whole
