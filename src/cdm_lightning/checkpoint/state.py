@@ -97,6 +97,7 @@ def restore(networks: nn.Module, optimizers: Mapping[str, Optimizer], stored: St
     differing = (tensors.keys() ^ stored.sizes.keys()) - unmatched_average(tensors, stored)
     both = tensors.keys() & stored.sizes.keys()
     differing |= {name for name in both if tensors[name].shape != stored.sizes[name][0]}
+    differing |= {name for name in both if tensors[name].is_floating_point() != stored.sizes[name][1].is_floating_point}
     if differing:
         raise UserError(
             f"{stored.path}: {min(differing)} does not fit the networks of this configuration; restore the configuration, or set "

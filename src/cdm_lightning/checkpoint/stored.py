@@ -33,6 +33,12 @@ HEADER, ABOUT_HEADER = (
 )  # the keys of state.json and run.json in a single file's header
 FINITE = "finite"  # the entry of state.json that says that the weights were checked for NaN and infinity
 OTHER = "use another checkpoint"
+OPTIONAL = {  # entries of state.json that older versions may lack, with their types
+    "optimizers": dict,
+    "skipped_steps": dict,
+    "skipped_in_a_row": dict,
+    "world_size": int,
+}
 MOST_TRAINER = 1 << 33  # bytes of trainer.pt; it is large if the objective's state holds tensors
 UNREADABLE = (
     RuntimeError,
@@ -192,7 +198,8 @@ def read_checkpoint(path: Path, fingerprint: str | None = None) -> StoredCheckpo
     except (*UNREADABLE, AttributeError) as error:
         raise UserError(f"{path}: truncated, or not a cdm_lightning checkpoint; {OTHER}") from error
     where = path / RECORD if path.is_dir() else path
-    require_entries(found.record, where, OTHER, fingerprint=str, iteration=int, ema_updates=int)
+    given = {name: kind for name, kind in OPTIONAL.items() if name in found.record}
+    require_entries(found.record, where, OTHER, fingerprint=str, iteration=int, ema_updates=int, **given)
     if fingerprint is not None and found.record["fingerprint"] != fingerprint:
         raise UserError(
             f"{path} was trained with the backbone {found.record['fingerprint']}, but the configuration has {fingerprint}; "
@@ -247,17 +254,19 @@ def newest_checkpoint(folder: Path, refused: Callable[[Path, str], None] | None 
     damaged. All processes of a run must call this, and all get the same checkpoint.
     """
     candidates = ranks.from_first(sorted(checkpoints_in(folder), key=_age))
+    faults = []
     for path in reversed(candidates):
         stored, why = _try(path)
         if why is None:
             return stored
+        faults.append(why)
         if refused is None:
             warnings.warn(f"skipped a checkpoint: {why}", stacklevel=2)
         else:
             refused(path, why)
     if candidates:
         raise UserError(
-            f"{folder}: all {len(candidates)} checkpoints are damaged; move them away to start from scratch"
+            f"{folder}: all {len(candidates)} checkpoints are damaged ({faults[0]:.300}); move them away to start from scratch"
         )
     return None
 

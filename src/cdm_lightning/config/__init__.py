@@ -7,6 +7,7 @@ function, and the other keys are the arguments. Commands pass these arguments on
 import hashlib
 import inspect
 import os
+import pkgutil
 import re
 import sys
 import time
@@ -201,7 +202,7 @@ def parameters_of(target: str | None) -> Mapping[str, inspect.Parameter]:
     The result is empty if `target` is None or cannot be found.
     """
     try:
-        return inspect.signature(hydra.utils.get_object(target or "")).parameters
+        return inspect.signature(pkgutil.resolve_name(target or "")).parameters
     except Exception:  # instantiation reports the reason
         return {}
 

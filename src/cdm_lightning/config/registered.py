@@ -7,10 +7,13 @@ names. Therefore everything in the file is checked before anything is built from
 import os
 from collections.abc import Collection, Mapping
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import DictConfig, OmegaConf
 
+from cdm_lightning.config.arguments import check_arguments
 from cdm_lightning.errors import UserError
 
 TARGET = "_target_"
@@ -77,6 +80,21 @@ def _check_key(name: Any, child: Any, allowed: Collection[str], where: str, grou
             f"{where}.{TARGET}={child!r:.100} is not a registered class; if you trust it, set the environment variable "
             f"{TRUSTED}=MODULE.CLASS, or register it as an entry point in the group {group!r}"
         )
+
+
+def typed_nodes(nodes: Mapping[str, Any], file: Path) -> DictConfig:
+    """Return the nodes of a stranger's configuration, such as {"backbone": {...}}, checked like those of the command line.
+
+    `require_registered` must have accepted them. Each option must be a parameter of its class and fit its annotation
+    (`config.arguments`). Raises `UserError`, which names `file`, otherwise.
+    """
+    typed = OmegaConf.create(dict(nodes))
+    for key in nodes:
+        try:
+            check_arguments(typed[key], key)
+        except UserError as error:
+            raise UserError(f"{file}: {error}; restore the file that training wrote") from error
+    return typed
 
 
 class _TreeLoader(yaml.SafeLoader):

@@ -11,9 +11,10 @@ has a checksum, so that damage is noticed when the prompt is used.
 
 import hashlib
 import json
+import math
 import zlib
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,6 +31,7 @@ MANIFEST, SHARDS = "text_cache.json", "shards"
 FORMAT = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KEY_BYTES = 16
+MOST_SIDES, MOST_BYTES = 8, 1 << 40  # dimensions of a tensor and bytes of a prompt; a manifest that says more is none
 KEY_TYPE = np.dtype(f"S{KEY_BYTES}")
 PREFIX = "cond."
 COMMAND = "python -m cdm_lightning.cache_text"
@@ -59,10 +61,8 @@ class Manifest:
     @property
     def bytes_per_prompt(self) -> int:
         """The number of bytes of one prompt in a shard."""
-        sizes = (
-            np.prod(entry["shape"], dtype=int) * self.stored(name).itemsize for name, entry in self.tensors.items()
-        )
-        return int(sum(sizes)) + KEY_BYTES + 8
+        sizes = (math.prod(entry["shape"]) * self.stored(name).itemsize for name, entry in self.tensors.items())
+        return sum(sizes) + KEY_BYTES + 8
 
     def given(self, name: str) -> torch.dtype:
         """Return the dtype in which the text encoders return the tensor `name`."""
@@ -92,11 +92,34 @@ def read_manifest(folder: Path) -> Manifest | None:
     path = folder / MANIFEST
     if not path.is_file():
         return None
-    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+    with suppress(Exception):  # whatever is wrong with it: the file may come from somebody else
         manifest = Manifest(**json.loads(read_text(path)))
-        if manifest.format == FORMAT and manifest.dtype in DTYPES and manifest.bytes_per_prompt > 0:
+        if is_sound(manifest):
             return manifest
     raise UserError(f"{path}: this version cannot read this text cache; make a new one in another folder")
+
+
+def is_sound(manifest: Manifest) -> bool:
+    """Return whether all values of a manifest have the right types, and its tensors sizes that a prompt can have.
+
+    Raises errors of many types if it is not even of the right form.
+    """
+    texts = [part for pair in manifest.text_fingerprint.items() for part in pair]
+    sides = [side for entry in manifest.tensors.values() for side in entry["shape"]]
+    return (
+        type(manifest.format) is int
+        and manifest.format == FORMAT
+        and manifest.dtype in DTYPES
+        and all(isinstance(text, str) for text in texts)
+        and all(
+            isinstance(entry["shape"], list) and len(entry["shape"]) <= MOST_SIDES
+            for entry in manifest.tensors.values()
+        )
+        and all(type(side) is int and 0 <= side <= MOST_BYTES for side in sides)
+        and all(isinstance(manifest.given(name), torch.dtype) for name in manifest.tensors)
+        and len(manifest.tensors) > 0
+        and manifest.bytes_per_prompt <= MOST_BYTES
+    )
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -155,17 +178,19 @@ def shard_keys(path: Path, manifest: Manifest) -> np.ndarray:
 
     Raises `UserError` if the shard is damaged or belongs to another cache.
     """
-    try:
+    with reading(path):
         with safe_open(require_regular(path), framework="pt") as file:
             owner = (file.metadata() or {}).get("cache")
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - not a dictionary
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+            found = {name: (part.get_shape(), part[:0].dtype) for name, part in parts.items()}
+            rows = found["keys"][0][0]
+            expected = {"keys": ([rows, KEY_BYTES], torch.uint8), "crc32": ([rows], torch.int64)}
+            for name, entry in manifest.tensors.items():
+                expected[PREFIX + name] = ([rows, *entry["shape"]], manifest.stored(name))
+            if owner != manifest.digest or any(found.get(name) != of for name, of in expected.items()):
+                raise UserError(f"{path}: this file belongs to another text cache; move it out of the folder")
             keys = file.get_tensor("keys").numpy()
-    except (SafetensorError, OSError, ValueError) as error:
-        raise broken(path) from error
-    expected = {PREFIX + name: [len(keys), *entry["shape"]] for name, entry in manifest.tensors.items()}
-    if owner != manifest.digest or any(shapes.get(name) != shape for name, shape in expected.items()):
-        raise UserError(f"{path}: this file belongs to another text cache; move it out of the folder")
-    return np.ascontiguousarray(keys).view(KEY_TYPE)[:, 0]
+        return np.ascontiguousarray(keys).view(KEY_TYPE)[:, 0]
 
 
 def read_row(path: Path, manifest: Manifest, row: int) -> dict[str, Tensor]:
@@ -173,15 +198,23 @@ def read_row(path: Path, manifest: Manifest, row: int) -> dict[str, Tensor]:
 
     Raises `UserError` if the file cannot be read or the row is damaged.
     """
-    try:
-        with safe_open(require_regular(path), framework="pt") as file:
-            cond = {name: file.get_slice(PREFIX + name)[row : row + 1][0] for name in manifest.tensors}
-            expected = int(file.get_slice("crc32")[row : row + 1])
-    except (SafetensorError, OSError, ValueError) as error:
-        raise broken(path) from error
+    with reading(path), safe_open(require_regular(path), framework="pt") as file:
+        cond = {name: file.get_slice(PREFIX + name)[row : row + 1][0] for name in manifest.tensors}
+        expected = int(file.get_slice("crc32")[row : row + 1])
     if check_sum(cond) != expected:
         raise broken(path)
     return cond
+
+
+@contextmanager
+def reading(path: Path) -> Generator[None]:
+    """Turn each unexpected error inside the block, which reads the shard `path`, into the `UserError` of `broken`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # libraries raise errors of many types for a wrong file
+        raise broken(path) from error
 
 
 def check_sum(cond: Mapping[str, Tensor]) -> int:

@@ -66,6 +66,7 @@ class ModelCard:
     def text(self) -> str:
         """Return the card as Markdown, with the YAML header that model hubs read."""
         base = self.config.get("backbone", {}).get("pretrained")
+        base = None if base is None else str(base)  # a number is the name of a folder
         is_hub_id = base is not None and base.count("/") == 1 and not Path(base).exists()
         is_pipeline = base is not None  # not the two-dimensional toy model, which is no pipeline of diffusers
         header = ModelCardData(

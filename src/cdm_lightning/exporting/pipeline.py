@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from cdm_lightning.errors import UserError
-from cdm_lightning.files import read_text, replacing_folder
-from cdm_lightning.run.folder import Run
+from cdm_lightning.files import read_text, replacing_folder, restoring
+from cdm_lightning.run.folder import CONFIG, Run
 from cdm_lightning.terminal.secrets import masked
 
 if TYPE_CHECKING:  # these take seconds to import: --help and error messages should not wait for them
@@ -105,9 +105,12 @@ def model_card(name: str, record: dict[str, Any], run: Run | None) -> str:
     """
     from cdm_lightning.exporting.model_card import ModelCard
 
-    config = masked(run.config()) if run is not None and run.is_started else {}
-    metrics = None if run is None else run.metrics()
-    return ModelCard(name=name, config=config, metrics=metrics, **record).text()
+    if run is None:
+        return ModelCard(name=name, **record).text()
+    metrics = run.metrics()
+    with restoring(run.kept or run.folder / CONFIG, "restore the file that training wrote"):
+        config = masked(run.config()) if run.is_started else {}
+        return ModelCard(name=name, config=config, metrics=metrics, **record).text()
 
 
 def check_output(output: Path) -> None:

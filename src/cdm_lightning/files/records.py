@@ -11,6 +11,8 @@ from cdm_lightning.files.reading import MOST_TEXT, first_line, read_text
 
 # The errors that wrong content causes when it is used: a list instead of an object, a text instead of a number, a missing key.
 WRONG_CONTENT = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
+MOST = 1 << 53  # of a whole number in a record; larger ones are no counts, and other programs would round them
+OF_THE_MACHINE = ("OutOfMemoryError",)  # names of errors that are not about content; torch is not imported for its own
 
 
 def read_record(path: str | Path, cure: str, most: int = MOST_TEXT) -> dict[str, Any]:
@@ -44,18 +46,24 @@ def require_entries(record: Mapping[str, Any], path: str | Path, cure: str, **ki
             raise UserError(f"{path}: the entry {name} is missing or of the wrong type ({value!r:.60}); {cure}")
         if kind is int and is_number and value < 0:
             raise UserError(f"{path}: {name} is {value}, which is negative; {cure}")
+        if kind is int and is_number and value > MOST:
+            raise UserError(f"{path}: {name} is too large ({value!s:.60}); {cure}")
 
 
 @contextmanager
 def restoring(path: str | Path, cure: str) -> Generator[None]:
-    """Turn errors such as KeyError inside the block into a `UserError` about the file `path`.
+    """Turn each unexpected error inside the block, such as KeyError, into a `UserError` about the file `path`.
 
-    The block uses the file's content, which may be wrong. `cure` ends the message and says what the user can do.
+    The block uses the file's content, which may be wrong: a list instead of an object, a text instead of a number, a missing
+    key. Libraries then raise errors of many types. `UserError`, OSError and torch's out-of-memory error pass unchanged. `cure`
+    ends the message and says what the user can do.
     """
     try:
         yield
-    except UserError:
+    except (UserError, OSError):
         raise
-    except WRONG_CONTENT as error:
+    except Exception as error:
+        if type(error).__name__ in OF_THE_MACHINE:
+            raise
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{path} does not have the content that a run stores there ({reason:.120}); {cure}") from error

@@ -40,7 +40,7 @@ class Adapter:
                 "lora.ROLE.targets is empty; give a preset such as attention, or endings of layer names such as [to_q,to_k]"
             )
         if not isinstance(self.targets, str):
-            object.__setattr__(self, "targets", tuple(self.targets))
+            object.__setattr__(self, "targets", tuple(map(str, self.targets)))  # a number is a name too
 
     @property
     def scale(self) -> float:

@@ -134,6 +134,22 @@ def target_layers(network: nn.Module, adapter: Adapter, presets: Presets) -> lis
     return [name for name in linear if name in chosen]
 
 
+def adapter_shapes(network: nn.Module, adapter: Adapter, presets: Presets) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """Return the shape of each tensor of an adapter of `network`, by name as in `adapter_parameters`, each with True.
+
+    True says that the tensor is floating-point, as all of them are. `network` may be on the meta device. Raises UserError for
+    targets that `network` lacks.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for name in target_layers(network, adapter, presets):
+        layer = cast(nn.Linear, network.get_submodule(name))
+        found[f"{name}.lora_A.weight"] = (adapter.rank, layer.in_features)
+        found[f"{name}.lora_B.weight"] = (layer.out_features, adapter.rank)
+        if adapter.use_dora:
+            found[f"{name}.lora_magnitude_vector.weight"] = (layer.out_features,)
+    return {name: (shape, True) for name, shape in found.items()}
+
+
 def inject(network: nn.Module, role: str, adapter: Adapter, layers: Sequence[str]) -> None:
     """Add a new peft adapter named `role` to the linear layers `layers` of `network`, in place."""
     config = LoraConfig(

@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # importing torch takes seconds: --help and error messages sh
     from cdm_lightning.checkpoint.stored import StoredCheckpoint
 
 CONFIG, STARTS, CHECKPOINTS, METRICS = "config.yaml", "starts.jsonl", "checkpoints", "metrics.json"
+GROUPS = ("objective", "module", "trainer", "data", "optim", "checkpoint")  # options of config.yaml that hold options
 MOST_CONFIG = 1 << 22  # bytes of config.yaml: it takes a second to parse; usual is a few kilobytes
 
 
@@ -94,7 +95,7 @@ class Run:
     def config(self) -> dict[str, Any]:
         """Return the resolved configuration of the run's last start.
 
-        Raises `UserError` if the configuration cannot be read or has no `backbone`.
+        Raises `UserError` if the configuration cannot be read or has no `backbone`, or if a group of options is no mapping.
         """
         from cdm_lightning.config.registered import load_tree
 
@@ -112,6 +113,11 @@ class Run:
             raise UserError(
                 f"{path} has no option `backbone`; restore the file that training wrote, or pass another run"
             )
+        for name in GROUPS:
+            if not isinstance(config.get(name), dict | None):
+                raise UserError(
+                    f"{path}: {name}={config[name]!s:.60} must be a mapping; restore the file that training wrote"
+                )
         return config
 
     def checkpoint(self, path: Path | None = None) -> "StoredCheckpoint":

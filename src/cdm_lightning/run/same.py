@@ -11,6 +11,8 @@ from typing import Any
 from cdm_lightning.config import MOVED, parameters_of
 from cdm_lightning.distributed.strategy import device_count
 from cdm_lightning.errors import UserError
+from cdm_lightning.files import restoring
+from cdm_lightning.run.folder import CONFIG
 
 FREE = (  # groups and options that change no result: where a run is, its length, how it is computed and measured
     "run_name",
@@ -71,17 +73,24 @@ def require_same_configuration(saved: dict[str, Any], config: dict[str, Any], fo
     """
     if not saved:
         return
+    with restoring(folder / CONFIG, "restore the file that training wrote, or set another run_name"):
+        differing = differing_options(saved, config)
+    if differing:
+        named = ", ".join(differing[:5])
+        raise UserError(
+            f"{folder} holds a run with another configuration (it differs in {named}); restore these options, or set another run_name"
+        )
+
+
+def differing_options(saved: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    """Return the options that affect the weights and differ between the stored configuration `saved` and the present `config`."""
     saved = without_unknown_classes(saved, config)
     before, now = without_copies(modernised(flatten(saved))), without_copies(flatten(config))
     for flat in (before, now):  # only the batch size over all processes counts
         processes = device_count(flat["trainer.devices"]) * flat["trainer.num_nodes"]
         flat["data.batch_size x processes"] = flat.pop("data.batch_size") * processes
     keys = sorted(key for key in before.keys() | now.keys() if decides(key) or not may_follow(key, before, now))
-    if differing := [key for key in keys if not is_same(key, before, now, saved, config)]:
-        named = ", ".join(differing[:5])
-        raise UserError(
-            f"{folder} holds a run with another configuration (it differs in {named}); restore these options, or set another run_name"
-        )
+    return [key for key in keys if not is_same(key, before, now, saved, config)]
 
 
 def may_follow(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:

@@ -7,10 +7,12 @@ from torch import nn
 
 from cdm_lightning.backbones.base import Backbone
 from cdm_lightning.backbones.families import BACKBONES
+from cdm_lightning.checkpoint.fitting import require_fit, shapes_of
 from cdm_lightning.checkpoint.stored import StoredCheckpoint, read_checkpoint
 from cdm_lightning.config import build
-from cdm_lightning.config.registered import registered, require_registered
+from cdm_lightning.config.registered import registered, require_registered, typed_nodes
 from cdm_lightning.errors import UserError
+from cdm_lightning.files import restoring
 from cdm_lightning.lora.plan import LoRAPlan
 from cdm_lightning.lora.weights import AdapterWeights
 from cdm_lightning.run.folder import CONFIG, Run
@@ -40,12 +42,24 @@ class TrainedStudent:
         return self.stored.iteration
 
     def network(self) -> nn.Module | AdapterWeights:
-        """Return the student's network in eval mode. For a LoRA, return the weights of the adapter alone."""
-        tensors = self.stored.network_weights(self.weights)
+        """Return the student's network in eval mode. For a LoRA, return the weights of the adapter alone.
+
+        Raises `UserError` if the names, shapes or kinds of the stored tensors are not those of the network.
+        """
         adapter = self.plan.of("student")
+        skeleton = self.backbone.build_empty(teacher=False)  # cheap, if the family has one
+        network = self.backbone.build_network() if skeleton is None else skeleton
+        if adapter is None:
+            expected = shapes_of(network.state_dict())
+        else:
+            from cdm_lightning.lora.shared import adapter_shapes  # imports peft
+
+            expected = adapter_shapes(network, adapter, self.backbone.lora_targets)
+        require_fit(self.stored, self.weights, expected)
+        tensors = self.stored.network_weights(self.weights)
         if adapter is not None:
             return AdapterWeights(adapter, tensors)
-        network = self.backbone.build_network()
+        network = self.backbone.build_network() if skeleton is not None else network
         network.load_state_dict(tensors)
         return network.eval()
 
@@ -72,16 +86,19 @@ def build_parts(run: Run, pretrained: str | None = None) -> tuple[Backbone, LoRA
     `pretrained` replaces the path of the pretrained pipeline. Raises `UserError` if the configuration names a class that is not
     registered (`config.registered`); nothing has been built then.
     """
-    config = run.config()
-    for key, own in PARTS.items():
-        if key == "backbone" or config.get(key):  # runs of older versions do not have `lora`
-            require_registered(
-                config[key], registered(GROUP.format(key), own), f"{run.folder / CONFIG}: {key}", GROUP.format(key)
-            )
-    if pretrained is not None:
-        config["backbone"]["pretrained"] = pretrained
-    backbone = build(config, "backbone")
-    plan = build(config, "lora") if config.get("lora") else LoRAPlan()
+    config, file = run.config(), run.kept or run.folder / CONFIG
+    nodes = {
+        key: config[key] for key in PARTS if key == "backbone" or config.get(key)
+    }  # runs of older versions do not have `lora`
+    for key, node in nodes.items():
+        group = GROUP.format(key)
+        require_registered(node, registered(group, PARTS[key]), f"{file}: {key}", group)
+    with restoring(file, "restore the file that training wrote"):
+        typed = typed_nodes(nodes, file)
+        if pretrained is not None:
+            typed.backbone.pretrained = pretrained
+        backbone = build(typed, "backbone")
+        plan = build(typed, "lora") if "lora" in nodes else LoRAPlan()
     if not isinstance(backbone, Backbone) or not isinstance(plan, LoRAPlan):
         raise UserError(
             f"{run.folder / CONFIG}: `backbone` must describe a backbone and `lora` a LoRA plan; restore the file that training wrote"
