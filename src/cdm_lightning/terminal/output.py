@@ -4,7 +4,6 @@ import logging
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
-from os.path import commonpath
 from threading import RLock
 from typing import Any, TextIO
 
@@ -71,7 +70,12 @@ class MaskedStream:
 
 def _after(shown: str, text: str) -> str:
     """Return what is left of `text` after `shown`. If a secret began in `shown`, they are alike up to there only."""
-    return text[len(commonpath([shown, text])) :]
+    if text.startswith(shown):
+        return text[len(shown) :]
+    alike = next(
+        (place for place, (one, other) in enumerate(zip(shown, text)) if one != other), min(len(shown), len(text))
+    )
+    return text[alike:]
 
 
 def mask_output() -> None:
