@@ -233,6 +233,24 @@ def test_ordinary_words_stay(text):
             "TOKEN_2",
             "tokenForHub",
         ),
+        *(
+            "passkey",
+            "otp",
+            "seed_phrase",
+            "session_id",
+            "SSHPASS",
+            "PGPASS",
+            "KEYPASS",
+            "DATABASE_URL",
+            "SLACK_WEBHOOK",
+        ),
+        *(
+            "SENTRY_DSN",
+            "SSH_PRIVATE",
+            "sessionId",
+            "recovery_codes",
+            "WEBHOOK_URL",
+        ),
     ],
 )
 def test_keys_of_secrets(name):
@@ -282,6 +300,12 @@ def test_keys_of_secrets(name):
             "_target_",
             "fake_score",
             "monitor_key",
+            "first_pass",
+            "seed",
+            "session",
+            "url",
+            "phrase",
+            "private",
         ),
     ],
 )
@@ -371,9 +395,177 @@ def test_commands_are_masked_by_the_argument_before_too():
     assert masked_command(given) == shown
 
 
+X = "abcDEF0123456"  # too short for a shape
+BEHIND_A_KEY = [
+    *(
+        f"error: hub_token='{X}'",
+        f"error: +hub_token=[{X}]",
+        f'x: a.hub_token="abc {X}"',
+        f"ValueError: --password=[{X}]",
+    ),
+    *(
+        f"a: b: c: hub_token={X}",
+        f"error: x=y: hub_token={X}",
+        f"a=b=hub_token={X}",
+        f'job "+hub_token={{value: {X}}}"',
+    ),
+    *(f"hub_token:\n  value: {X}", f"hub_token: >\n  {X}", f"hub_token: |-\n  a\n\n  {X}", f"api_key:\n- a\n- {X}"),
+    *(f"hub_token=b'{X}'", f"hub_token: b'{X}'", f"hub_token=[[{X}]]", f"hub_token={{a: {{b: {{c: {{d: [{X}]}}}}}}}}"),
+    *(f"hub_token=abc{sign}{X}" for sign in ",;(|&#)]}<>'\"!:="),
+    *(f"hub_token=({X})", f"hub_token=<{X}>", f"hub_token: ({X})", f"hub_token: <{X}>", f"hub_token=abc\\ {X}"),
+    *(f"+hub.tokens=[a,{X}]", f"+hub={{tokens:[{X}]}}", f"+hub={{token:{X}}}", f"--password -{X}", f"+login=user:{X}"),
+    *(f"['--token', '{X}']", f'{{\\"token\\": \\"{X}\\"}}', f'os.environ["HF_TOKEN"] = "{X}"', f"a;password='{X}'"),
+    *(f"passphrase: correct horse {X}", f"a;Password={{{X}}};b=1", f"password='abc\nabc {X}'", f"hub_token => {X}"),
+    *(f"token=${{oc.env:X,{X}}}", f"?token%5D={X}", f'Authorization: Digest username="u", response="{X}"'),
+    *(f"Cookie: a=1; sid={X}", f"error: hub_token: value: {X}", f"error: bad hub_token:\n  value: {X}", f"otp={X}"),
+    *(f"{{'auth': {{'a': 'b',\n 'c': \"x}}'{X}\"}}}}", f"Password:\n{X}", f"session_id={X}", f"seed_phrase: {X}"),
+]
+
+
+@pytest.mark.parametrize("text", BEHIND_A_KEY)
+def test_the_whole_value_behind_a_secret_key_is_masked(text):
+    for around in (text, f"a\n{text}\nseed: 5", f"{text} "):
+        found = masked_text(around)
+        assert "***" in found
+        assert X not in found
+        assert masked_text(found) == found
+    assert X not in str(masked_command(["train", text]))
+    assert masked_text(f"{text}\nseed: 5").endswith("\nseed: 5")
+
+
+HEX = "0123456789abcdef" * 4
+SHAPES = [
+    *(
+        f"hf_{LETTERS}{LETTERS[:8]}",
+        f"ghp_{LETTERS}{LETTERS[:10]}",
+        f"dapi{HEX[:32]}",
+        f"SK{HEX[:32]}",
+        f"glsa_{S}{S[:12]}_{HEX[:8]}",
+    ),
+    *(f"lsv2_pt_{HEX[:32]}_{HEX[:10]}", f"glc_eyJ{S}{S}", f"dp.st.dev.{S}{S}", f"dp.pt.{S}{S}abc", f"lin_oauth_{HEX}"),
+    *(
+        f"PMAK-{HEX[:24]}-{HEX[:34]}",
+        f"{S[:14]}.atlasv1.{S}{S}{S}{S[:7]}",
+        f"tskey-auth-{S[:12]}-{S}",
+        f"ops_eyJ{S}{S}",
+    ),
+    *(f"tgp_v1_{S}{S}-_a", f"sk-or-v1-{HEX}", f"sk-{HEX[:32]}", f"https://hooks.slack.com/services/T0AB/B0CD/{S}"),
+    *(f"https://discord.com/api/webhooks/123456/{S}", f"https://discordapp.com/api/v10/webhooks/1/{S}"),
+]
+
+
+@pytest.mark.parametrize("token", SHAPES)
+def test_a_token_of_a_known_vendor_is_masked_without_a_key(token):
+    for text in (token, f"saw {token} here", f"a/b ({token})."):
+        found = masked_text(text)
+        assert "***" in found
+        assert not any(piece in found for piece in (S, S[:14], LETTERS, HEX[:8]))
+
+
+HARMLESS = [
+    *(
+        "token_count=5",
+        "max_tokens=4k",
+        "tokens: [151643, 151645]",
+        "tokens: ['north', 'east']",
+        "text_tokens=[Hello12,b]",
+    ),
+    *(
+        "hf_cache_2026_snapshot1234567890",
+        "/data/co-flux-schnell-20240801",
+        "/data/sk_stable-diffusion-3-medium20240801",
+    ),
+    *("stabilityai/stable-diffusion-3-medium-diffusers", "terminal/secrets.py:162-172", "config/secrets.py: E501 Line"),
+    *(
+        "tests/test_secrets.py::test_a[x]",
+        "user: name",
+        "user=1000:1000",
+        "user: http://host:80/x",
+        "bypass=Wide_Lane1",
+    ),
+    *(
+        "first_pass=Somebody1",
+        "a photo of a cat: highly detailed, 4K",
+        "a cat, a password of the sea",
+        "session: Morning12",
+    ),
+    *(
+        "token=${oc.env:HF_TOKEN}",
+        "pass_through=Abcdefg1",
+        "private=Somebody1",
+        "database=Postgres15",
+        "the code: ABC12345",
+    ),
+    *("{'a': 1, 'seed': 12345678}", "webhooked=Somebody1", "seed: 12345678", "key(s) missing: decoder.Weight_1"),
+]
+
+
+@pytest.mark.parametrize("text", HARMLESS)
+def test_harmless_text_stays(text):
+    for around in (text, f"before {text} after", f"a\n{text}\nb"):
+        assert masked_text(around) == around
+    if "${" not in text:
+        assert masked_command(["train", text]) == ["train", text]
+
+
+def test_what_is_after_a_secret_stays():
+    assert masked_text(f"a=1,hub_token={X},seed=1") == "a=1,hub_token=***,seed=1"
+    assert masked_text(f"https://h/x?token={X}&b=2#c") == "https://h/x?token=***&b=2#c"
+    assert masked_text(f'{{"token":"{X}","b":[1]}}') == '{"token":"***","b":[1]}'
+    assert masked_text(f"cannot log in (token={X}): try again") == "cannot log in (token=***): try again"
+
+
+def test_a_path_that_exists_is_no_secret_by_its_shape(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = f"hf_{S}{S[:14]}"
+    assert masked_text(f"backbone.pretrained={name}") == "backbone.pretrained=***"
+    (tmp_path / name / "vae").mkdir(parents=True)
+    for path in (name, f"{name}/vae", f"{tmp_path}/{name}", f"./{name}/"):
+        assert masked_text(f"backbone.pretrained={path}") == f"backbone.pretrained={path}"
+        assert plain(OmegaConf.create({"backbone": {"pretrained": path}}))["backbone"]["pretrained"] == path
+        assert masked_text(f"the folder '{path}', which is here") == f"the folder '{path}', which is here"
+    assert masked_text(f"hub_token={name}") == "hub_token=***"
+
+
+def test_lists_of_tokens_and_logins_are_masked_in_commands_and_configurations():
+    given = [
+        "+hub.tokens=[abcDEF0123456,ghiJKL0123456]",
+        "--password",
+        f"-{X}",
+        "-u",
+        f"me:{X}",
+        "--password",
+        "-m",
+        "x",
+    ]
+    assert masked_command(given) == ["+hub.tokens=***", "--password", "***", "-u", "***", "--password", "-m", "x"]
+    assert masked({"login": f"me:{X}", "user": "me", "tokens": [X, 5]}) == {
+        "login": "***",
+        "user": "me",
+        "tokens": ["***", 5],
+    }
+
+
+def test_many_keys_in_a_row_are_no_recursion():
+    assert masked_text("a=" * 3000) == "a=" * 3000
+    assert masked_text("a: " * 3000 + f"token={X}") == "a: " * 3000 + "token=***"
+    assert masked_text("{a: " * 3000 + f"token={X}" + "}" * 3000) == "{a: " * 3000 + "token=***" + "}" * 3000
+
+
 def test_masking_takes_no_long_time():
     """A text of a hundred kilobytes that fits the beginning of every pattern; a pattern that backtracks would take minutes."""
     for piece in (
+        *("a=", "token=(", "token=(\n", "token: token: ", "user:", "user: user: ", "tokens=[", "token:\n", "token: {'"),
+        *(
+            "a-.",
+            "token=<",
+            "token=\\",
+            "Cookie: a=b;",
+            "secret.py:",
+            "hf_abcDEF0123456abcDEF/",
+            "token=a,b=",
+            "x token:\n a\n",
+        ),
         "eyJ",
         "://a:",
         'token="\\',
@@ -428,6 +620,51 @@ def test_everything_that_a_process_prints_is_masked(begin):
     assert shown.count("***") == 6  # the traceback shows the line of the program too
     assert "RuntimeError: password=***" in shown
     assert sys.stderr.isatty() is False
+
+
+def test_a_line_that_is_printed_in_pieces_is_masked_as_a_whole():
+    screen = io.StringIO()
+    stream = MaskedStream(screen)
+    print("token:", X, file=stream)
+    assert screen.getvalue() == "token: ***\n"
+    for piece in (
+        "at 50% hub_",
+        "token=abc",
+        "DEF0123",
+        "456 and",
+        " more",
+    ):  # each reaches the terminal, as a bar does
+        print(piece, end="", file=stream, flush=True)
+    assert screen.getvalue() == "token: ***\nat 50% hub_token=*** and more"
+    print("\r60%", end="", file=stream, flush=True)
+    print(file=stream)
+    assert screen.getvalue().endswith(" more\r60%\n")
+    stream.write("no end")
+    assert stream.write("x" * 20_000) == 20_000
+    assert len(screen.getvalue()) > 20_000
+    stream.write(" a")
+    stream.flush()
+    assert screen.getvalue().endswith("x a")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("train", ["experiment=toy2d_cdm", "hydra.output_subdir=.hydra"]),
+        ("train", ["-m", "experiment=toy2d_cdm", "seed=1,2", "hydra.output_subdir=../../x"]),
+        ("pretrain", ["hydra.output_subdir=x"]),
+    ],
+)
+def test_hydra_s_own_copies_of_the_configuration_are_refused(name, arguments, begin, tmp_path, monkeypatch):
+    screen = begin()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, *arguments, f"+hub_token={S}"])
+    with pytest.raises(SystemExit) as stop:
+        run_cli(lambda config: pytest.fail("the task began"), name)
+    assert stop.value.code == 2
+    assert screen.getvalue().startswith("error: hydra.output_subdir=")
+    assert screen.getvalue().count("\n") == 1
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 @pytest.mark.parametrize("error", [RuntimeError, UserError, KeyError, ValueError])

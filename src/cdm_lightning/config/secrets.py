@@ -1,5 +1,6 @@
 """The masking of secrets in configurations. `terminal.secrets` decides what a secret is."""
 
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,23 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 
 class MaskSweep(Callback):
-    """A Hydra callback that replaces secrets by *** in multirun.yaml, the file that Hydra writes for a sweep."""
+    """A Hydra callback that keeps secrets out of the files that Hydra itself writes.
+
+    They are replaced by *** in multirun.yaml, the file of a sweep. The copies of the configuration that `hydra.output_subdir` asks
+    for are refused: Hydra writes them before any callback can mask them, and possibly outside the run's folder.
+    """
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Print an error and exit with status 2 if `hydra.output_subdir` is not null."""
+        if config.hydra.output_subdir is not None:  # Hydra turns exceptions of callbacks into warnings, but not an exit
+            subdir = masked_text(str(config.hydra.output_subdir))
+            reason = "the run folder has its own config.yaml, with secrets masked; leave this option out"
+            print(f"error: hydra.output_subdir={subdir} must be null: {reason}", file=sys.stderr, flush=True)
+            sys.exit(2)
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Check a sweep as `on_run_start` checks a run."""
+        self.on_run_start(config)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Mask the file multirun.yaml of the sweep that this job belongs to."""
