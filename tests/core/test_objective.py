@@ -297,7 +297,7 @@ def test_what_is_renoised_for_the_teacher(setting, term):
 
 def test_later_bases_need_a_full_rollout(setting):
     stopped = TrajectoryPoint(setting.point.x, setting.point.v, setting.point.sigma)
-    with pytest.raises(ValueError, match="full rollout"):
+    with pytest.raises(ValueError, match="rollouts to their end"):
         loss_of(only("cdm", teacher_base="final"), setting.fields, stopped)
 
 
@@ -374,7 +374,8 @@ def test_non_finite_predictions_are_counted_and_do_no_harm(setting):
 def test_all_figures_are_numbers_without_gradient(setting):
     losses = student_loss(CDMObjective(), setting)
     assert losses.logs.keys() == {
-        "ca_delta_rms", "dm_delta_rms", "cdm_delta_rms", "ca_dm_cosine", "x0_mean", "x0_std", "nonfinite_deltas"
+        "ca_delta_rms", "dm_delta_rms", "cdm_delta_rms", "ca_dm_cosine", "x0_mean", "x0_std", "nonfinite_deltas",
+        "effective_guidance",
     }  # fmt: skip
     assert all(log.ndim == 0 and not log.requires_grad for log in losses.logs.values())
     assert all(term.ndim == 0 for term in losses.terms.values())
@@ -404,7 +405,10 @@ def test_two_halves_of_a_batch_give_the_whole_loss(setting):
     [
         ({"cdm_input": "noise"}, "extrapolated, trajectory, renoised"),
         ({"teacher_base": "x0"}, "online, next, final"),
-        ({"ca_weight": 0, "dm_weight": 0.0, "cdm_weight": LinearRamp(1.0, over=5, start=1)}, "at least one"),
+        (
+            {"ca_weight": 0, "dm_weight": 0.0, "cdm_weight": LinearRamp(1.0, over=5, start=1)},
+            "are all 0 in iteration 0",
+        ),
         ({"norm_floor": 0.0}, "norm_floor"),
         ({"student_every": 0}, "student_every"),
         ({"fake_score_steps": 0}, "fake_score_steps"),
