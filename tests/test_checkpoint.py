@@ -153,8 +153,10 @@ def test_files_with_the_names_of_folders_are_in_nobodys_way(finished, toy_run):
     )
     for name in names:
         (finished / "checkpoints" / name).touch()
+    (finished / "checkpoints/.saving_photos").mkdir()  # somebody else's
     assert toy_run("trainer.max_steps=12", "checkpoint.every=5", "checkpoint.keep=1").iteration == 12
-    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == [".lock", "iteration_0000012"]
+    left = sorted(path.name for path in (finished / "checkpoints").iterdir())
+    assert left == [".lock", ".saving_photos", "iteration_0000012"]
     assert (finished / "checkpoints/iteration_0000012").is_dir()
 
 

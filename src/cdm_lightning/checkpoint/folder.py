@@ -24,6 +24,7 @@ PATTERN = re.compile(r"iteration_(\d{7,})")
 OLD_FILE = re.compile(r"iteration_\d{7,}\.ckpt")  # names of checkpoints of older versions, which were single files
 MARKER = "COMPLETE.json"
 SAVING, REMOVING, UNUSED = ".saving_", ".removing_", "unused_"
+TEMPORARY = re.compile(rf"({re.escape(SAVING)}|{re.escape(REMOVING)}){PATTERN.pattern}")
 CHUNK = 1 << 24  # bytes read at a time
 
 FileSums = dict[str, dict[str, int]]  # file name: {"bytes": size, "crc32": checksum}
@@ -103,7 +104,7 @@ def sweep(folder: Path) -> list[str]:
     """Delete the temporary folders of interrupted saves and deletions in `folder`, and return their names."""
     if not folder.is_dir():
         return []
-    left = [path for path in folder.iterdir() if path.name.startswith((SAVING, REMOVING))]
+    left = [path for path in folder.iterdir() if TEMPORARY.fullmatch(path.name)]  # other names belong to somebody else
     for path in left:
         _delete(path)
     return sorted(path.name for path in left)
