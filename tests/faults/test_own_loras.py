@@ -1,10 +1,12 @@
 """LoRA files of one's own: the same weights as diffusers' own loader in every family, or one line that names the file."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import FAMILIES
 from torch import Tensor, nn
@@ -100,6 +102,7 @@ FAULTS = {
     "scalars": (lambda t: {k: v.sum() for k, v in t.items()}, "which are not matrices"),
     "convolutions": (lambda t: {k: v[..., None, None] for k, v in t.items()}, "LoRA of another model"),
     "NaN": (lambda t: {k: v * float("nan") for k, v in t.items()}, "not finite"),
+    "huge": (lambda t: {k: torch.full_like(v, 3e38) for k, v in t.items()}, "with values above 1e+06"),
     "infinity": (lambda t: {k: v / 0 for k, v in t.items()}, "not finite"),
     "whole numbers": (lambda t: {k: v.to(torch.int8) for k, v in t.items()}, "whole numbers"),
     "alpha": (
@@ -140,3 +143,69 @@ def test_settings_of_a_lora_file_that_peft_cannot_use_are_one_line(tiny_pipeline
         SD3Backbone(str(tiny_pipeline_folder), teacher_lora=str(file)).build_teacher()
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+NEVER = "(([a-z_0-9.]*)*)*!"  # a regular expression that takes years on a layer's name
+SETTINGS = {
+    "a pattern of ranks": ({"r": RANK, "rank_pattern": {NEVER: RANK}}, "in rank_pattern is not the name of a layer"),
+    "a pattern of alphas": ({"r": RANK, "alpha_pattern": {NEVER: 1}}, "in alpha_pattern is not the name of a layer"),
+    "no mapping": ({"r": RANK, "alpha_pattern": [1]}, "alpha_pattern must be a mapping"),
+    "a rank that needs memory": ({"r": 10_000_000}, "contradicts its tensors, which have rank 4"),
+    "a list as rank": ({"r": [RANK]}, "contradicts its tensors"),
+    "NaN": ({"r": RANK, "lora_alpha": float("nan")}, "must be finite"),
+    "a text as alpha": ({"r": RANK, "alpha_pattern": {"to_q": "x"}}, "must be a number"),
+    "pissa": ({"r": RANK, "init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not supported"),
+    "eva": ({"r": RANK, "init_lora_weights": "eva"}, "init_lora_weights='eva' is not supported"),
+    "qalora": ({"r": RANK, "use_qalora": True}, "use_qalora=True is not supported"),
+    "dora without its tensors": ({"r": RANK, "use_dora": True}, "use_dora=True contradicts its tensors"),
+    "a text as switch": ({"r": RANK, "use_rslora": "x"}, "use_rslora='x' must be true or false"),
+    "a list": ([1], "must be a JSON object"),
+    "a text": ("x", "must be a JSON object"),
+}
+
+
+def with_settings(style: Path, file: Path, settings: object) -> Path:
+    """A copy of a LoRA file that has these settings of peft for its transformer."""
+    if isinstance(settings, dict):
+        settings = {f"transformer.{key}": value for key, value in settings.items()}
+    header = {"format": "pt", "lora_adapter_metadata": json.dumps(settings)}
+    save_file(load_file(style), file, metadata=header)
+    return file
+
+
+@pytest.mark.parametrize("fault", SETTINGS)
+def test_the_settings_of_peft_are_a_closed_set(tiny_pipeline_folder, style, tmp_path, monkeypatch, fault):
+    settings, message = SETTINGS[fault]
+    file = with_settings(style, tmp_path / "own.safetensors", settings)
+    backbone = SD3Backbone(str(tiny_pipeline_folder), teacher_lora=str(file))
+    monkeypatch.setattr(backbone, "_load_pretrained", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(UserError) as caught:
+        backbone.build_teacher()
+    assert message in str(caught.value)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_the_settings_that_peft_itself_writes_have_the_strength_that_they_say(
+    tiny_pipeline_folder, style, tmp_path, use_rslora
+):
+    made = LoraConfig(
+        r=RANK,
+        lora_alpha=10,
+        target_modules=NEVER,  # the layers come from the tensors: this is never run
+        init_lora_weights="gaussian",
+        use_rslora=use_rslora,
+        alpha_pattern={"to_v": 2},
+    ).to_dict() | {"peft_type": "LORA"}
+    file = with_settings(style, tmp_path / "own.safetensors", made)
+    before = SD3Backbone(str(tiny_pipeline_folder)).build_teacher()
+    after = SD3Backbone(str(tiny_pipeline_folder), teacher_lora=str(file)).build_teacher()
+    factors = load_file(file)
+    layers = [key.removeprefix("transformer.").removesuffix(f".{A}") for key in factors if key.endswith(A)]
+    assert {name.rpartition(".")[2] for name in layers} == {"to_q", "to_v"}
+    for name in layers:
+        scale = (2 if name.endswith("to_v") else 10) / (RANK**0.5 if use_rslora else RANK)
+        change = after.get_submodule(name).weight - before.get_submodule(name).weight
+        product = factors[f"transformer.{name}.{B}"] @ factors[f"transformer.{name}.{A}"]
+        torch.testing.assert_close(change, scale * product, rtol=1e-3, atol=1e-4)
