@@ -108,7 +108,7 @@ def test_inference_sigmas_are_those_that_diffusers_is_given():
         (lambda: RandomSchedule(FixedLength(), space="shifted"), "space"),
         (lambda: RandomSchedule(FixedLength(), sigma_min=0.0), "sigma_min"),
         (lambda: RandomSchedule(FixedLength(), sigma_min=0.9, sigma_max=0.5), "sigma_min"),
-        (lambda: FixedSchedule(sigmas=(0.9, 0.5)), "from 1"),
+        (lambda: FixedSchedule(sigmas=(0.9, 0.5)), "must start at 1"),
         (lambda: FixedSchedule(sigmas=(1.0, 0.5, 0.5)), "strictly"),
         (lambda: FixedSchedule(sigmas=(1.0, 0.5, 0.0)), "above 0"),
         (lambda: FixedSchedule(sigmas=()), "sigmas"),
