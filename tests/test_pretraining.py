@@ -44,7 +44,7 @@ def test_folded_padding_gives_the_stock_result() -> None:
 
 
 def test_a_longer_caption_is_refused_not_cut() -> None:
-    with pytest.raises(ValueError, match="T5 tokens, more than 4"):
+    with pytest.raises(ValueError, match="T5 tokens, more than keep=4"):
         tokenise(build_pipeline(), CAPTIONS, keep=4)
 
 
