@@ -25,7 +25,7 @@ SHAPES = re.compile(
       )[-_.](?:[A-Za-z0-9]{{1,12}}[-_.]){{0,3}}{RUN}{REST}
       | (?:glpat|nvapi|figd|dckr_[op]at|GOCSPX|whsec|tgp_v1|github_pat|sk-proj|sk-ant|ya29)[-_.]  # no folder's name begins so
       (?=[A-Za-z_.-]*[0-9])(?=[0-9a-z_.-]*[A-Z])[A-Za-z0-9_.-]{{20,}}
-      | hf_[A-Za-z0-9]{{34}}(?![A-Za-z0-9]) | gh[opusr]_[A-Za-z0-9]{{36}}(?![A-Za-z0-9])
+      | (?:hf|gh[opusr])_(?:(?=[A-Za-z]*[0-9])[A-Za-z0-9]{{20,}}|[A-Za-z0-9]{{34,36}})(?![A-Za-z0-9])  # a run without separators
       | dapi[0-9a-f]{{32}}(?:-\d+)? | (?:SK|AC)[0-9a-f]{{32}}
       | lsv2_(?:pt|sk)_[0-9a-f]{{32}}_[0-9a-f]{{10}} | glsa_[A-Za-z0-9]{{32}}_[0-9A-Fa-f]{{8}} | glc_[A-Za-z0-9+/]{{32,}}={{0,2}}
       | dp\.(?:st|pt|ct|sa|scim|audit)\.(?:[\w-]{{2,35}}\.)?[A-Za-z0-9]{{40,44}}
