@@ -1,6 +1,6 @@
 """What the benchmarks run: shapes of networks, batches and rollouts, without anything that must be imported first."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -107,15 +107,6 @@ SIZES = {
         side=128,
         **GPU,
     ),
-    "longcat_quarter": Size(
-        "longcat",
-        network=LONGCAT_QUARTER,
-        text={"prompt_embeds": (512, 3584)},
-        batch=4,
-        cycles=4,
-        side=128,
-        **GPU,
-    ),
     "sd3_toy": Size(
         network=SD3_TOY,
         text={"prompt_embeds": (6, 32), "pooled": (16,)},
@@ -136,3 +127,4 @@ SIZES = {
         gradient_checkpointing=True,
     ),
 }
+SIZES["longcat_quarter"] = replace(SIZES["longcat"], network=LONGCAT_QUARTER)

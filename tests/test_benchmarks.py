@@ -166,6 +166,7 @@ def test_the_published_size_has_two_billion_weights():
     assert sum(parameter.numel() for parameter in network.parameters()) == pytest.approx(2.03e9, rel=0.01)
 
 
+@pytest.mark.slow
 def test_seconds_of_images_with_compiled_blocks_are_published_on_demand(folders):
     outputs, published = folders
     inference.main(["--size", "tiny", "--batch", "2", "--repeats", "1", "--compile", "aot_eager", "--publish"])

@@ -186,9 +186,9 @@ def test_a_worker_that_dies_ends_the_run_with_a_clear_line(toy_run, monkeypatch)
                 os.kill(worker.pid, signal.SIGKILL)
 
     monkeypatch.setattr(CDMModule, "training_step", murderous)
+    # Either torch's handler reports the death, or the pipe to the worker breaks first.
     with pytest.raises(
-        UserError,
-        match=r"DataLoader worker .*(killed by signal|exited unexpectedly).*run the same command again to continue",
+        UserError, match=r"a loader worker has (failed|exited unexpectedly) .*run the same command again to continue"
     ):
         toy_run("trainer.max_steps=200", "data.num_workers=1", "checkpoint.every=2")
     monkeypatch.setattr(CDMModule, "training_step", original)

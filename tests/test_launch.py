@@ -122,7 +122,8 @@ def test_other_processes_leave_it_to_the_first_to_tell_of_a_mistake(monkeypatch,
     assert waited == [configuration.OTHERS_WAIT]
 
 
-@pytest.mark.parametrize("seeds", [(1,), pytest.param((1, 2), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", [(1,), (1, 2)])
 def test_one_command_runs_a_sweep_of_jobs_with_two_processes_each(seeds, toy_overrides, tmp_path):
     swept = f"seed={','.join(map(str, seeds))}"
     done = command(

@@ -228,9 +228,9 @@ def test_a_lora_is_exported_as_a_pipeline(straight, tmp_path):
     assert sample.sample_images(str(exported), ["a ring"]).images.isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "name", ["consistency", "scm", "dmd2", "f_distill", "tdm"]
-)  # `test_planning.py` holds the figures of all four
+@pytest.mark.parametrize(  # `test_planning.py` holds the figures of some
+    "name", ["consistency", "scm", "dmd2", *(pytest.param(name, marks=pytest.mark.slow) for name in DERIVED)]
+)
 def test_each_is_planned(overrides, name):
     (planned,) = plan([*overrides(name, "sd3"), "data.batch_size=4", "gpus=1x80"])
     text = json.dumps(planned.as_json())

@@ -182,7 +182,18 @@ def test_a_single_bucket_is_a_run_of_that_size(family_run, name):
     assert_equal(family_run(name, "bucket", *short, *larger), own)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+QUICK = (
+    "sd3",
+    "longcat",
+    "qwen_image",
+    "sana",
+    "z_image",
+)  # FLUX packs as LongCat does, and SD3.5 is of the kind of SD3
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in FAMILIES]
+)
 def test_every_family_trains_in_buckets_cached_and_resumed_alike(family_run, name, tmp_path, monkeypatch):
     """One run with text encoders; the same in two halves with a text cache and none loaded; then export and sampling."""
     sizes = (f"backbone.height={WIDE[0]}", f"backbone.width={WIDE[1]}", "resolution=buckets")

@@ -87,7 +87,11 @@ def test_ten_iterations_equal_five_and_five(toy_run, seen, workers):
         assert {count.item() for count in counts.values()} == {steps}
 
 
-@pytest.mark.parametrize("roles", ROLES, ids=lambda roles: roles[0])
+@pytest.mark.parametrize(
+    "roles",
+    [*ROLES[:2], pytest.param(ROLES[2], marks=pytest.mark.slow)],
+    ids=lambda roles: roles[0],
+)
 def test_resume_is_exact_with_the_sd3_classes(tiny_pipeline_folder, prompt_file, tmp_path, seen, roles):
     def run(*overrides: str, folder: str) -> TrainResult:
         paths = [f"backbone.pretrained={tiny_pipeline_folder}", "backbone.compact_text=null"]

@@ -76,7 +76,7 @@ def layouts(toy_overrides, tmp_path) -> Callable[..., Path]:
     ("roles", "layout"),
     [
         ("full", "fsdp2"),
-        ("lora", "ddp"),
+        pytest.param("lora", "ddp", marks=pytest.mark.slow),
         pytest.param("full", "ddp", marks=pytest.mark.slow),
         pytest.param("lora", "fsdp2", marks=pytest.mark.slow),
     ],

@@ -87,7 +87,7 @@ def test_the_plane_on_two_and_four_processes(toy_overrides, tmp_path):
     [
         ("full", "fsdp2"),
         ("lora", "fsdp2"),
-        ("lora", "ddp"),
+        pytest.param("lora", "ddp", marks=pytest.mark.slow),
         pytest.param("lora_student", "fsdp2", marks=pytest.mark.slow),
         pytest.param("lora_fake_score", "fsdp2", marks=pytest.mark.slow),
     ],
@@ -119,7 +119,9 @@ def test_networks_that_rest_in_host_memory_compute_the_same(toy_overrides, tmp_p
 @pytest.mark.parametrize(
     "options",
     [
-        ("optim=adamw8bit", "backbone.hidden=128"),  # shards large enough for blocks of 256
+        pytest.param(  # shards large enough for blocks of 256
+            ("optim=adamw8bit", "backbone.hidden=128"), marks=pytest.mark.slow
+        ),
         ("optim.student.optimizer.fused=true", "optim.fake_score.optimizer.fused=true"),
         ("compute.compile_backend=aot_eager",),
     ],
@@ -235,6 +237,7 @@ def test_rollouts_of_different_lengths_do_not_wait_for_each_other(toy_overrides,
     assert furthest(two, alone([*toy_overrides, *ragged], tmp_path / "one", "data.batch_size=2").folder) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_dead_lock_is_real(toy_overrides, tmp_path):
     with pytest.raises(Exception, match=r"took more than|exit codes"):
         train_together(2, hanging(toy_overrides, tmp_path), time_limit=20, prepare=disagree)

@@ -119,6 +119,16 @@ def style(tiny_pipeline_folder, tmp_path_factory) -> Path:
     return write_lora_file(StableDiffusion3Pipeline, factors_of(network), tmp_path_factory.mktemp("style"))
 
 
+def line_about(file: Path, backbone: SD3Backbone) -> str:
+    """The one line, naming the LoRA file, with which the teacher is refused."""
+    with pytest.raises(UserError) as caught:
+        backbone.build_teacher()
+    line = str(caught.value)
+    assert str(file) in line
+    assert "\n" not in line
+    return line
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_factors_that_do_not_belong_together_are_one_line(tiny_pipeline_folder, style, tmp_path, monkeypatch, fault):
     spoil, message = FAULTS[fault]
@@ -126,11 +136,7 @@ def test_factors_that_do_not_belong_together_are_one_line(tiny_pipeline_folder, 
     save_file({key: value.contiguous() for key, value in spoil(load_file(style)).items()}, file)
     backbone = SD3Backbone(str(tiny_pipeline_folder), teacher_lora=str(file))
     monkeypatch.setattr(backbone, "_load_pretrained", lambda *_: pytest.fail("weights were read"))
-    with pytest.raises(UserError) as caught:
-        backbone.build_teacher()
-    assert message in str(caught.value)
-    assert str(file) in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert message in line_about(file, backbone)
 
 
 @pytest.mark.parametrize(
@@ -139,10 +145,7 @@ def test_factors_that_do_not_belong_together_are_one_line(tiny_pipeline_folder, 
 def test_settings_of_a_lora_file_that_peft_cannot_use_are_one_line(tiny_pipeline_folder, style, tmp_path, settings):
     file = tmp_path / "own.safetensors"
     save_file(load_file(style), file, metadata={"format": "pt", "lora_adapter_metadata": settings})
-    with pytest.raises(UserError) as caught:
-        SD3Backbone(str(tiny_pipeline_folder), teacher_lora=str(file)).build_teacher()
-    assert str(file) in str(caught.value)
-    assert "\n" not in str(caught.value)
+    line_about(file, SD3Backbone(str(tiny_pipeline_folder), teacher_lora=str(file)))
 
 
 NEVER = "(([a-z_0-9.]*)*)*!"  # a regular expression that takes years on a layer's name
@@ -179,11 +182,7 @@ def test_the_settings_of_peft_are_a_closed_set(tiny_pipeline_folder, style, tmp_
     file = with_settings(style, tmp_path / "own.safetensors", settings)
     backbone = SD3Backbone(str(tiny_pipeline_folder), teacher_lora=str(file))
     monkeypatch.setattr(backbone, "_load_pretrained", lambda *_: pytest.fail("weights were read"))
-    with pytest.raises(UserError) as caught:
-        backbone.build_teacher()
-    assert message in str(caught.value)
-    assert str(file) in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert message in line_about(file, backbone)
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
