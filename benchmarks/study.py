@@ -26,7 +26,7 @@ from benchmarks import evidence
 from benchmarks.machine import command_of, facts, markdown
 from benchmarks.tiny_sd3 import evaluation
 from cdm_lightning.backbones.base import Backbone, BoundField
-from cdm_lightning.backbones.toy2d import exact_points
+from cdm_lightning.backbones.toy2d import MODES, RADIUS, WIDTH, exact_points
 from cdm_lightning.checkpoint.stored import read_checkpoint
 from cdm_lightning.config import build, compose
 from cdm_lightning.core.rng import evaluation_noise
@@ -140,8 +140,22 @@ def log_distances(figures: Figures, metric: str) -> list[float]:
     return [math.log(max(of_steps[metric], 0.1)) for of_steps in figures.values()]
 
 
+def spread_in_modes(points: torch.Tensor) -> dict[str, float]:
+    """How wide the modes of points (n, 2) are along and across the circle, in units of the data's width.
+
+    Each point belongs to the nearest mode. Both figures are the root mean square of the distance to its centre, so 1 for the data.
+    """
+    angles = torch.arange(len(MODES)) / len(MODES) * 2 * math.pi
+    outward = torch.stack([angles.cos(), angles.sin()], dim=1)
+    outward = outward[torch.cdist(points, RADIUS * outward).argmin(1)]
+    across = torch.stack([-outward[:, 1], outward[:, 0]], dim=1)
+    away = (points - RADIUS * outward) / WIDTH
+    named = {"radial": outward, "tangential": across}
+    return {name: float((away * direction).sum(1).square().mean().sqrt()) for name, direction in named.items()}
+
+
 def measure_plane(backbone: Backbone, network: nn.Module, steps: list[int]) -> Figures:
-    """1000 times the energy distance of samples to exact ones, by number of steps."""
+    """1000 times the energy distance of samples to exact ones, and the spread within modes, by number of steps."""
     prompts = ["anywhere"] * POINTS
     field = BoundField(backbone, network, backbone.encode_prompts(prompts))
     noise = evaluation_noise(NOISE_SEED, range(POINTS), backbone.latent_shape, "cpu")
@@ -149,7 +163,7 @@ def measure_plane(backbone: Backbone, network: nn.Module, steps: list[int]) -> F
     figures = {}
     for nfe in steps:
         points = sample(field, noise, inference_sigmas(nfe, backbone.shift_steps)).flatten(1)
-        spread = {"rms": float(points.square().mean().sqrt())}
+        spread = {"rms": float(points.square().mean().sqrt()), **spread_in_modes(points)}
         figures[str(nfe)] = {"energy_distance": 1000 * float(energy_distance(points, exact)), **spread}
     return figures
 
@@ -198,7 +212,7 @@ def report(study: Study, publish: bool) -> None:
     text = [
         f"# The study of objectives on {study.name}",
         "",
-        f"Plan: benchmarks/study_plan.yaml ({study.plan['name']}).",
+        f"Plan: {study.plan['name']} (benchmarks/study_plan*.yaml).",
         "",
     ]
     text += [f"Metric: {study.task['metric']}; smaller is better. Mean over seeds and 95 % bootstrap interval.", ""]
@@ -209,7 +223,7 @@ def report(study: Study, publish: bool) -> None:
     text += ["## All runs", ""]
     if runs:
         text += [markdown([flat(run, study.task["metric"]) for run in runs]), ""]
-    name = f"study_{study.name}"
+    name = f"study_{study.plan['name']}_{study.name}"
     evidence.write(name, json.dumps(runs, indent=1) + "\n", "\n".join(text), publish)
 
 
@@ -224,6 +238,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("what", nargs="?", choices=("run", "report"), default="run")
     made.add_argument("--task", choices=tuple(MEASURES), default="toy2d")
+    made.add_argument("--plan", type=Path, default=PLAN, help="the plan, a YAML file (default: %(default)s)")
     made.add_argument("--budgets", nargs="+", default=["once", "long"], help="which budgets to run, in this order")
     evidence.add_publish(made)
     return made
@@ -234,7 +249,7 @@ def main() -> None:
     options = parser().parse_args()
     quiet_libraries()
     torch.set_num_threads(1)
-    plan = yaml.safe_load(PLAN.read_text(encoding="utf-8"))
+    plan = yaml.safe_load(options.plan.read_text(encoding="utf-8"))
     study = Study(plan, options.task, evidence.OUTPUTS / "study" / plan["name"])
     if options.what == "run":
         while (cell := next(study.missing(options.budgets), None)) is not None:

@@ -6,7 +6,8 @@ import math
 import pytest
 import yaml
 
-from benchmarks.study import PLAN, Cell, Study, interval, rows_of
+from benchmarks.study import PLAN, Cell, Study, interval, rows_of, spread_in_modes
+from cdm_lightning.backbones.toy2d import exact_points
 from cdm_lightning.config import compose
 
 PLANNED = yaml.safe_load(PLAN.read_text(encoding="utf-8"))
@@ -61,3 +62,9 @@ def test_the_report_has_means_and_intervals_over_seeds(tmp_path) -> None:
     low, high = interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert low == pytest.approx(3 - 1.96 * math.sqrt(2 / 5), abs=0.15)
     assert high == pytest.approx(3 + 1.96 * math.sqrt(2 / 5), abs=0.15)
+
+
+def test_the_spread_within_modes_is_one_for_the_data_and_scales_with_it():
+    points = exact_points(["anywhere"] * 20_000, 5)
+    assert spread_in_modes(points) == {"radial": pytest.approx(1, rel=0.02), "tangential": pytest.approx(1, rel=0.02)}
+    assert spread_in_modes(1.2 * points)["radial"] == pytest.approx(math.hypot(0.2 * 1.5 / 0.15, 1.2), rel=0.02)
