@@ -102,8 +102,12 @@ class Study:
 
     def overrides(self, cell: Cell) -> list[str]:
         """The overrides of a run's configuration."""
-        made = [*self.task["overrides"], *self.task["arms"][cell.arm]]
-        made += [] if cell.arm in self.task["student_alone"] else self.task["with_fake_score"]
+        made = [] if cell.arm in self.task["student_alone"] else [*self.task["with_fake_score"]]
+        made = [
+            *self.task["overrides"],
+            *made,
+            *self.task["arms"][cell.arm],
+        ]  # of two values of an option, the last counts
         rates = dict(self.task["rates"])
         if "optim=dmd2" in made:
             rates["head"] = rates["fake_score"]

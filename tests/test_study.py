@@ -11,6 +11,8 @@ from cdm_lightning.backbones.toy2d import exact_points
 from cdm_lightning.config import compose
 
 PLANNED = yaml.safe_load(PLAN.read_text(encoding="utf-8"))
+PLANS = [PLANNED, yaml.safe_load(PLAN.with_name("study_plan_2.yaml").read_text(encoding="utf-8"))]
+TASKS = [(plan, task) for plan in PLANS for task in plan["tasks"]]
 
 
 def figures(value: float, metric: str = "energy_distance") -> dict:
@@ -22,9 +24,9 @@ def keep(study: Study, cell: Cell, value: float) -> None:
     (study.folder / f"{cell.name}.json").write_text(json.dumps(result))
 
 
-@pytest.mark.parametrize("task", PLANNED["tasks"])
-def test_every_arm_composes_with_its_own_rates_and_length(task, tmp_path) -> None:
-    study = Study(PLANNED, task, tmp_path)
+@pytest.mark.parametrize(("plan", "task"), TASKS, ids=[f"{plan['name']}-{task}" for plan, task in TASKS])
+def test_every_arm_composes_with_its_own_rates_and_length(plan, task, tmp_path) -> None:
+    study = Study(plan, task, tmp_path)
     for arm in study.task["arms"]:
         config = compose(study.overrides(Cell(task, arm, 2.0, 3, "long")))
         assert config.trainer.max_steps == 4 * study.task["iterations"]
