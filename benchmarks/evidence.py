@@ -38,12 +38,12 @@ def write(name: str, json_text: str, markdown_text: str, publish: bool, topic: s
     return path
 
 
-def put(folder: Path, files: Mapping[str, str]) -> None:
-    """Write texts into a folder by file name, each whole or not at all: a process may be killed after any of them."""
+def put(folder: Path, files: Mapping[str, str | bytes]) -> None:
+    """Write texts and pictures into a folder by file name, each whole or not at all: a process may be killed after any of them."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
+    for name, content in files.items():
         temporary = folder / f"{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
         temporary.replace(folder / name)
 
 

@@ -3,7 +3,7 @@
 The plan (`study_plan.yaml`) fixes arms, seeds, budgets, metric and the rule of tuning before any run. `run` makes the runs that
 have no result yet, one after the other, and writes one file for each; stopped at any time, the same command goes on. Each arm
 first gets the same tries of its learning rates on the tuning seeds; the best factor is used for all its other runs. `report`
-writes the table of all runs, with means and bootstrap intervals over the seeds.
+writes the tables and the plot of all runs (`study_report.py`).
 """
 
 import argparse
@@ -17,13 +17,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from torch import nn
 
-from benchmarks import evidence
-from benchmarks.machine import command_of, facts, markdown
+from benchmarks import evidence, study_report
+from benchmarks.machine import command_of, facts
 from benchmarks.tiny_sd3 import evaluation
 from cdm_lightning.backbones.base import Backbone, BoundField
 from cdm_lightning.backbones.toy2d import MODES, RADIUS, WIDTH, exact_points
@@ -32,7 +31,6 @@ from cdm_lightning.config import build, compose
 from cdm_lightning.core.rng import evaluation_noise
 from cdm_lightning.core.rollout import sample
 from cdm_lightning.core.schedules import inference_sigmas
-from cdm_lightning.evaluation.ladder import Row
 from cdm_lightning.evaluation.samplers import SamplerSpec
 from cdm_lightning.metrics.energy import energy_distance
 from cdm_lightning.terminal.quiet import quiet_libraries
@@ -40,7 +38,6 @@ from cdm_lightning.train import train
 
 PLAN = Path(__file__).with_name("study_plan.yaml")
 POINTS, NOISE_SEED, DATA_SEED = 4096, 77, 78  # of the plane's evaluation
-RESAMPLES = 10_000
 Figures = dict[str, dict[str, float]]  # by number of steps: {"energy_distance": ...}
 
 
@@ -99,6 +96,10 @@ class Study:
             rows = [self.cells(arm, budget) for arm in self.task["arms"]]
             for of_one_seed in zip(*rows):
                 yield from (cell for cell in of_one_seed if self.result(cell) is None)
+
+    def results(self, arm: str, budget: str) -> list[dict[str, Any]]:
+        """The results of the reported runs of an arm that have been made, in the order of their seeds."""
+        return [found for cell in self.cells(arm, budget) if (found := self.result(cell))]
 
     def overrides(self, cell: Cell) -> list[str]:
         """The overrides of a run's configuration."""
@@ -187,56 +188,6 @@ MEASURES: dict[str, Callable[[Backbone, nn.Module, list[int]], Figures]] = {
 }
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """The 95 % bootstrap interval of the mean over seeds (percentiles)."""
-    drawn = np.random.default_rng(0).choice(values, (RESAMPLES, len(values))).mean(axis=1)
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def rows_of(study: Study, budget: str) -> list[Row]:
-    """A row for each arm: the mean over seeds and its interval at each number of steps, and the number of runs."""
-    rows = []
-    for arm in study.task["arms"]:
-        results = [found for cell in study.cells(arm, budget) if (found := study.result(cell))]
-        if not results:
-            continue
-        row: Row = {"arm": arm, "rate": study.rate(arm), "runs": len(results)}
-        for nfe in map(str, study.plan["steps"]):
-            values = [result["figures"][nfe][study.task["metric"]] for result in results]
-            low, high = interval(values)
-            row[f"{nfe} steps"] = f"{statistics.mean(values):.3g} ({low:.3g} to {high:.3g})"
-        row["seconds"] = f"{statistics.median(result['seconds'] for result in results):.0f}"
-        rows.append(row)
-    return rows
-
-
-def report(study: Study, publish: bool) -> None:
-    """Write the tables of all budgets, and all runs one by one."""
-    text = [
-        f"# The study of objectives on {study.name}",
-        "",
-        f"Plan: {study.plan['name']} (benchmarks/study_plan*.yaml).",
-        "",
-    ]
-    text += [f"Metric: {study.task['metric']}; smaller is better. Mean over seeds and 95 % bootstrap interval.", ""]
-    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(study.folder.glob(f"{study.name}-*.json"))]
-    for budget, factor in study.plan["budgets"].items():
-        if rows := rows_of(study, budget):
-            text += [f"## {budget}: {factor * study.task['iterations']} iterations", "", markdown(rows), ""]
-    text += ["## All runs", ""]
-    if runs:
-        text += [markdown([flat(run, study.task["metric"]) for run in runs]), ""]
-    name = f"study_{study.plan['name']}_{study.name}"
-    evidence.write(name, json.dumps(runs, indent=1) + "\n", "\n".join(text), publish)
-
-
-def flat(run: Mapping[str, Any], metric: str) -> Row:
-    """A run as a row of the table of all runs."""
-    distances = {f"{nfe} steps": f"{figures[metric]:.3g}" for nfe, figures in run["figures"].items()}
-    return {**{name: run[name] for name in ("arm", "rate", "seed", "budget")}, **distances, "seconds": run["seconds"]}
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -259,7 +210,7 @@ def main() -> None:
         while (cell := next(study.missing(options.budgets), None)) is not None:
             print(cell.name, flush=True)
             study.make(cell)
-    report(study, options.publish)
+    study_report.write(study, options.publish)
 
 
 if __name__ == "__main__":

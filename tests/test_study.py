@@ -6,7 +6,8 @@ import math
 import pytest
 import yaml
 
-from benchmarks.study import PLAN, Cell, Study, interval, rows_of, spread_in_modes
+from benchmarks.study import PLAN, Cell, Study, spread_in_modes
+from benchmarks.study_report import interval, mean_rows, plot, ratio_rows, text_of
 from cdm_lightning.backbones.toy2d import exact_points
 from cdm_lightning.config import compose
 
@@ -50,20 +51,31 @@ def test_the_factor_is_chosen_on_the_tuning_seeds_and_used_for_all_others(tmp_pa
     assert len(missing) == 2 * 5 * len(study.task["arms"])
 
 
-def test_the_report_has_means_and_intervals_over_seeds(tmp_path) -> None:
+def test_the_report_has_means_and_intervals_over_seeds_and_compares_runs_of_one_seed(tmp_path) -> None:
     study = Study(PLANNED, "toy2d", tmp_path)
     for arm in study.task["arms"]:
         for cell in study.tries(arm):
             keep(study, cell, cell.rate)
-    for cell in study.cells("cdm", "once"):
-        keep(study, cell, float(cell.seed))
-    (row,) = rows_of(study, "once")
+    for arm, factor in (("cdm", 1), ("random", 0.5)):
+        for cell in study.cells(arm, "once"):
+            keep(study, cell, factor * cell.seed)
+    keep(study, study.cells("cdm", "long")[2], 12.0)
+    row, _ = mean_rows(study, "once", "energy_distance")
     assert row["runs"] == 5
     assert row["rate"] == 0.5
     assert row["4 steps"].startswith("3 (")
     low, high = interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert low == pytest.approx(3 - 1.96 * math.sqrt(2 / 5), abs=0.15)
     assert high == pytest.approx(3 + 1.96 * math.sqrt(2 / 5), abs=0.15)
+    _, random = ratio_rows(study, "once", "cdm")
+    assert random == {"arm": "random", "pairs": 5} | {f"{nfe} steps": "0.50 (0.50 to 0.50)" for nfe in PLANNED["steps"]}
+    (longer,) = ratio_rows(study, "long", other="once")
+    assert longer["pairs"] == 1
+    assert longer["8 steps"].startswith("4.00")
+    text = text_of(study, study.results("cdm", "once") + study.results("cdm", "long"), {"cdm": 7.5})
+    assert "4 times the iterations against once" in text
+    assert "| cdm | 7.5 |" in text
+    assert plot(study, PLANNED["budgets"]).startswith(b"\x89PNG")
 
 
 def test_the_spread_within_modes_is_one_for_the_data_and_scales_with_it():
