@@ -1,11 +1,15 @@
 """The reward term: its gradient for a scorer whose gradient is known, and CLIP as a scorer of the bundled images."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import train_together
 from torch import Tensor
 
 from cdm_lightning import plan as planner
+from cdm_lightning.checkpoint.stored import newest_checkpoint
 from cdm_lightning.config import asset_path, compose
 from cdm_lightning.core.flow import FunctionField, per_sample
 from cdm_lightning.core.rng import StepRandom
@@ -92,6 +96,26 @@ def test_a_run_learns_from_clip(tmp_path) -> None:
     metrics = train(compose([*small, *CLIP, f"output_dir={tmp_path}"])).metrics
     assert -1 < metrics["student/score"] < 1
     assert metrics["student/reward"] == pytest.approx(-metrics["student/score"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "part", [CLIP, ["+objective/first_step=dp_dmd", "objective.first_step.weight=1"]], ids=["reward", "first_step"]
+)
+def test_added_parts_learn_the_same_on_two_sharded_processes(part, toy_overrides, tmp_path) -> None:
+    made = [*toy_overrides, "trainer.max_steps=4"]
+    made += [f"optim.{role}.optimizer.eps=1e-3" for role in ("student", "fake_score")]
+    one = train(compose([*made, *part, "data.batch_size=4", f"output_dir={tmp_path / 'one'}"])).folder
+    plain = train(compose([*made, "data.batch_size=4", f"output_dir={tmp_path / 'plain'}"])).folder
+    place = ["strategy=fsdp2", "trainer.devices=2", "trainer.accelerator=cpu", "data.batch_size=2"]
+    train_together(2, [*made, *part, *place, f"output_dir={tmp_path / 'two'}"])
+    assert furthest(one, tmp_path / "two") < 2e-6 < 1e-5 < furthest(one, plain)
+
+
+def furthest(a: Path, b: Path) -> float:
+    """The largest difference of any two weights in the newest checkpoints of two runs."""
+    left, right = (newest_checkpoint(folder / "checkpoints").tensors("networks.") for folder in (a, b))
+    return max((value - right[name]).abs().max().item() for name, value in left.items())
 
 
 @pytest.mark.slow
