@@ -110,7 +110,7 @@ def broken(style: Path, folder: Path, kind: str) -> Path:
     [
         ("truncated", "cannot be read as a LoRA"),
         ("other model", r"LoRA of another model: \d+ of its \d+ layers, such as layers.0"),
-        ("other size", r"LoRA of another model: .* is \d+ x \d+ there, \d+ x \d+ here"),
+        ("other size", r"LoRA of another model: its layer .* is \d+ x \d+, but this network needs \d+ x \d+"),
         ("text", "also changes the text encoder"),
         ("weights", "is not a LoRA: it contains transformer.proj_out.weight"),
     ],

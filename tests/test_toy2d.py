@@ -341,7 +341,7 @@ class Silent(Toy2DBackbone):
     [
         (
             lambda family: family.blank_conditioning(1),
-            "Silent cannot be planned: its text shapes are not known in advance",
+            "Silent cannot be planned, because the shapes of its text conditioning depend on the prompts",
         ),
         (lambda family: family.feature_width, "Silent does not define the width of its hidden features"),
         (lambda family: family.time_embedding_width, "Silent does not define the width of its time embedding"),

@@ -15,7 +15,7 @@ from cdm_lightning.lora.views import RoleView
 
 
 class Anatomy:
-    """The part of `Backbone` that says where a network has its blocks, hidden states (features) and time embedding."""
+    """The part of `Backbone` that finds the blocks, hidden states (features) and time embedding inside a network."""
 
     block_types: tuple[type[nn.Module], ...] = ()  # the repeated blocks: units of checkpointing and sharding
     time_embedding: str | None = None  # name of the submodule whose output (B, D) carries the time to the blocks
@@ -37,43 +37,46 @@ class Anatomy:
     def features_after(self, block_output: Any) -> Tensor:
         """Return the hidden states (B, N, D) of the image tokens, given the output of a block.
 
-        Blocks return either these states or a tuple (text states, image states). A family with other outputs overrides this.
+        Blocks return either these states or a tuple (text states, image states). A model family whose blocks return something
+        else overrides this method.
         """
         return block_output[-1] if isinstance(block_output, tuple) else block_output
 
     def blocks_of(self, network: nn.Module) -> list[nn.Module]:
-        """Return the repeated blocks of a network, in the order of its modules.
+        """Return the transformer blocks of a network, in the order of its modules.
 
-        For a network with shared LoRA weights (a LoRA view), these are the blocks of its base network.
+        A LoRA view is a network made of LoRA adapters and a base network that it shares with others. For a LoRA view, the
+        blocks of the base network are returned.
         """
         return [module for module in unwrapped(network).modules() if isinstance(module, self.block_types)]
 
     def time_module(self, network: nn.Module) -> nn.Module:
         """Return the submodule of a network that embeds the time, so that a hook can be added to it.
 
-        For a network with shared LoRA weights (a LoRA view), it is that of its base network. Raises `UserError` if the family
-        does not name this submodule (`time_embedding`) or if the network does not have it.
+        For a LoRA view (LoRA adapters on a shared base network), the submodule of the base network is returned. Raises
+        `UserError` if the family does not name the submodule in `time_embedding`, or if the network does not have it.
         """
         if self.time_embedding is None:
             raise UserError(
-                f"the objective needs a time embedding that it can add an input to, but {type(self).__name__} defines none; "
-                "choose another objective"
+                f"the objective adds an input to the network's time embedding, but {type(self).__name__} does not define "
+                "where this is; choose another objective"
             )
         try:
             return unwrapped(network).get_submodule(self.time_embedding)
         except AttributeError as error:
             raise UserError(
-                f"{type(network).__name__} has no time embedding {self.time_embedding}; choose another objective"
+                f"{type(network).__name__} has no time embedding {self.time_embedding}, "
+                "which the objective needs; choose another objective"
             ) from error
 
 
 def unwrapped(network: nn.Module) -> nn.Module:
-    """Return the network that has the blocks: the base network for a LoRA view (`lora.views`), and otherwise `network` itself."""
+    """Return the base network if `network` is a LoRA view (`lora.views`), otherwise `network` itself."""
     return network.shared.network if isinstance(network, RoleView) else network
 
 
 def gather_for_backward(network: nn.Module, features: Tensor) -> None:
-    """Make a loss on `features` alone differentiable for a network that FSDP2 shards.
+    """Allow the backward pass of a loss that uses only `features` of a network that FSDP2 shards.
 
     FSDP2 gathers the weights outside the blocks when the backward pass reaches the network's output. A loss on features does
     not use this output, so a hook on `features` gathers them. Without sharding, this does nothing.
@@ -84,9 +87,9 @@ def gather_for_backward(network: nn.Module, features: Tensor) -> None:
 
 
 def pick_blocks(blocks: Sequence[nn.Module], numbers: Sequence[int]) -> list[nn.Module]:
-    """Return the blocks with these numbers, counted from 0, or from the end if negative.
+    """Return the blocks with the indices `numbers`. Negative indices count from the end.
 
-    Raises `UserError` for a block that does not exist.
+    Raises `UserError` for an index out of range.
     """
     for number in numbers:
         if not -len(blocks) <= number < len(blocks):
@@ -101,8 +104,8 @@ def pick_blocks(blocks: Sequence[nn.Module], numbers: Sequence[int]) -> list[nn.
 def outputs_of(blocks: Sequence[nn.Module]) -> Generator[dict[nn.Module, Any]]:
     """Yield a dictionary {block: its first output}, which is filled while the network runs inside the `with` block.
 
-    The outputs are collected by hooks, which are removed at the end. Outputs that gradient checkpointing recomputes in the
-    backward pass are therefore not collected. The hooks cost no computation.
+    Forward hooks collect the outputs and are removed at the end of the `with` block. Outputs that gradient checkpointing
+    recomputes in a later backward pass are therefore not collected.
     """
     outputs: dict[nn.Module, Any] = {}
 

@@ -1,4 +1,4 @@
-"""The interface that every model family implements (`Backbone`), and a network with its text inputs as a velocity field.
+"""The interface that every model family implements (`Backbone`), and the velocity field of a network with its text inputs.
 
 Shapes: latents (B, C, H, W); sigma (B,) float32 in [0, 1], where 1 is noise; images (B, 3, H, W) in [0, 1]. A new family is one
 file with a subclass of `Backbone`. The rest of the code depends only on these shapes and on sigma.
@@ -41,7 +41,7 @@ def concat(conds: Sequence[Conditioning]) -> Conditioning:
 
 
 class TextCache(Protocol):
-    """The text conditioning of prompts that was encoded earlier and stored on disk (`data.text_cache.StoredText`)."""
+    """A store on disk of the text conditioning of prompts, encoded earlier (`data.text_cache.StoredText`)."""
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Return the text conditioning of B prompts. Raises `UserError` for a prompt that is not in the cache."""
@@ -51,13 +51,13 @@ class TextCache(Protocol):
 
 
 class TextMemory(Protocol):
-    """The text conditioning of prompts, kept in memory after it is encoded (`data.text_memory.RememberedText`)."""
+    """A store in memory of the text conditioning of prompts (`data.text_memory.RememberedText`)."""
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Return the text conditioning of B prompts."""
 
     def forget(self) -> None:
-        """Drop everything that is kept. The next call encodes it again."""
+        """Drop everything that is stored. The next call of `encode` encodes the prompts again."""
 
 
 class Backbone(Anatomy, ABC):
@@ -83,7 +83,7 @@ class Backbone(Anatomy, ABC):
         """(H, W) of an image, in pixels."""
 
     def at(self, height: int | None = None, width: int | None = None) -> "Backbone":
-        """Return this backbone, with its loaded parts, for images of another size in pixels.
+        """Return this backbone for images of another size in pixels, with the parts that are already loaded.
 
         A side that is None stays the same. Raises `UserError` if the family cannot make images of this size.
         """
@@ -113,10 +113,10 @@ class Backbone(Anatomy, ABC):
         return self.build_teacher()
 
     def build_empty(self, teacher: bool) -> nn.Module | None:
-        """Return the network without its weights, on the meta device: that of `build_teacher` or else of `build_network`.
+        """Return the network of `build_teacher` (if `teacher`) or `build_network` without its weights, on the meta device.
 
-        It can be sharded first; then each process reads only its own shards by `read_rows`. Returns None if the weights are not
-        exactly those of a file. In this case every process builds the whole network.
+        This network can be sharded before it has weights. Each process then reads only its own shards (`read_rows`). Returns
+        None if the weights are not exactly those of a file. In this case every process builds the whole network.
         """
         return None
 
@@ -133,7 +133,7 @@ class Backbone(Anatomy, ABC):
 
     @property
     def text_fingerprint(self) -> dict[str, str]:
-        """Everything that affects the text conditioning: hashes of text encoders and tokenizers, and settings, by name.
+        """Everything that affects the text conditioning, by name: settings, and hashes of text encoders and tokenizers.
 
         A text cache with another fingerprint is refused. Raises `UserError` for a family without text encoders.
         """
@@ -156,7 +156,10 @@ class Backbone(Anatomy, ABC):
 
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Return the text conditioning of B prompts: tensors (B, ...) by name. The prompt "" gives the unconditional one."""
+        """Return the text conditioning of B prompts: tensors (B, ...) by name.
+
+        The prompt "" gives the unconditional conditioning.
+        """
 
     def blank_conditioning(self, batch: int) -> Conditioning:
         """Return uninitialized tensors with the names, shapes and dtypes of `encode_prompts` for `batch` prompts.
@@ -166,14 +169,16 @@ class Backbone(Anatomy, ABC):
         """
         raise UserError(
             self.unplannable
-            or f"{type(self).__name__} cannot be planned: its text shapes are not known in advance; choose another backbone"
+            or f"{type(self).__name__} cannot be planned, because the shapes of its text "
+            "conditioning depend on the prompts; choose another backbone"
         )
 
     def alike(self, conds: Sequence[Conditioning]) -> Sequence[Conditioning] | None:
-        """Return the conditioning of several batches with equal shapes (for example padded), or None if this is impossible.
+        """Bring the conditioning of several batches to equal shapes, for example by padding. Return None if this is impossible.
 
-        They can then be concatenated for a single network call. By default nothing is padded. A family whose shapes depend on
-        the prompts must override this. Otherwise, processes that share a sharded network would make different numbers of calls.
+        Conditioning of equal shapes can be concatenated for a single network call. By default nothing is padded, and None is
+        returned if shapes differ. A family whose shapes depend on the prompts must override this. Otherwise, processes that
+        share a sharded network would make different numbers of calls.
         """
         shapes = [{name: value.shape[1:] for name, value in cond.items()} for cond in conds]
         return conds if all(shape == shapes[0] for shape in shapes) else None
@@ -184,13 +189,13 @@ class Backbone(Anatomy, ABC):
 
     @abstractmethod
     def shift_sigmas(self, sigmas: Tensor) -> Tensor:
-        """Apply the family's timestep shift to sigmas of any shape. It moves them towards 1; 0 and 1 stay the same.
+        """Apply the family's timestep shift to sigmas of any shape. The shift moves sigmas towards 1; 0 and 1 stay the same.
 
-        Each sigma is shifted independently of the others.
+        Each sigma is shifted on its own, whatever the others are.
         """
 
     def shift_steps(self, sigmas: Tensor) -> Tensor:
-        """Return the shifted sigmas of rollouts (sampling runs of K steps), as the family's scheduler gives them.
+        """Return the shifted sigmas of rollouts (sampling runs of K steps), as the family's scheduler computes them.
 
         `sigmas` (..., K) are unshifted and decreasing, without the final 0. By default this is `shift_sigmas`. A family
         overrides it if its scheduler also stretches each rollout so that the last sigma has a fixed value.
@@ -200,7 +205,7 @@ class Backbone(Anatomy, ABC):
     def guide(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
         """Combine a conditional and an unconditional velocity (B, C, H, W) by guidance, as the family's pipeline does.
 
-        Scale 1 always means no guidance. Only evaluation uses this method; objectives have guidance of their own.
+        Scale 1 always means no guidance. Only evaluation uses this method; objectives compute guidance themselves.
         """
         return plain_guidance(cond, uncond, scale)
 
@@ -218,7 +223,10 @@ class Backbone(Anatomy, ABC):
 
     @abstractmethod
     def enable_gradient_checkpointing(self, network: nn.Module, function: CheckpointFunction | None = None) -> None:
-        """Make blocks recompute activations in the backward pass, by `function(block, *arguments)` or else by torch."""
+        """Make each block of `network` recompute its activations in the backward pass.
+
+        `function(block, *arguments)` calls a block in this way. The default is torch's own checkpointing.
+        """
 
     @abstractmethod
     def save_pipeline(self, network: nn.Module, folder: Path, nfe: int, model_card: str) -> None:
@@ -227,8 +235,8 @@ class Backbone(Anatomy, ABC):
     def save_lora(self, tensors: Mapping[str, Tensor], folder: Path, nfe: int, model_card: str) -> None:
         """Write a LoRA file, the scheduler for `nfe` steps and the model card into `folder`.
 
-        `tensors` are those of `AdapterWeights.portable`, such as "LAYER.lora_A.weight", for scale 1. Raises `UserError` if the
-        family has no LoRA files.
+        `tensors` are the result of `AdapterWeights.portable`, such as "LAYER.lora_A.weight". They are made for the LoRA scale
+        1. Raises `UserError` if the family has no LoRA files.
         """
         raise UserError(f"{type(self).__name__} has no LoRA files; export with --form pipeline")
 
@@ -237,8 +245,8 @@ class Backbone(Anatomy, ABC):
 class BoundField(VelocityField):
     """A network together with the text conditioning `cond` of a batch: a function of x and sigma that returns the velocity.
 
-    It computes in `compute_dtype`, by autocast unless this is float32. `inputs` are the values (B,) of additional inputs of the
-    network, by name (`own_inputs.py`).
+    The network computes in `compute_dtype`, by autocast unless `compute_dtype` is float32. `inputs` are the values (B,) of
+    additional inputs of the network, by name (`own_inputs.py`).
     """
 
     backbone: Backbone
@@ -248,7 +256,10 @@ class BoundField(VelocityField):
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """Return the velocity (B, C, H, W) in float32 for x (B, C, H, W) and sigma (B,), which autocast leaves in float32."""
+        """Return the velocity (B, C, H, W) in float32 for x (B, C, H, W) and sigma (B,).
+
+        Sigma is not cast to `compute_dtype`.
+        """
         with (
             torch.autocast(x.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32),
             giving(self.network, self.inputs),
@@ -256,7 +267,7 @@ class BoundField(VelocityField):
             return self.backbone.velocity(self.network, x, sigma, self.cond).float()
 
     def given(self, **inputs: Tensor) -> VelocityField:
-        """Return this field with values (B,), by name, for the network's additional inputs."""
+        """Return this field with fixed values (B,) for the network's additional inputs, by name."""
         return replace(self, inputs=inputs)
 
     def with_features(self, x: Tensor, sigma: Tensor, blocks: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
@@ -286,8 +297,8 @@ class BoundField(VelocityField):
     def join(self, others: Sequence[VelocityField]) -> VelocityField | None:
         """Return one field for the concatenated batches of this field and `others`, so that one network call serves them all.
 
-        Returns None if they differ in network, `compute_dtype` or names of inputs. The same holds if their conditioning cannot
-        be brought to equal shapes (`Backbone.alike`).
+        Returns None if the fields differ in network, `compute_dtype` or names of inputs, or if their conditioning cannot be
+        brought to equal shapes (`Backbone.alike`).
         """
         fields = [self, *(other for other in others if isinstance(other, BoundField) and self._is_like(other))]
         inputs = join_values([field.inputs for field in fields])

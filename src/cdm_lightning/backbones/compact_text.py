@@ -22,8 +22,8 @@ class CompactPaddingAttention:
     """Joint attention of SD3 in which the last text token stands for all padding tokens.
 
     It replaces diffusers' `JointAttnProcessor2_0`. `full_length` is the number of text tokens in the stock pipeline (CLIP and
-    T5). In a shortened text of N tokens, the last token counts `full_length - N + 1` times. For a text of full length nothing
-    changes.
+    T5). In a shortened text of N tokens, the last token counts `full_length - N + 1` times. A text of full length is treated as
+    in the stock pipeline.
     """
 
     def __init__(self, full_length: int) -> None:
@@ -79,7 +79,7 @@ class CompactPaddingAttention:
 def normalised(x: Tensor, norms: Sequence[Any], lengths: Sequence[int]) -> Tensor:
     """Normalise x (B, T, H, d) by several of diffusers' `RMSNorm`s: the first lengths[0] tokens by norms[0], and so on.
 
-    If norms[0] is None, `x` is returned unchanged. A single pass takes a quarter of the operations of separate calls.
+    If norms[0] is None, `x` is returned unchanged. This takes a quarter of the operations of a separate call of each norm.
     """
     if norms[0] is None:
         return x
@@ -101,14 +101,17 @@ def compact_text(embeds: Tensor, keep: int) -> Tensor:
 def lengthened(embeds: Tensor, tokens: int) -> Tensor:
     """Lengthen shortened text embeddings (B, N, D) to (B, tokens, D) by repeating the last token.
 
-    Attention gives the same result for both.
+    `CompactPaddingAttention` gives the same result before and after.
     """
     more = tokens - embeds.shape[1]
     return torch.cat([embeds, embeds[:, -1:].expand(-1, more, -1)], dim=1) if more > 0 else embeds
 
 
 def use_compact_padding(network: nn.Module, full_length: int) -> None:
-    """Replace every attention of an `SD3Transformer2DModel` by `CompactPaddingAttention`, in place. The weights stay the same."""
+    """Replace every attention of an `SD3Transformer2DModel` by `CompactPaddingAttention`, in place.
+
+    The weights stay the same.
+    """
     transformer = cast("SD3Transformer2DModel", network)
     compact: Any = {name: CompactPaddingAttention(full_length) for name in transformer.attn_processors}
     transformer.set_attn_processor(compact)  # its type declares only the processors of diffusers

@@ -1,7 +1,8 @@
-"""The base class of all backbones for diffusers pipelines. A family adds its classes, its network call and its text encoding.
+"""The base class of all backbones for diffusers pipelines.
 
-Shapes: B batch, (C, h, w) latent, (H, W) pixels. The stock pipeline itself encodes prompts, its scheduler shifts sigmas, and
-its image processor converts pixels. Training therefore sees the same inputs as `pipe(prompt)`.
+Each subclass adds the classes, the network call and the text encoding of one model family. Shapes: B batch, (C, h, w) latent,
+(H, W) pixels. The stock pipeline itself encodes prompts, shifts sigmas (by its scheduler) and converts pixels (by its image
+processor). Training therefore sees the same inputs as `pipe(prompt)`.
 """
 
 import gc
@@ -46,7 +47,7 @@ class PipelineBackbone(PipelineSettings):
     # ---- networks
 
     def build_network(self) -> nn.Module:
-        """Return the pretrained transformer, trainable and in float32. It is the same at every call."""
+        """Return the pretrained transformer, trainable and in float32. Every call returns a new copy with equal weights."""
         return self._finished(self._load_network(torch.float32)).requires_grad_(True).train()
 
     def build_teacher(self) -> nn.Module:
@@ -54,11 +55,11 @@ class PipelineBackbone(PipelineSettings):
         return self._finished(self._load_network(DTYPES[self.teacher_dtype])).requires_grad_(False).eval()
 
     def _finished(self, network: nn.Module) -> nn.Module:
-        """Return the transformer after changes that the family makes to its computation."""
+        """Change how the loaded transformer computes, if the family needs this, and return it."""
         return network
 
     def build_empty(self, teacher: bool) -> nn.Module | None:
-        """Return the transformer with its weights on the meta device. Its buffers have their values.
+        """Return the transformer with its weights on the meta device. Only its buffers are filled with values.
 
         Returns None if the weights are not exactly those of its files: with a `teacher_lora`, for a class that keeps some
         weights in float32, or after `leave_weights_out`. Raises `UserError` if the files lack a weight.
@@ -102,22 +103,29 @@ class PipelineBackbone(PipelineSettings):
         return load_model(self.transformer_class, self.folder / "transformer", dtype)
 
     def enable_gradient_checkpointing(self, network: nn.Module, function: CheckpointFunction | None = None) -> None:
-        """Make blocks recompute activations in the backward pass, by `function(block, *arguments)` or else by torch."""
+        """Make each block of `network` recompute its activations in the backward pass.
+
+        `function(block, *arguments)` calls a block in this way. The default is torch's own checkpointing.
+        """
         cast(ModelMixin, network).enable_gradient_checkpointing(function)
 
     # ---- sigmas
 
     def shift_sigmas(self, sigmas: Tensor) -> Tensor:
-        """Apply the scheduler's timestep shift to sigmas of any shape. The result is float32, with the same shape and device."""
+        """Apply the scheduler's timestep shift to sigmas of any shape.
+
+        The result is float32, with the same shape and device.
+        """
         given = sigmas.detach().to("cpu", torch.float32).flatten().numpy()
         with np.errstate(divide="ignore"):  # the dynamic shift divides by sigma; the result at 0 is still right
             self._shift.set_timesteps(sigmas=given, mu=self._mu)
         return self._shift.sigmas[:-1].reshape(sigmas.shape).to(sigmas.device)
 
     def shift_steps(self, sigmas: Tensor) -> Tensor:
-        """Shift the decreasing sigmas (..., K) of rollouts. With `shift_terminal`, each rollout is stretched to end there.
+        """Shift the decreasing sigmas (..., K) of rollouts. `shift_terminal`, if the scheduler has it, becomes the last sigma.
 
-        The scheduler does the same, except for a single step: it would divide 0 by 0, and here the step is not stretched.
+        Each rollout is stretched so that its last sigma is `shift_terminal`, as in the scheduler. For a rollout of a single
+        step, the scheduler would divide 0 by 0; here the single sigma is not changed.
         """
         shifted, terminal = self.shift_sigmas(sigmas), self.scheduler.config.shift_terminal
         if not terminal or not shifted.numel():
@@ -127,12 +135,12 @@ class PipelineBackbone(PipelineSettings):
 
     @shared_property
     def _shift(self) -> FlowMatchEulerDiscreteScheduler:
-        """The scheduler without `shift_terminal`, so that each sigma is shifted independently of the others."""
+        """The scheduler without `shift_terminal`. It shifts each sigma on its own, whatever the others are."""
         return from_config(self.scheduler.config, shift_terminal=None)
 
     @property
     def _mu(self) -> float | None:
-        """The strength of a dynamic shift for this image size, by the pipeline's own function. None for a static shift."""
+        """The strength of a dynamic shift for this image size, from the pipeline's own function. None for a static shift."""
         config, (_, height, width) = self.scheduler.config, self.latent_shape
         if not config.use_dynamic_shifting:
             return None
@@ -156,7 +164,10 @@ class PipelineBackbone(PipelineSettings):
         return parts
 
     def _load_parts(self, without: Iterable[str]) -> DiffusionPipeline:
-        """Load the pipeline without the transformer and the parts in `without`, frozen and in eval mode."""
+        """Load all parts of the pipeline except the transformer and the parts in `without`.
+
+        The models are frozen and in eval mode.
+        """
         left_out = dict.fromkeys(["transformer", *without])
         index = read_index(self.folder, self.pretrained)
         parts = {name: kind for name, kind in parts_of(index).items() if name not in left_out}
@@ -180,14 +191,17 @@ class PipelineBackbone(PipelineSettings):
         return load_model(kind, self.folder / part, torch.float32 if part == "vae" else DTYPES[self.text_dtype])
 
     def _from_files(self, blamed: Path, given: Mapping[str, nn.Module | None]) -> DiffusionPipeline:
-        """Load the pipeline, except for the parts that are `given`; None leaves a part out."""
+        """Load the pipeline. The parts in `given` are not loaded but taken from it; a part that is None is left out.
+
+        `blamed` is the path that the error message names.
+        """
         with loading(blamed):
             return self.pipeline_class.from_pretrained(self.folder, **given)
 
     def setup(self, device: torch.device) -> None:
         """Load the image codec and the text encoders, and move them to `device`. With a text cache, no text encoder is loaded.
 
-        Both are run once. Raises `UserError` if they do not work together.
+        Each of them runs once as a test. Raises `UserError` if one of them fails.
         """
         self._codec.to(device)
         decode_sparingly(self._codec.vae, self.decode_tile)
@@ -231,7 +245,10 @@ class PipelineBackbone(PipelineSettings):
         return self._encode([""])
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Return the text conditioning of B prompts, embeddings in float32. The prompt "" gives the unconditional one."""
+        """Return the text conditioning of B prompts, with embeddings in float32.
+
+        The prompt "" gives the unconditional conditioning.
+        """
         if any(prompts):
             return self._encode(list(prompts))
         return {name: value.repeat_interleave(len(prompts), dim=0) for name, value in self._unconditional.items()}
@@ -250,7 +267,7 @@ class PipelineBackbone(PipelineSettings):
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """Encode images (B, 3, H, W) in [0, 1] into clean latents (B, C, h, w): the normalised mode of the VAE's posterior."""
+        """Encode images (B, 3, H, W) in [0, 1] into clean latents (B, C, h, w): the mode of the VAE's posterior, normalised."""
         vae = self._codec.vae
         latents = vae.encode(images.float() * 2 - 1).latent_dist.mode()
         return (latents - vae.config.shift_factor) * vae.config.scaling_factor
@@ -262,7 +279,7 @@ class PipelineBackbone(PipelineSettings):
         write_pipeline(self.folder, network, Path(folder), model_card, self._student_call(nfe))
 
     def save_lora(self, tensors: Mapping[str, Tensor], folder: Path, nfe: int, model_card: str) -> None:
-        """Write a LoRA file for diffusers, a scheduler with the student's sigmas, and a model card that shows their use."""
+        """Write a LoRA file for diffusers, a scheduler with the student's sigmas, and a model card that shows how to use them."""
         own = None if self.teacher_lora is None else OwnLoRA(Path(self.teacher_lora).name, self.teacher_lora_scale)
         write_lora(self.pipeline_class, tensors, Path(folder), model_card, self._student_call(nfe), own)
 
@@ -277,7 +294,10 @@ class PipelineBackbone(PipelineSettings):
         )
 
     def _guidance_notes(self) -> list[str]:
-        """Return a warning for each argument in `unguided` whose default in the pipeline's call applies guidance."""
+        """Return a warning for the model card for each argument that must be passed to switch guidance off.
+
+        These are the arguments in `unguided` (such as `guidance_scale`) whose default in the pipeline's call applies guidance.
+        """
         defaults = {name: self.call_default(name) for name in self.unguided}
         return [
             f"Pass `{name}={value}` in every call: the pipeline's default, {defaults[name]}, is guidance for the original "
@@ -289,6 +309,7 @@ class PipelineBackbone(PipelineSettings):
     def exported_scheduler(self, nfe: int) -> FlowMatchEulerDiscreteScheduler | FlowMapEulerDiscreteScheduler:
         """Return the scheduler of an exported pipeline. With it, a call with `nfe` steps uses the student's sigmas.
 
-        By default it is the original scheduler, for pipelines that pass it the unshifted sigmas 1, 1 - 1/nfe, ..., 1/nfe.
+        By default it is the original scheduler. This is right for pipelines that pass the unshifted sigmas 1, 1 - 1/nfe, ...,
+        1/nfe to their scheduler.
         """
         return self.scheduler

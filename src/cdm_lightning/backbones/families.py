@@ -28,13 +28,13 @@ BACKBONES = frozenset(f"cdm_lightning.backbones.{module}.{name}" for module, nam
 def open_pipeline(
     pretrained: str, revision: str | None = None, lora: str | None = None
 ) -> "tuple[PipelineBackbone, dict[str, Any]]":
-    """Return the backbone for a pipeline folder or hub id, and the arguments of its call apart from the prompt.
+    """Return the backbone for a pipeline folder or hub id, and the arguments with which the pipeline is called.
 
-    An exported student stores its arguments, such as "num_inference_steps", and the backbone takes its image size and text
-    length from them. For other pipelines they are {}.
+    The arguments do not include the prompt. An exported student stores them, such as "num_inference_steps", and the backbone
+    takes its image size and text length from them. For other pipelines they are {}.
 
-    `lora`, a LoRA file or the folder of an exported LoRA, is fused into the network, and its arguments are used. Raises
-    `UserError` for a pipeline of an unknown family.
+    `lora`, a LoRA file or the folder of an exported LoRA, is fused into the network. The arguments are then those that are
+    stored with the LoRA. Raises `UserError` for a pipeline of an unknown family.
     """
     found = pipeline_class_name(pretrained, revision)
     if found not in FAMILIES:

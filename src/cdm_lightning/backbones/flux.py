@@ -1,6 +1,6 @@
 """The backbone for FLUX.1-dev and FLUX.1-schnell (`FluxPipeline` of diffusers).
 
-Shapes: B batch, (C, h, w) latent, N text tokens of T5, D their width, P width of the pooled CLIP text.
+Shapes: B batch, (C, h, w) latent, N text tokens of T5, D their width, P the width of the pooled CLIP embedding.
 """
 
 from collections.abc import Mapping
@@ -27,9 +27,9 @@ TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 class FluxBackbone(PipelineBackbone):
     """The backbone of a `FluxPipeline`.
 
-    `PipelineSettings` describes the arguments except `guidance_embed`. A guidance-distilled network (FLUX.1-dev) takes the
-    guidance scale as an input, and `guidance_embed` is its value for student, teacher and fake score. For a network without
-    this input (FLUX.1-schnell) it has no effect.
+    `PipelineSettings` describes all arguments except `guidance_embed`. A guidance-distilled network (FLUX.1-dev) takes the
+    guidance scale as an input. `guidance_embed` is the value of this input for student, teacher and fake score. It has no
+    effect for a network without this input (FLUX.1-schnell).
     """
 
     title = "FLUX"
@@ -54,7 +54,7 @@ class FluxBackbone(PipelineBackbone):
         return bool(self.network_config["guidance_embeds"])
 
     def cautions(self, guidance_scale: float) -> list[str]:
-        """Return a warning if the teacher is distilled to few steps already, or if guidance would be applied twice."""
+        """Return a warning if the teacher is already distilled to few steps, or if guidance would be applied twice."""
         if not self.is_told_guidance:
             return [
                 "this teacher is already distilled to few steps (FLUX.1-schnell), but distribution matching needs the predictions "
@@ -108,6 +108,9 @@ class FluxBackbone(PipelineBackbone):
 
     @classmethod
     def settings_of(cls, call: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the constructor's arguments (sizes, text length, `guidance_embed`) for the call of an exported student."""
+        """Return the backbone's arguments (sizes, text length, `guidance_embed`) that match `call`.
+
+        `call` holds the arguments with which an exported student is called (`student_folder.read_call`).
+        """
         told = {"guidance_embed": call["guidance_scale"]} if "guidance_scale" in call else {}
         return super().settings_of(call) | told

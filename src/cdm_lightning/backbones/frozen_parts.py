@@ -1,4 +1,4 @@
-"""Ways to save memory in the frozen parts of a pipeline, its image codec and text encoders."""
+"""Ways to save memory in the frozen parts of a pipeline, which are the image codec and the text encoders."""
 
 import inspect
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ def decode_sparingly(vae: Any, tile: int | None = None) -> None:
 
 
 def codec_without_weights(pipeline_class: Any, config: Mapping[str, Any], factor: int) -> Any:
-    """Return an object with a pipeline's image codec (`vae`), on the meta device, and its `image_processor`.
+    """Return an object with the attributes `vae`, a pipeline's image codec on the meta device, and `image_processor`.
 
     The planner uses it to measure decoding without weights. `config` are the arguments of the codec's constructor. One latent
     covers `factor` x `factor` pixels.
@@ -46,9 +46,9 @@ def codec_without_weights(pipeline_class: Any, config: Mapping[str, Any], factor
 def keep_last_state_only(encoder: nn.Module) -> None:
     """Change a vision-language model in place so that it computes only its last hidden state.
 
-    Pipelines ask for all hidden states and use only the last one. The states of all layers would stay in memory, and the
-    language head would compute logits over the whole vocabulary: 18 GB for 64 prompts of 512 tokens. Therefore the head is
-    dropped, and so is the vision tower, which text does not use.
+    Pipelines ask for all hidden states and use only the last one. Without the change, the states of all layers would stay in
+    memory, and the language head would compute logits over the whole vocabulary: 18 GB for 64 prompts of 512 tokens. The head
+    is removed, and so is the vision tower, which text does not use.
     """
     model = cast(Any, encoder).model
 

@@ -1,7 +1,7 @@
-"""The loading of one model of a pipeline, with the check that its weights are complete, belong to it and are finite.
+"""Load one model of a pipeline, and check that its weights are complete and finite and that no other weights are stored.
 
 diffusers and transformers fill missing weights with random numbers, and they drop weights that the configuration has no place
-for. Both report it, and here both are errors.
+for. The libraries only warn about this; here it is an error.
 """
 
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ from cdm_lightning.errors import UserError
 
 
 def model_class(library: str, name: str) -> type[Any] | None:
-    """Return the class of a part of a pipeline if it is a model of diffusers or transformers, and None for another part."""
+    """Return the class `name` of diffusers or transformers if it is a model, and None for any other part of a pipeline."""
     found = getattr(diffusers if library == "diffusers" else transformers, name, None)
     is_model = isinstance(found, type) and issubclass(found, diffusers.ModelMixin | transformers.PreTrainedModel)
     return found if is_model else None
@@ -60,7 +60,7 @@ def require_names(model: nn.Module, missing: Iterable[str], unexpected: Iterable
 
 
 def require_finite(tensor: Tensor, name: str, where: Path | str) -> None:
-    """Raise `UserError` if a floating-point tensor has NaN or infinity. It takes one pass without extra memory.
+    """Raise `UserError` if a floating-point tensor has NaN or infinity. The check needs one pass and no extra memory.
 
     `name` is the tensor's name and `where` its folder or file, for the message.
     """

@@ -60,7 +60,10 @@ class LongCatBackbone(PipelineBackbone):
         return unpack(output.float(), height, width)
 
     def guide(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
-        """Apply classifier-free guidance as the pipeline does. It limits each token's norm to that of its conditional velocity."""
+        """Apply classifier-free guidance as the pipeline does.
+
+        It limits each token's norm to that of its conditional velocity.
+        """
         return renormalised(cond, super().guide(cond, uncond, scale), low=0.0, high=1.0)
 
     def blank_conditioning(self, batch: int) -> Conditioning:

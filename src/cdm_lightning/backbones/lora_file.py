@@ -27,7 +27,7 @@ JOINT_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_
 
 
 def presets(attention: tuple[str, ...], feed_forward: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """Return two presets of LoRA targets, "attention" and "attention_feed_forward", as endings of layer names."""
+    """Return two presets of LoRA targets, "attention" and "attention_feed_forward". Targets are endings of layer names."""
     return {"attention": attention, "attention_feed_forward": attention + feed_forward}
 
 
@@ -36,8 +36,9 @@ def write_lora_file(
 ) -> Path:
     """Write the LoRA of a transformer into `folder` as the file `name`, and return the path of the file.
 
-    `tensors` are "LAYER.lora_A.weight" and so on, for scale 1. `family` is the pipeline's class. Its `load_lora_weights` can
-    load the file. If it has no such method, `load_lora_adapter` of the transformer can, with `prefix=None`.
+    `tensors` are "LAYER.lora_A.weight" and so on, made for the LoRA scale 1. `family` is the pipeline's class. Its method
+    `load_lora_weights` can load the file. If the class has no such method, the transformer's `load_lora_adapter` with
+    `prefix=None` can.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(family, "save_lora_weights"):
@@ -69,7 +70,7 @@ def locate_lora(path: str | Path) -> Path:
 class OwnWeights:
     """The contents of a LoRA file that the user supplies, ready for `load_lora_adapter` of diffusers.
 
-    - `tensors`: the LoRA's tensors; their names begin with `prefix`, if it is not None.
+    - `tensors`: the LoRA's tensors. Their names begin with `prefix`, unless `prefix` is None.
     - `alphas`: the LoRA alphas of the layers, if they are stored apart from the tensors.
     - `settings`: the configuration of peft, if the file has one.
     """
@@ -95,8 +96,8 @@ class OwnWeights:
 def read_lora_file(family: type[DiffusionPipeline], file: Path) -> OwnWeights:
     """Read the LoRA of a transformer from `file`, like `load_lora_weights` of the pipeline class `family`.
 
-    Raises `UserError` if the file is broken or contains anything else, or if the factors A and B of a layer differ in rank or
-    have values that are not finite.
+    Raises `UserError` if the file is broken or contains anything but a LoRA, or if the factors A and B of a layer differ in
+    rank or have values that are not finite.
     """
     prefix = getattr(family, "transformer_name", "transformer") if hasattr(family, "lora_state_dict") else None
     alphas = settings = None
@@ -128,20 +129,20 @@ def read_lora_file(family: type[DiffusionPipeline], file: Path) -> OwnWeights:
 
 
 def _alphas_of(own: OwnWeights) -> dict[str, float] | None:
-    """Return the alphas as numbers. Raises `UserError` for one that is no number in the range, or of no layer of the LoRA."""
+    """Return the alphas as numbers. Raises `UserError` for an alpha out of range, or of a layer that the LoRA does not have."""
     found, layers = {}, own.layers()
     for name, alpha in (own.alphas or {}).items():
         value = alpha.item() if isinstance(alpha, Tensor) and alpha.numel() == 1 else alpha
         if flaw := flaw_of_alpha(value):
             raise UserError(f"{own.file}: the alpha {name} {flaw}; make the file again")
         if name.removeprefix(f"{own.prefix}.").removesuffix(".alpha").partition(".lora_")[0] not in layers:
-            raise UserError(f"{own.file}: the alpha {name:.200} is of no layer of the LoRA; make the file again")
+            raise UserError(f"{own.file}: the alpha {name:.200} belongs to no layer of the LoRA; make the file again")
         found[name] = value
     return found or None
 
 
 def _settings_of(own: OwnWeights) -> dict[str, Any] | None:
-    """Return the safe part of the settings of peft, or None if the file has none. Raises `UserError` for wrong ones."""
+    """Return the safe part of the peft settings, or None if the file has none. Raises `UserError` for wrong settings."""
     if own.settings is not None and not isinstance(own.settings, Mapping):
         raise UserError(f"{own.file}: its lora_adapter_metadata must be a JSON object; make the file again")
     begin = f"{own.prefix}."
@@ -193,13 +194,14 @@ def check_fit(own: OwnWeights, network: nn.Module) -> None:
         weight = cast(Tensor, modules[name].weight)
         if weight.ndim != factors["lora_A.weight"].ndim:
             raise UserError(
-                f"{file} is the LoRA of another model: {name} is another kind of layer there; pass a LoRA of this model"
+                f"{file} is the LoRA of another model: its layer {name} is of another type than in this network; "
+                "pass a LoRA that was made for it"
             )
         sizes = [factors["lora_B.weight"].shape[0], factors["lora_A.weight"].shape[1]]
         if sizes != list(weight.shape[:2]):
             raise UserError(
-                f"{file} is the LoRA of another model: {name} is {sizes[0]} x {sizes[1]} there, {weight.shape[0]} x "
-                f"{weight.shape[1]} here; pass a LoRA of this model"
+                f"{file} is the LoRA of another model: its layer {name} is {sizes[0]} x {sizes[1]}, but this network needs "
+                f"{weight.shape[0]} x {weight.shape[1]}; pass a LoRA that was made for it"
             )
 
 
@@ -241,8 +243,9 @@ def fused_network(
 ) -> nn.Module:
     """Load a network, fuse `scale` times the LoRA at `path` into it, and return it in `dtype`.
 
-    `load(dtype)` loads the network; here it does so in float32, so that the sum is rounded only once. `skeleton()` builds it
-    without weights, to check the LoRA first. Raises `UserError` for a LoRA that does not fit.
+    `load(dtype)` loads the network. It is called with float32, so that the sum is rounded only once. `skeleton()` builds the
+    network without weights; the LoRA is checked against it before the network is loaded. Raises `UserError` for a LoRA that
+    does not fit.
     """
     file = locate_lora(path)
     own = read_lora_file(family, file)

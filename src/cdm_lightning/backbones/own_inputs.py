@@ -15,7 +15,7 @@ NAME = "own_inputs"  # the attribute in which a network holds its own inputs
 
 
 class OwnInputs(nn.Module):
-    """The modules that embed a network's additional inputs, by name. Each maps values (B,) to (B, D).
+    """The modules that embed a network's additional inputs, by name of the input. Each maps values (B,) to (B, D).
 
     The sum of the embeddings is added to the network's time embedding.
     """
@@ -55,10 +55,11 @@ class OwnInputs(nn.Module):
 def attach_inputs(network: nn.Module, time_embedding: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     """Give `network` additional inputs, which are added to its time embedding.
 
-    `modules[NAME]` embeds the input NAME, from (B,) to (B, D). Its result is added to the output of `time_embedding`.
+    `modules[NAME]` maps the values (B,) of the input NAME to an embedding (B, D), which is added to the output of
+    `time_embedding`.
 
     The modules become submodules of `network` and are trained with it, except for frozen parameters. `time_embedding` is a
-    module of `network`, or of the base that a LoRA network shares.
+    module of `network`, or of the base network if `network` is a LoRA view.
     """
     own = OwnInputs(modules)
     setattr(network, NAME, own)

@@ -1,4 +1,4 @@
-"""Functions that LongCat-Image, FLUX.1 and Qwen-Image share, such as packing 2 x 2 latents into a token.
+"""Functions that the backbones of LongCat-Image, FLUX.1 and Qwen-Image share, such as packing 2 x 2 latents into a token.
 
 Shapes: latent (B, C, h, w); packed (B, h/2 * w/2, 4 C).
 """
@@ -22,7 +22,10 @@ def pack(x: Tensor) -> Tensor:
 
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """Unpack tokens into a latent of this height and width: (B, h/2 * w/2, 4 C) -> (B, C, h, w). This is the inverse of `pack`."""
+    """Unpack tokens into a latent of this height and width: (B, h/2 * w/2, 4 C) -> (B, C, h, w).
+
+    This is the inverse of `pack`.
+    """
     b, _, channels = tokens.shape
     grid = tokens.view(b, height // 2, width // 2, channels // 4, 2, 2)
     return grid.permute(0, 3, 1, 4, 2, 5).reshape(b, channels // 4, height, width)
@@ -32,7 +35,7 @@ def grid_ids(height: int, width: int, first: tuple[int, int, int], device: torch
     """Return the position of each token of a latent of `height` x `width`: (h/2 * w/2, 3) in float32.
 
     A position is `first` + (0, row, column). Pipelines may use bfloat16 here, which is exact only up to 256; float32 is always
-    exact. On a GPU the tensor is kept for later calls, because making it would interrupt the GPU's work.
+    exact. On a GPU the tensor is kept for later calls, because the GPU would have to wait while it is made again.
     """
     if device.type == "cuda":  # on other devices, making the tensor again costs nothing
         return _kept_ids(height, width, first, device)
@@ -54,7 +57,7 @@ def _made_ids(height: int, width: int, first: tuple[int, int, int], device: torc
 
 
 def dtype_of_call(network: nn.Module, x: Tensor) -> torch.dtype:
-    """Return the dtype in which `network` computes on the device of `x`: that of autocast if it is on, and else of the weights."""
+    """Return the dtype in which `network` computes: that of autocast on the device of `x` if it is on, otherwise the weights' dtype."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weights_dtype(network)
 
@@ -63,8 +66,8 @@ def rounded_timestep(sigma: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the network's timestep for sigma (B,), rounded as in the pipeline: (1000 sigma cast to `dtype`) / 1000.
 
     These networks multiply the timestep by 1000 in the dtype of their computation. Above 512, bfloat16 rounds to multiples of
-    4. If sigma were cast first, it would round differently (0.9045 to 908 instead of 904), and the student would be trained on
-    other noise levels than the pipeline uses.
+    4. A sigma that is cast to bfloat16 before it is multiplied rounds differently (0.9045 to 908 instead of 904), so the
+    student would be trained on other noise levels than the pipeline uses.
     """
     return (sigma.float() * 1000).to(dtype) / 1000
 

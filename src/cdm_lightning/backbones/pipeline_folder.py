@@ -1,7 +1,7 @@
 """Finding a diffusers pipeline on disk or on the Hugging Face hub, and checking it.
 
-The file model_index.json of a pipeline folder, its index, names the class of the pipeline and of each part. A part, such as
-"vae", lies in a subfolder of the same name. A pipeline that cannot be used gives one line.
+The file model_index.json of a pipeline folder is called its index. It names the class of the pipeline and of each part. A part,
+such as "vae", lies in a subfolder of the same name. A pipeline that cannot be used raises `UserError`.
 """
 
 import hashlib
@@ -49,9 +49,9 @@ def locate_pipeline(
 
 
 def pipeline_class_name(pretrained: str, revision: str | None) -> str | None:
-    """Return the name of the pipeline class of a folder or hub id, or None if its index names none.
+    """Return the name of the pipeline class of a folder or hub id, or None if its model_index.json names no class.
 
-    Raises `UserError` if there is no index.
+    Raises `UserError` if there is no model_index.json.
     """
     return read_index(locate_index(pretrained, revision), pretrained).get("_class_name")
 
@@ -103,8 +103,9 @@ def read_index(folder: Path, name: str) -> dict[str, Any]:
 def check_entry(part: str, entry: Any, where: str) -> None:
     """Raise `UserError` if an entry of a pipeline's index is not safe to load. The message begins with `where`.
 
-    An entry is a setting, or a part [library, class] with a class of diffusers or transformers. Both are null if the part is
-    left out. The name of a part must be a plain folder name, because files are read from this folder and copied to it.
+    An entry is a setting, or a part in the form [library, class] with a class of diffusers or transformers. A part that is left
+    out is [null, null]. The name of a part must be a plain folder name, because files are read from this folder and copied to
+    it.
     """
     if part.startswith("_") or not isinstance(entry, list):
         return
@@ -125,10 +126,10 @@ def check_entry(part: str, entry: Any, where: str) -> None:
 
 
 def require_plain(folder: Path, name: str) -> None:
-    """Raise `UserError` if the folder contains anything except files and folders, because reading a pipe would never end.
+    """Raise `UserError` if the folder contains anything except files and folders, such as a named pipe.
 
-    Links that leave the folder are refused too, because an export copies what they show. `name` is the folder's name in the
-    message.
+    Reading a named pipe would never end. Links that leave the folder are refused too, because an export copies the files that
+    they point to. `name` is the folder's name in the message.
     """
     parts = [path for path in folder.iterdir() if not path.name.startswith(".")]
     for path in (path for part in parts for path in ((part,) if not part.is_dir() else irregular(part))):
@@ -141,10 +142,10 @@ def require_plain(folder: Path, name: str) -> None:
 
 
 def require_own_files(part: Path, folder: Path, name: str) -> None:
-    """Raise `UserError` if `part`, an entry of a pipeline folder, is or contains a link to somebody else's file.
+    """Raise `UserError` if `part`, a file or subfolder of the pipeline folder `folder`, is or contains a link out of `folder`.
 
-    A link may lead to a file in the folder, or to a whole other part of it. In a snapshot of the hub's cache, it may also lead
-    to a file in the cache's own folder "blobs". `name` is the pipeline folder's name in the message.
+    A link may lead to a file in `folder`, or to a whole other part of the pipeline. In a snapshot of the hub's cache, it may
+    also lead to a file in the cache's own folder "blobs". `name` is the pipeline folder's name in the message.
     """
     whole = folder.resolve()
     blobs = whole.parent.parent / "blobs" if whole.parent.name == "snapshots" else None
@@ -156,7 +157,8 @@ def require_own_files(part: Path, folder: Path, name: str) -> None:
         is_part = path.parent == folder and target.parent == whole  # a link to a folder further up would have no end
         if not (is_blob or is_part or (target.is_file() and target.is_relative_to(whole))):
             raise UserError(
-                f"{name}: {path.relative_to(folder)} is a link that leaves the folder; replace it by the file that it shows"
+                f"{name}: {path.relative_to(folder)} is a link that leaves the folder; replace it by a copy of "
+                "the file that it points to"
             )
 
 
@@ -182,7 +184,7 @@ def check_index(folder: Path, name: str, family: type[DiffusionPipeline], parts:
 def hash_part(folder: Path) -> str:
     """Return a hash of the names and contents of all files in a part's folder.
 
-    Half-precision copies of weights (.fp16, .bf16) do not count. Hashing takes one to two seconds per gigabyte. Raises
+    Half-precision copies of weights (.fp16, .bf16) are not hashed. Hashing takes one to two seconds per gigabyte. Raises
     `UserError` if the folder has no files.
     """
     twin = re.compile(r"\.(fp16|bf16)[.-]")
@@ -214,7 +216,7 @@ def copy_parts(source: Path, target: Path, without: Sequence[str]) -> None:
 
 @contextmanager
 def loading(what: Path) -> Generator[None]:
-    """Turn any error of loading the files `what` inside the `with` block into a `UserError` that names them.
+    """Turn any error inside the `with` block, which loads the file or folder `what`, into a `UserError` that names `what`.
 
     Weights are loaded onto the CPU, even if torch's default device is another one. Progress bars are shown only for downloads.
     """

@@ -35,7 +35,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class shared_property:
-    """A property that is computed once, for a backbone and all its copies for other image sizes (`at`)."""
+    """A property that is computed once and shared by a backbone and all its copies for other image sizes (`at`)."""
 
     def __init__(self, make: Callable[[Any], Any]) -> None:
         self.make, self.__doc__ = make, make.__doc__
@@ -59,11 +59,11 @@ class PipelineSettings(Backbone):
     """The options of a pipeline's backbone, and the contents of the pipeline's configuration files.
 
     `pretrained` is a pipeline folder or a hub id (at `revision`). `height` and `width` are in pixels (default: the pipeline's
-    own size). `max_sequence_length` is the number of text tokens (default: that of the pipeline's call). `teacher_dtype` is the
-    dtype of the frozen teacher, and `text_dtype` that of the text encoders. Trained networks and the VAE are float32.
-    `teacher_lora`, a safetensors file or its folder, is fused into the pretrained network at `teacher_lora_scale`; teacher,
-    student and fake score start from the result. Raises `UserError` for an argument out of its range, and for a LoRA file that
-    is missing or not a .safetensors file.
+    own size). `max_sequence_length` is the number of text tokens (default: the default of the pipeline's call). `teacher_dtype`
+    is the dtype of the frozen teacher, and `text_dtype` that of the text encoders. Trained networks and the VAE are float32.
+    `teacher_lora`, a safetensors file or its folder, is fused into the pretrained network with the scale `teacher_lora_scale`.
+    Teacher, student and fake score start from the fused network. Raises `UserError` for an argument out of its range, and for a
+    LoRA file that is missing or not a .safetensors file.
     """
 
     title: ClassVar[str]  # the family's name in messages and, in lower case, at the start of fingerprints
@@ -97,9 +97,10 @@ class PipelineSettings(Backbone):
         self.teacher_lora = None if self.teacher_lora is None else locate_lora(self.teacher_lora)
 
     def at(self, height: int | None = None, width: int | None = None) -> Self:
-        """Return a copy of this backbone for images of another size in pixels. It shares the loaded parts.
+        """Return a copy of this backbone for images of another size in pixels.
 
-        A side that is None stays the same. Raises `UserError` if the pipeline cannot make images of this size.
+        The copy shares the parts that are already loaded. A side that is None stays the same. Raises `UserError` if the
+        pipeline cannot make images of this size.
         """
         view = copy.copy(self)
         view.height = self.height if height is None else height
@@ -111,7 +112,10 @@ class PipelineSettings(Backbone):
 
     @shared_property
     def folder(self) -> Path:
-        """The pipeline's local folder, which is downloaded for a hub id. Raises `UserError` if it cannot be used."""
+        """The pipeline's local folder. For a hub id, it is downloaded first.
+
+        Raises `UserError` if the pipeline cannot be used.
+        """
         return locate_pipeline(self.pretrained, self.revision, self.pipeline_class, self.parts)
 
     @shared_property
@@ -156,8 +160,9 @@ class PipelineSettings(Backbone):
         """Build networks without weights, on the meta device, from now on. The planner needs only shapes and dtypes.
 
         The pipeline's configuration files are read now. Raises `UserError` if they cannot be used. With `architecture`, no file
-        is read and sigmas are not shifted. It has the arguments of the "transformer" that differ from its defaults, and all
-        arguments of the "vae" that the backbone uses. A `teacher_lora` is ignored, since it changes no shape.
+        is read and sigmas are not shifted. `architecture["transformer"]` holds the constructor's arguments that differ from
+        their defaults, and `architecture["vae"]` all arguments that the backbone uses. A `teacher_lora` is ignored, since it
+        changes no shape.
         """
         self.has_weights = False
         if architecture is not None:
@@ -174,7 +179,8 @@ class PipelineSettings(Backbone):
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
         """The scheduler whose timestep shift training uses. Raises `UserError` if it has options that are not supported.
 
-        It is the pipeline's own scheduler. An exported folder may store it in addition to the scheduler for the student.
+        This is the pipeline's original scheduler. The folder of an exported student may store it in addition to the student's
+        scheduler.
         """
         subfolder = next((name for name in OF_TRAINING if (self.folder / name).is_dir()), "scheduler")
         file = self.folder / subfolder / "scheduler_config.json"
@@ -223,7 +229,7 @@ class PipelineSettings(Backbone):
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels. Raises `UserError` for a side above `largest_side` or no multiple of `size_unit`."""
+        """(height, width) in pixels. Raises `UserError` for a side that does not fit the network."""
         unit, largest = self.size_unit, self.largest_side
         for name, side in (("height", self.height), ("width", self.width)):
             if side is not None and (side % unit or not 0 < side <= (largest or side)):
@@ -254,7 +260,10 @@ class PipelineSettings(Backbone):
 
     @property
     def fingerprint(self) -> str:
-        """The family's name and a hash of the transformer's configuration. Equal ones can exchange weights."""
+        """The family's name and a hash of the transformer's configuration.
+
+        Backbones with equal fingerprints can exchange weights.
+        """
         config = json.dumps(self.network_config, sort_keys=True)
         return f"{self.title.lower()}-{hashlib.blake2b(config.encode(), digest_size=8).hexdigest()}"
 
@@ -266,7 +275,7 @@ class PipelineSettings(Backbone):
     def call_sizes(self) -> dict[str, int]:
         """Return the arguments to add to a call of the pipeline for this backbone's image size and text length.
 
-        These are "height", "width" and "max_sequence_length", without those that equal the pipeline's defaults.
+        These are "height", "width" and "max_sequence_length". An argument that equals the pipeline's default is left out.
         """
         is_default = self.max_sequence_length == self.default_text_length()
         sizes = {} if is_default else {"max_sequence_length": self.text_length}
@@ -288,5 +297,8 @@ class PipelineSettings(Backbone):
 
     @classmethod
     def settings_of(cls, call: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the constructor's arguments (sizes, text length) for the call of an exported student."""
+        """Return the backbone's arguments (sizes, text length) that match `call`.
+
+        `call` holds the arguments with which an exported student is called (`student_folder.read_call`).
+        """
         return {name: call[name] for name in ("height", "width", "max_sequence_length") if name in call}

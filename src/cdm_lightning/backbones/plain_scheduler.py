@@ -34,7 +34,7 @@ BEYOND_SHIFT = (
 def require_known_shift(
     scheduler: FlowMatchEulerDiscreteScheduler, name: str, family: str, allowed: Sequence[str] = ()
 ) -> None:
-    """Raise `UserError` if a pipeline's scheduler changes its sigmas by more than a static shift and the options in `allowed`.
+    """Raise `UserError` if a scheduler sets options that change its sigmas, other than a static shift and those in `allowed`.
 
     `name` is the pipeline's name and `family` the family's name in the message.
     """
@@ -55,8 +55,8 @@ def from_config(config: dict[str, Any], **changes: Any) -> FlowMatchEulerDiscret
 def plain_scheduler(scheduler: FlowMatchEulerDiscreteScheduler, nfe: int) -> FlowMapEulerDiscreteScheduler:
     """Return a scheduler that takes n steps at the sigmas 1, 1 - 1/n, ..., 1/n, shifted by the static shift of `scheduler`.
 
-    It needs no explicit sigmas. Raises `UserError` for an `nfe` below 1, and if the installed diffusers gives other sigmas for
-    `nfe` steps.
+    Its `set_timesteps(n)` needs no explicit sigmas. Raises `UserError` for an `nfe` below 1, and if the installed diffusers
+    computes other sigmas for `nfe` steps.
     """
     if nfe < 1:
         raise UserError(f"nfe={nfe} must be at least 1 network call")
@@ -76,7 +76,10 @@ def plain_scheduler(scheduler: FlowMatchEulerDiscreteScheduler, nfe: int) -> Flo
 
 
 def of_training(config: dict[str, Any]) -> FlowMatchEulerDiscreteScheduler | None:
-    """Return the scheduler of training for the configuration of a `plain_scheduler`, and None for any other configuration."""
+    """Return the scheduler that was used in training, given the configuration of an exported `plain_scheduler`.
+
+    Returns None if the configuration is not that of a `plain_scheduler`.
+    """
     if config.get("_class_name") != FlowMapEulerDiscreteScheduler.__name__:
         return None
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=config["num_train_timesteps"], shift=config["shift"])

@@ -26,7 +26,7 @@ class QwenImageBackbone(PipelineBackbone):
     """The backbone of a `QwenImagePipeline`. `PipelineSettings` describes the arguments.
 
     Texts are padded to `max_sequence_length` tokens, so that all prompts have conditioning of the same shape. A mask hides the
-    padding from the network. A smaller number is faster.
+    padding from the network. A smaller `max_sequence_length` makes the network faster.
     """
 
     title = "Qwen-Image"
@@ -81,8 +81,9 @@ class QwenImageBackbone(PipelineBackbone):
     def _encode(self, prompts: list[str]) -> Conditioning:
         """Return {"prompt_embeds": (B, N, D) float32, "mask": (B, N) bool}, padded to N = `max_sequence_length`.
 
-        Prompts are encoded one at a time. The pipeline would pad a batch to its longest prompt, and the last bits of a prompt
-        would depend on the others. Cached text would then differ from the text of training.
+        Prompts are encoded one at a time. The pipeline pads a batch to its longest prompt, so in a batch the last bits of an
+        embedding would depend on the other prompts. Embeddings from a text cache would then differ from embeddings that are
+        computed during training.
         """
         encoded = [self._encode_one(prompt) for prompt in prompts]
         return {name: torch.cat([one[name] for one in encoded]) for name in encoded[0]}
@@ -105,7 +106,7 @@ class QwenImageBackbone(PipelineBackbone):
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """Encode images (B, 3, H, W) in [0, 1] into clean latents (B, C, h, w): the standardised mode of the VAE's posterior."""
+        """Encode images (B, 3, H, W) in [0, 1] into clean latents (B, C, h, w): the mode of the VAE's posterior, normalised."""
         mean, std = self._latent_statistics(images)
         frames = images.float()[:, :, None] * 2 - 1
         return ((self._codec.vae.encode(frames).latent_dist.mode() - mean) / std)[:, :, 0]

@@ -68,7 +68,10 @@ class SanaBackbone(PipelineBackbone):
         return self.network_config["sample_size"] * self.vae_factor
 
     def call_sizes(self) -> dict[str, int]:
-        """Return the sizes for a call of the pipeline. "height" and "width" are always included, because their default is 1024."""
+        """Return the sizes for a call of the pipeline.
+
+        "height" and "width" are always included, because their default is 1024.
+        """
         height, width = self.image_size
         return super().call_sizes() | {"height": height, "width": width}
 
@@ -87,7 +90,7 @@ class SanaBackbone(PipelineBackbone):
         return FlowMatchEulerDiscreteScheduler(config.get("num_train_timesteps", 1000), shift=config["flow_shift"])
 
     def exported_scheduler(self, nfe: int) -> FlowMapEulerDiscreteScheduler:
-        """Return a scheduler that computes the student's sigmas itself, because the pipeline passes it none."""
+        """Return a scheduler that computes the student's sigmas itself, because the pipeline passes no sigmas to its scheduler."""
         return plain_scheduler(self.scheduler, nfe)
 
     # ---- network and text
@@ -116,7 +119,7 @@ class SanaBackbone(PipelineBackbone):
     def _encode(self, prompts: list[str]) -> Conditioning:
         """Return {"prompt_embeds": (B, N, D) float32, "mask": (B, N) int64}.
 
-        The pipeline puts its long instruction in front of every prompt except the unconditional one.
+        The pipeline puts a long instruction in front of every prompt. The empty prompt (unconditional) gets no instruction.
         """
         pipeline, instruction = self._text_parts, self.call_default("complex_human_instruction")
         options = {"device": pipeline.device, "max_sequence_length": self.text_length}

@@ -1,6 +1,6 @@
 """The backbone for Stable Diffusion 3 and 3.5 (`StableDiffusion3Pipeline` of diffusers).
 
-Shapes: B batch, (C, h, w) latent, N text tokens (CLIP, then T5), D their width, P width of the pooled text.
+Shapes: B batch, (C, h, w) latent, N text tokens (CLIP, then T5), D their width, P the width of the pooled text embedding.
 """
 
 from collections.abc import Sequence
@@ -82,7 +82,7 @@ class SD3Backbone(PipelineBackbone):
         return output.float()
 
     def exported_scheduler(self, nfe: int) -> FlowMapEulerDiscreteScheduler:
-        """Return a scheduler that computes the student's sigmas itself, because the pipeline passes it none."""
+        """Return a scheduler that computes the student's sigmas itself, because the pipeline passes no sigmas to its scheduler."""
         return plain_scheduler(self.scheduler, nfe)
 
     # ---- text
@@ -95,8 +95,8 @@ class SD3Backbone(PipelineBackbone):
     def blank_conditioning(self, batch: int) -> Conditioning:
         """Return {"prompt_embeds": (B, N, D), "pooled": (B, P)} in float32, uninitialized, for B = `batch`.
 
-        With `compact_text`, N is the number of tokens for prompts of at most `compact_text` T5 tokens. Longer prompts have
-        more.
+        With `compact_text`, N is the number of tokens for prompts of at most `compact_text` T5 tokens. Longer prompts have more
+        tokens than this.
         """
         config, t5_tokens = self.network_config, self.text_length
         if self.compact_text is not None:
@@ -109,7 +109,8 @@ class SD3Backbone(PipelineBackbone):
     def alike(self, conds: Sequence[Conditioning]) -> Sequence[Conditioning] | None:
         """Return the conditioning of several batches with equal shapes, or None if this is impossible.
 
-        With `compact_text`, batches differ in their number of text tokens. Shorter ones get some of their padding back.
+        With `compact_text`, batches can have different numbers of text tokens. In batches with fewer tokens, the last token,
+        which is padding, is repeated.
         """
         if self.compact_text is not None:
             longest = max(cond["prompt_embeds"].shape[1] for cond in conds)

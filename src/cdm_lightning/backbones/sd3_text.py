@@ -1,6 +1,6 @@
 """The text encoding of SD3, by the stock pipeline's own `encode_prompt`.
 
-Shapes: B prompts, N text tokens (CLIP, then T5), D their width, P width of the pooled text.
+Shapes: B prompts, N text tokens (CLIP, then T5), D their width, P the width of the pooled text embedding.
 """
 
 import logging
@@ -17,7 +17,7 @@ from cdm_lightning.errors import UserError
 
 
 class FirstCut(logging.Filter):
-    """A logging filter for the pipeline's warning that a prompt is truncated. It is shown once for CLIP and once for T5."""
+    """A logging filter that shows the pipeline's warning about a truncated prompt only once for CLIP and once for T5."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,8 +37,8 @@ FIRST_CUT = FirstCut()
 class PromptEncoder:
     """An encoder of prompts that uses the three text encoders of `pipeline`, with `t5_tokens` tokens of T5.
 
-    With `compact=k`, one token then replaces the T5 padding after the first k T5 tokens (`compact_text.py`). In a batch with a
-    longer prompt, more tokens are kept. None keeps all padding. `name` is the pipeline's name in messages.
+    With `compact=k`, one token replaces all T5 padding after the first k T5 tokens (`compact_text.py`). A batch with a longer
+    prompt keeps more than k tokens. With `compact=None`, all padding is kept. `name` is the pipeline's name in messages.
 
     Raises `UserError` if the padding tokens differ, so that one token cannot replace them.
     """
@@ -77,7 +77,10 @@ class PromptEncoder:
         return embeds.float(), pooled.float()
 
     def _require_equal_padding(self, name: str) -> None:
-        """Raise `UserError` if the padding tokens of the empty prompt differ. Its T5 tokens are an end token and padding."""
+        """Raise `UserError` if the T5 padding tokens of the empty prompt differ.
+
+        The first T5 token of the empty prompt is the end token, and all others are padding.
+        """
         embeds, _ = self._stock_encode([""])
         if tokens_before_padding(embeds) > self.clip_tokens + 1:
             raise UserError(
@@ -89,7 +92,7 @@ class PromptEncoder:
 def tokens_before_padding(embeds: Tensor) -> int:
     """Return the number of leading tokens of `embeds` (B, N, D) that are not padding.
 
-    All later tokens equal the last one, up to rounding.
+    Padding tokens are the tokens at the end that equal the last token, up to rounding.
     """
     last = embeds[:, -1:]
     differs = ((embeds - last).abs().amax(-1) > 1e-5 * last.abs().amax()).any(0)

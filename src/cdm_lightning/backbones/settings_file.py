@@ -1,4 +1,4 @@
-"""JSON files in model folders. A file that cannot be used gives a `UserError` with its name."""
+"""Read JSON files in model folders. A file that cannot be used raises a `UserError` that names it."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ LARGEST = 1 << 28  # bytes; the largest vocabularies take about 4e7
 def read_settings(path: Path, name: str | None = None) -> dict[str, Any]:
     """Return the JSON object in a file. `name` is the file's name in messages (default: `path`).
 
-    Raises `UserError` if the file is missing, cannot be read or has no JSON object.
+    Raises `UserError` if the file is missing, cannot be read or does not contain a JSON object.
     """
     shown = name or path
     try:

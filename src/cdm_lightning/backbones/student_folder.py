@@ -79,7 +79,8 @@ class StudentCall:
 
     - `pipeline`: name of the pipeline's class.
     - `scheduler`: the scheduler of training.
-    - `exported`: the scheduler that is written for the call. It is `scheduler`, or one that spaces its steps as training does.
+    - `exported`: the scheduler that is written for the call. It is `scheduler`, or a scheduler that computes the sigmas of
+      training itself.
     - `sigmas`: (nfe + 1,) the sigmas of the call.
     - `arguments`: the arguments of the call, apart from the prompt.
     - `notes`: explanations of the arguments in the model card.
@@ -98,7 +99,7 @@ class StudentCall:
 
     @property
     def keeps_scheduler(self) -> bool:
-        """Whether the scheduler of training is written as well, because it cannot be derived from the exported one."""
+        """Whether the scheduler of training is written in addition, because it cannot be derived from the exported scheduler."""
         return self.exported is not self.scheduler and not isinstance(self.exported, FlowMapEulerDiscreteScheduler)
 
     def usage(self) -> str:
@@ -108,7 +109,7 @@ class StudentCall:
     def lora_usage(self, family: type[DiffusionPipeline], own: "OwnLoRA | None") -> str:
         """Return the Markdown section "Usage" for a LoRA's model card, which shows how to load and call it.
 
-        `own` is the user's LoRA that the teacher had, if any. `family` is the pipeline's class.
+        `own` is the user's LoRA that was fused into the teacher, if any. `family` is the pipeline's class.
         """
         whole = hasattr(family, "load_lora_weights")
         if own is None:
@@ -188,8 +189,8 @@ def _write_call(folder: Path, call: StudentCall, model_card: str, usage: str) ->
 def read_call(folder: Path) -> dict[str, Any]:
     """Return the call's arguments that an export stored in call.json, or {} if there is no such file.
 
-    Raises `UserError` if a size, a number of steps or a guidance scale in it does not have the type and range of the option of
-    the same meaning (`CALL_KINDS`).
+    Raises `UserError` if a size, a number of steps or a guidance scale in the file has a wrong type or is out of its range
+    (`CALL_KINDS`).
     """
     path = folder / CALL
     call = read_settings(path) if path.is_file() else {}
@@ -208,7 +209,7 @@ def _name_scheduler(index: Path, name: str) -> None:
 
 
 def _tidy(folder: Path) -> None:
-    """Remove the training machine's path from config.json, and give the weights the same file mode."""
+    """Remove the training machine's path from config.json, and give the weights the file mode of config.json."""
     config = folder / "config.json"
     entries = read_settings(config)
     entries.pop("_name_or_path", None)

@@ -159,9 +159,10 @@ class Toy2DBackbone(Backbone):
         self.device = torch.device(device)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Return {"weights": (B, 8)}, the mixture weights. They are equal for all modes that a prompt names.
+        """Return {"weights": (B, 8)}, the mixture weights.
 
-        A prompt that names no mode gives all modes the same weight.
+        All modes that a prompt names have the same weight, and the others have weight 0. A prompt that names no mode gives all
+        eight modes the same weight.
         """
         named = torch.tensor([[mode in _words(prompt) for mode in MODES] for prompt in prompts], dtype=torch.float32)
         named[named.sum(dim=1) == 0] = 1.0
@@ -180,12 +181,18 @@ class Toy2DBackbone(Backbone):
         return sigmas
 
     def exact_samples(self, prompts: Sequence[str], seed: int) -> Tensor:
-        """Draw one point of the data for each of B prompts, as latents (B, 2, 1, 1) on the CPU. They are a function of `seed`."""
+        """Draw one point of the data for each of B prompts, as latents (B, 2, 1, 1) on the CPU.
+
+        The points are a function of `seed`.
+        """
         weights = self.encode_prompts(prompts)["weights"].cpu()
         return MixtureVelocity().sample(weights, torch.Generator().manual_seed(seed))[..., None, None]
 
     def decode_latents(self, x0: Tensor) -> Tensor:
-        """Draw points (B, 2, 1, 1) as bright dots in images (B, 3, 32, 32) in [0, 1]. Points outside are moved to the border."""
+        """Draw points (B, 2, 1, 1) as bright dots in images (B, 3, 32, 32) in [0, 1].
+
+        Points outside the image are moved to its border.
+        """
         place = x0.float().flatten(1).clamp(-EXTENT, EXTENT)
         along = [(_pixel_centres(x0.device) - place[:, i, None]).square() for i in (0, 1)]  # (B, 32) each
         distance = along[1].flip(1)[:, :, None] + along[0][:, None, :]  # row 0 is the top, y grows upwards
@@ -201,7 +208,10 @@ class Toy2DBackbone(Backbone):
         return torch.stack([x, y], dim=1)[..., None, None]
 
     def enable_gradient_checkpointing(self, network: nn.Module, function: CheckpointFunction | None = None) -> None:
-        """Make blocks recompute activations in the backward pass, by `function(block, *arguments)` or else by torch."""
+        """Make each block of `network` recompute its activations in the backward pass.
+
+        `function(block, *arguments)` calls a block in this way. The default is torch's own checkpointing.
+        """
         velocity = cast(VelocityMLP, network)
         velocity.gradient_checkpointing = True
         if function is not None:
@@ -224,7 +234,7 @@ class Toy2DBackbone(Backbone):
 
 
 class PointsOfPictures(nn.Module):
-    """A feature extractor for metrics. The features of an image are the coordinates of its dot."""
+    """A feature extractor for metrics. The features of an image are the coordinates (x, y) of its bright dot."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the points (x, y), (B, 2), of images (B, 3, 32, 32) in [0, 1]."""
@@ -232,7 +242,10 @@ class PointsOfPictures(nn.Module):
 
 
 def exact_points(prompts: Sequence[str], seed: Seed = 0) -> Tensor:
-    """Draw one point of the data for each of B prompts: (B, 2), a function of `seed`. Metrics use them as reference."""
+    """Draw one point of the data for each of B prompts: (B, 2), a function of `seed`.
+
+    Metrics compare samples with these points.
+    """
     return Toy2DBackbone().exact_samples(prompts, seed).flatten(1)
 
 
@@ -247,7 +260,7 @@ def _pixel_centres(device: torch.device) -> Tensor:
 
 @cache
 def _fitted_network(hidden: int, depth: int, steps: int) -> VelocityMLP:
-    """Return the MLP after regression on the closed-form velocity. The same arguments give the same weights."""
+    """Return an MLP that is trained to predict the exact velocity. The same arguments give the same weights."""
     generator, teacher = torch.Generator().manual_seed(0), MixtureVelocity()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
@@ -267,7 +280,8 @@ def _fitted_network(hidden: int, depth: int, steps: int) -> VelocityMLP:
 def _fit_batch(teacher: MixtureVelocity, generator: torch.Generator, size: int = 512) -> tuple[Tensor, Tensor, Tensor]:
     """Draw noised points (B, 2), sigmas (B,) and mixture weights (B, 8).
 
-    In one half of the batch, the weights are those of all modes; in the other half, those of one to eight random modes.
+    In one half of the batch, all eight modes have the same weight. In the other half, one to eight random modes have the same
+    weight, and the others have weight 0.
     """
     count = torch.randint(1, len(MODES) + 1, (size, 1), generator=generator)
     count[: size // 2] = len(MODES)

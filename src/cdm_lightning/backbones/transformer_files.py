@@ -1,4 +1,4 @@
-"""Access to the tensors in a pipeline's transformer, one at a time. The whole network is never in memory."""
+"""Read the tensors of a pipeline's transformer one at a time, so that the whole network is never in memory."""
 
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from cdm_lightning.files import first_line, require_regular
 class TransformerFiles:
     """The safetensors files of a pipeline's transformer. `pretrained` is the pipeline's folder or hub id.
 
-    Each call reads a single tensor from disk. Raises `UserError` if there are no such files or if they cannot be read.
+    `tensor` and `rows` read a single tensor from disk. Raises `UserError` if there are no such files or if they cannot be read.
     """
 
     def __init__(self, pretrained: str) -> None:
@@ -53,7 +53,7 @@ class TransformerFiles:
     def tensor(self, name: str) -> Tensor:
         """Read the tensor `name` from its file, onto the CPU in the file's dtype.
 
-        Raises `UserError` if it has values that are not finite.
+        Raises `UserError` if the tensor has values that are not finite.
         """
         with safe_open(self._file_of[name], "pt") as content:
             return self._finite(name, content.get_tensor(name))
@@ -61,7 +61,7 @@ class TransformerFiles:
     def rows(self, name: str, first: int, end: int) -> Tensor:
         """Read rows first..end-1 (dimension 0) of the tensor `name`, onto the CPU in the file's dtype.
 
-        Raises `UserError` if they have values that are not finite.
+        Raises `UserError` if the rows have values that are not finite.
         """
         with safe_open(self._file_of[name], "pt") as content:
             return self._finite(name, content.get_slice(name)[first:end])
@@ -72,7 +72,7 @@ class TransformerFiles:
 
     @cached_property
     def family(self) -> type[DiffusionPipeline]:
-        """The pipeline class that the index names. Raises `UserError` if diffusers has no such class."""
+        """The pipeline class that model_index.json names. Raises `UserError` if diffusers has no such class."""
         return _class(self.folder / INDEX, DiffusionPipeline)
 
     @cached_property

@@ -1,6 +1,7 @@
-"""The check that a pipeline folder is complete and intact: its parts, settings and weights.
+"""Check that a pipeline folder is complete and intact: its parts, settings and weights.
 
-The libraries would fill gaps silently. For example, transformers makes an empty tokenizer if the vocabulary is missing.
+Without this check, diffusers and transformers replace some missing files without an error. For example, transformers makes an
+empty tokenizer if the vocabulary is missing.
 """
 
 import inspect
@@ -47,14 +48,15 @@ def kind_of(class_name: str) -> str:
 def parts_of(index: Mapping[str, Any]) -> dict[str, str]:
     """Return {part: name of its class} for the parts in a pipeline's index, the contents of model_index.json.
 
-    Settings of the pipeline, such as "is_distilled": true, do not count. Neither do parts that are left out ([null, null]).
+    The result does not contain settings of the pipeline, such as "is_distilled": true, and parts that are left out ([null,
+    null]).
     """
     entries = {part: entry for part, entry in index.items() if isinstance(entry, list) and not part.startswith("_")}
     return {part: entry[1] for part, entry in entries.items() if entry[1] is not None}
 
 
 def require_settings(folder: Path, parts: Mapping[str, str]) -> None:
-    """Raise `UserError` unless each part has a folder with a configuration file, and all JSON files in it are valid.
+    """Raise `UserError` unless each part has a folder with a configuration file and all JSON files in this folder are valid.
 
     `parts` is {part: name of its class}.
     """
@@ -69,9 +71,10 @@ def require_settings(folder: Path, parts: Mapping[str, str]) -> None:
 
 
 def require_few_layers(config: Mapping[str, Any], file: Path) -> None:
-    """Raise `UserError` if a number of layers, blocks or training timesteps in `config` is so large that building never ends.
+    """Raise `UserError` if a number of layers, blocks or training timesteps in `config` is above its limit (`MOST`).
 
-    Settings of inner models count too. `file` is the file of the settings, for the message.
+    Building such a model would take too long. Nested settings, such as those of an inner model, are checked too. `file` is the
+    file of the settings, for the message.
     """
     for name, value in config.items():
         if isinstance(value, Mapping):
@@ -97,7 +100,7 @@ def require_contents(folder: Path, parts: Mapping[str, str]) -> None:
 
 
 def require_vocabulary(folder: Path) -> None:
-    """Raise `UserError` unless the folder of a tokenizer has a vocabulary. `model_max_length`, if given, must be a number."""
+    """Raise `UserError` if a tokenizer's folder has no vocabulary, or if its `model_max_length` is set but is not a number."""
     if not any(all(is_filled(folder / file) for file in files) for files in VOCABULARIES):
         known = ", ".join(" and ".join(files) for files in VOCABULARIES)
         raise UserError(f"{folder} has no vocabulary ({known}), so the tokenizer would be empty; {AGAIN}")
@@ -121,9 +124,10 @@ def require_weights(folder: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files that the weights in a model's folder are read from: those of its shard indexes, or else its one file.
+    """Return the files from which the weights of the model in a folder are read.
 
-    Other safetensors files in the folder, such as backups, do not count. Raises `UserError` if there are none.
+    These are the files that shard indexes name, and a single file with a standard name (`WEIGHTS`). Other safetensors files in
+    the folder, such as backups, are ignored. Raises `UserError` if there are none.
     """
     indexes = [folder / f"{name}.index.json" for name in WEIGHTS if (folder / f"{name}.index.json").is_file()]
     files = [folder / shard for index in indexes for shard in shards_of(index)]
@@ -144,9 +148,10 @@ def shards_of(index: Path) -> list[str]:
 
 
 def require_tensors(file: Path) -> None:
-    """Raise `UserError` unless a safetensors file exists, has the size that its header says, and has weights of floating point.
+    """Raise `UserError` unless a safetensors file exists, has the size that its header says, and holds floating-point weights.
 
-    Only numbers of places and the like (`WHOLE`) may be whole numbers. Others would be converted without a word.
+    Only tensors such as position ids and counters (names that match `WHOLE`) may hold whole numbers. The libraries would
+    convert whole numbers in weights without a warning.
     """
     if not file.is_file():
         raise UserError(f"{file} is missing, but the index in the same folder names it; {AGAIN}")
@@ -164,13 +169,13 @@ def require_tensors(file: Path) -> None:
 
 
 def require_known_tokens(tokenizer: Any, encoder: Any, folder: Path) -> None:
-    """Raise `UserError` unless the tokenizer knows words and the text encoder has an embedding for every token.
+    """Raise `UserError` unless the tokenizer's vocabulary has words and the text encoder has an embedding for every token.
 
     `folder` is the tokenizer's folder, for the message.
     """
     vocabulary = tokenizer.get_vocab()
     if len(vocabulary.keys() - set(tokenizer.all_special_tokens)) < 2:
-        raise UserError(f"{folder}: the tokenizer knows no words; {AGAIN}")
+        raise UserError(f"{folder}: the tokenizer has no words in its vocabulary; {AGAIN}")
     rows, largest = encoder.get_input_embeddings().num_embeddings, max(vocabulary.values())
     if largest >= rows:
         raise UserError(
@@ -193,7 +198,7 @@ def require_numbers(config: Mapping[str, Any], names: Iterable[str], file: Path)
 def require_sizes(sizes: Mapping[str, Any], file: Path) -> None:
     """Raise `UserError` unless all `sizes` ({name: value}) are whole numbers of at least 1.
 
-    `file` is the file that they come from, for the message.
+    `file` is the file that contains the sizes, for the message.
     """
     wrong = [name for name, size in sizes.items() if not isinstance(size, int) or isinstance(size, bool) or size < 1]
     if wrong:
@@ -217,6 +222,6 @@ def sizes_in(config: Mapping[str, Any], network: type[Any]) -> dict[str, Any]:
 
 
 def pairs_of(parts: Sequence[str]) -> list[tuple[str, str]]:
-    """Return the pairs ("tokenizer_N", "text_encoder_N") in a list of the names of parts."""
+    """Return the pairs ("tokenizer_N", "text_encoder_N") of which both names are in `parts`."""
     pairs = [(part, part.replace("tokenizer", "text_encoder")) for part in parts if part.startswith("tokenizer")]
     return [(tokenizer, encoder) for tokenizer, encoder in pairs if encoder in parts]

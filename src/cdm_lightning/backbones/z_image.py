@@ -1,8 +1,8 @@
 """The backbone for Z-Image (`ZImagePipeline` of diffusers).
 
-Shapes: B batch, (C, h, w) latent, N text tokens of Qwen3, D their width. The network differs from those of other families, and
-this file hides it: it takes lists of samples with texts of different lengths, its time runs from noise to data, and it returns
-the negative velocity.
+Shapes: B batch, (C, h, w) latent, N text tokens of Qwen3, D their width. The network differs from the networks of other
+families in three ways, which this file hides. It takes lists of samples with texts of different lengths. Its time runs from 0
+at noise to 1 at data. It returns the negative velocity.
 """
 
 from collections.abc import Mapping
@@ -24,9 +24,9 @@ class ZImageBackbone(PipelineBackbone):
     """The backbone of a `ZImagePipeline`. `PipelineSettings` describes the arguments.
 
     Texts are stored padded to `max_sequence_length` tokens, but the network gets each text without this padding. The network
-    has blocks for the image alone, then for the text alone, then for both. Features after a block for both are the image
-    tokens, followed by the text tokens. Each of these two sequences is padded to a multiple of 32 tokens, and the joint
-    sequence to the longest of the batch.
+    first has blocks for image tokens alone, then blocks for text tokens alone, then joint blocks. Features after a joint block
+    are the image tokens, followed by the text tokens. Both sequences are padded to a multiple of 32 tokens each, and the joint
+    sequence is padded to the longest of the batch.
     """
 
     title = "Z-Image"
