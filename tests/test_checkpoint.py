@@ -294,7 +294,7 @@ def test_a_checkpoint_with_code_inside_is_refused(finished, tmp_path, name, writ
     write({"fit_loop": Payload(trap), "callbacks": {}}, path / name)
     reseal(path)
     callback = IterationCheckpoint(path.parent)
-    with pytest.raises(UserError, match=r"holds objects that may not be loaded|not a cdm_lightning checkpoint"):
+    with pytest.raises(UserError, match=r"holds objects that are not safe to load|not a cdm_lightning checkpoint"):
         callback.choose_start(read_checkpoint(path.with_name("iteration_0000005")).record["fingerprint"])
     assert not trap.exists()
 

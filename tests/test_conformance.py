@@ -487,7 +487,9 @@ def shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple]:
 def test_blank_conditioning_is_shaped_like_encoded_prompts_and_loads_nothing(case):
     backbone = case.fresh()
     if case.family.name == "z_image":
-        with pytest.raises(UserError, match="Z-Image cannot be planned: its network cuts each text to its own length"):
+        with pytest.raises(
+            UserError, match="Z-Image cannot be planned, because its network computes with the length of each text"
+        ):
             backbone.blank_conditioning(3)
         return
     with FakeTensorMode():

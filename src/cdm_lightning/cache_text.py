@@ -40,10 +40,10 @@ GIGABYTE = 1e9
 
 @dataclass(frozen=True)
 class Filled:
-    """The result of `fill_cache` for the cache in `folder`: `encoded` prompts were added, and it now holds `total` prompts.
+    """The result of `fill_cache`: `encoded` prompts were added to the cache in `folder`, which now holds `total` prompts.
 
-    `bytes_per_prompt` is the size of a prompt on the disk. `seconds_per_prompt` is the mean time of the prompts that were encoded
-    now.
+    `bytes_per_prompt` is the size of an encoded prompt on the disk. `seconds_per_prompt` is the mean time to encode one of the
+    added prompts.
     """
 
     folder: Path
@@ -54,7 +54,7 @@ class Filled:
 
 
 def cache_text(config: DictConfig) -> Filled:
-    """Encode all prompts of a run into `text_cache.folder`: of training, of validation and of callbacks, and the empty one.
+    """Encode all prompts of a run into `text_cache.folder`: those of training, validation and callbacks, and the empty prompt.
 
     Prints a line about the cache. Raises `UserError` for mistakes in `config`, and in the cases of `fill_cache`.
     """
@@ -115,7 +115,7 @@ def fill_cache(
 class MissingPrompts:
     """The distinct prompts of `sets` that are not in the cache `done`. The empty prompt comes first.
 
-    Memory holds only their numbers, 8 bytes each.
+    Only the numbers of these prompts are kept in memory, 8 bytes each. The texts are read again when they are needed.
     """
 
     def __init__(self, done: "StoredText", sets: "Mapping[str, Texts]") -> None:
@@ -161,7 +161,7 @@ def announce(folder: Path, count: int, manifest: "Manifest") -> None:
 def encode_missing(
     backbone: "Backbone", missing: MissingPrompts, manifest: "Manifest", settings: "TextCacheSettings"
 ) -> None:
-    """Encode the missing prompts and write them to files of about `settings.shard_megabytes` each in the cache."""
+    """Encode the missing prompts and write them to the cache, in files of about `settings.shard_megabytes` MB each."""
     from cdm_lightning.backbones.base import concat
     from cdm_lightning.data.text_shards import prompt_key, write_shard
 
@@ -182,8 +182,9 @@ def encode_missing(
 def encode_batch(backbone: "Backbone", batch: Sequence[str], manifest: "Manifest", size: int) -> "Conditioning":
     """Return the text conditioning of the prompts in `batch`, on the CPU and in the dtypes of the cache.
 
-    A batch of fewer than `size` prompts is filled up first, because the last bit of some matrix products depends on the number of
-    rows. `manifest` describes the cache. Raises `UserError` if a tensor has another shape than for the empty prompt.
+    A batch of fewer than `size` prompts is first filled up to `size`, because the last bit of some matrix products depends on
+    the number of rows. `manifest` describes the cache. Raises `UserError` if a tensor has another shape than the same tensor of
+    the empty prompt.
     """
     filled = batch if batch[0] == "" else [*batch, *[batch[-1]] * (size - len(batch))]
     cond = backbone.encode_prompts(filled)
@@ -198,9 +199,10 @@ def encode_batch(backbone: "Backbone", batch: Sequence[str], manifest: "Manifest
 
 
 def callback_prompts(node: DictConfig | None) -> "Iterator[Texts]":
-    """Yield the prompts of which callbacks make images, one set for each callback that has some.
+    """Yield a set of prompts for each callback that makes images of its own prompts.
 
-    `node` is the group `callbacks` of the configuration. A set is a node in it that is named `prompts` and has a `_target_`.
+    `node` is the group `callbacks` of the configuration. A set of prompts is built from each node in the group that is named
+    `prompts` and has a `_target_`.
     """
     for key, child in (node or {}).items():
         if isinstance(child, DictConfig):
@@ -219,7 +221,7 @@ def choose_device(accelerator: str) -> str:
 
 @contextmanager
 def writing(folder: Path) -> Generator[None]:
-    """Lock the cache's folder inside the `with` block. It is made if it is missing, and old temporary files are deleted.
+    """Lock the cache's folder inside the `with` block. A missing folder is created, and old temporary files are deleted.
 
     Raises `UserError` if the folder holds other files, is locked by another process, or cannot be written.
     """

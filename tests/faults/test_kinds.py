@@ -273,7 +273,7 @@ def test_what_comes_at_the_end_is_checked_before_the_first_step(refused, tmp_pat
         "checkpoint.best=val/none_such/x",
     )
     assert (
-        "checkpoint.best=val/none_such/x must be a figure that validation logs, and it logs val/energy_distance/"
+        "checkpoint.best=val/none_such/x must be a figure that validation logs; set it to one of these: val/energy_distance/"
         in line
     )
     line = refused("callbacks=metrics", "metric=[shapes_adherence]", "trainer.limit_val_batches=1")

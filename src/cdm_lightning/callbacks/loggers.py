@@ -19,9 +19,12 @@ if TYPE_CHECKING:
 
 
 class GuardedLogger(library.Logger):
-    """A wrapper around any logger that turns an error into one warning. The run continues, and logging resumes when it can.
+    """A wrapper around any logger that turns its errors into one warning, so that they do not end the run.
 
-    While the logger is set up, only errors of the disk become warnings. A missing login, for example, still ends the run at once.
+    Logging resumes when the logger works again.
+
+    While the logger is set up, only disk errors become warnings. Other errors at this time, such as a missing login, end the
+    run.
     """
 
     def __init__(self, logger: library.Logger) -> None:
@@ -58,7 +61,10 @@ class GuardedLogger(library.Logger):
 
     @property
     def experiment(self) -> Any:
-        """The object with which the logger writes. Lightning reads it at the start, so that mistakes show early."""
+        """The object with which the logger writes.
+
+        Lightning reads this property before training, so mistakes in the logger's options are reported then.
+        """
         with may_fail(self._title, proves=False):
             return getattr(self.inner, "experiment", None)
         return None
@@ -115,7 +121,7 @@ class CSVLogger(library.CSVLogger):
 
 
 class WholeRows(ExperimentWriter):
-    """Writes the rows of a CSV file. If the disk refuses rows, they are kept and written with the next ones."""
+    """A writer of the rows of a CSV file. If the disk refuses rows, they are kept and written together with the next rows."""
 
     def save(self) -> None:
         """Write all rows that have not been written yet. Raises OSError and keeps the rows if the disk fails."""
@@ -143,7 +149,7 @@ def csv_rows(rows: list[dict[str, Any]], keys: list[str], header: bool = False) 
 
 
 def _hide_thread_errors() -> None:
-    """Hide tracebacks of disk errors in writer threads. The main thread gets the same error and warns."""
+    """Hide tracebacks of disk errors in writer threads. The main thread gets the same error and prints a warning."""
     before = threading.excepthook
 
     def hook(arguments: threading.ExceptHookArgs) -> None:

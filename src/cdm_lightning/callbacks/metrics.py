@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 class ValidationMetrics(L.Callback):
     """Measure the validation images and log `val/METRIC/SAMPLER` for each metric and each of `validation.samplers`.
 
-    A sampler is one way to make images, such as the student in 4 steps. The figures are over the images of all processes. The
-    scores of single images are written to `FOLDER/iteration_0000500.csv` in the run's folder, one line for each sampler and
-    prompt. This callback, not the module, holds the feature extractors, so that checkpoints do not contain them.
+    A sampler is one way to make images, such as the student in 4 steps. Each figure is computed over the images of all
+    processes. The scores of single images are written to `FOLDER/iteration_0000500.csv` in the run's folder, one line for each
+    sampler and prompt. The feature extractors are attributes of this callback and not of the LightningModule, so that
+    checkpoints do not contain them.
     """
 
     def __init__(self, metrics: MetricSuite, folder: FolderOfRun = "scores") -> None:
@@ -30,7 +31,7 @@ class ValidationMetrics(L.Callback):
         self._collected: dict[str, Collected] = {}
 
     def names(self, pl_module: "CDMModule") -> list[str]:
-        """Return the names "val/METRIC/SAMPLER" that are logged, with METRIC_FIGURE for a metric of several figures."""
+        """Return the names that are logged: "val/METRIC/SAMPLER", or "val/METRIC_FIGURE/SAMPLER" for each of several figures."""
         return [f"val/{name}/{spec.name}" for name in self.metrics.metrics for spec in pl_module.samplers]
 
     def setup(self, trainer: L.Trainer, pl_module: "CDMModule", stage: str) -> None:
@@ -40,7 +41,10 @@ class ValidationMetrics(L.Callback):
             self.metrics.check_prompts(data.val, data.val_prompts)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Clear the previous validation and prepare the metrics. At the first validation the metrics read their reference images."""
+        """Clear the results of the previous validation and prepare the metrics.
+
+        At the first validation, the metrics read their reference images.
+        """
         self._collected = {}
         if not trainer.sanity_checking:
             self.metrics.prepare(pl_module.device)
@@ -55,7 +59,7 @@ class ValidationMetrics(L.Callback):
             self.metrics.measure(collected, images, outputs["prompts"], indices, texts)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Log the figures over the images of all processes, and write the scores of single images."""
+        """Log the figures of all metrics, computed over the images of all processes, and write the scores of single images."""
         if trainer.sanity_checking or not self.metrics.metrics:
             return
         samplers: dict[str, Collected] = {}

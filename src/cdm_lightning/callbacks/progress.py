@@ -36,7 +36,7 @@ class TrainingProgress(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: "CDMModule", outputs: object, batch: "PromptBatch", *_: object
     ) -> None:
-        """Count the iteration, and update losses and speed from time to time."""
+        """Count the iteration. From time to time, also update the losses and the speed that are shown."""
         self._samples += len(batch.prompts) * trainer.world_size
         # pyrefly: ignore[missing-attribute]  Lightning sets this attribute from another module
         if pl_module.iteration % trainer.log_every_n_steps == 0:  # reading a figure waits for the device

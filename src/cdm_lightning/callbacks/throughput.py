@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 class ThroughputMonitor(L.Callback):
     """Log `throughput/*` every `log_every_n_steps` iterations, as means over these iterations:
 
-    - samples_per_second: prompts per second of all processes together, without the time of validation.
+    - samples_per_second: training prompts per second of all processes together. The time of validation is not counted.
     - rollout_seconds: seconds per iteration for the student's rollouts.
-    - NETWORK_seconds, such as student_seconds: seconds per iteration for a network's updates, averaged over all iterations
-      even if it is not updated in each.
-    - peak_memory_gib: the peak memory so far, of the GPU, or of the process on a CPU.
+    - NETWORK_seconds, such as student_seconds: seconds per iteration for a network's updates, averaged over all iterations,
+      even if the network is not updated in every iteration.
+    - peak_memory_gib: the peak memory so far in GiB: of the GPU, or on a CPU of this process.
 
-    On a GPU, CUDA events measure the times of the phases, and they are read only when they are logged.
+    On a GPU, CUDA events measure the phases. They are read only when they are logged, because reading waits for the GPU.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class ThroughputMonitor(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: "CDMModule", outputs: object, batch: "PromptBatch", *_: object
     ) -> None:
-        """Count the batch. Every `log_every_n_steps` iterations, log the figures and start again."""
+        """Count the batch. Every `log_every_n_steps` iterations, log the figures and start new means."""
         self._samples += len(batch.prompts) * trainer.world_size
         self._iterations += 1
         # pyrefly: ignore[missing-attribute]  Lightning sets this attribute from another module

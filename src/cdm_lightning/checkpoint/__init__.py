@@ -1,1 +1,1 @@
-"""The checkpoints of a run: how they are written, found, verified and read, when a run saves and when it stops."""
+"""The checkpoints of a run: writing, finding, verifying and reading them, and the callback that decides when a run saves and stops."""

@@ -27,17 +27,20 @@ class Best:
     best_is: str = "min"
 
     def check(self, logged: Collection[str]) -> None:
-        """Raise `UserError` if validation will not log `metric`. `logged` holds the names that it will log: "val/METRIC/SAMPLER".
+        """Raise `UserError` if validation will not log `metric`. `logged` holds the names "val/METRIC/SAMPLER" that it will log.
 
-        A metric with several figures is logged as "val/METRIC_FIGURE/SAMPLER", and such a name is accepted too.
+        A metric with several figures logs "val/METRIC_FIGURE/SAMPLER" for each of them. Such a name is accepted too.
         """
         if self.metric is None:
             return
         *_, figure, sampler = ["", *self.metric.removeprefix("val/").rsplit("/", 1)]
         names = {tuple(name.removeprefix("val/").rsplit("/", 1)) for name in logged}
         if not any(sampler == of and (figure == name or figure.startswith(f"{name}_")) for name, of in names):
-            known = ", ".join(sorted(logged)) or "nothing; choose metric=[NAME] and samplers of validation"
-            raise UserError(f"checkpoint.best={self.metric} must be a figure that validation logs, and it logs {known}")
+            known = ", ".join(sorted(logged))
+            cure = (
+                f"set it to one of these: {known}" if known else "set metric=[NAME] and validation.samplers to log one"
+            )
+            raise UserError(f"checkpoint.best={self.metric} must be a figure that validation logs; {cure}")
 
     def read(self) -> dict[str, Any] | None:
         """Return {"metric": name, "value": float, "iteration": int} of the best checkpoint, or None.
@@ -52,12 +55,12 @@ class Best:
             return None
         require_entries(found, path, cure, metric=str, value=(int, float), iteration=int)
         if not math.isfinite(found["value"]):
-            raise UserError(f"{path}: the value is {found['value']}, but must be finite; {cure}")
+            raise UserError(f"{path}: the value {found['value']} is not finite; {cure}")
         kept = {iteration_of(path) for path in checkpoints_in(self.folder)}
         return found if found["metric"] == self.metric and found["iteration"] in kept else None
 
     def is_improved_by(self, value: float) -> bool:
-        """Return whether `value` is better than the value of the best checkpoint. NaN and infinity never are."""
+        """Return whether `value` is better than the value of the best checkpoint. NaN and infinity are never better."""
         if not math.isfinite(value):
             return False
         best = self.read()

@@ -32,15 +32,16 @@ if TYPE_CHECKING:
 class IterationCheckpoint(Checkpoint):
     """Save a run to `folder` every `every` iterations, at the last iteration, and when a signal stops the run.
 
-    - The newest `keep` checkpoints are kept (None: all). The checkpoint with the smallest (`best_is="min"`) or largest
-      ("max") value of the validation metric `best` is kept too.
-    - A run resumes from the newest undamaged checkpoint in `folder`. If there is none, it starts from the checkpoint
-      `begin_with` of another run, if that is set. If the validation of the checkpoint's iteration is missing, it is run
-      first.
-    - `UserError` stops the run if weights are not finite (they are not saved), or if `max_skipped` updates of a network in a
-      row were skipped because of non-finite gradients (None: never).
-    - If the disk fails, the run continues; at the last iteration it ends with `UserError`.
-    - If an error comes between two iterations of a run with one process, the run is saved before it ends.
+    - The newest `keep` checkpoints are kept (None: all). The checkpoint with the smallest (`best_is="min"`) or largest ("max")
+      value of the validation metric `best` is kept too.
+    - A run resumes from the newest undamaged checkpoint in `folder`. If there is none, it starts from `begin_with`, a
+      checkpoint of another run (None: a fresh start). If the validation of the checkpoint's iteration is due but was not
+      finished, it is run before training continues.
+    - The run ends with `UserError` if weights are not finite (such weights are not saved), or if `max_skipped` updates of a
+      network in a row were skipped because of non-finite gradients (None: never).
+    - If the disk fails during a save, the run continues. If this is the save of the last iteration, the run ends with
+      `UserError`.
+    - If an error occurs between two iterations of a run with one process, the run is saved before it ends.
     """
 
     def __init__(
@@ -88,7 +89,8 @@ class IterationCheckpoint(Checkpoint):
     def on_fit_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
         """Restore networks, optimizers, counters, callbacks and the objective's state from the chosen checkpoint.
 
-        Raises `UserError` if its content does not fit, and for an objective whose state could not be read back from a checkpoint.
+        Raises `UserError` if the checkpoint's content does not fit this run, and if the objective's state could not be read
+        back from a checkpoint later.
         """
         require_readable(pl_module.objective)
         start, self._start = self._start, None
@@ -109,7 +111,7 @@ class IterationCheckpoint(Checkpoint):
                     callback.load_state_dict(state["callbacks"][callback.state_key])
         if trainer.global_step != start.iteration:
             raise UserError(
-                f"{of_state} is of iteration {trainer.global_step}, but the checkpoint is of {start.iteration}; {OTHER}"
+                f"{of_state} was written at iteration {trainer.global_step}, but the checkpoint at iteration {start.iteration}; {OTHER}"
             )
         if start.path.parent == self.folder:
             if self.best.metric is not None:
@@ -117,7 +119,7 @@ class IterationCheckpoint(Checkpoint):
             make_up_validation(trainer, pl_module, start, say)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Make signals wait for the end of the current iteration, which is then saved."""
+        """From now on, a signal that stops the run takes effect at the end of the current iteration, which is then saved."""
         signals.training()
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: "CDMModule", *_: object) -> None:
@@ -144,7 +146,7 @@ class IterationCheckpoint(Checkpoint):
             self._stop(trainer.global_step, self._save_late(trainer, pl_module))
 
     def _save_late(self, trainer: L.Trainer, module: "CDMModule") -> Path | None:
-        """Return the checkpoint of the last iteration, which is written now if it does not exist yet."""
+        """Return the path of the checkpoint of the last iteration. If it does not exist yet, it is written now."""
         iteration = trainer.global_step
         found = {iteration_of(path): path for path in checkpoints_in(self.folder)}.get(iteration)
         if ranks.from_first(found is not None):
@@ -169,7 +171,8 @@ class IterationCheckpoint(Checkpoint):
         if value is None:
             known = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/")))
             raise UserError(
-                f"checkpoint.best={self.best.metric} is not logged by validation, which logs {known or 'nothing; set metric=[NAME]'}"
+                f"checkpoint.best={self.best.metric} is not logged by validation; "
+                f"{f'set it to one of these: {known}' if known else 'set metric=[NAME] to log figures'}"
             )
         iteration = trainer.global_step
         if not ranks.from_first(self.best.is_improved_by(value)):
@@ -180,7 +183,10 @@ class IterationCheckpoint(Checkpoint):
             self._drop_old()
 
     def _write(self, work: Callable[[], None]) -> bool:
-        """Write a small file on the first process. Return False, with a warning, if the disk refuses it."""
+        """Call `work`, which writes a small file, on the first process.
+
+        If the disk refuses the file, print a warning and return False.
+        """
         if ranks.rank() == 0:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -213,7 +219,10 @@ class IterationCheckpoint(Checkpoint):
     def _save(
         self, trainer: L.Trainer, module: "CDMModule", state: dict[str, Any], needed: bool = False
     ) -> Path | None:
-        """Save and return the new checkpoint. If the disk fails, return None, or raise `UserError` if the save is `needed`."""
+        """Save a checkpoint and return its path.
+
+        If the disk fails, raise `UserError` if the save is `needed`, otherwise return None.
+        """
         record: dict[str, Any] = {}
         module.on_save_checkpoint(record)
         optimizers = module.optimizers_by_role
@@ -242,7 +251,7 @@ class IterationCheckpoint(Checkpoint):
             )
 
     def _advice(self) -> str:
-        """Return the advice after a divergence, with the newest checkpoint that has finite weights and no skipped updates."""
+        """Return the end of a message about non-finite values: advice to resume from the newest checkpoint that is healthy."""
         for path in reversed(checkpoints_in(self.folder)):
             if is_healthy(path):
                 return f"resume from {path} with other settings, such as a lower learning rate"
@@ -276,7 +285,7 @@ class IterationCheckpoint(Checkpoint):
                 say(f"WARNING: {old} could not be deleted ({error.strerror or error})")
 
     def _check_health(self, module: "CDMModule") -> None:
-        """Raise `UserError` after too many skipped updates in a row. The counts are the same on all processes."""
+        """Raise `UserError` if `max_skipped` updates of a network in a row were skipped. The counts are the same on all processes."""
         for name, count in module.updates.skipped_in_a_row.items():
             if self.max_skipped is not None and count >= self.max_skipped:
                 raise UserError(

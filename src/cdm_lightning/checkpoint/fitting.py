@@ -1,4 +1,4 @@
-"""The check that the tensors of a stored network are those of the network that is to receive them."""
+"""Check that the stored tensors of a network have the names, shapes and kinds of numbers of the network that will load them."""
 
 from collections.abc import Mapping
 
@@ -11,7 +11,7 @@ Shapes = Mapping[str, tuple[tuple[int, ...], bool]]  # name: the shape, and whet
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
-    """Return the shape of each tensor, and whether it is floating-point, by name."""
+    """Return {name: (shape, whether the tensor is floating-point)}."""
     return {name: (tuple(tensor.shape), tensor.is_floating_point()) for name, tensor in tensors.items()}
 
 

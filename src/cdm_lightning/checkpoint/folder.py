@@ -111,7 +111,7 @@ def sweep(folder: Path) -> list[str]:
 
 
 def _delete(path: Path) -> None:
-    """Delete a folder as far as that is possible, or a file or link that has the name of one."""
+    """Delete the folder, file or link at `path`. Errors are ignored, so parts of a folder may be left."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -120,7 +120,7 @@ def _delete(path: Path) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a checkpoint to unused_..., so that no run finds it any more. Return the new path."""
+    """Rename a checkpoint folder NAME to unused_NAME, so that no run finds it any more. Return the new path."""
     target = path.with_name(UNUSED + path.name)
     _delete(target)
     os.rename(path, target)
@@ -150,9 +150,10 @@ def read_marker(path: Path) -> Mapping[str, dict[str, int]]:
 
 
 def find_fault(path: Path, sums: Mapping[str, dict[str, int]], names: Iterable[str]) -> str | None:
-    """Compare a checkpoint's files with their sizes and checksums. Return a text about the first fault, or None.
+    """Compare a checkpoint's files with their recorded sizes and checksums. Return a text about the first fault, or None.
 
-    `names` are the files to compare, and `sums` is the result of `read_marker`. A file can be missing, truncated or damaged.
+    `names` are the files to compare, and `sums` is the result of `read_marker`. A fault is a missing, truncated or damaged
+    file.
     """
     for name in names:
         file = path / name

@@ -1,4 +1,7 @@
-"""An objective's own state in a checkpoint. It holds plain values and tensors, and only the class that wrote it reads it."""
+"""An objective's own state in a checkpoint.
+
+It consists of plain values and tensors, and is loaded only into the class that wrote it.
+"""
 
 import io
 import pickle

@@ -1,4 +1,4 @@
-"""Write a checkpoint, completely or not at all, with all processes together."""
+"""Write a checkpoint completely or not at all. All processes of a run write it together."""
 
 import io
 import json
@@ -25,9 +25,9 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint of iteration `record["iteration"]` into `folder` and return its path. All processes must call this.
 
-    `tensors` are the networks and optimizer states by name (`state.tensors_of`). `record` holds the counters for state.json, and
-    `trainer_state` is the content of trainer.pt. `about` is the run's configuration and inputs (`StoredCheckpoint.about`). If it
-    cannot be written, all processes raise OSError, and earlier checkpoints are unchanged.
+    `tensors` are the networks and optimizer states by name (`state.tensors_of`). `record` holds the counters for state.json,
+    and `trainer_state` is the content of trainer.pt. `about` is the run's configuration and inputs (`StoredCheckpoint.about`).
+    If the checkpoint cannot be written, all processes raise OSError, and earlier checkpoints stay unchanged.
     """
     temporary = temporary_path(folder, record["iteration"])
     try:
@@ -59,7 +59,7 @@ def _finish(
 
 
 def _on_first(work: Any) -> Any:
-    """Run `work` on the first process. All processes return its result or raise its OSError."""
+    """Run `work` on the first process. All processes return the result of `work`, or raise the OSError that it raised."""
     result, error = None, None
     if ranks.rank() == 0:
         try:

@@ -18,7 +18,8 @@ SUFFIX = ".safetensors"
 def write_checkpoint(stored: StoredCheckpoint, output: Path) -> Path:
     """Write a whole checkpoint (networks, optimizers and counters) as the file `output`, and return its path.
 
-    Needs host memory for all its tensors. Raises `UserError` if the checkpoint cannot be read or the file cannot be written.
+    All tensors are held in host memory at once. Raises `UserError` if the checkpoint cannot be read or the file cannot be
+    written.
     """
     trainer = torch.frombuffer(bytearray(stored.trainer_bytes()), dtype=torch.uint8)
     header = {HEADER: json.dumps(stored.record), ABOUT_HEADER: json.dumps(stored.about)}
@@ -28,8 +29,8 @@ def write_checkpoint(stored: StoredCheckpoint, output: Path) -> Path:
 def write_weights(stored: StoredCheckpoint, network: str, dtype: torch.dtype, output: Path) -> Path:
     """Write the weights of one network, such as "student_ema", as the file `output`, and return its path.
 
-    The weights are converted to `dtype`. Of a LoRA, a checkpoint holds only the adapter's weights. Raises `UserError` if the
-    checkpoint cannot be read, has no such network, or if the file cannot be written.
+    The weights are converted to `dtype`. For a network that is trained as a LoRA, these are only the adapter's weights. Raises
+    `UserError` if the checkpoint cannot be read, has no such network, or if the file cannot be written.
     """
     weights = {name: value.to(dtype) for name, value in stored.network_weights(network).items()}
     return write_file(weights, {"network": network, "iteration": str(stored.iteration)}, output)

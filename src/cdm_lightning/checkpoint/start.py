@@ -23,10 +23,10 @@ def choose_start(
 ) -> StoredCheckpoint | None:
     """Return the checkpoint to resume from, or None for a fresh start. `say` prints a line for the user.
 
-    This is the newest undamaged checkpoint in `folder`, or `begin_with` if `folder` has none. Later checkpoints in `folder`,
-    which are damaged, are renamed to unused_... . A folder whose name does not fit the iteration in its state.json gets the right
-    name. Raises `UserError` if all checkpoints are damaged, or if the chosen one has another `fingerprint`
-    (`Backbone.fingerprint`).
+    This is the newest undamaged checkpoint in `folder`, or `begin_with` if `folder` has none. Checkpoints in `folder` with a
+    higher iteration, which are all damaged, are renamed to unused_NAME. A folder whose name does not fit the iteration in its
+    state.json gets the right name. Raises `UserError` if all checkpoints are damaged, or if the chosen one has another
+    `fingerprint` (`Backbone.fingerprint`).
     """
     start = newest_checkpoint(folder, lambda path, why: say(f"skipped a checkpoint: {why}"))
     if start is not None:
@@ -42,9 +42,10 @@ def choose_start(
 
 
 def in_order(start: StoredCheckpoint, say: Callable[[str], None]) -> StoredCheckpoint:
-    """Rename checkpoints in the folder of `start` as `choose_start` says, and return `start`, opened again.
+    """Rename the checkpoints beside `start` so that `start` is the newest and all names fit. Return `start`, opened again.
 
-    The first process renames; all processes must call this. Raises `UserError` if a folder cannot be renamed.
+    Checkpoints of later iterations are renamed to unused_NAME, and a name that does not fit the iteration in state.json is
+    corrected. The first process renames; all processes must call this. Raises `UserError` if a folder cannot be renamed.
     """
     path, error = start.path, None
     if ranks.rank() == 0:

@@ -1,7 +1,7 @@
 """The state of networks and optimizers in a checkpoint, as named tensors and plain values.
 
-The tensors are those of the run itself, whole or sharded. They are written without a copy, and reading a checkpoint fills them in
-place.
+The tensors are the run's own tensors, whole or sharded. They are written without a copy, and reading a checkpoint overwrites
+them in place.
 """
 
 from collections.abc import Mapping
@@ -35,10 +35,10 @@ def tensors_of(networks: nn.Module, optimizers: Mapping[str, Optimizer]) -> dict
 
 
 def plain_tensors(name: str, value: Tensor) -> dict[str, Tensor]:
-    """Return {name: value}. A quantized optimizer state of torchao gives its inner tensors instead ("NAME.codes", "NAME.scale", ...).
+    """Return {name: value}, or the inner tensors if `value` is a quantized optimizer state of torchao ("NAME.codes", ...).
 
-    Codes have the shape of the parameter, and each scale belongs to a block of consecutive codes. Both are sharded like the
-    parameter.
+    "NAME.codes" has the shape of the parameter. Each number in "NAME.scale" belongs to a block of consecutive codes. Both
+    tensors are sharded like the parameter.
     """
     local = value.to_local() if isinstance(value, DTensor) else value
     if not hasattr(local, "__tensor_flatten__"):
@@ -57,9 +57,10 @@ def plain_tensors(name: str, value: Tensor) -> dict[str, Tensor]:
 
 
 def plain_values_of(networks: nn.Module, optimizers: Mapping[str, Optimizer]) -> dict[str, Any]:
-    """Return the values of the optimizers that are no tensors: {network: {"states": {parameter: {key: number}}, "options": [...]}}.
+    """Return the optimizers' values that are not tensors: {network: {"states": {parameter: {key: number}}, "options": [...]}}.
 
-    "options" has a dict for each parameter group, with the options that differ from the optimizer's defaults, without lr.
+    "options" has a dict for each parameter group, with the options that differ from the optimizer's defaults. The learning rate
+    is left out.
     """
     found: dict[str, Any] = {}
     for role, optimizer in optimizers.items():
@@ -116,13 +117,19 @@ def restore(networks: nn.Module, optimizers: Mapping[str, Optimizer], stored: St
 
 
 def unmatched_average(tensors: Mapping[str, Tensor], stored: StoredCheckpoint) -> set[str]:
-    """Return the names of the EMA's tensors if only the networks or only the checkpoint has an EMA, otherwise an empty set."""
+    """Return the names of the EMA's tensors if exactly one of the run and the checkpoint has an EMA, otherwise an empty set.
+
+    `tensors` are the run's tensors by name, and `stored` is the checkpoint.
+    """
     here, there = ({name for name in names if name.startswith(AVERAGE)} for names in (tensors, stored.sizes))
     return here ^ there if not here or not there else set()
 
 
 def begin_average(networks: nn.Module, names: set[str]) -> None:
-    """Copy the student's weights to the EMA's tensors `names` ("networks.student_ema. ..."), which the checkpoint lacks."""
+    """Copy the student's weights to the EMA's tensors `names`, such as "networks.student_ema.LAYER.weight".
+
+    This is used if the checkpoint has no EMA.
+    """
     state = networks.state_dict()
     with torch.no_grad():
         for name in (name.removeprefix("networks.") for name in names):
@@ -130,9 +137,10 @@ def begin_average(networks: nn.Module, names: set[str]) -> None:
 
 
 def begin_states(network: nn.Module, optimizer: Optimizer, names: list[str]) -> None:
-    """Make the optimizer create the states `names` (parameter and key) of a checkpoint, which are filled afterwards.
+    """Make the optimizer create the states `names`, such as "LAYER.weight.exp_avg", so that a checkpoint can be read into them.
 
-    The optimizer itself makes them by a step with zero gradients and a learning rate of zero, because only it knows their layout.
+    Only the optimizer knows the layout of its states. It therefore creates them itself, in a step with zero gradients and a
+    learning rate of zero.
     """
     if not names:
         return

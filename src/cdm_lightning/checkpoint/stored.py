@@ -85,7 +85,7 @@ class StoredCheckpoint:
     def about(self) -> dict[str, Any]:
         """The run that wrote the checkpoint: {"config": the resolved configuration, "inputs": `run.inputs.Inputs`}.
 
-        It is empty for older versions. Raises `UserError` if it cannot be read.
+        It is empty for a checkpoint of an older version. Raises `UserError` if it cannot be read.
         """
         path = self.path / ABOUT if self.path.is_dir() else self.path
         if self.path.is_dir():
@@ -122,7 +122,7 @@ class StoredCheckpoint:
         load_tensors(tensors, self.files)
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
-        """Read the whole tensors whose names begin with `prefix`, to the CPU. Other processes are not involved.
+        """Read the tensors whose names begin with `prefix`, unsharded, onto the CPU. One process can call this alone.
 
         The keys are the names without the prefix. Raises `UserError` if the files cannot be read.
         """
@@ -146,13 +146,14 @@ class StoredCheckpoint:
     def trainer_state(self) -> dict[str, Any]:
         """Read trainer.pt: the states of Lightning's loop, the callbacks and the objective, as in `objective_state.trainer_state`.
 
-        Raises `UserError` if the file cannot be read, or holds more than tensors, numbers, texts, and lists and dicts of them.
+        Raises `UserError` if the file cannot be read, or holds anything but tensors, numbers, texts, and lists and dicts of
+        these.
         """
         try:
             state = torch.load(io.BytesIO(self.trainer_bytes()), map_location="cpu", weights_only=True)
         except (*UNREADABLE, AttributeError, IndexError) as error:
             raise UserError(
-                f"{self.path}: {TRAINER} is damaged, or holds objects that may not be loaded; {OTHER}"
+                f"{self.path}: {TRAINER} is damaged, or holds objects that are not safe to load; {OTHER}"
             ) from error
         if not isinstance(state, dict):
             raise UserError(f"{self.path}: {TRAINER} holds {type(state).__name__} instead of a dictionary; {OTHER}")
@@ -169,8 +170,8 @@ class StoredCheckpoint:
     def find_fault(self) -> str | None:
         """Compare the files with their sizes and checksums, and check that weights are finite. Return the first fault, or None.
 
-        A fault is a text such as "X is truncated: ...". The processes of a run share the reading, so all of them must call this;
-        each gets the same answer.
+        A fault is a text such as "X is truncated: ...". The processes of a run divide the files among them, so all of them must
+        call this. All get the same answer.
         """
         fault = None
         if self.path.is_dir():  # for a single file, safetensors compares the header with the length
@@ -185,18 +186,18 @@ class StoredCheckpoint:
 def read_checkpoint(path: Path, fingerprint: str | None = None) -> StoredCheckpoint:
     """Open a checkpoint, either a folder or a single file. Its checksums are not compared yet.
 
-    Raises `UserError` if it is missing, unfinished or no checkpoint of this project. `fingerprint` identifies the configured
-    backbone (`Backbone.fingerprint`); if it is given, a checkpoint of another backbone raises `UserError` too.
+    Raises `UserError` if it is missing, unfinished or not a checkpoint of this project. `fingerprint` identifies the configured
+    backbone (`Backbone.fingerprint`). If it is given, a checkpoint of another backbone raises `UserError` too.
     """
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint; pass an existing one")
     if path.suffix == ".ckpt":
-        raise UserError(f"{path}: this file of an older version, or of another program, cannot be read; {OTHER}")
+        raise UserError(f"{path}: a file of an older version, or of another program, which cannot be read; {OTHER}")
     try:
         found = _open_folder(path) if path.is_dir() else _open_file(path)
     except (*UNREADABLE, AttributeError) as error:
-        raise UserError(f"{path}: truncated, or not a cdm_lightning checkpoint; {OTHER}") from error
+        raise UserError(f"{path}: this is truncated, or not a cdm_lightning checkpoint; {OTHER}") from error
     where = path / RECORD if path.is_dir() else path
     given = {name: kind for name, kind in OPTIONAL.items() if name in found.record}
     require_entries(found.record, where, OTHER, fingerprint=str, iteration=int, ema_updates=int, **given)
@@ -209,7 +210,7 @@ def read_checkpoint(path: Path, fingerprint: str | None = None) -> StoredCheckpo
 
 
 def require_room(sizes: Mapping[str, tuple[torch.Size, torch.dtype]], most: int) -> None:
-    """Raise ValueError if tensors of these shapes and dtypes take more than `most` bytes, or if a shape is negative.
+    """Raise ValueError if tensors of these shapes and dtypes take more than `most` bytes, or if a dimension is negative.
 
     The sizes come from headers of files, which may be damaged or forged.
     """
@@ -249,9 +250,9 @@ def recorded_iteration(path: Path) -> int:
 def newest_checkpoint(folder: Path, refused: Callable[[Path, str], None] | None = None) -> StoredCheckpoint | None:
     """Return the newest undamaged checkpoint in a folder, or None if the folder has no checkpoint.
 
-    The newest one has the highest iteration in its state.json. Damage is found by `StoredCheckpoint.find_fault`.
-    `refused(path, why)` is called for each newer, damaged one; by default a warning is issued. Raises `UserError` if all are
-    damaged. All processes of a run must call this, and all get the same checkpoint.
+    The newest checkpoint is the one with the highest iteration in its state.json. `StoredCheckpoint.find_fault` finds damage.
+    For each damaged checkpoint that is newer than the result, `refused(path, why)` is called (default: issue a warning). Raises
+    `UserError` if all checkpoints are damaged. All processes of a run must call this, and all get the same checkpoint.
     """
     candidates = ranks.from_first(sorted(checkpoints_in(folder), key=_age))
     faults = []
@@ -278,7 +279,10 @@ def _age(path: Path) -> tuple[int, bool]:
 
 
 def _try(path: Path) -> tuple[StoredCheckpoint | None, str | None]:
-    """Open a checkpoint. Returns (checkpoint, None), or (None or checkpoint, the fault); the fault is the same on all processes."""
+    """Open a checkpoint and check it. Return (checkpoint, fault); the fault is a text, or None for an undamaged checkpoint.
+
+    The checkpoint is None if it cannot be opened. The fault is the same on all processes.
+    """
     stored, why = None, None
     try:
         stored = read_checkpoint(path)

@@ -26,7 +26,7 @@ FILE_BYTES = 1 << 29  # approximate size of a file; it is limited, because a who
 
 
 class _Summed:
-    """A file that computes its size and checksum while it is written, so that it need not be read again."""
+    """A wrapper of a file that computes the file's size and checksum while it is written, so that it is not read again for this."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self.bytes, self.crc32 = file, 0, 0
@@ -68,7 +68,7 @@ def save_tensors(tensors: Mapping[str, Tensor], folder: Path) -> FileSums:
     """Write this process's shards of the tensors (plain or DTensor, by name) to .safetensors files in `folder`.
 
     Returns {file name: {"bytes": size, "crc32": checksum}} of the files that this process wrote. All processes must call this
-    with the same names. If one of them cannot write, all raise OSError.
+    with the same names. If one process cannot write, all raise OSError.
     """
     writer = dcp.HuggingFaceStorageWriter(str(folder), files_of(tensors), save_distributed=True)
     writer.fs = files = _SummedFiles()
@@ -100,7 +100,7 @@ def stored_sizes(files: Sequence[Path]) -> dict[str, tuple[torch.Size, torch.dty
 
 
 def reader(files: Sequence[Path]) -> dcp.HuggingFaceStorageReader:
-    """Return a reader of exactly these files."""
+    """Return a reader that reads only the given files, not all files in their folder."""
     made = dcp.HuggingFaceStorageReader(str(files[0].parent))
     made.fs = _GivenFiles(files)
     return made
@@ -118,9 +118,9 @@ def files_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def raise_cause(error: CheckpointException) -> None:
-    """Raise the cause of `error`: OSError if a file failed, otherwise RuntimeError.
+    """Raise the cause of `error`: OSError if a file could not be read or written, otherwise RuntimeError.
 
-    `error` itself is no subclass of Exception.
+    This is needed because `CheckpointException` is not a subclass of Exception, so `except Exception` does not catch it.
     """
     causes = [cause for cause, _ in error.failures.values()]
     for cause in causes:

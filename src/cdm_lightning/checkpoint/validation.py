@@ -1,4 +1,4 @@
-"""Run a validation that was missed because its run was stopped, so that the resumed run has the figures of all validations."""
+"""Run a validation that a stopped run did not finish, so that the resumed run has the figures of all validations."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def is_due(trainer: L.Trainer, start: StoredCheckpoint) -> bool:
-    """Return whether a validation was due at the iteration of `start` but was not finished; the same on all processes.
+    """Return whether a validation was due at the iteration of `start` but was not finished. All processes get the same answer.
 
-    Returns False for checkpoints of older versions, which did not note finished validations.
+    Returns False for checkpoints of older versions, which did not record finished validations.
     """
     interval = trainer.val_check_interval
     if not trainer.enable_validation or not isinstance(interval, int) or not start.record.get(FINITE):
@@ -30,7 +30,8 @@ def make_up_validation(
 ) -> None:
     """Run the validation at the iteration of `start` if it was due but not finished. It runs as in Lightning's loop.
 
-    A checkpoint is written before the validation, so a run that is killed between the two misses the validation.
+    A checkpoint is written before the validation of its iteration. A run that is killed after the checkpoint is written
+    therefore misses the validation.
     """
     if not is_due(trainer, start):
         return

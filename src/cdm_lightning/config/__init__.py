@@ -1,7 +1,8 @@
-"""Composing a configuration from its files, building objects from it, and reporting mistakes in one line.
+"""Compose a configuration from its files, build objects from it, and report mistakes in one line.
 
 A configuration is a tree of mappings, called nodes. A node with a `_target_` describes an object: `_target_` names its class or
-function, and the other keys are the arguments. Commands pass these arguments on, so no other code sees the configuration.
+function, and the other keys are the arguments. Only the commands read the configuration; all other code gets its values as
+arguments.
 """
 
 import hashlib
@@ -63,7 +64,7 @@ COMPOSITION = (
 def conf_dir() -> Path:
     """Return the folder of the configuration files.
 
-    It lies inside the package after an installation from a wheel, and otherwise in the checkout.
+    After an installation from a wheel the folder lies inside the package, otherwise in the repository.
     """
     packaged = PACKAGE / "conf"
     return packaged if packaged.is_dir() else PACKAGE.parents[1] / "conf"
@@ -109,8 +110,8 @@ def register_resolvers() -> None:
 def compose(overrides: Sequence[str] = (), config_name: str = "train") -> DictConfig:
     """Return the configuration that the file `config_name` in `conf_dir()` gives with overrides such as "seed=1".
 
-    The overrides must contain `output_dir=FOLDER`, which only the command line gets from Hydra. Raises `UserError` for a wrong
-    override or file.
+    The overrides must contain `output_dir=FOLDER`, because Hydra sets this option only for a command line. Raises `UserError`
+    for a wrong override or file.
     """
     register_resolvers()
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
@@ -288,7 +289,8 @@ def process_number() -> int:
 def one_line(error: BaseException) -> str:
     """Return the text of an error in one line.
 
-    Secrets are masked, Hydra's list of search paths is removed, and the new names of renamed options are added.
+    Secrets are masked, and Hydra's list of search paths is removed. If the error is about a renamed option, its new name is
+    added.
     """
     text = composition_error(error) or str(error).partition("Config search path:")[0]
     if IN_RESOLVER in text:  # a mistake that a resolver of ours has found

@@ -57,7 +57,8 @@ def check_arguments(node: Any, key: str) -> None:
 def check_value(value: Any, hint: Any, where: str) -> None:
     """Raise `UserError` if the annotation `hint` does not allow `value`. `where` is the option's dotted name, for the message.
 
-    Where an object is allowed, any node with a `_target_` is accepted, because the type of its object is not known yet.
+    If the annotation allows an object, any node with a `_target_` is accepted, because the type of the object is known only
+    when it is built.
     """
     kinds = alternatives(hint)
     scalars = all(_asked(kind) in SCALARS or _asked(kind) is Literal for kind in kinds)
@@ -174,9 +175,10 @@ def _found(target: str) -> Any:
 
 
 def value_of(node: DictConfig, name: str, key: str) -> Any:
-    """Return the value `name` of the node `key`, with references such as `${data.size}` resolved. The key "" is the whole tree.
+    """Return the value `name` in `node`, with references such as `${data.size}` resolved. `key` is the dotted name of `node`.
 
-    Raises `UserError` for a reference to an option that does not exist.
+    The key "" means that `node` is the whole configuration. Raises `UserError` for a reference to an option that does not
+    exist.
     """
     try:
         return node[name]
@@ -219,7 +221,10 @@ def _asked(kind: Any) -> Any:
 
 
 def _is_plain(kind: Any) -> bool:
-    """Return whether a configuration file can contain such a value without a `_target_`: a single value, a list or a mapping."""
+    """Return whether a configuration file can contain a value of the type `kind` without a `_target_`.
+
+    This is so for a single value, a list and a mapping.
+    """
     asked = _asked(kind)
     if asked is Literal or asked in SCALARS or asked in LISTS or asked in (Union, UnionType):
         return True
@@ -253,7 +258,10 @@ def _check_items(value: ListConfig | DictConfig, kind: Any, where: str) -> None:
 
 
 def _problem_of_value(value: Any, kinds: Sequence[Any]) -> str | None:
-    """Return what is wrong with a single value: "" for a wrong type, and None if it is allowed or cannot be checked here."""
+    """Return what is wrong with a single value, or None if it is allowed or cannot be checked here.
+
+    A value of a wrong type gives "", because the caller's message names the right type.
+    """
     asked = [_asked(kind) for kind in kinds]
     if any(one in (Any, object) or (not isinstance(one, type) and one is not Literal) for one in asked):
         return None

@@ -1,4 +1,4 @@
-"""Messages for errors in configuration files and overrides, in place of messages that only a developer understands."""
+"""Messages for errors in configuration files and overrides. They replace messages of Hydra and YAML that are hard to understand."""
 
 import re
 import sys
@@ -8,9 +8,9 @@ from hydra.errors import OverrideParseException
 
 
 def composition_error(error: BaseException) -> str | None:
-    """Return what is wrong in a configuration file or override, and how to fix it. `error` was raised while it was read.
+    """Return what is wrong in a configuration file or override, and how to fix it.
 
-    Returns None if the error's own text is clear.
+    `error` was raised while the configuration was composed. Returns None if the error's own text is clear.
     """
     if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark or error.context_mark):
         return f"{mark.name}, line {mark.line + 1}: this is not valid YAML ({error.problem or error.context})"

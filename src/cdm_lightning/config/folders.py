@@ -1,4 +1,4 @@
-"""A check, at the start of a run, that every folder that the run will write to is writable."""
+"""Check at the start of a run that all folders to which it will write are writable."""
 
 import errno
 import tempfile
@@ -20,7 +20,7 @@ def require_writable_folders(config: DictConfig) -> None:
     """Raise `UserError` for the first folder in the configuration that the run cannot write to (`folders_to_write`).
 
     A temporary file is written into each folder, or into the nearest existing folder above it, and deleted again. The folders
-    themselves are not created. A full disk is not an error yet, because there may be space when the run saves.
+    themselves are not created. A full disk is not an error here, because there may be space again when the run saves.
     """
     tried: set[Path] = set()
     for key, folder in folders_to_write(config, "", Path(str(config.output_dir))):
@@ -40,10 +40,10 @@ def require_writable_folders(config: DictConfig) -> None:
 
 
 def folders_to_write(node: Any, key: str, run: Path) -> Iterator[tuple[str, Path]]:
-    """Yield (option, folder) for each option that names a folder which a run writes to.
+    """Yield (option, folder) for each option that names a folder to which a run writes.
 
-    The annotation of the option's parameter marks it as such a folder. Only options in `node` are searched; `key` is the dotted
-    name of `node`. `run` is the run's folder; relative folders such as `FolderOfRun` lie in it.
+    The annotation of the option's parameter, such as `FolderToWrite`, marks these options. Only options in `node` are searched;
+    `key` is the dotted name of `node`. `run` is the run's folder; relative folders such as `FolderOfRun` lie in it.
     """
     if not isinstance(node, DictConfig):
         return

@@ -1,4 +1,4 @@
-"""Finding out where an option was set: on the command line or in a configuration file."""
+"""Find out where an option was set: on the command line or in a configuration file."""
 
 import re
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,4 @@
-"""The check that a configuration from a stranger names only known, registered classes.
+"""Check that a configuration from a stranger names only registered classes, because building runs their code.
 
 A run's folder may come from someone else, and its `config.yaml` names classes. Hydra would call any function that the file
 names. Therefore everything in the file is checked before anything is built from it.
@@ -86,7 +86,7 @@ def typed_nodes(nodes: Mapping[str, Any], file: Path) -> DictConfig:
     """Return the nodes of a stranger's configuration, such as {"backbone": {...}}, checked like those of the command line.
 
     `require_registered` must have accepted them. Each option must be a parameter of its class and fit its annotation
-    (`config.arguments`). Raises `UserError`, which names `file`, otherwise.
+    (`config.arguments`). Otherwise a `UserError` that names `file` is raised.
     """
     typed = OmegaConf.create(dict(nodes))
     for key in nodes:

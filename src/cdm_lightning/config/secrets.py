@@ -1,4 +1,4 @@
-"""The masking of secrets in configurations. `terminal.secrets` decides what a secret is."""
+"""Mask secrets in configurations. `terminal.secrets` decides what a secret is."""
 
 import sys
 from contextlib import suppress
@@ -24,8 +24,9 @@ def plain(config: DictConfig) -> dict[str, Any]:
 class MaskSweep(Callback):
     """A Hydra callback that keeps secrets out of the files that Hydra itself writes.
 
-    They are replaced by *** in multirun.yaml, the file of a sweep. The copies of the configuration that `hydra.output_subdir` asks
-    for are refused: Hydra writes them before any callback can mask them, and possibly outside the run's folder.
+    Secrets are replaced by *** in multirun.yaml, the file of a sweep. The copies of the configuration that
+    `hydra.output_subdir` asks for are refused: Hydra writes them before any callback can mask them, and possibly outside the
+    run's folder.
     """
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:

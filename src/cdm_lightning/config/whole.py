@@ -1,4 +1,4 @@
-"""The check of a whole training configuration before anything is built: all required options, and all values."""
+"""Check a whole training configuration before anything is built: all required options are there, and all values are allowed."""
 
 from typing import Any
 
@@ -52,7 +52,7 @@ def check_config(config: DictConfig) -> None:
 
 
 def _check_packages(config: DictConfig) -> None:
-    """Raise `UserError` if a file sets options of other groups without the line `# @package _global_`."""
+    """Raise `UserError` if a file sets options of other groups without the line `# @package _global_`, which allows this."""
     for group in GLOBAL:
         node = config.get(group)
         if isinstance(node, DictConfig) and (
