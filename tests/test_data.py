@@ -112,7 +112,7 @@ def test_rules_out_of_range(tmp_path):
         PromptFile(path, overlong="cut")
     with pytest.raises(UserError, match="max_characters=0 must be at least 1"):
         PromptFile(path, max_characters=0)
-    with pytest.raises(UserError, match=r"has no prompts \(1 over 3 characters\)"):
+    with pytest.raises(UserError, match=r"has no prompts \(left out: 1 over 3 characters\)"):
         PromptFile(write(tmp_path, "b.txt", "long"), max_characters=3)
 
 

@@ -41,9 +41,9 @@ def test_a_folder_gives_captions_and_images_of_one_size(folder):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("no json", 'line 1: must be {"file_name"'),
-        ('{"file_name": "0.png"}', 'line 1: must be {"file_name"'),
-        ("[1]", 'line 1: must be {"file_name"'),
+        ("no json", 'line 1: the line must be {"file_name"'),
+        ('{"file_name": "0.png"}', 'line 1: the line must be {"file_name"'),
+        ("[1]", 'line 1: the line must be {"file_name"'),
         ('{"file_name": "0.png", "text": " "}', "line 1: text is blank"),
         ('{"file_name": 3, "text": "a"}', "line 1: file_name and text must be texts"),
         ('{"file_name": "9.png", "text": "a"}', "line 1: the file "),

@@ -210,7 +210,7 @@ def test_half_written_and_damaged_shards_are_named(backbone, fill, tmp_path):
     path = shards(tmp_path)[1]
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
-    message = f"{path}: half-written or damaged; delete this file and run"
+    message = f"{path}: the file is incomplete or damaged; delete this file and run"
     for use in (lambda: opened(backbone, tmp_path), lambda: fill(PROMPTS)):
         with pytest.raises(UserError) as error:
             use()
@@ -242,7 +242,7 @@ def test_folders_and_values_that_cannot_be(backbone, fill, tmp_path):
         StoredText(tmp_path / "none", backbone.text_fingerprint)
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / MANIFEST).write_text('{"format": 1')
-    with pytest.raises(UserError, match="this version cannot read this text cache"):
+    with pytest.raises(UserError, match="this version of cdm_lightning cannot read this text cache"):
         opened(backbone, tmp_path)
     shutil.rmtree(tmp_path / "cache")
     (tmp_path / "cache").touch()

@@ -1,6 +1,6 @@
 """Move the weights of one network towards those of another.
 
-This is used for the EMA of the student, and in CDM (arXiv:2605.06376) to pull the fake score a little towards the student.
+The EMA of the student is updated in this way. CDM (arXiv:2605.06376) also moves the fake score a little towards the student.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 def lerp_parameters_(target: nn.Module, source: nn.Module, weight: float) -> None:
     """Set target <- (1 - weight) target + weight source, in place, for each parameter of the source, by name.
 
-    Buffers and further parameters of the target are left unchanged. The two networks may be on different devices. If they are
+    Buffers, and parameters that only the target has, stay unchanged. The two networks may be on different devices. If they are
     sharded, both must be sharded in the same way, and each rank moves its own shards. Raises ValueError if the target lacks a
     parameter of the source.
     """

@@ -1,7 +1,7 @@
 """Rectified flow: noised samples x = (1 - sigma) x0 + sigma noise, and fields that predict their velocity noise - x0.
 
-Sigma runs from 1 (pure noise) to 0 (data). Shapes: B samples of shape * = (C, H, W); sigma is (B,) or 0-d. The function `move` is
-used for Euler steps, for x0 predictions (a step to sigma 0) and for CDM's step off the student's trajectory.
+Sigma runs from 1 (pure noise) to 0 (data). Shapes: B samples of shape * = (C, H, W); sigma is (B,) or 0-d. The function `move`
+computes Euler steps, x0 predictions (steps to sigma 0) and CDM's steps off the student's trajectory.
 """
 
 from abc import ABC, abstractmethod
@@ -49,7 +49,7 @@ class VelocityField(ABC):
     def select(self, rows: Rows) -> "VelocityField":
         """Return the field for some samples of its batch, with the texts of these samples only.
 
-        By default this is the field itself, which is right for fields without texts.
+        By default this is the field itself, which is right for a field that does not depend on texts.
         """
         return self
 
@@ -62,18 +62,18 @@ class VelocityField(ABC):
         return None
 
     def given(self, **inputs: Tensor) -> "VelocityField":
-        """Return the field with the values (B,) of additional inputs of its network, by name.
+        """Return the field with fixed values (B,) for the additional inputs of its network, by name.
 
-        Such inputs are defined by an objective, besides x, sigma and text (`objectives.base.Role.inputs`). Raises ValueError if
-        the network has none.
+        An objective can define inputs besides x, sigma and text (`objectives.base.Role.inputs`). Raises ValueError if the field
+        has no such inputs.
         """
         raise ValueError(f"{type(self).__name__} has no input {', '.join(inputs)}; declare it in Role.inputs")
 
     def with_features(self, x: Tensor, sigma: Tensor, blocks: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         """Return the velocity (B, *) and the hidden states (B, N, D) after each of the given blocks: N tokens of width D.
 
-        `blocks` are indices of transformer blocks; negative indices count from the last block. Raises ValueError if the field is
-        no network, and UserError for a block that does not exist or does not run.
+        `blocks` are indices of transformer blocks; negative indices count from the last block. Raises ValueError if the field
+        is not a network, and UserError for a block that does not exist or is not used by the network.
         """
         raise ValueError(f"{type(self).__name__} has no blocks, so no hidden states; use the field of a network")
 

@@ -117,7 +117,7 @@ class LogUniformLength:
 
 @dataclass(frozen=True)
 class CategoricalLength:
-    """A number of steps that is one of `lengths`, with probabilities proportional to `weights`; None makes them equal."""
+    """A number of steps that is one of `lengths`, with probabilities proportional to `weights` (None: equal probabilities)."""
 
     lengths: Annotated[Sequence[Steps], NotEmpty] = (1, 2, 4, 8, 16)
     weights: Sequence[NotNegative] | None = None

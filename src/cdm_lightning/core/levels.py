@@ -1,9 +1,10 @@
 """Distributions of the sigma to which a loss noises a sample before it calls a network.
 
 All classes draw one sigma for each sample and clamp it to [low, high]. As in the code of CDM's authors the draws are not
-rescaled, so about 2 % of uniform draws lie at each end. The network is called at the result. With `space="before_shift"`, the
-model family's timestep shift (SD3: 3 s / (1 + 2 s)) is applied to the draw before the clamp; with "after_shift" it is not. Sigmas
-are drawn on the CPU and moved to the device once. All classes raise ValueError for an argument out of its range.
+rescaled. With the bounds 0.02 and 0.98, 2 % of uniform draws therefore become `low` and 2 % become `high`. The network is
+called at the clamped sigma. With `space="before_shift"`, the model family's timestep shift (SD3: 3 s / (1 + 2 s)) is applied to
+the draw before the clamp; with "after_shift" it is not. Sigmas are drawn on the CPU and moved to the device once. All classes
+raise ValueError for an argument out of its range.
 """
 
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ class SigmaLevels(Protocol):
 
 @dataclass(frozen=True)
 class UniformLevels:
-    """U(0, 1), clamped to [low, high]. CDM (arXiv:2605.06376) uses it for the terms DM and CDM and for the fake score.
+    """U(0, 1), clamped to [low, high]. CDM (arXiv:2605.06376) uses it for its loss terms DM and CDM, and to train the fake score.
 
     The paper applies no timestep shift to these sigmas.
     """
@@ -48,10 +49,10 @@ class UniformLevels:
 
 @dataclass(frozen=True)
 class CappedUniformLevels:
-    """U(0, ceiling), clamped to [low, high]. CDM (arXiv:2605.06376) uses it for its guidance term CA.
+    """U(0, ceiling), clamped to [low, high]. CDM (arXiv:2605.06376) uses it for its loss term CA (guidance).
 
-    `ceiling` is the sigma at which the student predicted the sample, so a sample is noised to less than this sigma, or to `low`.
-    It is already shifted, and no further shift is applied.
+    `ceiling` is the sigma at which the student predicted the sample. A sample is therefore noised to a lower sigma than this,
+    or to `low`. `ceiling` is already shifted, so the draw is not shifted again.
     """
 
     low: InnerSigma = 0.02

@@ -11,7 +11,7 @@ def flow_matching_loss(velocity: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
 
 
 def mean_abs_distance(a: Tensor, b: Tensor, floor: float) -> Tensor:
-    """Return the mean of |a - b| in each sample of a and b (B, *), but at least `floor`: (B, 1, 1, 1)."""
+    """Return the mean of |a - b| over each sample of a and b (B, *), or `floor` if that is larger: (B, 1, 1, 1)."""
     dims = tuple(range(1, a.ndim))
     return (a.float() - b.float()).abs().mean(dim=dims, keepdim=True).clamp(min=floor)
 

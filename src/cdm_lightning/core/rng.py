@@ -99,7 +99,7 @@ class StepRandom:
         return len(self.slots)
 
     def again(self, repeat: int) -> "StepRandom":
-        """Return a copy with other numbers for the same purposes, for repetition `repeat` of an optimizer step.
+        """Return a copy that gives other numbers for each purpose, for repetition `repeat` of an optimizer step.
 
         Repetitions count from 0, and `again(0)` gives the numbers of the first step.
         """
@@ -112,7 +112,8 @@ class StepRandom:
     def shared(self, purpose: str) -> torch.Generator:
         """Return a CPU generator that is the same for all samples and in all processes.
 
-        It draws, for example, the number of steps of a rollout: processes that share one network must call it equally often.
+        The number of steps of a rollout, for example, is drawn with it: processes that share one network must make the same
+        number of network calls.
         """
         return stream(self.seed, purpose, *self._count)
 
@@ -132,7 +133,7 @@ class StepRandom:
     def index(self, purpose: str, high: int) -> Tensor:
         """Draw an integer from 0 to high - 1 for each sample: int64, (B,), uniform if high is far below 2^31.
 
-        The result stays on the CPU, where it decides which network calls are made.
+        The result stays on the CPU, because it decides which network calls are made.
         """
         draws = _bits(self._key(purpose), self.slots, 1)[:, 0] >> 33 & 0x7FFFFFFF
         return draws * high >> 31
@@ -150,9 +151,10 @@ class StepRandom:
 
 
 def evaluation_noise(seed: int, indices: Sequence[int], shape: Sequence[int], device: torch.device | str) -> Tensor:
-    """Return the noise (N, *shape), float32, from which the images of N prompts start; `indices` are those of the prompts.
+    """Return the noise (N, *shape), float32, from which the images of the N prompts with these indices are sampled.
 
-    It depends on the seed and the prompt's index only. All samplers and all iterations therefore start from the same noise.
+    The noise of a prompt depends only on the seed and the prompt's index. All samplers and all iterations therefore start from
+    the same noise.
     """
     rows = torch.as_tensor(indices, dtype=torch.int64, device="cpu")
     return send(_normal(_hash(seed, "evaluation noise"), rows, shape), device)
@@ -196,7 +198,8 @@ def _bits(key: int, rows: Tensor, n: int) -> Tensor:
 def _normal(key: int, rows: Tensor, shape: Sequence[int]) -> Tensor:
     """Draw standard normal numbers for each slot in `rows` (B,) by the Box-Muller method: float32, (B, *shape).
 
-    One half of each 64 bits gives the radius and the other half the angle, and together they give two normal numbers.
+    One half of each 64 random bits gives the radius and the other half the angle. Each pair of radius and angle gives two
+    normal numbers.
     """
     size = math.prod(shape)
     bits = _bits(key, rows, (size + 1) // 2)

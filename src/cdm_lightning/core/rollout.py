@@ -44,14 +44,14 @@ class TrajectoryPoint:
 
 @dataclass(frozen=True)
 class FullTrajectoryPoint(TrajectoryPoint):
-    """A state on a rollout that was simulated to its end, together with that end."""
+    """A state on a rollout that was simulated to its end, together with the rollout's final sample."""
 
     x0_final: Tensor = field(kw_only=True)  # (B, *), the end of the rollout
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """All states and velocities of a rollout (the student's path from noise to an image) of K steps, and its end."""
+    """All states and velocities of a rollout (the student's path from noise to an image) of K steps, and its final sample."""
 
     x: Tensor  # (K, B, *)
     v: Tensor  # (K, B, *)
@@ -88,7 +88,7 @@ def simulate(student: VelocityField, noise: Tensor, sigmas: Tensor) -> Trajector
 
 @dataclass(frozen=True)
 class Rollout:
-    """The random draws of a rollout (the student's path from noise) that is still to be computed, and the student."""
+    """The student and the random draws of a rollout (the student's path from noise to an image) that is not computed yet."""
 
     student: VelocityField
     noise: Tensor  # (B, *)
@@ -117,8 +117,9 @@ def walk(rollouts: Sequence[Rollout], agree_on_calls: Callable[[int], int] = lam
     `rollout.point(x)` of a returned state x equals `simulate(...).at(anchor)` up to rounding, without the cost of the later
     steps. All rollouts are computed as one batch if one call of the student can compute them.
 
-    `agree_on_calls` takes the number of student calls that this process needs and returns the number to make. Processes that hold
-    shards of one network must make equal numbers. The additional calls run on one sample, and their results are dropped.
+    `agree_on_calls` takes the number of student calls that this process needs and returns the number to make. Processes that
+    hold shards of one network must all make the same number of calls. Additional calls run on one sample, and their results are
+    dropped.
     """
     joined = join_rollouts(rollouts)
     if joined is None:
@@ -129,7 +130,7 @@ def walk(rollouts: Sequence[Rollout], agree_on_calls: Callable[[int], int] = lam
 def join_rollouts(rollouts: Sequence[Rollout]) -> Rollout | None:
     """Concatenate rollouts (the student's paths from noise) into one batch.
 
-    Returns None if one call of the student cannot compute them all. Rollouts with fewer steps get further sigmas of 0.
+    Returns None if one call of the student cannot compute them all. Rollouts with fewer steps are padded with sigmas of 0.
     """
     first, *others = rollouts
     if not others:

@@ -126,7 +126,10 @@ def check_space(space: str) -> None:
 
 
 def _with_ends(inner: Tensor, shift: Shift, space: Space) -> Tensor:
-    """Add the ends 1 and 0 to the decreasing inner sigmas (B, K - 1): (B, K + 1). With "before_shift" they are shifted first."""
+    """Add the ends 1 and 0 to the decreasing inner sigmas (B, K - 1): (B, K + 1).
+
+    With "before_shift", the inner sigmas are shifted first.
+    """
     seen = shift(inner) if space == "before_shift" and inner.numel() else inner  # a single step has no inner sigmas
     one, zero = inner.new_ones(len(inner), 1), inner.new_zeros(len(inner), 1)
     return torch.cat([_strictly_decreasing(torch.cat([one, seen], dim=1)), zero], dim=1)
@@ -135,8 +138,8 @@ def _with_ends(inner: Tensor, shift: Shift, space: Space) -> Tensor:
 def _strictly_decreasing(sigmas: Tensor) -> Tensor:
     """Return the decreasing positive float32 sigmas (B, n), with equal neighbours set apart by the smallest float32 step.
 
-    Two of 28 draws are equal in about one of 50,000 samples. Positive floats have the same order as their bits, so the comparison
-    uses the bits.
+    Two of 28 draws are equal in about one of 50,000 samples. Positive floats have the same order as their bit patterns read as
+    integers, so the bit patterns are compared.
     """
     bits = sigmas.contiguous().view(torch.int32).long()
     place = torch.arange(bits.shape[1], device=bits.device)

@@ -16,7 +16,7 @@ def send(values: Tensor, device: torch.device | str) -> Tensor:
 
 
 class Fetched:
-    """A copy of small values from a GPU to the host, which begins when the object is made.
+    """A copy of a small tensor from a GPU to the host. The copy begins when this object is made.
 
     `values` waits until the copy has arrived, but not for later work of the GPU. Values on the CPU are not copied.
     """

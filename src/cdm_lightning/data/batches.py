@@ -26,8 +26,8 @@ class PromptBatch(NamedTuple):
     - `indices`: (B,) int64 on the CPU, the numbers for random draws. In training, it is the sample's place in the global batch
       over all ranks. In validation, it is the prompt's number in its file, or `PADDING`.
     - `images`: (B, 3, H, W) in [0, 1], real images of the prompts, or None if the objective needs none.
-    - `group`: all batches of the iterations that compute their rollouts together, if this batch is the first of them; else
-      empty.
+    - `group`: the batches of all iterations that compute their rollouts together, this batch included. Only the first batch of
+      these iterations has it; for the others it is empty.
     """
 
     prompts: list[str]
@@ -38,7 +38,7 @@ class PromptBatch(NamedTuple):
     def split(self, count: int) -> list["PromptBatch"]:
         """Split the batch into at most `count` parts whose sizes differ by at most 1. The parts have no `group`.
 
-        With fewer samples than `count`, each part has one sample.
+        If the batch has fewer than `count` samples, each part has one sample.
         """
         parts = spans(len(self.prompts), count)
         images = self.images
@@ -114,8 +114,8 @@ class EndlessBatches(Sampler):
     Therefore the global batch does not depend on the number of ranks.
 
     `groups(n)` gives the iterations that compute their rollouts together with iteration n (default: n alone). The first batch
-    of such a group also contains the draws of the other iterations, after its own. Each of the other batches is delivered as
-    well, in its turn.
+    of such a group contains its own draws, followed by the draws of the group's other batches. The other batches are also
+    delivered separately, in their own iterations.
     """
 
     def __init__(
@@ -154,8 +154,8 @@ def evaluation_batches(size: int, batch_size: int, rank: int = 0, world_size: in
     """Return this rank's share of the prompts 0..size-1, in order, in batches of at most `batch_size`.
 
     The key of each draw is the number of its prompt. All ranks get the same number of batches, because ranks with sharded
-    networks must make the same calls. A rank without prompts gets a batch of one draw with the key `PADDING`; ignore its
-    result.
+    networks must make the same calls. A rank without prompts gets a batch of one draw with the key `PADDING`. The result of
+    such a draw must be ignored.
     """
     first, end = size * rank // world_size, size * (rank + 1) // world_size
     longest = -(-size // world_size)
@@ -169,7 +169,7 @@ def evaluation_batches(size: int, batch_size: int, rank: int = 0, world_size: in
 def collate(samples: list[Drawn]) -> PromptBatch:
     """Return the `PromptBatch` of the first sample.
 
-    If the samples belong to several batches, its `group` contains all these batches.
+    If the samples belong to several batches, the attribute `group` of the result contains all these batches.
     """
     by_batch = {number: [] for number in dict.fromkeys(sample.batch for sample in samples)}
     for sample in samples:

@@ -1,4 +1,4 @@
-"""Connecting a run to its caches: the text conditioning of its prompts, and the latents of its real images."""
+"""Connect a run to its caches: the text conditioning of its prompts, and the latents of its real images."""
 
 from collections.abc import Sequence
 

@@ -68,7 +68,7 @@ class ArrowColumn:
     def place(self, position: int) -> str:
         """Return the name of a row for messages, such as "captions.parquet, row 3".
 
-        Rows are counted from 1, through all files that were copied.
+        Rows are counted from 1. If several files were copied, the count continues from file to file.
         """
         return f"{self.name}, row {position + 1}"
 
@@ -78,7 +78,7 @@ def open_columns(
 ) -> ArrowColumn:
     """Return the texts in column `field` of the files at `paths`. They are read from a copy in the cache folder.
 
-    The copy is made if it does not exist, with `texts(paths, field, pyarrow)`, which yields lists of texts. Its name is a hash
+    If the copy does not exist, it is made from `texts(paths, field, pyarrow)`, which yields lists of texts. Its name is a hash
     of `kind` (the file format), `field`, and the files' paths, sizes and modification times. Changed files are therefore copied
     again.
 

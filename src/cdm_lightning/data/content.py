@@ -1,4 +1,4 @@
-"""The recognition of other formats in a file that is to be read as plain text, one prompt on each line."""
+"""Recognise files in other formats, such as JSON or CSV, that would be read as plain text with one prompt on each line."""
 
 import csv
 import json
@@ -51,8 +51,9 @@ NAMES_OF_COLUMNS = (  # a table's first line names one of them
 def require_plain_text(file: Path) -> None:
     """Raise `UserError` if the start of a text file shows that it has another format, such as JSON, RTF, HTML, XML, YAML or CSV.
 
-    A prompt may still begin with a bracket, a brace or a tag: only a whole value, a closed tag, or a table with the same number
-    of cells in each line is taken as another format. A file that cannot be read is left to the reader of its lines.
+    A prompt may still begin with a bracket, a brace or a tag. Another format is recognised only by a JSON value, a closed tag,
+    or a table with the same number of cells in each line. A file that cannot be read raises no error here, but later when its
+    lines are read.
     """
     try:
         with opened(file) as text:
@@ -78,7 +79,7 @@ def _json(head: str) -> tuple[str, str] | None:
 
 
 def _first_value(head: str) -> tuple[Any, str]:
-    """Return the JSON value at the start of a text and what follows it; (None, text) if there is no complete value."""
+    """Return the JSON value at the start of a text and the text after it, or (None, `head`) if there is no complete value."""
     try:
         value, end = json.JSONDecoder().raw_decode(head)
     except (ValueError, RecursionError):
@@ -118,8 +119,8 @@ def _table(head: str) -> tuple[str, str] | None:
 def require_closed_quotes(file: Path, delimiter: str) -> None:
     """Raise `UserError` for a quotation mark in a table that is not closed, or that is followed by text in the same cell.
 
-    The rest of the file would otherwise be read as one cell. Quotes are those of RFC 4180: they enclose a whole cell, and a
-    quotation mark inside is written twice.
+    The rest of the file would otherwise be read as one cell. The rules are those of RFC 4180: quotation marks enclose a whole
+    cell, and a quotation mark inside the cell is written twice.
     """
     before = csv.field_size_limit(LONGEST_LINE)
     try:

@@ -21,10 +21,11 @@ LONGEST_TIMEOUT = 10**6  # seconds, eleven days; longer ones overflow in the ope
 class PromptDataModule(L.LightningDataModule):
     """Data loaders that deliver `PromptBatch`es of training and validation prompts.
 
-    A resumed run continues at batch `global_step`, so the loaders have no state to save. `seed` fixes the order of the training
-    prompts. Validation uses the first `val_prompts` prompts of `val`, or all if it is None. Batch sizes are per process;
-    `val_batch_size` is `batch_size` if it is None. `groups(n)` gives the iterations that compute their rollouts together with
-    iteration n; their prompts are delivered together. With `images`, each training prompt comes with its real image.
+    A resumed run continues at batch `global_step`, so the state of the loaders need not be saved. `seed` fixes the order of the
+    training prompts. Validation uses the first `val_prompts` prompts of `val`, or all if it is None. Batch sizes are per
+    process; `val_batch_size` is `batch_size` if it is None. `groups(n)` gives the iterations that compute their rollouts
+    together with iteration n; their prompts are delivered together. With `images`, each training prompt comes with its real
+    image.
 
     Raises `UserError` for a number out of its range, and if `images` are requested from prompts without images. If no batch
     arrives within `worker_timeout` seconds, the run ends with `UserError`.
@@ -56,8 +57,8 @@ class PromptDataModule(L.LightningDataModule):
         self.val_prompts = len(val) if val_prompts is None else min(val_prompts, len(val))
         if min(self.batch_size, self.val_batch_size, self.val_prompts) < 1:
             raise UserError(
-                f"data: each of batch_size={self.batch_size}, val_batch_size={self.val_batch_size} and val_prompts={self.val_prompts} "
-                "must be at least 1"
+                f"data: batch_size={self.batch_size}, val_batch_size={self.val_batch_size} and val_prompts={self.val_prompts} must "
+                "each be at least 1"
             )
         if num_workers < 0:
             raise UserError(
@@ -71,7 +72,7 @@ class PromptDataModule(L.LightningDataModule):
         self._loaders: list[SteadyLoader] = []
 
     def prepare_data(self) -> None:
-        """Print which prompts were left out, and the shares of a mixture, for the training and the validation prompts."""
+        """Print how many training and validation prompts were left out, and the shares of each mixture."""
         for name, prompts in (("training", self.train), ("validation", self.val)):
             if prompts.summary:
                 print(f"{name} prompts: {prompts.summary}", file=sys.stderr, flush=True)
@@ -92,7 +93,7 @@ class PromptDataModule(L.LightningDataModule):
         return self._loader(DrawnPrompts(self.train, self.images), batches, self.num_workers)
 
     def val_dataloader(self) -> DataLoader:
-        """Return the loader of this rank's validation prompts, in their order.
+        """Return the loader of this rank's validation prompts, in the order of the set.
 
         Raises `UserError` if there are fewer prompts than processes.
         """

@@ -23,12 +23,12 @@ class PromptDataset(SelectedPrompts):
     `dataset` is an id on the hub, a folder that `save_to_disk` wrote, or a folder of data files. `subset` is the name of the
     configuration on the hub, and `revision` a branch, tag or commit.
 
-    With `streaming`, only this column is downloaded, for example without a column of images, and only the first `limit` rows
-    (all if None). It is copied into an Arrow file in `cache_folder`. Later starts use the copy, even if the data set on the hub
-    has changed.
+    With `streaming`, only the column `field` is downloaded, and only its first `limit` rows (None: all rows). A column of
+    images, for example, is not downloaded. The texts are copied into an Arrow file in `cache_folder`. Later starts use the
+    copy, even if the data set on the hub has changed.
 
-    `max_characters`, `overlong`, `deduplicate` and `cache_folder` are those of `PromptFile`. Raises `UserError` if the data
-    set, split or column does not exist, or if a `limit` is below 1 or given without `streaming`.
+    `PromptFile` explains `max_characters`, `overlong`, `deduplicate` and `cache_folder`. Raises `UserError` if the data set,
+    split or column does not exist, or if a `limit` is below 1 or given without `streaming`.
     """
 
     def __init__(

@@ -33,7 +33,8 @@ KNOWN_TYPES = mimetypes.MimeTypes(())  # Python's own list: the system's would m
 def open_files(path: Path, field: str | None, cache_folder: str | Path | None) -> TextSource:
     """Open the texts of a file, or of all prompt files in a folder. The endings of their names decide the format.
 
-    `field` is the key or column of the prompts; None means "prompt". Columns and lists are copied into `cache_folder`.
+    `field` is the key or column of the prompts; None means "prompt". Columns of tables and JSON lists are copied into
+    `cache_folder`.
 
     Raises `UserError` for an unknown format, for a folder with several formats, and for a `field` with a plain text file.
     """
@@ -78,8 +79,8 @@ def kind_of(file: Path) -> str:
 def files_in(folder: Path) -> list[Path]:
     """Return the prompt files in a folder and its subfolders, sorted by path.
 
-    If there is a .txt, .jsonl, .ndjson or .parquet file, files with other endings are ignored, because they may be
-    descriptions.
+    If there is a .txt, .jsonl, .ndjson or .parquet file, files with other endings are ignored, because they may describe the
+    data set.
 
     Raises `UserError` if there are no prompt files, or if the library `datasets` has saved the folder.
     """
@@ -97,7 +98,7 @@ def files_in(folder: Path) -> list[Path]:
 def holds_lines(file: Path) -> bool:
     """Return whether a *.json file has a JSON object on each line, like *.jsonl, instead of one list.
 
-    This is decided by its first character.
+    The first character of the file decides: "{" means an object on each line.
     """
     try:
         with opened(file) as text:
@@ -112,8 +113,8 @@ def delimited_texts(delimiter: str) -> Callable[[Sequence[Path], str, ModuleType
     """Return a function that reads CSV or TSV files for `open_columns`. `delimiter` separates the columns.
 
     The function takes (paths, field, pyarrow) and yields lists of the texts in column `field`. Column names stand in each
-    file's first line. It raises `UserError` for a file that is not a table, has an unclosed quotation mark, or does
-    not have exactly one such column.
+    file's first line. It raises `UserError` for a file that is not a table, has an unclosed quotation mark, or does not have
+    exactly one column `field`.
     """
 
     def texts(paths: Sequence[Path], field: str, pyarrow: ModuleType) -> Iterator[list[str | None]]:
@@ -148,17 +149,21 @@ def listed_texts(paths: Sequence[Path], field: str, pyarrow: ModuleType) -> Iter
     """
     for path in paths:
         if path.stat().st_size > LARGEST_LIST:
-            raise UserError(f"{path}: over 1 GB, which is too large for a JSON list; convert it to *.jsonl")
+            raise UserError(f"{path}: the file is over 1 GB, which is too large for a JSON list; convert it to *.jsonl")
         try:
             found = json.loads(path.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path}: cannot be read as JSON ({first_line(error)}); correct the file") from error
         if not isinstance(found, list):
-            raise UserError(f'{path}: must contain a JSON list of prompts, or of objects with a text under "{field}"')
+            raise UserError(
+                f'{path}: the file must contain a JSON list of prompts, or of objects with a text under "{field}"'
+            )
         texts = [entry.get(field) if isinstance(entry, dict) else entry for entry in found]
         for number, text in enumerate(texts, start=1):
             if not isinstance(text, str):
-                raise UserError(f'{path}, entry {number}: must be a text, or an object with a text under "{field}"')
+                raise UserError(
+                    f'{path}, entry {number}: the entry must be a text, or an object with a text under "{field}"'
+                )
             if flaw := flaw_of(text):
                 raise UserError(f"{path}, entry {number}: {flaw}")
         yield texts

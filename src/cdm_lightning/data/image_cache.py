@@ -2,7 +2,7 @@
 
     DIR/AB/ABCD....safetensors   "latent" (C, h, w), with its checksum; the name is a hash of the image codec and of the pixels
 
-The hash is taken of the 8-bit pixels. An image that was changed, or that has another size, is therefore encoded again. Several
+The pixels are hashed as 8-bit values. An image that was changed, or that has another size, is therefore encoded again. Several
 processes and runs can share a folder.
 """
 
@@ -43,7 +43,7 @@ class StoredLatents:
 
     `encode` is `Backbone.encode_images`. `fingerprint` identifies the image codec. Images are encoded one at a time, so that a
     latent does not depend on the batch. A damaged file is written again. If the folder cannot be written, for example because
-    the disk is full, there is one warning, and images are encoded each time.
+    the disk is full, one warning is issued, and each image is encoded whenever it is used.
     """
 
     def __init__(

@@ -32,7 +32,7 @@ class CaptionedFolder(Prompts):
     rotated as its EXIF data says, resized to cover `image_size` (height, width) in pixels, and cropped to its middle.
 
     Raises `UserError` for a folder without `metadata.jsonl`, a file that lists no images, a line of another form, a missing
-    image, or a wrong `image_size`. An image that cannot be read raises it later, when it is used.
+    image, or a wrong `image_size`. An image that cannot be read raises `UserError` later, when it is used.
     """
 
     has_images = True
@@ -59,7 +59,7 @@ class CaptionedFolder(Prompts):
             entry = json.loads(line)
             name, text = entry["file_name"], entry["text"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f'{where}: must be {{"file_name": "IMAGE", "text": "CAPTION"}}') from error
+            raise UserError(f'{where}: the line must be {{"file_name": "IMAGE", "text": "CAPTION"}}') from error
         if not isinstance(name, str) or not isinstance(text, str) or not is_visible(text):
             raise UserError(
                 f"{where}: {'text is blank; fill it in' if type(name) is type(text) is str else 'file_name and text must be texts'}"
@@ -81,7 +81,7 @@ class CaptionedFolder(Prompts):
     def image(self, index: int) -> Tensor:
         """Return image number `index`, (3, H, W) in [0, 1], where (H, W) is `image_size`.
 
-        Raises `UserError` if it cannot be read.
+        Raises `UserError` if the image cannot be read.
         """
         from PIL import Image, ImageOps
         from torchvision.transforms.functional import pil_to_tensor

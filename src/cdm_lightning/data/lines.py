@@ -18,14 +18,14 @@ BYTE_ORDER_MARK = "\ufeff"  # some editors write it at the start of a file
 class LineFiles:
     r"""The texts in UTF-8 files, one on each line.
 
-    With `field`, each line is a JSON object, and the text is its value under this key. With `whole`, each line is a JSON object
-    that is returned unparsed. Otherwise each line is a text.
+    With `field`, each line is a JSON object, and the text is its value under this key. With `whole`, each line is a JSON
+    object, and the text is the whole line. Otherwise each line is a text.
 
     Plain lines end where `str.splitlines` ends them, also at U+0085 and U+2028. These characters may occur inside JSON texts,
     so JSON lines end only at `\n`, `\r\n` and `\r`.
 
-    Each access opens the file again, so loader workers can share this object. It raises `UserError` if the file has changed
-    since `scan`.
+    `scan` and `read` open the file at each call, so loader workers can share this object. `read` raises `UserError` if the file
+    has changed since `scan`.
     """
 
     def __init__(self, paths: Sequence[Path], field: str | None = None, whole: bool = False) -> None:

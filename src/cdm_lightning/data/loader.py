@@ -1,4 +1,4 @@
-"""A `DataLoader` that ends cleanly: its workers ignore signals, and the wait for a batch has a time limit."""
+"""A `DataLoader` whose workers ignore signals, and which waits only a limited time for a batch."""
 
 import atexit
 import ctypes
@@ -25,8 +25,8 @@ _started: set[Any] = set()  # all workers of this process
 class SteadyLoader(DataLoader):
     """A `DataLoader` for runs that a signal such as SIGTERM may stop.
 
-    The training process decides when the workers end, so they ignore these signals. When the training process ends, they are
-    killed, even suspended ones.
+    The training process decides when the workers end, so the workers ignore these signals. When the training process ends, all
+    workers are killed, even suspended ones.
 
     `patience` is the longest wait for a batch in seconds; 0 means no limit. torch's own `timeout` does not cover the transfer
     of a tensor from a worker. With `is_alone`, the run has a single process, and a signal ends the wait at once. `values` and
@@ -54,7 +54,7 @@ class SteadyLoader(DataLoader):
         return _Batches(batches, self)
 
     def kill_workers(self) -> None:
-        """Kill workers of this loader that still run after its shutdown, because they hang or are suspended."""
+        """Kill the workers of this loader that still run after its shutdown, for example because they hang or are suspended."""
         kill(self._workers)
         _started.difference_update(self._workers)
         self._workers = set()
@@ -129,7 +129,7 @@ def _end_with_parent(worker: int) -> None:
     """Ignore signals in this worker, and on Linux let the kernel kill it when its parent ends.
 
     On other systems, torch's workers check whether their parent still runs. Signals must be ignored here too, because a worker
-    of `spawn` or `forkserver` does not inherit the blocked signals.
+    that is started by `spawn` or `forkserver` does not inherit the signals that its parent blocks.
     """
     for number in signals.SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -22,12 +22,11 @@ class MixedPrompts(Prompts):
 
     The weights are turned into whole numbers, for example 0.7 and 0.3 into 7 and 3. Each block of 10 training prompts (7 + 3)
     then has 7 prompts of the first source and 3 of the second, in random order. Each source is shuffled in epochs of its own.
-    Without `weights`, the weight of a source is its number of prompts. Numbers of prompts count through all sources, one after
-    the other.
+    Without `weights`, the weight of a source is its number of prompts. Prompts are numbered through all sources, one source
+    after the other.
 
-    The mixture has images if all sources have images; reading images of different sizes raises `UserError`. `UserError` is also
-    raised if there is no source, or if a weight is missing or not positive. As whole numbers, the weights may add up to 10,000
-    at most.
+    The mixture has images if all sources have images. Raises `UserError` if there is no source, if a weight is missing or not
+    positive, if the weights as whole numbers add up to more than 10,000, and when images of different sizes are read.
     """
 
     def __init__(self, sources: Mapping[Name, Prompts], weights: Mapping[Name, Positive] | None = None) -> None:
@@ -42,7 +41,7 @@ class MixedPrompts(Prompts):
 
     @property
     def summary(self) -> str:
-        """One line with each source's share in percent, followed by its `summary` or its name."""
+        """One line that lists the sources. Each has its share in percent, followed by its `summary`, or by its name if it has none."""
         total = sum(self.shares)
         lines = [
             f"{share / total:.2%} {source.summary or name}"
@@ -107,9 +106,7 @@ class MixedOrder:
         return self._starts[source] + self._orders[source](turn)
 
     def source_at(self, position: int) -> tuple[int, int]:
-        """Return the number of the source that gives the prompt at `position`, and the prompt's position in the source's own
-        order.
-        """
+        """Return (source, place): the number of the source of the prompt at `position`, and the place in that source's own order."""
         block, place = divmod(position, self._ends[-1])
         if block != self._block:
             self._block, self._slots = block, permutation(self._ends[-1], self.seed, "prompt_mixture", block)
@@ -122,7 +119,8 @@ class MixedOrder:
 def whole_shares(names: Sequence[str], weights: Mapping[str, float]) -> list[int]:
     """Return the weights as the smallest whole numbers in the same ratio, in the order of `names`.
 
-    Raises `UserError` if the names do not match, if a weight is not a positive number, or if the sum is above 10,000.
+    Raises `UserError` if `weights` does not have exactly these names, if a weight is not a positive number, or if the sum of
+    the whole numbers is above 10,000.
     """
     if set(names) != set(weights):
         raise UserError(
@@ -138,5 +136,5 @@ def whole_shares(names: Sequence[str], weights: Mapping[str, float]) -> list[int
     shares = [int(ratio * common) for ratio in ratios]
     shares = [share // math.gcd(*shares) for share in shares]
     if sum(shares) > LARGEST_BLOCK:
-        raise UserError(f"data.train.weights={dict(weights)} must be in a simple ratio such as 7 to 3; round them")
+        raise UserError(f"data.train.weights={dict(weights)} are not in a simple ratio such as 7 to 3; round them")
     return shares

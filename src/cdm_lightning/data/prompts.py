@@ -1,6 +1,6 @@
 """Sets of prompts that can be read in any order, from files or from the configuration.
 
-For prompts in files, memory contains only their positions and not their texts.
+Only the positions of prompts in files are kept in memory, not their texts.
 """
 
 from abc import ABC, abstractmethod
@@ -53,7 +53,7 @@ class Prompts(Dataset, ABC):
 
 
 class SelectedPrompts(Prompts):
-    """The texts of `source` that `selection` keeps. Blank texts are left out, and over-long and repeated ones on request.
+    """The texts of `source` that `selection` keeps. Blank texts are always left out, over-long and repeated texts on request.
 
     `name` is the name of the source in messages. `counts` says how many texts were left out. Raises `UserError` if no text is
     left.
@@ -63,8 +63,8 @@ class SelectedPrompts(Prompts):
         self.source, self.name = source, name
         self.positions, self.counts = selection.select(source, name)
         if not len(self.positions):
-            left_out = f" ({self.counts.left_out})" if self.counts.left_out else "; write one prompt on each line"
-            raise UserError(f"{name}: the prompt file has no prompts{left_out}")
+            left_out = f" (left out: {self.counts.left_out})" if self.counts.left_out else ""
+            raise UserError(f"{name}: the prompt file has no prompts{left_out}; write at least one")
 
     @property
     def summary(self) -> str | None:
@@ -76,7 +76,7 @@ class SelectedPrompts(Prompts):
         return len(self.positions)
 
     def __getitem__(self, index: int) -> str:
-        """Return prompt number `index`. Texts that were left out are not counted.
+        """Return prompt number `index`, counted without the texts that were left out.
 
         Raises `UserError` if the file has changed.
         """

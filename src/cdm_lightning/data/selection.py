@@ -20,7 +20,7 @@ KEY_BYTES = 16  # of a prompt's hash; the chance that two of 10 million prompts 
 
 
 class TextSource(Protocol):
-    """A source of texts, such as a file. Each text has a position (an int64) by which it can be read alone."""
+    """A source of texts, such as a file. Each text has a position (an int64), with which this text can be read without the others."""
 
     def scan(self) -> Iterator[tuple[int, str]]:
         """Yield (position, text) for all texts in order. Raises `UserError` for a text that cannot be read."""
@@ -57,7 +57,7 @@ class Selection:
     Blank texts are left out. With `overlong="skip"`, texts of more than `max_characters` are left out; with "refuse", they
     raise `UserError`. With `deduplicate`, texts that repeat an earlier one except for white space are left out.
 
-    Raises `UserError` for a `max_characters` below 1 and for another value of `overlong`.
+    Raises `UserError` for a `max_characters` below 1 and for any other value of `overlong`.
     """
 
     max_characters: int
@@ -74,8 +74,8 @@ class Selection:
     def select(self, source: TextSource, name: str) -> tuple[Tensor, Counts]:
         """Return the positions (n,) int64 of the texts that are kept, in order, and the counts.
 
-        Raises `UserError` for a text that cannot be read or that no tokenizer can read, and with "refuse" for an over-long
-        text. `name` is the name of the source in messages.
+        Raises `UserError` for a text that cannot be read from the source or that no tokenizer can read, and with
+        `overlong="refuse"` for an over-long text. `name` is the name of the source in messages.
         """
         positions, keys, blank, overlong = array("q"), bytearray(), 0, 0
         for position, text in source.scan():

@@ -1,8 +1,9 @@
 """A procedural text-to-image set: captions of coloured shapes, and images that are rendered from them.
 
-Examples are "a large red circle on the left", "a small square", and "a blue shape above a large green ring". A caption may
-leave out any attribute, like a real prompt, and its renderings then differ in this attribute. This bends the paths from noise
-to image and makes sampling in few steps hard. Everything is a function of (seed, index), so nothing is stored or downloaded.
+Examples of captions are "a large red circle on the left", "a small square", and "a blue shape above a large green ring". Like a
+real prompt, a caption may leave out any attribute. Images of this caption then differ in this attribute, which bends the paths
+from noise to image and makes sampling in few steps hard. Everything is a function of (seed, index), so nothing is stored or
+downloaded.
 """
 
 import hashlib
@@ -239,7 +240,10 @@ def _background(count: int, rng: torch.Generator) -> Tensor:
 
 
 def _coverage(shape: Tensor, centre: Tensor, radius: Tensor, tilt: Tensor) -> Tensor:
-    """Return the fraction of each pixel that an item covers, (N, 32, 32). It follows from the signed distance in pixels."""
+    """Return the fraction of each pixel that an item covers, (N, 32, 32).
+
+    It is computed from the signed distance to the item's edge.
+    """
     x, y = _grid()
     x, y = x - centre[:, 0, None, None], y - centre[:, 1, None, None]
     cos, sin, r = torch.cos(tilt)[:, None, None], torch.sin(tilt)[:, None, None], radius[:, None, None]

@@ -1,6 +1,7 @@
 """A text cache contains the encoded prompts of a run, so that training loads no text encoder. This file reads it.
 
-The files of the cache, called shards, are mapped into memory from disk. Each prompt takes only 24 bytes of memory itself.
+The files of the cache are called shards. They stay on disk and are mapped into memory, so a prompt takes only 24 bytes of
+memory.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,11 +37,11 @@ class TextCacheSettings:
     """The options `text_cache.*`, which say where encoded prompts are kept: in a folder, in memory, or nowhere.
 
     `folder` is the cache that the command `cache_text` writes and training reads. `dtype` is the dtype of its floating-point
-    tensors. The command encodes `batch_size` prompts at a time and writes files of about `shard_megabytes`. Before training,
+    tensors. The command encodes `batch_size` prompts at a time and writes files of about `shard_megabytes` MB. Before training,
     all prompts are looked up in the cache, but only if there are at most `check_up_to`.
 
     Without a `folder`, a run of at most `remember_up_to` prompts keeps their encodings in memory, if they take at most
-    `remember_megabytes`. Repeated prompts are counted each time.
+    `remember_megabytes` MB. Prompts that occur several times are counted each time.
 
     Raises `UserError` for a value out of its range.
     """

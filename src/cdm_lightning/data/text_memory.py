@@ -1,6 +1,6 @@
-"""The encodings of prompts that are used again and again. They are computed once and kept in memory.
+"""Keep the encodings of prompts in memory, so that each prompt is encoded only once.
 
-A run with a few hundred captions uses each of them many times, and would otherwise repeat the work of the text encoders.
+This is for runs with at most a few hundred prompts, in which each prompt is used many times.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -18,10 +18,12 @@ BATCH = 64  # prompts encoded at a time
 class RememberedText:
     """A wrapper of the function `encode` that encodes `prompts` and the empty prompt only once and keeps the results.
 
-    The first call encodes all of them, in fixed batches, and the results stay on their device. Therefore a result does not
-    depend on earlier calls, and a resumed run gets the same bits. A batch that contains any other prompt is encoded each time.
+    The first call encodes all these prompts, in fixed batches, and the results stay on the device. Therefore a result does not
+    depend on earlier calls, and a resumed run gets bit-identical encodings. A batch that contains any other prompt is encoded
+    at every call.
 
-    If the results would take more than `most_bytes`, or if they differ in shape, nothing is kept, and each batch is encoded.
+    If the results would take more than `most_bytes`, or if they differ in shape, nothing is kept, and each batch is encoded at
+    every call.
     """
 
     def __init__(self, encode: Encode, prompts: Iterable[str], most_bytes: int) -> None:
@@ -39,7 +41,10 @@ class RememberedText:
         return self._encode(prompts) if -1 in places else select_rows(self._table, torch.tensor(places))
 
     def forget(self) -> None:
-        """Drop what is kept. The next call encodes it again. Call this after the text encoders have moved to another device."""
+        """Drop all encodings that are kept. The next call of `encode` encodes the prompts again.
+
+        Call this after the text encoders have moved to another device.
+        """
         self._place, self._table = None, {}
 
     @torch.inference_mode(False)  # the first call may come from validation, in inference mode

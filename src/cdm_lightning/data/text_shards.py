@@ -5,8 +5,8 @@
     DIR/shards/HASH.safetensors    a shard, with a few hundred megabytes of prompts: "keys" (n, 16) uint8, "crc32" (n,) int64,
                                    and the encodings "cond.NAME" (n, ...); HASH is a hash of the keys
 
-The key of a prompt is a hash of its text. Each file is written under another name and renamed when it is complete. Each prompt
-has a checksum, so that damage is noticed when the prompt is used.
+The key of a prompt is a hash of its text. Each file is written under a temporary name and renamed when it is complete. Each
+prompt has a checksum, so that damage is noticed when the prompt is used.
 """
 
 import hashlib
@@ -96,13 +96,15 @@ def read_manifest(folder: Path) -> Manifest | None:
         manifest = Manifest(**json.loads(read_text(path)))
         if is_sound(manifest):
             return manifest
-    raise UserError(f"{path}: this version cannot read this text cache; make a new one in another folder")
+    raise UserError(
+        f"{path}: this version of cdm_lightning cannot read this text cache; make a new one in another folder with `{COMMAND}`"
+    )
 
 
 def is_sound(manifest: Manifest) -> bool:
-    """Return whether all values of a manifest have the right types, and its tensors sizes that a prompt can have.
+    """Return whether all values of a manifest have the right types, and the shapes and sizes of its tensors are plausible.
 
-    Raises errors of many types if it is not even of the right form.
+    Raises exceptions of many types if entries are missing or are not mappings and lists.
     """
     texts = [part for pair in manifest.text_fingerprint.items() for part in pair]
     sides = [side for entry in manifest.tensors.values() for side in entry["shape"]]
@@ -129,9 +131,9 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def require_fingerprint(folder: Path, manifest: Manifest, fingerprint: Mapping[str, str]) -> None:
-    """Raise `UserError` unless the text encoders of this run made the cache. `fingerprint` is that of these text encoders.
+    """Raise `UserError` unless the text encoders of this run made the cache.
 
-    The message lists the differences.
+    `fingerprint` identifies the text encoders of this run. The message lists the entries that differ from the manifest.
     """
     made, now = manifest.text_fingerprint, dict(fingerprint)
     differing = [
@@ -154,8 +156,8 @@ def shard_paths(folder: Path) -> list[Path]:
 def write_shard(folder: Path, manifest: Manifest, keys: Sequence[bytes], cond: Mapping[str, Tensor]) -> Path:
     """Write a shard completely or not at all, and return its path.
 
-    `keys` are the keys of its n prompts. `cond` is their encodings (n, ...), already in the dtypes of `Manifest.stored`. Raises
-    `UserError` if the shard cannot be written.
+    `keys` are the keys of its n prompts. `cond` holds their encodings (n, ...), already in the dtypes of `Manifest.stored`.
+    Raises `UserError` if the shard cannot be written.
     """
     rows = {name: cond[name].contiguous() for name in manifest.tensors}
     path = folder / SHARDS / f"{hashlib.blake2b(b''.join(keys), digest_size=KEY_BYTES).hexdigest()}.safetensors"
@@ -208,7 +210,7 @@ def read_row(path: Path, manifest: Manifest, row: int) -> dict[str, Tensor]:
 
 @contextmanager
 def reading(path: Path) -> Generator[None]:
-    """Turn each unexpected error inside the block, which reads the shard `path`, into the `UserError` of `broken`."""
+    """Turn each unexpected error inside the `with` block, which reads the shard `path`, into the `UserError` that `broken` returns."""
     try:
         yield
     except UserError:
@@ -227,7 +229,7 @@ def check_sum(cond: Mapping[str, Tensor]) -> int:
 
 
 def broken(path: Path) -> UserError:
-    """Return a `UserError` about an incomplete or damaged shard. It is not raised here."""
+    """Return, but do not raise, a `UserError` about the incomplete or damaged shard `path`."""
     return UserError(
-        f"{path}: half-written or damaged; delete this file and run `{COMMAND}` again to write its prompts again"
+        f"{path}: the file is incomplete or damaged; delete this file and run `{COMMAND}` again to write its prompts again"
     )

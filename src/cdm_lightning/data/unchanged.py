@@ -1,4 +1,4 @@
-"""The check that a file has not changed since it was first read, for files that a run reads again and again."""
+"""Check that a file has not changed since it was first read. This is for files that a run reads again and again."""
 
 import os
 from dataclasses import dataclass

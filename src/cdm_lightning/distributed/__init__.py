@@ -1,1 +1,1 @@
-"""Several processes for one run: starting them, distributing networks over them, and their communication."""
+"""Several processes for one run: start them, distribute networks over them, and let them communicate."""

@@ -1,4 +1,4 @@
-"""The choice of the device that a command uses."""
+"""Choose the device that a command uses."""
 
 import re
 
@@ -12,7 +12,7 @@ KNOWN = re.compile(r"cpu|mps|(cuda|xpu)(:\d{1,3})?")  # torch imports modules fo
 def choose_device(name: str) -> torch.device:
     """Return the device for a command's `--device` option; "auto" is CUDA if available, otherwise the CPU.
 
-    Raises `UserError` for other kinds of devices than `KNOWN`, and if torch cannot use the device on this machine.
+    Raises `UserError` for a name that does not match `KNOWN`, and if torch cannot use the device on this machine.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,8 +1,8 @@
 """Start several processes on this machine for one run, with torch's elastic launcher.
 
-Hydra composes the configuration once, in the launching process. The started processes read it from a private temporary folder, so
-all have the same one. The launcher forwards signals to them and ends with their exit status. They run in sessions of their own,
-so a signal to the launcher's process group (Ctrl-C, `timeout`) reaches them only once, through the launcher.
+Hydra composes the configuration once, in the launching process. The started processes read it from a private temporary folder,
+so all have the same configuration. The launcher forwards signals to them and ends with their exit status. They run in sessions
+of their own, so a signal to the launcher's process group (Ctrl-C, `timeout`) reaches them only once, through the launcher.
 """
 
 import importlib
@@ -167,7 +167,7 @@ def sign_on(folder: Path) -> None:
 def follow(parent: int) -> None:
     """Let this process get SIGTERM as soon as the process `parent`, which started it, dies.
 
-    Raises `Preempted` if it is already dead.
+    Raises `Preempted` if `parent` is already dead.
     """
     if os.getppid() != parent:
         raise Preempted("because its launcher has died")

@@ -40,7 +40,7 @@ def from_first(value: Any) -> Any:
 
 
 def largest(count: int) -> int:
-    """Return the largest count of all processes. All must call this. No process waits for its GPU."""
+    """Return the largest `count` of all processes. All processes must call this. No process waits for its GPU."""
     if world_size() == 1:
         return count
     shared = torch.tensor(count, device="cpu")
@@ -56,7 +56,7 @@ def any_of(flag: bool) -> bool:
 def agree(error: OSError | None) -> None:
     """Raise OSError in all processes if one of them passes an error. All processes must call this.
 
-    The raised error has the text of the first one that was passed.
+    The raised error has the text of the error from the process with the lowest rank.
     """
     texts = gather(None if error is None else str(error.strerror or error))
     found = next((text for text in texts if text is not None), None)

@@ -1,8 +1,8 @@
-"""Sharding of networks over processes with FSDP2: rows of weights, dtypes of messages, and sums of gradients.
+"""Shard networks over processes with FSDP2.
 
-Each block of a network is gathered while it computes, and freed afterwards. Weights are rounded to the compute dtype before they
-are sent, and gradients are summed in float32. FSDP2 does not cast inputs: autocast does, as in a single process, and timesteps
-stay float32.
+Each process holds some rows of each weight. The weights of a block are gathered while the block computes, and freed afterwards.
+Weights are rounded to the compute dtype before they are sent, and gradients are summed in float32. FSDP2 does not cast inputs:
+autocast does, as in a single process, and timesteps stay float32.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Set
@@ -44,8 +44,8 @@ def shard(
 ) -> None:
     """Shard a network over the processes of `mesh` with FSDP2, in place. Each module of `block_types` is sharded separately.
 
-    The parameters in `whole` stay unsharded. All others are gathered for a forward or backward pass and then freed, so that a
-    process otherwise holds only its shards. `offload` can keep the shards in host memory (`host_memory`).
+    The parameters in `whole` stay unsharded. All others are gathered for a forward or backward pass and then freed. At other
+    times a process holds only its shards. `offload` can keep the shards in host memory (`host_memory`).
     """
     if all(parameter in whole for parameter in network.parameters()):
         return
@@ -83,7 +83,10 @@ def fill(network: nn.Module, read_rows: Callable[[str, int, int], Tensor], devic
 
 
 def average_whole_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Average the gradients of unsharded parameters over all processes, in place. FSDP2 averages those of sharded parameters."""
+    """Average the gradients of unsharded parameters over all processes, in place.
+
+    FSDP2 itself averages the gradients of sharded parameters.
+    """
     gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
     if ranks.world_size() == 1 or not gradients:
         return

@@ -1,7 +1,7 @@
-"""How a run is distributed over processes: one process, a copy of the networks in each, shards, or copies of shards.
+"""The ways to distribute a run: one process, whole networks in each process, shards, or several copies of sharded networks.
 
-With several processes the strategy is FSDP2 on a mesh (replicas, shards). W processes form the mesh (W, 1) for a copy in each,
-and (1, W) for shards. The dimensions of the mesh have Lightning's names.
+With several processes the strategy is FSDP2 on a mesh (replicas, shards). W processes form the mesh (W, 1) for whole networks
+in each process, and (1, W) for shards. The dimensions of the mesh have the names that Lightning uses.
 """
 
 import os
@@ -24,9 +24,10 @@ FEWEST_PROCESSES = 4  # allowed on a machine with fewer CPU cores, to try a layo
 class MeshStrategy(ModelParallelStrategy):
     """Lightning's FSDP2 strategy on a mesh of `replicas` x `shards` processes. `training.placement.distribute` shards the networks.
 
-    `on_cpu` lists networks, such as "teacher", whose shards stay in host memory. Their blocks are copied to the device when they
-    compute, and their optimizer steps are made in host memory. If a process waits for another longer than `timeout` seconds, the
-    run ends with an error. Raises `UserError` for a timeout that is not above 0 and at most `LONGEST_TIMEOUT`.
+    `on_cpu` lists networks, such as "teacher", whose shards stay in host memory. A block of such a network is copied to the
+    device when it computes, and the optimizer updates the network in host memory. If a process waits for another longer than
+    `timeout` seconds, the run ends with an error. Raises `UserError` for a timeout that is not above 0 and at most
+    `LONGEST_TIMEOUT`.
     """
 
     def __init__(self, replicas: int, shards: int, on_cpu: Sequence[str] = (), timeout: Seconds = TIMEOUT) -> None:
@@ -48,10 +49,13 @@ class MeshStrategy(ModelParallelStrategy):
         check_on_cpu(self.on_cpu, networks, whole)
 
     def model_to_device(self) -> None:
-        """Do nothing, because `training.placement.distribute` has already placed all networks; some must stay in host memory."""
+        """Do nothing: `training.placement.distribute` has already placed all networks, and some must stay in host memory."""
 
     def _configure_launcher(self) -> None:
-        """Refuse to start processes: Lightning would run the whole command again in each, and so a sweep too."""
+        """Raise `UserError` if Lightning would have to start the processes itself.
+
+        Lightning would run the whole command, even a whole sweep, again in each process.
+        """
         environment = cast(ClusterEnvironment, self.cluster_environment)
         if not environment.creates_processes_externally and self.replicas * self.shards > 1:
             raise UserError(
@@ -68,8 +72,8 @@ def check_on_cpu(on_cpu: Sequence[str], networks: Sequence[str], whole: Sequence
     """Raise `UserError` if `on_cpu` names a network that cannot be in host memory.
 
     `networks` are the names of all networks of the run. `whole` are the networks that can be in host memory, because they hold
-    all weights of the pretrained network. LoRA adapters, their shared base and heads (networks that the objective builds itself)
-    do not.
+    all weights of the pretrained network. The others are LoRA adapters, their shared base network, and heads (networks that the
+    objective builds itself).
     """
     refused = [name for name in on_cpu if name not in whole]
     if refused:
@@ -81,8 +85,8 @@ def check_on_cpu(on_cpu: Sequence[str], networks: Sequence[str], whole: Sequence
 def single_process(devices: DevicesOption = 1, num_nodes: Processes = 1) -> str:
     """Return the name of Lightning's strategy for one process on one device. Raises `UserError` if more processes are set.
 
-    `devices` is the argument of `Trainer`: a count, a list of indices, "auto", or one of these as text. Processes that a launcher
-    has started count too, because all would write to one folder.
+    `devices` is the argument of `Trainer`: a count, a list of indices, "auto", or one of these as text. Processes that torchrun
+    or SLURM has started are counted too, because all of them would write to one folder.
     """
     processes = max(device_count(devices) * num_nodes, launched_processes() or 1)
     if processes != 1:
@@ -144,20 +148,20 @@ def hybrid_sharded(
 def world_size(devices: int | str | Sequence[int], num_nodes: int) -> int:
     """Return the number of processes on all nodes: `num_nodes` times the devices of a node (`device_count`).
 
-    Raises `UserError` if torchrun or SLURM has started another number.
+    Raises `UserError` if torchrun or SLURM has started another number of processes.
     """
     processes = device_count(devices) * num_nodes
     launched = launched_processes() or processes
     if launched != processes:
         raise UserError(
             f"trainer.devices and trainer.num_nodes give {processes} processes, but the launcher started {launched}; "
-            "make the numbers equal"
+            "set trainer.devices and trainer.num_nodes to match it"
         )
     return processes
 
 
 def launched_processes() -> int | None:
-    """Return the number of processes that torchrun or SLURM has started. None means that the run has no such launcher."""
+    """Return the number of processes that torchrun or SLURM has started, or None if the run was not started by one of them."""
     tasks = int(os.environ.get("SLURM_NTASKS", "1"))
     return int(os.environ.get("WORLD_SIZE", "0")) or (tasks if tasks > 1 else None)
 
@@ -165,7 +169,8 @@ def launched_processes() -> int | None:
 def require_devices(devices: int | str | Sequence[int], accelerator: str = "auto") -> None:
     """Raise `UserError` if this machine has fewer devices than `trainer.devices` needs, before processes are started.
 
-    On a CPU each usable core counts as a device. `FEWEST_PROCESSES` are always allowed, to try out a layout on a small machine.
+    On a CPU each usable core counts as a device. `FEWEST_PROCESSES` processes are always allowed on a CPU, so that a strategy
+    can be tried out on a small machine.
     """
     count = device_count(devices)
     is_gpu = accelerator in ("cuda", "gpu") or (accelerator == "auto" and torch.cuda.is_available())
