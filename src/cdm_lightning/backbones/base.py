@@ -75,12 +75,12 @@ class Backbone(Anatomy, ABC):
     @property
     @abstractmethod
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of a latent."""
+        """The shape (C, H, W) of a latent."""
 
     @property
     @abstractmethod
     def image_size(self) -> tuple[int, int]:
-        """(H, W) of an image, in pixels."""
+        """The height and width (H, W) of an image, in pixels."""
 
     def at(self, height: int | None = None, width: int | None = None) -> "Backbone":
         """Return this backbone for images of another size in pixels, with the parts that are already loaded.
@@ -225,7 +225,8 @@ class Backbone(Anatomy, ABC):
     def enable_gradient_checkpointing(self, network: nn.Module, function: CheckpointFunction | None = None) -> None:
         """Make each block of `network` recompute its activations in the backward pass.
 
-        `function(block, *arguments)` calls a block in this way. The default is torch's own checkpointing.
+        `function(block, *arguments)` must run a block so that its activations are recomputed. The default is torch's
+        checkpointing.
         """
 
     @abstractmethod

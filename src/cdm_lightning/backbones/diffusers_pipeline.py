@@ -105,7 +105,8 @@ class PipelineBackbone(PipelineSettings):
     def enable_gradient_checkpointing(self, network: nn.Module, function: CheckpointFunction | None = None) -> None:
         """Make each block of `network` recompute its activations in the backward pass.
 
-        `function(block, *arguments)` calls a block in this way. The default is torch's own checkpointing.
+        `function(block, *arguments)` must run a block so that its activations are recomputed. The default is torch's
+        checkpointing.
         """
         cast(ModelMixin, network).enable_gradient_checkpointing(function)
 

@@ -1,4 +1,4 @@
-"""The list of model families. The pipeline class in model_index.json decides which backbone reads a pipeline."""
+"""The list of supported pipeline classes with their backbones. model_index.json names the class of a pipeline."""
 
 from importlib import import_module
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Finding a diffusers pipeline on disk or on the Hugging Face hub, and checking it.
+"""Find a diffusers pipeline on disk or on the Hugging Face hub, and check it.
 
 The file model_index.json of a pipeline folder is called its index. It names the class of the pipeline and of each part. A part,
 such as "vae", lies in a subfolder of the same name. A pipeline that cannot be used raises `UserError`.

@@ -219,7 +219,7 @@ class PipelineSettings(Backbone):
 
     @property
     def native_side(self) -> int:
-        """The side of an image, in pixels, if no size is given."""
+        """The default height and width of an image, in pixels."""
         return 128 * self.vae_factor  # `default_sample_size` of the pipelines that have one
 
     @property
@@ -229,7 +229,7 @@ class PipelineSettings(Backbone):
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels. Raises `UserError` for a side that does not fit the network."""
+        """The size (height, width) of an image, in pixels. Raises `UserError` for a side that does not fit the network."""
         unit, largest = self.size_unit, self.largest_side
         for name, side in (("height", self.height), ("width", self.width)):
             if side is not None and (side % unit or not 0 < side <= (largest or side)):
@@ -244,7 +244,7 @@ class PipelineSettings(Backbone):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of a latent."""
+        """The shape (C, h, w) of a latent."""
         height, width = self.image_size
         return self.latent_channels, height // self.vae_factor, width // self.vae_factor
 

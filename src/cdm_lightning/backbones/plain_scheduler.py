@@ -69,7 +69,7 @@ def plain_scheduler(scheduler: FlowMatchEulerDiscreteScheduler, nfe: int) -> Flo
     error = (plain.sigmas.double() - scheduler.sigmas.double()).abs().max()
     if not error < TOLERANCE:
         raise UserError(
-            f"the installed diffusers gives other sigmas than the student was trained on (they differ by {error:.1e}); "
+            f"the installed diffusers computes other sigmas than those of training (they differ by {error:.1e}); "
             "export with diffusers 0.42"
         )
     return plain

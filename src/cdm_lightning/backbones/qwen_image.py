@@ -121,5 +121,8 @@ class QwenImageBackbone(PipelineBackbone):
         return mean, std
 
     def exported_scheduler(self, nfe: int) -> FlowMatchEulerDiscreteScheduler:
-        """Return the pipeline's own scheduler. `shift_terminal` is removed for `nfe` = 1, because it would divide 0 by 0."""
+        """Return the pipeline's own scheduler.
+
+        For `nfe` = 1, `shift_terminal` is removed, because the scheduler would divide 0 by 0.
+        """
         return self.scheduler if nfe > 1 else self._shift

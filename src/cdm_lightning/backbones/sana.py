@@ -64,7 +64,7 @@ class SanaBackbone(PipelineBackbone):
 
     @property
     def native_side(self) -> int:
-        """The side of an image, in pixels, if no size is given."""
+        """The default height and width of an image, in pixels."""
         return self.network_config["sample_size"] * self.vae_factor
 
     def call_sizes(self) -> dict[str, int]:

@@ -30,8 +30,8 @@ class SD3Backbone(PipelineBackbone):
     """The backbone of a `StableDiffusion3Pipeline`, from a local folder or the hub. Files are read only when they are needed.
 
     `PipelineSettings` describes the arguments except `compact_text`. `compact_text=k` saves computation: one token replaces the
-    identical T5 padding tokens after the first k T5 tokens, with the same result (`compact_text.py`). None keeps all padding,
-    as the stock pipeline does.
+    identical T5 padding tokens after the first k T5 tokens, with the same result (`compact_text.py`). With `compact_text=None`,
+    all padding is kept, as in the stock pipeline.
     """
 
     title = "SD3"
@@ -54,7 +54,7 @@ class SD3Backbone(PipelineBackbone):
 
     @property
     def native_side(self) -> int:
-        """The side of an image, in pixels, if no size is given."""
+        """The default height and width of an image, in pixels."""
         return self.network_config["sample_size"] * self.vae_factor
 
     @property

@@ -99,7 +99,7 @@ class StudentCall:
 
     @property
     def keeps_scheduler(self) -> bool:
-        """Whether the scheduler of training is written in addition, because it cannot be derived from the exported scheduler."""
+        """Whether the export also contains the scheduler of training, which cannot be derived from the exported scheduler."""
         return self.exported is not self.scheduler and not isinstance(self.exported, FlowMapEulerDiscreteScheduler)
 
     def usage(self) -> str:

@@ -114,12 +114,12 @@ class Toy2DBackbone(Backbone):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(2, 1, 1): x and y as channels."""
+        """The shape (2, 1, 1) of a latent. Its two channels are x and y."""
         return (2, 1, 1)
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(H, W) in pixels."""
+        """The height and width (H, W) of an image, in pixels."""
         return (IMAGE_SIDE, IMAGE_SIDE)
 
     @property
@@ -210,7 +210,8 @@ class Toy2DBackbone(Backbone):
     def enable_gradient_checkpointing(self, network: nn.Module, function: CheckpointFunction | None = None) -> None:
         """Make each block of `network` recompute its activations in the backward pass.
 
-        `function(block, *arguments)` calls a block in this way. The default is torch's own checkpointing.
+        `function(block, *arguments)` must run a block so that its activations are recomputed. The default is torch's
+        checkpointing.
         """
         velocity = cast(VelocityMLP, network)
         velocity.gradient_checkpointing = True

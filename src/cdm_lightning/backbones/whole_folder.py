@@ -48,7 +48,7 @@ def kind_of(class_name: str) -> str:
 def parts_of(index: Mapping[str, Any]) -> dict[str, str]:
     """Return {part: name of its class} for the parts in a pipeline's index, the contents of model_index.json.
 
-    The result does not contain settings of the pipeline, such as "is_distilled": true, and parts that are left out ([null,
+    The result contains neither the pipeline's settings, such as "is_distilled": true, nor parts that are left out ([null,
     null]).
     """
     entries = {part: entry for part, entry in index.items() if isinstance(entry, list) and not part.startswith("_")}

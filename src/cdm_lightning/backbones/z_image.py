@@ -45,7 +45,7 @@ class ZImageBackbone(PipelineBackbone):
 
     @property
     def native_side(self) -> int:
-        """The side of an image, in pixels, if no size is given."""
+        """The default height and width of an image, in pixels."""
         return 1024
 
     @property

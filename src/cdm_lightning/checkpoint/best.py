@@ -1,4 +1,4 @@
-"""Two small files beside the checkpoints: best.json for the best checkpoint, and validated.json for the last validation."""
+"""Two small files beside the checkpoints: best.json names the best checkpoint, and validated.json the last validation."""
 
 import json
 import math

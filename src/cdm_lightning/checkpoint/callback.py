@@ -247,7 +247,7 @@ class IterationCheckpoint(Checkpoint):
         """Raise `UserError` on all processes if any of them has a non-finite weight in a trained network."""
         if (name := not_finite(tensors, module.networks)) is not None:
             raise UserError(
-                f"{name} is not finite at iteration {module.iteration}, so nothing was saved; {self._advice()}"
+                f"the weight {name} is not finite at iteration {module.iteration}, so nothing was saved; {self._advice()}"
             )
 
     def _advice(self) -> str:

@@ -142,7 +142,7 @@ def build(
     if node is None:
         return []
     if not isinstance(node, Mapping | DictConfig):
-        raise UserError(f"{key}={node} must be a mapping with a _target_; see the files in conf/")
+        raise UserError(f"{key}={node} must be a mapping with a _target_, the name of a class; see the files in conf/")
     if "_target_" in node:
         return _require(_instantiate(node, key, **more), node, key, of)
     built = []

@@ -1,4 +1,4 @@
-"""The check that each value in a configuration fits the constructor that receives it, before anything is built.
+"""Check that each value in a configuration fits the constructor that will get it, before anything is built.
 
 pydantic checks values by the annotations of the constructor's parameters (`cdm_lightning.kinds`). The annotations of other
 libraries have no ranges, so `config.libraries` lists ranges for their classes.
@@ -200,7 +200,7 @@ def _name_of(node: DictConfig, name: str, key: str) -> str:
 def alternatives(hint: Any) -> tuple[Any, ...]:
     """Return the types that an annotation allows: (int, NoneType) for `int | None`, and (int,) for `int`.
 
-    Metadata of the whole union is added to each type.
+    If the whole union is `Annotated`, its metadata is added to each type.
     """
     if get_origin(hint) is Annotated and get_origin(get_args(hint)[0]) in (Union, UnionType):
         base, *marks = get_args(hint)

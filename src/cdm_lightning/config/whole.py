@@ -45,7 +45,9 @@ def check_config(config: DictConfig) -> None:
     for key in OBJECTS:
         node = value_of(config, key, "")
         if not isinstance(node, DictConfig) or "_target_" not in node:
-            raise UserError(f"{key}={_shown(node)} must be a mapping with a _target_; see conf/{key}{where_set(key)}")
+            raise UserError(
+                f"{key}={_shown(node)} must be a mapping with a _target_, the name of a class; see conf/{key}{where_set(key)}"
+            )
         check_arguments(node, key)
     for key in FAMILIES:
         _check_family(value_of(config, key, "") if key in config else None, key)
@@ -68,7 +70,9 @@ def _check_family(node: Any, key: str) -> None:
     if node is None and key not in NEEDED:
         return
     if not isinstance(node, DictConfig):
-        raise UserError(f"{key}={_shown(node)} must be a mapping of names to objects; see conf/{key}{where_set(key)}")
+        raise UserError(
+            f"{key}={_shown(node)} must be a mapping in which each name has an object with a _target_; see conf/{key}{where_set(key)}"
+        )
     for name, child in node.items():
         where = f"{key}.{name}"
         if child is None and key not in NEEDED:

@@ -2,9 +2,9 @@
 
 All classes draw one sigma for each sample and clamp it to [low, high]. As in the code of CDM's authors the draws are not
 rescaled. With the bounds 0.02 and 0.98, 2 % of uniform draws therefore become `low` and 2 % become `high`. The network is
-called at the clamped sigma. With `space="before_shift"`, the model family's timestep shift (SD3: 3 s / (1 + 2 s)) is applied to
-the draw before the clamp; with "after_shift" it is not. Sigmas are drawn on the CPU and moved to the device once. All classes
-raise ValueError for an argument out of its range.
+called at the clamped sigma. With `space="before_shift"`, the model family's timestep shift (for SD3, sigma s becomes 3 s / (1 +
+2 s)) is applied to the draw before the clamp; with "after_shift" it is not. Sigmas are drawn on the CPU and moved to the device
+once. All classes raise ValueError for an argument out of its range.
 """
 
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class UniformLevels:
         _check(self.low, self.high, self.space)
 
     def sample(self, rng: StepRandom, purpose: str, ceiling: Tensor, shift: Shift) -> Tensor:
-        """Draw the sigmas (B,), float32, on the device; the arguments are those of `SigmaLevels.sample`."""
+        """Draw the sigmas (B,), float32, on the device. `SigmaLevels.sample` explains the arguments."""
         return rng.place(_seen(rng.uniform(purpose), self.space, shift).clamp(self.low, self.high))
 
 
@@ -62,7 +62,7 @@ class CappedUniformLevels:
         _check(self.low, self.high, "after_shift")
 
     def sample(self, rng: StepRandom, purpose: str, ceiling: Tensor, shift: Shift) -> Tensor:
-        """Draw the sigmas (B,), float32, on the device; the arguments are those of `SigmaLevels.sample`."""
+        """Draw the sigmas (B,), float32, on the device. `SigmaLevels.sample` explains the arguments."""
         return (rng.place(rng.uniform(purpose)) * ceiling).clamp(self.low, self.high)
 
 
@@ -82,7 +82,7 @@ class LogitNormalLevels:
             raise ValueError(f"std={self.std} must be positive")
 
     def sample(self, rng: StepRandom, purpose: str, ceiling: Tensor, shift: Shift) -> Tensor:
-        """Draw the sigmas (B,), float32, on the device; the arguments are those of `SigmaLevels.sample`."""
+        """Draw the sigmas (B,), float32, on the device. `SigmaLevels.sample` explains the arguments."""
         draws = (self.mean + self.std * rng.gaussian(purpose)).sigmoid()
         return rng.place(_seen(draws, self.space, shift).clamp(self.low, self.high))
 

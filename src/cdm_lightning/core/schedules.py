@@ -1,8 +1,8 @@
 """Sigma schedules of rollouts and of inference. K steps have K + 1 sigmas, from 1 down to 0.
 
-A model family shifts sigmas towards noise (SD3: 3 s / (1 + 2 s)). `space` says whether the configured sigmas are unshifted
-("before_shift", as in papers) or shifted already ("after_shift"). The returned sigmas are always shifted; the network is called
-at them. Classes raise ValueError for arguments that give no decreasing sigmas.
+A model family shifts sigmas towards noise (for SD3, sigma s becomes 3 s / (1 + 2 s)). `space` says whether the configured
+sigmas are unshifted ("before_shift", as in papers) or shifted already ("after_shift"). The returned sigmas are always shifted;
+the network is called at them. Classes raise ValueError for arguments that give no decreasing sigmas.
 """
 
 from collections.abc import Callable, Sequence

@@ -36,7 +36,7 @@ class PromptBatch(NamedTuple):
     group: tuple["PromptBatch", ...] = ()
 
     def split(self, count: int) -> list["PromptBatch"]:
-        """Split the batch into at most `count` parts whose sizes differ by at most 1. The parts have no `group`.
+        """Split the batch into at most `count` parts whose sizes differ by at most 1. The attribute `group` of the parts is empty.
 
         If the batch has fewer than `count` samples, each part has one sample.
         """

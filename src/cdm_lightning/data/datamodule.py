@@ -102,7 +102,7 @@ class PromptDataModule(L.LightningDataModule):
         if self.val_prompts < world_size:
             raise UserError(
                 f"data: {self.val_prompts} validation prompts are too few for {world_size} processes; set data.val_prompts "
-                f"and the prompts of data.val to at least {world_size}"
+                f"to at least {world_size}, and use a data.val with at least that many prompts"
             )
         batches = evaluation_batches(self.val_prompts, self.val_batch_size, rank, world_size)
         return self._loader(DrawnPrompts(self.val), batches, 0)

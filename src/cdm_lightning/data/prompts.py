@@ -87,7 +87,7 @@ class SelectedPrompts(Prompts):
 
 
 class PromptFile(SelectedPrompts):
-    """The prompts in a file, or in all files of a folder, which must have one format and are read in path order.
+    """The prompts in a file, or in all files of a folder. The files must have one format and are read in the order of their paths.
 
     - A text file has one prompt on each line.
     - A `*.jsonl` file has one object on each line, with the prompt under `field` (default: "prompt").

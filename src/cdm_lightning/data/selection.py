@@ -1,4 +1,4 @@
-"""The selection of prompts from a source. Blank, over-long and repeated texts are left out and counted."""
+"""Select the texts of a source that are used as prompts. Blank, over-long and repeated texts are left out and counted."""
 
 import hashlib
 import unicodedata

@@ -1,4 +1,4 @@
-"""Communication between the processes of a run. With one process, each function returns its argument."""
+"""Communication between the processes of a run. In a run with one process, the functions work without torch's process group."""
 
 from typing import Any
 

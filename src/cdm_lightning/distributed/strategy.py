@@ -106,7 +106,7 @@ def data_parallel(
     """Return the strategy in which each process holds whole copies of all networks (strategy=ddp).
 
     `world_size` explains `devices` and `num_nodes`, and `MeshStrategy` explains `on_cpu` and `timeout`. Raises `UserError` for
-    values that they refuse.
+    a value that one of them refuses.
     """
     return MeshStrategy(world_size(devices, num_nodes), 1, on_cpu, timeout)
 
@@ -120,7 +120,7 @@ def fully_sharded(
     """Return the strategy in which each process holds one shard of each weight, gradient and optimizer state (strategy=fsdp2).
 
     `world_size` explains `devices` and `num_nodes`, and `MeshStrategy` explains `on_cpu` and `timeout`. Raises `UserError` for
-    values that they refuse.
+    a value that one of them refuses.
     """
     return MeshStrategy(1, world_size(devices, num_nodes), on_cpu, timeout)
 
@@ -132,10 +132,11 @@ def hybrid_sharded(
     on_cpu: Sequence[Network] = (),
     timeout: Seconds = TIMEOUT,
 ) -> MeshStrategy:
-    """Return the strategy of `replicas` copies of the networks, each sharded over a group of processes (strategy=hsdp).
+    """Return the strategy with `replicas` copies of the networks. Each copy is sharded over a group of processes (strategy=hsdp).
 
-    The groups have equal sizes. `world_size` explains `devices` and `num_nodes`, and `MeshStrategy` explains `on_cpu` and
-    `timeout`. Raises `UserError` for values that they refuse, and if `replicas` does not divide the number of processes.
+    All groups have the same size. `world_size` explains `devices` and `num_nodes`, and `MeshStrategy` explains `on_cpu` and
+    `timeout`. Raises `UserError` for a value that one of them refuses, and if `replicas` does not divide the number of
+    processes.
     """
     processes = world_size(devices, num_nodes)
     if replicas < 1 or processes % replicas:
