@@ -68,9 +68,7 @@ class Backbone(Anatomy, ABC):
     lora_targets: Mapping[str, tuple[str, ...]] = {}  # presets of LoRA targets: name suffixes of linear layers
     decode_tile: int | None = None  # images with a longer side, in pixels, are decoded in tiles; read by `setup`
     teacher_is_base: bool = True  # whether the network of `build_base` without its adapters is the teacher
-    unplannable: str | None = (
-        None  # why the planner cannot plan the family, as a sentence; shown before any file is read
-    )
+    unplannable: str | None = None  # a sentence that says why the planner cannot plan this family
 
     @property
     @abstractmethod
@@ -147,7 +145,7 @@ class Backbone(Anatomy, ABC):
         self.encode_prompts = cache.encode  # the instance attribute hides the method of the class
 
     def use_text_memory(self, memory: TextMemory) -> None:
-        """Take all text conditioning from `memory`, which must wrap this backbone's `encode_prompts`, from now on."""
+        """Take all text conditioning from `memory` from now on. It must be a wrapper of this backbone's `encode_prompts`."""
         self.text_memory, self.encode_prompts = memory, memory.encode
 
     def drop_text_encoders(self) -> None:
@@ -156,10 +154,7 @@ class Backbone(Anatomy, ABC):
 
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Return the text conditioning of B prompts: tensors (B, ...) by name.
-
-        The prompt "" gives the unconditional conditioning.
-        """
+        """Return the text conditioning of B prompts: tensors (B, ...) by name. The prompt "" is the unconditional prompt."""
 
     def blank_conditioning(self, batch: int) -> Conditioning:
         """Return uninitialized tensors with the names, shapes and dtypes of `encode_prompts` for `batch` prompts.
@@ -176,9 +171,9 @@ class Backbone(Anatomy, ABC):
     def alike(self, conds: Sequence[Conditioning]) -> Sequence[Conditioning] | None:
         """Bring the conditioning of several batches to equal shapes, for example by padding. Return None if this is impossible.
 
-        Conditioning of equal shapes can be concatenated for a single network call. By default nothing is padded, and None is
-        returned if shapes differ. A family whose shapes depend on the prompts must override this. Otherwise, processes that
-        share a sharded network would make different numbers of calls.
+        Conditioning of equal shapes can be concatenated for a single network call. By default nothing is padded. A family whose
+        shapes depend on the prompts must override this. Otherwise, processes that share a sharded network would make different
+        numbers of calls.
         """
         shapes = [{name: value.shape[1:] for name, value in cond.items()} for cond in conds]
         return conds if all(shape == shapes[0] for shape in shapes) else None
@@ -223,11 +218,7 @@ class Backbone(Anatomy, ABC):
 
     @abstractmethod
     def enable_gradient_checkpointing(self, network: nn.Module, function: CheckpointFunction | None = None) -> None:
-        """Make each block of `network` recompute its activations in the backward pass.
-
-        `function(block, *arguments)` must run a block so that its activations are recomputed. The default is torch's
-        checkpointing.
-        """
+        """Apply gradient checkpointing to each block, by `function(block, *arguments)` (default: torch's checkpointing)."""
 
     @abstractmethod
     def save_pipeline(self, network: nn.Module, folder: Path, nfe: int, model_card: str) -> None:
@@ -257,10 +248,7 @@ class BoundField(VelocityField):
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """Return the velocity (B, C, H, W) in float32 for x (B, C, H, W) and sigma (B,).
-
-        Sigma is not cast to `compute_dtype`.
-        """
+        """Return the velocity (B, C, H, W) in float32 for x (B, C, H, W) and sigma (B,). Sigma stays in float32."""
         with (
             torch.autocast(x.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32),
             giving(self.network, self.inputs),

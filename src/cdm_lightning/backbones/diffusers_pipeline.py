@@ -103,20 +103,13 @@ class PipelineBackbone(PipelineSettings):
         return load_model(self.transformer_class, self.folder / "transformer", dtype)
 
     def enable_gradient_checkpointing(self, network: nn.Module, function: CheckpointFunction | None = None) -> None:
-        """Make each block of `network` recompute its activations in the backward pass.
-
-        `function(block, *arguments)` must run a block so that its activations are recomputed. The default is torch's
-        checkpointing.
-        """
+        """Apply gradient checkpointing to each block, by `function(block, *arguments)` (default: torch's checkpointing)."""
         cast(ModelMixin, network).enable_gradient_checkpointing(function)
 
     # ---- sigmas
 
     def shift_sigmas(self, sigmas: Tensor) -> Tensor:
-        """Apply the scheduler's timestep shift to sigmas of any shape.
-
-        The result is float32, with the same shape and device.
-        """
+        """Apply the scheduler's timestep shift to sigmas of any shape. The result is float32, with the same shape and device."""
         given = sigmas.detach().to("cpu", torch.float32).flatten().numpy()
         with np.errstate(divide="ignore"):  # the dynamic shift divides by sigma; the result at 0 is still right
             self._shift.set_timesteps(sigmas=given, mu=self._mu)
@@ -165,10 +158,7 @@ class PipelineBackbone(PipelineSettings):
         return parts
 
     def _load_parts(self, without: Iterable[str]) -> DiffusionPipeline:
-        """Load all parts of the pipeline except the transformer and the parts in `without`.
-
-        The models are frozen and in eval mode.
-        """
+        """Load all parts except the transformer and those in `without`. The models are frozen and in eval mode."""
         left_out = dict.fromkeys(["transformer", *without])
         index = read_index(self.folder, self.pretrained)
         parts = {name: kind for name, kind in parts_of(index).items() if name not in left_out}
@@ -192,10 +182,7 @@ class PipelineBackbone(PipelineSettings):
         return load_model(kind, self.folder / part, torch.float32 if part == "vae" else DTYPES[self.text_dtype])
 
     def _from_files(self, blamed: Path, given: Mapping[str, nn.Module | None]) -> DiffusionPipeline:
-        """Load the pipeline. The parts in `given` are not loaded but taken from it; a part that is None is left out.
-
-        `blamed` is the path that the error message names.
-        """
+        """Load the pipeline with the parts in `given`; None leaves a part out. Error messages name the path `blamed`."""
         with loading(blamed):
             return self.pipeline_class.from_pretrained(self.folder, **given)
 
@@ -246,10 +233,7 @@ class PipelineBackbone(PipelineSettings):
         return self._encode([""])
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Return the text conditioning of B prompts, with embeddings in float32.
-
-        The prompt "" gives the unconditional conditioning.
-        """
+        """Return the text conditioning of B prompts, in float32. The prompt "" is the unconditional prompt."""
         if any(prompts):
             return self._encode(list(prompts))
         return {name: value.repeat_interleave(len(prompts), dim=0) for name, value in self._unconditional.items()}
@@ -295,10 +279,7 @@ class PipelineBackbone(PipelineSettings):
         )
 
     def _guidance_notes(self) -> list[str]:
-        """Return a warning for the model card for each argument that must be passed to switch guidance off.
-
-        These are the arguments in `unguided` (such as `guidance_scale`) whose default in the pipeline's call applies guidance.
-        """
+        """Return a warning for each argument in `unguided` whose default in the pipeline switches guidance on."""
         defaults = {name: self.call_default(name) for name in self.unguided}
         return [
             f"Pass `{name}={value}` in every call: the pipeline's default, {defaults[name]}, is guidance for the original "

@@ -112,10 +112,7 @@ class PipelineSettings(Backbone):
 
     @shared_property
     def folder(self) -> Path:
-        """The pipeline's local folder. For a hub id, it is downloaded first.
-
-        Raises `UserError` if the pipeline cannot be used.
-        """
+        """The pipeline's local folder, downloaded first for a hub id. Raises `UserError` if the pipeline cannot be used."""
         return locate_pipeline(self.pretrained, self.revision, self.pipeline_class, self.parts)
 
     @shared_property
@@ -260,10 +257,7 @@ class PipelineSettings(Backbone):
 
     @property
     def fingerprint(self) -> str:
-        """The family's name and a hash of the transformer's configuration.
-
-        Backbones with equal fingerprints can exchange weights.
-        """
+        """The family's name and a hash of the transformer's configuration. If it is equal, weights can be exchanged."""
         config = json.dumps(self.network_config, sort_keys=True)
         return f"{self.title.lower()}-{hashlib.blake2b(config.encode(), digest_size=8).hexdigest()}"
 

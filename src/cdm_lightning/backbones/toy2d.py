@@ -208,11 +208,7 @@ class Toy2DBackbone(Backbone):
         return torch.stack([x, y], dim=1)[..., None, None]
 
     def enable_gradient_checkpointing(self, network: nn.Module, function: CheckpointFunction | None = None) -> None:
-        """Make each block of `network` recompute its activations in the backward pass.
-
-        `function(block, *arguments)` must run a block so that its activations are recomputed. The default is torch's
-        checkpointing.
-        """
+        """Apply gradient checkpointing to each block, by `function(block, *arguments)` (default: torch's checkpointing)."""
         velocity = cast(VelocityMLP, network)
         velocity.gradient_checkpointing = True
         if function is not None:

@@ -39,8 +39,7 @@ class IterationCheckpoint(Checkpoint):
       finished, it is run before training continues.
     - The run ends with `UserError` if weights are not finite (such weights are not saved), or if `max_skipped` updates of a
       network in a row were skipped because of non-finite gradients (None: never).
-    - If the disk fails during a save, the run continues. If this is the save of the last iteration, the run ends with
-      `UserError`.
+    - If the disk fails, the run continues. Only if it fails at the last iteration, the run ends with `UserError`.
     - If an error occurs between two iterations of a run with one process, the run is saved before it ends.
     """
 
@@ -123,7 +122,7 @@ class IterationCheckpoint(Checkpoint):
         signals.training()
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: "CDMModule", *_: object) -> None:
-        """Note that an iteration has begun."""
+        """Remember that an iteration has begun."""
         self._is_between = False
 
     # ---- every iteration
@@ -183,10 +182,7 @@ class IterationCheckpoint(Checkpoint):
             self._drop_old()
 
     def _write(self, work: Callable[[], None]) -> bool:
-        """Call `work`, which writes a small file, on the first process.
-
-        If the disk refuses the file, print a warning and return False.
-        """
+        """Call `work`, which writes a small file, on the first process. If the disk fails, print a warning and return False."""
         if ranks.rank() == 0:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -219,10 +215,7 @@ class IterationCheckpoint(Checkpoint):
     def _save(
         self, trainer: L.Trainer, module: "CDMModule", state: dict[str, Any], needed: bool = False
     ) -> Path | None:
-        """Save a checkpoint and return its path.
-
-        If the disk fails, raise `UserError` if the save is `needed`, otherwise return None.
-        """
+        """Save, and return the checkpoint's path. If the disk fails, raise `UserError` if `needed`, otherwise return None."""
         record: dict[str, Any] = {}
         module.on_save_checkpoint(record)
         optimizers = module.optimizers_by_role

@@ -142,7 +142,9 @@ def read_marker(path: Path) -> Mapping[str, dict[str, int]]:
         files = json.loads(read_text(path / MARKER, follow=False))["files"]
         return {str(name): {"bytes": int(of["bytes"]), "crc32": int(of["crc32"])} for name, of in files.items()}
     except FileNotFoundError as error:
-        raise UserError(f"{path}: an unfinished checkpoint, without {MARKER}; use another checkpoint") from error
+        raise UserError(
+            f"{path}: this is an unfinished checkpoint, without {MARKER}; use another checkpoint"
+        ) from error
     except (OSError, *WRONG_CONTENT) as error:
         raise UserError(
             f"{path}: {MARKER} cannot be read ({type(error).__name__}: {error!s:.120}); use another checkpoint"

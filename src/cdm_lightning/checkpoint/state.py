@@ -101,8 +101,8 @@ def restore(networks: nn.Module, optimizers: Mapping[str, Optimizer], stored: St
     differing |= {name for name in both if tensors[name].is_floating_point() != stored.sizes[name][1].is_floating_point}
     if differing:
         raise UserError(
-            f"{stored.path}: {min(differing)} does not fit the networks of this configuration; restore the configuration, or set "
-            "another run_name"
+            f"{stored.path}: the tensor {min(differing)} does not fit the networks of this configuration; restore the "
+            "configuration, or set another run_name"
         )
     stored.fill({name: value for name, value in tensors.items() if name in both})
     if average := unmatched_average(tensors, stored) & tensors.keys():

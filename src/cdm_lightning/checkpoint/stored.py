@@ -141,13 +141,12 @@ class StoredCheckpoint:
         """
         if found := self.tensors(f"networks.{name}."):
             return found
-        raise UserError(f"{self.path} has no network {name}; choose a trained one, or {OTHER}")
+        raise UserError(f"{self.path} has no network {name}; choose a network that was trained, or {OTHER}")
 
     def trainer_state(self) -> dict[str, Any]:
         """Read trainer.pt: the states of Lightning's loop, the callbacks and the objective, as in `objective_state.trainer_state`.
 
-        Raises `UserError` if the file cannot be read, or holds anything but tensors, numbers, texts, and lists and dicts of
-        these.
+        Raises `UserError` if the file cannot be read, or holds anything but tensors, numbers, texts, lists and dicts.
         """
         try:
             state = torch.load(io.BytesIO(self.trainer_bytes()), map_location="cpu", weights_only=True)
@@ -193,7 +192,7 @@ def read_checkpoint(path: Path, fingerprint: str | None = None) -> StoredCheckpo
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint; pass an existing one")
     if path.suffix == ".ckpt":
-        raise UserError(f"{path}: a file of an older version, or of another program, which cannot be read; {OTHER}")
+        raise UserError(f"{path}: this is a file of an older version, or of another program; {OTHER}")
     try:
         found = _open_folder(path) if path.is_dir() else _open_file(path)
     except (*UNREADABLE, AttributeError) as error:
@@ -279,10 +278,7 @@ def _age(path: Path) -> tuple[int, bool]:
 
 
 def _try(path: Path) -> tuple[StoredCheckpoint | None, str | None]:
-    """Open a checkpoint and check it. Return (checkpoint, fault); the fault is a text, or None for an undamaged checkpoint.
-
-    The checkpoint is None if it cannot be opened. The fault is the same on all processes.
-    """
+    """Open and check a checkpoint. Return it (or None) and the first fault (or None), which is the same on all processes."""
     stored, why = None, None
     try:
         stored = read_checkpoint(path)
