@@ -114,7 +114,7 @@ DAMAGES = {
     f"{SHARD} is truncated: ": lambda path: (path / SHARD).write_bytes((path / SHARD).read_bytes()[:-1000]),
     f"{SHARD} is damaged: its checksum is wrong": lambda path: flip_a_bit(path / SHARD),
     f"{SHARD} is missing": lambda path: (path / SHARD).unlink(),
-    f"an unfinished checkpoint, without {MARKER}": lambda path: (path / MARKER).unlink(),
+    f"this is an unfinished checkpoint, without {MARKER}": lambda path: (path / MARKER).unlink(),
     "COMPLETE.json cannot be read": lambda path: (path / MARKER).write_text("{}"),
     "trainer.pt is damaged: its checksum is wrong": lambda path: flip_a_bit(path / "trainer.pt"),
 }
