@@ -145,7 +145,7 @@ class Backbone(Anatomy, ABC):
         self.encode_prompts = cache.encode  # the instance attribute hides the method of the class
 
     def use_text_memory(self, memory: TextMemory) -> None:
-        """Take all text conditioning from `memory` from now on. It must be a wrapper of this backbone's `encode_prompts`."""
+        """Take all text conditioning from `memory` from now on. `memory` must wrap this backbone's `encode_prompts`."""
         self.text_memory, self.encode_prompts = memory, memory.encode
 
     def drop_text_encoders(self) -> None:

@@ -234,7 +234,7 @@ class PointsOfPictures(nn.Module):
     """A feature extractor for metrics. The features of an image are the coordinates (x, y) of its bright dot."""
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the points (x, y), (B, 2), of images (B, 3, 32, 32) in [0, 1]."""
+        """Return the coordinates (x, y) of the dots in images (B, 3, 32, 32) in [0, 1], as (B, 2)."""
         return Toy2DBackbone().encode_images(images).flatten(1)
 
 

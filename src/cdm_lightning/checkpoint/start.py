@@ -42,7 +42,7 @@ def choose_start(
 
 
 def in_order(start: StoredCheckpoint, say: Callable[[str], None]) -> StoredCheckpoint:
-    """Rename the checkpoints beside `start` so that `start` is the newest and all names fit. Return `start`, opened again.
+    """Rename checkpoints so that `start` is the newest in its folder and all names are right. Return `start`, opened again.
 
     Checkpoints of later iterations are renamed to unused_NAME, and a name that does not fit the iteration in state.json is
     corrected. The first process renames; all processes must call this. Raises `UserError` if a folder cannot be renamed.

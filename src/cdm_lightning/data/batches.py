@@ -23,11 +23,11 @@ class PromptBatch(NamedTuple):
     """A batch of B prompts. Each prompt has a number from which its random draws, such as its noise, are derived.
 
     - `prompts`: B texts.
-    - `indices`: (B,) int64 on the CPU, the numbers for random draws. In training, it is the sample's place in the global batch
-      over all ranks. In validation, it is the prompt's number in its file, or `PADDING`.
+    - `indices`: (B,) int64 on the CPU, the numbers for random draws. In training, a sample's number is its place in the global
+      batch over all ranks. In validation, it is the prompt's number in its file, or `PADDING`.
     - `images`: (B, 3, H, W) in [0, 1], real images of the prompts, or None if the objective needs none.
-    - `group`: the batches of all iterations that compute their rollouts together, this batch included. Only the first batch of
-      these iterations has it; for the others it is empty.
+    - `group`: the batches of all iterations that compute their rollouts together, this batch included. Only the first of these
+      batches has this entry; in the others it is empty.
     """
 
     prompts: list[str]
