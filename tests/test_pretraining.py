@@ -100,13 +100,16 @@ def test_an_interrupted_stage_goes_on_exactly(tmp_path: Path) -> None:
                 raise KeyboardInterrupt
             return network(torch.randn(8, 4, generator=rng)).square().mean()
 
-        return optimise("stage", network, loss, recipe, folder=folder, save_every=3)
+        return optimise("stage", network, loss, recipe, folder=folder, save_every=3, log_every=5)
 
     straight = run(tmp_path / "a")
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "b", stop_at=8)
     resumed = run(tmp_path / "b")
     assert torch.equal(straight.weight, resumed.weight)
+    curves = [(tmp_path / name / "stage_loss.csv").read_text() for name in ("a", "b")]
+    assert curves[0] == curves[1]
+    assert [line.split(",")[0] for line in curves[0].splitlines()] == ["iteration", "5", "10"]
 
 
 def test_every_stage_runs_and_leaves_loadable_assets(tmp_path: Path) -> None:

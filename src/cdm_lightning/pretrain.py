@@ -1,8 +1,13 @@
-"""`python -m cdm_lightning.pretrain experiment=tiny_sd3_teacher`: train the bundled tiny pipeline and scorers from scratch."""
+"""`python -m cdm_lightning.pretrain experiment=NAME`: train small pipelines and their scorers from scratch.
+
+`tiny_sd3_teacher` makes the bundled 32-pixel pipeline, and `storybook_teacher` the 64-pixel one of the storybook scenes.
+"""
 
 import difflib
+import json
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -20,38 +25,67 @@ from cdm_lightning.errors import UserError
 from cdm_lightning.files import replacing_folder
 from cdm_lightning.kinds import Count, FileOrFolder, FolderToWrite, Seed
 
-LEARNED = ("vae", "teacher", "classifier", "clip")  # the stages with a recipe
 TOP: dict[str, Any] = {
     "output": FolderToWrite,
     "work_dir": FolderToWrite,
-    "stages": list[Literal["prompts", "vae", "teacher", "classifier", "clip"]],
+    "bundle": Literal["tiny_sd3", "storybook"],
+    "stages": list[str],  # refined by the bundle
     "threads": Count | None,
     "seed": Seed,
-    "earlier": FileOrFolder | None,
-    "vae_pool": Count,
-    "scorer_pool": Count,
 }
-ARGUMENTS = {  # options that are the arguments of a function or class, whose annotations say what is allowed
-    "prompts": "prompts.write_prompts",
-    "pipeline": "tiny_sd3.build_pipeline",
-    "teacher": "teacher.train_teacher",
-    **{f"recipe.{stage}": "loop.Recipe" for stage in LEARNED},
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What `bundle=NAME` makes: the stages, those with a recipe, further options, and options that are a function's arguments.
+
+    The annotations of the functions, named in `pretraining`, say what is allowed.
+    """
+
+    stages: Any
+    learned: tuple[str, ...]
+    top: dict[str, Any]
+    arguments: dict[str, str]
+
+
+BUNDLES = {
+    "tiny_sd3": Bundle(
+        list[Literal["prompts", "vae", "teacher", "classifier", "clip"]],
+        ("vae", "teacher", "classifier", "clip"),
+        {"earlier": FileOrFolder | None, "vae_pool": Count, "scorer_pool": Count},
+        {
+            "prompts": "prompts.write_prompts",
+            "pipeline": "tiny_sd3.build_pipeline",
+            "teacher": "teacher.train_teacher",
+        },
+    ),
+    "storybook": Bundle(
+        list[Literal["prompts", "judge", "vae", "teacher"]],
+        ("judge", "vae", "teacher"),
+        {"measured": Count},
+        {
+            "prompts": "storybook.write_scene_prompts",
+            "judge": "judge.train_judge",
+            "pipeline": "storybook.build_storybook",
+            "vae": "storybook.train_storybook_vae",
+            "teacher": "storybook.train_storybook_teacher",
+        },
+    ),
 }
 
 
 def pretrain(cfg: DictConfig) -> Path:
     """Run the stages in `cfg.stages`, write the results into `cfg.output` and return this folder.
 
-    The stages are prompts, vae, teacher, classifier and clip. An interrupted stage continues where it stopped, from its state in
-    `cfg.work_dir`. Raises UserError for an option that is not allowed, and if `cfg.output` is a file.
+    An interrupted stage continues where it stopped, from its state in `cfg.work_dir`. Raises UserError for an option that is not
+    allowed, and if `cfg.output` is a file.
     """
     check_options(cfg)
     import torch
 
-    from cdm_lightning.pretraining import prompts, scorers, teacher, tiny_sd3, vae
     from cdm_lightning.pretraining.loop import Recipe
 
-    output, work = Path(cfg.output), Path(cfg.work_dir)
+    output = Path(cfg.output)
     if output.is_file():
         raise UserError(f"output={output} is a file; give a folder")
     torch.set_num_threads(cfg.threads or os.cpu_count() or 1)
@@ -61,6 +95,15 @@ def pretrain(cfg: DictConfig) -> Path:
         settings = cast(dict[str, Any], OmegaConf.to_container(cfg.recipe[stage]))
         settings |= {"betas": tuple(cfg.recipe[stage].betas), "seed": cfg.seed}
         return Recipe(**settings)
+
+    {"tiny_sd3": make_tiny_sd3, "storybook": make_storybook}[cfg.bundle](cfg, recipe, output, Path(cfg.work_dir))
+    print(f"assets written to {output}")
+    return output
+
+
+def make_tiny_sd3(cfg: DictConfig, recipe: Callable[[str], Any], output: Path, work: Path) -> None:
+    """Run the stages of the 32-pixel pipeline: prompts, vae, teacher, classifier and clip."""
+    from cdm_lightning.pretraining import prompts, scorers, teacher, tiny_sd3, vae
 
     if "prompts" in cfg.stages:
         prompts.write_prompts(output / "prompts", **cfg.prompts, seed=cfg.seed)
@@ -76,24 +119,50 @@ def pretrain(cfg: DictConfig) -> Path:
             tiny_sd3.start_from(pipeline, cfg.earlier)
         if "teacher" in cfg.stages:
             teacher.train_teacher(pipeline, recipe("teacher"), work, **cfg.teacher)
-        save_pipeline(pipeline, output / "tiny_sd3")
-    print(f"assets written to {output}")
-    return output
+        save_pipeline(pipeline, output / "tiny_sd3", [pipeline.transformer])
+
+
+def make_storybook(cfg: DictConfig, recipe: Callable[[str], Any], output: Path, work: Path) -> None:
+    """Run the stages of the 64-pixel pipeline: prompts, judge, vae and teacher. What judge and VAE reach is written to a file."""
+    from cdm_lightning.pretraining import judge, storybook
+
+    if "prompts" in cfg.stages:
+        storybook.write_scene_prompts(output / "prompts", **cfg.prompts, seed=cfg.seed)
+    figures, its_judge = {}, output / "scenes_judge.safetensors"
+    if "judge" in cfg.stages:
+        judge.train_judge(recipe("judge"), work, its_judge, **cfg.judge)
+        figures["judge"] = judge.measure_judge(judge.ScenesJudge.load(its_judge), cfg.measured)
+    if "vae" in cfg.stages or "teacher" in cfg.stages:
+        pipeline = storybook.build_storybook(cfg.seed, **cfg.pipeline)
+        storybook.train_storybook_vae(pipeline.vae, recipe("vae"), work, **cfg.vae)
+        if "vae" in cfg.stages:
+            known = judge.ScenesJudge.load(its_judge) if its_judge.is_file() else None
+            figures["vae"] = judge.measure_vae(pipeline.vae, known, cfg.measured)
+        if "teacher" in cfg.stages:
+            storybook.train_storybook_teacher(pipeline, recipe("teacher"), work, **cfg.teacher)
+        save_pipeline(pipeline, output / "storybook_sd3", [pipeline.transformer, pipeline.vae])
+    for stage, values in figures.items():
+        print(stage, ", ".join(f"{name} {value:.4f}" for name, value in values.items()), flush=True)
+        (output / f"storybook_{stage}.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def check_options(cfg: DictConfig) -> None:
     """Raise UserError for the first option that is missing, unknown, or has a value that is not allowed."""
-    _require_known(cfg, (*TOP, *(key.partition(".")[0] for key in ARGUMENTS)), "")
+    check_value(cfg.get("bundle"), TOP["bundle"], "bundle")
+    bundle = BUNDLES[cfg.bundle]
+    top = {**TOP, "stages": bundle.stages, **bundle.top}
+    arguments = {**bundle.arguments, **{f"recipe.{stage}": "loop.Recipe" for stage in bundle.learned}}
+    _require_known(cfg, (*top, *(key.partition(".")[0] for key in arguments)), "")
     if isinstance(recipes := cfg.get("recipe"), DictConfig):
-        _require_known(recipes, LEARNED, "recipe.")
-    for key, kind in TOP.items():
+        _require_known(recipes, bundle.learned, "recipe.")
+    for key, kind in top.items():
         if key not in cfg:
             raise UserError(f"{key} is missing in the configuration; remove ~{key} from the command line")
         check_value(cfg[key], kind, key)
-    for key, called in ARGUMENTS.items():
+    for key, called in arguments.items():
         options = OmegaConf.select(cfg, key)
         if not isinstance(options, DictConfig):
-            raise UserError(f"{key}={options} must be a mapping; see conf/experiment/tiny_sd3_teacher.yaml")
+            raise UserError(f"{key}={options} must be a mapping; see conf/experiment/{cfg.bundle}_teacher.yaml")
         options = cast(dict[str, Any], OmegaConf.to_container(options))
         check_arguments(OmegaConf.create({**options, "_target_": f"cdm_lightning.pretraining.{called}"}), key)
 
@@ -106,14 +175,16 @@ def _require_known(node: DictConfig, known: Collection[str], prefix: str) -> Non
             raise UserError(f"{prefix}{key} is no option of pretrain; {hint}{where_set(f'{prefix}{key}')}")
 
 
-def save_pipeline(pipeline, folder: Path) -> None:
+def save_pipeline(pipeline: Any, folder: Path, halved: Sequence[Any]) -> None:
     """Write the pipeline into `folder` as diffusers does, completely or not at all.
 
-    The transformer takes most of the space and is converted to half precision, in place.
+    The networks in `halved`, which take most of the space, are converted to half precision, in place. Text encoders are not,
+    because transformers would load them so, and diffusers loads all others in single precision.
     """
     import torch
 
-    pipeline.transformer.to(torch.float16)
+    for network in halved:
+        network.to(torch.float16)
     with replacing_folder(folder) as temporary:
         pipeline.save_pretrained(temporary)
 

@@ -66,19 +66,20 @@ def optimise(
     """Train `network` in place on the 0-d `loss(iteration, generator)`, and return it with the EMA of its weights.
 
     `train` are the trained parameters (default: all). The state is kept in `folder/NAME.pt`, from which an interrupted stage
-    resumes. The generator depends on seed, `name` and iteration only, so a resumed run equals an uninterrupted one.
+    resumes. The mean loss of each `log_every` iterations is written to `folder/NAME_loss.csv`. The generator depends on seed,
+    `name` and iteration only, so a resumed run equals an uninterrupted one.
     """
     parameters = list(network.parameters() if train is None else train)
-    options = {"lr": recipe.lr, "betas": (recipe.betas[0], recipe.betas[1]), "weight_decay": recipe.weight_decay}
-    optimizer = torch.optim.AdamW(parameters, **options, fused=True)
+    optimizer = _adamw(parameters, recipe)
     ema = [p.detach().clone() for p in parameters]
-    path, start = folder / f"{name}.pt", 0
+    path, start, curve, running = folder / f"{name}.pt", 0, [], 0.0
     if path.exists():
         state = torch.load(path, weights_only=True)
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
         start, ema = state["iteration"], state["ema"]
-    began, running = time.perf_counter(), 0.0
+        curve, running = state.get("curve", []), state.get("running", 0.0)  # older states have neither
+    began = time.perf_counter()
     for iteration in range(start, recipe.iterations):
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr_at(iteration)
@@ -95,17 +96,29 @@ def optimise(
             left = (time.perf_counter() - began) / (done - start) * (recipe.iterations - done)
             mean, running = running / (log_every if done % log_every == 0 else done % log_every), 0.0
             print(f"{name} {done}/{recipe.iterations} loss {mean:.4f}, {left / 60:.1f} min left", flush=True)
+            curve.append([done, mean])
         if done % save_every == 0 or done == recipe.iterations:
-            state = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
-            _save({**state, "iteration": done, "ema": ema}, path)
-    with torch.no_grad():
-        for parameter, average in zip(parameters, ema, strict=True):
-            parameter.copy_(average)
+            state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "iteration": done}
+            _save({**state, "ema": ema, "curve": curve, "running": running}, path)
+    _copy(ema, parameters)
     return network
 
 
+def _adamw(parameters: list[nn.Parameter], recipe: Recipe) -> torch.optim.AdamW:
+    options = {"lr": recipe.lr, "betas": (recipe.betas[0], recipe.betas[1]), "weight_decay": recipe.weight_decay}
+    return torch.optim.AdamW(parameters, **options, fused=True)
+
+
+@torch.no_grad()
+def _copy(values: list[Tensor], parameters: list[nn.Parameter]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
+
+
 def _save(state: dict, path: Path) -> None:
-    """Write the file. If the process is killed meanwhile, the previous file remains."""
+    """Write the state, and the curve in it as CSV. If the process is killed meanwhile, the previous state remains."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         torch.save(state, temporary)
+    rows = [f"{iteration},{mean:.6f}\n" for iteration, mean in state["curve"]]
+    path.with_name(f"{path.stem}_loss.csv").write_text("".join(["iteration,loss\n", *rows]), encoding="utf-8")

@@ -6,6 +6,7 @@ padding token stands for all padding up to T5's full length. The result is the s
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,26 +125,51 @@ def train_teacher(
     replaced by the empty caption with probability `caption_dropout`. Sigma is the sigmoid of a normal draw with mean `sigma_mean`
     and standard deviation `sigma_std`. `folder` keeps the state, so that an interrupted training can resume.
     """
+
+    def data() -> Captioned:
+        return captioned_latents(pipeline, count, recipe.seed, keep, pairs)
+
+    noise = NoiseLevels(caption_dropout, sigma_mean, sigma_std)
+    return fit_teacher(pipeline, recipe, folder, data, noise, compile_network)
+
+
+@dataclass(frozen=True)
+class NoiseLevels:
+    """The probability of the empty caption, and the mean and deviation of the normal draw whose sigmoid is sigma."""
+
+    caption_dropout: float = 0.1
+    mean: float = 0.4
+    std: float = 1.2
+
+
+def fit_teacher(
+    pipeline: StableDiffusion3Pipeline,
+    recipe: Recipe,
+    folder: Path,
+    data: Callable[[], Captioned],
+    levels: NoiseLevels,
+    compile_network: bool,
+    save_every: int = 1000,
+) -> StableDiffusion3Pipeline:
+    """Train the pipeline in place on what `data` returns, and return it frozen. A finished stage does not call `data`."""
     model = TextConditioned(pipeline).train().requires_grad_(True)
     if compile_network:
         model.transformer.compile()
     relative_positions = pipeline.text_encoder_3.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
     relative_positions.requires_grad_(False)  # it stays zero; see backbones.compact_text
-
-    @functools.cache  # takes minutes; not needed if a finished stage is only loaded
-    def captioned() -> Captioned:
-        return captioned_latents(pipeline, count, recipe.seed, keep, pairs)
+    captioned = functools.cache(data)  # takes minutes
 
     def loss(iteration: int, rng: torch.Generator) -> Tensor:
-        size, data = recipe.batch_size, captioned()
+        size, shown = recipe.batch_size, captioned()
+        count = len(shown.latents)
         rows = torch.randint(count, (size,), generator=rng)
-        x0, noise = data.latents[rows], torch.randn(size, *data.latents.shape[1:], generator=rng)
-        sigma = torch.sigmoid(sigma_mean + sigma_std * torch.randn(size, generator=rng))
-        captions = torch.where(torch.rand(size, generator=rng) < caption_dropout, count, rows)
-        velocity = model(interpolate(x0, noise, sigma), sigma, data.clip_ids[captions], data.t5_ids[captions])
+        x0, noise = shown.latents[rows].float(), torch.randn(size, *shown.latents.shape[1:], generator=rng)
+        sigma = torch.sigmoid(levels.mean + levels.std * torch.randn(size, generator=rng))
+        captions = torch.where(torch.rand(size, generator=rng) < levels.caption_dropout, count, rows)
+        velocity = model(interpolate(x0, noise, sigma), sigma, shown.clip_ids[captions], shown.t5_ids[captions])
         return (velocity - (noise - x0)).square().mean()
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimise("teacher", model, loss, recipe, folder=folder, train=trained)
+    optimise("teacher", model, loss, recipe, folder=folder, train=trained, save_every=save_every)
     model.eval().requires_grad_(False)
     return pipeline

@@ -55,6 +55,11 @@ def build_pipeline(
             text_encoder_3=build_t5(t5_tokenizer),
             tokenizer_3=t5_tokenizer,
         )
+    return frozen(pipeline)
+
+
+def frozen(pipeline: StableDiffusion3Pipeline) -> StableDiffusion3Pipeline:
+    """Return the pipeline with all networks frozen and in eval mode."""
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             component.eval().requires_grad_(False)
@@ -128,17 +133,19 @@ def build_vae(latent_channels: int) -> AutoencoderKL:
     )
 
 
-def build_clip(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
-    """Build a CLIP text encoder with two layers for 12 tokens. Its hidden and projected widths are 32."""
+def build_clip(
+    tokenizer: CLIPTokenizer, width: int = CLIP_WIDTH, layers: int = 2, heads: int = 2
+) -> CLIPTextModelWithProjection:
+    """Build a CLIP text encoder for the tokenizer's number of tokens. `width` is its hidden and its projected width."""
     return CLIPTextModelWithProjection(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
-            hidden_size=CLIP_WIDTH,
-            intermediate_size=2 * CLIP_WIDTH,
-            projection_dim=CLIP_WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=CLIP_TOKENS,
+            hidden_size=width,
+            intermediate_size=2 * width,
+            projection_dim=width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            max_position_embeddings=tokenizer.model_max_length,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -146,13 +153,13 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
     )
 
 
-def build_t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
+def build_t5(tokenizer: T5Tokenizer, width: int = T5_WIDTH) -> T5EncoderModel:
     """Build a T5 encoder with one layer and no positions. Only the CLIP encoders see the order of words."""
     config = T5Config(
         vocab_size=len(tokenizer),
-        d_model=T5_WIDTH,
-        d_kv=16,
-        d_ff=2 * T5_WIDTH,
+        d_model=width,
+        d_kv=width // 4,
+        d_ff=2 * width,
         num_layers=1,
         num_heads=4,
         dropout_rate=0.0,
@@ -163,9 +170,10 @@ def build_t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
     return encoder
 
 
-def build_clip_tokenizer(words: Sequence[str]) -> CLIPTokenizer:
+def build_clip_tokenizer(words: Sequence[str], tokens: int = CLIP_TOKENS) -> CLIPTokenizer:
     """Build a byte-level BPE tokenizer with CLIP's end-of-word mark, in which each of `words` is one token.
 
+    It pads texts to `tokens` tokens, the start and end tokens included.
     Letters with the end-of-word mark are special tokens in a fixed order. The trainer itself would number them in the order of a
     hash table, which differs between processes.
     """
@@ -183,7 +191,7 @@ def build_clip_tokenizer(words: Sequence[str]) -> CLIPTokenizer:
     trained.train_from_iterator([" ".join(words)] * 2, trainer)
     state = json.loads(trained.to_str())["model"]
     merges: Any = [tuple(merge) for merge in state["merges"]]  # declared as strings, but the tokenizer takes pairs
-    return CLIPTokenizer(vocab=state["vocab"], merges=merges, model_max_length=CLIP_TOKENS)
+    return CLIPTokenizer(vocab=state["vocab"], merges=merges, model_max_length=tokens)
 
 
 def build_t5_tokenizer(words: Sequence[str]) -> T5Tokenizer:

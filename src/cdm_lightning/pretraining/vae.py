@@ -3,6 +3,7 @@
 The loss is the absolute error plus four times the squared error of the images, plus a small KL divergence.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -30,19 +31,47 @@ def train_vae(
     an interrupted training can resume.
     """
     images = render(draw_scenes(pool, recipe.seed, "train", pairs=0.25), recipe.seed) * 2 - 1
+
+    def batch(rng: torch.Generator) -> Tensor:
+        return images[torch.randint(pool, (recipe.batch_size,), generator=rng)]
+
+    fit_vae(vae, recipe, folder, batch, kl_weight)
+    standardise_latents(vae, images[:2048])
+    return vae
+
+
+def fit_vae(
+    vae: AutoencoderKL,
+    recipe: Recipe,
+    folder: Path,
+    batch: Callable[[torch.Generator], Tensor],
+    kl_weight: float,
+    edge_weight: float = 0.0,
+    save_every: int = 1000,
+) -> None:
+    """Train the VAE in place on the images (B, 3, H, W) in [-1, 1] that `batch` draws, and freeze it.
+
+    `edge_weight` is the weight of the absolute error of the differences between neighbouring pixels.
+    """
     network = cast(nn.Module, vae)  # diffusers declares `to` without its arguments
     network.to(memory_format=torch.channels_last).train().requires_grad_(True)
 
     def loss(iteration: int, rng: torch.Generator) -> Tensor:
-        x = images[torch.randint(pool, (recipe.batch_size,), generator=rng)].to(memory_format=torch.channels_last)
+        x = batch(rng).to(memory_format=torch.channels_last)
         posterior = posterior_of(vae, x)
         noise = torch.randn(posterior.mean.shape, generator=rng)
         error = cast(DecoderOutput, vae.decode(cast(FloatTensor, posterior.mean + posterior.std * noise))).sample - x
-        return error.abs().mean() + 4 * error.square().mean() + kl_weight * posterior.kl().mean() / x[0, 0].numel()
+        value = error.abs().mean() + 4 * error.square().mean() + kl_weight * posterior.kl().mean() / x[0, 0].numel()
+        if edge_weight:
+            value = value + edge_weight * (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean())
+        return value
 
-    optimise("vae", vae, loss, recipe, folder=folder)
+    optimise("vae", vae, loss, recipe, folder=folder, save_every=save_every)
     vae.eval().requires_grad_(False)
-    with torch.no_grad():
-        latents = torch.cat([posterior_of(vae, chunk).mean for chunk in images[:2048].split(256)])
+
+
+@torch.no_grad()
+def standardise_latents(vae: AutoencoderKL, images: Tensor) -> None:
+    """Set the VAE's shift and scale so that the latents of the images (N, 3, H, W) in [-1, 1] have mean 0 and deviation 1."""
+    latents = torch.cat([posterior_of(vae, chunk).mean for chunk in images.split(256)])
     vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
-    return vae

@@ -1,0 +1,87 @@
+"""A stage of `cdm_lightning.pretrain`: the judge of the storybook scenes, and the figures of judge and VAE on held-out drawings."""
+
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DecoderOutput
+from safetensors.torch import save_file
+from torch import FloatTensor, Tensor
+
+from cdm_lightning.kinds import Share
+from cdm_lightning.metrics.scenes_judge import HEADS, ScenesJudge, expected
+from cdm_lightning.pretraining.loop import Recipe, optimise
+from cdm_lightning.pretraining.scorers import perturb
+from cdm_lightning.pretraining.storybook import SAVE_EVERY, drawings, number
+from cdm_lightning.pretraining.vae import posterior_of
+
+HELD_OUT_SEED = 10**9  # of the drawings on which judge and VAE are measured
+NOT_SHOWN = -100  # the class of a head that does not apply; cross_entropy ignores it
+
+
+def train_judge(recipe: Recipe, folder: Path, output: Path, *, pairs: Share = 0.6) -> ScenesJudge:
+    """Train the judge on drawings that are new in every batch, write it to the safetensors file `output`, and return it.
+
+    The drawings show all combinations, also those that the teacher never sees. The share `pairs` of them has two things.
+    """
+    torch.manual_seed(recipe.seed)
+    judge = ScenesJudge()
+
+    def loss(iteration: int, rng: torch.Generator) -> Tensor:
+        images, _, scenes = drawings(recipe.batch_size, number(rng), "all", pairs)
+        shown = [expected(scene) for scene in scenes]
+        targets = {name: torch.tensor([classes.get(name, NOT_SHOWN) for classes in shown]) for name in HEADS}
+        logits = judge(perturb(images, rng))
+        losses = [
+            F.cross_entropy(logits[name], target, ignore_index=NOT_SHOWN)
+            for name, target in targets.items()
+            if (target != NOT_SHOWN).any()
+        ]
+        return cast(Tensor, sum(losses))
+
+    optimise("judge", judge, loss, recipe, folder=folder, save_every=SAVE_EVERY)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.half() for name, tensor in judge.state_dict().items()}, output)
+    return judge.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def measure_judge(judge: ScenesJudge, count: int) -> dict[str, float]:
+    """Return the share of `count` held-out drawings of one thing, and of two, that the judge reads rightly.
+
+    It must see every attribute that is shown, also those that the caption leaves out. The figures are those of each head, and of
+    all of them together.
+    """
+    figures = {}
+    for kind, pairs in (("single", 0.0), ("pair", 1.0)):
+        images, _, scenes = drawings(count, HELD_OUT_SEED, "heldout", pairs)
+        shown = [expected(scene) for scene in scenes]
+        for name in HEADS:
+            wanted = [{name: classes[name]} if name in classes else {} for classes in shown]
+            if any(wanted):
+                right = judge.agreement(images, wanted)
+                counted = torch.tensor([bool(want) for want in wanted])
+                figures[f"{kind}/{name}"] = right[counted].float().mean().item()
+        figures[f"{kind}/all"] = judge.agreement(images, shown).float().mean().item()
+    return figures
+
+
+@torch.no_grad()
+def measure_vae(vae: AutoencoderKL, judge: ScenesJudge | None, count: int) -> dict[str, float]:
+    """Return the mean PSNR in dB of reconstructions of `count` held-out drawings, and the share that is judged right.
+
+    Of the latter, the judge sees every attribute that is shown.
+    """
+    images, _, scenes = drawings(count, HELD_OUT_SEED + 1, "heldout", 0.4)
+    rebuilt = []
+    for chunk in images.split(64):
+        latents = posterior_of(vae, chunk * 2 - 1).mean
+        rebuilt.append(cast(DecoderOutput, vae.decode(cast(FloatTensor, latents))).sample)
+    pictures = (torch.cat(rebuilt) / 2 + 0.5).clamp(0, 1)
+    psnr = -10 * (pictures - images).square().mean((1, 2, 3)).log10()
+    figures = {"psnr": psnr.mean().item()}
+    if judge is not None:
+        figures["judged_right"] = judge.agreement(pictures, [expected(scene) for scene in scenes]).float().mean().item()
+    return figures
