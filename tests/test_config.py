@@ -214,11 +214,14 @@ def test_keys_and_values_that_constructors_refuse_are_one_line(tmp_path, overrid
 
 
 def test_a_bug_in_a_constructor_keeps_its_trace():
-    """Only what a user can fix becomes one line."""
+    """Of this package; whatever another library's constructor refuses is told in one line."""
     from hydra.errors import InstantiationException
 
-    config = OmegaConf.create({"node": {"_target_": "pathlib.Path", "_args_": [3]}})
+    bug = OmegaConf.create({"node": {"_target_": "cdm_lightning.errors.UserError", "_args_": [3]}})
     with pytest.raises(InstantiationException):
+        build(bug, "node")
+    config = OmegaConf.create({"node": {"_target_": "pathlib.Path", "_args_": [3]}})
+    with pytest.raises(UserError, match=r"^node: "):
         build(config, "node")
 
 

@@ -1,12 +1,22 @@
 """Bad input through the command line: one line that says what is wrong, exit status 2, before any long work."""
 
+from functools import partial
+
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
+from cdm_lightning.callbacks.foreign import check_monitors, open_loggers
+from cdm_lightning.callbacks.loggers import GuardedLogger
 from cdm_lightning.checkpoint.stored import read_checkpoint
+from cdm_lightning.config.arguments import check_arguments
 from cdm_lightning.distributed.strategy import device_count, single_process
 from cdm_lightning.errors import UserError
+from cdm_lightning.training.optim import LearningRate, OptimizerRecipe
+from cdm_lightning.training.trial import require_working
 
 
 def test_unknown_keys(refused):
@@ -207,3 +217,137 @@ def test_what_lightning_refuses(refused):
     assert "trainer.val_check_interval=0 must be a whole number of at least 1" in refused(
         "trainer.val_check_interval=0"
     )
+
+
+# ---- optimizers, callbacks and loggers of other libraries
+
+
+def recipe(optimizer, **options) -> dict[str, OptimizerRecipe]:
+    return {"student": OptimizerRecipe(partial(optimizer, **options), LearningRate(1e-4))}
+
+
+class Upwards(torch.optim.SGD):
+    """An optimizer of the user's that makes its steps in the wrong direction."""
+
+    def step(self, closure=None):
+        for weight in self.param_groups[0]["params"]:
+            weight.data += weight.grad
+
+
+@pytest.mark.parametrize(
+    ("recipes", "line"),
+    [
+        (recipe(torch.optim.Adam, betas=[2, 3]), ".betas=[2, 3]: Adam cannot make a step (ValueError: Invalid beta"),
+        (recipe(torch.optim.RAdam, eps=-1), ".eps=-1: RAdam cannot make a step (ValueError: Invalid epsilon"),
+        (recipe(torch.optim.NAdam, weight_decay="a"), ".weight_decay=a: NAdam cannot make a step (TypeError"),
+        (recipe(torch.optim.SGD, momentum=float("nan")), ".momentum=nan: SGD makes weights that are not finite"),
+        (recipe(torch.optim.SGD, momentum=0.9, dampening=9.0), ".dampening=9.0: SGD trains away from the target"),
+        (recipe(torch.optim.AdamW, fused=True, foreach=True), ".foreach=True: AdamW cannot make a step (RuntimeError"),
+        (recipe(torch.optim.AdamW, differentiable=True), ".differentiable=True: AdamW cannot make a step"),
+        (recipe(torch.optim.Adagrad, maximize=True), ".maximize=True"),
+        (recipe(torch.optim.LBFGS), ": LBFGS cannot make a step"),
+        (recipe(torch.optim.SparseAdam), ": SparseAdam cannot make a step"),
+        (recipe(torch.optim.Muon), ": Muon cannot make a step"),
+        (recipe(torch.nn.Linear, in_features=2, out_features=2), ": Linear cannot make a step (TypeError"),
+        (recipe(lambda parameters, lr: {}), ": <lambda> gives a dict, but it must be an optimizer"),
+        (recipe(Upwards), ": Upwards trains away from the target"),
+    ],
+)
+def test_optimizers_are_tried_on_small_weights(recipes, line):
+    with pytest.raises(UserError) as error:
+        require_working(recipes)
+    assert f"optim.student.optimizer{line}" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_optimizers_that_work_are_accepted_and_draw_no_random_numbers():
+    before = torch.get_rng_state()
+    for name in (
+        "Adadelta",
+        "Adafactor",
+        "Adagrad",
+        "Adamax",
+        "AdamW",
+        "ASGD",
+        "NAdam",
+        "RAdam",
+        "RMSprop",
+        "Rprop",
+        "SGD",
+    ):
+        require_working(recipe(getattr(torch.optim, name)))
+    require_working(recipe(torch.optim.AdamW, fused=True, weight_decay=0.1, betas=[0.0, 0.9]))
+    require_working(recipe(torch.optim.Muon), adapted=["student"])
+    assert torch.equal(before, torch.get_rng_state())
+    with pytest.raises(UserError, match=r"optim.head.optimizer refuses the weights of head \(Muon only supports 2D"):
+        recipe(torch.optim.Muon)["student"].build_for("head", [torch.nn.Parameter(torch.zeros(3))])
+
+
+def refusal(key: str, **node) -> str:
+    """What the check of a node of the configuration, with its options, says."""
+    with pytest.raises(UserError) as error:
+        check_arguments(OmegaConf.create(node), key)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_options_of_optimizers(refused):
+    key, adam = "optim.student.optimizer", "torch.optim.adam.Adam"
+    line = refusal(key, _target_=adam, betas=[2, 3])
+    assert f"{key}.betas.0=2 must be a number of at least 0 and below 1" in line
+    assert "optimizer.maximize=True must be one of False" in refusal(key, _target_=adam, maximize=True)
+    assert "optimizer.lr must not be set; set learning_rate.peak" in refusal(key, _target_=adam, lr=1)
+    assert ".foreach=True: AdamW cannot make a step" in refused("+optim.student.optimizer.foreach=true")
+
+
+def test_callbacks_of_lightning(refused):
+    of = "lightning.pytorch.callbacks"
+    average = refusal("callbacks.t", _target_=f"{of}.stochastic_weight_avg.StochasticWeightAveraging", swa_lrs=0.1)
+    assert "cannot be used here; set ema.decay" in average
+    parts = refusal("callbacks.t", _target_=f"{of}.GradientAccumulationScheduler", scheduling={0: 4})
+    assert "cannot be used here; set compute.accumulate" in parts
+    line = refused(f"+callbacks.t._target_={of}.Timer", "+callbacks.t.duration=abc")
+    assert "callbacks.t: `Timer(duration='abc')` is not a valid duration" in line
+
+
+def test_figures_that_callbacks_watch():
+    logged = ["val/energy_distance/student_4"]
+    for monitor in ("nope", "val/nope/student_4", "teacher/loss"):
+        for callback in (EarlyStopping(monitor), ModelCheckpoint(monitor=monitor)):
+            with pytest.raises(
+                UserError, match=f"callbacks.t.monitor={monitor} must be .* logs {logged[0]}, and training"
+            ):
+                check_monitors({"callbacks.t": callback}, logged, ["student"])
+    for monitor in ("student/loss", *logged):
+        check_monitors({"callbacks.t": EarlyStopping(monitor), "callbacks.m": ModelCheckpoint()}, logged, ["student"])
+
+
+def test_what_callbacks_of_lightning_refuse_in_training(toy_run):
+    of = "+callbacks.t._target_=lightning.pytorch.callbacks"
+    with pytest.raises(
+        UserError, match=r"callbacks.t: DeviceStatsMonitor cannot be used here \(Cannot use `DeviceStats"
+    ):
+        toy_run(f"{of}.DeviceStatsMonitor", "logger=none", "trainer.max_steps=1")
+    assert toy_run(f"{of}.EarlyStopping", "+callbacks.t.monitor=student/loss", "trainer.max_steps=1").iteration == 1
+
+
+def test_loggers_of_lightning(tmp_path):
+    pytest.importorskip("tensorboard")
+    for name in ("lightning.pytorch.loggers", "lightning.pytorch.loggers.tensorboard"):
+        target = f"{name}.TensorBoardLogger"
+        for option in ({"sub_dir": "../../esc"}, {"filename_suffix": "/../../x"}, {"sub_dir": "/esc"}):
+            line = refusal("logger.tensorboard", _target_=target, **option)
+            assert f"logger.tensorboard.{next(iter(option))}={next(iter(option.values()))} must be" in line
+    logger = TensorBoardLogger(tmp_path / "a", sub_dir="../../../esc")
+    with pytest.raises(UserError, match=r"logger.t: TensorBoardLogger would write into .*, outside its save_dir"):
+        open_loggers({"logger.t": GuardedLogger(logger)})
+    with pytest.raises(UserError, match=r"logger.t: TensorBoardLogger cannot be set up \(TypeError: "):
+        open_loggers({"logger.t": GuardedLogger(TensorBoardLogger(tmp_path / "b", max_queue="abc"))})
+    assert not (tmp_path / "esc").exists()
+
+
+def test_what_lightning_and_hydra_refuse_without_a_kind(refused):
+    assert "error: trainer: `devices` selected with `CPUAccelerator`" in refused(
+        "trainer.accelerator=cpu", "trainer.devices=[5]"
+    )
+    assert "error: hydra.verbose=[1]: A logger name must be a string" in refused("hydra.verbose=[1]")

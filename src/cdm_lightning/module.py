@@ -136,10 +136,10 @@ class CDMModule(L.LightningModule):
     def configure_optimizers(self) -> list[Optimizer]:
         """Build an optimizer for each trained role, in the order of `networks.trained`.
 
-        Raises UserError if all weights of a role are frozen.
+        Raises UserError if all weights of a role are frozen, and if an optimizer refuses the weights.
         """
         parameters = trained_parameters(self.networks)
-        return [self.updates.recipes[role].build(of_role) for role, of_role in parameters.items()]
+        return [self.updates.recipes[role].build_for(role, of_role) for role, of_role in parameters.items()]
 
     @property
     def optimizers_by_role(self) -> dict[str, Optimizer]:

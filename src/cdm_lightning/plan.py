@@ -77,8 +77,10 @@ def plan(arguments: Sequence[str]) -> "list[Plan]":
     from cdm_lightning.planning.recipe import read_recipe
     from cdm_lightning.planning.validation import trace_validation
     from cdm_lightning.planning.work import PEAK_TFLOPS, UTILISATION
+    from cdm_lightning.training.trial import require_working
 
     module = build(config, "module")
+    require_working(module.updates.recipes, module.lora.among(module.updates.recipes))
     check_on_cpu(on_cpu, module.network_names, module.whole_names)
     recipe = read_recipe(module, config.text_cache.folder is not None)
     if config.trainer.limit_val_batches != 0:

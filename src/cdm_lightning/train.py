@@ -7,7 +7,7 @@ resumes the run.
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -27,11 +27,11 @@ if __name__ == "__main__":
     answer_questions("train")
 
 import lightning as L
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from cdm_lightning.backbones.base import Backbone
+from cdm_lightning.callbacks.foreign import all_known, check_monitors, failure_of, named_parts, open_loggers
 from cdm_lightning.callbacks.loggers import GuardedLogger
 from cdm_lightning.callbacks.metrics import ValidationMetrics
 from cdm_lightning.checkpoint.callback import IterationCheckpoint
@@ -60,6 +60,7 @@ from cdm_lightning.run.lock import only_process_in
 from cdm_lightning.run.record import record_start
 from cdm_lightning.run.same import moved_ends, require_same_configuration
 from cdm_lightning.terminal.quiet import quiet_libraries
+from cdm_lightning.training.trial import require_working
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ def train_in(run: Run, config: DictConfig) -> TrainResult:
             f"compute.accumulate={module.compute.accumulate} must be at most data.batch_size={data.batch_size}; lower "
             "compute.accumulate, or raise data.batch_size"
         )
+    require_working(module.updates.recipes, module.lora.among(module.updates.recipes))
     module.resolution.check(module.backbone)
     check_samplers(module.samplers, module.backbone)
     checkpoint = build(config, "checkpoint", of=IterationCheckpoint)
@@ -112,33 +114,45 @@ def train_in(run: Run, config: DictConfig) -> TrainResult:
     use_text_cache(build(config, "text_cache", of=TextCacheSettings), module.backbone, data, callbacks)
     if module.objective.needs_latents:
         use_image_cache(build(config, "image_cache", of=ImageCacheSettings), module.backbone)
-    logged = [
-        name for callback in callbacks if isinstance(callback, ValidationMetrics) for name in callback.names(module)
-    ]
-    own = all(type(callback).__module__.startswith("cdm_lightning.") for callback in callbacks)
-    if own and type(module) is CDMModule:  # a subclass may log more
-        checkpoint.best.check(logged if config.trainer.limit_val_batches else [])
-    trainer = make_trainer(
-        config,
-        strategy=strategy,
-        callbacks=[*callbacks, checkpoint],
-        logger=[GuardedLogger(logger) for logger in build(config, "logger", of=Logger)],
-    )
+    named = dict(zip(named_parts(config, "callbacks"), callbacks))
+    check_figures(module, named, checkpoint, bool(config.trainer.limit_val_batches))
+    loggers = [GuardedLogger(logger) for logger in build(config, "logger", of=Logger)]
+    trainer = make_trainer(config, strategy=strategy, callbacks=[*callbacks, checkpoint], logger=loggers)
     if trainer.is_global_zero:
+        open_loggers(dict(zip(named_parts(config, "logger"), loggers)))
         print_cautions(module)
         record_start(plain(config), run, trainer.world_size, inputs)
+    fit(trainer, module, data, config, named)
+    signals.finished()
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return TrainResult(run.folder, next(reversed(checkpoints_in(checkpoint.folder)), None), module.iteration, metrics)
+
+
+def check_figures(
+    module: CDMModule, callbacks: Mapping[str, L.Callback], checkpoint: IterationCheckpoint, validates: bool
+) -> None:
+    """Raise `UserError` if the checkpoint or a callback, by its option, watches a figure that is never logged."""
+    measuring = [one for one in callbacks.values() if isinstance(one, ValidationMetrics)] if validates else []
+    logged = [name for callback in measuring for name in callback.names(module)]
+    if all_known(callbacks.values()) and type(module) is CDMModule:  # a subclass may log more
+        checkpoint.best.check(logged)
+        check_monitors(callbacks, logged, tuple(module.updates.recipes))
+
+
+def fit(trainer: L.Trainer, module: CDMModule, data: PromptDataModule, config: DictConfig, callbacks: Mapping) -> None:
+    """Train. Raises `UserError` for a failure that can be explained in one line; `callbacks` are by their option."""
     try:
         trainer.fit(module, data)
-    except (RuntimeError, ConnectionError, EOFError) as error:
+    except UserError:
+        raise
+    except Exception as error:
         found = hidden_end(error) or explained(error, bool(config.data.num_workers), config.strategy.get("timeout"))
+        found = found or failure_of(error, callbacks)
         if found is None:
             raise
         raise found from error
     finally:
         data.kill_workers()
-    signals.finished()
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    return TrainResult(run.folder, next(reversed(checkpoints_in(checkpoint.folder)), None), module.iteration, metrics)
 
 
 def hidden_end(error: BaseException) -> Preempted | UserError | None:
@@ -185,8 +199,8 @@ def make_trainer(config: DictConfig, **parts: Any) -> L.Trainer:
     make = build(config, "trainer", of=L.Trainer)
     try:
         trainer = make(**parts)
-    except (MisconfigurationException, ValueError) as error:
-        raise UserError(f"trainer: {one_line(error)}") from error
+    except Exception as error:  # Lightning's, about a value of the user
+        raise UserError(f"trainer: {one_line(error)}; correct the options of trainer") from error
     # Lightning's signal handlers wait for other processes, and would hang if only some of them got the signal.
     trainer._signal_connector.register_signal_handlers = lambda: None
     return trainer

@@ -14,6 +14,16 @@ from cdm_lightning.files import read_record, require_entries, write_text
 BEST, VALIDATED = "best.json", "validated.json"
 
 
+def is_logged(figure: str, logged: Collection[str]) -> bool:
+    """Return whether validation will log `figure`. `logged` holds the names of its metrics: "val/METRIC/SAMPLER".
+
+    A metric with several figures is logged as "val/METRIC_FIGURE/SAMPLER".
+    """
+    *_, metric, sampler = ["", *figure.removeprefix("val/").rsplit("/", 1)]
+    names = {tuple(name.removeprefix("val/").rsplit("/", 1)) for name in logged}
+    return any(sampler == of and (metric == name or metric.startswith(f"{name}_")) for name, of in names)
+
+
 @dataclass(frozen=True)
 class Best:
     """The checkpoint in `folder` with the best value of a validation metric so far.
@@ -33,9 +43,7 @@ class Best:
         """
         if self.metric is None:
             return
-        *_, figure, sampler = ["", *self.metric.removeprefix("val/").rsplit("/", 1)]
-        names = {tuple(name.removeprefix("val/").rsplit("/", 1)) for name in logged}
-        if not any(sampler == of and (figure == name or figure.startswith(f"{name}_")) for name, of in names):
+        if not is_logged(self.metric, logged):
             known = ", ".join(sorted(logged))
             cure = (
                 f"set it to one of these: {known}" if known else "set metric=[NAME] and validation.samplers to log one"

@@ -5,7 +5,6 @@ function, and the other keys are the arguments. Only the commands read the confi
 arguments.
 """
 
-import hashlib
 import inspect
 import os
 import pkgutil
@@ -16,6 +15,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any, NoReturn
 
 import hydra
@@ -27,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from cdm_lightning.config.arguments import check_arguments, with_texts
 from cdm_lightning.config.composition import composition_error
 from cdm_lightning.config.secrets import masked_command, masked_text
+from cdm_lightning.config.sweep import job_folder
 from cdm_lightning.ends import signals
 from cdm_lightning.ends.streams import tolerant_streams
 from cdm_lightning.errors import UserError
@@ -36,7 +37,6 @@ from cdm_lightning.terminal.output import mask_output
 PACKAGE = Path(__file__).parents[1]
 QUESTIONS = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
 OTHERS_WAIT = 20.0  # seconds that all processes except the first wait before they print an error; they may start at different times
-LONGEST_NAME = 120  # characters in the name of a sweep job's folder, well below the limits of file systems
 MOVED = {  # options that had another key before 2026-11-27: the old key and the new one
     "module.student_every": "objective.student_every",
     "module.fake_score_steps": "objective.fake_score_steps",
@@ -76,21 +76,6 @@ def asset_path(name: str) -> str:
     The file need not exist.
     """
     return str(PACKAGE / "assets" / name)
-
-
-def job_folder(override_dirname: str) -> str:
-    """Return the folder name of one job in a Hydra sweep (`--multirun`). `override_dirname` is the text of its overrides.
-
-    The name is short and has no slash and no secret. The same overrides give the same name.
-    """
-    shown = masked_text(override_dirname)
-    name = re.sub(r"[^\w.,=+-]+", ".", shown) or "defaults"
-    if shown != override_dirname:  # two bytes tell the jobs of a sweep apart, but do not let anyone guess a secret
-        return f"{name[:LONGEST_NAME]}-{hashlib.blake2b(override_dirname.encode(), digest_size=2).hexdigest()}"
-    if len(name) <= LONGEST_NAME:
-        return name
-    digest = hashlib.blake2b(override_dirname.encode(), digest_size=6).hexdigest()
-    return f"{name[:LONGEST_NAME]}-{digest}"
 
 
 def register_resolvers() -> None:
@@ -188,13 +173,20 @@ def _instantiate(node: Any, key: str, **more: Any) -> Any:
         cause = error.__cause__
         if isinstance(cause, UserError):
             raise cause from error
-        is_users = cause is None or isinstance(cause, (ValueError, ImportError))
+        is_users = cause is None or isinstance(cause, (ValueError, ImportError)) or not _is_own(cause)
         if not is_users and not (isinstance(cause, TypeError) and WRONG_ARGUMENTS.search(str(cause))):
             raise
         where = re.search(r"full_key: (\S+)", str(error))
         raise UserError(f"{where[1] if where else key}: {one_line(cause or error)}") from error
     except (OmegaConfBaseException, TypeError) as error:
         raise UserError(f"{key}: {one_line(error)}") from error
+
+
+def _is_own(error: BaseException) -> bool:
+    """Return whether an error was raised inside this package, and not in another library's constructor."""
+    return any(
+        f"{frame.f_globals.get('__name__')}.".startswith("cdm_lightning.") for frame, _ in walk_tb(error.__traceback__)
+    )
 
 
 def parameters_of(target: str | None) -> Mapping[str, inspect.Parameter]:
@@ -236,7 +228,12 @@ def run_cli(task: Callable[[DictConfig], object], config_name: str, until: str =
         sys.argv[1:] = masked_command(sys.argv[1:])  # loggers record it; Hydra has read it
         try:
             task(config)
-        except (UserError, OSError) as error:  # an OSError is about a disk or a file of the user's
+        except (
+            UserError,
+            OSError,
+            HydraException,
+            OmegaConfBaseException,
+        ) as error:  # an OSError: the user's disk or file
             fail(error)  # called inside the job, because Hydra would otherwise print its own line first
 
     with signals.watched(), tolerant_streams():
@@ -245,10 +242,12 @@ def run_cli(task: Callable[[DictConfig], object], config_name: str, until: str =
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(job)()
         except (HydraException, OmegaConfBaseException, OSError) as error:
             fail(error)
-        except (yaml.YAMLError, ValueError) as error:  # Hydra raises a ValueError for a `group=null`
+        except Exception as error:  # Hydra raises a ValueError for a `group=null`, a TypeError for `hydra.verbose=[1]`
             if composed:  # an error from inside the task is a bug and keeps its traceback
                 raise
-            fail(error)
+            own = [argument for argument in sys.argv[1:] if argument.lstrip("+~").startswith("hydra")]
+            is_told = not own or isinstance(error, (yaml.YAMLError, ValueError))
+            fail(error if is_told else UserError(f"{', '.join(own)}: {one_line(error)}; correct or remove it"))
 
 
 @contextmanager

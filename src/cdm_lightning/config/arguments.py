@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, g
 from annotated_types import Len, MaxLen, MinLen
 from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override, open_dict
 
-from cdm_lightning.config.libraries import instead_of, options_of
+from cdm_lightning.config.libraries import instead_of, options_of, replacement_of
 from cdm_lightning.config.origin import where_set
 from cdm_lightning.errors import UserError
 from cdm_lightning.files import first_line
@@ -48,7 +48,7 @@ def check_arguments(node: Any, key: str) -> None:
     _check_keys(node, key, target)
     annotated = annotations_of(target)
     for name in (name for name in node if not OmegaConf.is_missing(node, name)):
-        value, where = value_of(node, str(name), key), _name_of(node, str(name), key)
+        value, where = value_of(node, name, key), _name_of(node, name, key)
         if (hint := annotated.get(str(name), annotated.get(OTHERS))) is not None and str(name) not in OF_HYDRA:
             check_value(value, hint, where)
         check_arguments(value, where)
@@ -139,6 +139,8 @@ def _check_keys(node: DictConfig, key: str, target: str | None) -> None:
     """Raise `UserError` for a key of `node` that is not a parameter of its `_target_`, or that must not be set here."""
     if target is None:
         return
+    if instead := replacement_of(target):
+        raise UserError(f"{key}._target_={target} cannot be used here; {instead}{where_set(f'{key}._target_')}")
     for name in map(str, node):
         if instead := instead_of(target, name):
             raise UserError(f"{key}.{name} must not be set; {instead}{where_set(f'{key}.{name}')}")
@@ -174,7 +176,7 @@ def _found(target: str) -> Any:
         return None
 
 
-def value_of(node: DictConfig, name: str, key: str) -> Any:
+def value_of(node: DictConfig, name: Any, key: str) -> Any:
     """Return the value `name` in `node`, with references such as `${data.size}` resolved. `key` is the dotted name of `node`.
 
     The key "" means that `node` is the whole configuration. Raises `UserError` for a reference to an option that does not
@@ -190,7 +192,7 @@ def value_of(node: DictConfig, name: str, key: str) -> Any:
         ) from error
 
 
-def _name_of(node: DictConfig, name: str, key: str) -> str:
+def _name_of(node: DictConfig, name: Any, key: str) -> str:
     """Return the dotted name of the option that sets a value: `validation.samplers` if the value is `${validation.samplers}`."""
     raw = cast(Any, node)._get_node(name)._value() if OmegaConf.is_interpolation(node, name) else None
     is_absolute = isinstance(raw, str) and re.fullmatch(r"\$\{[a-z_][\w.]*\}", raw)

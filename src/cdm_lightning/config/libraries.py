@@ -4,6 +4,8 @@ The libraries' own annotations have no ranges. Some options of Lightning's train
 fail, ignore them, or change which prompts a run sees. For each of them, the message names the option to use instead.
 """
 
+import pkgutil
+from functools import cache
 from types import NoneType
 from typing import Annotated, Any, Literal
 
@@ -41,6 +43,11 @@ ADAM: dict[str, Any] = {
     "weight_decay": NotNegative,
     "amsgrad": bool,
 }
+OPTIMIZER: dict[str, Any] = {  # of the optimizers of any library
+    "weight_decay": NotNegative,
+    "maximize": Literal[False],  # it would train away from the target
+    "differentiable": Literal[False],  # a step would fail
+}
 OPTIONS: dict[str, dict[str, Any]] = {
     TRAINER: {
         "accelerator": Literal["auto", "cpu", "gpu", "cuda", "mps"],
@@ -60,9 +67,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "lightning.pytorch.loggers.CSVLogger": LOGGER | {"flush_logs_every_n_steps": Count},
     "cdm_lightning.callbacks.loggers.CSVLogger": LOGGER | {"flush_logs_every_n_steps": Count},
-    "lightning.pytorch.loggers.TensorBoardLogger": LOGGER,
+    "lightning.pytorch.loggers.TensorBoardLogger": LOGGER
+    | {
+        "sub_dir": FolderInside | None,
+        "max_queue": Count,
+        "flush_secs": Count,
+        "filename_suffix": Annotated[str, Text("letters, digits, . _ and -", may_be_empty=True, pattern=r"[\w.-]*")],
+    },
     "lightning.pytorch.loggers.WandbLogger": LOGGER
     | {"name": Name | None, "version": Name | None, "project": Name | None},
+    "torch.optim.Adam": ADAM,
     "torch.optim.AdamW": ADAM | {"fused": bool | None, "foreach": bool | None},
     "torchao.optim.AdamW8bit": ADAM | {"block_size": Count, "bf16_stochastic_round": bool},
 }
@@ -90,17 +104,73 @@ INSTEAD = {  # Lightning's options that must not be set, and what to do instead
 }
 
 
-def options_of(target: str) -> dict[str, Any]:
-    """Return {option: annotation} for a class of another library, given by its dotted name.
+OF_OPTIMIZERS = {  # options of the optimizers of any library that must not be set
+    "lr": "set learning_rate.peak, next to optimizer",
+    "params": "remove it: these are the weights of the network",
+}
+REPLACED = {  # classes of Lightning that fail or do nothing in this package, and what to use instead
+    "StochasticWeightAveraging": "set ema.decay for an average of the student",
+    "WeightAveraging": "set ema.decay for an average of the student",
+    "EMAWeightAveraging": "set ema.decay for an average of the student",
+    "GradientAccumulationScheduler": "set compute.accumulate",
+    "BatchSizeFinder": "set data.batch_size; `python -m cdm_lightning.plan` computes the largest that fits",
+    "LearningRateFinder": "set optim.NETWORK.learning_rate.peak",
+    "BackboneFinetuning": "choose lora=lora to train a part of the weights",
+    "ModelPruning": "remove it: no network here can be pruned in training",
+    "LambdaCallback": "write a class of your own: a configuration cannot hold functions",
+}
 
-    The result is empty if the class is not listed here.
+
+def options_of(target: str) -> dict[str, Any]:
+    """Return {option: annotation} for a class of another library, given by any of its dotted names.
+
+    A class has the options of the nearest class above it that is listed here. Any optimizer has those in `OPTIMIZER`. The result
+    is empty for all other classes.
     """
-    return OPTIONS.get(target, {})
+    found = OPTIMIZER if _is_optimizer(target) else {}
+    if target in OPTIONS:
+        return found | OPTIONS[target]
+    listed = {(name.partition(".")[0], name.rpartition(".")[2]): options for name, options in OPTIONS.items()}
+    return found | next((listed[name] for name in _ancestry(target) if name in listed), {})
 
 
 def instead_of(target: str | None, name: str) -> str | None:
-    """Return what to set instead of the option `name` of Lightning's `Trainer`, for an error message.
+    """Return what to set instead of the option `name` of Lightning's `Trainer` or of an optimizer, for an error message.
 
     Returns None if the option may be set.
     """
-    return INSTEAD.get(name) if target == TRAINER else None
+    if target is None:
+        return None
+    if target == TRAINER or ("lightning", "Trainer") in _ancestry(target):
+        return INSTEAD.get(name)
+    return OF_OPTIMIZERS.get(name) if _is_optimizer(target) else None
+
+
+def replacement_of(target: str) -> str | None:
+    """Return what to use instead of a callback of Lightning that cannot be used here, or None if it can be."""
+    return next(
+        (
+            REPLACED[name]
+            for root, name in _ancestry(target)[:1]
+            if root in ("lightning", "pytorch_lightning") and name in REPLACED
+        ),
+        None,
+    )
+
+
+@cache
+def _ancestry(target: str) -> tuple[tuple[str, str], ...]:
+    """Return (package, name) of a class and of the classes above it, nearest first. () if there is no such class."""
+    try:
+        found = pkgutil.resolve_name(target)
+    except Exception:  # the check of the arguments reports it
+        return ()
+    return (
+        tuple((above.__module__.partition(".")[0], above.__name__) for above in found.__mro__)
+        if isinstance(found, type)
+        else ()
+    )
+
+
+def _is_optimizer(target: str) -> bool:
+    return ("torch", "Optimizer") in _ancestry(target)

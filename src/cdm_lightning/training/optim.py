@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cdm_lightning.errors import UserError
+from cdm_lightning.files import first_line
 from cdm_lightning.kinds import GradientNorm, Iteration, Rate, Share
 
 
@@ -69,6 +70,15 @@ class OptimizerRecipe:
     def build(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
         """Build the optimizer for `parameters`, with the learning rate of the first iteration."""
         return self.optimizer(parameters, lr=self.learning_rate.at(0))
+
+    def build_for(self, role: str, parameters: Iterable[nn.Parameter]) -> Optimizer:
+        """Build the optimizer for the weights of `role`. Raises UserError if it refuses them, as Muon refuses a bias."""
+        try:
+            return self.build(parameters)
+        except Exception as error:
+            raise UserError(
+                f"optim.{role}.optimizer refuses the weights of {role} ({first_line(error)}); choose another optimizer"
+            ) from error
 
     def set_learning_rate(self, optimizer: Optimizer, iteration: int) -> None:
         """Set the optimizer's learning rate for `iteration`.

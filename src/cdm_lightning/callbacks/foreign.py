@@ -1,0 +1,92 @@
+"""Callbacks and loggers of other libraries: what can be checked before training, and errors that name the option."""
+
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from traceback import walk_tb
+
+import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import Logger
+
+from cdm_lightning.checkpoint.best import is_logged
+from cdm_lightning.config import one_line
+from cdm_lightning.errors import UserError
+
+OWN = "cdm_lightning."
+LIBRARIES = ("lightning", "pytorch_lightning")
+OF_TRAINING = ("throughput",)  # the first part of the names of figures of training, in addition to the trained networks
+
+
+def named_parts(config: Mapping, key: str) -> list[str]:
+    """Return the dotted names of the objects that `build(config, key)` builds, in their order, such as "callbacks.ladder"."""
+    return [f"{key}.{name}" for name, child in (config.get(key) or {}).items() if child is not None]
+
+
+def all_known(callbacks: Iterable[L.Callback]) -> bool:
+    """Return whether all callbacks are of this package or of Lightning, so that the figures that they log are known."""
+    return all(type(callback).__module__.partition(".")[0] in (*LIBRARIES, "cdm_lightning") for callback in callbacks)
+
+
+def check_monitors(callbacks: Mapping[str, L.Callback], logged: Collection[str], roles: Collection[str]) -> None:
+    """Raise `UserError` if a callback watches a figure (`monitor`) that is never logged.
+
+    `callbacks` are by their option. `logged` are the figures of validation. A figure of training begins with one of the trained
+    `roles`, as in "student/loss".
+    """
+    for option, callback in callbacks.items():
+        monitor = getattr(callback, "monitor", None)
+        if not isinstance(monitor, str):
+            continue
+        first, slash, _ = monitor.partition("/")
+        of_training = (bool(slash) and first in (*roles, *OF_TRAINING)) or monitor == "step"
+        if not of_training and not (first == "val" and is_logged(monitor, logged)):
+            known = ", ".join(sorted(logged)) or "nothing"
+            raise UserError(
+                f"{option}.monitor={monitor} must be a figure that is logged: validation logs {known}, and training logs "
+                f"figures such as {next(iter(roles))}/loss"
+            )
+
+
+def open_loggers(loggers: Mapping[str, Logger]) -> None:
+    """Open the files or connections of all loggers, by their option, before training.
+
+    Raises `UserError` for a logger that cannot be opened, and for one whose folder lies outside its `save_dir`. Errors of the
+    disk are warnings, as in training (`GuardedLogger`).
+    """
+    for option, logger in loggers.items():
+        inner: Logger = getattr(logger, "inner", logger)  # of a `GuardedLogger`
+        name = type(inner).__name__
+        try:
+            root = inner.save_dir
+            for folder in (inner.root_dir, inner.log_dir):
+                if root and folder and not Path(folder).resolve().is_relative_to(Path(root).resolve()):
+                    raise UserError(
+                        f"{option}: {name} would write into {folder}, outside its save_dir={root}; correct its folders"
+                    )
+            _ = getattr(logger, "experiment", None)
+        except (UserError, OSError):
+            raise
+        except Exception as error:
+            raise UserError(
+                f"{option}: {name} cannot be set up ({type(error).__name__}: {one_line(error)}); correct its options, or "
+                "choose another logger"
+            ) from error
+
+
+def failure_of(error: Exception, callbacks: Mapping[str, L.Callback]) -> UserError | None:
+    """Return a `UserError` that names the callback of Lightning in which a training ended. None if it was no such callback.
+
+    A misconfiguration that Lightning has found is told in one line too, for any callback. Other errors of the user's own callbacks
+    keep their traceback, because they may be bugs.
+    """
+    misconfigured = isinstance(error, MisconfigurationException)
+    inside = [frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__)]
+    last = type(inside[-1]).__module__ if inside and inside[-1] is not None else ""
+    for option, callback in callbacks.items():
+        library = type(callback).__module__.partition(".")[0] in LIBRARIES
+        if any(one is callback for one in inside) and (misconfigured or (library and not last.startswith(OWN))):
+            name = type(callback).__name__
+            return UserError(
+                f"{option}: {name} cannot be used here ({one_line(error)}); correct its options or remove it"
+            )
+    return UserError(f"trainer: {one_line(error)}") if misconfigured else None
