@@ -10,12 +10,13 @@ from multiprocessing import active_children
 
 import pytest
 from killable import start
-from processes import ROOT
+from processes import FORKS, ROOT
 from test_resume import assert_equal_states
 from torch.utils.data import DataLoader
 
 from cdm_lightning.backbones.toy2d import Toy2DBackbone
 from cdm_lightning.checkpoint.folder import checkpoints_in, iteration_of
+from cdm_lightning.data import loader
 from cdm_lightning.data.batches import DrawnPrompts
 from cdm_lightning.data.loader import SteadyLoader
 from cdm_lightning.distributed import strategy
@@ -255,6 +256,28 @@ def test_a_suspended_worker_ends_the_run_with_a_line_and_a_checkpoint(toy_run, t
     saved = checkpoints_in(tmp_path / "run/checkpoints")
     assert len(saved) == 1
     assert iteration_of(saved[0]) >= 3
+
+
+def wait_as_a_worker(training, begun) -> None:
+    """A loader worker of the server of workers; `training` stands for the training process: it ends when the pipe closes."""
+    multiprocessing.process._parent_process = multiprocessing.process._ParentProcess("train", 0, training.fileno())
+    loader._end_with_parent(0)
+    begun.set()
+    time.sleep(600)
+
+
+def test_a_worker_whose_parent_is_the_server_of_workers_ends_with_the_training_process():
+    """Such a server waits for its workers, so a worker that waited for its parent would stay for ever."""
+    here, there = FORKS.Pipe()
+    begun = FORKS.Event()
+    worker = FORKS.Process(target=wait_as_a_worker, args=(there, begun), daemon=True)
+    worker.start()
+    there.close()
+    assert begun.wait(60)
+    assert worker.is_alive()
+    here.close()
+    worker.join(60)
+    assert worker.exitcode == -signal.SIGKILL
 
 
 def test_workers_that_a_signal_finds_while_they_start_are_killed(monkeypatch):

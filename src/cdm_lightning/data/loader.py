@@ -3,12 +3,13 @@
 import atexit
 import ctypes
 import multiprocessing.util  # noqa: F401  see `_kill_all`
+import os
 import signal
 import sys
 import threading
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from multiprocessing import active_children
+from multiprocessing import active_children, parent_process
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -126,13 +127,22 @@ def worker_failure(error: BaseException) -> str:
 
 
 def _end_with_parent(worker: int) -> None:
-    """Ignore signals in this worker, and on Linux let the kernel kill it when its parent ends.
+    """Ignore signals in this worker, and end it when the training process ends.
 
-    On other systems, torch's workers check whether their parent still runs. Signals must be ignored here too, because a worker
-    that is started by `spawn` or `forkserver` does not inherit the signals that its parent blocks.
+    On Linux, the kernel kills it when its parent ends, even while it is suspended. The parent of a worker of `forkserver` is the
+    server, which in turn waits for its workers. So each worker also watches the training process itself. Signals must be ignored
+    here too, because a worker of `spawn` or `forkserver` does not inherit the blocked signals.
     """
     for number in signals.SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if (training := parent_process()) is not None:
+        threading.Thread(target=_end_after, args=(training,), daemon=True).start()
+
+
+def _end_after(training: Any) -> None:
+    """Wait for the end of the training process, also if it has ended before this worker began, and kill this process."""
+    training.join()
+    os.kill(os.getpid(), signal.SIGKILL)
