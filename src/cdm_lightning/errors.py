@@ -6,8 +6,8 @@ FROM_WORKER = "Caught UserError in DataLoader worker"
 class UserError(Exception):
     """A mistake of the user. Its text is one line: what is wrong, where it is, and how to fix it.
 
-    A `DataLoader` raises errors of its worker processes again, with the worker's traceback before the message. `str()` leaves the
-    traceback out.
+    A `DataLoader` raises errors of its worker processes again, with the worker's traceback before the message. `str()` of this
+    class leaves the traceback out.
     """
 
     def __init__(self, message: str) -> None:
@@ -19,8 +19,8 @@ class UserError(Exception):
 class Preempted(SystemExit):
     """Ends a run that was stopped by a signal; the process exits with code 75.
 
-    The same command continues the run. `where` says at which point it stopped, such as "in training". The class is a
-    `SystemExit`, because code that catches every `Exception` must not keep a run alive.
+    The user continues the run by the same command. `where` says at which point the run stopped, such as "in training". The class
+    is a `SystemExit`, so that code that catches every `Exception` does not catch it and keep the run alive.
     """
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later

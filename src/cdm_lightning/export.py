@@ -47,8 +47,8 @@ def export_checkpoint(
 
     `nfe` is the number of network calls for an image. `weights` is "student", "student_ema" or "auto" (the EMA if there is one).
     `dtype` is "float32", "float16" or "bfloat16". `pretrained` is the path of the pretrained pipeline, if it has moved since
-    training. `height` and `width` are the pixels of the call in the model card; by default those of training. Raises `UserError`
-    for a source or output that does not fit (see `export_pipeline`).
+    training. `height` and `width` are the image size in pixels that the model card's example uses; the default is the training
+    size. Raises `UserError` for a source or output that does not fit (see `export_pipeline`).
     """
     if form in FILES:
         return export_file(Path(source), Path(output), weights, dtype, form)

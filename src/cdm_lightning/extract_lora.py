@@ -32,8 +32,8 @@ def extract_lora(base: str, tuned: str, rank: int, output: str | Path, device: s
     """Extract the difference `tuned` - `base` of two pipelines' transformers as a LoRA of rank `rank`, and return it with its errors.
 
     `base` and `tuned` are folders or hub ids. The LoRA is written to the .safetensors file `output`, for diffusers'
-    `load_lora_weights`. The decompositions run on `device`; "auto" means CUDA if available. Raises `UserError` for transformers
-    of different shapes or without a difference, and if `output` cannot be written.
+    `load_lora_weights`. The decompositions run on `device`; "auto" means CUDA if available. Raises `UserError` if the
+    transformers have different shapes or equal weights, and if `output` cannot be written.
     """
     output = Path(output)
     if rank < 1:
@@ -79,7 +79,7 @@ def _write(family: type, found: "Extraction", output: Path) -> None:
 
 
 def report(found: "Extraction") -> str:
-    """Return a text with the relative error of each tensor, the largest first, followed by the error of all together.
+    """Return a text with the relative error of each tensor, the largest first, followed by the error over all tensors.
 
     The error is the Frobenius norm of the part that the LoRA misses, divided by the norm of the difference.
     """

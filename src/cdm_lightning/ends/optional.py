@@ -14,9 +14,9 @@ _failing: set[str] = set()
 def may_fail(what: str | Path, *also: type[Exception], proves: bool = True) -> Generator[None]:
     """Turn a disk error inside the block into a warning on stderr. The block writes the file `what`.
 
-    Errors of the classes in `also` are treated in the same way. Only the first failure prints a warning. The next success
-    prints that the file can be written again. Pass `proves=False` if the block only fills a buffer, because success then proves
-    nothing.
+    Errors of the classes in `also` are treated in the same way. Only the first failure prints a warning. The next success prints
+    that the file can be written again. Pass `proves=False` if the block only fills a buffer, because a success then does not show
+    that the disk can be written.
     """
     name = str(what)
     try:

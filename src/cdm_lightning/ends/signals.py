@@ -1,6 +1,6 @@
 """Signals that ask a run to stop. The first signal saves the run and ends the process with exit code 75.
 
-What this takes depends on the phase of the process (`Phase`), which is set by `loading`, `training` and `finished`:
+How the process stops depends on its phase (`Phase`), which is set by `loading`, `training` and `finished`:
 
 - While libraries are imported, the process exits in the signal handler, since there is nothing to save.
 - While data and networks are loaded, and while the student is evaluated and exported after training, everything is saved
@@ -95,8 +95,8 @@ def watched() -> Generator[None]:
 def loading(where: str) -> None:
     """Enter a phase in which nothing needs to be saved: the first signal raises `Preempted` at once.
 
-    A signal that came earlier raises it here, unless the run has already been saved for it. `where` completes the message
-    "SIGNAL: stopped ...", as in "before training".
+    If a signal came earlier, this call raises `Preempted`, unless the run has already been saved because of that signal. `where`
+    completes the message "SIGNAL: stopped ...", as in "before training".
     """
     _enter(Phase.LOADING, where)
 
@@ -125,7 +125,7 @@ def finished() -> None:
 
 
 def saved() -> None:
-    """Note that everything which the first signal asked to save is saved.
+    """Record that the run has been saved in response to the first signal.
 
     Another signal then ends the process at once, with exit code 75.
     """
@@ -133,7 +133,7 @@ def saved() -> None:
 
 
 def is_saved() -> bool:
-    """Return whether nothing is left to save for the first signal, because `saved` was called or `Preempted` was raised."""
+    """Return whether a stopping run has nothing left to save: `saved` was called or `Preempted` was raised."""
     return _state.saved
 
 
@@ -146,8 +146,8 @@ def is_asked() -> bool:
 def waiting() -> Generator[None]:
     """Let the first signal raise `Preempted` inside the block even in training.
 
-    The block waits between two iterations, so no iteration is interrupted. If a signal came earlier in training, `Preempted` is
-    raised before the block.
+    Use it for a block that waits between two iterations, so that no iteration is interrupted. If a signal came earlier in
+    training, `Preempted` is raised before the block.
     """
     _state.is_waiting = True
     try:

@@ -56,8 +56,8 @@ def _to_null(descriptor: int) -> None:
 def make_tolerant() -> None:
     """Replace `sys.stdout` and `sys.stderr` by `TolerantStream`s, and open closed file descriptors 0, 1 and 2 on /dev/null.
 
-    Otherwise the next file that is opened would get the closed descriptor, and messages of C libraries would be written into
-    it.
+    Otherwise the next file that is opened would get the closed descriptor, and messages of C libraries would be written into that
+    file.
     """
     for descriptor in (0, 1, 2):
         try:

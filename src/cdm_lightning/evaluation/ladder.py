@@ -41,7 +41,7 @@ Row = dict[str, Any]
 
 @dataclass
 class SamplerResult:
-    """The measurements of one sampler: features and scores of its images, the time they took in seconds, and some images.
+    """The measurements of one sampler: features and scores of its images, the generation time in seconds, and some images.
 
     `shown` are the images (P, 3, H, W) of the first P prompts, for the overview picture.
     """
@@ -60,7 +60,7 @@ class LadderResult:
     - `scores`: one row for each sampler and prompt, with the scores of the image.
     - `images`: (P, 3, H, W) for each sampler, the images of the first P `prompts`.
     - `settings`: everything that determines the figures.
-    - `measured`: measurements that another `run` of the same evaluation can take as `known`.
+    - `measured`: the measurements of each sampler. Pass them as `known` to a later `run` of the same evaluation, to reuse them.
     """
 
     rows: list[Row]
@@ -79,8 +79,9 @@ class LadderEvaluation:
     `batch_size`. Image k of a prompt starts from the noise of (`seed` + k, prompt index); images with k > 0 are made only for
     metrics that need several images per prompt. The images of the first `shown` prompts are kept.
 
-    `real_images` is a function of (prompts, their indices, seed) that returns real images. It adds a row with the figures of a
-    perfect sampler. Raises `UserError` for samplers of the same name and for numbers out of range.
+    `real_images` is a function of (prompts, their indices, seed) that returns real images. If it is given, the result has another
+    row with the figures of real images, which a perfect sampler would reach. Raises `UserError` for samplers of the same name and
+    for numbers out of range.
     """
 
     prompts: Sequence[str]
@@ -111,7 +112,7 @@ class LadderEvaluation:
         return self.count or 0
 
     def check(self, metrics: MetricSuite) -> None:
-        """Raise `UserError` if a metric cannot be computed: it needs a sampler that is not run, or more prompts than `size`."""
+        """Raise `UserError` if a metric needs a sampler that is not evaluated, or more prompts than `size`."""
         metrics.check_prompts(self.prompts, self.size)
         if self.real_images is not None:
             _ = self.real_images([self.prompts[0], self.prompts[self.size - 1]], [0, self.size - 1], self.seed)
@@ -138,8 +139,9 @@ class LadderEvaluation:
     ) -> LadderResult:
         """Measure all samplers with the networks {"student": ..., "teacher": ...}, on their device.
 
-        Networks compute in `compute_dtype`. With `silent`, no progress is shown. Samplers in `known` are not run again, such as
-        those of the teacher after an earlier run of the same evaluation. Raises the errors of `check`.
+        Networks compute in `compute_dtype`. With `silent`, no progress is shown. `known` holds measurements of an earlier run of
+        the same evaluation, for example of the teacher's samplers. Samplers in `known` are not run again. Raises the errors of
+        `check`.
         """
         self.check(metrics)
         progress = Progress("reading reference images", self._total_calls(metrics), silent=silent)
@@ -195,7 +197,7 @@ class LadderEvaluation:
         progress: Progress,
         texts: dict[int, dict[str, Tensor]],
     ) -> SamplerResult:
-        """Generate and measure one sampler's images, batch by batch. `texts` stores the prompts' features for each batch."""
+        """Generate and measure one sampler's images, batch by batch. `texts` keeps the prompts' features for other samplers."""
         shown = [
             make(self._prompts[:1], [0], self.seed)[:0].clone()
         ]  # the first call is not timed: it includes one-time setup

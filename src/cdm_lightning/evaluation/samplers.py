@@ -1,7 +1,7 @@
 """Generating images from prompts, for viewing and for metrics. The noise depends only on (seed, prompt index).
 
 A *sampler* is a way to make images: a network, a number of steps and a guidance scale. All samplers take deterministic Euler
-steps along the sigmas 1, 1 - 1/nfe, ..., 1/nfe, which are shifted as in the model family, and then 0
+steps. Their sigmas are 1, 1 - 1/nfe, ..., 1/nfe after the model family's timestep shift, followed by 0
 (`core.schedules.inference_sigmas`). Shapes: images (N, 3, H, W) in [0, 1].
 """
 
@@ -26,9 +26,10 @@ from cdm_lightning.kinds import Guidance, Name, Pixels, Steps
 
 @dataclass(frozen=True)
 class SamplerSpec:
-    """A way to make images: the network, the number of steps `nfe`, the guidance scale (1: none) and the size in pixels.
+    """A way to make images: the network, the number of steps `nfe`, the guidance scale and the size in pixels.
 
-    A side that is None is that of the backbone. Raises `UserError` for an unknown network and for `nfe` below 1.
+    A guidance scale of 1 means no guidance. A height or width of None means the backbone's own. Raises `UserError` for an unknown
+    network and for `nfe` below 1.
     """
 
     name: Name
@@ -98,7 +99,7 @@ def generate(
     """Generate images (N, 3, H, W) in [0, 1], on the CPU, one for each of N prompts.
 
     `spec` has the number of steps, the guidance and the size. `indices` (N) are the prompts' indices. The noise depends only on
-    them and on `seed`. Therefore the batch size and the number of processes change an image by float rounding at most.
+    `indices` and `seed`. Therefore the batch size and the number of processes change an image by float rounding at most.
     `backbone.setup` must have been called. Raises `UserError` for a size that the model family cannot make.
     """
     backbone, batches = backbone.at(spec.height, spec.width), []
@@ -117,11 +118,11 @@ class EncodedAhead:
         self._by_batch = dict(by_batch)
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Return the conditioning of a batch of B prompts. Raises KeyError for any other batch."""
+        """Return the conditioning of a batch of B prompts. Raises KeyError for a batch that was not encoded ahead."""
         return self._by_batch[tuple(prompts)]
 
     def forget(self) -> None:
-        """Do nothing. The conditioning is kept, because it cannot be encoded again."""
+        """Do nothing. The conditioning must be kept, because the text encoders have been freed."""
         return
 
 

@@ -94,8 +94,8 @@ class ModelCard:
 def recipe(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a run's configuration that affect the trained weights, and trainer.max_steps, as nested dicts.
 
-    `run.same` says which options these are; the backbone's are left out. Because cards may be public, objects appear as class
-    names and absolute paths as their last part.
+    `run.same` decides which options affect the weights. The backbone's options are left out. Because cards may be public, an
+    object appears as its class name, and an absolute path as its last component.
     """
     chosen = _deciding({key: value for key, value in config.items() if key not in ("backbone", "module")}, "")
     module = {
@@ -120,7 +120,7 @@ def _deciding(node: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _readable(node: Any) -> Any:
-    """Replace `_target_: a.b.C` by `class: C` and an absolute path by its last part, because cards may be public."""
+    """Replace `_target_: a.b.C` by `class: C` and an absolute path by its last component, because cards may be public."""
     if isinstance(node, Mapping):
         name = {"class": str(node["_target_"]).rpartition(".")[2]} if "_target_" in node else {}
         rest = {str(key): _readable(value) for key, value in node.items() if key not in ("_target_", "_partial_")}

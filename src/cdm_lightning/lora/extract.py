@@ -54,7 +54,7 @@ def extract(pairs: Iterable[tuple[str, Tensor, Tensor, bool]], rank: int, device
         whole = float(difference.norm())
         if not math.isfinite(whole):
             raise UserError(
-                f"the difference of the tensor {name} is not finite in float32; pass the undamaged networks"
+                f"the two networks' tensors {name} differ by infinity or NaN; one of the two is damaged: download it again"
             )
         if whole == 0:
             continue

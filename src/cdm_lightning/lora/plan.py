@@ -1,4 +1,4 @@
-"""Which of the trained networks are LoRAs, and their settings; these are checked before any weights are loaded.
+"""The choice of the trained networks that are LoRAs, and their settings, which are checked before any weights are loaded.
 
 A role is the name of a network in training, such as "student" or "fake_score".
 """
@@ -49,7 +49,7 @@ class Adapter:
 
     @property
     def tag(self) -> str:
-        """All settings as one text, such as "64:128:attention". Checkpoints store it, to recognise other settings."""
+        """All settings as one text, such as "64:128:attention". Checkpoints store it, so that other settings are noticed."""
         targets = self.targets if isinstance(self.targets, str) else "/".join(self.targets)
         return f"{self.rank}:{self.alpha:g}:{targets}" + ":rslora" * self.use_rslora + ":dora" * self.use_dora
 
@@ -73,7 +73,7 @@ class LoRAPlan:
     """The trained networks that are LoRAs, with an `Adapter` for each, for example `LoRAPlan(student=Adapter(...))`.
 
     A network without an entry, or with None, trains all its weights. Entries for networks that the objective does not train have
-    no effect. Raises UserError if a value is no `Adapter` and not None.
+    no effect. Raises UserError if a value is neither an `Adapter` nor None.
     """
 
     def __init__(self, **adapters: Adapter | None) -> None:

@@ -1,8 +1,8 @@
-"""The settings of peft that a stranger's LoRA file may have.
+"""The settings of peft that are accepted in a LoRA file from an untrusted source.
 
-peft runs some settings as regular expressions, allocates memory by others, and reads the base network's weights for others.
-Therefore ranks and layers are taken from the tensors, and the settings are a closed set: strengths with types and ranges, and
-choices of training that change nothing afterwards.
+Some settings are unsafe in such a file: peft compiles them as regular expressions, allocates memory by them, or reads the base
+network's weights for them. Therefore ranks and layers are taken from the tensors. Two kinds of settings are accepted: strengths
+(such as alpha), whose types and ranges are checked, and training options that have no effect on a loaded LoRA.
 """
 
 import math
@@ -28,8 +28,9 @@ LAYER = re.compile(r"\^?((?:\w|\\?\.)+)\$?")  # the whole or the end of a layer'
 def plain_settings(settings: Mapping[str, Any], tensors: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, Any]:
     """Return the arguments of peft's `LoraConfig` for a LoRA file, made from its settings and its tensors.
 
-    `settings` are the file's, without the name of the network; `tensors` has the tensors by name, and `ranks` the rank of each
-    layer's factors. Raises ValueError for a setting that is unknown, has another type or range, or contradicts the tensors.
+    `settings` are the settings in the file, without the prefix for the network's name. `tensors` holds the tensors by name, and
+    `ranks` the rank of each layer's factors. Raises ValueError for a setting that is unknown, has another type or range, or
+    contradicts the tensors.
     """
     strange = [name for name, value in settings.items() if not _is_known(name, value)]
     if strange:
@@ -37,14 +38,14 @@ def plain_settings(settings: Mapping[str, Any], tensors: Mapping[str, Any], rank
     switches = {name: _switch(settings.get(name, False), name) for name in SWITCHES}
     for name, part in SWITCHES.items():
         if part is not None and switches[name] != any(part in tensor for tensor in tensors):
-            raise ValueError(f"{name}={switches[name]} contradicts its tensors")
+            raise ValueError(f"{name}={switches[name]} contradicts the tensors in the file")
     rank_of, alpha_of = _patterns(settings, "rank_pattern"), _patterns(settings, "alpha_pattern")
     claimed = {layer: _for_layer(layer, rank_of, settings.get("r", 8)) for layer in ranks}
     alphas = {layer: _for_layer(layer, alpha_of, settings.get("lora_alpha", 8)) for layer in ranks}
     for layer, rank in ranks.items():
         if claimed[layer] is True or claimed[layer] != rank:
             raise ValueError(
-                f"the rank {claimed[layer]!r:.80} of {layer} contradicts its tensors, which have rank {rank}"
+                f"the rank {claimed[layer]!r:.80} of {layer} contradicts the tensors in the file, which have rank {rank}"
             )
         if flaw := flaw_of_alpha(alphas[layer]):
             raise ValueError(f"the alpha of {layer} {flaw}")
@@ -60,7 +61,7 @@ def plain_settings(settings: Mapping[str, Any], tensors: Mapping[str, Any], rank
 
 
 def flaw_of_alpha(alpha: Any) -> str | None:
-    """Return what is wrong with a LoRA's alpha, for a message, or None if it is a number in the range."""
+    """Return what is wrong with a LoRA's alpha, for a message, or None if it is a number in the allowed range."""
     if isinstance(alpha, bool) or not isinstance(alpha, int | float):
         return f"must be a number, not {alpha!r:.80}"
     if not math.isfinite(alpha):
@@ -82,7 +83,10 @@ def _switch(value: Any, name: str) -> bool:
 
 
 def _patterns(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return {name of a layer, with ^ in front if it is the whole name: value} for peft's mapping `name`."""
+    """Return peft's setting `name`, such as rank_pattern, as {pattern: value}. Raises ValueError if it is malformed.
+
+    A pattern that starts with ^ is the whole name of a layer; any other pattern is the end of a name.
+    """
     given = settings.get(name) or {}
     if not isinstance(given, Mapping):
         raise ValueError(f"{name} must be a mapping, not {given!r:.80}")
@@ -93,7 +97,7 @@ def _patterns(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _for_layer(layer: str, patterns: Mapping[str, Any], default: Any) -> Any:
-    """Return the value of the first pattern that is the layer's name or the end of it."""
+    """Return the value of the first pattern that fits the layer's name, or `default` if none does (see `_patterns`)."""
     for key, value in patterns.items():
         if layer == key.removeprefix("^") or (not key.startswith("^") and layer.endswith(f".{key}")):
             return value

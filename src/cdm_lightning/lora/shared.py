@@ -1,7 +1,7 @@
 """One frozen network with several LoRA adapters of peft, one for each role (trained network). At most one adapter is on.
 
 peft's own switches (`set_adapter`, `disable_adapters`) also change `requires_grad`, so they would freeze an optimizer's
-parameters whenever another role runs. The switch here changes only the two attributes that peft's layers read in the forward
+parameters whenever another role runs. `SharedBase.running` changes only the two attributes that peft's layers read in the forward
 pass.
 """
 
@@ -34,8 +34,8 @@ class SharedBase:
     The base is set to eval mode and keeps its dtype; adapters are float32.
 
     A LoRA adds B A to a weight. B starts at zero, so every role starts equal to the base. A starts uniform, as in peft, and
-    depends on `seed` and the layer only. As it is the same for all roles, an average of two roles' factors is at first also an
-    average of their products B A. Raises UserError for targets that `network` lacks.
+    depends on `seed` and the layer only. A is the same for all roles. Therefore an average of two roles' factors is at first also
+    an average of their products B A. Raises UserError for targets that `network` lacks.
     """
 
     def __init__(self, network: nn.Module, adapters: Mapping[str, Adapter], presets: Presets, seed: int) -> None:
@@ -75,8 +75,8 @@ class SharedBase:
     def with_its_adapter(self, block: nn.Module) -> Callable[..., Any]:
         """Return a function that runs `block`, a module of the base, with the adapter that is on now.
 
-        Gradient checkpointing needs it. It runs blocks again in the backward pass, when another adapter or none is on, and the
-        gradients would be wrong without an error.
+        Gradient checkpointing needs this function, because it runs blocks again in the backward pass. At that time another
+        adapter or none may be on, and the gradients would be wrong without an error.
         """
         return partial(self._rerun, self._role, block)
 
@@ -135,10 +135,10 @@ def target_layers(network: nn.Module, adapter: Adapter, presets: Presets) -> lis
 
 
 def adapter_shapes(network: nn.Module, adapter: Adapter, presets: Presets) -> dict[str, tuple[tuple[int, ...], bool]]:
-    """Return the shape of each tensor of an adapter of `network`, by name as in `adapter_parameters`, each with True.
+    """Return {name: (shape, True)} of the tensors that an adapter of `network` has, with the names of `adapter_parameters`.
 
-    True says that the tensor is floating-point, as all of them are. `network` may be on the meta device. Raises UserError for
-    targets that `network` lacks.
+    True means that the tensor is floating-point, which holds for every tensor of an adapter. `network` may be on the meta device.
+    Raises UserError for targets that `network` lacks.
     """
     found: dict[str, tuple[int, ...]] = {}
     for name in target_layers(network, adapter, presets):

@@ -55,7 +55,7 @@ class AdapterView(RoleView):
 
     @property
     def weights(self) -> AdapterWeights:
-        """The adapter without its base, for export."""
+        """The weights of the adapter without the base network, for export."""
         return AdapterWeights(self.adapter, self.state_dict())
 
 

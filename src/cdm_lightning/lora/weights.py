@@ -21,9 +21,9 @@ class AdapterWeights:
     tensors: Mapping[str, Tensor]
 
     def portable(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """Return the tensors as LoRA files hold them: in `dtype`, on the CPU, with B multiplied by the adapter's scale.
+        """Return the tensors for a LoRA file: in `dtype`, on the CPU, with B multiplied by the adapter's scale.
 
-        LoRA files have no standard entry for a scale, and readers then assume 1.
+        A LoRA file has no standard entry for the scale, so programs that load it assume a scale of 1.
         """
         return {
             name.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector"): (

@@ -64,14 +64,14 @@ class ImageBatch:
 
 @dataclass(frozen=True)
 class MeasuredImages:
-    """The measurements of the N images of one sampler, for one metric's `figures`. They are sorted by prompt index.
+    """The measurements of the N images of one sampler, sorted by prompt index. A metric's `figures` computes its figures from them.
 
     - `features`: (N, D) on the CPU, by extractor.
     - `scores`: (N,) the results of the metric's `score`, or None if the metric has no scores.
     - `copies`: (P, M, D) features of M images for each of the first P prompts, by extractor. It is empty if no metric asks for
       several images per prompt.
-    - `other_noise`: (N, D) features of images of the same prompts from other noise, if a metric asks for them.
-    - `has_noise`: False for real images.
+    - `other_noise`: (N, D) features of N more images of the same prompts, from different noise, if a metric asks for them.
+    - `has_noise`: True for generated images, which start from noise, and False for real images.
     """
 
     prompts: list[str]
@@ -88,7 +88,10 @@ class MeasuredImages:
 
 @dataclass(frozen=True)
 class Copies:
-    """A metric's request for several images per prompt: `images` from different noise, for each of the first `prompts`."""
+    """A metric's request for several images per prompt: `images` is their number, and `prompts` the number of prompts.
+
+    The images of a prompt start from different noise. The first `prompts` prompts of the evaluation are used.
+    """
 
     prompts: int
     images: int
@@ -103,7 +106,7 @@ class Metric:
     - `text_features`: names of the extractors that must also encode prompts.
     - `copies`: a request for several images per prompt (None: one image).
     - `sampler`: name of a sampler to compare with. If this sampler is not run, the metric has no figure.
-    - `other_noise`: whether the metric also needs images of each student from other noise.
+    - `other_noise`: whether the metric also needs a second image of each prompt, from different noise, for samplers of a student.
     """
 
     features: tuple[str, ...] = ()
@@ -113,7 +116,7 @@ class Metric:
     other_noise: bool = False
 
     def prepare(self, extractors: Mapping[str, nn.Module]) -> None:
-        """Do slow work once, before the first image, such as measuring reference images. `extractors` has all extractors."""
+        """Do slow work once, before the first image, such as measuring reference images. `extractors` holds all extractors by name."""
 
     def check_prompt(self, prompt: str) -> None:
         """Raise `UserError` or ValueError if images of this prompt cannot be measured. All prompts are checked before training."""
@@ -123,13 +126,14 @@ class Metric:
         return None
 
     def figures(self, measured: MeasuredImages, others: Mapping[str, MeasuredImages]) -> Figures:
-        """Return the figure of one sampler's images, several figures by name, or None if there is no figure.
+        """Return the figure of one sampler's images, {name: figure} for several figures, or None for no figure.
 
-        By default it is the mean of the scores. `others` has the measurements of all samplers by name, including this one.
+        By default the figure is the mean of the scores. `others` holds the measurements of all samplers by name, including the
+        measured sampler.
         """
         scores = measured.scores
         return None if scores is None or not len(scores) else float(scores.double().mean())
 
     def facts(self) -> Mapping[str, float | str]:
-        """Return facts that a reader needs to compare figures, by name. An example is the number of reference images."""
+        """Return {name: value} of facts on which the figures depend, such as the number of reference images."""
         return {}

@@ -73,7 +73,7 @@ class FeatureStatistics:
 
 
 class _GivenFeatures(nn.Module):
-    """A `feature` module for torchmetrics that returns its input. The inputs are features already, which all metrics share."""
+    """A `feature` module for torchmetrics that returns its input, because the features are already computed."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -137,7 +137,8 @@ class Frechet(Metric):
 class FrechetToSampler(Metric):
     """The Fréchet distance of the images to those of another sampler, such as the teacher in 50 steps.
 
-    A sampler is a way to make images. `sampler` is the name of the other one, and `feature` that of the feature extractor.
+    A sampler is a way to make images. `sampler` is the name of the other sampler, and `feature` is the name of the feature
+    extractor.
     """
 
     def __init__(self, sampler: Name, feature: FeatureName = "clip") -> None:
@@ -148,8 +149,9 @@ class FrechetToSampler(Metric):
     def figures(self, measured: MeasuredImages, others: Mapping[str, MeasuredImages]) -> Figures:
         """Return {"same_noise": distance, "other_noise": distance}.
 
-        "same_noise" is the distance to images that start from the same noise. It is small, because such images resemble each
-        other. "other_noise" is that of images from other noise, if the evaluation makes them.
+        "same_noise" compares images that start from the same noise as the other sampler's images. This distance is small, because
+        such images resemble each other. "other_noise" compares images that start from different noise; it is left out if the
+        evaluation makes no such images.
 
         Returns None for the other sampler itself, if the other sampler is not run, and for fewer than 2 images.
         """

@@ -27,8 +27,9 @@ MOST_IMAGE = 1 << 30  # bytes
 class ShapesRenderings:
     """Real images of the shapes set, in batches (B, 3, 32, 32): `count` renderings of the first `captions` prompts in turn.
 
-    `captions` None means all prompts. The renderings depend only on the prompts and on `seed`. They show the same prompts as
-    the generated images, as for FID on COCO, because other prompts would add a distance that no generator can remove.
+    `captions` None means all prompts. The renderings depend only on the prompts and on `seed`. They show the prompts of the
+    generated images (the usual choice for FID on COCO). With other prompts, even a perfect generator would have a distance above
+    0.
 
     Raises `UserError` if there are fewer prompts than `captions`, or if a prompt is not a caption of the shapes set.
     """

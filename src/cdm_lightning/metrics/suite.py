@@ -103,12 +103,12 @@ class MetricSuite:
 
     @property
     def other_noise(self) -> bool:
-        """Whether a metric also needs images of each student from other noise."""
+        """Whether a metric needs a second image of each prompt, from different noise, for samplers of a student."""
         return any(metric.other_noise for metric in self.metrics.values())
 
     @property
     def needed(self) -> list[str]:
-        """The names of the extractors that at least one metric needs. The features of all images by them are kept."""
+        """The names of the extractors that at least one metric needs. Their features are kept for all images."""
         return sorted({name for metric in self.metrics.values() for name in metric.features})
 
     def prepare(self, device: torch.device) -> None:
@@ -201,14 +201,14 @@ class MetricSuite:
                 collected.scores.setdefault(name, []).append(scores.reshape(-1).float().cpu())
 
     def measure_other_noise(self, collected: Collected, images: Tensor) -> None:
-        """Add the features of images (B, 3, H, W) to `collected` that were made for the same prompts from other noise."""
+        """Add to `collected` the features of images (B, 3, H, W) in [0, 1], made for the same prompts from different noise."""
         for name in sorted(
             {name for metric in self.metrics.values() if metric.other_noise for name in metric.features}
         ):
             collected.other_noise.setdefault(name, []).append(extract(self.extractors[name], images).cpu())
 
     def measure_copy(self, collected: Collected, images: Tensor) -> None:
-        """Add the features of one more image for each of the first P prompts, in order: (P, 3, H, W) in [0, 1]."""
+        """Add the features of `images` (P, 3, H, W) in [0, 1]: one more image for each of the first P prompts, in order."""
         for name in self.needed:
             collected.copies.setdefault(name, []).append(extract(self.extractors[name], images).cpu())
 
