@@ -26,7 +26,10 @@ def temporary_path(path: Path, end: str = NEW) -> Path:
 
 
 def hold(descriptor: int) -> None:
-    """Lock an open temporary file or folder until it is closed. The lock shows other processes that its writer still runs."""
+    """Lock the temporary file or folder that is open as `descriptor`, until `descriptor` is closed.
+
+    The lock shows other processes that the writer still runs.
+    """
     with suppress(OSError):  # a file system without locks: `is_left` then looks for the process
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
@@ -34,8 +37,8 @@ def hold(descriptor: int) -> None:
 def sweep(path: str | Path) -> list[Path]:
     """Delete the temporary files and folders that killed writers of `path` left next to it, and return their paths.
 
-    Those of running writers and of other paths stay. If a writer was killed while it replaced an earlier folder, the earlier
-    folder is moved back to `path`.
+    Temporary files of running writers and of other paths stay. If a writer was killed while it replaced an earlier folder, the
+    earlier folder is moved back to `path`.
     """
     path = Path(os.path.realpath(path))
     found = [entry for entry in _entries(path.parent, f"{OWN}{_digest(path)}-", (NEW, OLD)) if is_left(entry)]
@@ -124,7 +127,7 @@ def _digest(path: Path) -> str:
 def _place() -> str:
     """Return a short hash of the machine and of its process namespace, which is that of the container.
 
-    Process numbers are unique only within such a place.
+    Process numbers are unique only within one process namespace.
     """
     try:
         namespace = os.readlink("/proc/self/ns/pid")

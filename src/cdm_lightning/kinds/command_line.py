@@ -1,6 +1,6 @@
 """The check of command-line arguments by the same types (kinds) as the options of a configuration.
 
-A mistake gives one line.
+A mistake prints one line on stderr and ends the command with exit status 2.
 """
 
 import argparse

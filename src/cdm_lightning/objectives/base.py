@@ -40,9 +40,9 @@ class TermLosses:
 
 @dataclass(frozen=True)
 class VelocityFields:
-    """The networks of a run as velocity fields v(x, sigma), each with the text of one batch of prompts.
+    """The networks of a run as velocity fields v(x, sigma), conditioned on the text of one batch of prompts.
 
-    `teacher_uncond` is the teacher with the empty prompt instead. `fields[ROLE]` gives the field of "student", of "student_ema"
+    `teacher_uncond` is the teacher conditioned on the empty prompt. `fields[ROLE]` gives the field of "student", of "student_ema"
     or of a role in `by_role`. `heads` holds the networks that the objective builds itself (`Role.build`); they are plain modules,
     not fields.
     """
@@ -164,8 +164,8 @@ class Update:
     """A number of optimizer steps of one network: `repeat` steps, each with new random numbers.
 
     `losses(sample)` yields the loss in parts whose sum is the loss. Each part is backpropagated before the next is computed, so
-    that memory holds one graph at a time. Gradients that reach other networks are dropped. If `merge` is given, it follows each
-    step.
+    that memory holds one graph at a time. Gradients that reach other networks are dropped. If `merge` is given, it is applied
+    after each step.
     """
 
     role: str
@@ -187,10 +187,11 @@ class Objective(ABC):
 
     @property
     def rollout(self) -> RolloutKind:
-        """How far the student follows its own path from noise (its rollout) before the updates of an iteration.
+        """The length of a rollout, the student's own path from noise, which is computed before the updates of an iteration.
 
         "to_anchor" stops at the anchor, the step of the path that is drawn at random for each prompt. "full" goes on to the clean
-        image, for losses that need the rest of the path. "none" makes no rollout, and losses then get a plain `Sample`.
+        image, for losses that need the rest of the path. "none" makes no rollout, and the losses then get a `Sample` and not a
+        `RolledOutSample`.
         """
         return "to_anchor"
 
@@ -245,5 +246,5 @@ class Objective(ABC):
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the state that `state_dict` returned. Not called if the checkpoint holds no state of this class."""
+        """Restore the state that `state_dict` returned. It is not called if the checkpoint holds no state of this class."""
         return

@@ -1,11 +1,11 @@
 """The CDM objective (arXiv:2605.06376): the losses of the fake score and of the student.
 
-The fake score learns the distribution of the student's x0 predictions by flow matching. For the student's loss, its x0 prediction
-is noised again. From the noised sample the teacher predicts T(c) with the prompt and T(0) without it, and the fake score predicts
-F(c). The loss moves the student's prediction along the sum of up to three directions:
+The fake score learns the distribution of the student's x0 predictions by flow matching. For the student's loss, the student's x0
+prediction is noised again. From the noised sample the teacher predicts T(c) with the prompt and T(0) without it, and the fake
+score predicts F(c). The loss moves the student's prediction along the sum of up to three directions:
   ca   guidance augmentation: guidance_scale (T(c) - T(0));
   dm   distribution matching: T(c) - F(c);
-  cdm  distribution matching off the trajectory: T(c) - F(c) too, at a point that the student's rollout did not visit.
+  cdm  distribution matching off the trajectory: also T(c) - F(c), at a point that the student's rollout did not visit.
 Shapes: B samples of shape * = (C, H, W).
 """
 
@@ -105,9 +105,7 @@ class CDMObjective(Objective):
 
     @property
     def rollout(self) -> RolloutKind:
-        """How far rollouts go: to their end ("full") for `teacher_base="final"`, otherwise to their randomly drawn step
-        ("to_anchor").
-        """
+        """The length of rollouts: "full" (to the clean image) for `teacher_base="final"`, otherwise "to_anchor" (to a random step)."""
         return "full" if self.teacher_base == "final" else "to_anchor"
 
     @property
@@ -183,7 +181,7 @@ class CDMObjective(Objective):
         return {term: weight for term, weight in now.items() if weight != 0}
 
     def _look(self, term: str, x0: Tensor, seen: Tensor, sample: RolledOutSample) -> Look:
-        """Return the inputs of a loss term for the x0 (B, *) that the student predicted at sigma `seen` (B,)."""
+        """Return the inputs of a loss term for `x0` (B, *), which the student predicted at sigma `seen` (B,)."""
         levels = {"ca": self.ca_levels, "dm": self.dm_levels, "cdm": self.cdm_levels}[term]
         base = self._base(x0, sample) if term == "cdm" else x0.detach()
         sigma = levels.sample(sample.rng, f"{term}.sigma", seen, sample.shift)
@@ -246,7 +244,7 @@ class CDMObjective(Objective):
     def _judge(self, sample: RolledOutSample, looks: dict[str, Look]) -> Judged:
         """Call teacher and fake score on the noised sample of each loss term, and return their results.
 
-        The teacher is also called without text, for terms with guidance.
+        For terms with guidance, the teacher is also called with the empty prompt.
         """
         fields = sample.fields
         without_text = [term for term in looks if term == "ca" or self.guidance(term)]

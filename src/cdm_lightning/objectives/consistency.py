@@ -1,9 +1,9 @@
 """Consistency distillation: the student learns to predict the same clean image everywhere on a path of the teacher's ODE.
 
 `ConsistencyObjective` compares two points a finite step apart (consistency models, arXiv:2303.01469; with guidance and real
-images, latent consistency models, arXiv:2310.04378). `ContinuousConsistencyObjective` takes the limit of a step of 0 (sCM,
-arXiv:2410.11081). For rectified flow the prediction at state x and sigma s is f(x, s) = x - s v(x, s), so f(x, 0) = x always
-holds. No fake score is trained. Shapes: B samples of shape * = (C, H, W).
+images, latent consistency models, arXiv:2310.04378). `ContinuousConsistencyObjective` takes the limit of an infinitely small step
+(sCM, arXiv:2410.11081). For rectified flow the prediction at state x and sigma s is f(x, s) = x - s v(x, s), so f(x, 0) = x
+always holds. No fake score is trained. Shapes: B samples of shape * = (C, H, W).
 """
 
 from abc import abstractmethod
@@ -28,8 +28,8 @@ class _AlongTheODE(Objective):
     """The base class of both forms of consistency distillation: the points on the teacher's ODE, and the teacher's guidance.
 
     With `start="student"` the points are states of the student's rollouts, so no images are needed. With `start="data"`, as
-    published, they are real latents noised to a sigma that `levels` draws. `guidance_scale` is the teacher's; 1 means no
-    guidance. The student is updated in each iteration.
+    published, they are real latents noised to a sigma that `levels` draws. `guidance_scale` is that of the teacher; 1
+    means no guidance. The student is updated in each iteration.
     """
 
     start: Start = "student"
@@ -81,13 +81,13 @@ class ConsistencyObjective(_AlongTheODE):
     """Consistency distillation with a finite step.
 
     One Euler step of the teacher leads from a state at sigma s to a state at t = max(s - `step`, 0). The student's x0 prediction
-    at s learns the x0 prediction at t, which carries no gradient. With `target="student"` the student makes that prediction
-    itself (arXiv:2310.14189); with "student_ema" its EMA does (arXiv:2303.01469). The distance is the pseudo-Huber distance of
-    arXiv:2310.14189.
+    at s learns the x0 prediction at t, which carries no gradient. With `target="student"` the student makes the prediction at t
+    (arXiv:2310.14189); with "student_ema" the student's EMA makes it (arXiv:2303.01469). The distance is the pseudo-Huber
+    distance of arXiv:2310.14189.
 
     With `start="student"` the states come from the student's rollouts, and no images are needed. With `start="data"`, as
-    published, they are real latents noised to a sigma that `levels` draws. `guidance_scale` is the teacher's; 1 means no
-    guidance. Raises ValueError for an argument out of its range.
+    published, they are real latents noised to a sigma that `levels` draws. `guidance_scale` is that of the teacher; 1
+    means no guidance. Raises ValueError for an argument out of its range.
     """
 
     step: Sigma = 0.05
@@ -119,8 +119,8 @@ class ContinuousConsistencyObjective(_AlongTheODE):
     On the teacher's path dx/ds is the teacher's velocity u. Along this path the student's prediction f = x - s v changes by the
     tangent g = u - v - s (dv/dx u + dv/ds). Consistency means g = 0. The student's velocity therefore learns v + g / (|g| +
     `tangent_floor`), where |g| is the root mean square of g in a sample. This is the paper's tangent normalization. The part s
-    (dv/dx u + dv/ds) grows linearly from 0 to its full size over the first `warmup` iterations. The defaults of both options are
-    the paper's.
+    (dv/dx u + dv/ds) grows linearly from 0 to its full size over the first `warmup` iterations. The defaults of `tangent_floor`
+    and `warmup` are the paper's.
 
     With `derivative="exact"` the derivative in g is a Jacobian-vector product by forward-mode differentiation, which the
     network's attention must support. With "finite" it is the central difference over `finite_step` in sigma, which works for

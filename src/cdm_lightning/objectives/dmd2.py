@@ -1,7 +1,7 @@
 """DMD2 (arXiv:2405.14867): distribution matching with an adversarial term on real images.
 
-A head reads hidden states of the fake score and tells noised real latents from noised predictions of the student. The fake score
-is updated more often than the student. The losses of the CDM objective are used too, with the weights in
+A classifier head reads hidden states of the fake score. It distinguishes noised real latents from noised predictions of the
+student. The fake score is updated more often than the student. The losses of the CDM objective are used too, with the weights in
 `conf/objective/dmd2.yaml`, where the off-trajectory term is 0. Shapes: B samples of shape * = (C, H, W), N tokens of width D.
 """
 
@@ -47,8 +47,9 @@ class DMD2Objective(CDMObjective):
     A head classifies noised latents as real or predicted. It reads the hidden states of the fake score after the blocks
     `feature_blocks` (negative numbers count from the last block). Its loss is -log of the probability of the right answer
     (non-saturating GAN). The head is updated in every iteration, after the fake score. The fake score gets the same loss, times
-    `classifier_weight`, so that it learns features that help the head. The student gets, times `generator_weight`, -log of the
-    probability that its prediction is called real. `gan_levels` draws the sigma to which real and predicted latents are noised.
+    `classifier_weight`, so that it learns features that help the head. The student's additional loss is -log of the probability
+    that its prediction is classified as real, times `generator_weight`. `gan_levels` draws the sigma to which real and predicted
+    latents are noised.
 
     The paper's weights are 1e-2 and 5e-3, with five fake-score updates per student update (`student_every=5`). The other
     arguments are those of `CDMObjective`. Raises ValueError for an argument out of its range.
@@ -112,7 +113,9 @@ class DMD2Objective(CDMObjective):
         return [("real", sample.latents), ("fake", sample.point.x0)]
 
     def _features(self, sample: RolledOutSample, x0: Tensor, name: str) -> list[Tensor]:
-        """Return the fake score's hidden states (B, N, D) after each block of `feature_blocks`, for latents x0 (B, *) after noising.
+        """Return the fake score's hidden states (B, N, D) after each block of `feature_blocks`.
+
+        Its input is the latents `x0` (B, *), noised to a drawn sigma.
 
         The random draw of the noise is named by `name`.
         """

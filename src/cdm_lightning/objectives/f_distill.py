@@ -1,8 +1,8 @@
-"""f-distill (arXiv:2502.15681): distribution matching with another divergence than the reverse KL divergence.
+"""f-distill (arXiv:2502.15681): distribution matching that minimizes any f-divergence, not only the reverse KL divergence.
 
 The gradient of an f-divergence equals the gradient of the reverse KL divergence with each sample weighted by h(r) = r^2 f''(r).
-Here r = p / q is the density ratio of the data p and the student q at the noised sample. DMD2's classifier head estimates it: the
-optimal logit is log r. Shapes: B samples of shape * = (C, H, W).
+Here r = p / q is the density ratio of the data p and the student q at the noised sample. DMD2's classifier head estimates r,
+because its optimal logit is log r. Shapes: B samples of shape * = (C, H, W).
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ Divergence = Literal[
 def divergence_weight(divergence: Divergence, ratio: Tensor) -> Tensor:
     """Return h(r) = r^2 f''(r) for density ratios r of any shape, up to a constant factor.
 
-    The functions are those in table 1 of arXiv:2502.15681, and those of the divergences of Jeffreys and Neyman.
+    Table 1 of arXiv:2502.15681 gives h for most divergences; the Jeffreys and Neyman divergences are added.
     """
     match divergence:
         case "reverse_kl":
@@ -135,6 +135,6 @@ class FDistillObjective(DMD2Objective):
         return {"ratios": list(self.means.ratios), "weight": self.means.weight}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the running means. Those of a run with another number of bands are ignored."""
+        """Restore the running means. Means for another number of bands are ignored."""
         if len(state["ratios"]) == self.ratio_bands:
             self.means.ratios, self.means.weight = list(state["ratios"]), float(state["weight"])

@@ -1,7 +1,7 @@
 """A loss that makes the student's first step follow the teacher, to keep the teacher's diversity (DP-DMD, arXiv:2602.03139).
 
-With distribution matching, different noises may lead to the same image. The first step of a student decides what an image will
-show. Here it learns to lead from a noise in the direction in which some steps of the teacher lead from the same noise. Shapes: B
+With distribution matching, different noises may lead to the same image. A student's first step decides what an image will show.
+This loss gives the student's first step the direction in which several steps of the teacher lead from the same noise. Shapes: B
 samples of shape * = (C, H, W).
 """
 
@@ -23,13 +23,13 @@ class FirstStepAnchor:
     """A loss that ties the student's first velocity to the teacher's first steps from the same noise.
 
     The teacher makes the first `followed` of `teacher_steps` steps from the noise of each sample's rollout, to a state z at sigma
-    s. Its guidance scale is `guidance_scale`; 1 means no guidance. The student's velocity at the noise learns (noise - z) / (1 -
-    s), by the mean squared error times `weight`. With `alone`, as in DP-DMD, the CA and DM terms do not act on first steps;
-    rollouts of a single step keep them.
+    s. The teacher's guidance scale is `guidance_scale`; 1 means no guidance. The student's velocity at the noise learns (noise -
+    z) / (1 - s), by the mean squared error times `weight`. With `alone`, as in DP-DMD, the CA and DM terms do not act on first
+    steps, except in rollouts of a single step.
 
-    Each student update then costs `followed` calls of the teacher (twice as many with guidance), and a forward and a backward
-    pass of the student. The defaults are those of the authors' code for SD3.5-Medium. Raises ValueError if `followed` is above
-    `teacher_steps`.
+    This loss costs, for each student update, `followed` calls of the teacher (twice as many with guidance), and a forward and a
+    backward pass of the student. The defaults are those of the authors' code for SD3.5-Medium. Raises ValueError if `followed` is
+    above `teacher_steps`.
     """
 
     weight: Weight = 0.05
@@ -63,9 +63,9 @@ class FirstStepAnchor:
         return (noise - state).float() / (1 - sigmas[-1])
 
     def kept(self, sample: RolledOutSample, seen: Tensor, direction: Tensor) -> Tensor:
-        """Return a loss term's direction (B, *) for predictions at sigma `seen` (B,), set to 0 for first steps if `alone`.
+        """Return a loss term's `direction` (B, *), set to 0 for samples in their first step if `alone` is set.
 
-        Rollouts of a single step keep the direction.
+        `seen` (B,) is the sigma at which the student made its predictions. In rollouts of a single step, nothing is set to 0.
         """
         if not self.alone or sample.steps == 1:
             return direction

@@ -95,10 +95,9 @@ class LevelAwareObjective(CDMObjective):
         return (Role("fake_score", inputs=dict.fromkeys(names, LevelEmbedding)),)
 
     def fake_score_losses(self, sample: RolledOutSample) -> Iterator[TermLosses]:
-        """Yield the flow matching loss on the x0 prediction at a random step of the rollout, and in some updates one off the
-        trajectory.
+        """Yield the flow matching loss on x0 predictions at a random step of the rollout, and in some updates a second loss.
 
-        Every `off_trajectory_every`-th update has the second loss.
+        The second loss is on x0 predictions off the trajectory. Every `off_trajectory_every`-th update has it.
         """
         update = sample.iteration * self.fake_score_steps + sample.rng.repeat
         share = 0.0 if update % self.off_trajectory_every else self.off_trajectory_share

@@ -1,4 +1,4 @@
-"""The inputs and results of teacher and fake score for the terms of distribution matching.
+"""The inputs and outputs of teacher and fake score in each loss term of distribution matching.
 
 Shapes: B samples of shape * = (C, H, W).
 """
@@ -16,7 +16,7 @@ from cdm_lightning.core.flow import VelocityField, denoise, evaluate_together
 
 @dataclass(frozen=True)
 class Look:
-    """The inputs of one loss term: the student's prediction, and the noised sample that teacher and fake score see."""
+    """The inputs of one loss term: the student's prediction, and the noised sample that teacher and fake score receive."""
 
     x0: Tensor  # (B, *), the student's prediction, with gradient
     seen: Tensor  # (B,), the sigma at which the student made the prediction
@@ -26,9 +26,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Judged:
-    """The results of teacher and fake score for each loss term: x0 predictions and directions (B, *), and figures for the log
-    (0-d).
-    """
+    """The outputs of teacher and fake score for each loss term: x0 predictions and directions (B, *), and 0-d figures to log."""
 
     teacher: dict[str, Tensor]
     without_text: dict[str, Tensor]  # the teacher's x0 without text, for CA and other terms with guidance
@@ -47,7 +45,10 @@ def predict_together(calls: Sequence[tuple[VelocityField, Look]]) -> list[Tensor
 
 @torch.no_grad()
 def health(deltas: dict[str, Tensor], x0: Tensor | None) -> dict[str, Tensor]:
-    """Return figures for the log that show a failing run before its losses or images do."""
+    """Return 0-d figures to log, by name, which show a failing run earlier than its losses or images do.
+
+    `deltas` holds the direction (B, *) of each loss term, and `x0` (B, *) is the student's prediction, if there is one.
+    """
     logs = {f"{term}_delta_rms": delta.square().mean().sqrt() for term, delta in deltas.items()}
     if "ca" in deltas and "dm" in deltas:
         logs["ca_dm_cosine"] = F.cosine_similarity(deltas["ca"].flatten(1), deltas["dm"].flatten(1)).mean()

@@ -1,4 +1,4 @@
-"""A reward: a differentiable scorer says how good the student's images are, and the student learns to raise the score."""
+"""A reward loss: a differentiable scorer rates the student's images, and the student learns to raise the score."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,9 +1,9 @@
 """TDM (arXiv:2503.06674): the states of the student's path learn the teacher's distribution at each sigma of the path.
 
-A step of the rollout leads from a state at sigma s to a state at s', by the student's x0 prediction. DMD noises this prediction.
-TDM noises the state at s' instead, to a sigma between s' and s, and compares teacher and fake score there. Each step is thus
-trained at its own sigmas, and one fake score is enough for all steps of a fixed schedule. Shapes: B samples of shape * =
-(C, H, W).
+A step of the rollout leads from a state at sigma s to a state at s', by the student's x0 prediction. Distribution matching (DMD)
+adds noise to this prediction. TDM adds noise to the state at s' instead, to a sigma between s' and s, and compares teacher and
+fake score there. Each step is thus trained at its own sigmas, and one fake score is enough for all steps of a fixed schedule.
+Shapes: B samples of shape * = (C, H, W).
 """
 
 from dataclasses import dataclass
@@ -81,14 +81,14 @@ class TDMObjective(LevelAwareObjective):
         return self.guidance_scale
 
     def _look(self, term: str, x0: Tensor, seen: Tensor, sample: RolledOutSample) -> Look:
-        """Return the inputs of a loss term. For DM, x is the state that the step with the prediction x0 reaches, noised further."""
+        """Return the inputs of a loss term. The DM term noises the state that the student's step reaches with the prediction x0."""
         if term != "dm":
             return super()._look(term, x0, seen, sample)
         noised = self._noised(sample, x0.detach(), "dm")
         return Look(x0, seen, noised.x, noised.sigma)
 
     def _fit(self, sample: RolledOutSample, x0: Tensor, seen: Tensor, purpose: str) -> Tensor:
-        """Return the fake score's loss (0-d) on the state that the step with the prediction x0 reaches, noised further."""
+        """Return the fake score's loss (0-d) at the state that the student's step reaches with the prediction x0, after noising."""
         noised = self._noised(sample, x0, purpose)
         velocity = self.fake_score(sample, seen)(noised.x, noised.sigma).float()
         if self.fake_score_target == "state":

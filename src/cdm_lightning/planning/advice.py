@@ -14,8 +14,8 @@ WORTH_A_TRY = 0.15  # the share of a GPU's memory that must be free before faste
 class Remedy:
     """Command-line overrides that save memory.
 
-    `saves` are the bytes saved on each GPU with the same batch. `batch` is the largest number of prompts on each GPU that then
-    fits.
+    `saves` is the number of bytes saved on each GPU with the same batch. `batch` is the largest number of prompts that fits on
+    each GPU with these overrides.
     """
 
     overrides: str
@@ -62,7 +62,7 @@ def remedies(sizes: Sizes, layout: Layout, gpus: GPUs, batch: int, accumulate: i
 
 
 def further(recomputation: Recomputation, lora: bool) -> list[str]:
-    """Return overrides that save memory by more computation or by LoRA. A new plan has to show how much each saves.
+    """Return overrides that save memory by more computation or by LoRA. Plan again with one of them to see how much it saves.
 
     `recomputation` is the run's gradient checkpointing, and `lora` says whether it trains LoRAs.
     """
@@ -71,10 +71,10 @@ def further(recomputation: Recomputation, lora: bool) -> list[str]:
 
 
 def faster(recomputation: Recomputation, free: float, batch: int) -> list[str]:
-    """Return overrides that make the run faster but need memory, if enough is free. A new plan has to show whether they fit.
+    """Return overrides that make the run faster but need memory, if enough is free.
 
-    `free` is the free share of a GPU's usable memory, and `batch` the number of prompts on each GPU. The list is empty if the run
-    recomputes no activations.
+    Plan again with one of them to see whether it fits. `free` is the free share of a GPU's usable memory, and `batch` the number
+    of prompts on each GPU. The list is empty if the run recomputes no activations.
     """
     if not recomputation.share or free < WORTH_A_TRY:
         return []

@@ -16,7 +16,7 @@ STRATEGIES = ("single", "ddp", "fsdp2", "hsdp")
 
 @dataclass(frozen=True)
 class GPUs:
-    """`count` identical GPUs with `gigabytes` of memory each, in the GB of vendors, which are GiB.
+    """`count` identical GPUs with `gigabytes` GiB of memory each (vendors write GB).
 
     The share `reserve` of the memory is left for CUDA itself and for gaps between tensors.
     """
@@ -66,7 +66,7 @@ class Layout:
 
     @property
     def gathers(self) -> bool:
-        """Whether weights are gathered and cast block by block for each call (FSDP). If not, autocast casts them."""
+        """Whether weights are gathered and cast block by block for each call (FSDP). Otherwise autocast casts the weights."""
         return self.strategy != "single"
 
     def share(self, role: str) -> float:

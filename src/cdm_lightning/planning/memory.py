@@ -19,8 +19,8 @@ class Validation:
     """The memory of validation, in bytes: sampling by a rollout, decoding of the images, and copies of the pixels.
 
     Decoding takes `first` for the first image of a batch and `more` for each further one. The pixels take `copies` for each image
-    at the end. Sampling takes as much as a training rollout of `share` times as many samples. `batch` is the number of images in
-    a batch; None means as many as in training.
+    at the end. Sampling takes as much as a training rollout with `share` times the number of images as samples. `batch` is the
+    number of images in a batch; None means as many as in training.
     """
 
     first: float

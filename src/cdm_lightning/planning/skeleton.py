@@ -1,6 +1,6 @@
 """Make a backbone build networks that have shapes but no contents.
 
-The sizes come from a local pipeline folder, or from this package, which has the architectures of known pipelines.
+The shapes are read from a local pipeline folder, or from the architectures of known pipelines in this package.
 """
 
 import json

@@ -36,8 +36,8 @@ class Phase:
 class Step:
     """An average iteration: one call of the student in the rollout, and the updates of each trained network.
 
-    All iterations of `Objective.typical_cycle` are traced. A network's operations are those of its updates in them, divided by
-    the number of iterations. Its memory is that of its updates, one after another.
+    All iterations of `Objective.typical_cycle` are traced. A network's operations are the sum over its updates in these
+    iterations, divided by the number of iterations. Its memory is recorded over all these updates, one after another.
     """
 
     rollout: Phase
@@ -94,7 +94,7 @@ def trace_step(module: CDMModule, networks: Networks, mode: FakeTensorMode) -> S
 
 
 def _together(before: Phase, after: Phase, share: float) -> Phase:
-    """Return one phase that consists of `before` and `after`. In an average iteration, `after` runs `share` times."""
+    """Return the phase that runs `before` and then `after`. In an average iteration, `after` runs `share` times."""
     a, b = before.memory, after.memory
     memory = Timeline(a.fixed + b.fixed, a.sample + b.sample, a.gradient + b.gradient)
     return Phase(memory, before.flops + share * after.flops)
@@ -111,7 +111,7 @@ def _trace_update(
 
 
 def _trace_rollout(module: CDMModule, networks: Networks, mode: FakeTensorMode) -> Phase:
-    """Trace the first call of a rollout. All samples of all iterations whose rollouts are one batch take part in it."""
+    """Trace the first call of a rollout. Its batch holds the samples of all iterations whose rollouts are computed together."""
     if module.objective.rollout == "none":
         return Phase()
     together = len(module.groups.of(0))
@@ -162,7 +162,7 @@ def blank_sample(module: CDMModule, networks: Networks, iteration: int) -> Sampl
 
 
 def _at_a_point(module: CDMModule, sample: Sample) -> Sample:
-    """Return the sample with the state of the rollout that the objective needs."""
+    """Return `sample` together with the state of the rollout that the objective's losses need."""
     x, v, x0_final = (sample.rng.normal("point", sample.latent_shape) for _ in range(3))
     sigma, next_sigma = sample.rng.uniform("sigma"), sample.rng.uniform("next")
     match module.objective.rollout:
@@ -198,7 +198,7 @@ def _record(
 
 
 def _run_backward(loss: Tensor) -> None:
-    """Run the backward pass by the autograd engine itself: `torch.autograd.backward` would turn `GPUAutocast` off in it."""
+    """Run the backward pass by calling the autograd engine, because `torch.autograd.backward` would turn `GPUAutocast` off."""
     seed = (torch.ones_like(loss),)
     _engine_run_backward((loss,), seed, False, False, (), allow_unreachable=True, accumulate_grad=True)
 

@@ -13,12 +13,12 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is printed about one run on some GPUs.
+    """The plan of one run on given GPUs, with everything that is printed.
 
-    `batch` is the number of prompts on each GPU in an iteration, computed in `accumulate` parts. `fits` is the largest one that
-    fits. `hours` is the length of the run if each GPU reaches the share `utilisation` of its peak of `peak_tflops` TFLOP/s.
-    `remedies` and `further` are options that save memory. `faster` are options that use free memory to save time. `source` is the
-    place where the architecture was read.
+    `batch` is the number of prompts on each GPU in an iteration, computed in `accumulate` parts. `fits` is the largest number of
+    prompts that fits into the memory of a GPU. `hours` is the length of the run if each GPU reaches the share `utilisation` of
+    its peak of `peak_tflops` TFLOP/s. `remedies` and `further` are options that save memory. `faster` are options that use free
+    memory to save time. `source` is the place where the architecture was read.
     """
 
     name: str

@@ -16,7 +16,7 @@ from cdm_lightning.planning.skeleton import to_mode
 def trace_validation(module: CDMModule, codec_parameters: int, batch: int | None) -> Validation | None:
     """Return the memory of validation with batches of `batch` prompts (None: as many as in training).
 
-    The backbone of `module` must have been through `skeleton.hollow`. Returns None if validation has no sampler. Also returns
+    `skeleton.hollow` must have been called on the backbone of `module`. Returns None if validation has no sampler. Also returns
     None if the image codec's configuration in this package is incomplete, that is, if it does not give `codec_parameters`
     parameters.
     """
