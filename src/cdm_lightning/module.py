@@ -161,16 +161,14 @@ class CDMModule(L.LightningModule):
 
     @property
     def whole_names(self) -> tuple[str, ...]:
-        """The roles of the networks that hold all weights of the pretrained network (`Networks.whole`), known before they are
-        built.
-        """
+        """The roles of the networks with their own copy of the pretrained weights (`Networks.whole`), known before they are built."""
         return whole_names(self.objective.roles, self.lora, self.backbone, self.ema.is_on)
 
     def configure_model(self) -> None:
         """Build the networks on their devices and load the backbone's frozen parts (text encoders, image codec).
 
-        Lightning calls this before it restores weights. Raises UserError if the trainer's precision is not "32-true", and if the
-        strategy keeps a network in host memory that the run does not have.
+        Lightning calls this before it restores weights. Raises UserError if the trainer's precision is not "32-true", and if
+        `strategy.on_cpu` names a network that the run does not have.
         """
         if hasattr(self, "networks"):
             return
@@ -195,7 +193,7 @@ class CDMModule(L.LightningModule):
     def make_rollouts(self, device: torch.device, is_sharded: bool = False) -> Rollouts:
         """Return the object that makes the inputs of the losses from a batch of prompts, by rollouts of the student on `device`.
 
-        With `is_sharded`, processes agree on the number of network calls, because each call needs all of them.
+        With `is_sharded`, processes agree on the number of network calls, because each call needs all processes.
         """
         return KINDS[self.objective.rollout](
             self.bind,
@@ -247,7 +245,7 @@ class CDMModule(L.LightningModule):
         return average if average is not None and self.ema_updates else self.networks.student
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict:
-        """Generate images of B prompts in each of the ways of `samplers`, and return them for all callbacks.
+        """Generate images of B prompts with each sampler in `samplers`, and return them for all callbacks.
 
         The result is {"prompts": B texts, "indices": (B,), "images": {sampler: (B, 3, H, W) in [0, 1]}}. A padding batch gives no
         prompts and no images; it only makes the number of network calls equal in all processes.

@@ -209,12 +209,12 @@ def make_trainer(config: DictConfig, **parts: Any) -> L.Trainer:
 def find_beginning(
     config: DictConfig, run: Run, checkpoint: IterationCheckpoint, fingerprint: str, inputs: Inputs
 ) -> Path | None:
-    """Return the checkpoint of another run with which this run begins, or None.
+    """Return the checkpoint of another run from which this run starts, or None.
 
-    It is the path in `config.resume`, if this run has no checkpoints yet. `resume` may also be "auto" (this run's newest
-    undamaged checkpoint, if there is one) or "never" (refuse a folder with checkpoints). Raises `UserError` if the other run's
-    backbone has another `fingerprint` (`Backbone.fingerprint`). Raises it too if this run has checkpoints, but the configuration
-    or the contents of the input files (`inputs`, see `run.inputs`) have changed since.
+    The checkpoint is the path in `config.resume`, if this run has no checkpoints yet. `resume` may also be "auto" (this run's
+    newest undamaged checkpoint, if there is one) or "never" (refuse a folder with checkpoints). Raises `UserError` if the other
+    run's backbone has another `fingerprint` (`Backbone.fingerprint`). Raises it too if this run has checkpoints, but the
+    configuration or the contents of the input files (`inputs`, see `run.inputs`) have changed since.
     """
     refuse_old_files(checkpoint.folder)
     own = checkpoints_in(checkpoint.folder)

@@ -15,18 +15,18 @@ LONGEST_LINE = 10_000  # characters of an unfinished line that are kept
 class MaskedStream:
     """A text stream that replaces secrets by *** before it writes to `stream`.
 
-    A line is masked as a whole, also if it is written in pieces, as by `print("token:", token)`. It therefore reaches `stream`
-    when it ends, or at the next `flush`. All other attributes are those of `stream`.
+    A line is masked as a whole, even if it is written in pieces, as by `print("token:", token)`. A line is therefore written to
+    `stream` when it is complete, or at the next `flush`. All other attributes are those of `stream`.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
-        self._line = ""  # what was written of the line that has not ended
-        self._shown = ""  # what `stream` has got of it
+        self._line = ""  # the unfinished line, unmasked
+        self._shown = ""  # the part of the masked line that `stream` already has
         self._lock = RLock()  # a signal handler may print within a write
 
     def write(self, text: str) -> int:
-        """Take `text`, write the lines that end in it with their secrets masked, and return the length of `text`."""
+        """Append `text`, write all lines that are now complete with their secrets masked, and return the length of `text`."""
         with self._lock:
             self._line += text
             end = max(self._line.rfind("\n"), self._line.rfind("\r")) + 1
@@ -44,13 +44,13 @@ class MaskedStream:
             self.write(line)
 
     def flush(self) -> None:
-        """Write what there is of the last line too, and flush `stream`."""
+        """Write the unfinished last line too, and flush `stream`."""
         with self._lock:
             self._show()
             self.stream.flush()
 
     def _show(self) -> None:
-        """Write the part of the unfinished line that `stream` has not got. What follows is masked together with this part."""
+        """Write the new part of the unfinished line to `stream`. The line is masked as a whole again when more text follows."""
         if not self._line:
             return
         shown, self._shown = self._shown, masked_text(self._line)
@@ -63,13 +63,16 @@ class MaskedStream:
         return iter(self.stream)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("buffer", "detach", "close"):  # what is written below this stream comes after what it was given
+        if name in ("buffer", "detach", "close"):  # earlier text must be written before text that bypasses this stream
             self.flush()
         return getattr(self.stream, name)
 
 
 def _after(shown: str, text: str) -> str:
-    """Return what is left of `text` after `shown`. If a secret began in `shown`, they are alike up to there only."""
+    """Return the part of a masked line, `text`, that must still be written after its earlier state `shown`.
+
+    More text can reveal that a secret began in `shown`. Then the result begins where the two texts first differ.
+    """
     if text.startswith(shown):
         return text[len(shown) :]
     alike = next(
@@ -81,7 +84,7 @@ def _after(shown: str, text: str) -> str:
 def mask_output() -> None:
     """Mask secrets in everything that this process prints from now on.
 
-    A second call changes nothing.
+    A second call has no effect.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)

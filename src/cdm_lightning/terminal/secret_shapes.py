@@ -1,4 +1,4 @@
-"""The shapes of secrets: access tokens that are known by their prefix and length, and places of a text that hold a secret."""
+"""Secrets without a key: access tokens with a known prefix and length, and positions that hold a secret, as in URLs."""
 
 import os
 import re
@@ -70,7 +70,7 @@ def mask_shapes(text: str) -> str:
 
 
 def _is_path(found: re.Match[str]) -> bool:
-    """Return whether a found shape is part of the path of something that exists."""
+    """Return whether the matched text is part of the path of an existing file or folder."""
     if "\n" in found[0] or "://" in found[0]:
         return False
     text, before, after = found.string, max(0, found.start() - LONGEST_PATH), found.end() + LONGEST_PATH

@@ -1,6 +1,7 @@
-"""The values of secrets in a text: what follows a secret key, as in `hub_token=VALUE`, `"password": [VALUE]` or YAML.
+"""Mask the values of secret keys in a text, as in `hub_token=VALUE`, `"password": [VALUE]` or YAML.
 
-The keys are found first, and only the value of a secret key is taken out as a whole. A value of another key is searched for keys.
+The text is searched for keys of any kind. The whole value of a secret key is masked. The value of any other key is searched for
+further keys.
 """
 
 import re
@@ -39,7 +40,7 @@ def mask_named(text: str) -> str:
 
 
 def is_random(value: Any) -> bool:
-    """Return whether a text looks like a secret and not like a word: it has digits, capitals or signs, and is not short."""
+    """Return whether a text looks like a secret and not like a word: it is not short, and has digits, capitals or symbols."""
     return (
         isinstance(value, str)
         and len(value) >= SHORTEST_SECRET
@@ -55,7 +56,7 @@ def is_login(value: Any) -> bool:
 class _Values:
     """The search for secret values in `text`.
 
-    Brackets that are never closed could be looked for to the end of the text again and again. `steps` bounds this.
+    For each bracket that is never closed, the search reads to the end of the text. `steps` limits the total work.
     """
 
     def __init__(self, text: str) -> None:
@@ -79,13 +80,13 @@ class _Values:
         return "".join([*parts, self.text[done:]])
 
     def _mask_of(self, place: int, value: str) -> str:
-        """Return *** in the quotation marks of the value at `place`. After a YAML key, a space comes before it."""
+        """Return *** to replace the value at `place`. It keeps the value's quotation marks, and the space after a YAML key."""
         if mark := re.match(r"[bBrRuUfF]{0,2}([\"'])(?=.*[\"']\Z)", value, re.DOTALL):
             return f"{mark[0]}{MASK}{mark[1]}"
         return f" {MASK}" if self.text[place - 1] == ":" and value[:1].isspace() else MASK
 
     def _secret_end(self, found: re.Match[str]) -> int | None:
-        """Return the end of the value after a found key, or None if the value is no secret."""
+        """Return the index at which the value of a found key ends, or None if the value is no secret."""
         text, start = self.text, found.end()
         name, sign = found["option"] or found["name"], found["gap"] or found["sign"] or ""
         in_address = found.start() > 0 and text[found.start() - 1] in "?&;#" and sign == "="
@@ -104,7 +105,7 @@ class _Values:
         return self._end_in_sentence(found, name)
 
     def _end_in_sentence(self, found: re.Match[str], name: str) -> int | None:
-        """Return the end of the value of `KEY: VALUE`, in YAML or a sentence, or None if the value is a word of a sentence."""
+        """Return the index at which VALUE ends in `KEY: VALUE`, or None if VALUE is an ordinary word of a sentence."""
         text, start = self.text, found.end()
         if BLOCK.match(text, start):
             return self._end_of_block(found)
@@ -126,7 +127,11 @@ class _Values:
         return end if is_hidden(value) else self._to_line_end(found.start(), start, end)
 
     def _to_line_end(self, key: int, start: int, end: int) -> int:
-        """Return the end of the line if a key begins its line, as in YAML, and the value may have more words."""
+        """Return the end of the line if the value may have several words, and `end` otherwise.
+
+        It may have several words if it has no quotes or brackets, if its key begins the line (as in YAML), and if the line has no
+        further key.
+        """
         if self.text[start : start + 1] in "\"'[{(<" or self._indent(key) is None:
             return end
         stop = self.text.find("\n", end)
@@ -134,7 +139,7 @@ class _Values:
         return end if KEY.search(self.text, end, stop) else stop
 
     def _end_of_block(self, found: re.Match[str]) -> int | None:
-        """Return the end of the YAML block below `KEY:`, or None if nothing is below it that looks secret."""
+        """Return the index at which the YAML block below `KEY:` ends, or None if nothing in the block looks secret."""
         text = self.text
         begins_line = self._indent(found.start()) is not None
         indent = self._indent(found.start()) or 0
@@ -157,18 +162,21 @@ class _Values:
         return None if KEY.match(text, place) else self._end_of_line_below(place)
 
     def _indent(self, key: int) -> int | None:
-        """Return the number of spaces before a key that begins its line, or None if there is more before it."""
+        """Return the number of spaces before a key that begins its line, or None if other text precedes the key."""
         before = self.text[max(0, key - 200) : key]
         found = re.search(r"(\n|\A)([ \t]*)(?:- )*[\"']?\Z", before)
         return len(found[2]) if found and (found[1] or key <= 200) else None
 
     def _end_of_line_below(self, place: int) -> int | None:
-        """Return the end of a line that is one random word, as the answer to a prompt "Password:" may be."""
+        """Return the end of the line at `place` if the line is one random-looking word, otherwise None.
+
+        Such a word may be the answer to a prompt such as "Password:".
+        """
         word = re.compile(r"(\S{6,500})[ \t\r]*(?:\n|\Z)").match(self.text, place)
         return word.end(1) if word and is_random(word[1]) else None
 
     def _end(self, start: int, in_address: bool) -> int:
-        """Return the end of the value that begins at `start`: a string, what is in brackets, or all up to a space."""
+        """Return the end of the value at `start`, which is a quoted string, a bracketed text, or the text up to a space."""
         text, place, awaited, is_whole = self.text, start, [], False
         if string := STRING.match(text, start) or IN_ANGLES.match(text, start):
             place, is_whole = string.end(), True
@@ -201,7 +209,11 @@ class _Values:
         return self._end_of_unclosed(start, place) if awaited else min(place, len(text))
 
     def _end_of_unclosed(self, start: int, place: int) -> int:
-        """Return the end of a value with a bracket that is not closed: that of its line, or after many of them of the text."""
+        """Return the end of a value whose bracket is never closed.
+
+        The result is the end of the line, or of the word if the bracket is inside the value. If the text has too many such values,
+        the result is the end of the text.
+        """
         self.steps -= place - start
         if self.steps < 0:
             return len(self.text)
@@ -210,14 +222,14 @@ class _Values:
 
 
 def holds_secret_tokens(value: str) -> bool:
-    """Return whether the value of `tokens` is a list with an access token in it, or a text that must be one."""
+    """Return whether the value of a key such as `tokens` is an access token, or a list that contains one."""
     if value[:1] in PAIRS:
         return any(is_random(piece) for piece in re.split(r"[\s,\[\](){}\"']+", value))
     return is_random(value) and len(value) > 9 and bool(re.search("[A-Za-z]", value) and re.search(r"\d", value))
 
 
 def is_hidden(value: str) -> bool:
-    """Return whether a value shows nothing: a switch such as "true", a small number, a reference `${...}`, or ***."""
+    """Return whether a value reveals nothing: a switch such as "true", a small number, a reference `${...}`, or ***."""
     inside = value.strip("\"'")
     if inside.lower() in SWITCHES or inside == MASK or REFERENCE.fullmatch(inside):
         return True

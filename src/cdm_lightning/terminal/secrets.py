@@ -1,6 +1,6 @@
 """The masking of secrets in everything that is written or printed: configurations, commands, messages and tracebacks.
 
-A text is taken for a secret for one of four reasons:
+A text is treated as a secret for one of four reasons:
 
 - its key, as in `hub_token`, `--password` or `?api_key=` (`secret_keys`, `secret_values`)
 - its place, as in `https://USER:PASSWORD@host` or `Authorization: Bearer ...` (`secret_shapes`)
@@ -69,9 +69,9 @@ def masked_command(arguments: Sequence[str]) -> list[str]:
 
 
 def masked_text(text: str) -> str:
-    """Return a text in which each secret is replaced by ***, in a time that is linear in the length of the text.
+    """Return a text in which each secret is replaced by ***, in time linear in its length.
 
-    Harmless words such as `tokenizer` and `max_tokens=77`, and paths that exist, stay.
+    Harmless texts such as `tokenizer` and `max_tokens=77`, and existing paths, are not masked.
     """
     if len(text) < SHORTEST_SECRET:
         return text

@@ -1,7 +1,7 @@
-"""The choice of the kernel by which torch computes attention: its own choice, or one that an option prefers.
+"""The choice of the kernel that computes attention: torch's default, or the kernel that an option names.
 
-All families reach attention through `torch.nn.functional.scaled_dot_product_attention`, also those whose processors do not
-listen to the backends of diffusers (SD3, SANA). So the kernel is chosen there, for all of them.
+All model families call `torch.nn.functional.scaled_dot_product_attention`. Therefore the kernel is set for this function. The
+attention backends of diffusers would not do, because some families (SD3, SANA) ignore them.
 """
 
 import importlib.util
@@ -31,7 +31,7 @@ OTHERS = (
 
 
 def check_attention(name: str | None, option: str) -> None:
-    """Raise UserError, which names `option`, unless `name` is a kernel that this machine's software has, or None."""
+    """Raise UserError unless `name` is None or an attention kernel that is installed. The message names `option`."""
     if name is None or name in KERNELS:
         return
     if name not in VERSIONS:
@@ -40,9 +40,7 @@ def check_attention(name: str | None, option: str) -> None:
         )
     implementation, module = VERSIONS[name]
     if not hasattr(attention, "activate_flash_attention_impl"):
-        raise UserError(
-            f"{option}={name} needs a newer torch, whose flash attention can be replaced; set flash or cudnn"
-        )
+        raise UserError(f"{option}={name} needs a newer version of torch; upgrade torch, or set flash or cudnn")
     if not _is_installed(module):
         raise UserError(
             f"{option}={name}: the package with the module {module} ({implementation}) is not installed; install it, or set flash"
@@ -58,10 +56,11 @@ def _is_installed(module: str) -> bool:
 
 @contextmanager
 def attention_by(name: str | None) -> Generator[None]:
-    """Inside the block, compute attention by the kernel `name`; None leaves the choice to torch.
+    """Compute attention by the kernel `name` inside the block; None leaves the choice to torch.
 
-    Calls that this kernel cannot make, such as those with a mask or in float32 for "flash", are made by another one. "math"
-    makes all calls, by the definition, and takes memory for all pairs of tokens. The backward pass must be inside the block too.
+    A call that this kernel does not support uses another kernel; for "flash" these are calls with a mask or in float32. "math"
+    supports all calls, but stores the whole attention matrix, with one number for each pair of tokens. The backward pass must be
+    inside the block too.
     """
     if name is None:
         yield
@@ -74,7 +73,7 @@ def attention_by(name: str | None) -> Generator[None]:
 
 
 def _activate(implementation: str | None) -> None:
-    """Let torch's flash kernel be this implementation; None is torch's own. It stays so until another one is asked for."""
+    """Use `implementation` as torch's flash attention (None: torch's own), until this function is called with another one."""
     if implementation != _active[0]:
         if implementation is None:
             attention.restore_flash_attention_impl()

@@ -2,8 +2,9 @@
 
 A block is called in many ways: with and without gradients, with any batch size, with different LoRA adapters, and again in the
 backward pass by gradient checkpointing. Dynamo, the tracer of torch.compile, compiles a variant of the code for each way, up to a
-limit. Further ways run without compilation, which is slow. Gradient checkpointing even fails (`CheckpointError`) if one of its
-two runs of a block is compiled and the other is not. The limit here is therefore far above the number that a run needs.
+limit. Beyond the limit, blocks run without compilation, which is slow. Gradient checkpointing even fails (`CheckpointError`) if
+one of its two runs of a block is compiled and the other is not. The limit here is therefore far above the number that a run
+needs.
 """
 
 import inspect
@@ -23,7 +24,7 @@ def compile_blocks(
 ) -> None:
     """Compile every block of the network with torch.compile, in place; the names of its weights stay the same.
 
-    `block_types` are the classes of the blocks. Blocks of one class share their compiled code. That code holds for every batch
+    `block_types` are the classes of the blocks. Blocks of one class share their compiled code. This code works for every batch
     size and every number of tokens. `limit` is the largest number of compiled variants of a forward function. If a function needs
     more, its further variants run without compilation, and a warning names the blocks that run it.
     """

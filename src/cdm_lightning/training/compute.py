@@ -17,7 +17,7 @@ class Compute:
     - `accumulate`: each process computes its batch in this many parts, one after another (gradient accumulation).
     - `gradient_checkpointing`: the share of a network's blocks that recompute their activations in the backward pass, from 0
       (or false) to 1 (or true).
-    - `recompute_attention`: whether those blocks recompute the results of attention too; if not, the results stay in memory.
+    - `recompute_attention`: whether these blocks also recompute the results of attention; otherwise the results stay in memory.
     - `compile_backend`: a backend of torch.compile for the networks' blocks, for example "inductor"; null compiles nothing.
     - `rollouts_together`: the largest number of iterations whose rollouts are computed as one batch, while the student stays the same.
     - `decode_tile`: images with a side above this number of pixels are decoded in tiles of this size, which saves memory in

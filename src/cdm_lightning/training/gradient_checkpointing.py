@@ -35,8 +35,8 @@ class Recomputation:
 
     The first `share` of the blocks recompute (`share` in [0, 1], rounded up to whole blocks). The backward pass reaches them
     last, when the activations of the other blocks are already freed. With `attention=False`, every block keeps its results of
-    attention, because they take much time and little memory. In SD3-Medium at 1024 x 1024 pixels attention is a third of the
-    operations, but only one of dozens of stored tensors. Raises UserError for a share outside [0, 1].
+    attention in memory, because they are slow to recompute and small. In SD3-Medium at 1024 x 1024 pixels attention is a third of
+    the operations, but only one of dozens of stored tensors. Raises UserError for a share outside [0, 1].
     """
 
     share: float = 0.0

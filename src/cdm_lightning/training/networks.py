@@ -170,7 +170,7 @@ class Networks(nn.Module):
 
     @property
     def whole(self) -> dict[str, nn.Module]:
-        """The networks by role that hold all weights of the pretrained network for themselves.
+        """The networks by role that hold their own copy of all weights of the pretrained network.
 
         LoRA adapters, their shared base (even if it is the teacher) and heads, which the objective builds itself, are left out.
         """

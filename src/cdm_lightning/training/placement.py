@@ -13,8 +13,8 @@ from cdm_lightning.training.networks import Networks
 def place(networks: Networks, backbone: Backbone, strategy: Strategy, compute_dtype: torch.dtype) -> bool:
     """Put all networks on the devices of `strategy`, in place. Returns True if processes hold shards of one network.
 
-    The strategy can keep networks in host memory, by role. Raises UserError if the run has no such network or if it cannot be
-    kept there.
+    The strategy names the roles of networks that stay in host memory. Raises UserError for a role that the run does not have, and
+    for a network that cannot stay in host memory.
     """
     if not isinstance(strategy, MeshStrategy):
         networks.place(strategy.root_device)

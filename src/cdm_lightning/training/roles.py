@@ -19,7 +19,7 @@ def network_names(roles: Iterable[Role], average: bool = True) -> tuple[str, ...
 
 
 def whole_names(roles: Iterable[Role], lora: LoRAPlan, backbone: Backbone, average: bool = True) -> tuple[str, ...]:
-    """Return the names of the networks that hold all weights of the pretrained network: the keys of `Networks.whole`.
+    """Return the names of the networks that hold their own copy of the pretrained weights: the keys of `Networks.whole`.
 
     LoRA adapters, their shared base (even if it is the teacher) and heads, which the objective builds itself, are left out.
     `roles` are the networks that the objective trains besides the student. The order is that of `network_names`.

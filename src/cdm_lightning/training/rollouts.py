@@ -168,7 +168,7 @@ class _AtAnchor:
     x: Tensor
 
     def rolled_out(self) -> RolledOutSample:
-        """Return the sample with its point, for which the student is called once."""
+        """Call the student once at the anchor, and return the sample with the resulting point."""
         return with_point(self.sample, self.rollout.point(self.x), self.rollout.steps)
 
 

@@ -96,8 +96,8 @@ class Updates:
 def step_if(finite: Tensor, optimizer: Optimizer) -> None:
     """Make one step of `optimizer` if `finite` (0-d) is true; otherwise change nothing.
 
-    Fused optimizers of torch decide this on the device, as for `torch.amp.GradScaler`. With other optimizers the host waits for
-    the device. `optimizer` may have Lightning's wrapper.
+    Fused optimizers of torch make this decision on the device, as they do for `torch.amp.GradScaler`. With any other optimizer,
+    the host waits for the device. `optimizer` may have Lightning's wrapper.
     """
     inner: Any = getattr(optimizer, "optimizer", optimizer)
     if getattr(inner, "_step_supports_amp_scaling", False):
