@@ -1,6 +1,7 @@
 """`python -m benchmarks.gpu` on the CPU with toys: it writes after every figure, goes on after errors and keeps to its minutes."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,42 @@ def test_compiled_blocks_are_beside_plain_ones_and_nothing_is_compiled_anew(reco
     assert {"ours against eager", "ours against authors"} <= tables["Times as fast"]["sd3_toy, batch 2"].keys()
     for name in steps.OPTIONS:
         assert any(f"({name})" in key for key in tables[bench.STEP])
+
+
+def test_every_command_comes_to_its_table(small, monkeypatch, tmp_path):
+    """The command lines of a GPU lease, whole: tests/gpu is one small file here, and no block is really compiled."""
+    test = "import pytest\n\n\n@pytest.mark.gpu\ndef test_small():\n    assert {}\n"
+    (tmp_path / "gpu").mkdir()
+    (tmp_path / "gpu" / "test_good.py").write_text(test.format(True))
+    (tmp_path / "gpu" / "test_bad.py").write_text(test.format("1 == 2"))
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs a GPU\n")
+    monkeypatch.setattr("benchmarks.gpu.correctness.TESTS", tmp_path / "gpu")
+    monkeypatch.setenv("CDM_GPU_TESTS_ON", "")  # set by the command
+    monkeypatch.setattr("sys.path", [*sys.path])
+    monkeypatch.setattr("benchmarks.gpu.memory.Plans", NoPlans)
+    monkeypatch.setattr("benchmarks.gpu.memory.BATCHES", (1,))
+    monkeypatch.setattr(steps, "OPTIONS", {"attention kept": {"recompute_attention": False}})
+    monkeypatch.setattr("cdm_lightning.training.networks.compile_blocks", lambda *_: None)
+    expected = {
+        "correctness": {"Losses and gradients of our order against the authors'": 6, "Tests": 2},
+        "step": {bench.STEP: 2, bench.PHASES: 2, bench.PEAK: 2, "Times as fast": 1},
+        "compiled": {steps.COMPILATION: 1, bench.STEP: 4, "Times as fast": 1},
+        "memory": {"Decoding, GB": 4, "What rests, GB": 1, "Peak of each phase, GB": 1},
+    }
+    for command, tables in expected.items():
+        main([command, "--device", "cpu", "--size", "toy", "--out", str(tmp_path / "out"), "--minutes", "2"])
+        found = json.loads((tmp_path / "out" / f"gpu_{command}.json").read_text())["tables"]
+        assert {name: len(found.get(name, {})) for name in tables} == tables, command
+        for name in tables:
+            assert f"## {name}" in (tmp_path / "out" / f"gpu_{command}.md").read_text()
+    assert {row["outcome"] for row in load(tmp_path, "correctness")["Tests"].values()} == {"passed", "failed"}
+    peaks = load(tmp_path, "memory")["Peak of each phase, GB"]["sd3_toy, batch 2"]
+    assert peaks["all, planned"] == 2
+    assert 0 < peaks["all, measured"] < 1
+
+
+def load(folder: Path, command: str) -> dict:
+    return json.loads((folder / "out" / f"gpu_{command}.json").read_text())["tables"]
 
 
 def test_an_error_in_one_network_leaves_the_others(record, small, monkeypatch):

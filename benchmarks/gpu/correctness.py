@@ -32,8 +32,9 @@ def correctness(record: Record, size: str, device: str) -> None:
 
 def _orders(record: Record, name: str, dtype: str, device: str) -> None:
     found = Comparison(replace(SIZES[name], compute_dtype=dtype, teacher_dtype=dtype, device=device)).check()
-    for computed, differences in found.items():
-        record.put(ORDERS, f"{name}, computed in {computed}", **differences)
+    for computed, differences in found.items():  # a size in bfloat16 is compared in float32 too
+        weights = "" if computed == dtype else f", with a teacher in {dtype}"
+        record.put(ORDERS, f"{name}, computed in {computed}{weights}", **differences)
 
 
 class Outcomes:

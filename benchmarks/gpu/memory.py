@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.plans import Plans
-from benchmarks.gpu.record import Record
+from benchmarks.gpu.record import LEFT_OUT, Record
 from benchmarks.gpu.sizes import CODECS, NETWORKS, Networks, label
 from benchmarks.machine import peak_bytes
 from benchmarks.sizes import Size
@@ -79,6 +79,9 @@ def _peak_on_cpu(bench: Bench) -> float:
 def _planned(record: Record, plans: dict[tuple[str, int, int], dict[str, float]]) -> None:
     """Put the plan of each phase beside its measurement."""
     rows = record.tables.get(TRAINING, {})
+    if len(plans) < len(rows):
+        told = f"{len(plans)} of {len(rows)} plans were ready in time; the planner runs in a process of its own"
+        record.put(LEFT_OUT, "plans", reason=told)
     for (name, batch, parts), plan in plans.items():
         row = f"{name}, {label(Size(batch=batch, accumulate=parts))}"
         if row in rows:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cdm_lightning.backbones.base import Backbone, repeat_rows
-from cdm_lightning.core.ema import lerp_parameters_
+from cdm_lightning.core.ema import HostFollower, lerp_parameters_
 from cdm_lightning.core.schedules import SigmaSchedule
 from cdm_lightning.data.batches import PADDING, PromptBatch
 from cdm_lightning.distributed.ranks import largest
@@ -27,7 +27,8 @@ from cdm_lightning.lora.plan import LoRAPlan
 from cdm_lightning.objectives.base import Objective, Sample, Update, VelocityFields
 from cdm_lightning.training.attention import attention_by
 from cdm_lightning.training.compute import Compute
-from cdm_lightning.training.ema import EMA
+from cdm_lightning.training.ema import EMA, follower_of
+from cdm_lightning.training.float8 import check_device
 from cdm_lightning.training.networks import Networks, bind_networks, trained_parameters
 from cdm_lightning.training.optim import OptimizerRecipe
 from cdm_lightning.training.phases import PhaseTimer
@@ -56,6 +57,7 @@ class CDMModule(L.LightningModule):
     networks that the last iteration updated. Raises `UserError` for an argument out of its range.
     """
 
+    follower: HostFollower | None = None  # updates an EMA in host memory beside the GPU's work
     networks: Networks  # set by `configure_model`, when the device is known
     rollouts: Rollouts  # set by `configure_model`
 
@@ -109,7 +111,8 @@ class CDMModule(L.LightningModule):
                 self._make(update, [sample.again(repeat) for sample in samples], counts=left == 0)
         self.updated_roles = tuple(dict.fromkeys(update.role for update, _ in steps))
         if self.ema.is_on and "student" in self.updated_roles:
-            self.ema.follow(self.networks.average["student_ema"], self.networks.student, self.ema_updates)
+            average, student = self.networks.average["student_ema"], self.networks.student
+            self.ema.follow(average, student, self.ema_updates, self.follower)
             self.ema_updates += 1
 
     def _make(self, update: Update, samples: Sequence[Sample], counts: bool) -> None:
@@ -117,6 +120,8 @@ class CDMModule(L.LightningModule):
         role, trained, size = update.role, self.networks.trained, sum(map(len, samples))
         losses = ((len(sample) / size, loss) for sample in samples for loss in update.losses(sample))
         optimizer = self._optimizer(role, counts)
+        if role == "student" and self.follower is not None:
+            self.follower.release()
         figures = self.updates.step(role, trained, optimizer, losses, self.manual_backward, self.iteration)
         if update.merge is not None:
             lerp_parameters_(trained[role], trained[update.merge.source], update.merge.weight)
@@ -129,7 +134,8 @@ class CDMModule(L.LightningModule):
         """Return the networks as velocity fields for these prompts, at the image size of `backbone` (default: `self.backbone`)."""
         backbone, networks = backbone or self.backbone, self.networks
         text, no_text = backbone.encode_prompts(prompts), repeat_rows(backbone.encode_prompts([""]), len(prompts))
-        return bind_networks(networks, backbone, text, no_text, self.compute_dtype)
+        float8 = self.compute.fp8 is not None
+        return bind_networks(networks, backbone, text, no_text, self.compute_dtype, float8)
 
     # ---- optimizers
 
@@ -177,15 +183,19 @@ class CDMModule(L.LightningModule):
                 f"trainer.precision={self.trainer.precision} must be 32-true; set the networks' precision by module.compute_dtype"
             )
         strategy = self.trainer.strategy
+        check_device(self.compute.fp8, strategy.root_device, self.compute_dtype)
         with torch.device("cpu"):  # Lightning sets a default device, but random weights must not depend on the device
             empty = isinstance(strategy, MeshStrategy)  # then each process reads only its own rows of the weights
             roles = self.objective.roles
             self.networks = Networks(
                 self.backbone, roles, self.compute.recomputation, self.lora, self.seed, empty, self.ema.is_on
             )
+        if self.compute.fp8 is not None:
+            self.networks.use_float8(self.backbone.block_types, self.compute.fp8)
         if self.compute.compile_backend is not None:
             self.networks.compile_blocks(self.backbone.block_types, self.compute.compile_backend)
         is_sharded = place(self.networks, self.backbone, strategy, self.compute_dtype)
+        self.follower = follower_of(self.networks.student_ema, strategy.root_device)
         self.backbone.decode_tile = self.compute.decode_tile
         self.backbone.setup(strategy.root_device)
         self.rollouts = self.make_rollouts(strategy.root_device, is_sharded)
@@ -208,6 +218,11 @@ class CDMModule(L.LightningModule):
             agree_on_calls=largest if is_sharded else lambda calls: calls,
             timer=self.timer,
         )
+
+    def on_train_end(self) -> None:
+        """Let the last update of an EMA in host memory come to its end."""
+        if self.follower is not None:
+            self.follower.settle()
 
     def on_train_start(self) -> None:
         """Drop the rollouts that an earlier training computed in advance; they may have other prompts or another student."""

@@ -1,10 +1,12 @@
 """Merge and moving average: numbers, in place, and by name."""
 
+import threading
+
 import pytest
 import torch
 from torch import nn
 
-from cdm_lightning.core.ema import lerp_parameters_, warmed_up_decay
+from cdm_lightning.core.ema import HostFollower, lerp_parameters_, warmed_up_decay
 
 
 def linear(weight: float, bias: float) -> nn.Linear:
@@ -54,3 +56,40 @@ def test_what_the_target_alone_has_stays_as_it_is():
     target = linear(1.0, -1.0)
     lerp_parameters_(target, nn.Linear(2, 2, bias=False), 1.0)
     assert torch.equal(target.bias, torch.full((2,), -1.0))
+
+
+def test_a_follower_on_the_host_computes_the_same_beside_the_main_thread():
+    target, source, follower = linear(1.0, -1.0), linear(3.0, 0.25), HostFollower()
+    expected = linear(1.0, -1.0)
+    for number in range(3):
+        lerp_parameters_(expected, source, 0.1 * (number + 1))
+        follower.follow(target, source, 0.1 * (number + 1))
+        follower.release()
+        with torch.no_grad():
+            source.weight.add_(1)  # the source goes on while the target follows
+    follower.settle()
+    assert all(map(torch.equal, target.parameters(), expected.parameters()))
+
+
+def test_a_follower_settles_before_its_target_is_read():
+    whole, source, follower = nn.Sequential(linear(1.0, -1.0)), linear(3.0, 0.25), HostFollower()
+    target, moved = whole[0], threading.Event()
+    follower.guard(target)
+    move = follower._move
+    follower._move = lambda *values: (moved.wait(5), move(*values))
+    for read in (lambda: target(torch.ones(1, 2)), lambda: whole.state_dict()):
+        moved.clear()
+        before = target.weight.clone()
+        follower.follow(target, source, 0.5)
+        assert torch.equal(target.weight, before)
+        threading.Timer(0.05, moved.set).start()
+        read()
+        assert torch.equal(target.weight, before.lerp(source.weight, 0.5))
+
+
+def test_an_error_of_a_follower_is_raised_where_it_settles():
+    source, follower = linear(3.0, 0.0), HostFollower()
+    follower.follow(nn.Linear(3, 2), source, 0.5)
+    with pytest.raises(RuntimeError, match="size"):
+        follower.settle()
+    follower.settle()  # it is told once

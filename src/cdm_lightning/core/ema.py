@@ -3,6 +3,8 @@
 The EMA of the student is updated in this way. CDM (arXiv:2605.06376) also moves the fake score a little towards the student.
 """
 
+from threading import Thread
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -16,18 +18,101 @@ def lerp_parameters_(target: nn.Module, source: nn.Module, weight: float) -> Non
     sharded, both must be sharded in the same way, and each rank moves its own shards. Raises ValueError if the target lacks a
     parameter of the source.
     """
-    to, of = dict(target.named_parameters()), dict(source.named_parameters())
-    if lacking := of.keys() - to.keys():
-        raise ValueError(
-            f"the target lacks parameters of the source, such as {sorted(lacking)[:3]}; give equal networks"
-        )
-    targets = [local(to[name]) for name in of]
-    sources = [local(value) for value in of.values()]
+    targets, sources = _pairs(target, source)
     if all(target.device == source.device for target, source in zip(targets, sources)):
         torch._foreach_lerp_(targets, sources, weight)
         return
     for to_move, towards in zip(targets, sources):  # one at a time: copies of all would take the memory of a network
         to_move.lerp_(towards.to(to_move.device), weight)
+
+
+def _pairs(target: nn.Module, source: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    to, of = dict(target.named_parameters()), dict(source.named_parameters())
+    if lacking := of.keys() - to.keys():
+        raise ValueError(
+            f"the target lacks parameters of the source, such as {sorted(lacking)[:3]}; give equal networks"
+        )
+    return [local(to[name]) for name in of], [local(value) for value in of.values()]
+
+
+class HostFollower:
+    """Moves a network in host memory towards one on a GPU while the GPU and the main thread go on: the same numbers, no stall.
+
+    `follow` begins to copy the weights of the source into pinned memory, on a stream of its own, and a thread moves the target
+    as they arrive. Until `release`, the source must not be changed; `release` makes later work of the GPU wait for the copies,
+    and the host does not wait. Until `settle`, the target must not be read. The pinned memory is as large as the source.
+    """
+
+    def __init__(self) -> None:
+        self._arrivals: list[Tensor] = []
+        self._copied: torch.cuda.Event | None = None
+        self._stream: torch.cuda.Stream | None = None
+        self._thread: Thread | None = None
+        self._error: BaseException | None = None
+
+    def guard(self, target: nn.Module) -> None:
+        """Call `settle` before each forward pass and each `state_dict` of the target, or of a module that contains it."""
+        target.register_forward_pre_hook(lambda *_: self.settle(), prepend=True)
+        target.register_state_dict_pre_hook(lambda *_: self.settle())
+
+    def follow(self, target: nn.Module, source: nn.Module, weight: float) -> None:
+        """Begin `lerp_parameters_(target, source, weight)`, after the one before has ended."""
+        self.settle()
+        targets, sources = _pairs(target, source)
+        arrived = self._copy([value.detach() for value in sources])
+        self._thread = Thread(target=self._move, args=(targets, arrived, weight), name="EMA on the host")
+        self._thread.start()
+
+    def release(self) -> None:
+        """Let the source be changed from now on, by work of the GPU's present stream."""
+        if self._copied is not None:
+            torch.cuda.current_stream().wait_event(self._copied)
+            self._copied = None
+
+    def settle(self) -> None:
+        """Wait until the target has been moved. Raises the error of the thread, if there was one."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _copy(self, sources: list[Tensor]) -> list["torch.cuda.Event | None"]:
+        """Copy the sources to `_arrivals`; return for each the event of its arrival. On the CPU, which the tests use, at once."""
+        on_gpu = any(value.is_cuda for value in sources)
+        if [(value.shape, value.dtype) for value in self._arrivals] != [(v.shape, v.dtype) for v in sources]:
+            self._arrivals = [torch.empty(v.shape, dtype=v.dtype, pin_memory=on_gpu) for v in sources]
+        if not on_gpu:
+            for arrival, value in zip(self._arrivals, sources):
+                arrival.copy_(value)
+            return [None] * len(sources)
+        arrived: list[torch.cuda.Event | None] = []
+        side = self._side_stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for arrival, value in zip(self._arrivals, sources):
+                arrival.copy_(value, non_blocking=True)
+                event = torch.cuda.Event()
+                event.record(side)
+                arrived.append(event)
+        self._copied = arrived[-1]
+        return arrived
+
+    def _side_stream(self) -> torch.cuda.Stream:
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()
+        return self._stream
+
+    def _move(self, targets: list[Tensor], arrived: list["torch.cuda.Event | None"], weight: float) -> None:
+        try:
+            with torch.no_grad():
+                for target, value, event in zip(targets, self._arrivals, arrived):
+                    if event is not None:
+                        event.synchronize()
+                    target.lerp_(value.to(target.dtype), weight)
+        except BaseException as error:  # `settle` raises it in the main thread
+            self._error = error
 
 
 def local(tensor: Tensor) -> Tensor:

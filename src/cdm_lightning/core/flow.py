@@ -69,6 +69,13 @@ class VelocityField(ABC):
         """
         raise ValueError(f"{type(self).__name__} has no input {', '.join(inputs)}; declare it in Role.inputs")
 
+    def precise(self) -> "VelocityField":
+        """Return the field without options that compute calls without a gradient in fewer bits (`training.float8`).
+
+        Losses that take small differences of such calls use it. By default this is the field itself.
+        """
+        return self
+
     def with_features(self, x: Tensor, sigma: Tensor, blocks: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         """Return the velocity (B, *) and the hidden states (B, N, D) after each of the given blocks: N tokens of width D.
 

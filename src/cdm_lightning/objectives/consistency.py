@@ -106,7 +106,7 @@ class ConsistencyObjective(_AlongTheODE):
         with torch.no_grad():
             earlier = (sigma - self.step).clamp(min=0)
             moved = move(x, self._teacher(sample)(x, sigma), sigma, earlier)
-            target = predict_x0(sample.fields[self.target], moved, earlier)
+            target = predict_x0(sample.fields[self.target].precise(), moved, earlier)
         predicted = predict_x0(sample.fields.student, x, sigma)
         loss = pseudo_huber(predicted, target)
         yield TermLosses(loss, {"consistency": loss}, {"x0_std": predicted.detach().std()})
@@ -151,7 +151,7 @@ class ContinuousConsistencyObjective(_AlongTheODE):
         with torch.no_grad():
             u, v = self._teacher(sample)(x, sigma), velocity.detach()
             share = min(1.0, sample.iteration / self.warmup) if self.warmup else 1.0
-            tangent = u - v - share * per_sample(sigma, x) * self._derivative(student, x, sigma, u)
+            tangent = u - v - share * per_sample(sigma, x) * self._derivative(student.precise(), x, sigma, u)
             size = tangent.square().mean(dim=tuple(range(1, x.ndim)), keepdim=True).sqrt()
             target = v + tangent / (size + self.tangent_floor)
         loss = (velocity - target).square().mean()

@@ -34,6 +34,11 @@ def check_attention(name: str | None, option: str) -> None:
     """Raise UserError unless `name` is None or an attention kernel that is installed. The message names `option`."""
     if name is None or name in KERNELS:
         return
+    if name == "flex":
+        raise UserError(
+            f"{option}=flex: flex attention gains where a mask hides many tokens, but here masks hide padded text at most "
+            "(docs/speed.md); set flash, cudnn or null"
+        )
     if name not in VERSIONS:
         raise UserError(
             f"{option}={name} must be one of {', '.join((*KERNELS, *VERSIONS))}, or null for torch's choice"

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from cdm_lightning.errors import UserError
 from cdm_lightning.kinds import Choice, Count, Pixels, Share
 from cdm_lightning.training.attention import check_attention
+from cdm_lightning.training.float8 import check_float8
 from cdm_lightning.training.gradient_checkpointing import Recomputation
 
 SMALLEST_TILE = 64  # pixels; a tile must be several latents wide
@@ -12,7 +13,7 @@ SMALLEST_TILE = 64  # pixels; a tile must be several latents wide
 
 @dataclass(frozen=True)
 class Compute:
-    """Options that trade memory for speed; they change results by rounding at most.
+    """Options that trade memory for speed; they change results by rounding at most (`fp8` by much rounding).
 
     - `accumulate`: each process computes its batch in this many parts, one after another (gradient accumulation).
     - `gradient_checkpointing`: the share of a network's blocks that recompute their activations in the backward pass, from 0
@@ -24,6 +25,8 @@ class Compute:
       validation; null means never.
     - `attention`: the kernel that computes attention where it can: "math", "flash", "efficient", "cudnn", or "flash3" and "flash4"
       where these packages are installed; null is torch's choice (`training.attention`).
+    - `fp8`: network calls without a gradient (rollouts and judgements) compute in 8-bit floats: "rowwise" on GPUs that can, or
+      "emulated", which has the same rounding on every device and is slow (`training.float8`); null is off.
 
     Raises UserError for a value out of its range.
     """
@@ -35,6 +38,7 @@ class Compute:
     rollouts_together: Count = 2
     decode_tile: Pixels | None = None
     attention: Choice | None = None
+    fp8: Choice | None = None
 
     def __post_init__(self) -> None:
         for name in ("accumulate", "rollouts_together"):
@@ -51,6 +55,7 @@ class Compute:
                     f"{', '.join(known)}, or null"
                 )
         check_attention(self.attention, "compute.attention")
+        check_float8(self.fp8)
         _ = self.recomputation
 
     @property

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
-from cdm_lightning.core.ema import lerp_parameters_, warmed_up_decay
+from cdm_lightning.core.ema import HostFollower, lerp_parameters_, warmed_up_decay
 from cdm_lightning.errors import UserError
 from cdm_lightning.kinds import ShareBelowOne
 
@@ -29,7 +30,22 @@ class EMA:
         """Whether the run has an EMA of the student."""
         return self.decay is not None
 
-    def follow(self, average: nn.Module, student: nn.Module, updates: int) -> None:
-        """Update the EMA network `average` from `student`, in place. `updates` is the number of earlier updates."""
+    def follow(
+        self, average: nn.Module, student: nn.Module, updates: int, follower: HostFollower | None = None
+    ) -> None:
+        """Update the EMA network `average` from `student`, in place. `updates` is the number of earlier updates.
+
+        With a `follower`, the update only begins; the average is complete after `follower.settle`.
+        """
         assert self.decay is not None
-        lerp_parameters_(average, student, 1 - warmed_up_decay(updates, self.decay))
+        follow = lerp_parameters_ if follower is None else follower.follow
+        follow(average, student, 1 - warmed_up_decay(updates, self.decay))
+
+
+def follower_of(average: nn.Module | None, device: torch.device) -> HostFollower | None:
+    """Return what updates an average in host memory beside the work of the GPU `device`; None if it is not needed."""
+    if average is None or device.type != "cuda" or any(value.is_cuda for value in average.parameters()):
+        return None
+    follower = HostFollower()
+    follower.guard(average)
+    return follower

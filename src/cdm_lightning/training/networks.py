@@ -14,6 +14,7 @@ from cdm_lightning.errors import UserError
 from cdm_lightning.lora.plan import LoRAPlan
 from cdm_lightning.objectives.base import Role, VelocityFields
 from cdm_lightning.training.compilation import compile_blocks
+from cdm_lightning.training.float8 import Float8Field, use_float8
 from cdm_lightning.training.gradient_checkpointing import Guard, Recomputation
 
 if TYPE_CHECKING:
@@ -194,6 +195,11 @@ class Networks(nn.Module):
         for network in [*self.whole.values(), *([self.base] if self.base is not None else [])]:
             compile_blocks(network, block_types, backend)
 
+    def use_float8(self, block_types: tuple[type[nn.Module], ...], kind: str) -> None:
+        """Let the blocks of every network compute in fp8 where `training.float8.float8_products` is on. `kind` is compute.fp8."""
+        for network in [*self.whole.values(), *([self.base] if self.base is not None else [])]:
+            use_float8(network, block_types, kind)
+
     def place(self, device: torch.device) -> None:
         """Move the teacher and the base of the adapters to `device`. Lightning moves the other networks, which are submodules."""
         for network in self.unregistered:
@@ -213,16 +219,22 @@ def trainable(network: nn.Module) -> list[nn.Parameter]:
 
 
 def bind_networks(
-    networks: Networks, backbone: Backbone, text: Conditioning, no_text: Conditioning, compute_dtype: torch.dtype
+    networks: Networks,
+    backbone: Backbone,
+    text: Conditioning,
+    no_text: Conditioning,
+    compute_dtype: torch.dtype,
+    float8: bool = False,
 ) -> VelocityFields:
     """Return the networks as velocity fields for B prompts.
 
     `text` is the conditioning of the B prompts. `no_text` is the conditioning of B empty prompts, which the field
-    `teacher_uncond` uses. The fields compute in `compute_dtype`, by autocast, and return float32.
+    `teacher_uncond` uses. The fields compute in `compute_dtype`, by autocast, and return float32. With `float8`, their calls
+    without a gradient compute in fp8, where `Networks.use_float8` has prepared it.
     """
 
     def field(network: nn.Module, cond: Conditioning = text) -> BoundField:
-        return BoundField(backbone, network, cond, compute_dtype)
+        return (Float8Field if float8 else BoundField)(backbone, network, cond, compute_dtype)
 
     trained = networks.trained
     return VelocityFields(

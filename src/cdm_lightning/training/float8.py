@@ -1,0 +1,142 @@
+"""Products of matrices in 8-bit floats (fp8) for network calls without a gradient: rollouts, and judgements of samples.
+
+Each row of the inputs and each row of a weight is scaled by its largest number and rounded to float8 (e4m3), as in the recipe
+"rowwise" of torchao, which computes the products. Weights stay as they are: every call rounds them anew.
+"""
+
+import importlib.util
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cdm_lightning.backbones.base import BoundField
+from cdm_lightning.core.flow import VelocityField
+from cdm_lightning.errors import UserError
+
+KINDS = ("rowwise", "emulated")
+MULTIPLE = 16  # of both widths of a layer, which the kernels of fp8 need
+CAPABILITY = (8, 9)  # of the oldest GPUs with fp8: Ada; Hopper has 9.0
+
+Product = Callable[[Tensor, Tensor], Tensor]  # (x (..., I), weight (O, I)) -> (..., O)
+
+
+def check_float8(kind: str | None) -> None:
+    """Raise UserError unless `kind`, the option compute.fp8, is None, or one of `KINDS` for which torchao is installed."""
+    if kind is None:
+        return
+    if kind not in KINDS:
+        raise UserError(f"compute.fp8={kind} must be one of {', '.join(KINDS)}, or null")
+    if importlib.util.find_spec("torchao") is None:
+        raise UserError(
+            f"compute.fp8={kind} needs torchao: install the extra lowbit (pip install 'cdm-lightning[lowbit]'), or set null"
+        )
+
+
+def check_device(kind: str | None, device: torch.device, compute_dtype: torch.dtype) -> None:
+    """Raise UserError if products in fp8 of this kind cannot be computed on `device`. The emulated kind runs everywhere."""
+    if kind != "rowwise":
+        return
+    if compute_dtype != torch.bfloat16:
+        raise UserError("compute.fp8=rowwise needs module.compute_dtype=bfloat16; set it, or compute.fp8=null")
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < CAPABILITY:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"the device {device.type}"
+        raise UserError(
+            f"compute.fp8=rowwise: {name} has no products in fp8 (a GPU of compute capability 8.9 or more has); set compute.fp8=null"
+        )
+
+
+class _Switch:
+    """Whether the layers compute in fp8 now. All calls of networks are made by one thread; the backward pass never uses it."""
+
+    on = False
+
+
+@contextmanager
+def float8_products(on: bool) -> Generator[None]:
+    """Inside the block, the layers that `use_float8` has changed compute in fp8 if `on`, and otherwise as usual."""
+    before, _Switch.on = _Switch.on, on
+    try:
+        yield
+    finally:
+        _Switch.on = before
+
+
+class Float8Linear(nn.Linear):
+    """A linear layer that computes in fp8 where `float8_products` is on; an `nn.Linear` becomes one by `use_float8`.
+
+    Inputs of fewer than three dimensions, the modulation of a whole sample, are computed as usual: they are little work, and all
+    tokens of the sample depend on them.
+    """
+
+    float8_product: Product
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the products (..., O) of x (..., I)."""
+        if not _Switch.on or torch.is_grad_enabled() or x.ndim < 3:
+            return super().forward(x)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        made = self.float8_product(x, self.weight.to(x.dtype))
+        return made if self.bias is None else made + self.bias.to(made.dtype)
+
+
+def use_float8(network: nn.Module, block_types: tuple[type[nn.Module], ...], kind: str) -> int:
+    """Let the linear layers of the blocks compute in fp8 where `float8_products` is on; return their number.
+
+    `kind` is one of `KINDS`. Layers whose widths are no multiples of 16 and LoRA adapters stay as they are. Names and weights
+    stay the same.
+    """
+    product, changed = _product_of(kind), 0
+    for block in network.modules():
+        if not isinstance(block, block_types):
+            continue
+        for name, layer in block.named_modules():
+            if type(layer) is nn.Linear and _fits(name, layer):
+                layer.__class__ = Float8Linear
+                layer.float8_product = product
+                changed += 1
+    return changed
+
+
+def _fits(name: str, layer: nn.Linear) -> bool:
+    is_adapter = any(part.startswith("lora_") for part in name.split("."))
+    return not is_adapter and layer.in_features % MULTIPLE == layer.out_features % MULTIPLE == 0
+
+
+def _product_of(kind: str) -> Product:
+    from torchao.float8.config import Float8LinearConfig
+    from torchao.float8.float8_linear import Float8Linear as Template
+
+    config = replace(Float8LinearConfig.from_recipe_name("rowwise"), emulate=kind == "emulated")
+    with torch.device("meta"):
+        settings = Template(MULTIPLE, MULTIPLE, bias=False, config=config).linear_mm_config
+    return partial(_product, config=config, settings=settings)
+
+
+def _product(x: Tensor, weight: Tensor, config: Any, settings: Any) -> Tensor:
+    from torchao.float8.float8_linear import matmul_with_hp_or_float8_args
+
+    with torch.autocast(x.device.type, enabled=False):  # it would cast what is in fp8
+        made = matmul_with_hp_or_float8_args.apply(x.reshape(-1, x.shape[-1]), weight.t(), settings, config)
+    return made.view(*x.shape[:-1], -1)
+
+
+@dataclass(frozen=True, eq=False)
+class Float8Field(BoundField):
+    """A network as a velocity field whose calls without a gradient compute in fp8, unless they are `precise`."""
+
+    is_precise: bool = False
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """Return the velocity (B, C, H, W) in float32 for x (B, C, H, W) and sigma (B,)."""
+        with float8_products(not self.is_precise and not torch.is_grad_enabled()):
+            return super().__call__(x, sigma)
+
+    def precise(self) -> VelocityField:
+        """Return this field without fp8."""
+        return replace(self, is_precise=True)
