@@ -75,13 +75,13 @@ class Float8Linear(nn.Linear):
 
     float8_product: Product
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the products (..., O) of x (..., I)."""
-        if not _Switch.on or torch.is_grad_enabled() or x.ndim < 3:
-            return super().forward(x)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        made = self.float8_product(x, self.weight.to(x.dtype))
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the products (..., O) of `input` (..., I)."""
+        if not _Switch.on or torch.is_grad_enabled() or input.ndim < 3:
+            return super().forward(input)
+        if torch.is_autocast_enabled(input.device.type):
+            input = input.to(torch.get_autocast_dtype(input.device.type))
+        made = self.float8_product(input, self.weight.to(input.dtype))
         return made if self.bias is None else made + self.bias.to(made.dtype)
 
 
@@ -98,7 +98,7 @@ def use_float8(network: nn.Module, block_types: tuple[type[nn.Module], ...], kin
         for name, layer in block.named_modules():
             if type(layer) is nn.Linear and _fits(name, layer):
                 layer.__class__ = Float8Linear
-                layer.float8_product = product
+                vars(layer)["float8_product"] = product  # a plain attribute
                 changed += 1
     return changed
 
