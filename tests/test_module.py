@@ -13,7 +13,7 @@ from core.samples import summed
 from torch import Tensor, nn
 
 from cdm_lightning.backbones.toy2d import Toy2DBackbone
-from cdm_lightning.core.ema import lerp_parameters_
+from cdm_lightning.core.ema import HostFollower, lerp_parameters_
 from cdm_lightning.core.lengths import UniformLength
 from cdm_lightning.core.rollout import walk
 from cdm_lightning.core.schedules import RandomSchedule
@@ -163,6 +163,24 @@ def test_the_average_follows_student_steps_only():
     first = torch.lerp(average[0], student[2], 1 - 1 / 10)  # decay min(0.5, 1 / 10)
     assert torch.allclose(average[2], first, atol=1e-7)
     assert torch.allclose(average[4], torch.lerp(first, student[4], 1 - 2 / 11), atol=1e-7)
+
+
+def test_an_average_that_follows_on_the_host_is_the_same(monkeypatch):
+    kept = []
+
+    def follower_of(average, device):
+        kept.append(HostFollower())
+        kept[-1].guard(average)
+        return kept[-1]
+
+    at_once, beside = (make_module(student_every=2, ema=EMA(decay=0.5)) for _ in range(2))
+    fit(at_once, 6)
+    monkeypatch.setattr("cdm_lightning.module.follower_of", follower_of)
+    fit(beside, 6)
+    assert kept == [beside.follower]
+    assert kept[0]._thread is None  # it has come to its end with the training
+    assert torch.equal(flat(beside.networks.student_ema), flat(at_once.networks.student_ema))
+    assert not torch.equal(flat(beside.networks.student_ema), flat(beside.networks.student))
 
 
 def test_the_fake_score_is_merged_with_the_student_after_its_step():

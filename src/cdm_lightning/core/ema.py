@@ -82,7 +82,7 @@ class HostFollower:
         """Copy the sources to `_arrivals`; return for each the event of its arrival. On the CPU, which the tests use, at once."""
         on_gpu = any(value.is_cuda for value in sources)
         if [(value.shape, value.dtype) for value in self._arrivals] != [(v.shape, v.dtype) for v in sources]:
-            self._arrivals = [torch.empty(v.shape, dtype=v.dtype, pin_memory=on_gpu) for v in sources]
+            self._arrivals = [torch.empty(v.shape, dtype=v.dtype, device="cpu", pin_memory=on_gpu) for v in sources]
         if not on_gpu:
             for arrival, value in zip(self._arrivals, sources):
                 arrival.copy_(value)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from cdm_lightning.core.ema import HostFollower, lerp_parameters_, warmed_up_decay
+from cdm_lightning.core.ema import HostFollower, lerp_parameters_, local, warmed_up_decay
 from cdm_lightning.errors import UserError
 from cdm_lightning.kinds import ShareBelowOne
 
@@ -44,7 +44,7 @@ class EMA:
 
 def follower_of(average: nn.Module | None, device: torch.device) -> HostFollower | None:
     """Return what updates an average in host memory beside the work of the GPU `device`; None if it is not needed."""
-    if average is None or device.type != "cuda" or any(value.is_cuda for value in average.parameters()):
+    if average is None or device.type != "cuda" or any(local(value).is_cuda for value in average.parameters()):
         return None
     follower = HostFollower()
     follower.guard(average)
