@@ -37,9 +37,9 @@ TOP: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Bundle:
-    """What `bundle=NAME` makes: the stages, those with a recipe, further options, and options that are a function's arguments.
+    """A pipeline that `bundle=NAME` trains: its stages, the stages with a training recipe, and its further options.
 
-    The annotations of the functions, named in `pretraining`, say what is allowed.
+    Some options are the arguments of a function in `pretraining`; the function's annotations give the allowed values.
     """
 
     stages: Any
@@ -123,7 +123,10 @@ def make_tiny_sd3(cfg: DictConfig, recipe: Callable[[str], Any], output: Path, w
 
 
 def make_storybook(cfg: DictConfig, recipe: Callable[[str], Any], output: Path, work: Path) -> None:
-    """Run the stages of the 64-pixel pipeline: prompts, judge, vae and teacher. What judge and VAE reach is written to a file."""
+    """Run the stages of the 64-pixel pipeline: prompts, judge, vae and teacher.
+
+    The figures of `measure_judge` and `measure_vae` are written to a file.
+    """
     from cdm_lightning.pretraining import judge, storybook
 
     if "prompts" in cfg.stages:
@@ -178,8 +181,8 @@ def _require_known(node: DictConfig, known: Collection[str], prefix: str) -> Non
 def save_pipeline(pipeline: Any, folder: Path, halved: Sequence[Any]) -> None:
     """Write the pipeline into `folder` as diffusers does, completely or not at all.
 
-    The networks in `halved`, which take most of the space, are converted to half precision, in place. Text encoders are not,
-    because transformers would load them so, and diffusers loads all others in single precision.
+    The networks in `halved`, which take most of the space, are converted to half precision, in place. Text encoders stay in
+    float32: the library transformers would load them in half precision, while diffusers loads all other networks in float32.
     """
     import torch
 

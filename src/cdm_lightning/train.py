@@ -172,7 +172,9 @@ def explained(error: Exception, has_workers: bool, timeout: float | None) -> Use
     Otherwise returns None. `has_workers` is whether the loader has worker processes, and `timeout` is `strategy.timeout` in
     seconds.
     """
-    by_worker = has_workers and isinstance(error, (ConnectionError, EOFError))  # it died while it passed on a batch
+    by_worker = has_workers and isinstance(
+        error, (ConnectionError, EOFError)
+    )  # the worker died while it passed on a batch
     if by_worker or "DataLoader worker" in str(error):
         return UserError(worker_failure(error))
     if lost_process(error):
@@ -228,7 +230,7 @@ def find_beginning(
         for earlier in (
             saved,
             about.get("config", {}) if is_elsewhere else {},
-        ):  # there they may be those of another run
+        ):  # the path in `resume` may belong to another run
             require_same_configuration(earlier, plain(config), run.folder)
         accepted = require_same_inputs(about.get("inputs"), inputs, run.folder, bool(config.get(ACCEPT)))
         for line in (accepted, moved_ends(saved, plain(config))):

@@ -228,6 +228,6 @@ def say(text: str) -> None:
     The line bypasses Python's buffers, because the signal may have interrupted code that was using them.
     """
     if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0):
-        return  # the first process says it
+        return  # the first process prints it
     with suppress(OSError):
         os.write(2, f"{text}\n".encode())

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 LARGEST = 1e6  # of an alpha and of a value in a LoRA's factors; those of real files are below 1e4
-HARMLESS = {  # they say what was trained, which the tensors show, or how; they change nothing when a LoRA is used
+HARMLESS = {  # how a LoRA was trained, or what the tensors show anyway; no effect when a LoRA is used
     *("auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "megatron_core"),
     *("qalora_group_size", "ensure_weight_tying", "runtime_config"),

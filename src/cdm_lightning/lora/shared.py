@@ -48,7 +48,9 @@ class SharedBase:
             inject(network, role, adapter, targets[role])
         self.layers = tuner_layers(network)
         places = {parameter: place for place, parameter in network.named_parameters()}
-        self._place_of = {name: places[parameter] for name, parameter in own.items()}  # peft has renamed some of them
+        self._place_of = {
+            name: places[parameter] for name, parameter in own.items()
+        }  # peft has renamed some parameters
         for role in adapters:
             self._start(role, seed)
         self._role: str | None = None

@@ -88,7 +88,7 @@ class ImageFolder:
         self.paths = sorted(path for path in self.folder.rglob("*") if path.suffix.lower() in SUFFIXES)
         if not self.paths:
             raise UserError(f"{folder} has no reference images ({', '.join(SUFFIXES)}); pass a folder of images")
-        sizes = {self._size(path): path for path in self.paths}  # of the headers: a mistake is found before training
+        sizes = {self._size(path): path for path in self.paths}  # reads headers only
         if len(sizes) > 1 and image_size is None:
             self._refuse_sizes(list(sizes.values())[1])
 

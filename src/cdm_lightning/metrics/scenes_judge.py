@@ -1,6 +1,6 @@
 """A small classifier that decides whether a picture of the storybook scenes shows what its caption says.
 
-It is trained on drawings (`data.scenes`) and on no generated picture. Its features are also the space of the Fréchet distance.
+It is trained on drawings (`data.scenes`) and not on generated pictures. Its features are also used for the Fréchet distance.
 """
 
 from collections.abc import Sequence
@@ -74,7 +74,10 @@ class ScenesJudge(nn.Module):
 
     @torch.no_grad()
     def agreement(self, images: Tensor, wanted: Sequence[dict[str, int]]) -> Tensor:
-        """Return (N,) bool: whether the judge sees every wanted class, by head, in the pictures (N, 3, 64, 64) in [0, 1]."""
+        """Return (N,) bool: whether the judge predicts all classes in `wanted` for each picture (N, 3, 64, 64) in [0, 1].
+
+        `wanted` holds, for each picture, {head's name: class}.
+        """
         device = next(self.parameters()).device
         chunks = [self(chunk.to(device)) for chunk in images.split(256)]
         seen = {name: torch.cat([chunk[name].argmax(1) for chunk in chunks]).tolist() for name in HEADS}
@@ -84,7 +87,10 @@ class ScenesJudge(nn.Module):
 
 
 def expected(scene: Scene) -> dict[str, int]:
-    """Return the class that each head should predict for a scene, by the head's name; heads of what it leaves out are missing."""
+    """Return the class that each head should predict for a scene, by the head's name.
+
+    Heads about attributes that the scene does not have are left out.
+    """
     classes: dict[str, int] = {"arrangement": 0}
     if scene.relation:
         classes["arrangement"] = 1 if scene.relation in ("left of", "right of") else 2

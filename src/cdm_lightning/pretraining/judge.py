@@ -1,4 +1,4 @@
-"""A stage of `cdm_lightning.pretrain`: the judge of the storybook scenes, and the figures of judge and VAE on held-out drawings."""
+"""A stage of `cdm_lightning.pretrain`: train the judge of the storybook scenes, and measure judge and VAE on held-out drawings."""
 
 from pathlib import Path
 from typing import cast
@@ -24,7 +24,8 @@ NOT_SHOWN = -100  # the class of a head that does not apply; cross_entropy ignor
 def train_judge(recipe: Recipe, folder: Path, output: Path, *, pairs: Share = 0.6) -> ScenesJudge:
     """Train the judge on drawings that are new in every batch, write it to the safetensors file `output`, and return it.
 
-    The drawings show all combinations, also those that the teacher never sees. The share `pairs` of them has two things.
+    The drawings show all combinations of attributes, including those that the teacher never sees. The share `pairs` of the
+    drawings shows two things.
     """
     torch.manual_seed(recipe.seed)
     judge = ScenesJudge()
@@ -49,10 +50,10 @@ def train_judge(recipe: Recipe, folder: Path, output: Path, *, pairs: Share = 0.
 
 @torch.no_grad()
 def measure_judge(judge: ScenesJudge, count: int) -> dict[str, float]:
-    """Return the share of `count` held-out drawings of one thing, and of two, that the judge reads rightly.
+    """Return the judge's accuracy on `count` held-out drawings of one thing, and on as many of two things.
 
-    It must see every attribute that is shown, also those that the caption leaves out. The figures are those of each head, and of
-    all of them together.
+    There is a figure for each head, and one for the drawings in which all heads are right. The heads are asked for every
+    attribute that a drawing shows, including attributes that its caption leaves out.
     """
     figures = {}
     for kind, pairs in (("single", 0.0), ("pair", 1.0)):
@@ -70,9 +71,9 @@ def measure_judge(judge: ScenesJudge, count: int) -> dict[str, float]:
 
 @torch.no_grad()
 def measure_vae(vae: AutoencoderKL, judge: ScenesJudge | None, count: int) -> dict[str, float]:
-    """Return the mean PSNR in dB of reconstructions of `count` held-out drawings, and the share that is judged right.
+    """Return the mean PSNR in dB of the VAE's reconstructions of `count` held-out drawings, and the share that `judge` accepts.
 
-    Of the latter, the judge sees every attribute that is shown.
+    The judge accepts a reconstruction if it recognizes every attribute that the drawing shows.
     """
     images, _, scenes = drawings(count, HELD_OUT_SEED + 1, "heldout", 0.4)
     rebuilt = []

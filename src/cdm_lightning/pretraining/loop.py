@@ -116,7 +116,7 @@ def _copy(values: list[Tensor], parameters: list[nn.Parameter]) -> None:
 
 
 def _save(state: dict, path: Path) -> None:
-    """Write the state, and the curve in it as CSV. If the process is killed meanwhile, the previous state remains."""
+    """Write `state` to `path`, and its loss curve to a CSV file. If the process is killed meanwhile, the previous state remains."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         torch.save(state, temporary)

@@ -1,8 +1,8 @@
 """The storybook pipeline: a real `StableDiffusion3Pipeline` for scenes of 64 x 64 pixels, with the classes of SD3-Medium.
 
 The VAE has factor 8 and 16 latent channels like SD3's, so latents have 16 channels of 8 x 8. The transformer reads them as 16
-patches of 2 x 2. A patch has 64 numbers, well below the transformer's width, because a velocity contains the noise itself and
-the network must be able to pass it on. The three text encoders share the vocabulary of the captions.
+patches of 2 x 2. A patch has 64 numbers, well below the transformer's width, because a velocity contains the noise itself, which
+the network must pass from its input to its output. The three text encoders share the vocabulary of the captions.
 """
 
 from pathlib import Path
@@ -98,7 +98,7 @@ def build_vae() -> AutoencoderKL:
 def drawings(count: int, seed: int, split: Split, pairs: float) -> tuple[Tensor, list[str], list[Scene]]:
     """Draw `count` pictures (count, 3, 64, 64) in [0, 1] and return them with their captions and the scenes that they show.
 
-    About the share `pairs` of the pictures has two things. All depend on the arguments only.
+    About the share `pairs` of the pictures shows two things. The result depends on the arguments only.
     """
     captions = draw_captions(count, seed, split, pairs)
     pictures, scenes = draw_scenes(captions, seed, split if split != "heldout" else "all")
@@ -106,7 +106,7 @@ def drawings(count: int, seed: int, split: Split, pairs: float) -> tuple[Tensor,
 
 
 def number(rng: torch.Generator) -> int:
-    """Return a whole number that `rng` draws, to seed the drawing of a batch."""
+    """Draw a whole number from `rng`, to be used as the seed of a batch of pictures."""
     return int(torch.randint(2**62, (), generator=rng))
 
 
@@ -135,8 +135,8 @@ def train_storybook_vae(
 ) -> None:
     """Train the VAE in place on drawings that are new in every batch, and set its shift and scale on `standardised_on` drawings.
 
-    The share `pairs` of the pictures has two things. `kl_weight` is the weight of the KL divergence, and `edge_weight` that of the
-    error of the differences between neighbouring pixels. `folder` keeps the state.
+    The share `pairs` of the pictures has two things. `kl_weight` is the weight of the KL divergence, and `edge_weight` is the
+    weight of the error in the differences between neighbouring pixels. `folder` keeps the state.
     """
 
     def batch(rng: torch.Generator) -> Tensor:

@@ -135,7 +135,7 @@ def train_teacher(
 
 @dataclass(frozen=True)
 class NoiseLevels:
-    """The probability of the empty caption, and the mean and deviation of the normal draw whose sigmoid is sigma."""
+    """The probability of the empty caption, and the mean and standard deviation of a normal draw; sigma is its sigmoid."""
 
     caption_dropout: float = 0.1
     mean: float = 0.4
@@ -151,7 +151,10 @@ def fit_teacher(
     compile_network: bool,
     save_every: int = 1000,
 ) -> StableDiffusion3Pipeline:
-    """Train the pipeline in place on what `data` returns, and return it frozen. A finished stage does not call `data`."""
+    """Train the pipeline in place on the latents and captions that `data` returns, and return the frozen pipeline.
+
+    `data` is not called if the stage is already finished.
+    """
     model = TextConditioned(pipeline).train().requires_grad_(True)
     if compile_network:
         model.transformer.compile()

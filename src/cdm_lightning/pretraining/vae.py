@@ -51,7 +51,7 @@ def fit_vae(
 ) -> None:
     """Train the VAE in place on the images (B, 3, H, W) in [-1, 1] that `batch` draws, and freeze it.
 
-    `edge_weight` is the weight of the absolute error of the differences between neighbouring pixels.
+    `edge_weight` is the weight of the absolute error in the differences between neighbouring pixels.
     """
     network = cast(nn.Module, vae)  # diffusers declares `to` without its arguments
     network.to(memory_format=torch.channels_last).train().requires_grad_(True)

@@ -6,8 +6,8 @@ import re
 MASK = "***"
 LONGEST_PATH = 300  # characters to each side of a shape that are looked at to see whether a path exists
 
-# What is random is told from words by runs without separators: capitals, small letters and digits mixed, long hexadecimal numbers,
-# and what is longer than words are. The lengths 34, 36 and 48 are those of hf_, ghp_ and sk-.
+# A random text differs from words by its runs without separators: mixed capitals, small letters and digits, long hexadecimal numbers,
+# and runs that are longer than words. The lengths 34, 36 and 48 are those of hf_, ghp_ and sk-.
 MIXED = r"(?=[0-9a-z]*[A-Z])(?=[0-9A-Z]*[a-z])(?=[A-Za-z]*[0-9])"
 RUN = rf"(?:{MIXED}[A-Za-z0-9]{{16,}}|[A-Za-z]{{24,}}(?![A-Za-z0-9])|(?=[a-f]*[0-9])[0-9a-f]{{32,}}|[A-Za-z0-9]{{34,}})"
 REST = r"[\w-]*(?:\.[\w-]+)*=*"
@@ -23,7 +23,7 @@ SHAPES = re.compile(
         |xai|tvly|lin_api|lin_oauth|ntn|do[opr]_v1|sntry[su]|wandb_v1|pypi|rubygems|cfut|ya29|GOCSPX|jina|e2b|sbp|vck|fw|co
         |lsv2|glsa|glc|tgp_v1|ops|tskey|dapi|PMAK|dp
       )[-_.](?:[A-Za-z0-9]{{1,12}}[-_.]){{0,3}}{RUN}{REST}
-      | (?:glpat|nvapi|figd|dckr_[op]at|GOCSPX|whsec|tgp_v1|github_pat|sk-proj|sk-ant|ya29)[-_.]  # no folder's name begins so
+      | (?:glpat|nvapi|figd|dckr_[op]at|GOCSPX|whsec|tgp_v1|github_pat|sk-proj|sk-ant|ya29)[-_.]  # no folder name begins so
       (?=[A-Za-z_.-]*[0-9])(?=[0-9a-z_.-]*[A-Z])[A-Za-z0-9_.-]{{20,}}
       | (?:hf|gh[opusr])_(?:(?=[A-Za-z]*[0-9])[A-Za-z0-9]{{20,}}|[A-Za-z0-9]{{34,36}})(?![A-Za-z0-9])  # a run without separators
       | dapi[0-9a-f]{{32}}(?:-\d+)? | (?:SK|AC)[0-9a-f]{{32}}

@@ -27,7 +27,7 @@ OTHERS = (
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
-)  # for calls that the chosen one cannot make
+)  # for calls that the chosen kernel does not support
 
 
 def check_attention(name: str | None, option: str) -> None:

@@ -72,7 +72,7 @@ class OptimizerRecipe:
         return self.optimizer(parameters, lr=self.learning_rate.at(0))
 
     def build_for(self, role: str, parameters: Iterable[nn.Parameter]) -> Optimizer:
-        """Build the optimizer for the weights of `role`. Raises UserError if it refuses them, as Muon refuses a bias."""
+        """Build the optimizer for the weights of `role`. Raises UserError if the optimizer refuses them, as Muon refuses a bias."""
         try:
             return self.build(parameters)
         except Exception as error:

@@ -35,7 +35,9 @@ class PhaseTimer:
         if self.device is not None and self.device.type == "cuda":
             begin = self._mark()
             yield
-            self._marks.append((phase, begin, self._mark()))  # not after an error: the device may have failed
+            self._marks.append(
+                (phase, begin, self._mark())
+            )  # skipped after an error, because the device may have failed
             return
         start = time.perf_counter()
         try:

@@ -64,7 +64,10 @@ def _problem_on(device: torch.device, optimizer: Callable[..., Any], shapes: Seq
 
 
 def _culprit(optimizer: Callable[..., Any], shapes: Sequence[tuple[int, ...]]) -> str:
-    """Return ".NAME=VALUE" of the last option without which the optimizer works, or "" if there is none."""
+    """Return ".NAME=VALUE" of the option that makes the optimizer fail, or "" if none is found.
+
+    Each option is removed in turn; the result is the last option whose removal makes the optimizer work.
+    """
     if not isinstance(optimizer, partial):
         return ""
     for name, value in reversed(optimizer.keywords.items()):

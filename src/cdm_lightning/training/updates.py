@@ -75,7 +75,7 @@ class Updates:
         """
         due = [entry for entry in self._uncounted if before is None or entry[0] < before]
         self._uncounted = self._uncounted[len(due) :]
-        _ = [made.values for _, _, made in due[-1:]]  # the last arrives last, so that this is the only wait
+        _ = [made.values for _, _, made in due[-1:]]  # the last flag is ready last, so the host waits only here
         for _, role, made in due:
             finite = bool(made.values)
             self.skipped_in_a_row[role] = 0 if finite else self.skipped_in_a_row[role] + 1
