@@ -10,6 +10,7 @@ import lightning as L
 import pytest
 import torch
 from core.samples import summed
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 
 from cdm_lightning.backbones.toy2d import Toy2DBackbone
@@ -20,6 +21,7 @@ from cdm_lightning.core.schedules import RandomSchedule
 from cdm_lightning.data.batches import EndlessBatches, PromptBatch
 from cdm_lightning.data.datamodule import PromptDataModule
 from cdm_lightning.data.prompts import PromptList
+from cdm_lightning.distributed.strategy import MeshStrategy
 from cdm_lightning.errors import UserError
 from cdm_lightning.evaluation.samplers import SamplerSpec
 from cdm_lightning.lora.plan import Adapter, LoRAPlan
@@ -27,7 +29,7 @@ from cdm_lightning.module import CDMModule
 from cdm_lightning.objectives.base import Objective, Role, RolledOutSample, TermLosses, Update
 from cdm_lightning.objectives.cdm import CDMObjective
 from cdm_lightning.training.compute import Compute
-from cdm_lightning.training.ema import EMA
+from cdm_lightning.training.ema import EMA, follower_of
 from cdm_lightning.training.optim import LearningRate, OptimizerRecipe
 from cdm_lightning.training.rollouts import RolloutGroups, with_point
 
@@ -165,10 +167,23 @@ def test_the_average_follows_student_steps_only():
     assert torch.allclose(average[4], torch.lerp(first, student[4], 1 - 2 / 11), atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("on_cpu", "device", "follows"),
+    [(["student_ema"], "cuda", True), ([], "cuda", False), (["student_ema"], "cpu", False)],
+)
+def test_an_average_follows_beside_a_gpu_only_where_it_rests_on_the_host(on_cpu, device, follows, monkeypatch):
+    """Whatever device it is on when it is built: Lightning moves networks later."""
+    strategy = MeshStrategy(1, 1, on_cpu=on_cpu)
+    monkeypatch.setattr(MeshStrategy, "root_device", property(lambda self: torch.device(device)))
+    assert (follower_of(nn.Linear(1, 1), strategy) is not None) == follows
+    assert follower_of(nn.Linear(1, 1), SingleDeviceStrategy(torch.device(device))) is None
+    assert follower_of(None, strategy) is None
+
+
 def test_an_average_that_follows_on_the_host_is_the_same(monkeypatch):
     kept = []
 
-    def follower_of(average, device):
+    def follower_of(average, strategy):
         kept.append(HostFollower())
         kept[-1].guard(average)
         return kept[-1]

@@ -195,7 +195,7 @@ class CDMModule(L.LightningModule):
         if self.compute.compile_backend is not None:
             self.networks.compile_blocks(self.backbone.block_types, self.compute.compile_backend)
         is_sharded = place(self.networks, self.backbone, strategy, self.compute_dtype)
-        self.follower = follower_of(self.networks.student_ema, strategy.root_device)
+        self.follower = follower_of(self.networks.student_ema, strategy)
         self.backbone.decode_tile = self.compute.decode_tile
         self.backbone.setup(strategy.root_device)
         self.rollouts = self.make_rollouts(strategy.root_device, is_sharded)

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 
-import torch
+from lightning.pytorch.strategies import Strategy
 from torch import nn
 
-from cdm_lightning.core.ema import HostFollower, lerp_parameters_, local, warmed_up_decay
+from cdm_lightning.core.ema import HostFollower, lerp_parameters_, warmed_up_decay
+from cdm_lightning.distributed.strategy import MeshStrategy
 from cdm_lightning.errors import UserError
 from cdm_lightning.kinds import ShareBelowOne
 
@@ -42,9 +43,13 @@ class EMA:
         follow(average, student, 1 - warmed_up_decay(updates, self.decay))
 
 
-def follower_of(average: nn.Module | None, device: torch.device) -> HostFollower | None:
-    """Return what updates an average in host memory beside the work of the GPU `device`; None if it is not needed."""
-    if average is None or device.type != "cuda" or any(local(value).is_cuda for value in average.parameters()):
+def follower_of(average: nn.Module | None, strategy: Strategy) -> HostFollower | None:
+    """Return what updates an average in host memory beside the work of a GPU; None if the average does not rest there.
+
+    The strategy decides, because Lightning moves networks to their device only after they are built.
+    """
+    rests = isinstance(strategy, MeshStrategy) and "student_ema" in strategy.on_cpu
+    if average is None or not rests or strategy.root_device.type != "cuda":
         return None
     follower = HostFollower()
     follower.guard(average)
