@@ -647,6 +647,25 @@ def test_a_line_that_is_printed_in_pieces_is_masked_as_a_whole():
     assert screen.getvalue().endswith("x a")
 
 
+@pytest.mark.parametrize("line", ["/data/run: token=%s\n", "/ hub_token=%s/x\n", "//host/a b\n", "/\n"])
+@pytest.mark.parametrize("size", [1, 3, 7, 100])
+def test_lines_with_slashes_are_printed_in_pieces_as_whole(line, size):
+    """However a line is cut into writes, and whether each write is shown at once, no secret and no other text is printed."""
+    said = line.replace("%s", X)
+    whole = io.StringIO()
+    MaskedStream(whole).write(said)
+    for is_shown in (False, True):
+        screen = io.StringIO()
+        stream = MaskedStream(screen)
+        for begin in range(0, len(said), size):
+            print(said[begin : begin + size], end="", file=stream, flush=is_shown)
+        assert X not in screen.getvalue()
+        if not is_shown:
+            assert screen.getvalue() == whole.getvalue()
+    if "%s" not in line:
+        assert screen.getvalue() == whole.getvalue() == said
+
+
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
