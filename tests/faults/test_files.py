@@ -499,6 +499,7 @@ ALLOWED = {  # what else opens files by itself: files that this package has just
     "data/images.py": {"open"},  # PIL, `require_regular`
     "metrics/references.py": {"open"},  # PIL, `require_regular`
     "metrics/frechet.py": {"load_file"},  # statistics that the user names
+    "metrics/scenes_judge.py": {"load_file"},  # `require_regular`
     "metrics/shapes_classifier.py": {"load_file"},  # bundled
     "planning/skeleton.py": {"read_text", "safe_open"},  # bundled, and after `locate_pipeline`
     "distributed/launch.py": {"read_text"},  # its own private folder

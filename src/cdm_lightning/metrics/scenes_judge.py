@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cdm_lightning.data.scenes.grammar import COLOURS, NOUNS, PLACES, SETTINGS, SIZES, Scene, parse_caption
 from cdm_lightning.errors import UserError
-from cdm_lightning.files import first_line
+from cdm_lightning.files import first_line, require_regular
 from cdm_lightning.kinds import FileToRead
 
 ARRANGEMENTS = ("single", "side by side", "one in front")
@@ -53,7 +53,7 @@ class ScenesJudge(nn.Module):
         """Read a trained judge from a safetensors file. Raises `UserError` if the file is missing or has other contents."""
         model = cls()
         try:
-            model.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
+            model.load_state_dict({name: tensor.float() for name, tensor in load_file(require_regular(path)).items()})
         except (OSError, SafetensorError, RuntimeError) as error:
             raise UserError(
                 f"{path}: the judge of scenes cannot be loaded ({first_line(error)}); pass a file that cdm_lightning.pretrain wrote"
