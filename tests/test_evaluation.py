@@ -243,10 +243,10 @@ def test_ladder_does_not_depend_on_the_batch(toy: Toy2DBackbone) -> None:
     ("changes", "text"),
     [
         ({"samplers": [SamplerSpec("a"), SamplerSpec("a")]}, "same name"),
-        ({"count": 9, "prompts": ["a"]}, "count=1 must be at least 2"),
-        ({"count": 1}, "count=1 must be at least 2"),
-        ({"samplers": []}, "at least one sampler"),
-        ({"shown": 0}, "shown=0 at least 1"),
+        ({"count": 9, "prompts": ["a"]}, "count=1, .* needs at least 2 prompts"),
+        ({"count": 1}, "count=1, .* needs at least 2 prompts"),
+        ({"samplers": []}, r"samplers \[\], .* and 1 sampler"),
+        ({"shown": 0}, "shown=0 .* 1 shown prompt"),
     ],
 )
 def test_contradictory_settings_are_refused(changes: dict, text: str) -> None:

@@ -1,7 +1,7 @@
 """`python -m cdm_lightning.export RUN --output FOLDER`: export a checkpoint's student as a pipeline folder or a LoRA.
 
 The model family's own library loads the folder, for example `StableDiffusion3Pipeline.from_pretrained(FOLDER)`. The folder's
-model card shows a call that uses the sigmas of the student's training.
+model card shows how to call it, so that it samples at the sigmas for which the student was trained.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""A procedural text-to-image set: captions of coloured shapes, and images that are rendered from them.
+"""A synthetic text-to-image dataset: captions of coloured shapes, and images that are rendered from the captions.
 
 Examples of captions are "a large red circle on the left", "a small square", and "a blue shape above a large green ring". Like a
-real prompt, a caption may leave out any attribute. Images of this caption then differ in this attribute, which bends the paths
-from noise to image and makes sampling in few steps hard. Everything is a function of (seed, index), so nothing is stored or
+real prompt, a caption may leave out any attribute. The images of one caption then differ in this attribute, which bends the
+paths from noise to image and makes sampling in few steps hard. Everything is a function of (seed, index), so nothing is stored or
 downloaded.
 """
 
@@ -143,9 +143,9 @@ def _parse_item(phrase: str) -> Item:
 
 @dataclass(frozen=True)
 class Layout:
-    """The content of N images. Each image has two slots for shapes, the upper or left one first.
+    """The content of N images. Each image has two slots, which hold its shapes.
 
-    A single shape is in the first slot, and the second one is empty.
+    Of two shapes, the upper or left one is in the first slot. A single shape is in the first slot, and the second is empty.
 
     - `colour`, `shape`, `size`: (N, 2) indices into COLOURS, SHAPES and SIZES; -1 for an empty slot.
     - `place`: (N,) index into PLACES; -1 for a pair.

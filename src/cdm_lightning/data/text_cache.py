@@ -65,7 +65,7 @@ class TextCacheSettings:
 
 
 class Texts(Protocol):
-    """Prompts by number, such as a list of texts or a `data.prompts.Prompts`."""
+    """A sequence of prompts that has `len` and indexing, such as a list of strings or a `data.prompts.Prompts`."""
 
     def __len__(self) -> int:
         """Return the number of prompts."""

@@ -18,12 +18,12 @@ BATCH = 64  # prompts encoded at a time
 class RememberedText:
     """A wrapper of the function `encode` that encodes `prompts` and the empty prompt only once and keeps the results.
 
-    The first call encodes all these prompts, in fixed batches, and the results stay on the device. Therefore a result does not
-    depend on earlier calls, and a resumed run gets bit-identical encodings. A batch that contains any other prompt is encoded
-    at every call.
+    The first call encodes all these prompts, and the results stay on the device. The prompts are always divided into the same
+    batches. Therefore a resumed run gets bit-identical encodings, in whatever order it uses them. A batch that contains any
+    other prompt is encoded at every call.
 
-    If the results would take more than `most_bytes`, or if they differ in shape, nothing is kept, and each batch is encoded at
-    every call.
+    If the results would take more than `most_bytes`, or if the prompts' encodings differ in shape, nothing is kept, and each
+    batch is encoded at every call.
     """
 
     def __init__(self, encode: Encode, prompts: Iterable[str], most_bytes: int) -> None:

@@ -53,8 +53,8 @@ def launch(config_text: str, processes: int, task: str, command: Sequence[str] =
 def handed_over(text: str, path: Path) -> Generator[Path]:
     """Yield a path at which the processes that are started in the `with` block can read `text`.
 
-    The text may hold secrets. On Linux it is a file in memory, because a killed process would leave a file on the disk. On other
-    systems it is the file `path`.
+    On Linux, `text` is put into a file in memory, because it may hold secrets, and a killed process would leave a file on the
+    disk. On other systems it is written to the file `path`.
     """
     if not hasattr(os, "memfd_create"):
         path.write_text(text, encoding="utf-8")
@@ -154,8 +154,8 @@ def forwarded_signals(folder: Path) -> Generator[None]:
 def sign_on(folder: Path) -> None:
     """Register this process for the launcher's signals, by a file with its process number in `folder`.
 
-    Raises `Preempted` if a signal has already come or the launcher is dead. If the launcher dies later, this process stops as
-    after a signal.
+    Raises `Preempted` if a signal has already come or the launcher is dead. If the launcher dies later, this process gets
+    SIGTERM.
     """
     signals.watch(silent=True)
     (folder / f"{os.getpid()}.pid").touch()

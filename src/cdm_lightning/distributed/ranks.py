@@ -40,7 +40,10 @@ def from_first(value: Any) -> Any:
 
 
 def largest(count: int) -> int:
-    """Return the largest `count` of all processes. All processes must call this. No process waits for its GPU."""
+    """Return the largest `count` of all processes. All processes must call this.
+
+    The counts are exchanged on the CPU, so no process has to wait for work on its GPU.
+    """
     if world_size() == 1:
         return count
     shared = torch.tensor(count, device="cpu")

@@ -63,7 +63,7 @@ def shard(
 
 @torch.no_grad()
 def fill(network: nn.Module, read_rows: Callable[[str, int, int], Tensor], device: torch.device) -> None:
-    """Allocate the sharded weights that are on the meta device on `device`, and fill them with this rank's rows.
+    """Allocate on `device` the weights of a sharded network that are on the meta device, and fill them with this rank's rows.
 
     `read_rows(name, first, end)` returns the rows first, ..., end - 1 of the parameter `name`.
     """

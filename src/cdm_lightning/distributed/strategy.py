@@ -1,7 +1,8 @@
 """The ways to distribute a run: one process, whole networks in each process, shards, or several copies of sharded networks.
 
 With several processes the strategy is FSDP2 on a mesh (replicas, shards). W processes form the mesh (W, 1) for whole networks
-in each process, and (1, W) for shards. The dimensions of the mesh have the names that Lightning uses.
+in each process (ddp), (1, W) for shards (fsdp2), and (R, W / R) for R copies of sharded networks (hsdp). Lightning calls the
+two dimensions of the mesh "data_parallel" and "tensor_parallel".
 """
 
 import os
@@ -71,15 +72,15 @@ class MeshStrategy(ModelParallelStrategy):
 def check_on_cpu(on_cpu: Sequence[str], networks: Sequence[str], whole: Sequence[str]) -> None:
     """Raise `UserError` if `on_cpu` names a network that cannot be in host memory.
 
-    `networks` are the names of all networks of the run. `whole` are the networks that can be in host memory, because they hold
-    all weights of the pretrained network. The others are LoRA adapters, their shared base network, and heads (networks that the
-    objective builds itself).
+    `networks` are the names of all networks of the run. `whole` are those that can be in host memory: networks with their own
+    copy of all pretrained weights. The others must stay on the device: LoRA adapters, their shared base network, and heads
+    (networks that the objective builds itself).
     """
     refused = [name for name in on_cpu if name not in whole]
     if refused:
         what = f"{refused[0]}, which is an adapter, the base of adapters or a head of the objective, and must stay on the device"
         wrong = what if refused[0] in networks else f"{refused[0]}, which is not a network of this run"
-        raise UserError(f"strategy.on_cpu names {wrong}; it may list {', '.join(whole) or 'nothing here'}")
+        raise UserError(f"strategy.on_cpu names {wrong}; it may list {', '.join(whole) or 'no network of this run'}")
 
 
 def single_process(devices: DevicesOption = 1, num_nodes: Processes = 1) -> str:
@@ -156,7 +157,7 @@ def world_size(devices: int | str | Sequence[int], num_nodes: int) -> int:
     if launched != processes:
         raise UserError(
             f"trainer.devices and trainer.num_nodes give {processes} processes, but the launcher started {launched}; "
-            "set trainer.devices and trainer.num_nodes to match it"
+            "set trainer.devices and trainer.num_nodes to what the launcher started"
         )
     return processes
 

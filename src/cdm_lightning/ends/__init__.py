@@ -1,1 +1,1 @@
-"""The ways in which a process ends, and the protection from unwanted ends: signals, closed terminals and full disks."""
+"""How a process ends when a signal asks it to, and how it survives a closed terminal or a full disk."""

@@ -1,4 +1,4 @@
-"""Streams that raise no errors when nobody reads stdout and stderr any more: a closed pipe or terminal, or a full disk."""
+"""Streams for stdout and stderr that raise no errors when a pipe or terminal is closed or a disk is full."""
 
 import errno
 import os
@@ -54,7 +54,7 @@ def _to_null(descriptor: int) -> None:
 
 
 def make_tolerant() -> None:
-    """Replace `sys.stdout` and `sys.stderr` by `TolerantStream`s, and open closed file descriptors 0, 1 and 2 on /dev/null.
+    """Replace `sys.stdout` and `sys.stderr` by `TolerantStream`s, and open /dev/null where descriptor 0, 1 or 2 is closed.
 
     Otherwise the next file that is opened would get the closed descriptor, and messages of C libraries would be written into that
     file.

@@ -76,8 +76,8 @@ class LadderEvaluation:
     """The settings of an evaluation: its samplers, prompts and noise.
 
     The first `count` of `prompts` are used, or all if `count` is None or larger. Images are generated in batches of
-    `batch_size`. Image k of a prompt starts from the noise of (`seed` + k, prompt index); images with k > 0 are made only for
-    metrics that need several images per prompt. The images of the first `shown` prompts are kept.
+    `batch_size`. Image k of a prompt starts from noise that is seeded with (`seed` + k, prompt index); images with k > 0 are
+    made only for metrics that need several images per prompt. The images of the first `shown` prompts are kept.
 
     `real_images` is a function of (prompts, their indices, seed) that returns real images. If it is given, the result has another
     row with the figures of real images, which a perfect sampler would reach. Raises `UserError` for samplers of the same name and
@@ -102,8 +102,8 @@ class LadderEvaluation:
         object.__setattr__(self, "count", count)
         if self.size < 2 or self.batch_size < 1 or self.shown < 1 or not names:
             raise UserError(
-                f"callbacks.ladder.evaluation: count={self.count} must be at least 2, batch_size={self.batch_size} and "
-                f"shown={self.shown} at least 1, and there must be at least one sampler"
+                f"callbacks.ladder.evaluation has count={self.count}, batch_size={self.batch_size}, shown={self.shown} and the "
+                f"samplers {names}, but needs at least 2 prompts, 1 image in a batch, 1 shown prompt and 1 sampler"
             )
 
     @property

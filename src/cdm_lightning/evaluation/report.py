@@ -53,7 +53,7 @@ def _cell(column: str, value: object) -> str:
 
 
 def csv_text(rows: Sequence[Row]) -> str:
-    """Return rows that have the same keys as comma-separated values with a header line. No rows give the empty text."""
+    """Return rows that have the same keys as comma-separated values with a header line. Without rows, return ""."""
     text = io.StringIO()
     if rows:
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)

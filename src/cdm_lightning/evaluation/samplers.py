@@ -28,8 +28,8 @@ from cdm_lightning.kinds import Guidance, Name, Pixels, Steps
 class SamplerSpec:
     """A way to make images: the network, the number of steps `nfe`, the guidance scale and the size in pixels.
 
-    A guidance scale of 1 means no guidance. A height or width of None means the backbone's own. Raises `UserError` for an unknown
-    network and for `nfe` below 1.
+    A guidance scale of 1 means no guidance. If `height` or `width` is None, the backbone's default is used. Raises `UserError`
+    for an unknown network and for `nfe` below 1.
     """
 
     name: Name

@@ -44,7 +44,7 @@ A student that makes an image in {calls}, without guidance. It was distilled fro
 class ModelCard:
     """The facts in the model card of a student called `name`.
 
-    `nfe` is the number of network calls for an image. `weights` is the exported network, "student_ema" or "student". `iteration`
+    `nfe` is the number of network calls for an image. `weights` names the exported network, "student_ema" or "student". `iteration`
     is the number of training iterations, and `dtype` is the dtype of the weights' file. `config` is the run's configuration, and
     `metrics` the content of its metrics.json, if there is one.
     """
@@ -59,7 +59,7 @@ class ModelCard:
 
     @property
     def method(self) -> str:
-        """The training method: CDM with its paper, or the class of another objective."""
+        """The training method in words: CDM with its paper, or "the objective `CLASS`" for another objective."""
         name = str(self.config.get("objective", {}).get("_target_", "CDMObjective")).rpartition(".")[2]
         return PAPER if name == "CDMObjective" else f"the objective `{name}`"
 
@@ -94,8 +94,8 @@ class ModelCard:
 def recipe(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a run's configuration that affect the trained weights, and trainer.max_steps, as nested dicts.
 
-    `run.same` decides which options affect the weights. The backbone's options are left out. Because cards may be public, an
-    object appears as its class name, and an absolute path as its last component.
+    `run.same` decides which options affect the weights. The backbone's options are left out. Because cards may be public,
+    `_target_: a.b.C` is replaced by `class: C`, and an absolute path by its last component.
     """
     chosen = _deciding({key: value for key, value in config.items() if key not in ("backbone", "module")}, "")
     module = {

@@ -99,7 +99,7 @@ def require_adapter(is_adapter: bool) -> None:
 
 
 def model_card(name: str, record: dict[str, Any], run: Run | None) -> str:
-    """Return the text of the model card `name`, with the configuration and metrics of `run`, if it is given.
+    """Return the text of the model card of a student called `name`, with the configuration and metrics of `run` if given.
 
     `record` holds the other arguments of `ModelCard`: nfe, weights, iteration and dtype.
     """

@@ -1,4 +1,4 @@
-"""The temporary files and folders of this package: their names, and the deletion of those that killed processes left."""
+"""The temporary files and folders of this package: their names, and the deletion of those whose writers were killed."""
 
 import fcntl
 import hashlib
@@ -35,7 +35,7 @@ def hold(descriptor: int) -> None:
 
 
 def sweep(path: str | Path) -> list[Path]:
-    """Delete the temporary files and folders that killed writers of `path` left next to it, and return their paths.
+    """Delete the temporary files and folders of `path`, next to it, whose writers were killed, and return their paths.
 
     Temporary files of running writers and of other paths stay. If a writer was killed while it replaced an earlier folder, the
     earlier folder is moved back to `path`.
@@ -52,7 +52,7 @@ def sweep(path: str | Path) -> list[Path]:
 
 
 def sweep_folder(folder: str | Path) -> list[Path]:
-    """Delete the temporary files that killed processes left directly inside `folder`, and return their paths."""
+    """Delete the temporary files directly inside `folder` whose writers were killed, and return their paths."""
     found = [entry for entry in _entries(Path(folder), OWN, (NEW,)) if is_left(entry)]
     for entry in found:
         _delete(entry)
@@ -64,8 +64,8 @@ def is_left(entry: Path) -> bool:
 
     - If another process holds a lock on it, the answer is no.
     - If it was made on this machine, the answer is yes if its process no longer runs.
-    - If it was made on another machine or in another container, the answer is yes if it has not changed for an hour, provided
-      that the file system has locks.
+    - If it was made on another machine or in another container, the answer is yes if it has not changed for an hour. The file
+      system must have locks: only there does a missing lock show that no writer runs.
     - In doubt, the answer is no.
     """
     parts = entry.stem.removeprefix(OWN).split("-")

@@ -23,7 +23,7 @@ def locked(path: str | Path) -> Generator[None]:
     systems. On a file system without locks, the block runs without one.
 
     Raises BlockingIOError at once if another process holds the lock; `strerror` names it, as in "process 12 on HOST". Raises
-    OSError if `path` cannot be created, or is a link, a device, or a file with other content.
+    OSError if `path` cannot be created, or is a link, a device, or a file that is not a lock file.
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)

@@ -68,16 +68,17 @@ def irregular(folder: str | Path) -> Iterator[Path]:
 
 
 def require_name(name: object, option: str) -> str:
-    """Return `name` as text if it can be the name of a file.
+    """Return `name` as a string if it can be the name of a file.
 
-    A name is a text or a number of 1 to 255 bytes, without slashes and control characters. "." and ".." are not allowed. Raises
-    `UserError` otherwise; `option` is the option's name for the message.
+    `name` is a string or a number. As a string it must have 1 to 255 bytes, be no "." or "..", and have no slashes, backslashes
+    and control characters. Raises `UserError` otherwise; `option` is the option's name for the message.
     """
     text = str(name) if isinstance(name, (str, int, float)) and not isinstance(name, bool) else ""
     is_fit = text.strip() and text not in (".", "..") and text.isprintable() and not set(text) & {"/", "\\"}
     if not is_fit or len(os.fsencode(text)) > LONGEST_NAME:
         raise UserError(
-            f"{option}={str(name)!r:.80} must be a name: one component of a path, such as my_run, without /"
+            f"{option}={str(name)!r:.80} must be a name such as my_run: 1 to {LONGEST_NAME} bytes, no slash, backslash or control "
+            "character, and not . or .."
         )
     return text
 

@@ -19,7 +19,8 @@ def replacing(path: str | Path) -> Generator[Path]:
     A crash leaves either the old file or the complete new one. The mode of the old file is kept, and a link stays a link. After
     an error inside the block, `path` is unchanged and the temporary file is deleted.
 
-    Raises OSError if the file cannot be written. Raises it before the block if `path` exists and is not a regular file.
+    Raises OSError if the file cannot be written. If `path` exists and is not a regular file, OSError is raised before the
+    block.
     """
     path = require_replaceable(path)
     sweep(path)
@@ -45,7 +46,7 @@ def replacing_folder(path: str | Path) -> Generator[Path]:
     """Yield a new empty folder for the block to fill. After the block, it replaces the folder at `path`.
 
     The mode of the old folder is kept, and a link stays a link. After an error inside the block, `path` is unchanged and the
-    new folder is deleted. Before the block, temporary folders that killed writers of `path` left are deleted or moved back
+    new folder is deleted. Before the block, temporary folders of `path` whose writers were killed are deleted or moved back
     (`sweep`).
 
     Raises OSError if the folder cannot be written, or if `path` exists and is not a folder.

@@ -1,8 +1,9 @@
 """The types that options can have, with their allowed values, such as `Count = Annotated[int, Ge(1), Le(10**9)]`.
 
-Such a type is called a kind. It gives a number its range, and a text or path its meaning. A constructor annotates its
-parameters with kinds. By these annotations pydantic checks a configuration (`config.arguments`), and the commands check their
-arguments (`kinds.command_line`). NaN and infinity are refused, except where a kind allows infinity. See CONTRIBUTING.md.
+Such a type is called a kind. It says in which range a number must be, or what a string or path stands for. A constructor
+annotates its parameters with kinds. Against these annotations pydantic checks a configuration (`config.arguments`), and the
+commands check their arguments (`kinds.command_line`). NaN and infinity are refused, except where a kind allows infinity. See
+CONTRIBUTING.md.
 """
 
 import re
@@ -28,10 +29,10 @@ class Infinite:
 
 @dataclass(frozen=True)
 class Text:
-    """A mark in `Annotated[str, Text("a prompt")]`: it describes the texts that are allowed.
+    """A mark in `Annotated[str, Text("a prompt")]`: it describes the strings that are allowed.
 
-    `what` is the name of such a text in error messages. An empty text is allowed only with `may_be_empty`. If `pattern` is
-    given, the whole text must match this regular expression.
+    `what` describes such a string in error messages. An empty string is allowed only with `may_be_empty`. If `pattern` is
+    given, the whole string must match this regular expression.
     """
 
     what: str
@@ -39,7 +40,7 @@ class Text:
     pattern: str | None = None  # a regular expression for the whole text
 
     def problem(self, value: str) -> str | None:
-        """Return what is wrong with the text `value`, such as "it is empty", or None if it is allowed."""
+        """Return what is wrong with the string `value`, such as "it is empty", or None if it is allowed."""
         if self.pattern is not None and not re.fullmatch(self.pattern, value):
             return "it is not one of these"
         if not value.strip() and not self.may_be_empty:
@@ -53,7 +54,7 @@ class Text:
 class PathKind:
     """A mark in `Annotated[str | Path, PathKind("a folder")]`: it describes the paths that are allowed.
 
-    `what` is the name of such a path in error messages. With `inside`, the path must be relative, without "." and "..". With
+    `what` describes such a path in error messages. With `inside`, the path must be relative, without "." and "..". With
     `written`, the run writes to the path, so each start checks that this is possible (`config.folders`). Whether a path exists
     is checked later, by the constructor that reads it.
     """

@@ -1,4 +1,4 @@
-"""The check of command-line arguments by the same types (kinds) as the options of a configuration.
+"""Check command-line arguments against the same types (kinds) as the options of a configuration.
 
 A mistake prints one line on stderr and ends the command with exit status 2.
 """

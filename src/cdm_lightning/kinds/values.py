@@ -1,4 +1,4 @@
-"""The check of a single value by its annotations (kinds), with pydantic, and the description of annotations in words."""
+"""Check a value against the annotations (kinds) of a parameter, with pydantic, and describe annotations in words."""
 
 import math
 import operator
@@ -21,8 +21,9 @@ LARGE = 10_000  # larger limits are written as powers of ten
 def problem_of(value: Any, kinds: Sequence[Any]) -> str | None:
     """Return None if `value` fits one of the annotations `kinds`, and otherwise what is wrong, such as "it is empty".
 
-    The result is "" if the type or the range is wrong; `told` then says what is allowed. An int fits an annotation for floats.
-    A bool does not fit one for numbers. Where only texts and paths are allowed, a number or a bool is taken as text.
+    If the type or the range is wrong, the result is "": `told(kinds)` describes what is allowed. An int fits an annotation for
+    floats. A bool does not fit one for numbers. Where only strings and paths are allowed, a number or a bool is checked as a
+    string.
     """
     plain = [kind for kind in kinds if _base(kind) in (bool, int, float, str, NoneType) or _is_choice(kind)]
     plain += [_as_text(kind) for kind in kinds if _is_path(kind)]
@@ -39,9 +40,9 @@ def problem_of(value: Any, kinds: Sequence[Any]) -> str | None:
 
 
 def is_text(kinds: Sequence[Any]) -> bool:
-    """Return whether the annotations `kinds` allow only texts, paths and null.
+    """Return whether the annotations `kinds` allow only strings, paths and None.
 
-    A number in a configuration is then taken as text.
+    A number in a configuration is then converted to a string.
     """
     given = [kind for kind in kinds if kind is not NoneType]
     return (

@@ -1,4 +1,4 @@
-"""The choice of the trained networks that are LoRAs, and their settings, which are checked before any weights are loaded.
+"""Settings that say which trained networks are LoRAs, and of which form. They are checked before any weights are loaded.
 
 A role is the name of a network in training, such as "student" or "fake_score".
 """
@@ -34,10 +34,12 @@ class Adapter:
         if self.rank < 1 or self.alpha <= 0:
             raise UserError(
                 f"lora.ROLE.{f'rank={self.rank} must be at least 1' if self.rank < 1 else f'alpha={self.alpha:g} must be above 0'}"
+                ", where ROLE is a trained network such as student"
             )
         if not self.targets:
             raise UserError(
-                "lora.ROLE.targets is empty; give a preset such as attention, or endings of layer names such as [to_q,to_k]"
+                "lora.ROLE.targets is empty, where ROLE is a trained network such as student; give a preset such as attention, "
+                "or endings of layer names such as [to_q,to_k]"
             )
         if not isinstance(self.targets, str):
             object.__setattr__(self, "targets", tuple(map(str, self.targets)))  # a number is a name too
@@ -49,7 +51,7 @@ class Adapter:
 
     @property
     def tag(self) -> str:
-        """All settings as one text, such as "64:128:attention". Checkpoints store it, so that other settings are noticed."""
+        """All settings as one text, such as "64:128:attention". A run refuses checkpoints with another tag."""
         targets = self.targets if isinstance(self.targets, str) else "/".join(self.targets)
         return f"{self.rank}:{self.alpha:g}:{targets}" + ":rslora" * self.use_rslora + ":dora" * self.use_dora
 
@@ -63,8 +65,8 @@ class Adapter:
         if self.targets not in presets:
             known = ", ".join(presets) or "none"
             raise UserError(
-                f"lora.ROLE.targets={self.targets} is no preset of this backbone; use {known}, or a list of "
-                "endings of layer names such as [to_q,to_k]"
+                f"lora.ROLE.targets={self.targets}, where ROLE is a trained network such as student, is no preset of this "
+                f"backbone; use {known}, or a list of endings of layer names such as [to_q,to_k]"
             )
         return presets[self.targets]
 

@@ -1,8 +1,8 @@
 """The settings of peft that are accepted in a LoRA file from an untrusted source.
 
-Some settings are unsafe in such a file: peft compiles them as regular expressions, allocates memory by them, or reads the base
-network's weights for them. Therefore ranks and layers are taken from the tensors. Two kinds of settings are accepted: strengths
-(such as alpha), whose types and ranges are checked, and training options that have no effect on a loaded LoRA.
+Some settings are unsafe in such a file: peft compiles them as regular expressions, allocates as much memory as they say, or
+reads the base network's weights for them. Therefore ranks and layers are taken from the tensors. Two kinds of settings are
+accepted: strengths (such as alpha), whose types and ranges are checked, and training options that have no effect on a loaded LoRA.
 """
 
 import math
@@ -29,8 +29,8 @@ def plain_settings(settings: Mapping[str, Any], tensors: Mapping[str, Any], rank
     """Return the arguments of peft's `LoraConfig` for a LoRA file, made from its settings and its tensors.
 
     `settings` are the settings in the file, without the prefix for the network's name. `tensors` holds the tensors by name, and
-    `ranks` the rank of each layer's factors. Raises ValueError for a setting that is unknown, has another type or range, or
-    contradicts the tensors.
+    `ranks` the rank of each layer's factors. Raises ValueError for a setting that is unknown, has a wrong type, is out of its
+    range, or contradicts the tensors.
     """
     strange = [name for name, value in settings.items() if not _is_known(name, value)]
     if strange:

@@ -33,9 +33,9 @@ class SharedBase:
     `view(role)` returns a module that runs the base with this role's adapter. While no such module runs, all adapters are off.
     The base is set to eval mode and keeps its dtype; adapters are float32.
 
-    A LoRA adds B A to a weight. B starts at zero, so every role starts equal to the base. A starts uniform, as in peft, and
-    depends on `seed` and the layer only. A is the same for all roles. Therefore an average of two roles' factors is at first also
-    an average of their products B A. Raises UserError for targets that `network` lacks.
+    A LoRA adds B A to a weight. B starts at zero, so every role starts equal to the base. A starts with uniform random numbers,
+    as in peft, which depend only on `seed` and the layer. So all roles start with the same A. An objective may average A and B
+    of two roles: as long as their A are equal, this averages B A too. Raises UserError for targets that `network` lacks.
     """
 
     def __init__(self, network: nn.Module, adapters: Mapping[str, Adapter], presets: Presets, seed: int) -> None:
@@ -129,17 +129,17 @@ def target_layers(network: nn.Module, adapter: Adapter, presets: Presets) -> lis
     absent = [ending for ending, names in found.items() if not names]
     if absent and (len(absent) == len(endings) or not isinstance(adapter.targets, str)):
         raise UserError(
-            f"lora.ROLE.targets: no linear layer of {type(network).__name__} has a name ending in {', '.join(absent)}; "
-            "correct or remove it"
+            f"lora.ROLE.targets, where ROLE is a trained network such as student: no linear layer of {type(network).__name__} has "
+            f"a name ending in {', '.join(absent)}; correct or remove each of these endings"
         )
     chosen = {name for names in found.values() for name in names}
     return [name for name in linear if name in chosen]
 
 
 def adapter_shapes(network: nn.Module, adapter: Adapter, presets: Presets) -> dict[str, tuple[tuple[int, ...], bool]]:
-    """Return {name: (shape, True)} of the tensors that an adapter of `network` has, with the names of `adapter_parameters`.
+    """Return {name: (shape, whether it is floating-point)} of the tensors of an adapter of `network`.
 
-    True means that the tensor is floating-point, which holds for every tensor of an adapter. `network` may be on the meta device.
+    The names are those of `adapter_parameters`. All tensors of an adapter are floating-point. `network` may be on the meta device.
     Raises UserError for targets that `network` lacks.
     """
     found: dict[str, tuple[int, ...]] = {}

@@ -105,7 +105,8 @@ class Metric:
     - `features`: names of the feature extractors that it needs.
     - `text_features`: names of the extractors that must also encode prompts.
     - `copies`: a request for several images per prompt (None: one image).
-    - `sampler`: name of a sampler to compare with. If this sampler is not run, the metric has no figure.
+    - `sampler`: name of a sampler to compare with. An evaluation must run it (`LadderEvaluation.check`). In validation the
+      metric has no figure without it.
     - `other_noise`: whether the metric also needs a second image of each prompt, from different noise, for samplers of a student.
     """
 
@@ -126,7 +127,7 @@ class Metric:
         return None
 
     def figures(self, measured: MeasuredImages, others: Mapping[str, MeasuredImages]) -> Figures:
-        """Return the figure of one sampler's images, {name: figure} for several figures, or None for no figure.
+        """Return one sampler's figure, a dict {name: figure} if there are several, or None if there is none.
 
         By default the figure is the mean of the scores. `others` holds the measurements of all samplers by name, including the
         measured sampler.
