@@ -86,8 +86,8 @@ def check_on_cpu(on_cpu: Sequence[str], networks: Sequence[str], whole: Sequence
 def single_process(devices: DevicesOption = 1, num_nodes: Processes = 1) -> str:
     """Return the name of Lightning's strategy for one process on one device. Raises `UserError` if more processes are set.
 
-    `devices` is the argument of `Trainer`: a count, a list of indices, "auto", or one of these as text. Processes that torchrun
-    or SLURM has started are counted too, because all of them would write to one folder.
+    `devices` is the argument of `Trainer`: a count, a list of indices, "auto", or one of these as a string. Several processes
+    that torchrun or SLURM has started are refused too, because all of them would write to one folder.
     """
     processes = max(device_count(devices) * num_nodes, launched_processes() or 1)
     if processes != 1:
@@ -171,8 +171,8 @@ def launched_processes() -> int | None:
 def require_devices(devices: int | str | Sequence[int], accelerator: str = "auto") -> None:
     """Raise `UserError` if this machine has fewer devices than `trainer.devices` needs, before processes are started.
 
-    On a CPU each usable core counts as a device. `FEWEST_PROCESSES` processes are always allowed on a CPU, so that a strategy
-    can be tried out on a small machine.
+    On a CPU each usable core counts as a device. Up to `FEWEST_PROCESSES` processes are allowed even on fewer cores, so that a
+    strategy can be tried out on a small machine.
     """
     count = device_count(devices)
     is_gpu = accelerator in ("cuda", "gpu") or (accelerator == "auto" and torch.cuda.is_available())

@@ -14,7 +14,7 @@ LONGEST_NAME = 255  # bytes, in all common file systems
 
 
 def open_regular(path: str | Path, most: int | None = None, follow: bool = True) -> BufferedReader:
-    """Open a regular file of at most `most` bytes to read its bytes.
+    """Open a regular file of at most `most` bytes for reading in binary mode.
 
     Raises OSError if the file is larger, if it is not a regular file, or with `follow=False` if it is a link.
     """
