@@ -9,7 +9,7 @@ from typing import Any
 from cdm_lightning.errors import UserError
 from cdm_lightning.files.reading import MOST_TEXT, first_line, read_text
 
-# The errors that wrong content causes when it is used: a list instead of an object, a text instead of a number, a missing key.
+# The errors that wrong content causes when it is used: a list instead of an object, a string instead of a number, a missing key.
 WRONG_CONTENT = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 MOST = 1 << 53  # of a whole number in a record; larger ones are no counts, and other programs would round them
 OF_THE_MACHINE = ("OutOfMemoryError",)  # names of errors that are not about content; torch is not imported for its own
@@ -54,7 +54,7 @@ def require_entries(record: Mapping[str, Any], path: str | Path, cure: str, **ki
 def restoring(path: str | Path, cure: str) -> Generator[None]:
     """Turn each unexpected error inside the block, such as KeyError, into a `UserError` about the file `path`.
 
-    The block uses the file's content, which may be wrong: a list instead of an object, a text instead of a number, a missing
+    The block uses the file's content, which may be wrong: a list instead of an object, a string instead of a number, a missing
     key. Libraries then raise errors of many types. `UserError`, OSError and torch's out-of-memory error pass unchanged. `cure`
     ends the message and says what the user can do.
     """
