@@ -245,7 +245,7 @@ def test_ladder_does_not_depend_on_the_batch(toy: Toy2DBackbone) -> None:
         ({"samplers": [SamplerSpec("a"), SamplerSpec("a")]}, "same name"),
         ({"count": 9, "prompts": ["a"]}, "count=1, .* needs at least 2 prompts"),
         ({"count": 1}, "count=1, .* needs at least 2 prompts"),
-        ({"samplers": []}, r"samplers \[\], .* and 1 sampler"),
+        ({"samplers": []}, " 0 samplers, .* and 1 sampler"),
         ({"shown": 0}, "shown=0 .* 1 shown prompt"),
     ],
 )

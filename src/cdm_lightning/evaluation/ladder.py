@@ -102,8 +102,8 @@ class LadderEvaluation:
         object.__setattr__(self, "count", count)
         if self.size < 2 or self.batch_size < 1 or self.shown < 1 or not names:
             raise UserError(
-                f"callbacks.ladder.evaluation has count={self.count}, batch_size={self.batch_size}, shown={self.shown} and the "
-                f"samplers {names}, but needs at least 2 prompts, 1 image in a batch, 1 shown prompt and 1 sampler"
+                f"callbacks.ladder.evaluation has count={self.count}, batch_size={self.batch_size}, shown={self.shown} and "
+                f"{len(names)} samplers, but needs at least 2 prompts, 1 image in a batch, 1 shown prompt and 1 sampler"
             )
 
     @property
