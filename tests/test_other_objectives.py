@@ -87,7 +87,9 @@ CASE = ("name", "kind", "family")
 each_objective = pytest.mark.parametrize("name", quick(zip(TRAINED), lambda name: name not in DERIVED))
 each_case_in_time = pytest.mark.parametrize(CASE, quick(CASES, lambda *case: case in SHORT))
 each_exported = pytest.mark.parametrize("name", quick(zip(TRAINED), lambda name: name in ("dmd2", "level_aware")))
-each_case_on_two = pytest.mark.parametrize(CASE, quick(CASES, lambda *case: case in SHORT and case[0] not in DERIVED))
+each_case_on_two = pytest.mark.parametrize(
+    CASE, quick(CASES, lambda *case: case in SHORT and case[0] not in DERIVED and case != ("dmd2", "full", "sd3"))
+)
 
 Overrides = Callable[..., list[str]]  # (objective, family, kind) -> overrides without batch size and output folder
 Straight = Callable[..., TrainResult]  # (objective, family, kind) -> an undisturbed run of one process, trained once

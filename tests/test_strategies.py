@@ -86,7 +86,7 @@ def test_the_plane_on_two_and_four_processes(toy_overrides, tmp_path):
     ("roles", "strategy"),
     [
         ("full", "fsdp2"),
-        ("lora", "fsdp2"),
+        pytest.param("lora", "fsdp2", marks=pytest.mark.slow),
         pytest.param("lora", "ddp", marks=pytest.mark.slow),
         pytest.param("lora_student", "fsdp2", marks=pytest.mark.slow),
         pytest.param("lora_fake_score", "fsdp2", marks=pytest.mark.slow),
