@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from processes import FORKS, free_port
+from processes import FORKS, fork_workers, free_port
 
 from cdm_lightning import module
 from cdm_lightning.checkpoint import callback, folder, tensors
@@ -82,6 +82,7 @@ def start(
 
 
 def _train(rank, world_size, port, command, log, training, prepare, arguments) -> None:
+    fork_workers()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)

@@ -62,12 +62,18 @@ def together(
         raise RanksFailed("\n".join([*said, f"exit codes {[process.exitcode for process in started]}"]))
 
 
+def fork_workers() -> None:
+    """Let this process start loader workers as a command line does; else it starts a server of its own, which imports all anew."""
+    multiprocessing.set_start_method("fork", force=True)
+
+
 def _rank(
     rank: int, processes: int, port: int, time_limit: float, reports: Any, task: Callable, arguments: tuple
 ) -> None:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "GROUP_RANK": 0}
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
     os.environ.update({name: str(value) for name, value in (place | address).items()})
+    fork_workers()
     faulthandler.dump_traceback_later(time_limit, exit=True)  # on stderr: what a rank that hangs was doing
     try:
         task(*arguments)

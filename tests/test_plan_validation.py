@@ -13,15 +13,15 @@ from cdm_lightning.planning.skeleton import ARCHITECTURES
 FOLDER = "backbone.pretrained={}"
 
 
-def test_decoding_takes_what_is_planned(tiny_pipeline_folder):
+def test_decoding_takes_what_is_planned(tiny_folder):
     from cdm_lightning.backbones.sd3 import SD3Backbone
 
-    backbone = SD3Backbone(str(tiny_pipeline_folder))
+    backbone = SD3Backbone(str(tiny_folder("sd3")))
     backbone.setup(torch.device("cpu"))
     latents, weights = torch.zeros(3, *backbone.latent_shape), list(storages(backbone._codec.vae))
     with LiveBytes(weights) as live:
         backbone.decode_latents(latents)
-    arguments = ["experiment=sd3_cdm", FOLDER.format(tiny_pipeline_folder), "gpus=1x24", "data.val_batch_size=3"]
+    arguments = ["experiment=sd3_cdm", FOLDER.format(tiny_folder("sd3")), "gpus=1x24", "data.val_batch_size=3"]
     (plan,) = planner.plan(arguments)
     planned = plan.sizes.validation
     assert planned.peak(None, 16, 1.0) == pytest.approx(live.timeline.peak(0), rel=0.1)
@@ -53,7 +53,7 @@ def test_an_experiment_fits_its_one_gpu_with_validation(experiment, gpus, strate
     assert "validation" in plan.as_json()["phase_bytes"]
 
 
-def test_adapters_are_planned_with_validation(tiny_pipeline_folder):
-    (plan,) = planner.plan(["experiment=sd3_cdm_lora", FOLDER.format(tiny_pipeline_folder), "gpus=1x24"])
+def test_adapters_are_planned_with_validation(tiny_folder):
+    (plan,) = planner.plan(["experiment=sd3_cdm_lora", FOLDER.format(tiny_folder("sd3")), "gpus=1x24"])
     assert plan.sizes.held_whole >= {"student", "fake_score"}
     assert "validation" in plan.as_json()["phase_bytes"]

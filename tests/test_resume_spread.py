@@ -88,9 +88,9 @@ def test_five_and_five_equal_ten_with_the_sd3_classes_and_a_text_cache(
     cache = [f"data.val.path={prompt_file}", f"text_cache.folder={tmp_path / 'cache'}", "text_cache.dtype=float32"]
     base = [*SD3, *ROLES[roles], *paths, *cache, "checkpoint.every=4"]
     cache_text(compose([*base, f"output_dir={tmp_path / 'unused'}"]))
-    straight = layouts(layout, "trainer.max_steps=6", folder="straight", base=base)
+    straight = layouts(layout, "trainer.max_steps=5", folder="straight", base=base)
     layouts(layout, "trainer.max_steps=3", folder="resumed", base=base)
-    resumed = layouts(layout, "trainer.max_steps=6", folder="resumed", base=base)
+    resumed = layouts(layout, "trainer.max_steps=5", folder="resumed", base=base)
     assert_equal_states(last(straight), last(resumed))
     assert read_checkpoint(last(resumed)).record["world_size"] == 2
     assert furthest(last(straight), checkpoints_in(straight / "checkpoints")[0]) > 0

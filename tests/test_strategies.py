@@ -86,6 +86,7 @@ def test_the_plane_on_two_and_four_processes(toy_overrides, tmp_path):
     ("roles", "strategy"),
     [
         ("full", "fsdp2"),
+        # of adapters, `test_other_objectives.py` has the quick one: `level_aware` is CDM with a further input
         pytest.param("lora", "fsdp2", marks=pytest.mark.slow),
         pytest.param("lora", "ddp", marks=pytest.mark.slow),
         pytest.param("lora_student", "fsdp2", marks=pytest.mark.slow),

@@ -345,7 +345,7 @@ class Silent(Toy2DBackbone):
         ),
         (lambda family: family.feature_width, "Silent does not define the width of its hidden features"),
         (lambda family: family.time_embedding_width, "Silent does not define the width of its time embedding"),
-        (lambda family: family.time_module(nn.Module()), "but Silent does not define"),
+        (lambda family: family.time_module(nn.Module()), "but Silent does not define where this is"),
     ],
 )
 def test_a_family_that_says_nothing_is_told_so(ask, message):

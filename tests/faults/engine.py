@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from processes import FORKS, PRELOADED, environment
+from processes import FORKS, PRELOADED, environment, fork_workers
 
 from faults.cases import Case, printable
 
@@ -172,6 +172,7 @@ def _variables(box: str) -> dict[str, str]:
 
 def _child(box: str, command: str, arguments: Sequence[str], variables: dict[str, str]) -> None:
     os.setsid()
+    fork_workers()
     work = os.path.join(box, "work")
     os.chdir(work)
     for number, name, flags in ((0, os.devnull, os.O_RDONLY), (1, "out.txt", os.O_WRONLY), (2, "err.txt", os.O_WRONLY)):

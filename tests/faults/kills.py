@@ -4,7 +4,6 @@ A moment is the count of a process's file events (files opened, renamed and remo
 moments on every machine; or seconds, for what happens between them.
 """
 
-import multiprocessing
 import os
 import random
 import shutil
@@ -87,15 +86,9 @@ LAYOUTS = (
 )
 
 
-def begin_session() -> None:
-    """Begin a session, and start loader workers as a command line does: a server of workers would import all anew."""
-    os.setsid()
-    multiprocessing.set_start_method("fork", force=True)
-
-
 def die_at_event(rank: int, place: str, count: int, of_rank: int, tally: str) -> None:
     """Let the process of `of_rank` kill itself at its `count`-th file event below `place`; all events go to `tally`."""
-    begin_session()
+    os.setsid()
     if rank != of_rank:
         return
     seen, process = [0], os.getpid()
@@ -116,7 +109,7 @@ def die_at_event(rank: int, place: str, count: int, of_rank: int, tally: str) ->
 
 def die_at_point(rank: int, point: str, count: int, of_rank: int) -> None:
     """`die_at` in a session of its own, so that what is left of it can be found."""
-    begin_session()
+    os.setsid()
     die_at(rank, point, count, of_rank)
 
 

@@ -5,14 +5,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from multiprocessing import active_children
 
 import pytest
+import torch
 from killable import start
 from processes import FORKS, ROOT
 from test_resume import assert_equal_states
 from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
 
 from cdm_lightning.backbones.toy2d import Toy2DBackbone
 from cdm_lightning.checkpoint.folder import checkpoints_in, iteration_of
@@ -215,9 +218,6 @@ def test_a_signal_in_the_evaluation_at_the_end_is_75_and_the_next_start_evaluate
 
 def own_group(rank: int) -> None:
     os.setpgid(0, 0)
-    multiprocessing.set_start_method(
-        "fork", force=True
-    )  # as on a command line; the server of this process would import anew
 
 
 GROUPS = [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.slow) for number in ASKING[1:])]
@@ -246,6 +246,7 @@ def test_a_suspended_worker_ends_the_run_with_a_line_and_a_checkpoint(toy_run, t
             loader.patience = 1  # from here on: the start of a worker takes long on a busy machine
 
     before = set(active_children())
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)  # torch's waits for a worker's end
     monkeypatch.setattr(CDMModule, "training_step", suspending)
     options = ("trainer.max_steps=4000", "checkpoint.every=10000", "data.num_workers=1", "data.worker_timeout=300")
     with pytest.raises(
@@ -289,6 +290,7 @@ def test_workers_that_a_signal_finds_while_they_start_are_killed(monkeypatch):
         return batches
 
     monkeypatch.setattr(DataLoader, "__iter__", interrupted)
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)  # set once by torch; tests may undo it
     loader, before = SteadyLoader([1, 2, 3], num_workers=1), set(active_children())
     with signals.watched():
         signals.loading("in a test")
@@ -298,6 +300,28 @@ def test_workers_that_a_signal_finds_while_they_start_are_killed(monkeypatch):
     loader.kill_workers()
     assert set(active_children()) <= before
     assert stopped.value.where == "in a test"
+
+
+def test_a_signal_that_another_thread_receives_is_held_back_too():
+    """Only the calling thread blocks signals, and the kernel gives a signal to any thread that does not."""
+    over, through = threading.Event(), []
+    thread = threading.Thread(target=over.wait, daemon=True)
+    thread.start()
+
+    def hold() -> None:
+        with signals.held():
+            signal.pthread_kill(thread.ident, signal.SIGTERM)
+            time.sleep(0.2)  # the handler runs here
+            through.append(True)
+
+    try:
+        with signals.watched():
+            signals.loading("in a test")
+            with pytest.raises(Preempted):
+                hold()
+    finally:
+        over.set()
+    assert through
 
 
 # ---- ranks and launchers

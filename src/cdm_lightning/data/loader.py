@@ -105,17 +105,31 @@ def _at_most(seconds: float) -> Generator[None]:
 
 def kill(workers: Iterable[Any]) -> None:
     """Kill worker processes, and wait up to `PATIENCE` seconds for each to disappear."""
-    for worker in workers:
-        with suppress(ValueError):  # it has been closed
-            if worker.is_alive():
-                worker.kill()
-                worker.join(PATIENCE)
+    with _deaths_unreported():
+        for worker in workers:
+            with suppress(ValueError):  # it has been closed
+                if worker.is_alive():
+                    worker.kill()
+                    worker.join(PATIENCE)
+
+
+@contextmanager
+def _deaths_unreported() -> Generator[None]:
+    """Let workers end inside the block; torch's handler would raise an error for each. This works in the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
 
 
 @atexit.register  # runs before the function that multiprocessing.util registered, which waits for all workers
 def _kill_all() -> None:
     if _started:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report an error when they end
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # also for a worker that outlives `PATIENCE`
         kill(_started)
 
 

@@ -46,7 +46,8 @@ class _State:
         self.phase, self.where = Phase.IMPORTING, "before the run began"
         self.first: signal.Signals | None = None
         self.time = 0.0  # of the first signal, in seconds
-        self.saved = self.is_waiting = self.is_silent = False
+        self.saved = self.is_waiting = self.is_silent = self.is_held = False
+        self.held_back: list[int] = []  # signals that came while `is_held`
 
 
 _state = _State()
@@ -163,13 +164,17 @@ def held() -> Generator[None]:
     """Hold back all `SIGNALS` until the end of the block. Processes that are started inside the block never receive them.
 
     New processes inherit the blocked signals. Therefore a signal to the whole process group cannot end them, not even while
-    they start.
+    they start. Only the calling thread blocks signals. If another thread receives one, the handler keeps it until the end.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    before, outer = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS), _state.is_held
+    _state.is_held = True
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        _state.is_held = outer
+        while _state.held_back and not outer:
+            _handle(_state.held_back.pop(0), None)
 
 
 def _enter(phase: Phase, where: str) -> None:
@@ -192,6 +197,9 @@ def _say_stopped(where: str) -> None:
 def _handle(number: int, frame: FrameType | None) -> Any:
     if os.getpid() != _state.process:
         return  # this is a forked child; its parent tells it when to stop
+    if _state.is_held:
+        _state.held_back.append(number)
+        return
     if _state.first is not None:
         if time.monotonic() - _state.time >= SAME_EVENT:
             _end_at_once(number)

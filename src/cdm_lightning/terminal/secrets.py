@@ -33,20 +33,24 @@ def masked(value: Any, key: str = "", is_secret: bool = False) -> Any:
     Secrets are the values below a secret key (`is_secret_key`), and those that `masked_text` finds in a text. `key` is the key
     of `value`. `is_secret` says that a key above it is secret.
     """
+    return _masked(value, key, is_secret, _of_environment())  # read once, because a configuration has hundreds of texts
+
+
+def _masked(value: Any, key: str, is_secret: bool, known: re.Pattern[str] | None) -> Any:
     is_secret = is_secret or is_secret_key(key)
     if isinstance(value, Mapping):
         return {
-            masked_text(name) if isinstance(name, str) else name: masked(child, str(name), is_secret)
+            _masked_text(name, known) if isinstance(name, str) else name: _masked(child, str(name), is_secret, known)
             for name, child in value.items()
         }
     if isinstance(value, list | tuple):
-        return [masked(child, key, is_secret or (holds_tokens(key) and is_random(child))) for child in value]
+        return [_masked(child, key, is_secret or (holds_tokens(key) and is_random(child)), known) for child in value]
     if isinstance(value, bool) or value is None:
         return value
     is_secret = is_secret or (holds_login(key) and is_login(value))
     if is_secret and (isinstance(value, str) or len(str(value)) >= SHORTEST_SECRET):  # a token can be all digits
         return MASK if value != "" else value
-    return masked_text(value) if isinstance(value, str) else value
+    return _masked_text(value, known) if isinstance(value, str) else value
 
 
 def masked_command(arguments: Sequence[str]) -> list[str]:
@@ -73,11 +77,13 @@ def masked_text(text: str) -> str:
 
     Harmless texts such as `tokenizer` and `max_tokens=77`, and existing paths, are not masked.
     """
+    return text if len(text) < SHORTEST_SECRET else _masked_text(text, _of_environment())
+
+
+def _masked_text(text: str, known: re.Pattern[str] | None) -> str:
     if len(text) < SHORTEST_SECRET:
         return text
-    if known := _of_environment():
-        text = known.sub(MASK, text)
-    return mask_named(mask_shapes(text))
+    return mask_named(mask_shapes(known.sub(MASK, text) if known else text))
 
 
 def _of_environment() -> re.Pattern[str] | None:
