@@ -210,7 +210,7 @@ def test_mistakes_are_one_line(tiny_pipeline_folder, tuned, tmp_path, capsys):
     save_file(tensors, other / "transformer/diffusion_pytorch_model.safetensors")
     for arguments, message in [
         ((base, base, 4, output), "are equal in all linear layers"),
-        ((base, str(other), 4, output), "their tensor proj_out.bias differs in shape"),
+        ((base, str(other), 4, output), "the tensor proj_out.bias differs in shape"),
         ((base, str(tmp_path / "nowhere"), 4, output), "does not exist"),
         ((base, str(tmp_path), 4, output), "transformer has no diffusion_pytorch_model.safetensors"),
         ((base, str(tuned), 0, output), "--rank: '0' must be a whole number of at least 1"),

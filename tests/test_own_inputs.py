@@ -104,11 +104,11 @@ def test_values_travel_with_their_samples(backbone, networks):
 def test_values_that_do_not_fit_are_refused(backbone, networks):
     x, sigma = arguments(backbone)
     judge, student = field(backbone, networks.judge), field(backbone, networks.student)
-    with pytest.raises(ValueError, match="has the inputs seen, but it was given none"):
+    with pytest.raises(ValueError, match="has the inputs seen, but values are given for none"):
         judge(x, sigma)
-    with pytest.raises(ValueError, match="has the inputs seen, but it was given other"):
+    with pytest.raises(ValueError, match="has the inputs seen, but values are given for other"):
         judge.given(other=sigma)(x, sigma)
-    with pytest.raises(ValueError, match="no inputs of its own, but it was given seen"):
+    with pytest.raises(ValueError, match="no additional inputs, but values are given for seen"):
         student.given(seen=sigma)(x, sigma)
     with pytest.raises(ValueError, match="FunctionField has no input seen"):
         FunctionField(lambda x, sigma: x).given(seen=sigma)

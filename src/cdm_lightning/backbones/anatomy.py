@@ -1,4 +1,4 @@
-"""Access to the inside of a model family's networks: the hidden states (features) after blocks, and the time embedding.
+"""Access to the hidden states (features) after the blocks of a model family's networks, and to their time embedding.
 
 Shapes: B batch, N tokens, D width of a hidden state.
 """
@@ -76,10 +76,10 @@ def unwrapped(network: nn.Module) -> nn.Module:
 
 
 def gather_for_backward(network: nn.Module, features: Tensor) -> None:
-    """Allow the backward pass of a loss that uses only `features` of a network that FSDP2 shards.
+    """Make the backward pass of a loss on `features` work if FSDP2 shards the network.
 
-    FSDP2 gathers the weights outside the blocks when the backward pass reaches the network's output. A loss on features does
-    not use this output, so a hook on `features` gathers them. Without sharding, this does nothing.
+    In a backward pass, FSDP2 gathers the weights outside the blocks when it reaches the network's output. A loss that uses only
+    `features` has no such output, so a hook on `features` gathers these weights. Without sharding, this does nothing.
     """
     root = unwrapped(network)
     if isinstance(root, FSDPModule) and features.requires_grad:
@@ -102,7 +102,7 @@ def pick_blocks(blocks: Sequence[nn.Module], numbers: Sequence[int]) -> list[nn.
 
 @contextmanager
 def outputs_of(blocks: Sequence[nn.Module]) -> Generator[dict[nn.Module, Any]]:
-    """Yield a dictionary {block: its first output}, which is filled while the network runs inside the `with` block.
+    """Yield a dictionary {block: the output of its first call}, filled while the network runs inside the `with` block.
 
     Forward hooks collect the outputs and are removed at the end of the `with` block. Outputs that gradient checkpointing
     recomputes in a later backward pass are therefore not collected.

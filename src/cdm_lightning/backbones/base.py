@@ -51,7 +51,7 @@ class TextCache(Protocol):
 
 
 class TextMemory(Protocol):
-    """A store in memory of the text conditioning of prompts (`data.text_memory.RememberedText`)."""
+    """The text conditioning of prompts, kept in memory so that they are encoded once (`data.text_memory.RememberedText`)."""
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Return the text conditioning of B prompts."""
@@ -90,17 +90,17 @@ class Backbone(Anatomy, ABC):
         if size == own:
             return self
         raise UserError(
-            f"{type(self).__name__} cannot make images of {size[0]} x {size[1]} pixels; set {own[0]} x {own[1]}"
+            f"{type(self).__name__} cannot make images of {size[0]} x {size[1]} pixels; use its only size, {own[0]} x {own[1]}"
         )
 
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """The family's name and a hash of the network's configuration. A checkpoint with another fingerprint is refused."""
+        """The family's name and a hash of the network's configuration. Runs refuse checkpoints with another fingerprint."""
 
     @abstractmethod
     def build_network(self) -> nn.Module:
-        """Return a trainable copy of the pretrained network in float32, the same at every call and in every process."""
+        """Return a trainable float32 copy of the pretrained network. All copies, in all processes, have equal weights."""
 
     def build_teacher(self) -> nn.Module:
         """Return the network to distil from. By default it is the pretrained network."""
@@ -113,8 +113,8 @@ class Backbone(Anatomy, ABC):
     def build_empty(self, teacher: bool) -> nn.Module | None:
         """Return the network of `build_teacher` (if `teacher`) or `build_network` without its weights, on the meta device.
 
-        This network can be sharded before it has weights. Each process then reads only its own shards (`read_rows`). Returns
-        None if the weights are not exactly those of a file. In this case every process builds the whole network.
+        This network can be sharded before it has weights. Each process then reads only its own rows of them (`read_rows`).
+        Returns None if the weights cannot be read unchanged from files. Every process then builds the whole network.
         """
         return None
 
@@ -126,7 +126,7 @@ class Backbone(Anatomy, ABC):
     def setup(self, device: torch.device) -> None:
         """Load the frozen parts (text encoders and image codec) and move them to the device. Later calls only move them.
 
-        With a `text_cache`, no text encoder is loaded; the cache returns its conditioning on the device.
+        With a `text_cache`, no text encoder is loaded; from now on the cache returns conditioning on this device.
         """
 
     @property
@@ -145,11 +145,11 @@ class Backbone(Anatomy, ABC):
         self.encode_prompts = cache.encode  # the instance attribute hides the method of the class
 
     def use_text_memory(self, memory: TextMemory) -> None:
-        """Take all text conditioning from `memory` from now on. `memory` must wrap this backbone's `encode_prompts`."""
+        """Take all text conditioning from `memory` from now on. Its contents must come from this backbone's `encode_prompts`."""
         self.text_memory, self.encode_prompts = memory, memory.encode
 
     def drop_text_encoders(self) -> None:
-        """Free the memory of the text encoders. Afterwards only prompts in the text cache or memory can be encoded."""
+        """Free the memory of the text encoders. Afterwards, encode only prompts in the text cache or memory."""
         return
 
     @abstractmethod
@@ -172,8 +172,8 @@ class Backbone(Anatomy, ABC):
         """Bring the conditioning of several batches to equal shapes, for example by padding. Return None if this is impossible.
 
         Conditioning of equal shapes can be concatenated for a single network call. By default nothing is padded. A family whose
-        shapes depend on the prompts must override this. Otherwise, processes that share a sharded network would make different
-        numbers of calls.
+        shapes depend on the prompts must override this. Otherwise the number of network calls would depend on the prompts of a
+        process, but all processes that share a sharded network must make the same number.
         """
         shapes = [{name: value.shape[1:] for name, value in cond.items()} for cond in conds]
         return conds if all(shape == shapes[0] for shape in shapes) else None
@@ -227,8 +227,8 @@ class Backbone(Anatomy, ABC):
     def save_lora(self, tensors: Mapping[str, Tensor], folder: Path, nfe: int, model_card: str) -> None:
         """Write a LoRA file, the scheduler for `nfe` steps and the model card into `folder`.
 
-        `tensors` are the result of `AdapterWeights.portable`, such as "LAYER.lora_A.weight". They are made for the LoRA scale
-        1. Raises `UserError` if the family has no LoRA files.
+        `tensors` are the result of `AdapterWeights.portable`, such as "LAYER.lora_A.weight". Their values include
+        the LoRA's scale, so the file is used at scale 1. Raises `UserError` if the family has no LoRA files.
         """
         raise UserError(f"{type(self).__name__} has no LoRA files; export with --form pipeline")
 

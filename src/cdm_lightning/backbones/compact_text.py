@@ -2,8 +2,8 @@
 
 SD3 pads T5 tokens to 256 and attends to all of them. In the bundled tiny pipeline, T5 has no relative positions, so all padding
 tokens have the same embedding. They stay identical in every block, because the network's text tokens have no positions either.
-In a softmax, n equal keys with equal values weigh as much as one key whose logit is larger by log n. One token with this bias
-therefore gives the same result at a tenth of the cost.
+In attention, n tokens with equal keys and equal values count as much as one of them whose logit is larger by log n. One padding
+token with this bias therefore gives the same result as all of them, at a tenth of the cost.
 """
 
 import math
@@ -22,8 +22,8 @@ class CompactPaddingAttention:
     """Joint attention of SD3 in which the last text token stands for all padding tokens.
 
     It replaces diffusers' `JointAttnProcessor2_0`. `full_length` is the number of text tokens in the stock pipeline (CLIP and
-    T5). In a shortened text of N tokens, the last token counts `full_length - N + 1` times. A text of full length is treated as
-    in the stock pipeline.
+    T5). In a shortened text of N tokens, the last token counts as `full_length - N + 1` tokens. A text of full length is treated
+    as in the stock pipeline.
     """
 
     def __init__(self, full_length: int) -> None:
@@ -79,7 +79,8 @@ class CompactPaddingAttention:
 def normalised(x: Tensor, norms: Sequence[Any], lengths: Sequence[int]) -> Tensor:
     """Normalise x (B, T, H, d) by several of diffusers' `RMSNorm`s: the first lengths[0] tokens by norms[0], and so on.
 
-    If norms[0] is None, `x` is returned unchanged. This takes a quarter of the operations of a separate call of each norm.
+    If norms[0] is None (a network without these norms), `x` is returned unchanged. Calling each norm separately would take four
+    times as many operations.
     """
     if norms[0] is None:
         return x
@@ -101,7 +102,7 @@ def compact_text(embeds: Tensor, keep: int) -> Tensor:
 def lengthened(embeds: Tensor, tokens: int) -> Tensor:
     """Lengthen shortened text embeddings (B, N, D) to (B, tokens, D) by repeating the last token.
 
-    `CompactPaddingAttention` gives the same result before and after.
+    `CompactPaddingAttention` gives the same result for the shortened and the lengthened embeddings.
     """
     more = tokens - embeds.shape[1]
     return torch.cat([embeds, embeds[:, -1:].expand(-1, more, -1)], dim=1) if more > 0 else embeds

@@ -62,7 +62,7 @@ class PipelineBackbone(PipelineSettings):
         """Return the transformer with its weights on the meta device. Only its buffers are filled with values.
 
         Returns None if the weights are not exactly those of its files: with a `teacher_lora`, for a class that keeps some
-        weights in float32, or after `leave_weights_out`. Raises `UserError` if the files lack a weight.
+        weights in float32 whatever the dtype, or after `leave_weights_out`. Raises `UserError` if the files lack a weight.
         """
         if not self.has_weights or self.teacher_lora is not None or self.transformer_class._keep_in_fp32_modules:
             return None
@@ -116,10 +116,10 @@ class PipelineBackbone(PipelineSettings):
         return self._shift.sigmas[:-1].reshape(sigmas.shape).to(sigmas.device)
 
     def shift_steps(self, sigmas: Tensor) -> Tensor:
-        """Shift the decreasing sigmas (..., K) of rollouts. `shift_terminal`, if the scheduler has it, becomes the last sigma.
+        """Shift the decreasing sigmas (..., K) of rollouts of K steps, as the pipeline's scheduler does.
 
-        Each rollout is stretched so that its last sigma is `shift_terminal`, as in the scheduler. For a rollout of a single
-        step, the scheduler would divide 0 by 0; here the single sigma is not changed.
+        If the scheduler has a `shift_terminal`, each rollout is also stretched so that this is its last sigma. A rollout whose
+        only sigma is 1 is left unchanged; the scheduler would divide 0 by 0.
         """
         shifted, terminal = self.shift_sigmas(sigmas), self.scheduler.config.shift_terminal
         if not terminal or not shifted.numel():
@@ -189,7 +189,7 @@ class PipelineBackbone(PipelineSettings):
     def setup(self, device: torch.device) -> None:
         """Load the image codec and the text encoders, and move them to `device`. With a text cache, no text encoder is loaded.
 
-        Each of them runs once as a test. Raises `UserError` if one of them fails.
+        As a test, the codec decodes a small latent and the text encoders encode "". Raises `UserError` if one of them fails.
         """
         self._codec.to(device)
         decode_sparingly(self._codec.vae, self.decode_tile)
@@ -206,7 +206,7 @@ class PipelineBackbone(PipelineSettings):
             _ = self._unconditional
 
     def drop_text_encoders(self) -> None:
-        """Free the text encoders and their GPU memory. They are loaded again when they are needed."""
+        """Free the text encoders and their GPU memory. A later `setup` loads them again."""
         self.shared.pop("_text_parts", None)
         gc.collect()
         if torch.cuda.is_available():
@@ -291,7 +291,7 @@ class PipelineBackbone(PipelineSettings):
     def exported_scheduler(self, nfe: int) -> FlowMatchEulerDiscreteScheduler | FlowMapEulerDiscreteScheduler:
         """Return the scheduler of an exported pipeline. With it, a call with `nfe` steps uses the student's sigmas.
 
-        By default it is the original scheduler. This is right for pipelines that pass the unshifted sigmas 1, 1 - 1/nfe, ...,
-        1/nfe to their scheduler.
+        By default it is the original scheduler. A family whose pipeline does not pass the unshifted sigmas 1, 1 - 1/nfe, ...,
+        1/nfe to its scheduler must override this.
         """
         return self.scheduler

@@ -30,8 +30,8 @@ def open_pipeline(
 ) -> "tuple[PipelineBackbone, dict[str, Any]]":
     """Return the backbone for a pipeline folder or hub id, and the arguments with which the pipeline is called.
 
-    The arguments do not include the prompt. An exported student stores them, such as "num_inference_steps", and the backbone
-    takes its image size and text length from them. For other pipelines they are {}.
+    For an exported student, the arguments are those that the export stored, such as "num_inference_steps" (not the prompt). The
+    backbone takes its image size and text length from them. For other pipelines the arguments are {}.
 
     `lora`, a LoRA file or the folder of an exported LoRA, is fused into the network. The arguments are then those that are
     stored with the LoRA. Raises `UserError` for a pipeline of an unknown family.

@@ -54,7 +54,7 @@ class FluxBackbone(PipelineBackbone):
         return bool(self.network_config["guidance_embeds"])
 
     def cautions(self, guidance_scale: float) -> list[str]:
-        """Return a warning if the teacher is already distilled to few steps, or if guidance would be applied twice."""
+        """Return a warning if the teacher is a few-step model, or if both the objective and `guidance_embed` apply guidance."""
         if not self.is_told_guidance:
             return [
                 "this teacher is already distilled to few steps (FLUX.1-schnell), but distribution matching needs the predictions "

@@ -17,7 +17,7 @@ def decode_sparingly(vae: Any, tile: int | None = None) -> None:
     """Let the image codec `vae` process one image at a time, and large images in tiles. This saves memory.
 
     An image is decoded in tiles if one of its sides is longer than `tile` pixels (None: never). Tiles overlap and are blended,
-    so pixels near their edges change a little. One image at a time changes pixels only by rounding.
+    so pixels near their edges change a little. Processing one image at a time only rounds differently.
     """
     vae.enable_slicing()
     if tile is None:
@@ -32,10 +32,10 @@ def decode_sparingly(vae: Any, tile: int | None = None) -> None:
 
 
 def codec_without_weights(pipeline_class: Any, config: Mapping[str, Any], factor: int) -> Any:
-    """Return an object with the attributes `vae`, a pipeline's image codec on the meta device, and `image_processor`.
+    """Return an object with a pipeline's image codec on the meta device (`vae`) and its image processor (`image_processor`).
 
-    The planner uses it to measure decoding without weights. `config` are the arguments of the codec's constructor. One latent
-    covers `factor` x `factor` pixels.
+    With it, the planner measures the memory of decoding without loading weights. `config` are the arguments of the codec's
+    constructor. One latent covers `factor` x `factor` pixels.
     """
     kind: Any = inspect.signature(pipeline_class.__init__).parameters["vae"].annotation
     with torch.device("meta"):

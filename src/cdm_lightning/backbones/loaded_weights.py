@@ -40,10 +40,11 @@ def load_model(kind: type[Any], folder: Path, dtype: torch.dtype) -> Any:
 
 
 def require_names(model: nn.Module, missing: Iterable[str], unexpected: Iterable[str], folder: Path) -> None:
-    """Raise `UserError` if a weight of `model` is `missing` in its files, or if one of the files is `unexpected`.
+    """Raise `UserError` if the files of `model` lack a weight, or have a weight that one of its submodules has no place for.
 
-    Unexpected weights of whole parts that `model` does not have, such as a language head, are harmless. So are stored values
-    of buffers, which older versions of the libraries wrote.
+    `missing` are the names of the weights that the files lack, and `unexpected` those of the weights that `model` lacks.
+    Unexpected weights of whole parts that `model` does not have, such as a language head, are allowed. So are stored values of
+    buffers, which older versions of the libraries wrote. `folder` contains the files.
     """
     if absent := sorted(missing):
         raise UserError(f"{folder}: the weight {absent[0]} is missing; {AGAIN}")
@@ -54,8 +55,8 @@ def require_names(model: nn.Module, missing: Iterable[str], unexpected: Iterable
         within = name if inner == "." else name.removeprefix(inner)
         if {name.partition(".")[0], within.partition(".")[0]} & children and not name.endswith(buffers):
             raise UserError(
-                f"{folder}: the weight {name} has no place in the model that config.json describes, so the two do not belong "
-                f"together; {AGAIN}"
+                f"{folder}: the weight {name} has no place in the model that config.json describes, so config.json and the "
+                f"weights are of different models; {AGAIN}"
             )
 
 

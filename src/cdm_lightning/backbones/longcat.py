@@ -1,7 +1,7 @@
 """The backbone for LongCat-Image (`LongCatImagePipeline` of diffusers).
 
-Shapes: B batch, (C, h, w) latent, 512 text tokens of Qwen2.5-VL, D their width. The network attends to padding tokens, as in
-the pipeline. Prompts are used unchanged: the pipeline's rewriting by a language model is always off.
+Shapes: B batch, (C, h, w) latent, 512 text tokens of Qwen2.5-VL, D their width. As in the pipeline, the network attends to
+padding tokens. Prompts are used unchanged: the pipeline's rewriting by a language model is always off.
 """
 
 from collections.abc import Mapping
@@ -62,7 +62,7 @@ class LongCatBackbone(PipelineBackbone):
     def guide(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
         """Apply classifier-free guidance as the pipeline does.
 
-        It limits each token's norm to that of its conditional velocity.
+        A token whose guided velocity has a larger norm than its conditional velocity is scaled down to that norm.
         """
         return renormalised(cond, super().guide(cond, uncond, scale), low=0.0, high=1.0)
 

@@ -36,9 +36,9 @@ def write_lora_file(
 ) -> Path:
     """Write the LoRA of a transformer into `folder` as the file `name`, and return the path of the file.
 
-    `tensors` are "LAYER.lora_A.weight" and so on, made for the LoRA scale 1. `family` is the pipeline's class. Its method
-    `load_lora_weights` can load the file. If the class has no such method, the transformer's `load_lora_adapter` with
-    `prefix=None` can.
+    `tensors` are "LAYER.lora_A.weight" and so on. Their values include the LoRA's scale, so the file is used at scale 1.
+    `family` is the pipeline's class. Load the file with its method `load_lora_weights` or, if it has none, with the
+    transformer's `load_lora_adapter(..., prefix=None)`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(family, "save_lora_weights"):
@@ -94,7 +94,7 @@ class OwnWeights:
 
 
 def read_lora_file(family: type[DiffusionPipeline], file: Path) -> OwnWeights:
-    """Read the LoRA of a transformer from `file`, like `load_lora_weights` of the pipeline class `family`.
+    """Read the LoRA of a transformer from `file`, in any format that the pipeline class `family` can load.
 
     Raises `UserError` if the file is broken or contains anything but a LoRA, or if the factors A and B of a layer differ in
     rank or have values that are not finite.
@@ -229,7 +229,8 @@ def _require_finite_sum(network: nn.Module, own: OwnWeights) -> None:
             require_finite(cast(Tensor, network.get_submodule(layer).weight), f"{layer}.weight", own.file)
         except UserError:
             raise UserError(
-                f"{own.file}: the sum of the LoRA and the weight of {layer} is not finite; lower its scale or make the file again"
+                f"{own.file}: the sum of the LoRA and the weight of {layer} is not finite; "
+                "lower the LoRA's scale or make the file again"
             ) from None
 
 
@@ -243,9 +244,9 @@ def fused_network(
 ) -> nn.Module:
     """Load a network, fuse `scale` times the LoRA at `path` into it, and return it in `dtype`.
 
-    `load(dtype)` loads the network. It is called with float32, so that the sum is rounded only once. `skeleton()` builds the
-    network without weights; the LoRA is checked against it before the network is loaded. Raises `UserError` for a LoRA that
-    does not fit.
+    `load(dtype)` loads the network. It is called with float32, and the sum is converted to `dtype`, so it is rounded once.
+    `skeleton()` builds the network without weights; the LoRA is checked against it before the network is loaded. Raises
+    `UserError` for a LoRA that does not fit.
     """
     file = locate_lora(path)
     own = read_lora_file(family, file)

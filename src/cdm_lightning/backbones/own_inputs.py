@@ -33,7 +33,7 @@ class OwnInputs(nn.Module):
         """
         if values.keys() != self.embeddings.keys():
             raise ValueError(
-                f"the network has the inputs {', '.join(self.embeddings)}, but it was given {', '.join(values) or 'none'}"
+                f"the network has the inputs {', '.join(self.embeddings)}, but values are given for {', '.join(values) or 'none'}"
             )
         self._values = values
         try:
@@ -44,8 +44,8 @@ class OwnInputs(nn.Module):
     def add_to(self, module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
         """Return the time embedding, `output` (B, D), plus the embeddings of the current values. This is a forward hook.
 
-        Without current values, `output` is returned unchanged. This happens on a base network that several LoRA networks share,
-        because it runs the hook for all of them.
+        Without current values, `output` is returned unchanged. This happens if several LoRA networks share a base network: each
+        call of the base network runs the hooks of all of them, but only one of them has current values.
         """
         for name, values in self._values.items():
             output = output + self.embeddings[name](values).to(output.dtype)
@@ -77,7 +77,7 @@ def giving(network: nn.Module, values: Mapping[str, Tensor]) -> Generator[None]:
         with own.given(values):
             yield
     elif values:
-        raise ValueError(f"the network has no inputs of its own, but it was given {', '.join(values)}")
+        raise ValueError(f"the network has no additional inputs, but values are given for {', '.join(values)}")
     else:
         yield
 

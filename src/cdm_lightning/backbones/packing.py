@@ -34,8 +34,8 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
 def grid_ids(height: int, width: int, first: tuple[int, int, int], device: torch.device) -> Tensor:
     """Return the position of each token of a latent of `height` x `width`: (h/2 * w/2, 3) in float32.
 
-    A position is `first` + (0, row, column). Pipelines may use bfloat16 here, which is exact only up to 256; float32 is always
-    exact. On a GPU the tensor is kept for later calls, because the GPU would have to wait while it is made again.
+    A position is `first` + (0, row, column). Pipelines may use bfloat16 here, in which whole numbers are exact only up to
+    256; in float32 all positions are exact. On a GPU the tensor is kept for later calls: making it again would delay the GPU.
     """
     if device.type == "cuda":  # on other devices, making the tensor again costs nothing
         return _kept_ids(height, width, first, device)
@@ -57,7 +57,7 @@ def _made_ids(height: int, width: int, first: tuple[int, int, int], device: torc
 
 
 def dtype_of_call(network: nn.Module, x: Tensor) -> torch.dtype:
-    """Return the dtype in which `network` computes: that of autocast on the device of `x` if it is on, otherwise the weights' dtype."""
+    """Return the dtype in which `network` computes: autocast's if it is on for the device of `x`, otherwise the weights' dtype."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weights_dtype(network)
 
@@ -66,8 +66,8 @@ def rounded_timestep(sigma: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the network's timestep for sigma (B,), rounded as in the pipeline: (1000 sigma cast to `dtype`) / 1000.
 
     These networks multiply the timestep by 1000 in the dtype of their computation. Above 512, bfloat16 rounds to multiples of
-    4. A sigma that is cast to bfloat16 before it is multiplied rounds differently (0.9045 to 908 instead of 904), so the
-    student would be trained on other noise levels than the pipeline uses.
+    4. If sigma were cast before it is multiplied, the result would differ (908 instead of 904 for 0.9045), and the student would
+    be trained on other noise levels than the pipeline uses.
     """
     return (sigma.float() * 1000).to(dtype) / 1000
 

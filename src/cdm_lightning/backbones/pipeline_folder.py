@@ -103,9 +103,9 @@ def read_index(folder: Path, name: str) -> dict[str, Any]:
 def check_entry(part: str, entry: Any, where: str) -> None:
     """Raise `UserError` if an entry of a pipeline's index is not safe to load. The message begins with `where`.
 
-    An entry is a setting, or a part in the form [library, class] with a class of diffusers or transformers. A part that is left
-    out is [null, null]. The name of a part must be a plain folder name, because files are read from this folder and copied to
-    it.
+    An entry is a setting, or a list [library, class] that names a part's class, of diffusers or transformers. [null, null] means
+    that the pipeline has no such part. The name of a part must be a plain folder name: files are read from this folder and, in
+    an export, written to it.
     """
     if part.startswith("_") or not isinstance(entry, list):
         return
@@ -128,8 +128,8 @@ def check_entry(part: str, entry: Any, where: str) -> None:
 def require_plain(folder: Path, name: str) -> None:
     """Raise `UserError` if the folder contains anything except files and folders, such as a named pipe.
 
-    Reading a named pipe would never end. Links that leave the folder are refused too, because an export copies the files that
-    they point to. `name` is the folder's name in the message.
+    Reading a named pipe would never end. Links that leave the folder are refused too, because an export would copy files from
+    outside. `name` is the folder's name in the message.
     """
     parts = [path for path in folder.iterdir() if not path.name.startswith(".")]
     for path in (path for part in parts for path in ((part,) if not part.is_dir() else irregular(part))):

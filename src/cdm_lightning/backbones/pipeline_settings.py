@@ -156,10 +156,10 @@ class PipelineSettings(Backbone):
     def leave_weights_out(self, architecture: Mapping[str, Any] | None = None) -> None:
         """Build networks without weights, on the meta device, from now on. The planner needs only shapes and dtypes.
 
-        The pipeline's configuration files are read now. Raises `UserError` if they cannot be used. With `architecture`, no file
-        is read and sigmas are not shifted. `architecture["transformer"]` holds the constructor's arguments that differ from
-        their defaults, and `architecture["vae"]` all arguments that the backbone uses. A `teacher_lora` is ignored, since it
-        changes no shape.
+        The pipeline's configuration files are read now; `UserError` is raised if they cannot be used. `architecture`, if given,
+        replaces them, and sigmas are then not shifted. `architecture["transformer"]` holds the constructor's arguments that
+        differ from their defaults, and `architecture["vae"]` all arguments that the backbone uses. A `teacher_lora` is ignored,
+        since it changes no shape.
         """
         self.has_weights = False
         if architecture is not None:
@@ -176,8 +176,8 @@ class PipelineSettings(Backbone):
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
         """The scheduler whose timestep shift training uses. Raises `UserError` if it has options that are not supported.
 
-        This is the pipeline's original scheduler. The folder of an exported student may store it in addition to the student's
-        scheduler.
+        This is the pipeline's original scheduler. The folder of an exported student may contain two schedulers; then this is
+        the one of training (`OF_TRAINING`).
         """
         subfolder = next((name for name in OF_TRAINING if (self.folder / name).is_dir()), "scheduler")
         file = self.folder / subfolder / "scheduler_config.json"
@@ -257,7 +257,7 @@ class PipelineSettings(Backbone):
 
     @property
     def fingerprint(self) -> str:
-        """The family's name and a hash of the transformer's configuration. If it is equal, weights can be exchanged."""
+        """The family's name and a hash of the transformer's configuration. Weights fit networks with an equal fingerprint."""
         config = json.dumps(self.network_config, sort_keys=True)
         return f"{self.title.lower()}-{hashlib.blake2b(config.encode(), digest_size=8).hexdigest()}"
 
@@ -269,7 +269,7 @@ class PipelineSettings(Backbone):
     def call_sizes(self) -> dict[str, int]:
         """Return the arguments to add to a call of the pipeline for this backbone's image size and text length.
 
-        These are "height", "width" and "max_sequence_length". An argument that equals the pipeline's default is left out.
+        "height" and "width" are included if one of them is set, and "max_sequence_length" if it is not the pipeline's default.
         """
         is_default = self.max_sequence_length == self.default_text_length()
         sizes = {} if is_default else {"max_sequence_length": self.text_length}
@@ -279,7 +279,7 @@ class PipelineSettings(Backbone):
 
     @classmethod
     def default_text_length(cls) -> int:
-        """Return the default `max_sequence_length` of the pipeline's call, or else the largest of `text_tokens`."""
+        """Return the default `max_sequence_length` of the pipeline's call or, if it has none, the largest of `text_tokens`."""
         length = cls.call_default("max_sequence_length")
         return cls.text_tokens.stop - 1 if length is None else length
 

@@ -1,8 +1,8 @@
 """The scheduler of an exported pipeline: it uses the sigmas that the student was trained on, even if a call passes none.
 
-Without explicit sigmas, diffusers' `FlowMatchEulerDiscreteScheduler` does not space its steps by 1/n. It shifts the two end
-points, spaces the steps evenly between them, and shifts again (diffusers issue 13243). For example, 4 steps at shift 3 have the
-sigmas 1, .858, .602, .009. `FlowMapEulerDiscreteScheduler` takes the same Euler steps at the shifted values of 1, 1 - 1/n, ...,
+Without explicit sigmas, diffusers' `FlowMatchEulerDiscreteScheduler` applies the shift twice: it shifts the two end points, spaces
+the sigmas evenly between them, and shifts all of them (diffusers issue 13243). For example, 4 steps at shift 3 have the sigmas
+1, .858, .602, .009. `FlowMapEulerDiscreteScheduler` takes the same Euler steps at the shifted values of 1, 1 - 1/n, ...,
 1/n. These are the student's sigmas, for every n.
 """
 
@@ -59,7 +59,7 @@ def plain_scheduler(scheduler: FlowMatchEulerDiscreteScheduler, nfe: int) -> Flo
     computes other sigmas for `nfe` steps.
     """
     if nfe < 1:
-        raise UserError(f"nfe={nfe} must be at least 1 network call")
+        raise UserError(f"nfe={nfe} must be at least 1, because it is the number of steps")
     config: Any = scheduler.config  # a FrozenDict: its keys are attributes
     # by name: `from_config` would replace arguments that were given by position with their defaults
     plain = FlowMapEulerDiscreteScheduler(num_train_timesteps=config.num_train_timesteps, shift=config.shift)
@@ -76,7 +76,7 @@ def plain_scheduler(scheduler: FlowMatchEulerDiscreteScheduler, nfe: int) -> Flo
 
 
 def of_training(config: dict[str, Any]) -> FlowMatchEulerDiscreteScheduler | None:
-    """Return the scheduler that was used in training, given the configuration of an exported `plain_scheduler`.
+    """Rebuild the scheduler of training from the configuration of the `plain_scheduler` that was exported in its place.
 
     Returns None if the configuration is not that of a `plain_scheduler`.
     """

@@ -123,6 +123,6 @@ class QwenImageBackbone(PipelineBackbone):
     def exported_scheduler(self, nfe: int) -> FlowMatchEulerDiscreteScheduler:
         """Return the pipeline's own scheduler.
 
-        For `nfe` = 1, `shift_terminal` is removed, because the scheduler would divide 0 by 0.
+        For `nfe` = 1, `shift_terminal` is removed, because with it the scheduler would divide 0 by 0.
         """
         return self.scheduler if nfe > 1 else self._shift

@@ -70,7 +70,7 @@ class SanaBackbone(PipelineBackbone):
     def call_sizes(self) -> dict[str, int]:
         """Return the sizes for a call of the pipeline.
 
-        "height" and "width" are always included, because their default is 1024.
+        "height" and "width" are always included, because the pipeline would otherwise use 1024, whatever the model's own size.
         """
         height, width = self.image_size
         return super().call_sizes() | {"height": height, "width": width}

@@ -59,7 +59,7 @@ class SD3Backbone(PipelineBackbone):
 
     @property
     def largest_side(self) -> int:
-        """The largest allowed side of an image, in pixels. The network's table of positions limits it."""
+        """The largest allowed side of an image, in pixels. The network has no position embeddings beyond it."""
         return self.network_config["pos_embed_max_size"] * self.patch * self.vae_factor
 
     # ---- networks
@@ -95,8 +95,8 @@ class SD3Backbone(PipelineBackbone):
     def blank_conditioning(self, batch: int) -> Conditioning:
         """Return {"prompt_embeds": (B, N, D), "pooled": (B, P)} in float32, uninitialized, for B = `batch`.
 
-        With `compact_text`, N is the number of tokens for prompts of at most `compact_text` T5 tokens. Longer prompts have more
-        tokens than this.
+        With `compact_text`, N is the number of tokens for prompts of at most `compact_text` T5 tokens. A batch with a
+        longer prompt has more.
         """
         config, t5_tokens = self.network_config, self.text_length
         if self.compact_text is not None:
@@ -124,8 +124,7 @@ class SD3Backbone(PipelineBackbone):
     def setup(self, device: torch.device) -> None:
         """Load the VAE and the text encoders, and move them to `device`. With a text cache, no text encoder is loaded.
 
-        Raises `UserError` if these parts do not work together, and if the T5 padding tokens differ, so that `compact_text`
-        cannot be used.
+        Raises `UserError` if these parts do not work together, or if `compact_text` is set but the T5 padding tokens differ.
         """
         super().setup(device)
         if self.text_cache is None:

@@ -78,9 +78,9 @@ class StudentCall:
     """A description of the call by which an exported pipeline makes the student's images in `nfe` steps.
 
     - `pipeline`: name of the pipeline's class.
-    - `scheduler`: the scheduler of training.
-    - `exported`: the scheduler that is written for the call. It is `scheduler`, or a scheduler that computes the sigmas of
-      training itself.
+    - `scheduler`: the scheduler that was used in training.
+    - `exported`: the scheduler that the export stores for the call. It is `scheduler`, or another scheduler with which the
+      pipeline uses the same sigmas.
     - `sigmas`: (nfe + 1,) the sigmas of the call.
     - `arguments`: the arguments of the call, apart from the prompt.
     - `notes`: explanations of the arguments in the model card.
@@ -99,7 +99,7 @@ class StudentCall:
 
     @property
     def keeps_scheduler(self) -> bool:
-        """Whether the export also contains the scheduler of training, which cannot be derived from the exported scheduler."""
+        """Whether the export also contains the scheduler of training. It must if this cannot be rebuilt from `exported`."""
         return self.exported is not self.scheduler and not isinstance(self.exported, FlowMapEulerDiscreteScheduler)
 
     def usage(self) -> str:

@@ -1,8 +1,8 @@
 """A complete toy backbone in two dimensions: the data are eight Gaussians (modes) on a circle, and the teacher is exact.
 
 A latent (2, 1, 1) is a point (x, y). A prompt names modes by compass direction, as in "north" or "east southeast"; a prompt
-without a direction means all eight modes. The student starts from an MLP that is fitted to the teacher's velocity in seconds.
-An image is a dark square with one bright dot at the point, so an image can be converted back into a point.
+without a direction means all eight modes. The student starts from an MLP that is fitted to the teacher's velocity, which
+takes seconds. An image is a dark square with one bright dot at the point, so an image can be converted back into a point.
 """
 
 import copy
@@ -45,8 +45,9 @@ class MixtureVelocity(nn.Module):
     def forward(self, x: Tensor, sigma: Tensor, weights: Tensor) -> Tensor:
         """Return the velocity E[noise - x0 | x] (B, 2) for x (B, 2), sigma (B,) and mixture weights (B, 8).
 
-        For a mode with centre m and standard deviation w, x at s = sigma is normal around (1 - s) m with variance (1 - s)^2 w^2
-        + s^2. The mean of noise - x0 is then linear in x.
+        If x0 comes from a mode with centre m and standard deviation w, then x at sigma s is normal with mean (1 - s) m and
+        variance (1 - s)^2 w^2 + s^2, and the mean of noise - x0 given x is linear in x. The result is the average
+        of these means over the modes, weighted by the probability of each mode given x.
         """
         s = sigma[:, None]
         variance = (1 - s) ** 2 * WIDTH**2 + s**2  # (B, 1)
@@ -135,7 +136,7 @@ class Toy2DBackbone(Backbone):
 
     @property
     def time_embedding_width(self) -> int:
-        """D, the width of the output (B, D) of the layer `enter`. Embeddings of additional inputs are added to this output."""
+        """D, the width of the output (B, D) of the MLP's first layer, to which embeddings of additional inputs are added."""
         return self.hidden
 
     def features_after(self, block_output: Tensor) -> Tensor:
@@ -183,7 +184,7 @@ class Toy2DBackbone(Backbone):
     def exact_samples(self, prompts: Sequence[str], seed: int) -> Tensor:
         """Draw one point of the data for each of B prompts, as latents (B, 2, 1, 1) on the CPU.
 
-        The points are a function of `seed`.
+        Equal prompts and seeds give equal points.
         """
         weights = self.encode_prompts(prompts)["weights"].cpu()
         return MixtureVelocity().sample(weights, torch.Generator().manual_seed(seed))[..., None, None]
@@ -239,9 +240,9 @@ class PointsOfPictures(nn.Module):
 
 
 def exact_points(prompts: Sequence[str], seed: Seed = 0) -> Tensor:
-    """Draw one point of the data for each of B prompts: (B, 2), a function of `seed`.
+    """Draw one point of the data for each of B prompts, as (B, 2). Equal prompts and seeds give equal points.
 
-    Metrics compare samples with these points.
+    Metrics compare the student's samples with these points.
     """
     return Toy2DBackbone().exact_samples(prompts, seed).flatten(1)
 

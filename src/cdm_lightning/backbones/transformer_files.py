@@ -94,8 +94,8 @@ def require_same_shapes(base: TransformerFiles, tuned: TransformerFiles) -> None
     differing |= {name for name in set(base.names) & set(tuned.names) if base.shape(name) != tuned.shape(name)}
     if differing:
         raise UserError(
-            f"{tuned.pretrained} was not tuned from {base.pretrained}: their tensor {sorted(differing)[0]} differs in shape or is "
-            "missing in one of them; pass the base model that it was tuned from"
+            f"{tuned.pretrained} was not tuned from {base.pretrained}: the tensor {sorted(differing)[0]} differs in shape or is "
+            "missing in one of the two; pass the base model that it was tuned from"
         )
 
 

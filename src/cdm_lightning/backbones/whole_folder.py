@@ -150,8 +150,8 @@ def shards_of(index: Path) -> list[str]:
 def require_tensors(file: Path) -> None:
     """Raise `UserError` unless a safetensors file exists, has the size that its header says, and holds floating-point weights.
 
-    Only tensors such as position ids and counters (names that match `WHOLE`) may hold whole numbers. The libraries would
-    convert whole numbers in weights without a warning.
+    Whole numbers are allowed only in tensors such as position ids and counters, whose names match `WHOLE`. In a weight they are
+    a mistake, and the libraries would convert them to floating point without a warning.
     """
     if not file.is_file():
         raise UserError(f"{file} is missing, but the index in the same folder names it; {AGAIN}")
@@ -169,7 +169,7 @@ def require_tensors(file: Path) -> None:
 
 
 def require_known_tokens(tokenizer: Any, encoder: Any, folder: Path) -> None:
-    """Raise `UserError` unless the tokenizer's vocabulary has words and the text encoder has an embedding for every token.
+    """Raise `UserError` unless the tokenizer has tokens that are not special and the text encoder has an embedding for every token.
 
     `folder` is the tokenizer's folder, for the message.
     """
