@@ -183,7 +183,7 @@ def test_a_cache_of_other_encoders(backbone, fill, tmp_path, tiny_pipeline_folde
     )
     with pytest.raises(UserError, match="other text encoders made this text cache"):
         fill(PROMPTS, of=changed)
-    with pytest.raises(UserError, match=r"holds float32, but text_cache.dtype=bfloat16"):
+    with pytest.raises(UserError, match=r"stores float32 tensors, but text_cache.dtype=bfloat16"):
         fill(PROMPTS, dtype="bfloat16")
 
 

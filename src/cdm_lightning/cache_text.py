@@ -40,8 +40,9 @@ GIGABYTE = 1e9
 
 @dataclass(frozen=True)
 class Filled:
-    """The result of `fill_cache`: `encoded` prompts were added to the cache in `folder`, which now holds `total` prompts.
+    """The result of `fill_cache`, for the cache in `folder`.
 
+    `encoded` is the number of prompts that were added, and `total` is the number of prompts that the cache now holds.
     `bytes_per_prompt` is the size of an encoded prompt on the disk. `seconds_per_prompt` is the mean time to encode one of the
     added prompts.
     """
@@ -56,7 +57,7 @@ class Filled:
 def cache_text(config: DictConfig) -> Filled:
     """Encode all prompts of a run into `text_cache.folder`: those of training, validation and callbacks, and the empty prompt.
 
-    Prints a line about the cache. Raises `UserError` for mistakes in `config`, and in the cases of `fill_cache`.
+    Prints the result (`Filled`) in one line. Raises `UserError` for mistakes in `config`, and in the cases of `fill_cache`.
     """
     check_config(config)
     settings = build(config, "text_cache")
@@ -96,8 +97,8 @@ def fill_cache(
             require_fingerprint(folder, manifest, fingerprint)
             if manifest.dtype != settings.dtype:
                 raise UserError(
-                    f"{folder}: the cache holds {manifest.dtype}, but text_cache.dtype={settings.dtype}; set text_cache.dtype to "
-                    "that of the cache, or another text_cache.folder"
+                    f"{folder}: the cache stores {manifest.dtype} tensors, but text_cache.dtype={settings.dtype}; set "
+                    f"text_cache.dtype={manifest.dtype}, or another text_cache.folder"
                 )
         backbone.setup(torch.device(device))
         if manifest is None:
@@ -115,7 +116,8 @@ def fill_cache(
 class MissingPrompts:
     """The distinct prompts of `sets` that are not in the cache `done`. The empty prompt comes first.
 
-    Only the numbers of these prompts are kept in memory, 8 bytes each. The texts are read again when they are needed.
+    Only the indices of these prompts among all prompts of `sets` are kept in memory, 8 bytes each. A prompt is read again when
+    it is needed.
     """
 
     def __init__(self, done: "StoredText", sets: "Mapping[str, Texts]") -> None:
@@ -154,7 +156,9 @@ def announce(folder: Path, count: int, manifest: "Manifest") -> None:
     size, free = count * manifest.bytes_per_prompt, shutil.disk_usage(folder).free
     said = f"{count:,} prompts of {manifest.bytes_per_prompt:,} bytes, {size / GIGABYTE:.3g} GB"
     if size > free:
-        raise UserError(f"{folder}: {said} to write, but the disk has {free / GIGABYTE:.3g} GB left; free space")
+        raise UserError(
+            f"{folder}: {said} to write, but the disk has {free / GIGABYTE:.3g} GB left; delete other files"
+        )
     print(f"to encode: {said}", file=sys.stderr, flush=True)
 
 
@@ -182,9 +186,9 @@ def encode_missing(
 def encode_batch(backbone: "Backbone", batch: Sequence[str], manifest: "Manifest", size: int) -> "Conditioning":
     """Return the text conditioning of the prompts in `batch`, on the CPU and in the dtypes of the cache.
 
-    A batch of fewer than `size` prompts is first filled up to `size`, because the last bit of some matrix products depends on
-    the number of rows. `manifest` describes the cache. Raises `UserError` if a tensor has another shape than the same tensor of
-    the empty prompt.
+    A batch of fewer than `size` prompts is padded to `size`, unless it is the empty prompt. Otherwise a prompt's conditioning
+    could depend on the size of its batch, because this changes the rounding of some matrix products. `manifest` describes the
+    cache. Raises `UserError` if a tensor has another shape than the tensor of this name for the empty prompt.
     """
     filled = batch if batch[0] == "" else [*batch, *[batch[-1]] * (size - len(batch))]
     cond = backbone.encode_prompts(filled)
@@ -192,8 +196,8 @@ def encode_batch(backbone: "Backbone", batch: Sequence[str], manifest: "Manifest
         if list(cond[name].shape[1:]) != entry["shape"]:
             raise UserError(
                 f"{name} has shape {list(cond[name].shape[1:])} for a prompt, but {entry['shape']} for the empty prompt, and a "
-                "text cache holds one shape only; if backbone.compact_text is set, raise it (a prompt of the batch: "
-                f"{batch[0][:60]!r})"
+                "text cache holds one shape only; if backbone.compact_text is set, raise it until the longest prompt fits (the "
+                f"first prompt of this batch is {batch[0][:60]!r})"
             )
     return {name: cond[name][: len(batch)].to("cpu", manifest.stored(name)) for name in manifest.tensors}
 
@@ -201,8 +205,8 @@ def encode_batch(backbone: "Backbone", batch: Sequence[str], manifest: "Manifest
 def callback_prompts(node: DictConfig | None) -> "Iterator[Texts]":
     """Yield a set of prompts for each callback that makes images of its own prompts.
 
-    `node` is the group `callbacks` of the configuration. A set of prompts is built from each node in the group that is named
-    `prompts` and has a `_target_`.
+    `node` is the group `callbacks` of the configuration. Each key `prompts` in it, at any depth, whose value has a `_target_`
+    gives a set of prompts.
     """
     for key, child in (node or {}).items():
         if isinstance(child, DictConfig):
@@ -213,7 +217,7 @@ def callback_prompts(node: DictConfig | None) -> "Iterator[Texts]":
 
 
 def choose_device(accelerator: str) -> str:
-    """Return the device for the text encoders: "cuda" if there is a GPU and `accelerator` does not say "cpu", otherwise "cpu"."""
+    """Return the device for the text encoders: "cuda" if there is a GPU and `accelerator` is not "cpu", otherwise "cpu"."""
     import torch
 
     return "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"

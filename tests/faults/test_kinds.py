@@ -200,7 +200,7 @@ def test_whole_groups_of_the_wrong_kind(group, composed):
             with pytest.raises(UserError, match=f"^{group}"):
                 check_config(config)
     del config[group]
-    with pytest.raises(UserError, match=f"the option {group} was removed from the configuration"):
+    with pytest.raises(UserError, match=f"the option {group} is required, but missing"):
         check_config(config)
 
 

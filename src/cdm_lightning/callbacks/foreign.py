@@ -1,4 +1,7 @@
-"""Callbacks and loggers of other libraries: what can be checked before training, and errors that name the option."""
+"""Callbacks and loggers of other libraries: checks before training, and error messages.
+
+The messages name the callback or logger by its option, such as "callbacks.early_stopping".
+"""
 
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -23,15 +26,15 @@ def named_parts(config: Mapping, key: str) -> list[str]:
 
 
 def all_known(callbacks: Iterable[L.Callback]) -> bool:
-    """Return whether all callbacks are of this package or of Lightning, so that the figures that they log are known."""
+    """Return whether all callbacks come from this package or Lightning. Only then is it known which figures they log."""
     return all(type(callback).__module__.partition(".")[0] in (*LIBRARIES, "cdm_lightning") for callback in callbacks)
 
 
 def check_monitors(callbacks: Mapping[str, L.Callback], logged: Collection[str], roles: Collection[str]) -> None:
-    """Raise `UserError` if a callback watches a figure (`monitor`) that is never logged.
+    """Raise `UserError` if the attribute `monitor` of a callback names a figure that is never logged.
 
-    `callbacks` are by their option. `logged` are the figures of validation. A figure of training begins with one of the trained
-    `roles`, as in "student/loss".
+    The keys of `callbacks` are options such as "callbacks.early_stopping". `logged` are the names of the figures that
+    validation logs. `roles` are the trained networks, with which the names of their figures begin, as in "student/loss".
     """
     for option, callback in callbacks.items():
         monitor = getattr(callback, "monitor", None)
@@ -48,10 +51,10 @@ def check_monitors(callbacks: Mapping[str, L.Callback], logged: Collection[str],
 
 
 def open_loggers(loggers: Mapping[str, Logger]) -> None:
-    """Open the files or connections of all loggers, by their option, before training.
+    """Open the files or connections of all loggers before training. The keys of `loggers` are options such as "logger.csv".
 
-    Raises `UserError` for a logger that cannot be opened, and for one whose folder lies outside its `save_dir`. Errors of the
-    disk are warnings, as in training (`GuardedLogger`).
+    Raises `UserError` for a logger that cannot be opened, and for one whose folder lies outside its `save_dir`. If the disk
+    fails, a `GuardedLogger` only warns, as in training.
     """
     for option, logger in loggers.items():
         inner: Logger = getattr(logger, "inner", logger)  # of a `GuardedLogger`
@@ -74,10 +77,10 @@ def open_loggers(loggers: Mapping[str, Logger]) -> None:
 
 
 def failure_of(error: Exception, callbacks: Mapping[str, L.Callback]) -> UserError | None:
-    """Return a `UserError` that names the callback of Lightning in which a training ended. None if it was no such callback.
+    """Return a `UserError` that names the callback of Lightning that raised `error`, or None if no such callback raised it.
 
-    A misconfiguration that Lightning has found is told in one line too, for any callback. Other errors of the user's own callbacks
-    keep their traceback, because they may be bugs.
+    A `MisconfigurationException` of Lightning gives a `UserError` wherever it was raised. Other errors of the user's own
+    callbacks give None, because they may be bugs and need their traceback.
     """
     misconfigured = isinstance(error, MisconfigurationException)
     inside = [frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__)]

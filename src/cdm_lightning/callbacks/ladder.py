@@ -1,4 +1,4 @@
-"""The callback that ends a run: it compares teacher and student in figures and a picture, and exports the student."""
+"""The callback for the end of a run: it compares teacher and student by metrics and in a picture, and exports the student."""
 
 import hashlib
 import json
@@ -32,10 +32,10 @@ OTHERS = ("checkpoints", "logs", "samples", "scores")  # folders of a run that a
 class LadderReport(L.Callback):
     """After training, measure teacher and student at several numbers of steps (the "ladder") and export the student.
 
-    It prints a table of the figures and writes metrics.json, table.md, scores.csv and samples.png into the run's folder. The
+    It prints a table of the metrics and writes metrics.json, table.md, scores.csv and samples.png into the run's folder. The
     student is exported to the pipeline folder `export_folder` in the run's folder, with a scheduler for `export_nfe` steps. If
-    the folder already holds the results of this iteration and these settings, only the table is printed. Raises `UserError`
-    before training if the export could not be written or a metric cannot measure the images.
+    the run's folder already holds the results of this iteration and these settings, only the table is printed. Raises
+    `UserError` before training if the export could not be written or a metric cannot measure the images.
     """
 
     def __init__(

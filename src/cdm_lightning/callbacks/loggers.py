@@ -70,7 +70,7 @@ class GuardedLogger(library.Logger):
         return None
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Log figures."""
+        """Log the values in `metrics` at `step`."""
         self._call("log_metrics", metrics=metrics, step=step)
 
     def log_hyperparams(self, params: Any, *values: Any, **options: Any) -> None:
@@ -90,11 +90,11 @@ class GuardedLogger(library.Logger):
         self._call("after_save_checkpoint", checkpoint_callback)
 
     def save(self) -> None:
-        """Write the figures to the disk."""
+        """Write the logged metrics to the disk."""
         self._call("save", proves=True)
 
     def finalize(self, status: str) -> None:
-        """Write the figures and close the files."""
+        """Write the logged metrics and close the files."""
         self._call("finalize", status)
 
     def _call(self, method: str, *values: Any, proves: bool = False, **options: Any) -> None:

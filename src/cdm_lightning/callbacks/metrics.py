@@ -31,7 +31,10 @@ class ValidationMetrics(L.Callback):
         self._collected: dict[str, Collected] = {}
 
     def names(self, pl_module: "CDMModule") -> list[str]:
-        """Return the names that are logged: "val/METRIC/SAMPLER", or "val/METRIC_FIGURE/SAMPLER" for each of several figures."""
+        """Return "val/METRIC/SAMPLER" for each metric and sampler.
+
+        A metric with several figures logs each of them as "val/METRIC_FIGURE/SAMPLER" instead.
+        """
         return [f"val/{name}/{spec.name}" for name in self.metrics.metrics for spec in pl_module.samplers]
 
     def setup(self, trainer: L.Trainer, pl_module: "CDMModule", stage: str) -> None:

@@ -20,7 +20,7 @@ class ThroughputMonitor(L.Callback):
     - rollout_seconds: seconds per iteration for the student's rollouts.
     - NETWORK_seconds, such as student_seconds: seconds per iteration for a network's updates, averaged over all iterations,
       even if the network is not updated in every iteration.
-    - peak_memory_gib: the peak memory so far in GiB: of the GPU, or on a CPU of this process.
+    - peak_memory_gib: the peak memory so far in GiB, on the GPU, or of this process if the run uses no GPU.
 
     On a GPU, CUDA events measure the phases. They are read only when they are logged, because reading waits for the GPU.
     """

@@ -118,7 +118,7 @@ class IterationCheckpoint(Checkpoint):
             make_up_validation(trainer, pl_module, start, say)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """From now on, a signal that stops the run takes effect at the end of the current iteration, which is then saved."""
+        """Defer signals that stop the run: from now on they take effect at the end of an iteration, which is then saved."""
         signals.training()
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: "CDMModule", *_: object) -> None:
@@ -194,7 +194,7 @@ class IterationCheckpoint(Checkpoint):
         return True
 
     def on_train_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Save and stop if a signal has come. A later signal stops the run at once, because everything is saved."""
+        """Save and stop if a signal has come. Signals after training stop the run at once, because nothing is left to save."""
         if ranks.any_of(signals.is_asked()):
             self._stop(trainer.global_step, self._save_late(trainer, pl_module))
         signals.loading("after training, before the evaluation was complete")

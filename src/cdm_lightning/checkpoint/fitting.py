@@ -1,4 +1,7 @@
-"""Check that the stored tensors of a network have the names, shapes and kinds of numbers of the network that will load them."""
+"""Check that the stored tensors of a network fit the network that will load them.
+
+Names and shapes must be equal, and a tensor must be floating-point in both or in neither.
+"""
 
 from collections.abc import Mapping
 

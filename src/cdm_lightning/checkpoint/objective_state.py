@@ -37,16 +37,16 @@ def require_readable(objective: "Objective") -> None:
         torch.load(packed, weights_only=True)
     except (RuntimeError, ValueError, TypeError, AttributeError, pickle.PickleError) as error:
         raise UserError(
-            f"objective: the state_dict of {class_of(objective)} cannot be read back ({first_line(error)}); return only numbers, "
-            "texts, tensors, and lists and dicts of them"
+            f"objective: the state_dict of {class_of(objective)} cannot be read back ({first_line(error)}); its state_dict() must "
+            "return only numbers, strings, tensors, and lists and dicts of them"
         ) from error
 
 
 def restore_objective(objective: "Objective", state: Mapping[str, Any]) -> str | None:
     """Load the objective's own state from `state`, which is the `trainer_state` of a checkpoint.
 
-    If another class of objective wrote the state, nothing is loaded. The function then returns a text that says so, otherwise
-    None.
+    If an objective of another class wrote the state, nothing is loaded, and a message that says so is returned. Otherwise
+    returns None.
     """
     stored, name = state.get("objective"), class_of(objective)  # older versions did not store it
     if not stored:

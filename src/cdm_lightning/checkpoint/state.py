@@ -139,7 +139,7 @@ def begin_average(networks: nn.Module, names: set[str]) -> None:
 def begin_states(network: nn.Module, optimizer: Optimizer, names: list[str]) -> None:
     """Make the optimizer create the states `names`, such as "LAYER.weight.exp_avg", so that a checkpoint can be read into them.
 
-    Only the optimizer knows the layout of its states. It therefore creates them itself, in a step with zero gradients and a
+    Only the optimizer knows the shapes of its states. It therefore creates them itself, in a step with zero gradients and a
     learning rate of zero.
     """
     if not names:

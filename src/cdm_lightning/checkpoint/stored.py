@@ -146,7 +146,7 @@ class StoredCheckpoint:
     def trainer_state(self) -> dict[str, Any]:
         """Read trainer.pt: the states of Lightning's loop, the callbacks and the objective, as in `objective_state.trainer_state`.
 
-        Raises `UserError` if the file cannot be read, or holds anything but tensors, numbers, texts, lists and dicts.
+        Raises `UserError` if the file cannot be read, or holds anything but tensors, numbers, strings, lists and dicts.
         """
         try:
             state = torch.load(io.BytesIO(self.trainer_bytes()), map_location="cpu", weights_only=True)

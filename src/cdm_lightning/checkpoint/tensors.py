@@ -1,7 +1,7 @@
 """Write and read the tensors of a checkpoint with torch.distributed.checkpoint, as safetensors files.
 
-Each process writes its own shards and reads the shards that it needs, even if they were written in another layout. This format
-contains no pickle; torch's default format has a pickle as its index.
+Each process writes its own shards and reads the shards that it needs, even if the checkpoint was written with other
+shards, such as by another number of processes. The format contains no pickle; torch's default format has a pickle as its index.
 """
 
 import os
@@ -131,7 +131,7 @@ def raise_cause(error: CheckpointException) -> None:
 
 @contextmanager
 def quietly() -> Generator[None]:
-    """Hide torch's warning that a single process saves or loads alone, inside the `with` block."""
+    """Inside the `with` block, hide torch's warning that a single process saves or loads alone."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed is (disabled|unavailable).*")
         yield

@@ -28,7 +28,9 @@ def is_due(trainer: L.Trainer, start: StoredCheckpoint) -> bool:
 def make_up_validation(
     trainer: L.Trainer, module: "CDMModule", start: StoredCheckpoint, say: Callable[[str], None]
 ) -> None:
-    """Run the validation at the iteration of `start` if it was due but not finished. It runs as in Lightning's loop.
+    """Run the validation at the iteration of `start` if it was due but not finished.
+
+    Lightning's validation loop runs it, as during training. `say` prints a line for the user.
 
     A checkpoint is written before the validation of its iteration. A run that is killed after the checkpoint is written
     therefore misses the validation.

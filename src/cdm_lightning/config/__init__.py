@@ -81,8 +81,8 @@ def asset_path(name: str) -> str:
 def register_resolvers() -> None:
     """Define the functions that configuration files can call as `${NAME:ARGUMENT}`.
 
-    - `${asset:PATH}` gives `asset_path`.
-    - `${job_folder:OVERRIDES}` gives `job_folder`.
+    - `${asset:PATH}` gives the result of `asset_path(PATH)`.
+    - `${job_folder:OVERRIDES}` gives the result of `job_folder(OVERRIDES)`.
     - `${run_folder:RUN_NAME}` gives "outputs/RUN_NAME", and raises `UserError` if RUN_NAME cannot be the name of a folder.
     """
     OmegaConf.register_new_resolver(
@@ -117,8 +117,8 @@ def build(
 
     If the node has a `_target_`, one object is built. Its other keys are the arguments, and `more` adds arguments.
 
-    Otherwise, one object is built for each child that is not null. `offered` adds arguments to these: each constructor that has
-    a parameter of this name gets the result of the function.
+    Otherwise, one object is built for each child that is not null. `offered` is {parameter: function}: a constructor with such
+    a parameter gets the function's result as the argument, unless the child sets it.
 
     Raises `UserError` if a constructor refuses its arguments, if a child has no `_target_`, or if an object is not an instance
     of the class `of`.
@@ -149,7 +149,7 @@ def _require(built: Any, node: Any, key: str, of: type | None) -> Any:
     if of is None or isinstance(built, of) or (isinstance(built, partial) and built.func is of):
         return built
     raise UserError(
-        f"{key}._target_={node['_target_']} gives a {type(built).__name__}, but {key} must be a {of.__name__}"
+        f"{key}._target_={node['_target_']} gives a {type(built).__name__}, but {key} must be a {of.__name__}; name another class"
     )
 
 

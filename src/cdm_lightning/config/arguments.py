@@ -79,7 +79,7 @@ def check_value(value: Any, hint: Any, where: str) -> None:
 
 
 def with_texts(node: DictConfig) -> DictConfig:
-    """Return a copy of `node` in which numbers are turned into texts where a parameter accepts only texts.
+    """Return a copy of `node` in which numbers and bools are converted to strings where a parameter accepts only strings.
 
     For example, the name 123 becomes "123".
     """

@@ -124,8 +124,8 @@ REPLACED = {  # classes of Lightning that fail or do nothing in this package, an
 def options_of(target: str) -> dict[str, Any]:
     """Return {option: annotation} for a class of another library, given by any of its dotted names.
 
-    A class has the options of the nearest class above it that is listed here. Any optimizer has those in `OPTIMIZER`. The result
-    is empty for all other classes.
+    A class that is not in `OPTIONS` has the options of its nearest base class there. Any optimizer also has those in
+    `OPTIMIZER`. The result is empty for all other classes.
     """
     found = OPTIMIZER if _is_optimizer(target) else {}
     if target in OPTIONS:

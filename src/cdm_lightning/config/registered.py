@@ -38,7 +38,7 @@ def require_registered(node: Any, allowed: Collection[str], where: str, group: s
     """Raise `UserError` unless it is safe to build an object from `node`, a part of a stranger's configuration.
 
     `node` must have a `_target_`. Each `_target_`, also in nested nodes, must be in `allowed`, the dotted names of registered
-    classes. All other values must be texts, numbers, bools, null, or lists and mappings of them. Hydra's other keys, such as
+    classes. All other values must be strings, numbers, bools, null, or lists and mappings of them. Hydra's other keys, such as
     `_partial_`, are refused. So are references (`${...}`), because they could read files and environment variables.
 
     Messages contain `where`, the file and key of `node`, and `group`, the group of entry points in which the user can register
@@ -65,7 +65,7 @@ def _check(node: Any, allowed: Collection[str], where: str, group: str, depth: i
         )
     elif not isinstance(node, PLAIN):
         raise UserError(
-            f"{where} must be a text, a number, true, false or null, not a {type(node).__name__}; "
+            f"{where} must be a string, a number, true, false or null, not a {type(node).__name__}; "
             "restore the file that training wrote"
         )
 
@@ -83,10 +83,10 @@ def _check_key(name: Any, child: Any, allowed: Collection[str], where: str, grou
 
 
 def typed_nodes(nodes: Mapping[str, Any], file: Path) -> DictConfig:
-    """Return the nodes of a stranger's configuration, such as {"backbone": {...}}, checked like those of the command line.
+    """Check the options in nodes of a stranger's configuration, such as {"backbone": {...}}, and return the nodes.
 
-    `require_registered` must have accepted them. Each option must be a parameter of its class and fit its annotation
-    (`config.arguments`). Otherwise a `UserError` that names `file` is raised.
+    `require_registered` must have accepted the nodes. Raises `UserError` with the name of `file` unless each option is a
+    parameter of its class and fits the parameter's annotation (`config.arguments`).
     """
     typed = OmegaConf.create(dict(nodes))
     for key in nodes:

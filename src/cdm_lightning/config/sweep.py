@@ -9,7 +9,7 @@ LONGEST_NAME = 120  # characters in the name of a job's folder, well below the l
 
 
 def job_folder(override_dirname: str) -> str:
-    """Return the folder name of one job in a Hydra sweep (`--multirun`). `override_dirname` is the text of its overrides.
+    """Return the folder name of one job in a Hydra sweep (`--multirun`). `override_dirname` are its overrides as a string.
 
     The name is short and has no slash and no secret. The same overrides give the same name.
     """

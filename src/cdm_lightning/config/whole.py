@@ -36,7 +36,9 @@ def check_config(config: DictConfig) -> None:
     """Raise `UserError` for the first option of a training configuration that is missing, is unknown or has a wrong value."""
     for key in (*TOP, *OBJECTS, *NEEDED):
         if key not in config:
-            raise UserError(f"the option {key} was removed from the configuration; remove ~{key} from the command line")
+            raise UserError(
+                f"the option {key} is required, but missing; if ~{key} is on the command line, leave it out"
+            )
     _check_packages(config)
     for key, kind in TOP.items():
         check_value(value_of(config, key, ""), kind, key)
@@ -71,7 +73,7 @@ def _check_family(node: Any, key: str) -> None:
         return
     if not isinstance(node, DictConfig):
         raise UserError(
-            f"{key}={_shown(node)} must be a mapping in which each name has an object with a _target_; see conf/{key}{where_set(key)}"
+            f"{key}={_shown(node)} must be a mapping from names to nodes, each with a _target_; see conf/{key}{where_set(key)}"
         )
     for name, child in node.items():
         where = f"{key}.{name}"

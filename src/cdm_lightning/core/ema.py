@@ -36,11 +36,12 @@ def _pairs(target: nn.Module, source: nn.Module) -> tuple[list[Tensor], list[Ten
 
 
 class HostFollower:
-    """Moves a network in host memory towards one on a GPU while the GPU and the main thread go on: the same numbers, no stall.
+    """Runs `lerp_parameters_` in the background, for a target in host memory and a source on the GPU, with the same result.
 
-    `follow` begins to copy the weights of the source into pinned memory, on a stream of its own, and a thread moves the target
-    as they arrive. Until `release`, the source must not be changed; `release` makes later work of the GPU wait for the copies,
-    and the host does not wait. Until `settle`, the target must not be read. The pinned memory is as large as the source.
+    - `follow` starts it. The source is copied into pinned memory of the same size on a CUDA stream of its own, and a thread
+      updates each parameter of the target when its copy is complete.
+    - Call `release` before the source is changed: later work of the GPU then waits for the copies, but the host does not wait.
+    - Call `settle` before the target is read: it waits until the target is updated.
     """
 
     def __init__(self) -> None:
@@ -51,12 +52,12 @@ class HostFollower:
         self._error: BaseException | None = None
 
     def guard(self, target: nn.Module) -> None:
-        """Call `settle` before each forward pass and each `state_dict` of the target, or of a module that contains it."""
+        """Add hooks that call `settle` before each forward pass and `state_dict()` of the target, alone or within a parent module."""
         target.register_forward_pre_hook(lambda *_: self.settle(), prepend=True)
         target.register_state_dict_pre_hook(lambda *_: self.settle())
 
     def follow(self, target: nn.Module, source: nn.Module, weight: float) -> None:
-        """Begin `lerp_parameters_(target, source, weight)`, after the one before has ended."""
+        """Wait for the previous update, and start `lerp_parameters_(target, source, weight)` in the background."""
         self.settle()
         targets, sources = _pairs(target, source)
         arrived = self._copy([value.detach() for value in sources])
@@ -64,13 +65,13 @@ class HostFollower:
         self._thread.start()
 
     def release(self) -> None:
-        """Let the source be changed from now on, by work of the GPU's present stream."""
+        """Make later work on the current CUDA stream wait until the source is copied, so that it may change the source."""
         if self._copied is not None:
             torch.cuda.current_stream().wait_event(self._copied)
             self._copied = None
 
     def settle(self) -> None:
-        """Wait until the target has been moved. Raises the error of the thread, if there was one."""
+        """Wait until the target is updated. If the background thread has failed, raises its error."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
