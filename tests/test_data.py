@@ -59,11 +59,11 @@ def test_a_prompt_file_travels_to_workers(tmp_path):
             "a.jsonl",
             '{"prompt": ""}\n{"text": "y"}',
             None,
-            'a.jsonl, line 2: not a JSON object with a text in "prompt"',
+            'a.jsonl, line 2: not a JSON object with a string under "prompt"',
         ),
-        ("b.jsonl", '{"prompt": "x"', None, 'b.jsonl, line 1: not a JSON object with a text in "prompt"'),
-        ("c.jsonl", '["x"]', "caption", 'c.jsonl, line 1: not a JSON object with a text in "caption"'),
-        ("d.jsonl", '{"caption": 3}', "caption", 'd.jsonl, line 1: not a JSON object with a text in "caption"'),
+        ("b.jsonl", '{"prompt": "x"', None, 'b.jsonl, line 1: not a JSON object with a string under "prompt"'),
+        ("c.jsonl", '["x"]', "caption", 'c.jsonl, line 1: not a JSON object with a string under "caption"'),
+        ("d.jsonl", '{"caption": 3}', "caption", 'd.jsonl, line 1: not a JSON object with a string under "caption"'),
     ],
 )
 def test_bad_prompt_files_are_refused_in_one_line(tmp_path, name, content, field, message):

@@ -113,7 +113,7 @@ def test_prompt_files(refused, tmp_path):
     assert "no.txt: cannot read the prompt file (No such file or directory)" in refused("data.train.path=no.txt")
     assert "empty.txt: the prompt file has no prompts" in refused(f"data.train.path={empty}")
     assert "latin.txt, line 1: the prompt file is not UTF-8" in refused(f"data.val.path={latin}")
-    assert 'lines.jsonl, line 1: not a JSON object with a text in "prompt"' in refused(f"data.train.path={lines}")
+    assert 'lines.jsonl, line 1: not a JSON object with a string under "prompt"' in refused(f"data.train.path={lines}")
 
 
 def test_several_processes_on_the_single_strategy(refused, monkeypatch):

@@ -45,7 +45,7 @@ def test_a_folder_gives_captions_and_images_of_one_size(folder):
         ('{"file_name": "0.png"}', 'line 1: the line must be {"file_name"'),
         ("[1]", 'line 1: the line must be {"file_name"'),
         ('{"file_name": "0.png", "text": " "}', "line 1: text is blank"),
-        ('{"file_name": 3, "text": "a"}', "line 1: file_name and text must be texts"),
+        ('{"file_name": 3, "text": "a"}', "line 1: file_name and text must be strings"),
         ('{"file_name": "9.png", "text": "a"}', "line 1: the file "),
         ("", "lists no images"),
     ],
@@ -186,7 +186,7 @@ def test_a_mixture_of_sets_of_images_has_images(folder):
 def test_a_mixture_that_lacks_images_or_one_size_of_them_is_refused(folder):
     drawn, alone = DrawnCaptions(asset_path("prompts/shapes_heldout.txt")), PromptList(["a"])
     mixed = MixedPrompts({"drawn": drawn, "alone": alone})
-    with pytest.raises(UserError, match="needs real images, but alone are prompts without images"):
+    with pytest.raises(UserError, match="needs real images, but there are none in alone;"):
         PromptDataModule(mixed, drawn, batch_size=1, images=True)
     mixed = MixedPrompts({"drawn": drawn, "mine": CaptionedFolder(folder, [8, 16])})
     with pytest.raises(UserError, match="images of drawn have size 32 x 32, but images of mine have 8 x 16"):
@@ -195,7 +195,7 @@ def test_a_mixture_that_lacks_images_or_one_size_of_them_is_refused(folder):
 
 def test_prompts_alone_are_refused_where_images_are_needed():
     prompts = PromptList(["a", "b"])
-    with pytest.raises(UserError, match="the objective needs real images, but these are prompts without images"):
+    with pytest.raises(UserError, match="the objective needs real images, but there are none in these prompts;"):
         PromptDataModule(prompts, prompts, batch_size=1, images=True)
     with pytest.raises(UserError, match="a PromptList has no images"):
         prompts.image(0)

@@ -123,8 +123,8 @@ def test_known_formats_are_read_as_what_they_are(tmp_path):
     [
         ("a.csv", "text,n\nx,1\n", "no column 'prompt'; set field to one of its columns: text, n"),
         ("a.csv", b"prompt\ngr\xfcn\n", "cannot be read as a table"),
-        ("a.json", '{"prompt": ["a"]}', 'not a JSON object with a text in "prompt"'),
-        ("a.json", "[1]", "entry 1: the entry must be a text, or an object"),
+        ("a.json", '{"prompt": ["a"]}', 'not a JSON object with a string under "prompt"'),
+        ("a.json", "[1]", "entry 1: the entry must be a string, or an object"),
         ("a.json", '["cut', "cannot be read as JSON"),
         ("a.jsonl", "[" * 100_000, "line 1: not a JSON object"),
         ("a.txt", '{"prompt": "a cat"}\n', "has a JSON object on each line; rename it to"),

@@ -1,7 +1,8 @@
 """Rectified flow: noised samples x = (1 - sigma) x0 + sigma noise, and fields that predict their velocity noise - x0.
 
 Sigma runs from 1 (pure noise) to 0 (data). Shapes: B samples of shape * = (C, H, W); sigma is (B,) or 0-d. The function `move`
-computes Euler steps, x0 predictions (steps to sigma 0) and CDM's steps off the student's trajectory.
+follows a velocity in a straight line to another sigma. It makes Euler steps, x0 predictions (moves to sigma 0) and the points
+off the student's trajectory that CDM uses.
 """
 
 from abc import ABC, abstractmethod
@@ -47,7 +48,7 @@ class VelocityField(ABC):
         """Return the predicted velocity noise - x0 (B, *) at x (B, *) and sigma (B,)."""
 
     def select(self, rows: Rows) -> "VelocityField":
-        """Return the field for some samples of its batch, with the texts of these samples only.
+        """Return the field for the samples `rows` of its batch, with only their texts.
 
         By default this is the field itself, which is right for a field that does not depend on texts.
         """
@@ -62,17 +63,19 @@ class VelocityField(ABC):
         return None
 
     def given(self, **inputs: Tensor) -> "VelocityField":
-        """Return the field with fixed values (B,) for the additional inputs of its network, by name.
+        """Return the field with these values (B,) for additional inputs of its network; the keywords name the inputs.
 
-        An objective can define inputs besides x, sigma and text (`objectives.base.Role.inputs`). Raises ValueError if the field
-        has no such inputs.
+        An objective can give a network inputs besides x, sigma and text (`inputs` of `objectives.base.Role`). Raises ValueError
+        if the network has no input of that name.
         """
-        raise ValueError(f"{type(self).__name__} has no input {', '.join(inputs)}; declare it in Role.inputs")
+        raise ValueError(
+            f"{type(self).__name__} has no input {', '.join(inputs)}; declare it in inputs of the network's Role"
+        )
 
     def precise(self) -> "VelocityField":
-        """Return the field without options that compute calls without a gradient in fewer bits (`training.float8`).
+        """Return the field without `training.float8`, which computes network calls in 8 bits if they need no gradient.
 
-        Losses that take small differences of such calls use it. By default this is the field itself.
+        Losses use it where they subtract nearly equal results of two calls. By default this is the field itself.
         """
         return self
 
@@ -96,7 +99,7 @@ class FunctionField(VelocityField):
         return self.function(x, sigma)
 
     def join(self, others: Sequence[VelocityField]) -> VelocityField | None:
-        """Return this field if the others wrap the same function, otherwise None."""
+        """Return this field, which accepts a batch of any size, if the others wrap the same function; otherwise None."""
         same = all(isinstance(other, FunctionField) and other.function is self.function for other in others)
         return self if same else None
 

@@ -1,10 +1,10 @@
 """Distributions of the sigma to which a loss noises a sample before it calls a network.
 
-All classes draw one sigma for each sample and clamp it to [low, high]. As in the code of CDM's authors the draws are not
-rescaled. With the bounds 0.02 and 0.98, 2 % of uniform draws therefore become `low` and 2 % become `high`. The network is
-called at the clamped sigma. With `space="before_shift"`, the model family's timestep shift (for SD3, sigma s becomes 3 s / (1 +
-2 s)) is applied to the draw before the clamp; with "after_shift" it is not. Sigmas are drawn on the CPU and moved to the device
-once. All classes raise ValueError for an argument out of its range.
+All classes draw one sigma for each sample and clamp it to [low, high], as the code of CDM's authors does. Of uniform draws with
+the bounds 0.02 and 0.98, 2 % therefore become `low` and 2 % become `high`. The network is called at the clamped sigma. With
+`space="before_shift"`, the model family's timestep shift (for SD3, sigma s becomes 3 s / (1 + 2 s)) is applied to the draw before
+the clamp; with "after_shift" it is not. Sigmas are drawn on the CPU and moved to the device once. All
+classes raise ValueError for an argument out of its range.
 """
 
 from dataclasses import dataclass
@@ -30,9 +30,10 @@ class SigmaLevels(Protocol):
 
 @dataclass(frozen=True)
 class UniformLevels:
-    """U(0, 1), clamped to [low, high]. CDM (arXiv:2605.06376) uses it for its loss terms DM and CDM, and to train the fake score.
+    """U(0, 1), clamped to [low, high]. CDM (arXiv:2605.06376) uses it to train the fake score and for two loss terms.
 
-    The paper applies no timestep shift to these sigmas.
+    These terms are DM (distribution matching) and CDM (distribution matching off the student's trajectory). The paper applies no
+    timestep shift to these sigmas.
     """
 
     low: InnerSigma = 0.02
@@ -49,10 +50,10 @@ class UniformLevels:
 
 @dataclass(frozen=True)
 class CappedUniformLevels:
-    """U(0, ceiling), clamped to [low, high]. CDM (arXiv:2605.06376) uses it for its loss term CA (guidance).
+    """U(0, ceiling), clamped to [low, high]. CDM (arXiv:2605.06376) uses it for its loss term CA (guidance augmentation).
 
-    `ceiling` is the sigma at which the student predicted the sample. A sample is therefore noised to a lower sigma than this,
-    or to `low`. `ceiling` is already shifted, so the draw is not shifted again.
+    `ceiling` is the sigma at which the student predicted the sample. A sample is noised to a lower sigma than this, or to `low`
+    if the draw is below `low`. `ceiling` is already shifted, so the draw is not shifted again.
     """
 
     low: InnerSigma = 0.02

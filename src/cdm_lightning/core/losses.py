@@ -17,7 +17,7 @@ def mean_abs_distance(a: Tensor, b: Tensor, floor: float) -> Tensor:
 
 
 def directed_loss(x0_student: Tensor, direction: Tensor, x0_teacher: Tensor, floor: float) -> Tensor:
-    """Return a loss (0-d) whose gradient descent moves x0_student (B, *) along `direction` (B, *).
+    """Return a loss (0-d); a step of gradient descent on it moves x0_student (B, *) along `direction` (B, *).
 
     The loss is the mean squared error between x0_student and the constant target x0_student + direction / n, where n is the
     `mean_abs_distance` of x0_teacher and x0_student. All terms of CDM have this form (arXiv:2605.06376). The gradient with

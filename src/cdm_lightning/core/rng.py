@@ -2,8 +2,8 @@
 
 A purpose is a short name for the use of the numbers, such as "rollout.noise". A slot is the index of a sample in the global
 batch, which is spread over all processes. The numbers are therefore the same for any number of processes. They are computed on
-the CPU, so they are also the same for every device. Noise is moved to the device at once. Sigmas are moved (by `place`) after
-they have been shifted, so that the host never waits for the device.
+the CPU, so they are also the same for every device. Noise is moved to the device as soon as it is drawn. Sigmas are moved only
+after their timestep shift, by `place`: diffusers shifts on the CPU, and fetching them back would make the host wait for the device.
 
 The generator is SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), which computes each number of its sequence from the number's
 position. All samples are therefore drawn at once. The sequence starts at a hash of seed, purpose and iteration. Number n of a
@@ -99,9 +99,9 @@ class StepRandom:
         return len(self.slots)
 
     def again(self, repeat: int) -> "StepRandom":
-        """Return a copy that gives other numbers for each purpose, for repetition `repeat` of an optimizer step.
+        """Return a copy for update number `repeat` of a network that is updated several times in one iteration.
 
-        Repetitions count from 0, and `again(0)` gives the numbers of the first step.
+        Each update gets its own random numbers. Updates count from 0; `again(0)` gives the numbers of the first update.
         """
         return type(self)(self.seed, self.iteration, self.slots, self.device, repeat)
 
@@ -133,7 +133,7 @@ class StepRandom:
     def index(self, purpose: str, high: int) -> Tensor:
         """Draw an integer from 0 to high - 1 for each sample: int64, (B,), uniform if high is far below 2^31.
 
-        The result stays on the CPU, because it decides which network calls are made.
+        The result stays on the CPU, because the host needs it to decide which network calls to make.
         """
         draws = _bits(self._key(purpose), self.slots, 1)[:, 0] >> 33 & 0x7FFFFFFF
         return draws * high >> 31

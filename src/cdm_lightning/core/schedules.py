@@ -40,8 +40,8 @@ class RandomSchedule:
     """CDM's dynamic continuous schedule (arXiv:2605.06376): a random number of steps K at random sigmas.
 
     K is drawn from `length`. Each sample gets K - 1 sorted draws from U(sigma_min, sigma_max) between the ends 1 and 0. With
-    `stratified`, each of K - 1 equal bins gets one draw instead, as in LightX2V's code of CDM. The defaults are the published
-    values for SD3-Medium. The authors draw the sigmas once per process; here each sample has its own sigmas.
+    `stratified`, this interval is cut into K - 1 equal parts with one draw in each, as in LightX2V's code of CDM. The
+    defaults are the published values for SD3-Medium. The authors draw the sigmas once per process; here each sample has its own.
     """
 
     length: LengthDistribution

@@ -1,4 +1,4 @@
-"""Copies between the host and a GPU for which the host does not wait."""
+"""Asynchronous copies between the host and a GPU: the host does not wait until they have ended."""
 
 import torch
 from torch import Tensor

@@ -20,14 +20,14 @@ PADDING = -1  # key of a draw that only fills a batch; its result is ignored
 
 
 class PromptBatch(NamedTuple):
-    """A batch of B prompts. Each prompt has a number from which its random draws, such as its noise, are derived.
+    """A batch of B prompts, each with a number that seeds its random numbers, such as its noise.
 
     - `prompts`: B texts.
-    - `indices`: (B,) int64 on the CPU, the numbers for random draws. In training, a sample's number is its place in the global
+    - `indices`: (B,) int64 on the CPU, these numbers. In training, a sample's number is its place in the global
       batch over all ranks. In validation, it is the prompt's number in its file, or `PADDING`.
     - `images`: (B, 3, H, W) in [0, 1], real images of the prompts, or None if the objective needs none.
-    - `group`: the batches of all iterations that compute their rollouts together, this batch included. Only the first of these
-      batches has this entry; in the others it is empty.
+    - `group`: if several iterations compute their rollouts together, the first batch that is delivered lists all their batches
+      here, itself included. In every other batch `group` is empty.
     """
 
     prompts: list[str]
@@ -58,7 +58,7 @@ def spans(size: int, count: int) -> list[slice]:
 
 
 class Draw(NamedTuple):
-    """A request for one prompt: its number, the number for its random draws (`key`), and the number of its batch."""
+    """A request for one prompt: its number, the number that seeds its random numbers (`key`), and the number of its batch."""
 
     prompt: int
     key: int
@@ -113,9 +113,9 @@ class EndlessBatches(Sampler):
     epoch and the start of the next. All ranks together take `world_size * batch_size` consecutive prompts for each batch.
     Therefore the global batch does not depend on the number of ranks.
 
-    `groups(n)` gives the iterations that compute their rollouts together with iteration n (default: n alone). The first batch
-    of such a group contains its own draws, followed by the draws of the group's other batches. The other batches are also
-    delivered separately, in their own iterations.
+    `groups(n)` gives the iterations whose rollouts are computed together with the rollout of iteration n, n included (default: n
+    alone). In the first of them, or in `start` if a run resumes between them, the list contains the draws of its own batch,
+    followed by those of all other batches of the group. Later batches are yielded once more, in their own iterations.
     """
 
     def __init__(
@@ -167,9 +167,9 @@ def evaluation_batches(size: int, batch_size: int, rank: int = 0, world_size: in
 
 
 def collate(samples: list[Drawn]) -> PromptBatch:
-    """Return the `PromptBatch` of the first sample.
+    """Return the `PromptBatch` of the samples that belong to the same batch as the first sample.
 
-    If the samples belong to several batches, the attribute `group` of the result contains all these batches.
+    If there are samples of other batches, the attribute `group` of the result contains all batches, the returned one included.
     """
     by_batch = {number: [] for number in dict.fromkeys(sample.batch for sample in samples)}
     for sample in samples:

@@ -44,9 +44,9 @@ def use_image_cache(settings: ImageCacheSettings, backbone: Backbone) -> None:
 
 
 def codec_of(backbone: Backbone) -> str:
-    """Return a text that identifies the image codec: the backbone's class, and for a pipeline a hash of the codec's files.
+    """Return a string that identifies how the backbone encodes images: its class, and for a pipeline a hash of its VAE's files.
 
-    Raises `UserError` if there are no such files.
+    Raises `UserError` if a pipeline's VAE has no files.
     """
     from cdm_lightning.backbones.pipeline_folder import hash_part  # imports diffusers, which takes seconds
     from cdm_lightning.backbones.pipeline_settings import PipelineSettings

@@ -98,7 +98,7 @@ def open_columns(
 
 
 def check_column(path: Path, field: str, pyarrow: ModuleType) -> None:
-    """Raise `UserError` if `path` is not a readable parquet file with exactly one column `field` of texts."""
+    """Raise `UserError` if `path` is not a readable parquet file with exactly one column `field`, which contains strings."""
     try:
         schema = pyarrow.parquet.read_schema(path)
     except (pyarrow.ArrowException, OSError) as error:
@@ -113,13 +113,13 @@ def check_column(path: Path, field: str, pyarrow: ModuleType) -> None:
     if pyarrow.types.is_dictionary(kind):
         kind = kind.value_type
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_string_view(kind)):
-        raise UserError(f"{path}: the column {field!r} contains {kind}, not text; set field to a column of texts")
+        raise UserError(f"{path}: the column {field!r} contains {kind}, not text; set field to a column of strings")
 
 
 def parquet_texts(paths: Sequence[Path], field: str, pyarrow: ModuleType) -> Iterator[list[str | None]]:
     """Yield the texts in column `field` of parquet files, as lists of at most `BATCH_ROWS` texts. A null becomes None.
 
-    Raises `UserError` for a damaged file, or a file without a text column `field`.
+    Raises `UserError` for a damaged file, or a file whose column `field` is missing or does not contain strings.
     """
     for path in paths:
         check_column(path, field, pyarrow)
@@ -159,7 +159,7 @@ def write_column(target: Path, batches: Iterable[Sequence[str | None]]) -> None:
 def copy_path(cache_folder: str | Path | None, *identity: object) -> Path:
     """Return the path of a column's copy in `cache_folder`. The file name is a hash of `identity`.
 
-    Without a `cache_folder`, the copy lies in the user's own cache folder.
+    Without a `cache_folder`, the folder is `cdm_lightning/prompts` in $XDG_CACHE_HOME or ~/.cache.
     """
     if cache_folder is None:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

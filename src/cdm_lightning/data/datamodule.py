@@ -23,9 +23,9 @@ class PromptDataModule(L.LightningDataModule):
 
     A resumed run continues at batch `global_step`, so the state of the loaders need not be saved. `seed` fixes the order of the
     training prompts. Validation uses the first `val_prompts` prompts of `val`, or all if it is None. Batch sizes are per
-    process; `val_batch_size` is `batch_size` if it is None. `groups(n)` gives the iterations that compute their rollouts
-    together with iteration n; their prompts are delivered together. With `images`, each training prompt comes with its real
-    image.
+    process; `val_batch_size` is `batch_size` if it is None. `groups(n)` gives the iterations whose rollouts are computed
+    together with the rollout of iteration n; the batch of the first of them contains the prompts of all (`PromptBatch.group`).
+    With `images`, each training prompt comes with its real image.
 
     Raises `UserError` for a number out of its range, and if `images` are requested from prompts without images. If no batch
     arrives within `worker_timeout` seconds, the run ends with `UserError`.
@@ -48,7 +48,7 @@ class PromptDataModule(L.LightningDataModule):
         self.groups, self.images = groups, images
         if images and not train.has_images:
             raise UserError(
-                f"data.train: the objective needs real images, but {_without_images(train)} are prompts without images; "
+                f"data.train: the objective needs real images, but there are none in {_without_images(train)}; "
                 "choose a set of captioned images, such as data=captioned_images (docs/prompts.md)"
             )
         self.train, self.val, self.seed, self.num_workers = train, val, seed, num_workers
@@ -131,6 +131,6 @@ class PromptDataModule(L.LightningDataModule):
 
 
 def _without_images(prompts: Prompts) -> str:
-    """Return the names of a mixture's sources without images, for a message, or "these" if `prompts` is not a mixture."""
+    """Return the names of a mixture's sources without images, for a message, or "these prompts" if there is no mixture."""
     sources = prompts.sources if isinstance(prompts, MixedPrompts) else {}
-    return ", ".join(name for name, source in sources.items() if not source.has_images) or "these"
+    return ", ".join(name for name, source in sources.items() if not source.has_images) or "these prompts"

@@ -71,7 +71,7 @@ class DatasetColumn:
         self.rows, self.field, self.name = rows, field, name
 
     def scan(self) -> Iterator[tuple[int, str]]:
-        """Yield (row, text) for all rows, counted from 0. Raises `UserError` for a value that is not a text."""
+        """Yield (row, text) for all rows, counted from 0. Raises `UserError` for a value that is not a string."""
         position = 0
         for batch in self.rows.iter(batch_size=BATCH_ROWS):
             for text in checked(batch[self.field], self.field, self.name):
@@ -90,21 +90,21 @@ class DatasetColumn:
 def streamed_texts(rows: Any, field: str, name: str) -> Iterator[list[str | None]]:
     """Yield the texts in column `field` of an `IterableDataset`, as lists of at most `BATCH_ROWS` texts. A null becomes None.
 
-    Raises `UserError` for a value that is not a text; `name` is the data set's name in the message.
+    Raises `UserError` for a value that is not a string; `name` is the data set's name in the message.
     """
     for batch in rows.iter(batch_size=BATCH_ROWS):
         yield checked(batch[field], field, name)
 
 
 def checked(texts: list, field: str, name: str) -> list[str | None]:
-    """Return `texts` unchanged if each entry is a text or None.
+    """Return `texts` unchanged if each entry is a string or None.
 
     Raises `UserError` otherwise; the message contains the column `field` and the data set's `name`.
     """
     for text in texts:
         if text is not None and not isinstance(text, str):
             raise UserError(
-                f"{name}: the column {field!r} contains {type(text).__name__}, not text; set field to a column of texts"
+                f"{name}: the column {field!r} contains {type(text).__name__}, not text; set field to a column of strings"
             )
     return texts
 

@@ -143,9 +143,9 @@ def delimited_texts(delimiter: str) -> Callable[[Sequence[Path], str, ModuleType
 
 
 def listed_texts(paths: Sequence[Path], field: str, pyarrow: ModuleType) -> Iterator[list[str | None]]:
-    """Yield the texts of each file, which must contain a JSON list of texts, or of objects with a text under `field`.
+    """Yield the texts of each file, which must contain a JSON list of strings, or of objects with a string under `field`.
 
-    Raises `UserError` for a file of another form, and for a file over 1 GB, because a list must be read at once.
+    Raises `UserError` for a file of another form, and for a file over 1 GB, because a JSON list must be read whole.
     """
     for path in paths:
         if path.stat().st_size > LARGEST_LIST:
@@ -156,13 +156,13 @@ def listed_texts(paths: Sequence[Path], field: str, pyarrow: ModuleType) -> Iter
             raise UserError(f"{path}: cannot be read as JSON ({first_line(error)}); correct the file") from error
         if not isinstance(found, list):
             raise UserError(
-                f'{path}: the file must contain a JSON list of prompts, or of objects with a text under "{field}"'
+                f'{path}: the file must contain a JSON list of prompts, or of objects with a string under "{field}"'
             )
         texts = [entry.get(field) if isinstance(entry, dict) else entry for entry in found]
         for number, text in enumerate(texts, start=1):
             if not isinstance(text, str):
                 raise UserError(
-                    f'{path}, entry {number}: the entry must be a text, or an object with a text under "{field}"'
+                    f'{path}, entry {number}: the entry must be a string, or an object with a string under "{field}"'
                 )
             if flaw := flaw_of(text):
                 raise UserError(f"{path}, entry {number}: {flaw}")

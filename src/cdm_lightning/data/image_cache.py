@@ -1,6 +1,6 @@
 """A cache of the latents of real images on disk. Each image is encoded only once, when it is first used.
 
-    DIR/AB/ABCD....safetensors   "latent" (C, h, w), with its checksum; the name is a hash of the image codec and of the pixels
+    DIR/AB/ABCD....safetensors   "latent" (C, h, w), with its checksum; the name is a hash of the VAE and of the pixels
 
 The pixels are hashed as 8-bit values. An image that was changed, or that has another size, is therefore encoded again. Several
 processes and runs can share a folder.
@@ -41,9 +41,9 @@ class ImageCacheSettings:
 class StoredLatents:
     """An encoder of images into latents that stores the latents in `folder`.
 
-    `encode` is `Backbone.encode_images`. `fingerprint` identifies the image codec. Images are encoded one at a time, so that a
-    latent does not depend on the batch. A damaged file is written again. If the folder cannot be written, for example because
-    the disk is full, one warning is issued, and each image is encoded whenever it is used.
+    `encode` is `Backbone.encode_images`, and `fingerprint` identifies the VAE behind it (`codec_of`). Images are encoded one at a
+    time, so that a latent does not depend on the batch. If a file is damaged, its image is encoded again. If the folder cannot be
+    written, for example because the disk is full, one warning is issued, and each image is encoded whenever it is used.
     """
 
     def __init__(

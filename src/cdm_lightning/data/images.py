@@ -62,7 +62,7 @@ class CaptionedFolder(Prompts):
             raise UserError(f'{where}: the line must be {{"file_name": "IMAGE", "text": "CAPTION"}}') from error
         if not isinstance(name, str) or not isinstance(text, str) or not is_visible(text):
             raise UserError(
-                f"{where}: {'text is blank; fill it in' if type(name) is type(text) is str else 'file_name and text must be texts'}"
+                f"{where}: {'text is blank; fill it in' if type(name) is type(text) is str else 'file_name and text must be strings'}"
             )
         if flaw := flaw_of(text) or flaw_of(name):
             raise UserError(f"{where}: {flaw}")

@@ -36,7 +36,7 @@ class LineFiles:
     def scan(self) -> Iterator[tuple[int, str]]:
         """Yield (position, text) for each line. `read(position)` returns the same text later.
 
-        Raises `UserError` for a file that cannot be read or is not UTF-8, and for a line that has no text under `field`.
+        Raises `UserError` for a file that cannot be read or is not UTF-8, and for a line without a string under `field`.
         """
         for number, path in enumerate(self.paths):
             try:
@@ -97,7 +97,8 @@ class LineFiles:
             return self._parse(line)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
-                f'{path}, line {number}: not a JSON object with a text in "{self.field}"; correct the line or set field=NAME'
+                f'{path}, line {number}: not a JSON object with a string under "{self.field}"; correct the line, or set '
+                "field to the key of the prompts"
             ) from error
 
     def _parse(self, line: str) -> str:
@@ -111,7 +112,7 @@ class LineFiles:
 
 
 def opened(path: Path) -> TextIO:
-    r"""Open a UTF-8 file for reading. `seek` accepts the byte offset of any character.
+    r"""Open a UTF-8 file for reading. Its `seek` accepts the offset in bytes at which any character begins.
 
     Lines keep their ends: `\n`, `\r\n` or `\r`. Bytes that are not UTF-8 become lone surrogates and raise no error.
     """

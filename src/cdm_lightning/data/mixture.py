@@ -26,7 +26,7 @@ class MixedPrompts(Prompts):
     after the other.
 
     The mixture has images if all sources have images. Raises `UserError` if there is no source, if a weight is missing or not
-    positive, if the weights as whole numbers add up to more than 10,000, and when images of different sizes are read.
+    positive, or if the whole numbers add up to more than 10,000; and later, when an image is read whose size differs.
     """
 
     def __init__(self, sources: Mapping[Name, Prompts], weights: Mapping[Name, Positive] | None = None) -> None:
@@ -136,5 +136,8 @@ def whole_shares(names: Sequence[str], weights: Mapping[str, float]) -> list[int
     shares = [int(ratio * common) for ratio in ratios]
     shares = [share // math.gcd(*shares) for share in shares]
     if sum(shares) > LARGEST_BLOCK:
-        raise UserError(f"data.train.weights={dict(weights)} are not in a simple ratio such as 7 to 3; round them")
+        raise UserError(
+            f"data.train.weights={dict(weights)} are as whole numbers {shares}, whose sum is above {LARGEST_BLOCK:,}; "
+            "round them to a simpler ratio, such as 7 to 3"
+        )
     return shares

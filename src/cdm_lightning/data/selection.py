@@ -34,7 +34,7 @@ class TextSource(Protocol):
 
 @dataclass(frozen=True)
 class Counts:
-    """The numbers of texts that a `Selection` kept, and left out for each reason. `max_characters` is its limit of length."""
+    """How many texts a `Selection` kept, and left out for each reason. `max_characters` is the selection's limit of length."""
 
     kept: int
     blank: int
@@ -116,8 +116,8 @@ def is_visible(text: str) -> bool:
 def flaw_of(text: str) -> str | None:
     """Return why no tokenizer can read a text, and how to repair it. Returns None if nothing is wrong.
 
-    NUL characters and lone surrogates are wrong. A lone surrogate is half of a character, for example from a JSON text that was
-    cut inside an emoji.
+    Tokenizers cannot read NUL characters and lone surrogates. A lone surrogate is half of a character, for example
+    from a JSON text that was cut inside an emoji.
     """
     if "\0" in text:
         return "the prompt contains a NUL character; if the file is UTF-16, convert it to UTF-8"
@@ -131,9 +131,9 @@ def flaw_of(text: str) -> str | None:
 
 
 def first_occurrences(keys: bytes | bytearray) -> np.ndarray:
-    """Return the numbers (n,) of the 16-byte keys that do not repeat an earlier key, in increasing order.
+    """Return the indices (n,) of the 16-byte keys that do not repeat an earlier key, in increasing order.
 
-    `keys` contains the keys one after the other.
+    `keys` contains the keys one after the other; the first has index 0.
     """
     pairs = np.frombuffer(keys, dtype="<u8").reshape(-1, 2)
     order = np.lexsort((pairs[:, 1], pairs[:, 0]))  # the sort is stable: of equal keys the first comes first

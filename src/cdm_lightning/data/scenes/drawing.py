@@ -32,7 +32,7 @@ IN_PAIRS = 0.84  # the scale of things side by side
 
 @dataclass(frozen=True)
 class Spot:
-    """Where a thing stands: the pixel (x, y) of its foot on the canvas, and its scale in pixels a unit."""
+    """Where a thing stands: the pixel (x, y) of its foot on the canvas, and its scale in pixels per unit of `Sketch`."""
 
     thing: Thing
     x: float
@@ -43,8 +43,8 @@ class Spot:
 def draw_scene(caption: str, seed: int, split: Split = "all") -> tuple[Image.Image, Scene]:
     """Draw a caption: a 64 x 64 picture, and the scene with all attributes that it shows.
 
-    What the caption leaves out is drawn at random; with `split` "train", no held-out combination is shown. The result is a function
-    of the arguments. Raises ValueError for a text that is not a caption of the scenes.
+    What the caption leaves out is chosen at random, by `grammar.complete`, which also explains `split`. The same arguments always
+    give the same result. Raises ValueError for a text that is not a caption of the scenes.
     """
     rng = random.Random(f"{caption}/{seed}")
     scene = complete(parse_caption(caption), rng, split)

@@ -72,7 +72,7 @@ class Scene:
 
 
 def is_held_out(noun: str, colour: str | None, setting: str | None) -> bool:
-    """Return whether this combination is held out. A combination with an attribute that is not named is not."""
+    """Return whether this combination is held out. Without a colour or a setting the result is False."""
     if colour is None or setting is None:
         return False
     digest = hashlib.blake2b(f"{noun}/{colour}/{setting}".encode(), digest_size=4).digest()
@@ -97,7 +97,7 @@ def count_captions() -> int:
 
 
 def draw_captions(count: int, seed: int, split: Split = "train", pairs: float = 0.0) -> list[str]:
-    """Draw `count` random captions, a function of the arguments. About the share `pairs` of them has two things.
+    """Draw `count` random captions; the same arguments give the same captions. A caption has two things with probability `pairs`.
 
     The split "heldout" has only captions with a held-out combination, "train" has none of them, and "all" has both.
     """
@@ -189,14 +189,17 @@ def _parse_thing(phrase: str, caption: str) -> Thing:
 
 
 def complete(scene: Scene, rng: random.Random, split: Split = "all") -> Scene:
-    """Return the scene with every attribute that it leaves out drawn at random.
+    """Return the scene with a random value for every attribute that it leaves out.
 
-    With `split` "train", no held-out combination is drawn. Two things never have the same colour unless the scene says so. A thing
-    in front is small and a thing behind is large; raises ValueError for a scene that says otherwise.
+    With `split` "train", the result has no held-out combination, and with "heldout" it has one. Two things never have
+    the same colour unless the scene says so. A thing in front is small and a thing behind is large; raises ValueError for a scene
+    that says otherwise.
     """
     in_front = {"in front of": ("small", "large"), "behind": ("large", "small")}.get(scene.relation or "")
     if in_front and any(thing.size not in (None, size) for thing, size in zip(scene.things, in_front, strict=True)):
-        raise ValueError("a thing in front of another is small, and the one behind is large; leave out their sizes")
+        raise ValueError(
+            "of two things, the one in front must be small and the one behind large; leave out their sizes"
+        )
     while True:
         things: list[Thing] = []
         for i, thing in enumerate(scene.things):

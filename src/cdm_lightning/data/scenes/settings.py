@@ -1,4 +1,4 @@
-"""The settings of the storybook scenes: skies, grounds and what moves in them. All lengths are pixels of the large canvas."""
+"""The settings of the storybook scenes: painted backgrounds such as a beach. All lengths are pixels of the canvas (256 x 256)."""
 
 import math
 import random

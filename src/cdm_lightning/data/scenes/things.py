@@ -1,4 +1,4 @@
-"""The things of the storybook scenes as lists of simple shapes, to be painted with a rim at any place and scale.
+"""The things of the storybook scenes as lists of simple shapes, to be painted with an outline at any place and scale.
 
 Units: a thing stands on (0, 0), is about 2 high, and y grows downwards, as in a picture.
 """
@@ -64,7 +64,7 @@ class Sketch:
     def paint(
         self, draw: ImageDraw.ImageDraw, x: float, y: float, scale: float, rim: float, rim_colour: Colour
     ) -> None:
-        """Paint the thing so that it stands on the pixel (x, y), `scale` pixels a unit, with a rim of `rim` pixels around it."""
+        """Paint the thing so that it stands on the pixel (x, y), `scale` pixels per unit, with an outline `rim` pixels wide."""
         placed = [
             (kind, [(x + px * scale, y + py * scale) for px, py in points], colour, width * scale)
             for kind, points, colour, width in self.shapes
