@@ -220,17 +220,17 @@ class CDMModule(L.LightningModule):
         )
 
     def on_train_end(self) -> None:
-        """Let the last update of an EMA in host memory come to its end."""
+        """Wait for the last update of the EMA, which a thread makes if the EMA is in host memory."""
         if self.follower is not None:
             self.follower.settle()
 
     def on_train_start(self) -> None:
-        """Drop the rollouts that an earlier training computed in advance; they may have other prompts or another student."""
+        """Drop the rollouts that an earlier `fit` computed in advance; they may have other prompts or another student."""
         self.rollouts.forget()
 
     @property
     def fingerprint(self) -> str:
-        """A text that identifies the networks, made of the backbone's fingerprint and the LoRA settings of the trained roles.
+        """A string that identifies the networks, made of the backbone's fingerprint and the LoRA settings of the trained roles.
 
         A checkpoint with another fingerprint does not fit this module.
         """
@@ -262,8 +262,8 @@ class CDMModule(L.LightningModule):
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict:
         """Generate images of B prompts with each sampler in `samplers`, and return them for all callbacks.
 
-        The result is {"prompts": B texts, "indices": (B,), "images": {sampler: (B, 3, H, W) in [0, 1]}}. A padding batch gives no
-        prompts and no images; it only makes the number of network calls equal in all processes.
+        The result is {"prompts": B strings, "indices": (B,), "images": {sampler: (B, 3, H, W) in [0, 1]}}. A process without
+        prompts gets a padding batch, so that all processes make the same network calls; its result has no prompts and images.
         """
         networks = {"student": self.evaluated_network, "teacher": self.networks.teacher}
         with attention_by(self.compute.attention):

@@ -14,7 +14,7 @@ class Diversity(Metric):
     """The mean distance between the features of images of the same prompt. It says how much images depend on the noise.
 
     It uses `images_per_prompt` images for each of the first `prompts` prompts (`pairwise_diversity`). `feature` is the name of
-    the feature extractor. In validation there is only one image per prompt, so there is no figure.
+    the feature extractor. Validation makes one image per prompt, so it does not report this metric.
 
     Raises `UserError` for `prompts` < 1 or `images_per_prompt` < 2.
     """
@@ -43,8 +43,8 @@ class Diversity(Metric):
 def pairwise_diversity(features: Tensor) -> float:
     """Return the mean Euclidean distance between two images of the same prompt, over all pairs and all prompts.
 
-    `features` (P, M, D) belong to M images for each of P prompts. The distance has their units. It is 0 if the images do not
-    depend on the noise. Raises ValueError for M < 2.
+    `features` (P, M, D) belong to M images for each of P prompts. The distance is in the units of the features. It is 0 if the
+    images do not depend on the noise. Raises ValueError for M < 2.
     """
     images = features.shape[1]
     if images < 2:

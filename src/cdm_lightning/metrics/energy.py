@@ -12,8 +12,8 @@ from cdm_lightning.metrics.base import MeasuredImages, Metric
 class EnergyDistance(Metric):
     """The `energy_distance` between the images' features and samples of the data distribution.
 
-    `exact` is a function that returns the features (N, D) of exact samples for N prompts. `feature` is the name of the feature
-    extractor for the images.
+    `exact` is a function that takes N prompts and returns the features (N, D) of samples of the true distribution. `feature` is
+    the name of the feature extractor for the images.
     """
 
     def __init__(self, exact: Callable[[Sequence[str]], Tensor], feature: FeatureName = "points") -> None:

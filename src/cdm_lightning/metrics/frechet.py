@@ -107,9 +107,9 @@ def frechet_distance(reference: FeatureStatistics, features: Tensor) -> float | 
 class Frechet(Metric):
     """The Fréchet distance of the images to the images in `reference`.
 
-    `reference` yields batches of images (B, 3, H, W) in [0, 1] and is read once. It can also be the statistics of their
-    features. `feature` is the name of the feature extractor. Name the metric `fid` only with `InceptionFeatures`, because the
-    distance depends on the features.
+    `reference` yields batches of images (B, 3, H, W) in [0, 1] and is read once, or it is the `FeatureStatistics` of such images.
+    `feature` is the name of the feature extractor. Name the metric `fid` only with `InceptionFeatures`, because the distance
+    depends on the features.
     """
 
     def __init__(self, reference: Iterable[Tensor] | FeatureStatistics, feature: FeatureName = "clip") -> None:
@@ -153,7 +153,8 @@ class FrechetToSampler(Metric):
         such images resemble each other. "other_noise" compares images that start from different noise; it is left out if the
         evaluation makes no such images.
 
-        Returns None for the other sampler itself, if the other sampler is not run, and for fewer than 2 images.
+        Returns None if `measured` are the other sampler's own images, if the other sampler is not run, and for fewer than 2
+        images.
         """
         reference = others.get(self.sampler or "")
         if reference is None or reference is measured or min(len(reference), len(measured)) < 2:

@@ -1,4 +1,4 @@
-"""An open_clip model that embeds images and prompts for metrics. Missing weights are an error at once."""
+"""An open_clip model that embeds images and prompts for metrics. Missing weights raise an error instead of being random."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,11 +81,11 @@ def _check_source(model: str, pretrained: str | None, known: Sequence[str], tags
         raise UserError(f"open_clip has no model {model!r}; use one of its model names or {LOCAL_DIR}FOLDER")
     if pretrained is None:
         raise UserError(
-            f"the CLIP model {model} has no weights; set feature.NAME.pretrained to a file or a tag of open_clip, where NAME is "
-            "this extractor's name"
+            f"the CLIP model {model} has no weights; set pretrained to a file or a tag of open_clip, in the part of the "
+            f"configuration that sets model={model}"
         )
     if not Path(pretrained).is_file() and pretrained not in tags_of(model):
         tags = ", ".join(tags_of(model))
         raise UserError(
-            f"the CLIP weights {pretrained} do not exist; set feature.NAME.pretrained to a file or a tag of {model} ({tags})"
+            f"the CLIP weights pretrained={pretrained} do not exist; set pretrained to a file or to a tag of {model} ({tags})"
         )

@@ -25,11 +25,11 @@ MOST_IMAGE = 1 << 30  # bytes
 
 @dataclass(frozen=True)
 class ShapesRenderings:
-    """Real images of the shapes set, in batches (B, 3, 32, 32): `count` renderings of the first `captions` prompts in turn.
+    """Real images of the shapes set, in batches (B, 3, 32, 32): `count` renderings that cycle through the first `captions` prompts.
 
-    `captions` None means all prompts. The renderings depend only on the prompts and on `seed`. They show the prompts of the
-    generated images (the usual choice for FID on COCO). With other prompts, even a perfect generator would have a distance above
-    0.
+    `captions` None means all prompts. The renderings depend only on the prompts and on `seed`. Pass the prompts of the generated
+    images (as is usual for FID on COCO): if the references showed other prompts, even a perfect generator would have a distance
+    above 0.
 
     Raises `UserError` if there are fewer prompts than `captions`, or if a prompt is not a caption of the shapes set.
     """
@@ -87,7 +87,9 @@ class ImageFolder:
         self.folder, self.image_size, self.batch_size = Path(folder), image_size, batch_size
         self.paths = sorted(path for path in self.folder.rglob("*") if path.suffix.lower() in SUFFIXES)
         if not self.paths:
-            raise UserError(f"{folder} has no reference images ({', '.join(SUFFIXES)}); pass a folder of images")
+            raise UserError(
+                f"{folder} has no reference images (files named {', '.join(SUFFIXES)}); pass another folder"
+            )
         sizes = {self._size(path): path for path in self.paths}  # reads headers only
         if len(sizes) > 1 and image_size is None:
             self._refuse_sizes(list(sizes.values())[1])

@@ -1,6 +1,7 @@
 """A small classifier that decides whether a picture of the storybook scenes shows what its caption says.
 
-It is trained on drawings (`data.scenes`) and not on generated pictures. Its features are also used for the Fréchet distance.
+The storybook scenes are this package's procedural data set of captioned drawings (`data.scenes`). The classifier is trained on
+them and not on generated pictures. Its features are also used for the Fréchet distance.
 """
 
 from collections.abc import Sequence

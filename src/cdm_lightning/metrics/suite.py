@@ -32,7 +32,7 @@ class Collected:
     has_noise: bool = True  # False for real images
 
     def add(self, other: "Collected") -> None:
-        """Append the measurements that another process has made for the same sampler, except for `copies`."""
+        """Append another process's measurements for the same sampler, without `copies` and `other_noise` (validation makes none)."""
         self.prompts += other.prompts
         self.indices += other.indices
         for mine, theirs in ((self.features, other.features), (self.scores, other.scores)):
@@ -95,7 +95,7 @@ class MetricSuite:
 
     @property
     def copies(self) -> Copies:
-        """The largest number of prompts and of images per prompt that a metric asks for. It is (0, 1) if no metric asks."""
+        """The largest `prompts` and the largest `images` of the metrics' `copies`; `Copies(0, 1)` if no metric sets them."""
         wishes = [metric.copies for metric in self.metrics.values() if metric.copies is not None]
         return Copies(
             max((wish.prompts for wish in wishes), default=0), max((wish.images for wish in wishes), default=1)
@@ -103,7 +103,7 @@ class MetricSuite:
 
     @property
     def other_noise(self) -> bool:
-        """Whether a metric needs a second image of each prompt, from different noise, for samplers of a student."""
+        """Whether a metric needs a second image of each prompt, from different noise, from each sampler that runs the student."""
         return any(metric.other_noise for metric in self.metrics.values())
 
     @property
@@ -177,8 +177,8 @@ class MetricSuite:
     ) -> None:
         """Add the features and scores of a sampler's images (B, 3, H, W) in [0, 1] to `collected`.
 
-        `texts` stores the prompts' features by extractor. Pass the same dictionary for images of the same prompts by other
-        samplers.
+        `texts` is a cache of the prompts' features by extractor, which this method fills. Pass the same dictionary for images
+        of the same prompts by other samplers.
         """
         batch = ImageBatch(images, prompts, indices, self.extractors, {} if texts is None else texts)
         collected.prompts += prompts

@@ -64,7 +64,7 @@ class VelocityFields:
 
 
 def _no_images(latents: Tensor) -> Tensor:
-    raise UserError("this sample has no image codec, so a reward cannot look at images; set objective.reward=null")
+    raise UserError("this sample has no image codec to decode images for the reward; set objective.reward=null")
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ class Sample:
     """The input of a loss: B prompts of one iteration, with the networks and the random numbers for them.
 
     `fields` are the networks with the text of these prompts, and `rng` gives their random numbers. `shift` applies the model
-    family's timestep shift to single sigmas, `shift_steps` to all sigmas of a rollout (`Backbone.shift_steps`). `latent_shape` is
-    (C, H, W). Shifts and shape are those of this iteration's image size. `iteration` counts from 0. `latents` are the clean
+    family's timestep shift to each sigma alone, `shift_steps` to all sigmas of a rollout together (`Backbone.shift_steps`).
+    `latent_shape` is (C, H, W). All three fit this iteration's image size. `iteration` counts from 0. `latents` are the clean
     latents (B, C, H, W) of real images, or None if the objective uses none. `decode` turns clean latents (B, C, H, W) into images
     (B, 3, H, W) in [0, 1]; gradients flow through it.
     """
@@ -175,7 +175,7 @@ class Update:
 
 
 class Objective(ABC):
-    """The base class of objectives. A subclass must write `updates`; everything else has a default.
+    """The base class of objectives. A subclass must implement `updates`; everything else has a default.
 
     The defaults fit a method that trains only the student, on its own rollouts, and keeps no state.
     """
@@ -231,8 +231,8 @@ class Objective(ABC):
         """React to an optimizer step of `role`, for example by changing a state that `updates` depends on.
 
         `figures` are 0-d tensors by name: "loss", the loss's terms and logs, and "grad_norm". They are means over all processes,
-        so every process sees the same values. To read a value, the host must wait for the device. `made` is False if the step was
-        skipped because a loss or a gradient was not finite. The means are computed only if a subclass overrides this method.
+        so every process sees the same values. Reading a value synchronizes with the GPU. `made` is False if the step was skipped
+        because a loss or a gradient was not finite. The means are computed only if a subclass overrides this method.
         """
         return
 

@@ -60,8 +60,8 @@ class CDMObjective(Objective):
       "final"   the end of the rollout.
 
     `first_step` adds a loss that makes the student's first steps follow the teacher, for diversity. `reward` adds a loss from a
-    scorer of images. Both are off if None. Raises ValueError for an unknown choice, for a number out of its range, and if all
-    three weights are 0 at the start.
+    scorer of images. Both are off if None. Raises ValueError for an unknown choice, for a number out of its range, and if
+    `ca_weight`, `dm_weight` and `cdm_weight` are all 0 in iteration 0.
     """
 
     ca_weight: TermWeight = 1.0
@@ -158,9 +158,9 @@ class CDMObjective(Objective):
         return sample.fields["fake_score"]
 
     def guidance(self, term: str) -> float:
-        """Return the guidance scale of a loss term, the factor of the teacher's x0 with the prompt minus its x0 without.
+        """Return the guidance scale of a loss term: `guidance_scale` for "ca", and 0 for "dm" and "cdm".
 
-        It is `guidance_scale` for the term "ca", and 0 for "dm" and "cdm".
+        It multiplies T(c) - T(0), the difference of the teacher's x0 predictions with and without the prompt.
         """
         return self.guidance_scale if term == "ca" else 0.0
 
@@ -225,7 +225,7 @@ class CDMObjective(Objective):
             return point.x0
         if not isinstance(point, FullTrajectoryPoint):
             raise ValueError(
-                f"teacher_base={self.teacher_base!r} needs samples of rollouts to their end; return 'full' from Objective.rollout"
+                f"teacher_base={self.teacher_base!r} needs rollouts to their end (clean images); return 'full' from Objective.rollout"
             )
         return point.x0_final
 

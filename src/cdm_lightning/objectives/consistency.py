@@ -144,7 +144,7 @@ class ContinuousConsistencyObjective(_AlongTheODE):
             )
 
     def student_losses(self, sample: Sample) -> Iterator[TermLosses]:
-        """Yield the mean squared distance (0-d) of the student's velocity to its target, which has a normalized tangent."""
+        """Yield the mean squared error (0-d) of the student's velocity against the target v + g / (|g| + `tangent_floor`)."""
         x, sigma = self._point(sample)
         student = sample.fields.student
         velocity = student(x, sigma)

@@ -58,10 +58,10 @@ class FDistillObjective(DMD2Objective):
     """DMD2 whose DM term minimizes the f-divergence `divergence`; with "reverse_kl" it equals DMD2.
 
     Each sample of the DM term is weighted by h(r), a function of the density ratio r of data and student at the noised sample.
-    The classifier head estimates r as exp(logit), which is clamped to [`ratio_low`, `ratio_high`]. Over the student's samples the
-    mean of r should be 1 at every sigma. Therefore r is divided by its running mean, in each of `ratio_bands` equal bands of
-    sigma. h(r) is also divided by its running mean, so that the strength of the term does not depend on the divergence. Both
-    means decay by `ratio_decay` with each student update. They are the same in all processes, and checkpoints hold them.
+    The classifier head estimates r as exp(logit), which is clamped to [`ratio_low`, `ratio_high`]. The mean of the true r = p / q
+    over samples of q, the student, is 1 at every sigma. Therefore r is divided by its running mean, in each of `ratio_bands` equal
+    bands of sigma. h(r) is also divided by its running mean, so that the strength of the term does not depend on the divergence.
+    Both means decay by `ratio_decay` with each student update. They are the same in all processes, and checkpoints hold them.
 
     The CDM term is not weighted, because the head never sees its samples. The other arguments are those of `DMD2Objective`.
     Raises ValueError for an argument out of its range.

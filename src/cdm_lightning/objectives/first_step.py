@@ -23,9 +23,9 @@ class FirstStepAnchor:
     """A loss that ties the student's first velocity to the teacher's first steps from the same noise.
 
     The teacher makes the first `followed` of `teacher_steps` steps from the noise of each sample's rollout, to a state z at sigma
-    s. The teacher's guidance scale is `guidance_scale`; 1 means no guidance. The student's velocity at the noise learns (noise -
-    z) / (1 - s), by the mean squared error times `weight`. With `alone`, as in DP-DMD, the CA and DM terms do not act on first
-    steps, except in rollouts of a single step.
+    s. The teacher's guidance scale is `guidance_scale`; 1 means no guidance. The loss is `weight` times the mean squared error of
+    the student's velocity, predicted from the noise at sigma 1, against (noise - z) / (1 - s). With `alone`, as in DP-DMD, the
+    CA and DM terms do not act on first steps, except in rollouts of a single step.
 
     This loss costs, for each student update, `followed` calls of the teacher (twice as many with guidance), and a forward and a
     backward pass of the student. The defaults are those of the authors' code for SD3.5-Medium. Raises ValueError if `followed` is
@@ -45,7 +45,7 @@ class FirstStepAnchor:
             )
 
     def loss(self, sample: RolledOutSample) -> TermLosses:
-        """Return the weighted mean squared error of the student's velocity at the noise."""
+        """Return `weight` times the mean squared error of the velocity that the student predicts from the noise."""
         fields = sample.fields
         noise = sample.rng.normal("rollout.noise", sample.latent_shape)
         target = self._target(sample, noise)

@@ -40,8 +40,8 @@ class _Noised:
 class TDMObjective(LevelAwareObjective):
     """Trajectory distribution matching (TDM), with the teacher's guidance in the DM term.
 
-    The guidance is `guidance_scale` times the teacher's x0 with the prompt minus its x0 without. `segments` says to which
-    sigma a state is noised again:
+    The guidance is `guidance_scale` times the difference of the teacher's x0 predictions with and without the prompt.
+    `segments` says to which sigma a state is noised again:
       "own"       a uniform sigma of its own step, from its end to its start;
       "to_noise"  any sigma above the end of its step; the paper then also tells the fake score the number of steps
                   (`fake_score_conditioning`).
@@ -52,9 +52,9 @@ class TDMObjective(LevelAwareObjective):
       "state"       the score of the noised states, by denoising score matching. Each sample is weighted so that the target
                     stays bounded.
 
-    `cdm_weight` and `off_trajectory_share` must be 0. The other arguments are those of `LevelAwareObjective`. Of the sigma
-    distributions only `ca_levels` has an effect, and only if the CA term is on. Raises ValueError for an argument out of its
-    range.
+    `cdm_weight` and `off_trajectory_share` must be 0. The other arguments are those of `LevelAwareObjective`. `dm_levels`,
+    `cdm_levels`, `target_levels` and `fake_score_levels` have no effect; `ca_levels` has one if `ca_weight` is above 0. Raises
+    ValueError for an argument out of its range.
     """
 
     ca_weight: TermWeight = 0.0
@@ -74,10 +74,7 @@ class TDMObjective(LevelAwareObjective):
                 raise ValueError(f"{name}={getattr(self, name)} must be 0, because TDM has no term off the trajectory")
 
     def guidance(self, term: str) -> float:
-        """Return the guidance scale of a loss term, the factor of the teacher's x0 with the prompt minus its x0 without.
-
-        Here it is the same for all terms.
-        """
+        """Return the guidance scale of a loss term: `guidance_scale` for all terms."""
         return self.guidance_scale
 
     def _look(self, term: str, x0: Tensor, seen: Tensor, sample: RolledOutSample) -> Look:

@@ -62,7 +62,7 @@ def remedies(sizes: Sizes, layout: Layout, gpus: GPUs, batch: int, accumulate: i
 
 
 def further(recomputation: Recomputation, lora: bool) -> list[str]:
-    """Return overrides that save memory by more computation or by LoRA. Plan again with one of them to see how much it saves.
+    """Return overrides that save memory by recomputation or by training LoRAs. Plan again with one to see how much it saves.
 
     `recomputation` is the run's gradient checkpointing, and `lora` says whether it trains LoRAs.
     """

@@ -16,7 +16,7 @@ STRATEGIES = ("single", "ddp", "fsdp2", "hsdp")
 
 @dataclass(frozen=True)
 class GPUs:
-    """`count` identical GPUs with `gigabytes` GiB of memory each (vendors write GB).
+    """`count` identical GPUs with `gigabytes` GiB of memory each (an "80 GB" GPU is counted as 80 GiB).
 
     The share `reserve` of the memory is left for CUDA itself and for gaps between tensors.
     """
@@ -35,9 +35,9 @@ class GPUs:
 
 
 def read_gpus(text: str, reserve: float = 0.08) -> GPUs:
-    """Read a text such as "8x80", which means eight GPUs of 80 GB.
+    """Parse a string such as "8x80", which means eight GPUs of 80 GB.
 
-    Raises UserError for a text of another form, and for a `reserve` outside [0, 1).
+    Raises UserError for a string of another form, and for a `reserve` outside [0, 1).
     """
     match = re.fullmatch(rf"([0-9]{{1,{DIGITS}}})x([0-9]{{1,{DIGITS}}}(?:\.[0-9]{{1,{DIGITS}}})?)", str(text).strip())
     if not match or not 1 <= int(match[1]) <= MOST_GPUS or not LEAST_MEMORY <= float(match[2]) <= MOST_MEMORY:

@@ -155,7 +155,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def storages(module: nn.Module) -> Iterable[Tensor]:
-    """Yield a module's parameters and buffers, which exist before the code that is recorded."""
+    """Yield a module's parameters and buffers, to be passed as `known` to `LiveBytes`, which then does not count them."""
     yield from module.parameters()
     yield from module.buffers()
 
@@ -164,7 +164,8 @@ class GPUAutocast(torch.overrides.TorchFunctionMode):
     """Make autocast on the CPU use float32 for the same operations as on a GPU.
 
     On a GPU, normalizations and reductions compute in float32 and return it (torch's table "Ops that autocast to float32"). On
-    the CPU they use the dtype of their inputs, so the tensors saved for the backward pass would have half the size.
+    the CPU they use the dtype of their inputs. Without this mode, tensors that they save for the backward pass would therefore
+    be counted with half their size.
     """
 
     FLOAT32 = frozenset(

@@ -16,11 +16,11 @@ MOST = 1_000_000  # the search for the largest batch stops here
 
 @dataclass(frozen=True)
 class Validation:
-    """The memory of validation, in bytes: sampling by a rollout, decoding of the images, and copies of the pixels.
+    """The memory of validation, in bytes, for its three stages: sampling, decoding, and scaling of the pixels to [0, 1].
 
-    Decoding takes `first` for the first image of a batch and `more` for each further one. The pixels take `copies` for each image
-    at the end. Sampling takes as much as a training rollout with `share` times the number of images as samples. `batch` is the
-    number of images in a batch; None means as many as in training.
+    Sampling B images takes as much as a training rollout of `share` * B samples. Decoding takes `first` for the first image of a
+    batch and `more` for each further one. Scaling the pixels takes `copies` for each image. `batch` is the number of images in a
+    batch; None means as many as in training.
     """
 
     first: float
@@ -32,8 +32,8 @@ class Validation:
     def peak(self, rollout: Timeline | None, batch: int, fixed: float) -> float:
         """Return the largest number of bytes at any moment of validation.
 
-        `rollout` is the memory of a training rollout, and `batch` the number of samples in training. This GPU holds the share
-        `fixed` of the rollout's fixed bytes.
+        `rollout` is the memory of a training rollout, and `batch` the number of samples in training. `fixed` is the share of the
+        rollout's fixed bytes (those that do not grow with the batch) that this GPU holds.
         """
         images = self.batch or batch
         sampled = rollout.peak(math.ceil(images * self.share), 1.0, fixed) if rollout is not None else 0.0
@@ -50,7 +50,7 @@ class Sizes:
     - `trained`: the trained weights.
     - `states`: the optimizer's state after its first step.
     - `step_copies`: what an optimizer step takes in addition.
-    - `phases`: the memory at each moment of the "rollout", and of each role's updates.
+    - `phases`: the memory during each role's updates, and under the key "rollout", the memory during the rollout.
 
     `text` and `vae` are the bytes of the text encoders and of the image codec. `largest_block` is the number of weights in a
     network's largest block, `outside_blocks` the number outside all blocks, and `compute` the bytes of one weight in the compute

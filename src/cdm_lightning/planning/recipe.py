@@ -1,4 +1,4 @@
-"""Compute from a configured module the facts that a plan needs: the bytes of its parts and the work of an iteration."""
+"""Compute what a plan needs to know of a configured module: the bytes of its parts and the work of an iteration."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Recipe:
     """The facts about a run that do not depend on the GPUs: the bytes of its parts, and the work for one sample.
 
     `parameters` are the numbers of parameters of the transformer, the text encoders and the image codec ("vae"), by name.
-    `source` is the place where the architecture was read.
+    `source` says where the architecture comes from: the pipeline's folder, or a note on this package's file of it.
     """
 
     sizes: Sizes

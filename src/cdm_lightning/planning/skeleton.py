@@ -28,7 +28,7 @@ TWIN = re.compile(r"\.(fp16|bf16)[.-]")
 class FrozenParts:
     """The numbers of parameters of a pipeline's frozen parts: each text encoder by name (`text`), and the image codec (`vae`).
 
-    `source` is the place where the numbers were read.
+    `source` says where the numbers come from: the pipeline's folder, or a note on this package's file of the architecture.
     """
 
     text: dict[str, int]
@@ -83,7 +83,8 @@ def _from_shipped(backbone: PipelineBackbone) -> FrozenParts:
     known = {entry["hub_id"]: entry for entry in entries}
     if backbone.pretrained not in known:
         raise UserError(
-            f"backbone.pretrained={backbone.pretrained} is a pipeline of unknown sizes; download it and pass its folder"
+            f"the planner does not know the sizes of the pipeline {backbone.pretrained}; download it and set "
+            "backbone.pretrained to its folder"
         )
     entry = known[backbone.pretrained]
     backbone.leave_weights_out(entry)

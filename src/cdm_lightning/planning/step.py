@@ -55,19 +55,19 @@ class BlankRandom(StepRandom):
         return self
 
     def uniform(self, purpose: str, n: int | None = None) -> Tensor:
-        """Return an empty tensor (B,), or (B, n)."""
+        """Stand in for uniform numbers: return an uninitialized tensor (B,), or (B, n)."""
         return torch.empty(len(self) if n is None else (len(self), n))
 
     def gaussian(self, purpose: str) -> Tensor:
-        """Return an empty tensor (B,)."""
+        """Stand in for Gaussian noise: return an uninitialized tensor (B,), because planning needs only shapes."""
         return torch.empty(len(self))
 
     def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
-        """Return an empty tensor (B, *shape)."""
+        """Stand in for Gaussian noise: return an uninitialized tensor (B, *shape)."""
         return torch.empty(len(self), *shape)
 
     def index(self, purpose: str, high: int) -> Tensor:
-        """Return an empty int64 tensor (B,)."""
+        """Stand in for random integers below `high`: return an uninitialized int64 tensor (B,)."""
         return torch.empty(len(self), dtype=torch.int64)
 
 
@@ -204,5 +204,5 @@ def _run_backward(loss: Tensor) -> None:
 
 
 def every_network(networks: Networks) -> tuple[nn.Module, ...]:
-    """Return all networks, including the frozen base of the LoRA adapters. The teacher is last."""
+    """Return all networks, including the frozen base of the LoRA adapters. Callers rely on the teacher being last."""
     return (*networks.children(), *networks.unregistered)

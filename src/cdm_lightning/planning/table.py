@@ -18,7 +18,7 @@ class Plan:
     `batch` is the number of prompts on each GPU in an iteration, computed in `accumulate` parts. `fits` is the largest number of
     prompts that fits into the memory of a GPU. `hours` is the length of the run if each GPU reaches the share `utilisation` of
     its peak of `peak_tflops` TFLOP/s. `remedies` and `further` are options that save memory. `faster` are options that use free
-    memory to save time. `source` is the place where the architecture was read.
+    memory to save time. `source` says where the architecture comes from (`Recipe.source`).
     """
 
     name: str

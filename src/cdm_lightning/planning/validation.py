@@ -17,8 +17,8 @@ def trace_validation(module: CDMModule, codec_parameters: int, batch: int | None
     """Return the memory of validation with batches of `batch` prompts (None: as many as in training).
 
     `skeleton.hollow` must have been called on the backbone of `module`. Returns None if validation has no sampler. Also returns
-    None if the image codec's configuration in this package is incomplete, that is, if it does not give `codec_parameters`
-    parameters.
+    None if an image codec built from the known configuration has another number of parameters than `codec_parameters`, the true
+    one, because the configuration is then incomplete.
     """
     backbone = cast(PipelineBackbone, module.backbone)
     if not module.samplers:

@@ -31,7 +31,8 @@ def expected_calls(mean_length: float, rollout: RolloutKind) -> float:
     """Return the expected number of student calls in a rollout, for a mean number of steps `mean_length`.
 
     For K steps there are K calls if the rollout goes to its end ("full") and none if there is no rollout ("none"). If it stops at
-    a random step, the anchor ("to_anchor"), there are (K + 1) / 2: the anchor is uniform, and the call at the anchor counts.
+    the anchor ("to_anchor"), a step drawn uniformly from 1 to K, there is one call for each step up to and including the anchor,
+    on average (K + 1) / 2.
     """
     return {"full": mean_length, "to_anchor": (mean_length + 1) / 2, "none": 0.0}[rollout]
 
