@@ -115,13 +115,13 @@ def test_what_cannot_compute_in_fp8_is_refused_in_one_line(monkeypatch):
         Compute(fp8="int8")
     check_device(None, CPU, torch.float32)
     check_device("emulated", CPU, torch.float32)
-    with pytest.raises(UserError, match=r"compute.fp8=rowwise: the device cpu has no products in fp8"):
+    with pytest.raises(UserError, match=r"compute.fp8=rowwise: the device cpu cannot compute in fp8"):
         check_device("rowwise", CPU, torch.bfloat16)
     with pytest.raises(UserError, match=r"needs module.compute_dtype=bfloat16"):
         check_device("rowwise", CPU, torch.float32)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
-    with pytest.raises(UserError, match=r"NVIDIA A100 has no products in fp8"):
+    with pytest.raises(UserError, match=r"NVIDIA A100 cannot compute in fp8"):
         check_device("rowwise", torch.device("cuda"), torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     check_device("rowwise", torch.device("cuda"), torch.bfloat16)

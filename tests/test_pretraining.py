@@ -76,7 +76,7 @@ def test_going_on_from_something_else_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model_index\.json"):
         start_from(build_pipeline(), tmp_path)
     build_pipeline(heads=2).save_pretrained(tmp_path / "other")
-    with pytest.raises(UserError, match="is not a tiny pipeline of these sizes") as caught:
+    with pytest.raises(UserError, match="is not a tiny pipeline with the sizes in `pipeline`") as caught:
         start_from(build_pipeline(heads=3), tmp_path / "other")
     assert "\n" not in str(caught.value)
 

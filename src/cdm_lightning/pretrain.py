@@ -37,9 +37,11 @@ TOP: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Bundle:
-    """A pipeline that `bundle=NAME` trains: its stages, the stages with a training recipe, and its further options.
+    """A pipeline that `bundle=NAME` trains, and the options that its configuration has.
 
-    Some options are the arguments of a function in `pretraining`; the function's annotations give the allowed values.
+    `stages` is the type of the option `stages`, and `learned` are the stages that have a training recipe. `top` holds further
+    options with the types of their values. `arguments` maps a group of options to the function in `pretraining` that takes them
+    as arguments; the function's annotations give the allowed values.
     """
 
     stages: Any
@@ -125,7 +127,7 @@ def make_tiny_sd3(cfg: DictConfig, recipe: Callable[[str], Any], output: Path, w
 def make_storybook(cfg: DictConfig, recipe: Callable[[str], Any], output: Path, work: Path) -> None:
     """Run the stages of the 64-pixel pipeline: prompts, judge, vae and teacher.
 
-    The figures of `measure_judge` and `measure_vae` are written to a file.
+    The results of `measure_judge` and `measure_vae` are written to `storybook_judge.json` and `storybook_vae.json` in `output`.
     """
     from cdm_lightning.pretraining import judge, storybook
 
@@ -181,8 +183,8 @@ def _require_known(node: DictConfig, known: Collection[str], prefix: str) -> Non
 def save_pipeline(pipeline: Any, folder: Path, halved: Sequence[Any]) -> None:
     """Write the pipeline into `folder` as diffusers does, completely or not at all.
 
-    The networks in `halved`, which take most of the space, are converted to half precision, in place. Text encoders stay in
-    float32: the library transformers would load them in half precision, while diffusers loads all other networks in float32.
+    The networks in `halved`, which take most of the space, are converted to half precision, in place. diffusers converts them
+    back to float32 when it loads them. Text encoders must not be among them: transformers would leave them in half precision.
     """
     import torch
 

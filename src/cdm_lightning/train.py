@@ -131,7 +131,7 @@ def train_in(run: Run, config: DictConfig) -> TrainResult:
 def check_figures(
     module: CDMModule, callbacks: Mapping[str, L.Callback], checkpoint: IterationCheckpoint, validates: bool
 ) -> None:
-    """Raise `UserError` if the checkpoint or a callback, by its option, watches a figure that is never logged."""
+    """Raise `UserError` if the checkpoint or one of `callbacks`, {option: callback}, watches a figure that is never logged."""
     measuring = [one for one in callbacks.values() if isinstance(one, ValidationMetrics)] if validates else []
     logged = [name for callback in measuring for name in callback.names(module)]
     if all_known(callbacks.values()) and type(module) is CDMModule:  # a subclass may log more
@@ -140,7 +140,7 @@ def check_figures(
 
 
 def fit(trainer: L.Trainer, module: CDMModule, data: PromptDataModule, config: DictConfig, callbacks: Mapping) -> None:
-    """Train. Raises `UserError` for a failure that can be explained in one line; `callbacks` are by their option."""
+    """Train. Raises `UserError` for a failure that can be explained in one line; `callbacks` are {option: callback}."""
     try:
         trainer.fit(module, data)
     except UserError:
@@ -156,9 +156,9 @@ def fit(trainer: L.Trainer, module: CDMModule, data: PromptDataModule, config: D
 
 
 def hidden_end(error: BaseException) -> Preempted | UserError | None:
-    """Return the `Preempted` or `UserError` that ended the training and that a later `error` hides. None if there is none.
+    """Return the `Preempted` or `UserError` during whose handling `error` was raised, or None if there was none.
 
-    `error` comes from Lightning's clean-up, which fails, for example, if no data loader has delivered a batch yet.
+    Lightning's clean-up can raise such an `error`, for example if no data loader has delivered a batch yet.
     """
     earlier = error.__context__
     while earlier is not None and not isinstance(earlier, (Preempted, UserError)):

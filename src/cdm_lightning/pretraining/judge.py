@@ -1,4 +1,7 @@
-"""A stage of `cdm_lightning.pretrain`: train the judge of the storybook scenes, and measure judge and VAE on held-out drawings."""
+"""A stage of `cdm_lightning.pretrain`: train the judge, a classifier of what a storybook scene shows.
+
+The judge and the VAE are then measured on held-out drawings.
+"""
 
 from pathlib import Path
 from typing import cast
@@ -24,8 +27,8 @@ NOT_SHOWN = -100  # the class of a head that does not apply; cross_entropy ignor
 def train_judge(recipe: Recipe, folder: Path, output: Path, *, pairs: Share = 0.6) -> ScenesJudge:
     """Train the judge on drawings that are new in every batch, write it to the safetensors file `output`, and return it.
 
-    The drawings show all combinations of attributes, including those that the teacher never sees. The share `pairs` of the
-    drawings shows two things.
+    The drawings show all combinations of attributes, including those that the teacher never sees. A drawing shows two things
+    with probability `pairs`, and otherwise one.
     """
     torch.manual_seed(recipe.seed)
     judge = ScenesJudge()
@@ -52,8 +55,8 @@ def train_judge(recipe: Recipe, folder: Path, output: Path, *, pairs: Share = 0.
 def measure_judge(judge: ScenesJudge, count: int) -> dict[str, float]:
     """Return the judge's accuracy on `count` held-out drawings of one thing, and on as many of two things.
 
-    There is a figure for each head, and one for the drawings in which all heads are right. The heads are asked for every
-    attribute that a drawing shows, including attributes that its caption leaves out.
+    The result holds the accuracy of each head of the judge, and the share of drawings for which all heads are right. Every
+    attribute that a drawing shows is counted, including attributes that its caption leaves out.
     """
     figures = {}
     for kind, pairs in (("single", 0.0), ("pair", 1.0)):

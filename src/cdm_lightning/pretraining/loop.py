@@ -29,8 +29,8 @@ from cdm_lightning.kinds import (
 class Recipe:
     """The settings of a stage's training: `iterations` optimizer steps on `batch_size` samples each.
 
-    The learning rate rises to `lr` over `warmup` iterations. From the fraction `decay_from` of all iterations on it falls
-    linearly to 0. `weight_decay` and `betas` are those of AdamW, and gradients are clipped to the norm `max_grad_norm`. The
+    The learning rate rises to `lr` over `warmup` iterations, and falls linearly to 0 from iteration `decay_from * iterations`
+    to the end. `weight_decay` and `betas` are those of AdamW, and gradients are clipped to the norm `max_grad_norm`. The
     result is an EMA of the weights with decay `ema_decay`; 0 means the last weights. All random draws depend on `seed` only.
     """
 
@@ -63,7 +63,7 @@ def optimise(
     log_every: int = 200,
     save_every: int = 1000,
 ) -> nn.Module:
-    """Train `network` in place on the 0-d `loss(iteration, generator)`, and return it with the EMA of its weights.
+    """Train `network` in place on the 0-d `loss(iteration, generator)`, replace its weights by their EMA, and return it.
 
     `train` are the trained parameters (default: all). The state is kept in `folder/NAME.pt`, from which an interrupted stage
     resumes. The mean loss of each `log_every` iterations is written to `folder/NAME_loss.csv`. The generator depends on seed,

@@ -12,7 +12,7 @@ from cdm_lightning.kinds import Count, Seed, Share
 def write_prompts(folder: Path, train: Count, heldout: Count, pairs: Share, seed: Seed) -> None:
     """Write `train` captions to `shapes_train.txt` and `heldout` captions to `shapes_heldout.txt`, in `folder`, one per line.
 
-    The captions depend on `seed` only. About the share `pairs` of them describes two shapes. The held-out captions describe
+    The captions depend on `seed` only. A caption describes two shapes with probability `pairs`. The held-out captions describe
     combinations that no training caption has (`data.shapes.Scene.held_out`).
     """
     folder.mkdir(parents=True, exist_ok=True)

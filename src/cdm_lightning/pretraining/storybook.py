@@ -1,8 +1,11 @@
-"""The storybook pipeline: a real `StableDiffusion3Pipeline` for scenes of 64 x 64 pixels, with the classes of SD3-Medium.
+"""The storybook pipeline: a real `StableDiffusion3Pipeline` for scenes of 64 x 64 pixels.
+
+Its networks are objects of the same diffusers and transformers classes as those of SD3-Medium.
 
 The VAE has factor 8 and 16 latent channels like SD3's, so latents have 16 channels of 8 x 8. The transformer reads them as 16
-patches of 2 x 2. A patch has 64 numbers, well below the transformer's width, because a velocity contains the noise itself, which
-the network must pass from its input to its output. The three text encoders share the vocabulary of the captions.
+patches of 2 x 2. A patch has 64 numbers, and the transformer must be much wider than that: a velocity contains the noise itself,
+so the network must pass all 64 numbers of noise from its input to its output. The three text encoders share the vocabulary of
+the captions.
 """
 
 from pathlib import Path
@@ -98,7 +101,7 @@ def build_vae() -> AutoencoderKL:
 def drawings(count: int, seed: int, split: Split, pairs: float) -> tuple[Tensor, list[str], list[Scene]]:
     """Draw `count` pictures (count, 3, 64, 64) in [0, 1] and return them with their captions and the scenes that they show.
 
-    About the share `pairs` of the pictures shows two things. The result depends on the arguments only.
+    A picture shows two things with probability `pairs`, and otherwise one. The result depends on the arguments only.
     """
     captions = draw_captions(count, seed, split, pairs)
     pictures, scenes = draw_scenes(captions, seed, split if split != "heldout" else "all")
@@ -113,8 +116,8 @@ def number(rng: torch.Generator) -> int:
 def write_scene_prompts(folder: Path, train: Count, heldout: Count, pairs: Share, seed: Seed) -> None:
     """Write `train` captions to `scenes_train.txt` and `heldout` captions to `scenes_heldout.txt`, in `folder`, one per line.
 
-    The captions depend on `seed` only. About the share `pairs` of them has two things. Every held-out caption names a combination
-    that no training picture shows (`data.scenes.grammar.is_held_out`).
+    The captions depend on `seed` only. A caption names two things with probability `pairs`, and otherwise one. Every held-out
+    caption names a combination that no training picture shows (`data.scenes.grammar.is_held_out`).
     """
     folder.mkdir(parents=True, exist_ok=True)
     splits: tuple[tuple[Split, int], ...] = (("train", train), ("heldout", heldout))
@@ -135,8 +138,8 @@ def train_storybook_vae(
 ) -> None:
     """Train the VAE in place on drawings that are new in every batch, and set its shift and scale on `standardised_on` drawings.
 
-    The share `pairs` of the pictures has two things. `kl_weight` is the weight of the KL divergence, and `edge_weight` is the
-    weight of the error in the differences between neighbouring pixels. `folder` keeps the state.
+    A drawing shows two things with probability `pairs`. `kl_weight` is the weight of the KL divergence, and `edge_weight` is the
+    weight of the error in the differences between neighbouring pixels. An interrupted training resumes from its state in `folder`.
     """
 
     def batch(rng: torch.Generator) -> Tensor:
@@ -160,9 +163,10 @@ def train_storybook_teacher(
     sigma_std: Positive = 1.2,
     compile_network: bool = True,
 ) -> None:
-    """Train transformer and text encoders in place by flow matching on `count` drawings, of which the share `pairs` has two things.
+    """Train transformer and text encoders in place by flow matching on `count` drawings.
 
-    The other arguments are those of `teacher.train_teacher`. `folder` keeps the state and the latents.
+    A drawing shows two things with probability `pairs`. The other arguments are those of `teacher.train_teacher`. The training
+    state and the latents of the drawings are kept in `folder`, from which an interrupted training resumes.
     """
 
     def data() -> Captioned:

@@ -135,7 +135,11 @@ def train_teacher(
 
 @dataclass(frozen=True)
 class NoiseLevels:
-    """The probability of the empty caption, and the mean and standard deviation of a normal draw; sigma is its sigmoid."""
+    """How captions are dropped and sigmas are drawn in the teacher's training.
+
+    A caption is replaced by the empty one with probability `caption_dropout`. Sigma is the sigmoid of a normal random number
+    with mean `mean` and standard deviation `std`.
+    """
 
     caption_dropout: float = 0.1
     mean: float = 0.4

@@ -1,4 +1,4 @@
-"""The tiny pipeline: a real `StableDiffusion3Pipeline` with the classes of SD3-Medium and small sizes.
+"""The tiny pipeline: a real `StableDiffusion3Pipeline` of the same diffusers and transformers classes as SD3-Medium, but small.
 
 Images have 32 x 32 pixels, latents have 4 channels of 16 x 16, and the transformer reads them as 16 patches. The CLIP encoders
 read 12 tokens. The T5 has no positions (its bias table stays zero), so that all padding tokens have the same embedding. Therefore
@@ -67,10 +67,10 @@ def frozen(pipeline: StableDiffusion3Pipeline) -> StableDiffusion3Pipeline:
 
 
 def start_from(pipeline: StableDiffusion3Pipeline, folder: str | Path) -> None:
-    """Copy all weights of the tiny pipeline in `folder` into `pipeline`, to train it further with more words.
+    """Copy all weights of the tiny pipeline in `folder` into `pipeline`, which may have a larger vocabulary.
 
-    The embeddings of new tokens stay random. The VAE is copied too, because the transformer was trained on its latents. Raises
-    `UserError` if `folder` holds no tiny pipeline of the same sizes.
+    Tokens that the earlier pipeline lacks keep their random embeddings. The VAE is copied too, because the transformer was
+    trained on its latents. Raises `UserError` if `folder` holds no tiny pipeline of the same sizes.
     """
     folder = locate_pipeline(str(folder), None, StableDiffusion3Pipeline, ("transformer", "vae"))
     with loading(folder):
@@ -89,7 +89,8 @@ def start_from(pipeline: StableDiffusion3Pipeline, folder: str | Path) -> None:
             ours.load_state_dict(theirs.state_dict())
     except (RuntimeError, AttributeError) as error:
         raise UserError(
-            f"earlier={folder} is not a tiny pipeline of these sizes ({first_line(error)}); pass a folder that pretrain wrote"
+            f"earlier={folder} is not a tiny pipeline with the sizes in `pipeline` ({first_line(error)}); "
+            "pass a folder that pretrain wrote with these sizes"
         ) from error
     config = earlier.vae.config
     pipeline.vae.register_to_config(scaling_factor=config.scaling_factor, shift_factor=config.shift_factor)
@@ -174,8 +175,8 @@ def build_clip_tokenizer(words: Sequence[str], tokens: int = CLIP_TOKENS) -> CLI
     """Build a byte-level BPE tokenizer with CLIP's end-of-word mark, in which each of `words` is one token.
 
     It pads texts to `tokens` tokens, the start and end tokens included.
-    Letters with the end-of-word mark are special tokens in a fixed order. The trainer itself would number them in the order of a
-    hash table, which differs between processes.
+    The last letters of words, with the end-of-word mark, are passed as special tokens in a sorted order. Otherwise the tokenizer's
+    trainer would number them in the order of a hash table, which differs between processes.
     """
     final_letters = sorted({f"{word[-1]}</w>" for word in words})
     trained = Tokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix="</w>"))

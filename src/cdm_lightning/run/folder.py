@@ -24,8 +24,8 @@ class Run:
     The folder contains config.yaml, starts.jsonl (one line for each start), checkpoints/ and, after an evaluation,
     metrics.json.
 
-    `kept` is the path of a checkpoint that stores the run's configuration itself. Such a checkpoint can be used after it has
-    been copied out of the folder.
+    `kept` is the path of a checkpoint from which the configuration is read, because it stores a copy. Such a checkpoint can be
+    used without the folder. If `kept` is None, config.yaml is read.
     """
 
     folder: Path
@@ -193,7 +193,7 @@ def _relative(folder: Path, base: Path) -> Path | None:
 def is_checkpoint(path: Path) -> bool:
     """Return whether `path` looks like a checkpoint.
 
-    A file looks like one. A folder does if it contains COMPLETE.json or has the name of a checkpoint.
+    This is so for every path that is not a folder, and for a folder that contains COMPLETE.json or is named like a checkpoint.
     """
     return not path.is_dir() or (path / MARKER).is_file() or PATTERN.fullmatch(path.name) is not None
 

@@ -41,8 +41,8 @@ Inputs = dict[
 def inputs_of(config: Mapping[str, Any], folders: Mapping[str, Path] | None = None) -> Inputs:
     """Return size and hash of each file that affects a run's weights, under the option that names it.
 
-    An option names a file if its value is an existing file or folder. In addition, its parameter must be a path, or its value
-    must contain "/". `folders` adds {option: folder} for other options, such as the hub id of a downloaded pipeline.
+    An option names a file if its value is the path of an existing file or folder and either contains "/" or belongs to a
+    parameter that takes a path. `folders` adds {option: folder} for other options, such as the hub id of a downloaded pipeline.
     """
     named = dict(paths_in(config))
     named |= {key: (named[key][0] if key in named else str(path), path) for key, path in (folders or {}).items()}
@@ -156,7 +156,7 @@ def _tensor_middles(header: bytes) -> Iterator[int]:
 
 
 def changes(before: Any, now: Inputs) -> list[str]:
-    """Return one text for each file that differs between `before` and `now`, such as "OPTION=PATH: NAME is gone".
+    """Return one description for each file that differs between `before` and `now`, such as "OPTION=PATH: NAME is gone".
 
     `before` is the untrusted content of a checkpoint; `now` are the files of this start. Only options that occur in both are
     compared. Whether an option itself may change is decided by `run.same`.

@@ -1,7 +1,7 @@
 """The check whether a run may be resumed with a changed configuration.
 
 Options in `FREE` may change, because they affect the trained weights at most by float rounding. All other options must stay the
-same; the model card lists them.
+same. An exported student's model card lists the other options, except the backbone's.
 """
 
 from collections.abc import Mapping
@@ -96,9 +96,9 @@ def differing_options(saved: dict[str, Any], config: dict[str, Any]) -> list[str
 def may_follow(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Return whether the option `key` may change together with `trainer.max_steps` when a run is resumed.
 
-    The result is False only for the end of a learning rate's decay that was set by hand. This is an option
-    `...learning_rate.total` with another value than `trainer.max_steps`. `before` and `now` are flat configurations
-    (`flatten`).
+    An option `...learning_rate.total`, the iteration at which a decaying rate reaches 0, usually equals `trainer.max_steps` and
+    may then change with it. If it differs, the user has set it, and the result is False. For all other options it is True.
+    `before` and `now` are flat configurations (`flatten`).
     """
     if not key.endswith(TOTAL):
         return True

@@ -21,8 +21,8 @@ NO_EXCEPTIONS = (
 def quiet_libraries() -> None:
     """Hide irrelevant messages of Lightning, torch and diffusers, and mask secrets in everything that is printed.
 
-    Call this before these libraries are imported. It also calls `speak_utf8`, which starts the command again in a
-    locale without UTF-8.
+    Call this before these libraries are imported. If the locale is not UTF-8, it first starts the command again in UTF-8 mode
+    (`speak_utf8`).
     """
     speak_utf8()
     mask_output()

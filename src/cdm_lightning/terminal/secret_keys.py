@@ -1,4 +1,4 @@
-"""The names of secrets: which keys, such as the name of an option or an environment variable, say that a value is secret."""
+"""Secret keys: names, for example of options or environment variables, which say that their value is secret."""
 
 import re
 from functools import lru_cache

@@ -1,4 +1,4 @@
-"""Secrets without a key: access tokens with a known prefix and length, and positions that hold a secret, as in URLs."""
+"""Secrets that are recognized without a key: by their own shape, as access tokens, or by their place, as a password in a URL."""
 
 import os
 import re

@@ -5,7 +5,7 @@ A text is treated as a secret for one of four reasons:
 - its key, as in `hub_token`, `--password` or `?api_key=` (`secret_keys`, `secret_values`)
 - its place, as in `https://USER:PASSWORD@host` or `Authorization: Bearer ...` (`secret_shapes`)
 - its shape, such as `hf_...` or `AKIA...` (`secret_shapes`)
-- it is the value of an environment variable that has such a key
+- its being the value of an environment variable with a secret name, such as `HF_TOKEN`
 """
 
 import json

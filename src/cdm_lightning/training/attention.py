@@ -36,8 +36,8 @@ def check_attention(name: str | None, option: str) -> None:
         return
     if name == "flex":
         raise UserError(
-            f"{option}=flex: flex attention gains where a mask hides many tokens, but here masks hide padded text at most "
-            "(docs/speed.md); set flash, cudnn or null"
+            f"{option}=flex is not supported: flex attention is faster only if a mask hides many tokens, and here masks hide "
+            "only padding of the text (docs/speed.md); set flash, cudnn or null"
         )
     if name not in VERSIONS:
         raise UserError(

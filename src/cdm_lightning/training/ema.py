@@ -36,7 +36,7 @@ class EMA:
     ) -> None:
         """Update the EMA network `average` from `student`, in place. `updates` is the number of earlier updates.
 
-        With a `follower`, the update only begins; the average is complete after `follower.settle`.
+        A `follower` makes the update in the background; call `follower.settle` to wait for its end.
         """
         assert self.decay is not None
         follow = lerp_parameters_ if follower is None else follower.follow
@@ -44,9 +44,10 @@ class EMA:
 
 
 def follower_of(average: nn.Module | None, strategy: Strategy) -> HostFollower | None:
-    """Return what updates an average in host memory beside the work of a GPU; None if the average does not rest there.
+    """Return a `HostFollower` if the strategy keeps the EMA `average` in host memory and trains on a GPU, otherwise None.
 
-    The strategy decides, because Lightning moves networks to their device only after they are built.
+    The follower updates the EMA while the GPU goes on. The strategy is asked, and not the present device of `average`, because
+    Lightning moves networks to their device only after they are built.
     """
     rests = isinstance(strategy, MeshStrategy) and "student_ema" in strategy.on_cpu
     if average is None or not rests or strategy.root_device.type != "cuda":

@@ -1,4 +1,4 @@
-"""Products of matrices in 8-bit floats (fp8) for network calls without a gradient: rollouts, and judgements of samples.
+"""Products of matrices in 8-bit floats (fp8) for network calls without a gradient, such as rollouts and calls of the teacher.
 
 Each row of the inputs and each row of a weight is scaled by its largest number and rounded to float8 (e4m3), as in the recipe
 "rowwise" of torchao, which computes the products. Weights stay as they are: every call rounds them anew.
@@ -46,7 +46,8 @@ def check_device(kind: str | None, device: torch.device, compute_dtype: torch.dt
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < CAPABILITY:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"the device {device.type}"
         raise UserError(
-            f"compute.fp8=rowwise: {name} has no products in fp8 (a GPU of compute capability 8.9 or more has); set compute.fp8=null"
+            f"compute.fp8=rowwise: {name} cannot compute in fp8, which needs a GPU of compute capability 8.9 or more; "
+            "set compute.fp8=null"
         )
 
 
@@ -69,8 +70,8 @@ def float8_products(on: bool) -> Generator[None]:
 class Float8Linear(nn.Linear):
     """A linear layer that computes in fp8 where `float8_products` is on; an `nn.Linear` becomes one by `use_float8`.
 
-    Inputs of fewer than three dimensions, the modulation of a whole sample, are computed as usual: they are little work, and all
-    tokens of the sample depend on them.
+    Inputs of fewer than three dimensions are computed as usual. They hold one vector for each sample, from which its modulation
+    (shift, scale and gate) is computed. This is little work, and all tokens of the sample depend on it.
     """
 
     float8_product: Product

@@ -34,9 +34,9 @@ class Networks(nn.Module):
     The teacher is no submodule, so checkpoints and optimizers do not contain it. `place` moves it to the device.
 
     `recomputation` says which activations the backward pass recomputes (default: none). `seed` seeds the initialization of
-    adapters, heads and additional inputs. `average=False` leaves out `student_ema`. `empty=True` leaves networks
-    without adapters on the meta device, so that each process can fill its own shards later. It has no effect on backbones that
-    cannot fill shards. Raises UserError for LoRA targets that the network does not have.
+    adapters, heads and the embeddings of additional inputs (`Role.inputs`). `average=False` leaves out `student_ema`.
+    `empty=True` leaves networks without adapters on the meta device, so that each process can fill its own shards later. It has
+    no effect on backbones that cannot fill shards. Raises UserError for LoRA targets that the network does not have.
     """
 
     teacher: nn.Module

@@ -49,8 +49,8 @@ class Buckets:
     """An image size that is drawn from `sizes` in each iteration, the same for all samples and processes.
 
     `sizes` are pairs (height, width) in pixels. `weights` gives the relative probability of each size; by default all are equal.
-    Raises UserError for a size that is no such pair. Also raises it for weights that are negative, that are all 0, or that are
-    not one for each size.
+    Raises UserError if a size is not a pair of pixel counts, if a weight is negative, if all weights are 0, or if there are not
+    as many weights as sizes.
     """
 
     sizes: Annotated[Sequence[Annotated[Sequence[Pixels], Len(2, 2)]], NotEmpty]

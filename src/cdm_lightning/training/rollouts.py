@@ -56,12 +56,12 @@ class Rollouts(ABC):
 
     - `bind(prompts, backbone)` returns the networks with the text of these prompts.
     - `backbone`, `resolution` and `schedule` give the image size and the sigmas.
-    - `seed`: the random numbers of a sample depend only on it, on the iteration and on the sample's index in the global batch.
+    - `seed`: the random numbers for a prompt depend only on it, on the iteration and on the prompt's index in the global batch.
     - `groups`: the iterations whose rollouts are computed as one batch; by default each iteration is computed separately.
-    - `accumulate`: the number of parts of a batch. Each part becomes a sample.
+    - `accumulate`: the number of parts of a batch. Each part becomes one `Sample`, which can hold many prompts.
     - `needs_latents`: whether samples have latents of real images.
-    - `agree_on_calls` takes the number of network calls of a rollout and returns the number to make. Processes that hold
-      shards of one network must make equal numbers.
+    - `agree_on_calls` takes the number of student calls that this process needs and returns the number that it must make:
+      processes that hold shards of one network must make equally many.
     - `timer` adds up the seconds of the rollouts.
     """
 

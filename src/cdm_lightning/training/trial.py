@@ -19,7 +19,7 @@ RATE = 1e-3
 
 
 def require_working(recipes: Mapping[str, OptimizerRecipe], adapted: Collection[str] = ()) -> None:
-    """Raise `UserError` for the first role whose optimizer cannot be built, fails in a step, or trains away from the target.
+    """Raise `UserError` for the first role whose optimizer cannot be built, fails in a step, or follows the gradient upwards.
 
     Each optimizer of `recipes`, by role, makes a few steps on a matrix and a bias. The roles in `adapted` train a LoRA, which has
     matrices only. The weights are on the CPU; if the optimizer fails there and this machine has a GPU, it is tried on the GPU.

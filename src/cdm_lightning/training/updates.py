@@ -133,10 +133,10 @@ def recipes_of(objective: Objective, optim: Mapping[str, OptimizerRecipe]) -> di
 
 
 def steps_of(objective: Objective, iteration: int, group: range) -> list[tuple[Update, int]]:
-    """Return the optimizer steps of an iteration in their order, each with its number among its role's steps, from 0.
+    """Return the optimizer steps of an iteration in their order, each as (update, earlier steps of its role in this iteration).
 
-    The number is part of the key of the step's random draws (`StepRandom.again`). The rollouts of the iterations `group` are
-    computed as one batch.
+    The number of earlier steps is passed to `StepRandom.again`, so that each step has its own random numbers. The rollouts of
+    the iterations in `group` are computed as one batch.
 
     Raises ValueError in two cases:
     - The iteration has no update; Lightning would never count it.
@@ -156,8 +156,8 @@ def steps_of(objective: Objective, iteration: int, group: range) -> list[tuple[U
 
 
 def unless_infinite(loss: Tensor) -> Tensor:
-    """Return 1 if the loss (0-d) is finite, otherwise NaN.
+    """Return the factor for a loss (0-d) before its backward pass: 1 if the loss is finite, otherwise NaN.
 
-    Multiplied by NaN, the loss makes all gradients NaN. After the gradients are averaged, all processes skip the step.
+    The factor NaN makes all gradients NaN. Their average over the processes is NaN too, so all processes skip the step.
     """
     return torch.where(loss.detach().isfinite(), 1.0, float("nan"))
