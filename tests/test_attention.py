@@ -89,7 +89,9 @@ def test_a_kernel_that_there_is_not_is_refused(monkeypatch):
         check_attention(kernel, "compute.attention")
     with pytest.raises(UserError, match=r"compute.attention=fast must be one of math, flash, .*, flash4, or null"):
         Compute(attention="fast")
-    with pytest.raises(UserError, match=r"compute.attention=flex: .*docs/speed.md\); set flash, cudnn or null"):
+    with pytest.raises(
+        UserError, match=r"compute.attention=flex is not supported: .*docs/speed.md\); set flash, cudnn or null"
+    ):
         Compute(attention="flex")
     with pytest.raises(UserError, match=r"--attention=flash3: the package with the module flash_attn_interface"):
         check_attention("flash3", "--attention")

@@ -131,7 +131,7 @@ def test_two_things_stand_as_the_caption_says(setting: str) -> None:
 
 
 def test_a_large_thing_in_front_of_another_is_refused() -> None:
-    with pytest.raises(ValueError, match="a thing in front of another is small"):
+    with pytest.raises(ValueError, match="the one in front must be small"):
         draw_scene("a large cat in front of a house", 0)
 
 
