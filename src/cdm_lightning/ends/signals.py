@@ -164,7 +164,8 @@ def held() -> Generator[None]:
     """Hold back all `SIGNALS` until the end of the block. Processes that are started inside the block never receive them.
 
     New processes inherit the blocked signals. Therefore a signal to the whole process group cannot end them, not even while
-    they start. Only the calling thread blocks signals. If another thread receives one, the handler keeps it until the end.
+    they start. Only the calling thread blocks signals. If another thread receives one, the handler keeps it until the end. All
+    signals that came inside the block count as one.
     """
     before, outer = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS), _state.is_held
     _state.is_held = True
@@ -173,8 +174,10 @@ def held() -> Generator[None]:
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         _state.is_held = outer
-        while _state.held_back and not outer:
-            _handle(_state.held_back.pop(0), None)
+        if _state.held_back and not outer:
+            first = _state.held_back[0]
+            _state.held_back.clear()
+            _handle(first, None)
 
 
 def _enter(phase: Phase, where: str) -> None:
