@@ -137,7 +137,7 @@ def whole_shares(names: Sequence[str], weights: Mapping[str, float]) -> list[int
     shares = [share // math.gcd(*shares) for share in shares]
     if sum(shares) > LARGEST_BLOCK:
         raise UserError(
-            f"data.train.weights={dict(weights)} are as whole numbers {shares}, whose sum is above {LARGEST_BLOCK:,}; "
-            "round them to a simpler ratio, such as 7 to 3"
+            f"data.train.weights={dict(weights)}: the smallest whole numbers in this ratio are {shares}, and their sum must be at "
+            f"most {LARGEST_BLOCK:,}; round the weights to a simpler ratio, such as 7 to 3"
         )
     return shares
