@@ -138,7 +138,7 @@ def test_weights_become_whole_numbers(weights, shares):
         ({"a": 1, "b": 0}, "must be positive"),
         ({"a": 1, "b": "many"}, "must be numbers"),
         ({"a": 1, "b": float("nan")}, "must be numbers"),
-        ({"a": 0.123457, "b": 0.876543}, "round them to a simpler ratio, such as 7 to 3"),
+        ({"a": 0.123457, "b": 0.876543}, "round the weights to a simpler ratio, such as 7 to 3"),
     ],
 )
 def test_bad_weights(weights, message):
