@@ -25,10 +25,11 @@ NOT_SHOWN = -100  # the class of a head that does not apply; cross_entropy ignor
 
 
 def train_judge(recipe: Recipe, folder: Path, output: Path, *, pairs: Share = 0.6) -> ScenesJudge:
-    """Train the judge on drawings that are new in every batch, write it to the safetensors file `output`, and return it.
+    """Train the judge on drawings that are new in every batch, write it to the safetensors file `output` and return it.
 
-    The drawings show all combinations of attributes, including those that the teacher never sees. A drawing shows two things
-    with probability `pairs`, and otherwise one.
+    The drawings show all combinations of attributes, also combinations that the teacher never sees in training. A
+    drawing shows two things with probability `pairs`, and otherwise one. The state of the training is saved in
+    `folder`, from which an interrupted training resumes.
     """
     torch.manual_seed(recipe.seed)
     judge = ScenesJudge()
@@ -55,8 +56,9 @@ def train_judge(recipe: Recipe, folder: Path, output: Path, *, pairs: Share = 0.
 def measure_judge(judge: ScenesJudge, count: int) -> dict[str, float]:
     """Return the judge's accuracy on `count` held-out drawings of one thing, and on as many of two things.
 
-    The result holds the accuracy of each head of the judge, and the share of drawings for which all heads are right. Every
-    attribute that a drawing shows is counted, including attributes that its caption leaves out.
+    The keys of the result are "single/HEAD" and "pair/HEAD" for the accuracy of each head of the judge, and
+    "single/all" and "pair/all" for the share of drawings on which all heads are right. Every attribute that a drawing
+    shows is counted, also an attribute that its caption leaves out.
     """
     figures = {}
     for kind, pairs in (("single", 0.0), ("pair", 1.0)):
@@ -74,9 +76,10 @@ def measure_judge(judge: ScenesJudge, count: int) -> dict[str, float]:
 
 @torch.no_grad()
 def measure_vae(vae: AutoencoderKL, judge: ScenesJudge | None, count: int) -> dict[str, float]:
-    """Return the mean PSNR in dB of the VAE's reconstructions of `count` held-out drawings, and the share that `judge` accepts.
+    """Return figures of the VAE's reconstructions of `count` held-out drawings: "psnr" and "judged_right".
 
-    The judge accepts a reconstruction if it recognizes every attribute that the drawing shows.
+    "psnr" is the mean PSNR in dB. "judged_right" is the share of the reconstructions in which `judge` recognizes every
+    attribute that the drawing shows; without a `judge` this key is absent.
     """
     images, _, scenes = drawings(count, HELD_OUT_SEED + 1, "heldout", 0.4)
     rebuilt = []

@@ -29,9 +29,11 @@ from cdm_lightning.kinds import (
 class Recipe:
     """The settings of a stage's training: `iterations` optimizer steps on `batch_size` samples each.
 
-    The learning rate rises to `lr` over `warmup` iterations, and falls linearly to 0 from iteration `decay_from * iterations`
-    to the end. `weight_decay` and `betas` are those of AdamW, and gradients are clipped to the norm `max_grad_norm`. The
-    result is an EMA of the weights with decay `ema_decay`; 0 means the last weights. All random draws depend on `seed` only.
+    The optimizer is AdamW with `weight_decay` and `betas`, and gradients are clipped to the norm `max_grad_norm`. The
+    learning rate rises to `lr` over the first `warmup` iterations. From iteration `decay_from * iterations` on, it is
+    multiplied by a factor that falls linearly to 0 at the end. After the last iteration, the trained weights are
+    replaced by their EMA over the training, with decay `ema_decay`; with a decay of 0 they stay as they are. All random
+    draws of the training derive from `seed`.
     """
 
     iterations: Iterations
@@ -63,11 +65,12 @@ def optimise(
     log_every: int = 200,
     save_every: int = 1000,
 ) -> nn.Module:
-    """Train `network` in place on the 0-d `loss(iteration, generator)`, replace its weights by their EMA, and return it.
+    """Train `network` in place to minimise `loss`, replace the trained weights by their EMA, and return `network`.
 
-    `train` are the trained parameters (default: all). The state is kept in `folder/NAME.pt`, from which an interrupted stage
-    resumes. The mean loss of each `log_every` iterations is written to `folder/NAME_loss.csv`. The generator depends on seed,
-    `name` and iteration only, so a resumed run equals an uninterrupted one.
+    `loss(iteration, generator)` returns a 0-d loss. The generator's seed depends only on `recipe.seed`, `name` and the
+    iteration. `train` are the trained parameters (default: all). `folder/NAME.pt`, where NAME is `name`, holds the
+    state, from which an interrupted training resumes. `folder/NAME_loss.csv` holds the mean of every `log_every`
+    losses.
     """
     parameters = list(network.parameters() if train is None else train)
     optimizer = _adamw(parameters, recipe)

@@ -10,10 +10,11 @@ from cdm_lightning.kinds import Count, Seed, Share
 
 
 def write_prompts(folder: Path, train: Count, heldout: Count, pairs: Share, seed: Seed) -> None:
-    """Write `train` captions to `shapes_train.txt` and `heldout` captions to `shapes_heldout.txt`, in `folder`, one per line.
+    """Write captions to the files `shapes_train.txt` and `shapes_heldout.txt` in `folder`, one per line.
 
-    The captions depend on `seed` only. A caption describes two shapes with probability `pairs`. The held-out captions describe
-    combinations that no training caption has (`data.shapes.Scene.held_out`).
+    `train` and `heldout` are the numbers of captions in these files. A caption describes two shapes with probability
+    `pairs`, and otherwise one. The held-out captions describe combinations that no training caption has
+    (`data.shapes.Scene.held_out`). All random draws depend on `seed` only.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for split, count in (("train", train), ("heldout", heldout)):

@@ -22,7 +22,10 @@ from cdm_lightning.pretraining.tiny_sd3 import CLIP_TOKENS, build_clip_tokenizer
 
 
 def perturb(images: Tensor, rng: torch.Generator) -> Tensor:
-    """Blur half of the images (B, 3, H, W) in [0, 1] slightly and add noise to all, so that no model relies on exact edges."""
+    """Return the images (B, 3, H, W) in [0, 1] with noise, and about half of them slightly blurred as well.
+
+    A network that is trained on the result cannot rely on exact edges.
+    """
     blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
     weight = (torch.rand(len(images), 1, 1, 1, generator=rng) - 0.5).clamp(min=0) * 1.6
     noise = 0.04 * torch.rand(len(images), 1, 1, 1, generator=rng) * torch.randn(images.shape, generator=rng)
@@ -32,8 +35,8 @@ def perturb(images: Tensor, rng: torch.Generator) -> Tensor:
 def train_classifier(recipe: Recipe, folder: Path, output: Path, pool: int = 49152) -> ShapesClassifier:
     """Train the classifier on `pool` renderings, write it to the safetensors file `output`, and return it in eval mode.
 
-    The captions are drawn from all combinations of the shapes set, also from combinations that the teacher never sees in
-    training.
+    The renderings show all combinations of the shapes set, also combinations that the teacher never sees in training.
+    The state of the training is saved in `folder`, from which an interrupted training resumes.
     """
     scenes = draw_scenes(pool, recipe.seed + 1000, "all", pairs=0.5)
     layout = lay_out(scenes, recipe.seed + 1000)
@@ -56,9 +59,10 @@ def train_classifier(recipe: Recipe, folder: Path, output: Path, pool: int = 491
 
 
 def clip_config(vocabulary: int, eos: int) -> dict:
-    """Return the content of `open_clip_config.json` for the tiny CLIP: 32-pixel images in 4-pixel patches, 12 text tokens.
+    """Return the content of `open_clip_config.json` for the tiny CLIP.
 
-    `vocabulary` is the number of tokens, and `eos` is the id of the end token.
+    The tiny CLIP reads images of 32 x 32 pixels in patches of 4 x 4, and texts of 12 tokens. `vocabulary` is the number
+    of different tokens, and `eos` is the id of the end token.
     """
     return {
         "model_cfg": {
@@ -86,7 +90,11 @@ def clip_config(vocabulary: int, eos: int) -> dict:
 
 
 def train_clip(recipe: Recipe, folder: Path, output: Path, pool: int = 49152) -> None:
-    """Train the tiny CLIP contrastively on `pool` renderings of training captions, and write it as an open_clip folder to `output`."""
+    """Train the tiny CLIP contrastively on `pool` training captions, each with one rendering, and write it to `output`.
+
+    `output` is a folder in the format of open_clip. The state of the training is saved in `folder`, from which an
+    interrupted training resumes.
+    """
     tokenizer: CLIPTokenizer = build_clip_tokenizer(all_words())
     config = clip_config(len(tokenizer), tokenizer.eos_token_id)
     torch.manual_seed(recipe.seed)

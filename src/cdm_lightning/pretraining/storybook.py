@@ -1,11 +1,11 @@
 """The storybook pipeline: a real `StableDiffusion3Pipeline` for scenes of 64 x 64 pixels.
 
-Its networks are objects of the same diffusers and transformers classes as those of SD3-Medium.
+Its networks have the same diffusers and transformers classes as those of SD3-Medium, but are small.
 
-The VAE has factor 8 and 16 latent channels like SD3's, so latents have 16 channels of 8 x 8. The transformer reads them as 16
-patches of 2 x 2. A patch has 64 numbers, and the transformer must be much wider than that: a velocity contains the noise itself,
-so the network must pass all 64 numbers of noise from its input to its output. The three text encoders share the vocabulary of
-the captions.
+The VAE has factor 8 and 16 latent channels like SD3's, so latents have 16 channels of 8 x 8. The transformer reads them
+as 16 patches of 2 x 2. A patch has 64 numbers. The transformer must be much wider than 64, because a velocity contains
+the noise itself: all 64 numbers of noise must pass from the transformer's input to its output. The tokenizers of the
+three text encoders are made from the same words, those of the captions of scenes.
 """
 
 from pathlib import Path
@@ -43,7 +43,7 @@ CHUNK = 256
 def build_storybook(seed: Seed = 0, heads: Count = 5, layers: Count = 6) -> StableDiffusion3Pipeline:
     """Build the storybook pipeline with random weights that depend on `seed` only. It is frozen and in eval mode.
 
-    `heads` (of width 32) and `layers` are those of the transformer.
+    `heads` and `layers` are the numbers of attention heads (of width 32) and of layers of the transformer.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -63,7 +63,10 @@ def build_storybook(seed: Seed = 0, heads: Count = 5, layers: Count = 6) -> Stab
 
 
 def build_transformer(heads: int, layers: int) -> SD3Transformer2DModel:
-    """Build the velocity network of latents (B, 16, 8, 8), with patch size 2 and RMS-normed queries and keys as in SD3.5."""
+    """Build the velocity network of latents (B, 16, 8, 8), with patches of 2 x 2 latent pixels.
+
+    It has `layers` layers and `heads` attention heads of width 32, with RMS-normed queries and keys as in SD3.5.
+    """
     return SD3Transformer2DModel(
         sample_size=LATENT_SIZE,
         patch_size=2,
@@ -81,7 +84,10 @@ def build_transformer(heads: int, layers: int) -> SD3Transformer2DModel:
 
 
 def build_vae() -> AutoencoderKL:
-    """Build the autoencoder of pictures (B, 3, 64, 64) and latents (B, 16, 8, 8). Training sets its scale and shift."""
+    """Build the autoencoder of pictures (B, 3, 64, 64) and latents (B, 16, 8, 8), with random weights.
+
+    Its scaling factor is 1 and its shift factor is 0 until the training has set them.
+    """
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -114,10 +120,11 @@ def number(rng: torch.Generator) -> int:
 
 
 def write_scene_prompts(folder: Path, train: Count, heldout: Count, pairs: Share, seed: Seed) -> None:
-    """Write `train` captions to `scenes_train.txt` and `heldout` captions to `scenes_heldout.txt`, in `folder`, one per line.
+    """Write captions to the files `scenes_train.txt` and `scenes_heldout.txt` in `folder`, one per line.
 
-    The captions depend on `seed` only. A caption names two things with probability `pairs`, and otherwise one. Every held-out
-    caption names a combination that no training picture shows (`data.scenes.grammar.is_held_out`).
+    `train` and `heldout` are the numbers of captions in these files. A caption names two things with probability
+    `pairs`, and otherwise one. Every held-out caption names a combination that no training picture shows
+    (`data.scenes.grammar.is_held_out`). All random draws depend on `seed` only.
     """
     folder.mkdir(parents=True, exist_ok=True)
     splits: tuple[tuple[Split, int], ...] = (("train", train), ("heldout", heldout))
@@ -136,10 +143,13 @@ def train_storybook_vae(
     edge_weight: Weight = 1.0,
     standardised_on: Count = 1024,
 ) -> None:
-    """Train the VAE in place on drawings that are new in every batch, and set its shift and scale on `standardised_on` drawings.
+    """Train the VAE in place on drawings that are new in every batch, and then standardise its latents.
 
-    A drawing shows two things with probability `pairs`. `kl_weight` is the weight of the KL divergence, and `edge_weight` is the
-    weight of the error in the differences between neighbouring pixels. An interrupted training resumes from its state in `folder`.
+    A drawing shows two things with probability `pairs`, and otherwise one. In the loss, `kl_weight` is the weight of
+    the KL divergence, and `edge_weight` is the weight of the error in the differences between neighbouring pixels.
+    After the training, the VAE's shift and scale are set so that the latents of `standardised_on` drawings have mean 0
+    and standard deviation 1. The state of the training is saved in `folder`, from which an interrupted training
+    resumes.
     """
 
     def batch(rng: torch.Generator) -> Tensor:
@@ -163,10 +173,11 @@ def train_storybook_teacher(
     sigma_std: Positive = 1.2,
     compile_network: bool = True,
 ) -> None:
-    """Train transformer and text encoders in place by flow matching on `count` drawings.
+    """Train the pipeline's transformer and text encoders in place by flow matching on `count` captioned drawings.
 
-    A drawing shows two things with probability `pairs`. The other arguments are those of `teacher.train_teacher`. The training
-    state and the latents of the drawings are kept in `folder`, from which an interrupted training resumes.
+    A drawing shows two things with probability `pairs`, and otherwise one. `keep`, `caption_dropout`, `sigma_mean`,
+    `sigma_std` and `compile_network` mean the same as in `teacher.train_teacher`. The state of the training and the
+    latents of the drawings are saved in `folder`, from which an interrupted training resumes.
     """
 
     def data() -> Captioned:
@@ -185,7 +196,10 @@ def train_storybook_teacher(
 
 @torch.no_grad()
 def encode_drawings(vae: AutoencoderKL, captions: list[str], seed: int) -> Tensor:
-    """Return the standardised latents (N, 16, 8, 8), in half precision, of a drawing of each of N training captions."""
+    """Draw a picture for each of N training captions, and return the pictures' latents (N, 16, 8, 8) in half precision.
+
+    The latents are standardised by the VAE's shift and scale.
+    """
     latents, config = [], cast(Any, vae.config)  # declared as a dict, but its keys are attributes too
     for begin in range(0, len(captions), CHUNK):
         pictures, _ = draw_scenes(captions[begin : begin + CHUNK], seed + begin, "train")

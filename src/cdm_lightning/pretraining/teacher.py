@@ -1,7 +1,9 @@
-"""Stage 2 of `cdm_lightning.pretrain`: train the transformer and the three text encoders of the tiny SD3 pipeline by flow matching.
+"""Stage 2 of `cdm_lightning.pretrain`: train the tiny SD3 pipeline's transformer and text encoders by flow matching.
 
-Shapes: latents (B, C, h, w). A caption has 12 CLIP tokens, and at most `keep` T5 tokens plus one padding token. That single
-padding token stands for all padding up to T5's full length. The result is the same, because this T5 has no positions.
+Latents have the shape (B, C, h, w). The CLIP encoders read L tokens of a caption: 12 in the tiny pipeline, 16 in the
+storybook pipeline. T5 reads `keep + 1` tokens, of which at least the last is padding. SD3 pads to 256 T5 tokens; here,
+the last token stands for all the padding from its place on. This gives the same velocities, because this T5 has no
+positions (`backbones.compact_text`).
 """
 
 import functools
@@ -27,9 +29,10 @@ CHUNK = 1024
 
 @dataclass(frozen=True)
 class Captioned:
-    """N latents (N, C, h, w) with the token ids of their captions: CLIP (N + 1, 12) and T5 (N + 1, keep + 1).
+    """N latents (N, C, h, w), and the token ids of their captions: CLIP ids (N + 1, L) and T5 ids (N + 1, keep + 1).
 
-    The last row of the ids is the empty caption, for caption dropout.
+    A caption has L CLIP tokens, and at most `keep` T5 tokens before its padding. The last row of both tensors of ids is
+    the empty caption, which caption dropout puts in place of a caption.
     """
 
     latents: Tensor
@@ -38,7 +41,7 @@ class Captioned:
 
 
 class TextConditioned(nn.Module):
-    """One module that holds all trained parts of the pipeline: the transformer, the two CLIP encoders and T5."""
+    """One module that holds all trained networks of `pipeline`: the transformer, the two CLIP encoders and T5."""
 
     def __init__(self, pipeline: StableDiffusion3Pipeline) -> None:
         super().__init__()
@@ -48,7 +51,11 @@ class TextConditioned(nn.Module):
         use_compact_padding(self.transformer, pipeline.tokenizer_max_length + T5_TOKENS)
 
     def forward(self, x: Tensor, sigma: Tensor, clip_ids: Tensor, t5_ids: Tensor) -> Tensor:
-        """Return the velocity (B, C, h, w) for latents x (B, C, h, w), sigma (B,), CLIP ids (B, 12) and T5 ids (B, keep + 1)."""
+        """Return the velocity (B, C, h, w) for latents x of the same shape and sigma (B,).
+
+        `clip_ids` (B, L) are L CLIP tokens of each caption, and `t5_ids` (B, keep + 1) are its T5 tokens, the last one
+        padding.
+        """
         embeds, pooled = self.encode(clip_ids, t5_ids)
         return self.transformer(
             hidden_states=x,
@@ -59,7 +66,12 @@ class TextConditioned(nn.Module):
         )[0]
 
     def encode(self, clip_ids: Tensor, t5_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the text embeddings (B, 12 + keep + 1, D) and the pooled ones (B, P), as SD3's `encode_prompt` but with gradients."""
+        """Return the text embeddings (B, L + keep + 1, D) and the pooled embeddings (B, P) of captions.
+
+        `clip_ids` (B, L) are L CLIP tokens of each caption, and `t5_ids` (B, keep + 1) are its T5 tokens, the last one
+        padding. The embeddings are those of SD3's `encode_prompt`, but with gradients, and with one token for T5's last
+        padding tokens.
+        """
         outputs = [clip(clip_ids, output_hidden_states=True) for clip in self.clip]
         hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
         t5 = encode_compact(self.t5, t5_ids, T5_TOKENS)
@@ -68,9 +80,10 @@ class TextConditioned(nn.Module):
 
 
 def encode_compact(t5: T5EncoderModel, ids: Tensor, full_length: int) -> Tensor:
-    """Return the embeddings (B, N, D) of the token ids (B, N), by a T5 without positions.
+    """Return the embeddings (B, N, D) that a T5 without positions gives for the token ids (B, N).
 
-    The last token is padding and stands for all padding up to `full_length` tokens.
+    The last token of each row must be padding. T5's attention counts it as `full_length - N + 1` tokens, so the result
+    is that of a text that is padded to `full_length` tokens.
     """
     count = ids.shape[1]
     mask = torch.zeros(len(ids), 1, 1, count)
@@ -79,9 +92,10 @@ def encode_compact(t5: T5EncoderModel, ids: Tensor, full_length: int) -> Tensor:
 
 
 def tokenise(pipeline: StableDiffusion3Pipeline, captions: list[str], keep: int) -> tuple[Tensor, Tensor]:
-    """Return the CLIP ids (N, 12) and the T5 ids (N, keep + 1) of N captions. The last T5 id is padding.
+    """Return the CLIP ids (N, L) and the T5 ids (N, keep + 1) of N captions.
 
-    Raises ValueError if a caption has more than `keep` T5 tokens.
+    L is the length to which the CLIP tokenizers pad. The last T5 id of each caption is padding. Raises ValueError if a
+    caption has more than `keep` T5 tokens.
     """
     longest = max(len(ids) for ids in pipeline.tokenizer_3(captions).input_ids)
     if longest > keep:
@@ -93,9 +107,10 @@ def tokenise(pipeline: StableDiffusion3Pipeline, captions: list[str], keep: int)
 
 @torch.no_grad()
 def captioned_latents(pipeline: StableDiffusion3Pipeline, count: int, seed: int, keep: int, pairs: float) -> Captioned:
-    """Encode `count` renderings of training captions into latents, and tokenise the captions and the empty caption.
+    """Draw and render `count` training captions, and return the renderings' latents with the captions' token ids.
 
-    The share `pairs` of the renderings shows two shapes. All draws depend on `seed` only.
+    The token ids of the empty caption follow those of the captions. A rendering shows two shapes with probability
+    `pairs`, and otherwise one. A caption may have at most `keep` T5 tokens. All random draws depend on `seed` only.
     """
     scenes = draw_scenes(count, seed, "train", pairs=pairs)
     vae, latents = pipeline.vae, []
@@ -119,11 +134,13 @@ def train_teacher(
     sigma_std: Positive = 1.2,
     compile_network: bool = True,
 ) -> StableDiffusion3Pipeline:
-    """Train the pipeline in place by flow matching with caption dropout and logit-normal sigmas (SD3, arXiv:2403.03206).
+    """Train the pipeline's transformer and text encoders in place by flow matching, and return the frozen pipeline.
 
-    The data are `count` renderings, of which the share `pairs` shows two shapes. A caption has at most `keep` T5 tokens. It is
-    replaced by the empty caption with probability `caption_dropout`. Sigma is the sigmoid of a normal draw with mean `sigma_mean`
-    and standard deviation `sigma_std`. `folder` keeps the state, so that an interrupted training can resume.
+    The data are `count` training captions, each with one rendering, which shows two shapes with probability `pairs` and
+    otherwise one. A caption may have at most `keep` T5 tokens. In each batch, a caption is replaced by the empty
+    caption with probability `caption_dropout`. Sigma is the sigmoid of a normal random number with mean `sigma_mean`
+    and standard deviation `sigma_std` (SD3, arXiv:2403.03206). With `compile_network`, torch.compile compiles the
+    transformer. The state of the training is saved in `folder`, from which an interrupted training resumes.
     """
 
     def data() -> Captioned:
@@ -135,10 +152,10 @@ def train_teacher(
 
 @dataclass(frozen=True)
 class NoiseLevels:
-    """How captions are dropped and sigmas are drawn in the teacher's training.
+    """The random draws in the teacher's training: which captions are dropped, and which sigmas are used.
 
-    A caption is replaced by the empty one with probability `caption_dropout`. Sigma is the sigmoid of a normal random number
-    with mean `mean` and standard deviation `std`.
+    A caption is replaced by the empty caption with probability `caption_dropout`. Sigma is the sigmoid of a normal
+    random number with mean `mean` and standard deviation `std`.
     """
 
     caption_dropout: float = 0.1
@@ -155,9 +172,12 @@ def fit_teacher(
     compile_network: bool,
     save_every: int = 1000,
 ) -> StableDiffusion3Pipeline:
-    """Train the pipeline in place on the latents and captions that `data` returns, and return the frozen pipeline.
+    """Train `pipeline` in place on the latents and captions that `data()` returns, and return the frozen pipeline.
 
-    `data` is not called if the stage is already finished.
+    The transformer and the text encoders are trained. `levels` says how captions are dropped and sigmas are drawn. With
+    `compile_network`, torch.compile compiles the transformer. The state of the training is saved in `folder` after
+    every `save_every` iterations, and an interrupted training resumes from it. If all iterations have been made before,
+    `data` is not called.
     """
     model = TextConditioned(pipeline).train().requires_grad_(True)
     if compile_network:

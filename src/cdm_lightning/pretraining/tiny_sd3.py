@@ -39,7 +39,8 @@ def build_pipeline(
 ) -> StableDiffusion3Pipeline:
     """Build the tiny pipeline with random weights that depend on `seed` only. It is frozen and in eval mode.
 
-    `heads` and `layers` are those of the transformer. `latent_channels` is C of the latents (B, C, 16, 16).
+    `heads` and `layers` are the numbers of attention heads (of width 32) and of layers of the transformer.
+    `latent_channels` is C of the latents (B, C, 16, 16).
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -67,10 +68,11 @@ def frozen(pipeline: StableDiffusion3Pipeline) -> StableDiffusion3Pipeline:
 
 
 def start_from(pipeline: StableDiffusion3Pipeline, folder: str | Path) -> None:
-    """Copy all weights of the tiny pipeline in `folder` into `pipeline`, which may have a larger vocabulary.
+    """Copy all weights of the tiny pipeline in `folder` into `pipeline`, those of the VAE included.
 
-    Tokens that the earlier pipeline lacks keep their random embeddings. The VAE is copied too, because the transformer was
-    trained on its latents. Raises `UserError` if `folder` holds no tiny pipeline of the same sizes.
+    The vocabulary of `pipeline` may be larger; tokens that the pipeline in `folder` lacks keep their random embeddings.
+    The VAE is copied because the transformer in `folder` was trained on its latents. Raises `UserError` if `folder`
+    holds no tiny pipeline, or one whose networks differ in size from those of `pipeline`.
     """
     folder = locate_pipeline(str(folder), None, StableDiffusion3Pipeline, ("transformer", "vae"))
     with loading(folder):
@@ -97,8 +99,9 @@ def start_from(pipeline: StableDiffusion3Pipeline, folder: str | Path) -> None:
 
 
 def build_transformer(heads: int, layers: int, latent_channels: int) -> SD3Transformer2DModel:
-    """Build the velocity network. It has 16 patches of 4 x 4 latents, heads of width 32, and RMS-normed queries and keys as in
-    SD3.5.
+    """Build the velocity network of latents (B, latent_channels, 16, 16), with patches of 4 x 4 latent pixels.
+
+    It has `layers` layers and `heads` attention heads of width 32, with RMS-normed queries and keys as in SD3.5.
     """
     return SD3Transformer2DModel(
         sample_size=16,
@@ -117,7 +120,10 @@ def build_transformer(heads: int, layers: int, latent_channels: int) -> SD3Trans
 
 
 def build_vae(latent_channels: int) -> AutoencoderKL:
-    """Build the autoencoder of images (B, 3, 32, 32) and latents (B, latent_channels, 16, 16). Training sets its scale and shift."""
+    """Build the autoencoder of images (B, 3, 32, 32) and latents (B, latent_channels, 16, 16), with random weights.
+
+    Its scaling factor is 1 and its shift factor is 0 until the training has set them.
+    """
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -137,7 +143,11 @@ def build_vae(latent_channels: int) -> AutoencoderKL:
 def build_clip(
     tokenizer: CLIPTokenizer, width: int = CLIP_WIDTH, layers: int = 2, heads: int = 2
 ) -> CLIPTextModelWithProjection:
-    """Build a CLIP text encoder for the tokenizer's number of tokens. `width` is its hidden and its projected width."""
+    """Build a CLIP text encoder for the vocabulary of `tokenizer`.
+
+    `width` is the width of its hidden states and of its pooled output. It has `layers` layers and `heads` attention
+    heads.
+    """
     return CLIPTextModelWithProjection(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -155,7 +165,10 @@ def build_clip(
 
 
 def build_t5(tokenizer: T5Tokenizer, width: int = T5_WIDTH) -> T5EncoderModel:
-    """Build a T5 encoder with one layer and no positions. Only the CLIP encoders see the order of words."""
+    """Build a T5 encoder with one layer, of width `width`, for the vocabulary of `tokenizer`.
+
+    It has no positions, so it cannot see the order of words; only the CLIP encoders can.
+    """
     config = T5Config(
         vocab_size=len(tokenizer),
         d_model=width,
@@ -174,9 +187,11 @@ def build_t5(tokenizer: T5Tokenizer, width: int = T5_WIDTH) -> T5EncoderModel:
 def build_clip_tokenizer(words: Sequence[str], tokens: int = CLIP_TOKENS) -> CLIPTokenizer:
     """Build a byte-level BPE tokenizer with CLIP's end-of-word mark, in which each of `words` is one token.
 
-    It pads texts to `tokens` tokens, the start and end tokens included.
-    The last letters of words, with the end-of-word mark, are passed as special tokens in a sorted order. Otherwise the tokenizer's
-    trainer would number them in the order of a hash table, which differs between processes.
+    It pads texts to `tokens` tokens, the start token and the end token included.
+
+    The last letter of each word, joined with the end-of-word mark, is given to the trainer of the BPE as a special
+    token, in sorted order. Without this, the trainer would number these letters in the order of a hash table, and two
+    processes would build tokenizers with different ids.
     """
     final_letters = sorted({f"{word[-1]}</w>" for word in words})
     trained = Tokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix="</w>"))
@@ -196,7 +211,7 @@ def build_clip_tokenizer(words: Sequence[str], tokens: int = CLIP_TOKENS) -> CLI
 
 
 def build_t5_tokenizer(words: Sequence[str]) -> T5Tokenizer:
-    """Build a unigram tokenizer in which each of `words` is one token. Other text is split into letters."""
+    """Build a unigram tokenizer in which each of `words` is one token. All other words are split into letters."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
     pieces += [(f"▁{word}", -2.0) for word in words]
     pieces += [(letter, -8.0) for letter in "abcdefghijklmnopqrstuvwxyz0123456789,.'\"-"]

@@ -1,6 +1,7 @@
-"""Stage 1 of `cdm_lightning.pretrain`: train the autoencoder (VAE) of the tiny pipeline on renderings of the shapes set.
+"""Stage 1 of `cdm_lightning.pretrain`: train the tiny pipeline's autoencoder (VAE) on renderings of the shapes set.
 
-The loss is the absolute error plus four times the squared error of the images, plus a small KL divergence.
+The loss is the mean absolute error of the images, plus four times their mean squared error, plus the KL divergence with
+a small weight.
 """
 
 from collections.abc import Callable
@@ -25,10 +26,11 @@ def posterior_of(vae: AutoencoderKL, images: Tensor) -> DiagonalGaussianDistribu
 def train_vae(
     vae: AutoencoderKL, recipe: Recipe, folder: Path, pool: int = 8192, kl_weight: float = 1e-4
 ) -> AutoencoderKL:
-    """Train the VAE in place on `pool` renderings and return it frozen. `kl_weight` is the weight of the KL divergence.
+    """Train the VAE in place on `pool` renderings, standardise its latents, and return it frozen.
 
-    Its scaling and shift factors are set so that latents have mean 0 and standard deviation 1. `folder` keeps the state, so that
-    an interrupted training can resume.
+    `kl_weight` is the weight of the KL divergence in the loss. After the training, the VAE's scaling and shift factors
+    are set so that its latents have mean 0 and standard deviation 1. The state of the training is saved in `folder`,
+    from which an interrupted training resumes.
     """
     images = render(draw_scenes(pool, recipe.seed, "train", pairs=0.25), recipe.seed) * 2 - 1
 
@@ -49,9 +51,11 @@ def fit_vae(
     edge_weight: float = 0.0,
     save_every: int = 1000,
 ) -> None:
-    """Train the VAE in place on the images (B, 3, H, W) in [-1, 1] that `batch` draws, and freeze it.
+    """Train the VAE in place on the images (B, 3, H, W) in [-1, 1] that `batch(generator)` returns, and freeze it.
 
-    `edge_weight` is the weight of the absolute error in the differences between neighbouring pixels.
+    In the loss, `kl_weight` is the weight of the KL divergence, and `edge_weight` is the weight of the absolute error
+    in the differences between neighbouring pixels. The state of the training is saved in `folder` after every
+    `save_every` iterations, and an interrupted training resumes from it.
     """
     network = cast(nn.Module, vae)  # diffusers declares `to` without its arguments
     network.to(memory_format=torch.channels_last).train().requires_grad_(True)
@@ -72,6 +76,9 @@ def fit_vae(
 
 @torch.no_grad()
 def standardise_latents(vae: AutoencoderKL, images: Tensor) -> None:
-    """Set the VAE's shift and scale so that the latents of the images (N, 3, H, W) in [-1, 1] have mean 0 and deviation 1."""
+    """Set the VAE's shift and scale so that the latents of `images` have mean 0 and standard deviation 1.
+
+    The images have the shape (N, 3, H, W) and values in [-1, 1].
+    """
     latents = torch.cat([posterior_of(vae, chunk).mean for chunk in images.split(256)])
     vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
