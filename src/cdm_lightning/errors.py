@@ -6,8 +6,8 @@ FROM_WORKER = "Caught UserError in DataLoader worker"
 class UserError(Exception):
     """A mistake of the user. Its text is one line: what is wrong, where it is, and how to fix it.
 
-    A `DataLoader` raises errors of its worker processes again, with the worker's traceback before the message. `str()` of this
-    class leaves the traceback out.
+    If a `DataLoader` raises the error of a worker process again, it puts the worker's traceback before the message. The
+    constructor removes this traceback.
     """
 
     def __init__(self, message: str) -> None:

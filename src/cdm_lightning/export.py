@@ -1,7 +1,8 @@
 """`python -m cdm_lightning.export RUN --output FOLDER`: export a checkpoint's student as a pipeline folder or a LoRA.
 
-The model family's own library loads the folder, for example `StableDiffusion3Pipeline.from_pretrained(FOLDER)`. The folder's
-model card shows how to call it, so that it samples at the sigmas for which the student was trained.
+The model family's own library loads the folder, for example `StableDiffusion3Pipeline.from_pretrained(FOLDER)`. The
+folder's model card shows how to call the loaded pipeline, so that it samples at the sigmas for which the student was
+trained.
 """
 
 import argparse
@@ -37,7 +38,7 @@ def export_checkpoint(
     height: int | None = None,
     width: int | None = None,
 ) -> Path:
-    """Export the student of a checkpoint, or of the newest checkpoint of a run folder, to `output`, and return its path.
+    """Export the student of a checkpoint, or of the newest checkpoint of a run, to `output`, and return its path.
 
     `form` says what is written:
       "pipeline"    a pipeline folder; a LoRA is fused into the network;
@@ -45,10 +46,12 @@ def export_checkpoint(
       "weights"     a .safetensors file with the student's weights;
       "checkpoint"  a .safetensors file with the whole checkpoint, in the precision of training.
 
-    `nfe` is the number of network calls for an image. `weights` is "student", "student_ema" or "auto" (the EMA if there is one).
-    `dtype` is "float32", "float16" or "bfloat16". `pretrained` is the path of the pretrained pipeline, if it has moved since
-    training. `height` and `width` are the image size in pixels that the model card's example uses; the default is the training
-    size. Raises `UserError` for a source or output that does not fit (see `export_pipeline`).
+    `source` is the path of the checkpoint or of the run's folder. `nfe` is the number of network calls for an image.
+    `weights` is "student", "student_ema" or "auto" (the EMA if there is one). `dtype` is "float32", "float16" or
+    "bfloat16". `pretrained` is the path of the pretrained pipeline, if it has moved since training. `height` and
+    `width` are the image size in pixels that the model card's example uses; the default is the training size. Raises
+    `UserError` if `source` has no checkpoint that can be read, or if `export_pipeline` or `export_file` refuses an
+    argument.
     """
     if form in FILES:
         return export_file(Path(source), Path(output), weights, dtype, form)
@@ -65,9 +68,10 @@ def export_checkpoint(
 
 
 def export_file(source: Path, output: Path, weights: str, dtype: str, form: str) -> Path:
-    """Write a student (`form="weights"`) or a whole checkpoint (`form="checkpoint"`) as the new .safetensors file `output`.
+    """Write a student (`form="weights"`) or a whole checkpoint (`form="checkpoint"`) as one file, and return its path.
 
-    Returns the file's path. The other arguments are those of `export_checkpoint`. The pretrained pipeline is not needed.
+    `output` is the path of a new .safetensors file; otherwise `UserError` is raised. `export_checkpoint` explains the
+    other arguments. The pretrained pipeline is not needed.
     """
     import torch
 

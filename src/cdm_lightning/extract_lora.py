@@ -81,7 +81,8 @@ def _write(family: type, found: "Extraction", output: Path) -> None:
 def report(found: "Extraction") -> str:
     """Return a text with the relative error of each tensor, the largest first, followed by the error over all tensors.
 
-    The error is the Frobenius norm of the part that the LoRA misses, divided by the norm of the difference.
+    A relative error compares Frobenius norms: it is the norm of the part of the difference `tuned` - `base` that the
+    LoRA misses, divided by the norm of the whole difference.
     """
     errors = sorted(found.errors(), key=lambda pair: -pair[1])
     outside = set(found.outside)

@@ -1,7 +1,7 @@
-"""A text cache contains the encoded prompts of a run, so that training loads no text encoder. This file reads it.
+"""A text cache is a folder with the encoded prompts of a run. Training reads it instead of loading a text encoder.
 
-The files of the cache are called shards. They stay on disk and are mapped into memory, so a prompt takes only 24 bytes of
-memory.
+The encodings are on the disk in files called shards, and an encoding is read whenever its prompt is used. In memory,
+the opened cache takes only 24 bytes for each prompt: its key and its position.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,12 +36,14 @@ SHOWN = 60  # the number of characters of a prompt that a message shows
 class TextCacheSettings:
     """The options `text_cache.*`, which say where encoded prompts are kept: in a folder, in memory, or nowhere.
 
-    `folder` is the cache that the command `cache_text` writes and training reads. `dtype` is the dtype of its floating-point
-    tensors. The command encodes `batch_size` prompts at a time and writes files of about `shard_megabytes` MB. Before training,
-    all prompts are looked up in the cache, but only if there are at most `check_up_to`.
+    `folder` is the cache that the command `cache_text` writes and training reads. `dtype` is the dtype of the cache's
+    floating-point tensors. The command encodes `batch_size` prompts at a time and writes files of about
+    `shard_megabytes` MB. If the run has at most `check_up_to` prompts, training looks up all of them in the cache
+    before it begins. If it has more, a missing prompt is noticed when it is used.
 
-    Without a `folder`, a run of at most `remember_up_to` prompts keeps their encodings in memory, if they take at most
-    `remember_megabytes` MB. Prompts that occur several times are counted each time.
+    If `folder` is None, the encodings are kept in memory, provided that the run has at most `remember_up_to` prompts
+    and that their encodings take at most `remember_megabytes` MB. In both numbers of prompts, a prompt that occurs
+    several times is counted each time.
 
     Raises `UserError` for a value out of its range.
     """
@@ -77,8 +79,9 @@ class Texts(Protocol):
 class StoredText:
     """An opened text cache. It returns the encodings of prompts (conditioning), as `Backbone.encode_prompts` does.
 
-    `fingerprint` identifies the text encoders of this run (`Backbone.text_fingerprint`). Raises `UserError` if the folder has
-    no cache, if other text encoders made the cache, or if a file of the cache is incomplete.
+    `fingerprint` identifies the text encoders of this run (`Backbone.text_fingerprint`). Raises `UserError` if the
+    folder has no cache, if other text encoders made the cache, or if one of its shards is incomplete, damaged or from
+    another cache.
     """
 
     def __init__(self, folder: str | Path, fingerprint: Mapping[str, str]) -> None:
@@ -112,7 +115,7 @@ class StoredText:
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Return the encodings of B prompts: tensors (B, ...) by name, in the dtype of the text encoders.
 
-        Raises `UserError` if a prompt is not in the cache, or if its stored row is damaged.
+        Raises `UserError` if a prompt is not in the cache, or if its stored encoding is damaged.
         """
         distinct = list(dict.fromkeys(prompts))
         rows = [self._unconditional if prompt == "" else self._row(prompt) for prompt in distinct]
@@ -126,10 +129,11 @@ class StoredText:
         return {name: value.index_select(0, which) for name, value in cond.items()}
 
     def require(self, sets: Mapping[str, Texts], check_up_to: int) -> None:
-        """Raise `UserError` if the cache lacks the empty prompt or a prompt in `sets`, such as {"training": prompts}.
+        """Raise `UserError` if the cache lacks the empty prompt or a prompt of `sets`.
 
-        The message says how many prompts of a set are missing, with an example. If the sets have more than `check_up_to`
-        prompts, only the empty prompt is checked here. A missing prompt then raises `UserError` when it is used.
+        `sets` maps the name of a set, such as "training", to its prompts. The message says how many prompts of a set
+        are missing, and shows one of them. If the sets together have more than `check_up_to` prompts, only the empty
+        prompt is looked up here, and `encode` raises `UserError` later for a missing prompt.
         """
         if "" not in self:
             raise UserError(f"{self.folder}: the text cache lacks the empty prompt; run `{COMMAND}` again to add it")

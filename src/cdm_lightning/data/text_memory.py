@@ -1,6 +1,6 @@
 """Keep the encodings of prompts in memory, so that each prompt is encoded only once.
 
-This is for runs with at most a few hundred prompts, in which each prompt is used many times.
+This is for runs that have few prompts and use each of them many times.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -16,14 +16,15 @@ BATCH = 64  # prompts encoded at a time
 
 
 class RememberedText:
-    """A wrapper of the function `encode` that encodes `prompts` and the empty prompt only once and keeps the results.
+    """Keeps the encodings of `prompts` and of the empty prompt in memory, so that each is computed only once.
 
-    The first call encodes all these prompts, and the results stay on the device. The prompts are always divided into the same
-    batches. Therefore a resumed run gets bit-identical encodings, in whatever order it uses them. A batch that contains any
-    other prompt is encoded at every call.
+    The parameter `encode` is the function that computes encodings. The first call of the method `encode` passes all
+    these prompts to the function, always in the same batches. Therefore a resumed run gets bit-identical encodings,
+    whichever prompts it uses first. The encodings stay on the device on which the function returned them. A batch with
+    any other prompt is passed to the function at every call.
 
-    If the results would take more than `most_bytes`, or if the prompts' encodings differ in shape, nothing is kept, and each
-    batch is encoded at every call.
+    If the encodings would take more than `most_bytes`, or if their shapes differ between prompts, nothing is kept, and
+    every batch is passed to the function at every call.
     """
 
     def __init__(self, encode: Encode, prompts: Iterable[str], most_bytes: int) -> None:
@@ -33,7 +34,7 @@ class RememberedText:
         self._table: Conditioning = {}
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Return the encodings of B prompts: tensors (B, ...) by name, equal to those of the wrapped function."""
+        """Return the encodings of B prompts: tensors (B, ...) by name, equal to what the function `encode` returns."""
         if self._place is None:
             self._fill()
         known = cast(dict[str, int], self._place)

@@ -43,8 +43,8 @@ class Manifest:
 
     - `text_fingerprint`: `Backbone.text_fingerprint` of the text encoders that made the cache.
     - `dtype`: name of the dtype in which floating-point tensors are stored.
-    - `tensors`: for the name of each tensor, {"shape": its shape for one prompt, "dtype": the dtype that the text encoders
-      return}.
+    - `tensors`: maps the name of each tensor to a dict with two entries. "shape" is the tensor's shape for one prompt,
+      and "dtype" names the dtype in which the text encoders return the tensor.
     """
 
     text_fingerprint: dict[str, str]
@@ -54,13 +54,13 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """A hash of the manifest. Each shard stores it to show which cache it belongs to."""
+        """A hash of the manifest. Each shard stores it, so that a shard of another cache is recognised."""
         text = json.dumps(asdict(self), sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     @property
     def bytes_per_prompt(self) -> int:
-        """The number of bytes of one prompt in a shard."""
+        """The number of bytes that one prompt takes in a shard, for its encoding, its key and its checksum."""
         sizes = (math.prod(entry["shape"]) * self.stored(name).itemsize for name, entry in self.tensors.items())
         return sum(sizes) + KEY_BYTES + 8
 
@@ -69,12 +69,19 @@ class Manifest:
         return getattr(torch, self.tensors[name]["dtype"])
 
     def stored(self, name: str) -> torch.dtype:
-        """Return the dtype in which the tensor `name` is stored: `dtype` if it is floating-point, and its own dtype if not."""
+        """Return the dtype in which the tensor `name` is stored.
+
+        For a floating-point tensor this is `dtype`, and for any other tensor it is `given(name)`.
+        """
         return DTYPES[self.dtype] if self.given(name).is_floating_point else self.given(name)
 
     @classmethod
     def of(cls, text_fingerprint: Mapping[str, str], dtype: str, cond: Mapping[str, Tensor]) -> "Manifest":
-        """Return the manifest of a cache whose encodings have the names, shapes (B, ...) and dtypes of `cond`."""
+        """Return the manifest of a new cache that stores floating-point tensors in the dtype named `dtype`.
+
+        `text_fingerprint` identifies the text encoders. `cond` is the encoding of any B prompts: the manifest takes the
+        names, the dtypes and the shapes (B, ...), without B, of its tensors.
+        """
         tensors = {
             name: {"shape": list(value.shape[1:]), "dtype": str(value.dtype).removeprefix("torch.")}
             for name, value in sorted(cond.items())
@@ -88,7 +95,7 @@ def prompt_key(prompt: str) -> bytes:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """Return the manifest of a cache folder, or None if there is none. Raises `UserError` if it cannot be read."""
+    """Return the manifest in a cache folder, or None if there is none. Raises `UserError` if it cannot be read."""
     path = folder / MANIFEST
     if not path.is_file():
         return None
@@ -102,9 +109,10 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def is_sound(manifest: Manifest) -> bool:
-    """Return whether all values of a manifest have the right types, and the shapes and sizes of its tensors are plausible.
+    """Return whether a manifest has the present format, values of the right types, and tensors of possible sizes.
 
-    Raises exceptions of many types if entries are missing or are not mappings and lists.
+    If an entry is missing or has a wrong type, this function may raise an exception of any type instead of returning
+    False.
     """
     texts = [part for pair in manifest.text_fingerprint.items() for part in pair]
     sides = [side for entry in manifest.tensors.values() for side in entry["shape"]]
@@ -178,7 +186,7 @@ def write_shard(folder: Path, manifest: Manifest, keys: Sequence[bytes], cond: M
 def shard_keys(path: Path, manifest: Manifest) -> np.ndarray:
     """Return the keys (n,) of the prompts in a shard, as 16-byte strings.
 
-    Raises `UserError` if the shard is damaged or belongs to another cache.
+    Raises `UserError` if the shard is damaged or was written for another cache.
     """
     with reading(path):
         with safe_open(require_regular(path), framework="pt") as file:
@@ -210,7 +218,10 @@ def read_row(path: Path, manifest: Manifest, row: int) -> dict[str, Tensor]:
 
 @contextmanager
 def reading(path: Path) -> Generator[None]:
-    """Turn each unexpected error inside the `with` block, which reads the shard `path`, into the `UserError` that `broken` returns."""
+    """Turn each unexpected error in the `with` block into the `UserError` that `broken(path)` returns.
+
+    The block reads the shard `path`.
+    """
     try:
         yield
     except UserError:

@@ -1,1 +1,1 @@
-"""Several processes for one run: start them, distribute networks over them, and let them communicate."""
+"""Runs with several processes: how the processes are started, share networks and communicate."""

@@ -1,8 +1,9 @@
 """Start several processes on this machine for one run, with torch's elastic launcher.
 
-Hydra composes the configuration once, in the launching process. The started processes read it from a private temporary folder,
-so all have the same configuration. The launcher forwards signals to them and ends with their exit status. They run in sessions
-of their own, so a signal to the launcher's process group (Ctrl-C, `timeout`) reaches them only once, through the launcher.
+Hydra composes the configuration once, in the launching process. The started processes read it from a private temporary
+folder, so all have the same configuration. The launcher forwards signals to the started processes and exits with their
+status. They run in sessions of their own, so a signal to the launcher's process group (Ctrl-C, `timeout`) reaches them
+only once, through the launcher.
 """
 
 import importlib
@@ -35,11 +36,12 @@ def is_launched(variables: Mapping[str, str] = os.environ) -> bool:
 
 
 def launch(config_text: str, processes: int, task: str, command: Sequence[str] = tuple(sys.argv)) -> int:
-    """Run `task` in `processes` processes on this machine. Return 0, or the exit status of the first failure.
+    """Run `task` in `processes` processes on this machine. Return 0, or the exit status of the first that failed.
 
-    `config_text` is the resolved configuration as YAML. `task` names a function as "module:function", which each process calls
-    with the configuration. `command` is stored as the run's command line. If a signal ended a process, stderr names the process,
-    and the status is 128 + signal as in a shell.
+    `config_text` is the resolved configuration as YAML. `task` names a function as "module:function", which each
+    process calls with the configuration. `command` is the command line of this process; the started processes get it as
+    their `sys.argv`, with secrets masked. If a signal ended a process, stderr names the process, and the status is 128
+    + signal as in a shell.
     """
     with tempfile.TemporaryDirectory(prefix="cdm_lightning_") as name:  # only its owner can read it
         folder = Path(name)
@@ -53,8 +55,8 @@ def launch(config_text: str, processes: int, task: str, command: Sequence[str] =
 def handed_over(text: str, path: Path) -> Generator[Path]:
     """Yield a path at which the processes that are started in the `with` block can read `text`.
 
-    On Linux, `text` is put into a file in memory, because it may hold secrets, and a killed process would leave a file on the
-    disk. On other systems it is written to the file `path`.
+    On Linux, this is a file in memory, because `text` may hold secrets and a killed process would leave a file on the
+    disk. On other systems, `text` is written to the file `path`.
     """
     if not hasattr(os, "memfd_create"):
         path.write_text(text, encoding="utf-8")
@@ -72,10 +74,10 @@ def run_processes(
     program: Sequence[str] = ("-m", "cdm_lightning.distributed.launch"),
     grace: int = GRACE,
 ) -> int:
-    """Run `python PROGRAM FOLDER` in `processes` processes. Return 0, or the exit status of the first failure.
+    """Run `python *program folder` in `processes` processes. Return 0, or the exit status of the first that failed.
 
-    `folder` holds the task for the processes (see `main`), and small files with which they and the launcher communicate. If one
-    process fails, the others are killed after `grace` seconds.
+    `folder` holds the description of the task (see `main`), and small files by which the launcher and the processes
+    communicate. If one process fails, the others are killed after `grace` seconds.
     """
     import logging
     import uuid
@@ -116,9 +118,10 @@ def run_processes(
 
 @contextmanager
 def forwarded_signals(folder: Path) -> Generator[None]:
-    """Pass signals on from this process to the processes that have called `sign_on(folder)`, inside the `with` block.
+    """Pass signals that this process gets in the `with` block on to the processes that have called `sign_on(folder)`.
 
-    A second signal kills these processes at once, even suspended ones, which cannot stop themselves.
+    A second signal kills these processes at once, even suspended ones, which cannot stop themselves. If no process has
+    called `sign_on` yet, the second signal ends this process.
     """
     first: list[float] = []
 
@@ -152,10 +155,10 @@ def forwarded_signals(folder: Path) -> Generator[None]:
 
 
 def sign_on(folder: Path) -> None:
-    """Register this process for the launcher's signals, by a file with its process number in `folder`.
+    """Let the launcher forward its signals to this process.
 
-    Raises `Preempted` if a signal has already come or the launcher is dead. If the launcher dies later, this process gets
-    SIGTERM.
+    The launcher finds this process by a file in `folder` that is named after the process number. Raises `Preempted` if
+    a signal has already come or the launcher is dead. If the launcher dies later, this process gets SIGTERM.
     """
     signals.watch(silent=True)
     (folder / f"{os.getpid()}.pid").touch()
@@ -181,7 +184,7 @@ def _watch(parent: int) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the task that is described in the folder `arguments[0]`, in one of the started processes."""
+    """Run the task that `launch` has described in the folder `arguments[0]`. Each started process calls this."""
     folder = Path(arguments[0])
     sign_on(folder)  # first, because the imports take seconds
     order = json.loads((folder / COMMAND).read_text(encoding="utf-8"))

@@ -22,7 +22,7 @@ def world_size() -> int:
 
 
 def gather(value: Any) -> list[Any]:
-    """Return the values of all processes, ordered by rank. All processes must call this, and all get the same list."""
+    """Return all processes' values as a list, ordered by rank. All processes must call this and get the same list."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -31,7 +31,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def from_first(value: Any) -> Any:
-    """Return the value of the first process. All processes must call this."""
+    """Return, in every process, the value of the first process. All processes must call this."""
     if world_size() == 1:
         return value
     box = [value]

@@ -24,7 +24,10 @@ NO_OFFLOAD = OffloadPolicy()
 
 
 def host_memory(device: torch.device) -> OffloadPolicy:
-    """Return FSDP2's policy for a network whose shards stay in host memory. The memory is pinned if `device` is a GPU."""
+    """Return FSDP2's policy for a network whose shards stay in host memory, and which computes on `device`.
+
+    The memory is pinned if `device` is a CUDA GPU.
+    """
     return CPUOffloadPolicy(pin_memory=device.type == "cuda")
 
 
@@ -42,10 +45,11 @@ def shard(
     whole: Set[nn.Parameter] = frozenset(),
     offload: OffloadPolicy = NO_OFFLOAD,
 ) -> None:
-    """Shard a network over the processes of `mesh` with FSDP2, in place. Each module of `block_types` is sharded separately.
+    """Shard a network over the processes of `mesh` with FSDP2, in place.
 
-    The parameters in `whole` stay unsharded. All others are gathered for a forward or backward pass and then freed. At other
-    times a process holds only its shards. `offload` can keep the shards in host memory (`host_memory`).
+    Each module of `block_types` is sharded separately. The parameters in `whole` stay unsharded. All others are
+    gathered for a forward or backward pass and freed after it, so that between passes a process holds only its shards.
+    `offload` can keep the shards in host memory (`host_memory`).
     """
     if all(parameter in whole for parameter in network.parameters()):
         return
@@ -63,9 +67,10 @@ def shard(
 
 @torch.no_grad()
 def fill(network: nn.Module, read_rows: Callable[[str, int, int], Tensor], device: torch.device) -> None:
-    """Allocate on `device` the weights of a sharded network that are on the meta device, and fill them with this rank's rows.
+    """Allocate memory on `device` for the meta-device weights of a sharded network, and fill it with their values.
 
-    `read_rows(name, first, end)` returns the rows first, ..., end - 1 of the parameter `name`.
+    Each process reads only the rows in its shard: `read_rows(name, first, end)` returns the rows first, ..., end - 1 of
+    the parameter `name`.
     """
     empty = [name for name, parameter in network.named_parameters() if parameter.is_meta]
     if not empty:
@@ -112,10 +117,10 @@ def average_figures(figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def put_together(network: nn.Module, build: Callable[[], nn.Module]) -> nn.Module | None:
-    """Return an unsharded copy of a sharded network on the first process, in eval mode on the CPU. Other processes get None.
+    """Return an unsharded copy of a sharded network on the first process, in eval mode on the CPU.
 
-    All processes must call this. `build` makes the network for the copy, on the first process only. A network without shards is
-    returned unchanged.
+    Other processes get None, but all processes must call this. The first process calls `build` for a network of the
+    same kind, and copies the weights into it. A network without shards is returned unchanged, on every process.
     """
     if not any(isinstance(parameter, DTensor) for parameter in network.parameters()):
         return network

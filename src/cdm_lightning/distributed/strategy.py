@@ -23,12 +23,12 @@ FEWEST_PROCESSES = 4  # allowed on a machine with fewer CPU cores, to try a layo
 
 
 class MeshStrategy(ModelParallelStrategy):
-    """Lightning's FSDP2 strategy on a mesh of `replicas` x `shards` processes. `training.placement.distribute` shards the networks.
+    """Lightning's FSDP2 strategy on a mesh of `replicas` x `shards` processes.
 
-    `on_cpu` lists networks, such as "teacher", whose shards stay in host memory. A block of such a network is copied to the
-    device when it computes, and the optimizer updates the network in host memory. If a process waits for another longer than
-    `timeout` seconds, the run ends with an error. Raises `UserError` for a timeout that is not above 0 and at most
-    `LONGEST_TIMEOUT`.
+    `training.placement.distribute` shards the networks. `on_cpu` lists networks, such as "teacher", whose shards stay
+    in host memory. A block of such a network is copied to the device while the block computes, and the optimizer
+    updates the network in host memory. If a process waits for another longer than `timeout` seconds, the run ends with
+    an error. Raises `UserError` if `timeout` is 0 or less, or above `LONGEST_TIMEOUT`.
     """
 
     def __init__(self, replicas: int, shards: int, on_cpu: Sequence[str] = (), timeout: Seconds = TIMEOUT) -> None:
@@ -45,7 +45,7 @@ class MeshStrategy(ModelParallelStrategy):
     def check(self, networks: Sequence[str], whole: Sequence[str]) -> None:
         """Raise `UserError` if `on_cpu` names a network that cannot be in host memory.
 
-        The arguments are those of `check_on_cpu`.
+        `check_on_cpu` explains `networks` and `whole`.
         """
         check_on_cpu(self.on_cpu, networks, whole)
 
@@ -84,10 +84,11 @@ def check_on_cpu(on_cpu: Sequence[str], networks: Sequence[str], whole: Sequence
 
 
 def single_process(devices: DevicesOption = 1, num_nodes: Processes = 1) -> str:
-    """Return the name of Lightning's strategy for one process on one device. Raises `UserError` if more processes are set.
+    """Return the name of Lightning's strategy for one process on one device.
 
-    `devices` is the argument of `Trainer`: a count, a list of indices, "auto", or one of these as a string. Several processes
-    that torchrun or SLURM has started are refused too, because all of them would write to one folder.
+    `devices` and `num_nodes` are the arguments of Lightning's `Trainer`: the devices of a node (a count, a list of
+    indices, "auto", or one of these as a string) and the number of nodes. Raises `UserError` if they request more than
+    one process, or if torchrun or SLURM has started several processes, because all of them would write to one folder.
     """
     processes = max(device_count(devices) * num_nodes, launched_processes() or 1)
     if processes != 1:
@@ -169,10 +170,12 @@ def launched_processes() -> int | None:
 
 
 def require_devices(devices: int | str | Sequence[int], accelerator: str = "auto") -> None:
-    """Raise `UserError` if this machine has fewer devices than `trainer.devices` needs, before processes are started.
+    """Raise `UserError` if this machine has fewer devices than `devices` requests.
 
-    On a CPU each usable core counts as a device. Up to `FEWEST_PROCESSES` processes are allowed even on fewer cores, so that a
-    strategy can be tried out on a small machine.
+    A run checks this before it starts processes. `devices` and `accelerator` are the arguments of Lightning's
+    `Trainer`. On a CPU each usable core counts as a device. Up to `FEWEST_PROCESSES` processes are allowed even on
+    fewer cores, so that a strategy can be tried out on a small machine. Only the accelerators "auto", "cpu", "cuda" and
+    "gpu" are checked.
     """
     count = device_count(devices)
     is_gpu = accelerator in ("cuda", "gpu") or (accelerator == "auto" and torch.cuda.is_available())
@@ -186,9 +189,10 @@ def require_devices(devices: int | str | Sequence[int], accelerator: str = "auto
 
 
 def device_count(devices: int | str | Sequence[int]) -> int:
-    """Return the number of devices that `Trainer(devices=...)` would use. `devices` is a count, a list, "0,1" or "auto".
+    """Return the number of devices that Lightning's `Trainer(devices=devices)` would use.
 
-    "auto" means all GPUs, or 1 without a GPU.
+    `devices` is a count, a list of indices, a string such as "0,1", or "auto". "auto" means all GPUs, or 1 without a
+    GPU.
     """
     if isinstance(devices, str) and "," in devices:
         devices = [int(index) for index in devices.split(",") if index.strip()]

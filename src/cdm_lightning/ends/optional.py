@@ -1,4 +1,4 @@
-"""Files that a run can do without, such as logs, pictures and tables. A disk error while one is written gives one warning."""
+"""Files that a run can do without, such as logs and pictures: if one cannot be written, the run warns and continues."""
 
 import sys
 from collections.abc import Generator
@@ -12,11 +12,12 @@ _failing: set[str] = set()
 
 @contextmanager
 def may_fail(what: str | Path, *also: type[Exception], proves: bool = True) -> Generator[None]:
-    """Turn a disk error inside the block into a warning on stderr. The block writes the file `what`.
+    """Turn a disk error inside the block into a warning on stderr, after which the run continues.
 
-    Errors of the classes in `also` are treated in the same way. Only the first failure prints a warning. The next success prints
-    that the file can be written again. Pass `proves=False` if the block only fills a buffer, because a success then does not show
-    that the disk can be written.
+    `what` is the path or the name of what the block writes, for the warning. Errors of the classes in `also` are
+    treated like disk errors; other errors are raised. After a warning, further failures for the same `what` print
+    nothing. The next success prints that `what` can be written again. Pass `proves=False` if the block only fills a
+    buffer: its success then prints nothing, because it does not show that the disk can be written.
     """
     name = str(what)
     try:

@@ -1,15 +1,17 @@
-"""Signals that ask a run to stop. The first signal saves the run and ends the process with exit code 75.
+"""Signals that ask a run to stop. After the first one the run is saved if needed, and the process exits with code 75.
 
-How the process stops depends on its phase (`Phase`), which is set by `loading`, `training` and `finished`:
+What the first signal does depends on the phase of the process (`Phase`):
 
 - While libraries are imported, the process exits in the signal handler, since there is nothing to save.
-- While data and networks are loaded, and while the student is evaluated and exported after training, everything is saved
-  already. The handler raises `Preempted`, and the interrupted code cleans up.
-- In training, the signal is noted. All processes stop together after the current iteration or validation batch.
-- After everything is saved, another signal exits at once, with exit code 75.
+- While data and networks are loaded (`loading`), and while the student is evaluated and exported after training,
+  everything is saved already. The handler raises `Preempted`, and the interrupted code cleans up.
+- In training (`training`), the handler only records the signal. After the current iteration or validation batch, all
+  processes save the run and stop together.
+- When the run is over (`finished`), the first signal has no effect.
 
-A second signal stops at once, without saving. Signals within `SAME_EVENT` seconds count as one, because the programs that stop
-a run often send several: `timeout` signals the process and its group, and systemd sends SIGTERM and SIGHUP.
+A second signal ends the process at once, without saving. If everything is saved already, the exit code is 75. Signals
+within `SAME_EVENT` seconds count as one, because the programs that stop a run often send several: `timeout` signals the
+process and its group, and systemd sends SIGTERM and SIGHUP.
 """
 
 import os
@@ -54,13 +56,14 @@ _state = _State()
 
 
 def watch(silent: bool = False) -> bool:
-    """Install a handler for all `SIGNALS`.
+    """Install a handler for all `SIGNALS`, and return True.
 
-    Returns False, and does nothing, if this process has the handlers already or if this is not the main thread. SIGHUP stays
-    ignored if it was ignored before, for example by `nohup`.
+    If this process has the handlers already, or if this is not the main thread, nothing is done and the result is
+    False. SIGHUP stays ignored if it was ignored before, for example by `nohup`.
 
-    With `silent`, a signal prints a line only in training. Use it for processes that a launcher started. The launcher prints
-    the line itself, and when one process fails, it sends SIGTERM to the others, for which no line must be printed.
+    With `silent`, this process does not print that it was stopped. Use it for processes that a launcher started: the
+    launcher prints a line for all of them. When one of them fails, the launcher sends SIGTERM to the others, which must
+    print nothing then.
     """
     if _state.process == os.getpid() or threading.current_thread() is not threading.main_thread():
         return False
@@ -103,7 +106,7 @@ def loading(where: str) -> None:
 
 
 def training() -> None:
-    """Enter the training phase, in which the first signal only makes `is_asked` true.
+    """Enter the training phase, in which the first signal has one effect only: `is_asked` returns True.
 
     Raises `Preempted` if a signal came earlier.
     """
@@ -113,15 +116,15 @@ def training() -> None:
 
 
 def failing() -> None:
-    """Enter the phase after an error, and forget an earlier signal. A new signal raises `Preempted`.
+    """Enter the phase after an error, in which nothing is saved any more.
 
-    Nothing is saved any more in this phase.
+    An earlier signal is forgotten, and a new signal raises `Preempted`.
     """
     _state.phase, _state.where, _state.first = Phase.LOADING, "after an error", None
 
 
 def finished() -> None:
-    """Enter the last phase, in which the run is over. The first signal has no effect."""
+    """Enter the last phase, in which the run is over and the first signal has no effect."""
     _state.phase = Phase.FINISHED
 
 
@@ -134,21 +137,21 @@ def saved() -> None:
 
 
 def is_saved() -> bool:
-    """Return whether a stopping run has nothing left to save: `saved` was called or `Preempted` was raised."""
+    """Return whether nothing is left to save: `saved` was called, or a signal came when all was saved already."""
     return _state.saved
 
 
 def is_asked() -> bool:
-    """Return whether a signal has asked this process to stop (`SIGNALS`)."""
+    """Return whether one of the `SIGNALS` has asked this process to stop."""
     return _state.first is not None
 
 
 @contextmanager
 def waiting() -> Generator[None]:
-    """Let the first signal raise `Preempted` inside the block even in training.
+    """Let the first signal raise `Preempted` inside the block even in training, so that the block stops waiting.
 
-    Use it for a block that waits between two iterations, so that no iteration is interrupted. If a signal came earlier in
-    training, `Preempted` is raised before the block.
+    Use it only for a block between two iterations, because an iteration must not be interrupted. If a signal came
+    earlier in training, `Preempted` is raised before the block.
     """
     _state.is_waiting = True
     try:
@@ -161,11 +164,11 @@ def waiting() -> Generator[None]:
 
 @contextmanager
 def held() -> Generator[None]:
-    """Hold back all `SIGNALS` until the end of the block. Processes that are started inside the block never receive them.
+    """Hold back all `SIGNALS` until the end of the block. Processes started inside the block never receive them.
 
-    New processes inherit the blocked signals. Therefore a signal to the whole process group cannot end them, not even while
-    they start. Only the calling thread blocks signals. If another thread receives one, the handler keeps it until the end. All
-    signals that came inside the block count as one.
+    New processes inherit the blocked signals. Therefore a signal to the whole process group cannot end them, not even
+    while they start. Only the calling thread blocks signals. If another thread receives one, the handler keeps it until
+    the end. At the end, all signals that came inside the block are handled as one signal.
     """
     before, outer = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS), _state.is_held
     _state.is_held = True

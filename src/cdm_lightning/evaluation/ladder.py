@@ -55,12 +55,15 @@ class SamplerResult:
 class LadderResult:
     """The result of an evaluation: the figures of each sampler, and the data behind them.
 
-    - `rows`: one row for each sampler, with its name ("sampler"), its figures, and "network_calls" and "seconds_per_image". The
-      time includes decoding; it includes text encoding unless the encodings are kept in memory.
+    - `rows`: one row for each sampler, with its name ("sampler"), its figures, and "network_calls" and
+      "seconds_per_image". The time includes decoding; it includes text encoding unless the encodings are kept in
+      memory.
     - `scores`: one row for each sampler and prompt, with the scores of the image.
-    - `images`: (P, 3, H, W) for each sampler, the images of the first P `prompts`.
+    - `images`: maps the name of each sampler to its images (P, 3, H, W) of the P `prompts`, for the overview picture.
+    - `prompts`: the prompts of these images, the first P of the evaluation.
     - `settings`: everything that determines the figures.
-    - `measured`: the measurements of each sampler. Pass them as `known` to a later `run` of the same evaluation, to reuse them.
+    - `measured`: the measurements of each sampler. Pass them as `known` to a later `run` of the same evaluation, to
+      reuse them.
     """
 
     rows: list[Row]
@@ -112,7 +115,10 @@ class LadderEvaluation:
         return self.count or 0
 
     def check(self, metrics: MetricSuite) -> None:
-        """Raise `UserError` if a metric needs a sampler that is not evaluated, or more prompts than `size`."""
+        """Raise `UserError` if a metric cannot be computed for this evaluation.
+
+        A metric may refuse a prompt, need a sampler that is not evaluated, or need more prompts than `size`.
+        """
         metrics.check_prompts(self.prompts, self.size)
         if self.real_images is not None:
             _ = self.real_images([self.prompts[0], self.prompts[self.size - 1]], [0, self.size - 1], self.seed)
@@ -137,11 +143,12 @@ class LadderEvaluation:
         silent: bool = False,
         known: Mapping[str, SamplerResult] | None = None,
     ) -> LadderResult:
-        """Measure all samplers with the networks {"student": ..., "teacher": ...}, on their device.
+        """Measure the images of all samplers, and return the figures and measurements.
 
-        Networks compute in `compute_dtype`. With `silent`, no progress is shown. `known` holds measurements of an earlier run of
-        the same evaluation, for example of the teacher's samplers. Samplers in `known` are not run again. Raises the errors of
-        `check`.
+        `networks` holds the networks "student" and "teacher", which compute on their device in `compute_dtype`. With
+        `silent`, no progress is shown. `known` holds measurements of an earlier run of the same evaluation, by the
+        sampler's name, for example those of the teacher's samplers. These samplers are not run again. Raises the errors
+        of `check`.
         """
         self.check(metrics)
         progress = Progress("reading reference images", self._total_calls(metrics), silent=silent)

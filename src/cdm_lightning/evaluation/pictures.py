@@ -20,10 +20,11 @@ LABEL_SIZE, CHARACTER = 13, 7  # pixels: font size, and average width of a chara
 
 
 def picture(images: Mapping[str, "Tensor"], prompts: Sequence[str]) -> "Image":
-    """Draw the images (P, 3, H, W) of each sampler in a row. The sampler's name is on the left, and the P prompts are on top.
+    """Draw a picture with a row for each sampler and a column for each of P prompts.
 
-    Small images are enlarged by an integer factor without smoothing, and large ones are reduced. The factor is the same for all
-    samplers, whose images may differ in size.
+    `images` maps the name of a sampler to its images (P, 3, H, W). The names are on the left, and the prompts are on
+    top. Small images are enlarged by an integer factor without smoothing, and large ones are reduced. The factor is the
+    same for all samplers, whose images may differ in size.
     """
     from PIL import Image, ImageDraw, ImageFont
     from torchvision.transforms.functional import to_pil_image

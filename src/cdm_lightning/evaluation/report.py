@@ -17,7 +17,10 @@ FORMATS = {"seconds_per_image": "{:.4f}"}  # other figures: see `_cell`
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Return the rows (name of column -> value) as an aligned table for a terminal. A missing value is shown as -."""
+    """Return `rows` as an aligned table for a terminal.
+
+    A row maps names of columns to values. A missing value is shown as -.
+    """
     columns = _columns(rows)
     cells = [[column.replace("_", " ") for column in columns], *_cells(rows, columns)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
@@ -26,7 +29,10 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """Return the rows (name of column -> value) as a Markdown table. A missing value is shown as -."""
+    """Return `rows` as a Markdown table.
+
+    A row maps names of columns to values. A missing value is shown as -.
+    """
     columns = _columns(rows)
     heads, rules = [column.replace("_", " ") for column in columns], ["---", *["---:"] * (len(columns) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in [heads, rules, *_cells(rows, columns)]) + "\n"
@@ -53,7 +59,10 @@ def _cell(column: str, value: object) -> str:
 
 
 def csv_text(rows: Sequence[Row]) -> str:
-    """Return rows that have the same keys as comma-separated values with a header line. Without rows, return ""."""
+    """Return `rows` as comma-separated values with a header line, or "" if there are no rows.
+
+    A row maps names of columns to values. All rows must have the same columns.
+    """
     text = io.StringIO()
     if rows:
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
@@ -68,15 +77,15 @@ def _as_json(row: Row) -> Row:
 
 
 def save_report(result: LadderResult, folder: str | Path) -> dict[str, Path]:
-    """Write the result of an evaluation into `folder`, and return the paths of the files by their names.
+    """Write the result of an evaluation into `folder`, and return the paths of the four files, by name.
 
     - metrics.json: the settings and the figures. It is written last, so it marks a complete evaluation.
     - table.md: the figures as a table.
     - samples.png: the images of the first prompts.
     - scores.csv: a line for each sampler and prompt, to compare two runs prompt by prompt.
 
-    A file that cannot be written gives a warning. Its version from an earlier evaluation is deleted, so that files of two
-    evaluations are never mixed.
+    If a file cannot be written, a warning is printed. Its version from an earlier evaluation is deleted nevertheless,
+    so that files of two evaluations are never mixed.
     """
     folder = Path(folder)
     paths = {name: folder / name for name in (METRICS, TABLE, SCORES, PICTURE)}

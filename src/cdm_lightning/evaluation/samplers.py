@@ -1,8 +1,9 @@
 """Generating images from prompts, for viewing and for metrics. The noise depends only on (seed, prompt index).
 
-A *sampler* is a way to make images: a network, a number of steps and a guidance scale. All samplers take deterministic Euler
-steps. Their sigmas are 1, 1 - 1/nfe, ..., 1/nfe after the model family's timestep shift, followed by 0
-(`core.schedules.inference_sigmas`). Shapes: images (N, 3, H, W) in [0, 1].
+A *sampler* is a way to make images: a network, a number of steps and a guidance scale. All samplers take deterministic
+Euler steps. The network is called at the sigmas 1, 1 - 1/nfe, ..., 1/nfe, to which the model family's timestep shift
+has been applied, and the last step ends at sigma 0 (`core.schedules.inference_sigmas`). Shapes: images (N, 3, H, W) in
+[0, 1].
 """
 
 import itertools
@@ -28,8 +29,8 @@ from cdm_lightning.kinds import Guidance, Name, Pixels, Steps
 class SamplerSpec:
     """A way to make images: the network, the number of steps `nfe`, the guidance scale and the size in pixels.
 
-    A guidance scale of 1 means no guidance. If `height` or `width` is None, the backbone's default is used. Raises `UserError`
-    for an unknown network and for `nfe` below 1.
+    A guidance scale of 1 means no guidance. If `height` or `width` is None, the backbone's default is used. Raises
+    `UserError` if `network` is neither "student" nor "teacher", or if `nfe` is below 1.
     """
 
     name: Name
@@ -75,9 +76,10 @@ def generate_all(
     seed: int,
     compute_dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """Generate images of a batch of B prompts by each sampler. Return {sampler's name: images (B, 3, H, W) in [0, 1]}.
+    """Generate images of the B prompts of `batch` by each sampler.
 
-    `networks` has the networks "student" and "teacher", which compute in `compute_dtype`.
+    Returns the images (B, 3, H, W) in [0, 1] by the sampler's name. `networks` holds the networks "student" and
+    "teacher", which compute in `compute_dtype`. The noise depends only on `seed` and the prompts' indices.
     """
     numbers, size = batch.indices.tolist(), len(batch.prompts)
     return {
@@ -112,7 +114,10 @@ def generate(
 
 
 class EncodedAhead:
-    """The text conditioning of all batches that `generate` will use, encoded once."""
+    """A text memory (see `Backbone.use_text_memory`) with the conditioning of all batches that `generate` will use.
+
+    `by_batch` maps the prompts of a batch to their conditioning, which has been encoded once.
+    """
 
     def __init__(self, by_batch: Mapping[tuple[str, ...], Conditioning]) -> None:
         self._by_batch = dict(by_batch)
@@ -128,7 +133,10 @@ class EncodedAhead:
 
 @torch.no_grad()
 def encode_ahead(backbone: Backbone, prompts: Sequence[str], batch_size: int) -> None:
-    """Encode N prompts in the batches that `generate` uses, and free the text encoders to make room for the network."""
+    """Encode N prompts in the batches that `generate` uses, and free the text encoders to make room for the network.
+
+    Afterwards `backbone.encode_prompts` returns the conditioning that is kept. It accepts only these batches and [""].
+    """
     batches = [tuple(prompts[start : start + batch_size]) for start in range(0, len(prompts), batch_size)]
     encoded = {batch: backbone.encode_prompts(list(batch)) for batch in [*batches, ("",)]}
     backbone.use_text_memory(EncodedAhead(encoded))

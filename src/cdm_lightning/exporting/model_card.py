@@ -135,7 +135,8 @@ def _readable(node: Any) -> Any:
 def metrics_table(metrics: Any) -> str:
     """Return the content of a metrics.json as a Markdown table, or a sentence if it has no metrics.
 
-    The content is {"rows": [row, ...]}, [row, ...], {name: row} or {name: figure}, where a row is {column: value}.
+    `metrics` is a dict {"rows": [row, ...]}, a list [row, ...], a dict {name: row} or a dict {name: figure}. A row is a
+    dict that maps names of columns to values.
     """
     if isinstance(metrics, Mapping) and isinstance(metrics.get("rows"), list):
         metrics = metrics["rows"]

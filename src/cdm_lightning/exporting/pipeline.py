@@ -36,12 +36,13 @@ def export_pipeline(
 ) -> Path:
     """Write a student's `network` as a pipeline folder, completely or not at all, and return the folder `output`.
 
-    `nfe` is the number of steps with which the folder's pipeline makes an image. A LoRA is fused into the pretrained network, or
-    written as a LoRA file with `form="lora"`. `dtype` is "float32", "float16" or "bfloat16". The model card gets `weights` (the
-    network's name) and `iteration`, and the configuration and metrics of `run`. An earlier export in `output` is replaced.
+    `nfe` is the number of steps with which the folder's pipeline makes an image. A LoRA is fused into the pretrained
+    network, or written as a LoRA file with `form="lora"`. `dtype` is "float32", "float16" or "bfloat16". The model card
+    gets `weights` (the network's name) and `iteration`, and the configuration and metrics of `run`. An earlier export
+    in `output` is replaced.
 
-    Raises UserError in these cases: `output` is a file, holds files of something other than an export, or cannot be written;
-    `nfe` is below 1; `dtype` is unknown; or the network is no LoRA, but `form="lora"`.
+    Raises UserError in these cases: `output` is a file, cannot be written, or is a folder that is not empty and not an
+    export; `nfe` is below 1; `dtype` is unknown; or the network is no LoRA, but `form="lora"`.
     """
     import torch
 
@@ -67,10 +68,10 @@ def export_pipeline(
 def prepare(
     backbone: "Backbone", network: "nn.Module | AdapterWeights", form: str, dtype: "torch.dtype"
 ) -> Callable[[Path, int, str], None]:
-    """Return a function (folder, nfe, text of the model card) that writes `network` in `dtype` into an existing folder.
+    """Return a function `save(folder, nfe, card)` that writes `network` in `dtype` into an existing folder.
 
-    With `form="lora"` it writes a LoRA file, otherwise a pipeline folder with the LoRA fused. Raises UserError for `form="lora"`
-    if the network is no LoRA.
+    `card` is the text of the model card. With `form="lora"` the function writes a LoRA file, otherwise a pipeline
+    folder with the LoRA fused. `prepare` raises UserError for `form="lora"` if the network is no LoRA.
     """
     from cdm_lightning.lora.views import AdapterView
     from cdm_lightning.lora.weights import AdapterWeights
@@ -124,8 +125,9 @@ def check_output(output: Path) -> None:
 def how_to_call(folder: Path) -> str | None:
     """Return a line that tells the user with which arguments to call the exported pipeline.
 
-    Returns None if the folder is no pipeline of diffusers. The line is needed because diffusers stores no defaults for a call,
-    and the pipelines' usual guidance spoils a student's images.
+    Returns None if the student does not run in a pipeline of diffusers (`folder` has no call.json). The line is needed
+    because a folder of diffusers has no place for these arguments, and a pipeline's default guidance spoils a student's
+    images.
     """
     from cdm_lightning.backbones.student_folder import read_call
 

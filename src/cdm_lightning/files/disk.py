@@ -41,8 +41,8 @@ def disk_error(error: BaseException) -> OSError | None:
 def append_text(path: str | Path, text: str) -> None:
     """Append lines to a UTF-8 text file completely or not at all, and wait until they are on the disk.
 
-    If a crash has cut off the file's last line, a line break is added first. Raises OSError if `path` is a link or not a
-    regular file, or if the lines cannot be written. The file then keeps its earlier content.
+    If a crash has cut off the file's last line, a line break is added first. Raises OSError if `path` is a link or not
+    a regular file, or if the lines cannot be written. After an error the file has its earlier content.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     with os.fdopen(descriptor, "a+b", buffering=0) as file:

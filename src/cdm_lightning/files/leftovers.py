@@ -35,10 +35,10 @@ def hold(descriptor: int) -> None:
 
 
 def sweep(path: str | Path) -> list[Path]:
-    """Delete the temporary files and folders of `path`, next to it, whose writers were killed, and return their paths.
+    """Delete the temporary files and folders for `path` whose writers were killed, and return their paths.
 
-    Temporary files of running writers and of other paths stay. If a writer was killed while it replaced an earlier folder, the
-    earlier folder is moved back to `path`.
+    They are next to `path` (`temporary_path`). Temporary files of running writers and of other paths stay. If a writer
+    was killed while it replaced an earlier folder, the earlier folder is moved back to `path`.
     """
     path = Path(os.path.realpath(path))
     found = [entry for entry in _entries(path.parent, f"{OWN}{_digest(path)}-", (NEW, OLD)) if is_left(entry)]
@@ -52,7 +52,11 @@ def sweep(path: str | Path) -> list[Path]:
 
 
 def sweep_folder(folder: str | Path) -> list[Path]:
-    """Delete the temporary files directly inside `folder` whose writers were killed, and return their paths."""
+    """Delete the temporary files and folders inside `folder` whose writers were killed, and return their paths.
+
+    Subfolders are not searched. Earlier folders that a killed writer was replacing stay, so that `sweep` can move them
+    back.
+    """
     found = [entry for entry in _entries(Path(folder), OWN, (NEW,)) if is_left(entry)]
     for entry in found:
         _delete(entry)

@@ -16,7 +16,7 @@ LONGEST_NAME = 255  # bytes, in all common file systems
 def open_regular(path: str | Path, most: int | None = None, follow: bool = True) -> BufferedReader:
     """Open a regular file of at most `most` bytes for reading in binary mode.
 
-    Raises OSError if the file is larger, if it is not a regular file, or with `follow=False` if it is a link.
+    Raises OSError if the file is larger or not a regular file. With `follow=False`, a link is refused too.
     """
     flags = (
         os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
@@ -70,8 +70,9 @@ def irregular(folder: str | Path) -> Iterator[Path]:
 def require_name(name: object, option: str) -> str:
     """Return `name` as a string if it can be the name of a file.
 
-    `name` is a string or a number. As a string it must have 1 to 255 bytes, be no "." or "..", and have no slashes, backslashes
-    and control characters. Raises `UserError` otherwise; `option` is the option's name for the message.
+    `name` is a string or a number. As a string it must have 1 to 255 bytes, must not be "." or "..", and must not
+    contain slashes, backslashes or control characters. Raises `UserError` otherwise; `option` is the option's name for
+    the message.
     """
     text = str(name) if isinstance(name, (str, int, float)) and not isinstance(name, bool) else ""
     is_fit = text.strip() and text not in (".", "..") and text.isprintable() and not set(text) & {"/", "\\"}

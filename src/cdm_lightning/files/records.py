@@ -18,8 +18,8 @@ OF_THE_MACHINE = ("OutOfMemoryError",)  # names of errors that are not about con
 def read_record(path: str | Path, cure: str, most: int = MOST_TEXT) -> dict[str, Any]:
     """Return the JSON object that is stored in the file `path`, of at most `most` bytes.
 
-    Raises FileNotFoundError if there is no file. Raises `UserError` if the file is a link, cannot be read, or has no JSON
-    object. `cure` ends this message and says what the user can do, such as "remove it".
+    Raises FileNotFoundError if there is no file. Raises `UserError` if the file is a link, cannot be read, or has no
+    JSON object. `cure` is the end of the `UserError`'s message and says what the user can do, such as "remove it".
     """
     try:
         found = json.loads(read_text(path, most, follow=False))

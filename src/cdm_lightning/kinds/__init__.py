@@ -1,9 +1,9 @@
 """The types that options can have, with their allowed values, such as `Count = Annotated[int, Ge(1), Le(10**9)]`.
 
-Such a type is called a kind. It says in which range a number must be, or what a string or path stands for. A constructor
-annotates its parameters with kinds. Against these annotations pydantic checks a configuration (`config.arguments`), and the
-commands check their arguments (`kinds.command_line`). NaN and infinity are refused, except where a kind allows infinity. See
-CONTRIBUTING.md.
+Such a type is called a kind. It says in which range a number must be, or what a string or path stands for. Constructors
+annotate their parameters with kinds, and pydantic checks the options of a configuration against these annotations
+(`config.arguments`). Commands check their command-line arguments against kinds (`kinds.command_line`). NaN and infinity
+are refused, except where a kind allows infinity. See CONTRIBUTING.md.
 """
 
 import re

@@ -23,10 +23,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def argument(kind: Any) -> Callable[[str], Any]:
-    """Return a function that converts and checks an argument; pass it as `type` to `add_argument`.
+    """Return a function that converts a command-line argument from text and checks it against `kind`.
 
-    `kind` is an annotation such as `kinds.Steps`. The returned function raises `argparse.ArgumentTypeError` if the argument
-    does not fit the kind.
+    `kind` is an annotation such as `kinds.Steps`. Pass the function as `type` to `add_argument`. It raises
+    `argparse.ArgumentTypeError` if the argument does not fit `kind`.
     """
     kinds = get_args(get_args(kind)[0]) if _is_path(kind) else ()
     checked = [Annotated[part, *get_args(kind)[1:]] for part in kinds] or [kind]

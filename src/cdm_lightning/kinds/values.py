@@ -21,9 +21,9 @@ LARGE = 10_000  # larger limits are written as powers of ten
 def problem_of(value: Any, kinds: Sequence[Any]) -> str | None:
     """Return None if `value` fits one of the annotations `kinds`, and otherwise what is wrong, such as "it is empty".
 
-    If the type or the range is wrong, the result is "": `told(kinds)` describes what is allowed. An int fits an annotation for
-    floats. A bool does not fit one for numbers. Where only strings and paths are allowed, a number or a bool is checked as a
-    string.
+    If the type or the range is wrong, the result is "", because `told(kinds)` says what is allowed. An int fits an
+    annotation for floats. A bool does not fit an annotation for numbers. If only strings and paths are allowed, a
+    number or a bool is converted to a string before the check.
     """
     plain = [kind for kind in kinds if _base(kind) in (bool, int, float, str, NoneType) or _is_choice(kind)]
     plain += [_as_text(kind) for kind in kinds if _is_path(kind)]
@@ -42,7 +42,7 @@ def problem_of(value: Any, kinds: Sequence[Any]) -> str | None:
 def is_text(kinds: Sequence[Any]) -> bool:
     """Return whether the annotations `kinds` allow only strings, paths and None.
 
-    A number in a configuration is then converted to a string.
+    If they do, a number in a configuration is converted to a string.
     """
     given = [kind for kind in kinds if kind is not NoneType]
     return (

@@ -14,23 +14,28 @@ from cdm_lightning.errors import UserError
 class Extraction:
     """A LoRA that approximates the difference (tuned network - base), and the error of the approximation.
 
-    `tensors` holds float32 CPU tensors "LAYER.lora_A.weight" (r, in) and "LAYER.lora_B.weight" (out, r) for each linear layer
-    that differs. The LoRA adds their product B A to the base's weight, with scale 1. `norms` holds two Frobenius norms for each
-    tensor that differs: of its difference, and of the part of the difference that the LoRA misses.
+    `tensors` holds float32 CPU tensors "LAYER.lora_A.weight" (r, in) and "LAYER.lora_B.weight" (out, r) for each linear
+    layer that differs. The LoRA adds their product B A to the base's weight, with scale 1. `norms` maps the name of
+    each tensor that differs to two Frobenius norms: the norm of its difference, and the norm of the part of the
+    difference that the LoRA misses.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     norms: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def errors(self) -> Iterator[tuple[str, float]]:
-        """Yield (name, error) for each tensor that differs; the error is the missed part's norm divided by the difference's norm."""
+        """Yield (name, relative error) for each tensor that differs.
+
+        The relative error is the second norm in `norms` divided by the first.
+        """
         for name, (whole, lost) in self.norms.items():
             yield name, lost / whole
 
     @property
     def error(self) -> float:
-        """The norm of the missed parts divided by the norm of the differences, over all tensors: in [0, 1], and 0 if nothing
-        differs.
+        """The relative error over all tensors together, in [0, 1]; it is 0 if nothing differs.
+
+        It is the norm of all that the LoRA misses, divided by the norm of all differences.
         """
         whole, lost = (math.sqrt(sum(pair[i] ** 2 for pair in self.norms.values())) for i in (0, 1))
         return lost / whole if whole else 0.0

@@ -12,9 +12,9 @@ ROLE = "fused"
 def fuse(weights: AdapterWeights, network: nn.Module) -> nn.Module:
     """Add the adapter to the weights of `network`, in place, and return `network` in eval mode.
 
-    Each target weight W becomes W + scale B A, or DoRA's function of this sum. `network` must be a float32 copy of the network
-    on which the adapter was trained. All its parameters require gradients afterwards. Raises KeyError if `weights` lacks a
-    tensor of the adapter.
+    Each target weight W becomes W + scale B A. With DoRA, the rows of this sum are also scaled to the lengths that were
+    trained. `network` must be a float32 copy of the network on which the adapter was trained. All its parameters
+    require gradients afterwards. Raises KeyError if `weights` lacks a tensor of the adapter.
     """
     layer_names = list(dict.fromkeys(name.rpartition(".lora_")[0] for name in weights.tensors))
     inject(network, ROLE, weights.adapter, layer_names)

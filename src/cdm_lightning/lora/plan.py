@@ -1,6 +1,7 @@
-"""Settings that say which trained networks are LoRAs, and of which form. They are checked before any weights are loaded.
+"""Settings that say which trained networks are LoRAs, and with which rank, scale and layers.
 
-A role is the name of a network in training, such as "student" or "fake_score".
+They are checked before any weights are loaded. A role is the name of a network in training, such as "student" or
+"fake_score".
 """
 
 import math
@@ -74,8 +75,8 @@ class Adapter:
 class LoRAPlan:
     """The trained networks that are LoRAs, with an `Adapter` for each, for example `LoRAPlan(student=Adapter(...))`.
 
-    A network without an entry, or with None, trains all its weights. Entries for networks that the objective does not train have
-    no effect. Raises UserError if a value is neither an `Adapter` nor None.
+    If a network has no entry, or its entry is None, all its weights are trained. Entries for networks that the
+    objective does not train have no effect. Raises UserError if a value is neither an `Adapter` nor None.
     """
 
     def __init__(self, **adapters: Adapter | None) -> None:

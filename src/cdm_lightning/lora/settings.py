@@ -28,9 +28,9 @@ LAYER = re.compile(r"\^?((?:\w|\\?\.)+)\$?")  # the whole or the end of a layer'
 def plain_settings(settings: Mapping[str, Any], tensors: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, Any]:
     """Return the arguments of peft's `LoraConfig` for a LoRA file, made from its settings and its tensors.
 
-    `settings` are the settings in the file, without the prefix for the network's name. `tensors` holds the tensors by name, and
-    `ranks` the rank of each layer's factors. Raises ValueError for a setting that is unknown, has a wrong type, is out of its
-    range, or contradicts the tensors.
+    `settings` maps the names of settings to values. In the file these names start with the network's name, such as
+    "transformer."; here they do not. `tensors` holds the tensors by name, and `ranks` the rank of each layer's factors.
+    Raises ValueError for a setting that is unknown, has a wrong type, is out of its range, or contradicts the tensors.
     """
     strange = [name for name, value in settings.items() if not _is_known(name, value)]
     if strange:

@@ -66,7 +66,10 @@ class SharedBase:
 
     @contextmanager
     def running(self, role: str | None) -> Generator[None]:
-        """Turn on the adapter of `role` inside the `with` block (None: all off). Afterwards restore the state before the block."""
+        """Turn on the adapter of `role` inside the `with` block, or turn all adapters off if `role` is None.
+
+        After the block, the earlier state is restored.
+        """
         before = self._role
         self._switch(role)
         try:
@@ -137,10 +140,10 @@ def target_layers(network: nn.Module, adapter: Adapter, presets: Presets) -> lis
 
 
 def adapter_shapes(network: nn.Module, adapter: Adapter, presets: Presets) -> dict[str, tuple[tuple[int, ...], bool]]:
-    """Return {name: (shape, whether it is floating-point)} of the tensors of an adapter of `network`.
+    """Return the shape of each tensor of an adapter of `network`, as a dict {name: (shape, True)}.
 
-    The names are those of `adapter_parameters`. All tensors of an adapter are floating-point. `network` may be on the meta device.
-    Raises UserError for targets that `network` lacks.
+    The names are those of `adapter_parameters`. True says that the tensor is floating-point, as all tensors of an
+    adapter are. `network` may be on the meta device. Raises UserError for targets that `network` lacks.
     """
     found: dict[str, tuple[int, ...]] = {}
     for name in target_layers(network, adapter, presets):

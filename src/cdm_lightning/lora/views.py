@@ -19,8 +19,8 @@ if TYPE_CHECKING:  # peft takes seconds to import, and a run without adapters do
 class RoleView(nn.Module):
     """The shared base network with the adapter of `role` on, or with all adapters off if `role` is None.
 
-    The module registers only the given `parameters`, under their dotted names. The base is not a submodule, so its parameters
-    do not count as parameters of this module unless they are given.
+    The module registers only the given `parameters`, under their dotted names. The base is not a submodule, so only
+    those of its parameters that are in `parameters` count as parameters of this module.
     """
 
     def __init__(self, shared: "SharedBase", role: str | None, parameters: Mapping[str, nn.Parameter]) -> None:

@@ -64,13 +64,16 @@ class ImageBatch:
 
 @dataclass(frozen=True)
 class MeasuredImages:
-    """The measurements of the N images of one sampler, sorted by prompt index. A metric's `figures` computes its figures from them.
+    """The measurements of the N images of one sampler, sorted by prompt index.
+
+    A metric's `figures` computes figures from them.
 
     - `features`: (N, D) on the CPU, by extractor.
-    - `scores`: (N,) the results of the metric's `score`, or None if the metric has no scores.
-    - `copies`: (P, M, D) features of M images for each of the first P prompts, by extractor. It is empty if no metric asks for
-      several images per prompt.
-    - `other_noise`: (N, D) features of N more images of the same prompts, from different noise, if a metric asks for them.
+    - `scores`: (N,) the results of this metric's `score`, or None if the metric has no scores.
+    - `copies`: (P, M, D) features of M images for each of the first P prompts, by extractor. It is empty if no metric
+      asks for several images per prompt.
+    - `other_noise`: (N, D) features of N more images of the same prompts, from different noise, by extractor. It is
+      empty if no metric asks for them.
     - `has_noise`: True for generated images, which start from noise, and False for real images.
     """
 
@@ -88,9 +91,9 @@ class MeasuredImages:
 
 @dataclass(frozen=True)
 class Copies:
-    """A metric's request for several images per prompt: `images` is their number, and `prompts` the number of prompts.
+    """A metric's request for `images` images of each of the first `prompts` prompts of the evaluation.
 
-    The images of a prompt start from different noise. The first `prompts` prompts of the evaluation are used.
+    The images of a prompt start from different noise.
     """
 
     prompts: int
@@ -102,12 +105,13 @@ class Metric:
 
     A subclass overrides `score` if it measures single images, and `figures` if it measures all images together.
 
-    - `features`: names of the feature extractors that it needs.
+    - `features`: names of the feature extractors that the metric needs.
     - `text_features`: names of the extractors that must also encode prompts.
-    - `copies`: a request for several images per prompt (None: one image).
-    - `sampler`: name of a sampler to compare with. An evaluation must run it (`LadderEvaluation.check`). In validation the
-      metric has no figure without it.
-    - `other_noise`: whether the metric also needs a second image of each prompt, from different noise, for samplers of a student.
+    - `copies`: a request for several images per prompt, or None for one image per prompt.
+    - `sampler`: name of a sampler with whose images this metric compares others. An evaluation must run that sampler
+      (`LadderEvaluation.check`). If validation does not run it, the metric has no figure there.
+    - `other_noise`: True if the metric also needs a second image of each prompt, from different noise. Only samplers of
+      the student make such images.
     """
 
     features: tuple[str, ...] = ()
@@ -127,14 +131,14 @@ class Metric:
         return None
 
     def figures(self, measured: MeasuredImages, others: Mapping[str, MeasuredImages]) -> Figures:
-        """Return one sampler's figure, a dict {name: figure} if there are several, or None if there is none.
+        """Return the figure of the sampler whose measurements are `measured`, or None if there is none.
 
-        By default the figure is the mean of the scores. `others` holds the measurements of all samplers by name, including the
-        measured sampler.
+        If there are several figures, return a dict {name: figure}. By default the figure is the mean of the scores.
+        `others` holds the measurements of all samplers by name, including the measured sampler.
         """
         scores = measured.scores
         return None if scores is None or not len(scores) else float(scores.double().mean())
 
     def facts(self) -> Mapping[str, float | str]:
-        """Return {name: value} of facts on which the figures depend, such as the number of reference images."""
+        """Return facts on which the figures depend, such as the number of reference images, as a dict {name: value}."""
         return {}
