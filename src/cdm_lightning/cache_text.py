@@ -1,7 +1,7 @@
 """`python -m cdm_lightning.cache_text experiment=... text_cache.folder=DIR`: encode all prompts of a run once.
 
-The arguments are those of the training command. Training with the same `text_cache.folder` then needs no text encoder. If the
-same command runs again, it continues after an interruption and adds new prompts.
+The arguments are those of the training command. Training with the same `text_cache.folder` then needs no text encoder.
+If the command runs again, for example after an interruption, it encodes only the prompts that the cache still lacks.
 """
 
 import shutil
@@ -78,11 +78,13 @@ def cache_text(config: DictConfig) -> Filled:
 def fill_cache(
     backbone: "Backbone", sets: "Mapping[str, Texts]", settings: "TextCacheSettings", device: str = "cpu"
 ) -> Filled:
-    """Encode the empty prompt and the prompts of `sets` (name: prompts) into the text cache in `settings.folder`.
+    """Encode the empty prompt and all prompts in `sets` into the text cache in `settings.folder`.
 
-    Prompts that are in the cache already are skipped. `backbone` encodes the others on `device`. Raises `UserError` in these cases:
-    - The cache was made with other text encoders or in another dtype.
+    `sets` is {name: prompts}, for example with the name "training". `backbone` encodes the prompts on `device`. Prompts
+    that are already in the cache are skipped. Raises `UserError` in these cases:
+    - The cache was made with other text encoders than those of `backbone`, or in another dtype than `settings.dtype`.
     - A file of the cache is incomplete, or the disk is full.
+    - The folder is no text cache but holds files, cannot be written, or is locked by another process.
     - The conditioning of a prompt has another shape than the conditioning of the empty prompt.
     """
     import torch
@@ -114,10 +116,10 @@ def fill_cache(
 
 
 class MissingPrompts:
-    """The distinct prompts of `sets` that are not in the cache `done`. The empty prompt comes first.
+    """The prompts in `sets` that the text cache `done` lacks, each once. The empty prompt, if it is one, comes first.
 
-    Only the indices of these prompts among all prompts of `sets` are kept in memory, 8 bytes each. A prompt is read again when
-    it is needed.
+    `sets` is {name: prompts}. Of each missing prompt, only its number among all prompts of `sets` is kept in memory, in
+    8 bytes. Its text is read from `sets` again when it is needed.
     """
 
     def __init__(self, done: "StoredText", sets: "Mapping[str, Texts]") -> None:
@@ -152,7 +154,10 @@ class MissingPrompts:
 
 
 def announce(folder: Path, count: int, manifest: "Manifest") -> None:
-    """Print how many bytes `count` prompts will take in `folder`. Raises `UserError` if the disk has less space."""
+    """Print how many bytes `count` prompts will take in the text cache in `folder`.
+
+    `manifest` says how many bytes one prompt takes. Raises `UserError` if the disk has less free space.
+    """
     size, free = count * manifest.bytes_per_prompt, shutil.disk_usage(folder).free
     said = f"{count:,} prompts of {manifest.bytes_per_prompt:,} bytes, {size / GIGABYTE:.3g} GB"
     if size > free:
@@ -165,7 +170,11 @@ def announce(folder: Path, count: int, manifest: "Manifest") -> None:
 def encode_missing(
     backbone: "Backbone", missing: MissingPrompts, manifest: "Manifest", settings: "TextCacheSettings"
 ) -> None:
-    """Encode the missing prompts and write them to the cache, in files of about `settings.shard_megabytes` MB each."""
+    """Encode the prompts in `missing` with `backbone`, and write them to the text cache in `settings.folder`.
+
+    Each file holds about `settings.shard_megabytes` MB. `manifest` has the shapes and dtypes of the tensors in the
+    cache.
+    """
     from cdm_lightning.backbones.base import concat
     from cdm_lightning.data.text_shards import prompt_key, write_shard
 
@@ -184,11 +193,12 @@ def encode_missing(
 
 
 def encode_batch(backbone: "Backbone", batch: Sequence[str], manifest: "Manifest", size: int) -> "Conditioning":
-    """Return the text conditioning of the prompts in `batch`, on the CPU and in the dtypes of the cache.
+    """Return the text conditioning of the prompts in `batch`, on the CPU and in the dtypes of the text cache.
 
-    A batch of fewer than `size` prompts is padded to `size`, unless it is the empty prompt. Otherwise a prompt's conditioning
-    could depend on the size of its batch, because this changes the rounding of some matrix products. `manifest` describes the
-    cache. Raises `UserError` if a tensor has another shape than the tensor of this name for the empty prompt.
+    The size of a batch changes the rounding of some matrix products. Prompts are therefore always encoded `size` at a
+    time: a smaller batch is filled with copies of its last prompt, whose conditioning is not returned. Only the empty
+    prompt is encoded alone. `manifest` has the shapes and dtypes of the tensors in the cache. Raises `UserError` if a
+    tensor has another shape for a prompt of `batch` than for the empty prompt.
     """
     filled = batch if batch[0] == "" else [*batch, *[batch[-1]] * (size - len(batch))]
     cond = backbone.encode_prompts(filled)
@@ -203,10 +213,10 @@ def encode_batch(backbone: "Backbone", batch: Sequence[str], manifest: "Manifest
 
 
 def callback_prompts(node: DictConfig | None) -> "Iterator[Texts]":
-    """Yield a set of prompts for each callback that makes images of its own prompts.
+    """Yield the prompts of each callback that makes images of its own prompts.
 
-    `node` is the group `callbacks` of the configuration. Each key `prompts` in it, at any depth, whose value has a `_target_`
-    gives a set of prompts.
+    `node` is the group `callbacks` of the configuration. Each key `prompts` in it, at any depth, describes such prompts
+    if its value has a `_target_`: they are built and yielded.
     """
     for key, child in (node or {}).items():
         if isinstance(child, DictConfig):
@@ -225,9 +235,11 @@ def choose_device(accelerator: str) -> str:
 
 @contextmanager
 def writing(folder: Path) -> Generator[None]:
-    """Lock the cache's folder inside the `with` block. A missing folder is created, and old temporary files are deleted.
+    """Inside the `with` block, hold the lock of the text cache in `folder`, so that no other process writes this cache.
 
-    Raises `UserError` if the folder holds other files, is locked by another process, or cannot be written.
+    Before the block, a missing folder is created, and temporary files that killed processes left in it are deleted.
+    Raises `UserError` if the folder is no text cache but holds files, is locked by another process, or cannot be
+    written.
     """
     from cdm_lightning.data.text_shards import MANIFEST, SHARDS
 
@@ -259,7 +271,10 @@ def writing(folder: Path) -> Generator[None]:
 
 
 def names_in(folder: Path) -> set[str]:
-    """Return the names in a folder, without this package's temporary files. A missing folder has none."""
+    """Return the names of the files and folders in `folder`, except temporary files of this package.
+
+    The result is empty if `folder` does not exist.
+    """
     if not folder.is_dir():
         return set()
     return {path.name for path in folder.iterdir() if not path.name.startswith(OWN)}

@@ -37,7 +37,7 @@ WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 
 
 def kind_of(class_name: str) -> str:
-    """Return the kind of a pipeline's part, given the name of its class: "scheduler", "tokenizer", "processor" or "model"."""
+    """Return "scheduler", "tokenizer", "processor" or "model": the kind of the pipeline part with this class name."""
     if "Scheduler" in class_name or class_name.endswith("Solver"):
         return "scheduler"
     if "Tokenizer" in class_name:
@@ -46,19 +46,20 @@ def kind_of(class_name: str) -> str:
 
 
 def parts_of(index: Mapping[str, Any]) -> dict[str, str]:
-    """Return {part: name of its class} for the parts in a pipeline's index, the contents of model_index.json.
+    """Return {part: name of its class} for the parts that a pipeline has.
 
-    The result contains neither the pipeline's settings, such as "is_distilled": true, nor parts that are left out ([null,
-    null]).
+    `index` is the content of the pipeline's model_index.json. It also holds settings, such as "is_distilled": true, and
+    parts that the pipeline does not have, as [null, null]. Neither are returned.
     """
     entries = {part: entry for part, entry in index.items() if isinstance(entry, list) and not part.startswith("_")}
     return {part: entry[1] for part, entry in entries.items() if entry[1] is not None}
 
 
 def require_settings(folder: Path, parts: Mapping[str, str]) -> None:
-    """Raise `UserError` unless each part has a folder with a configuration file and all JSON files in this folder are valid.
+    """Raise `UserError` unless the pipeline folder `folder` has a valid subfolder for each part in `parts`.
 
-    `parts` is {part: name of its class}.
+    `parts` is {part: name of its class}. A valid subfolder has the part's name and contains the part's configuration
+    file. Each of its JSON files can be read and passes `require_few_layers`.
     """
     for part, class_name in parts.items():
         place, needed = folder / part, SETTINGS[kind_of(class_name)]
@@ -73,8 +74,8 @@ def require_settings(folder: Path, parts: Mapping[str, str]) -> None:
 def require_few_layers(config: Mapping[str, Any], file: Path) -> None:
     """Raise `UserError` if a number of layers, blocks or training timesteps in `config` is above its limit (`MOST`).
 
-    Building such a model would take too long. Nested settings, such as those of an inner model, are checked too. `file` is the
-    file of the settings, for the message.
+    Building such a model would take too long. Nested settings, such as those of an inner model, are checked too. The
+    error names `file`, from which `config` was read.
     """
     for name, value in config.items():
         if isinstance(value, Mapping):
@@ -87,9 +88,9 @@ def require_few_layers(config: Mapping[str, Any], file: Path) -> None:
 
 
 def require_contents(folder: Path, parts: Mapping[str, str]) -> None:
-    """Raise `UserError` unless each tokenizer in `parts` has a vocabulary and each model has its weights.
+    """Raise `UserError` unless each tokenizer in `parts` has a vocabulary and each model in `parts` has its weights.
 
-    `parts` is {part: name of its class}.
+    `parts` is {part: name of its class}. The files of a part are in the subfolder of `folder` that has the part's name.
     """
     for part, class_name in parts.items():
         kind = kind_of(class_name)
@@ -100,7 +101,11 @@ def require_contents(folder: Path, parts: Mapping[str, str]) -> None:
 
 
 def require_vocabulary(folder: Path) -> None:
-    """Raise `UserError` if a tokenizer's folder has no vocabulary, or if its `model_max_length` is set but is not a number."""
+    """Raise `UserError` unless the tokenizer in `folder` has a vocabulary.
+
+    Also raises it if `model_max_length` in the tokenizer's tokenizer_config.json is set to a value that is not a finite
+    number.
+    """
     if not any(all(is_filled(folder / file) for file in files) for files in VOCABULARIES):
         known = ", ".join(" and ".join(files) for files in VOCABULARIES)
         raise UserError(f"{folder} has no vocabulary ({known}), so the tokenizer would be empty; {AGAIN}")
@@ -117,17 +122,18 @@ def is_filled(file: Path) -> bool:
 def require_weights(folder: Path) -> None:
     """Raise `UserError` unless a model's folder has its weights as intact safetensors files.
 
-    If there is a shard index, all files that it names are required.
+    If the folder has a shard index, all files that the index names are required.
     """
     for file in weight_files(folder):
         require_tensors(file)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files from which the weights of the model in a folder are read.
+    """Return the paths of the safetensors files from which the weights of the model in `folder` are read.
 
-    These are the files that shard indexes name, and a single file with a standard name (`WEIGHTS`). Other safetensors files in
-    the folder, such as backups, are ignored. Raises `UserError` if there are none.
+    These are all files that a shard index in the folder names, and all files with a name in `WEIGHTS`. Other
+    safetensors files, such as backups, are not returned. Raises `UserError` if no file is found or a shard index is
+    wrong.
     """
     indexes = [folder / f"{name}.index.json" for name in WEIGHTS if (folder / f"{name}.index.json").is_file()]
     files = [folder / shard for index in indexes for shard in shards_of(index)]
@@ -139,7 +145,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def shards_of(index: Path) -> list[str]:
-    """Return the file names in a shard index (*.safetensors.index.json), sorted. Raises `UserError` if it names none."""
+    """Return the file names in a shard index (*.safetensors.index.json), sorted.
+
+    Raises `UserError` if the index names no file, or a file outside its own folder.
+    """
     where = read_settings(index).get("weight_map")
     names = where.values() if isinstance(where, dict) else ()
     if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
@@ -184,9 +193,9 @@ def require_known_tokens(tokenizer: Any, encoder: Any, folder: Path) -> None:
 
 
 def require_numbers(config: Mapping[str, Any], names: Iterable[str], file: Path) -> None:
-    """Raise `UserError` if a setting in `config` whose name is in `names` is not a finite number. Missing settings are allowed.
+    """Raise `UserError` if a setting in `config` whose name is in `names` is not a finite number.
 
-    `file` is the file of the settings, for the message.
+    Settings that are missing or null are allowed. The error names `file`, from which `config` was read.
     """
     for name in names:
         value = config.get(name)
@@ -196,9 +205,10 @@ def require_numbers(config: Mapping[str, Any], names: Iterable[str], file: Path)
 
 
 def require_sizes(sizes: Mapping[str, Any], file: Path) -> None:
-    """Raise `UserError` unless all `sizes` ({name: value}) are whole numbers of at least 1.
+    """Raise `UserError` unless each value in `sizes` is a whole number of at least 1.
 
-    `file` is the file that contains the sizes, for the message.
+    `sizes` is {name of a setting: value}. The error names the setting and `file`, the configuration file of the
+    setting.
     """
     wrong = [name for name, size in sizes.items() if not isinstance(size, int) or isinstance(size, bool) or size < 1]
     if wrong:
@@ -212,16 +222,19 @@ def constructor_defaults(network: type[Any]) -> dict[str, Any]:
 
 
 def sizes_in(config: Mapping[str, Any], network: type[Any]) -> dict[str, Any]:
-    """Return the arguments in `config` that are sizes, which must be at least 1.
+    """Return {name: value} of the settings in `config` that must be at least 1, such as widths.
 
-    An argument is a size if its default in `network`'s constructor is a positive whole number. Numbers of layers are left out,
-    because 0 is allowed for them.
+    A setting is returned if its default in the constructor of `network` is a positive whole number. Numbers of layers
+    are not returned, because they may be 0.
     """
     sizes = {name for name, value in constructor_defaults(network).items() if type(value) is int and value > 0}
     return {name: value for name, value in config.items() if name in sizes and "layers" not in name}
 
 
 def pairs_of(parts: Sequence[str]) -> list[tuple[str, str]]:
-    """Return the pairs ("tokenizer_N", "text_encoder_N") of which both names are in `parts`."""
+    """Return (tokenizer, text encoder) for each tokenizer in `parts` whose text encoder is in `parts` too.
+
+    Examples of such pairs are ("tokenizer", "text_encoder") and ("tokenizer_2", "text_encoder_2").
+    """
     pairs = [(part, part.replace("tokenizer", "text_encoder")) for part in parts if part.startswith("tokenizer")]
     return [(tokenizer, encoder) for tokenizer, encoder in pairs if encoder in parts]

@@ -23,10 +23,11 @@ from cdm_lightning.backbones.weights_dtype import weights_dtype
 class ZImageBackbone(PipelineBackbone):
     """The backbone of a `ZImagePipeline`. `PipelineSettings` describes the arguments.
 
-    Texts are stored padded to `max_sequence_length` tokens, but the network gets each text without this padding. The network
-    first has blocks for image tokens alone, then blocks for text tokens alone, then joint blocks. Features after a joint block
-    are the image tokens, followed by the text tokens. Both sequences are padded to a multiple of 32 tokens each, and the joint
-    sequence is padded to the longest of the batch.
+    The conditioning holds each text padded to `max_sequence_length` tokens, but the network gets each text without this
+    padding. The network first has blocks for image tokens alone, then blocks for text tokens alone, then joint blocks.
+    The hidden states after a joint block are those of the image tokens, followed by those of the text tokens. The
+    network pads the image tokens and the text tokens each to a multiple of 32, and the joint sequences of a batch to
+    the length of the longest.
     """
 
     title = "Z-Image"
@@ -64,7 +65,10 @@ class ZImageBackbone(PipelineBackbone):
         return min(self.feature_width, ADALN_EMBED_DIM)
 
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """Return the velocity (B, C, h, w) in float32 for x (B, C, h, w) and sigma (B,)."""
+        """Return the velocity (B, C, h, w) in float32 that `network` predicts for x (B, C, h, w) and sigma (B,).
+
+        `cond` is the conditioning of the B texts.
+        """
         texts = cond["prompt_embeds"].to(weights_dtype(network))
         lengths = cond["length"].tolist()  # `length` is on the CPU, so the host does not wait for the device here
         output = network(

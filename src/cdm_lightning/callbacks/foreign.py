@@ -33,8 +33,9 @@ def all_known(callbacks: Iterable[L.Callback]) -> bool:
 def check_monitors(callbacks: Mapping[str, L.Callback], logged: Collection[str], roles: Collection[str]) -> None:
     """Raise `UserError` if the attribute `monitor` of a callback names a figure that is never logged.
 
-    The keys of `callbacks` are options such as "callbacks.early_stopping". `logged` are the names of the figures that
-    validation logs. `roles` are the trained networks, with which the names of their figures begin, as in "student/loss".
+    The keys of `callbacks` are options such as "callbacks.early_stopping". `logged` holds the names of the figures that
+    validation logs. `roles` holds the names of the trained networks. Training logs figures whose names begin with one
+    of them, such as "student/loss".
     """
     for option, callback in callbacks.items():
         monitor = getattr(callback, "monitor", None)
@@ -77,10 +78,11 @@ def open_loggers(loggers: Mapping[str, Logger]) -> None:
 
 
 def failure_of(error: Exception, callbacks: Mapping[str, L.Callback]) -> UserError | None:
-    """Return a `UserError` that names the callback of Lightning that raised `error`, or None if no such callback raised it.
+    """Return a `UserError` if the user's configuration has caused `error`, or None if `error` may be a bug.
 
-    A `MisconfigurationException` of Lightning gives a `UserError` wherever it was raised. Other errors of the user's own
-    callbacks give None, because they may be bugs and need their traceback.
+    The configuration is taken as the cause in two cases. `error` is a `MisconfigurationException` of Lightning, or it
+    was raised in a callback of Lightning, outside the code of this package. The `UserError` names the callback if
+    `error` was raised in one of `callbacks`, whose keys are options such as "callbacks.early_stopping".
     """
     misconfigured = isinstance(error, MisconfigurationException)
     inside = [frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__)]

@@ -32,10 +32,11 @@ OTHERS = ("checkpoints", "logs", "samples", "scores")  # folders of a run that a
 class LadderReport(L.Callback):
     """After training, measure teacher and student at several numbers of steps (the "ladder") and export the student.
 
-    It prints a table of the metrics and writes metrics.json, table.md, scores.csv and samples.png into the run's folder. The
-    student is exported to the pipeline folder `export_folder` in the run's folder, with a scheduler for `export_nfe` steps. If
-    the run's folder already holds the results of this iteration and these settings, only the table is printed. Raises
-    `UserError` before training if the export could not be written or a metric cannot measure the images.
+    This callback prints a table of the metrics and writes metrics.json, table.md, scores.csv and samples.png into the
+    run's folder. It exports the student to the pipeline folder `export_folder` in the run's folder, with a scheduler
+    for `export_nfe` steps. If the run's folder already holds the results for the last iteration with the same settings,
+    only their table is printed. Raises `UserError` before training if the export could not be written or a metric
+    cannot measure the images.
     """
 
     def __init__(
@@ -63,14 +64,14 @@ class LadderReport(L.Callback):
         check_samplers(self.evaluation.samplers, pl_module.backbone)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: "CDMModule", *_: object) -> None:
-        """Remember that an iteration was trained. Earlier results in the run's folder are then out of date."""
+        """Remember that an iteration was trained, so that `on_fit_end` makes new results even if there are old ones."""
         self._has_trained = True
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Evaluate, export and report, after all checkpoints have been written.
+        """Evaluate teacher and student, export the student and report the results, after the last checkpoint.
 
-        Every process makes all images, because only all processes together can call a sharded network. Only the first process
-        writes and prints.
+        Every process makes all images, because only all processes together can call a sharded network. Only the first
+        process writes and prints.
         """
         run, backbone, network = Run(Path(trainer.default_root_dir)), pl_module.backbone, pl_module.evaluated_network
         if from_first(self._is_done(run, pl_module)):

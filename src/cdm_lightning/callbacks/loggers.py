@@ -36,32 +36,32 @@ class GuardedLogger(library.Logger):
 
     @property
     def name(self) -> str | None:
-        """The name of the logger."""
+        """The name that the wrapped logger gives to its log, or None."""
         return self.inner.name
 
     @property
     def version(self) -> int | str | None:
-        """The version of the logger's files."""
+        """The number or name by which the wrapped logger tells this run's log from the logs of other runs, or None."""
         return self.inner.version
 
     @property
     def root_dir(self) -> str | None:
-        """The folder of all versions."""
+        """The folder in which the wrapped logger has a folder for each version, or None if there is no such folder."""
         return self.inner.root_dir
 
     @property
     def log_dir(self) -> str | None:
-        """The folder of this version."""
+        """The folder into which the wrapped logger writes this version's files, or None if there is no such folder."""
         return self.inner.log_dir
 
     @property
     def save_dir(self) -> str | None:
-        """The folder that was passed to the logger."""
+        """The folder below which the wrapped logger writes all its files, or None if there is no such folder."""
         return self.inner.save_dir
 
     @property
     def experiment(self) -> Any:
-        """The object with which the logger writes.
+        """The object through which the wrapped logger writes, for example the `SummaryWriter` of TensorBoard.
 
         Lightning reads this property before training, so mistakes in the logger's options are reported then.
         """
@@ -94,7 +94,7 @@ class GuardedLogger(library.Logger):
         self._call("save", proves=True)
 
     def finalize(self, status: str) -> None:
-        """Write the logged metrics and close the files."""
+        """Write the logged metrics and close the files. `status` says how the run ended, such as "success"."""
         self._call("finalize", status)
 
     def _call(self, method: str, *values: Any, proves: bool = False, **options: Any) -> None:
@@ -113,7 +113,7 @@ class CSVLogger(library.CSVLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The object that writes the rows."""
+        """The object that writes the rows of the CSV file."""
         if self._experiment is None:
             Path(self.root_dir).mkdir(parents=True, exist_ok=True)
             self._experiment = WholeRows(log_dir=self.log_dir)
@@ -139,7 +139,10 @@ class WholeRows(ExperimentWriter):
 
 
 def csv_rows(rows: list[dict[str, Any]], keys: list[str], header: bool = False) -> str:
-    """Return the rows as lines of a CSV file."""
+    """Return `rows` as lines of a CSV file with the columns `keys`.
+
+    If `header` is True, a line with the names of the columns comes first.
+    """
     text = io.StringIO()
     writer = csv.DictWriter(text, keys, lineterminator="\n")
     if header:

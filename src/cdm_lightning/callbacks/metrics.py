@@ -21,9 +21,9 @@ class ValidationMetrics(L.Callback):
     """Measure the validation images and log `val/METRIC/SAMPLER` for each metric and each of `validation.samplers`.
 
     A sampler is one way to make images, such as the student in 4 steps. Each figure is computed over the images of all
-    processes. The scores of single images are written to `FOLDER/iteration_0000500.csv` in the run's folder, one line for each
-    sampler and prompt. The feature extractors are attributes of this callback and not of the LightningModule, so that
-    checkpoints do not contain them.
+    processes. The scores of single images after iteration 500 are written to iteration_0000500.csv in the folder
+    `folder` of the run's folder, one line for each sampler and prompt. The feature extractors are in `metrics`, an
+    attribute of this callback and not of the LightningModule, so checkpoints do not contain them.
     """
 
     def __init__(self, metrics: MetricSuite, folder: FolderOfRun = "scores") -> None:
@@ -53,7 +53,7 @@ class ValidationMetrics(L.Callback):
             self.metrics.prepare(pl_module.device)
 
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: "CDMModule", outputs: dict, *_: object) -> None:
-        """Measure the images of this batch."""
+        """Measure the images of this validation batch. `outputs["images"]` is {sampler: images}."""
         if trainer.sanity_checking:
             return
         indices, texts = outputs["indices"].tolist(), {}

@@ -24,19 +24,23 @@ class TrainingProgress(L.Callback):
         self._losses: dict[str, str] = {}  # as they were logged last
 
     def setup(self, trainer: L.Trainer, pl_module: "CDMModule", stage: str) -> None:
-        """Print that networks are being loaded, because pretrained weights can take minutes."""
+        """Print that networks are being loaded, because it can take minutes to load pretrained weights."""
         if trainer.is_global_zero:
             print("loading the networks", file=sys.stderr, flush=True)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Start the bar and the clock for samples per second."""
+        """Start the progress bar, and start to measure the training speed in samples per second."""
         self._progress = Progress("training", trainer.max_steps, trainer.global_step, silent=not trainer.is_global_zero)
         self._began, self._samples = time.perf_counter(), 0
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: "CDMModule", outputs: object, batch: "PromptBatch", *_: object
     ) -> None:
-        """Count the iteration. From time to time, also update the losses and the speed that are shown."""
+        """Count this iteration in the progress bar, and its prompts for the training speed.
+
+        The losses in the bar change only every `log_every_n_steps` iterations, because reading them waits for the
+        device.
+        """
         self._samples += len(batch.prompts) * trainer.world_size
         # pyrefly: ignore[missing-attribute]  Lightning sets this attribute from another module
         if pl_module.iteration % trainer.log_every_n_steps == 0:  # reading a figure waits for the device
@@ -44,13 +48,13 @@ class TrainingProgress(L.Callback):
         cast(Progress, self._progress).advance(1, self._figures)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Show that validation runs, and stop the clock for samples per second."""
+        """Show that validation runs, and stop the timer of the training speed, so that it measures only training."""
         if self._progress is not None:
             self._progress.describe("validating")
             self._began -= time.perf_counter()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Print the figures of this validation, and start the clock again."""
+        """Print the figures of this validation, and let the timer of the training speed run on."""
         if self._progress is not None:
             shown = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
             figures = ", ".join(f"{name.removeprefix('val/')} {float(value):.4g}" for name, value in shown.items())
@@ -59,11 +63,11 @@ class TrainingProgress(L.Callback):
             self._began += time.perf_counter()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Close the bar, which stays visible."""
+        """Close the progress bar. It stays visible."""
         cast(Progress, self._progress).close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: "CDMModule", exception: BaseException) -> None:
-        """Close the bar, so that the error is printed below it."""
+        """Close the progress bar, so that the error message is printed below it."""
         if self._progress is not None:
             self._progress.close()
 

@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 
 
 class SampleGrid(L.Callback):
-    """Write a picture of each validation to `FOLDER/iteration_0000500.png` in the run's folder.
+    """Write a picture of the images of each validation, such as iteration_0000500.png for the one after iteration 500.
 
-    Each row shows one of `validation.samplers` (ways to make images, such as the student in 4 steps). Each column shows a
-    validation prompt: the first `num_prompts` prompts of the first process. Loggers that support pictures get the picture too.
-    Raises ValueError for `num_prompts` below 1.
+    The pictures are written to the folder `folder` of the run's folder. Each row shows the images of one of
+    `validation.samplers` (ways to make images, such as the student in 4 steps). Each column shows the images of one
+    prompt, for the first `num_prompts` validation prompts of the first process. Loggers that support pictures get the
+    picture too. Raises ValueError for `num_prompts` below 1.
     """
 
     def __init__(self, num_prompts: Pictures = 8, folder: FolderOfRun = "samples") -> None:
@@ -37,7 +38,7 @@ class SampleGrid(L.Callback):
         self._prompts, self._images = [], {}
 
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: "CDMModule", outputs: dict, *_: object) -> None:
-        """Keep the images of this batch, up to `num_prompts` prompts."""
+        """Keep the images of this batch for the picture, until the images of `num_prompts` prompts are kept."""
         wanted = self.num_prompts - len(self._prompts)
         if wanted <= 0 or not trainer.is_global_zero:
             return

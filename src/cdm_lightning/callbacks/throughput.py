@@ -14,15 +14,16 @@ if TYPE_CHECKING:
 
 
 class ThroughputMonitor(L.Callback):
-    """Log `throughput/*` every `log_every_n_steps` iterations, as means over these iterations:
+    """Log `throughput/*` every `log_every_n_steps` iterations. All but the last are means over these iterations:
 
     - samples_per_second: training prompts per second of all processes together. The time of validation is not counted.
     - rollout_seconds: seconds per iteration for the student's rollouts.
-    - NETWORK_seconds, such as student_seconds: seconds per iteration for a network's updates, averaged over all iterations,
-      even if the network is not updated in every iteration.
+    - NETWORK_seconds, such as student_seconds: seconds per iteration for a network's updates. Iterations without an
+      update of the network are counted with 0 seconds.
     - peak_memory_gib: the peak memory so far in GiB, on the GPU, or of this process if the run uses no GPU.
 
-    On a GPU, CUDA events measure the phases. They are read only when they are logged, because reading waits for the GPU.
+    On a GPU, CUDA events measure rollout_seconds and NETWORK_seconds. The events are read only when the figures are
+    logged, because reading them waits for the GPU.
     """
 
     def __init__(self) -> None:
@@ -38,17 +39,17 @@ class ThroughputMonitor(L.Callback):
         self._start_window(pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Stop the clock, because validation does not count."""
+        """Stop the timer of the training speed, so that the time of validation is not counted."""
         self._began -= time.perf_counter()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Start the clock again after validation."""
+        """Let the timer of the training speed run on after validation."""
         self._began += time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: "CDMModule", outputs: object, batch: "PromptBatch", *_: object
     ) -> None:
-        """Count the batch. Every `log_every_n_steps` iterations, log the figures and start new means."""
+        """Count the prompts of this batch. Every `log_every_n_steps` iterations, log the figures and begin new ones."""
         self._samples += len(batch.prompts) * trainer.world_size
         self._iterations += 1
         # pyrefly: ignore[missing-attribute]  Lightning sets this attribute from another module

@@ -15,9 +15,10 @@ BEST, VALIDATED = "best.json", "validated.json"
 
 
 def is_logged(figure: str, logged: Collection[str]) -> bool:
-    """Return whether validation will log `figure`. `logged` holds the names of its metrics: "val/METRIC/SAMPLER".
+    """Return whether validation will log the figure `figure`.
 
-    A metric with several figures is logged as "val/METRIC_FIGURE/SAMPLER".
+    `logged` holds the name "val/METRIC/SAMPLER" for each metric and sampler of the validation. If a metric has several
+    figures, they are logged as "val/METRIC_FIGURE/SAMPLER", so `figure` may be such a name too.
     """
     *_, metric, sampler = ["", *figure.removeprefix("val/").rsplit("/", 1)]
     names = {tuple(name.removeprefix("val/").rsplit("/", 1)) for name in logged}
@@ -37,9 +38,10 @@ class Best:
     best_is: str = "min"
 
     def check(self, logged: Collection[str]) -> None:
-        """Raise `UserError` if validation will not log `metric`. `logged` holds the names "val/METRIC/SAMPLER" that it will log.
+        """Raise `UserError` if validation will not log the figure `metric`.
 
-        A metric with several figures logs "val/METRIC_FIGURE/SAMPLER" for each of them. Such a name is accepted too.
+        `logged` holds the name "val/METRIC/SAMPLER" for each metric and sampler of the validation. If a metric has
+        several figures, they are logged as "val/METRIC_FIGURE/SAMPLER", so `metric` may be such a name too.
         """
         if self.metric is None:
             return
@@ -53,8 +55,8 @@ class Best:
     def read(self) -> dict[str, Any] | None:
         """Return {"metric": name, "value": float, "iteration": int} of the best checkpoint, or None.
 
-        None means that best.json does not exist, that it names another metric, or that its checkpoint was deleted. Raises
-        `UserError` if best.json is damaged.
+        None means that best.json does not exist, that it names another metric than `metric`, or that the checkpoint of
+        its iteration was deleted. Raises `UserError` if best.json is damaged.
         """
         path, cure = self.folder / BEST, "remove it; the next validation writes it again"
         try:
@@ -68,14 +70,20 @@ class Best:
         return found if found["metric"] == self.metric and found["iteration"] in kept else None
 
     def is_improved_by(self, value: float) -> bool:
-        """Return whether `value` is better than the value of the best checkpoint. NaN and infinity are never better."""
+        """Return whether `value` is better than the value of the best checkpoint.
+
+        If there is no best checkpoint yet, every finite value is better. NaN and infinity are never better.
+        """
         if not math.isfinite(value):
             return False
         best = self.read()
         return best is None or (value < best["value"] if self.best_is == "min" else value > best["value"])
 
     def note(self, value: float, iteration: int) -> None:
-        """Write to best.json that the checkpoint of `iteration` is the best. Raises OSError if the file cannot be written."""
+        """Write to best.json that the checkpoint of `iteration` is the best, with the value `value` of the metric.
+
+        Raises OSError if the file cannot be written.
+        """
         write_text(self.folder / BEST, json.dumps({"metric": self.metric, "value": value, "iteration": iteration}))
 
 

@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 class IterationCheckpoint(Checkpoint):
     """Save a run to `folder` every `every` iterations, at the last iteration, and when a signal stops the run.
 
-    - The newest `keep` checkpoints are kept (None: all). The checkpoint with the smallest (`best_is="min"`) or largest ("max")
-      value of the validation metric `best` is kept too.
+    - The newest `keep` checkpoints are kept (None: all). The checkpoint with the smallest (`best_is="min"`) or largest
+      ("max") value of the validation metric `best` is kept in addition.
     - A run resumes from the newest undamaged checkpoint in `folder`. If there is none, it starts from `begin_with`, a
-      checkpoint of another run (None: a fresh start). If the validation of the checkpoint's iteration is due but was not
-      finished, it is run before training continues.
-    - The run ends with `UserError` if weights are not finite (such weights are not saved), or if `max_skipped` updates of a
-      network in a row were skipped because of non-finite gradients (None: never).
-    - If the disk fails, the run continues. Only if it fails at the last iteration, the run ends with `UserError`.
+      checkpoint of another run (None: a fresh start). If the validation at the iteration of a checkpoint in `folder`
+      was due but not finished, it is run before training continues.
+    - The run ends with `UserError` if weights are not finite (such weights are not saved), or if `max_skipped` updates
+      of a network in a row were skipped because of non-finite gradients (None: never).
+    - If the disk fails, the run continues. Only a failure at the last iteration ends the run, with `UserError`.
     - If an error occurs between two iterations of a run with one process, the run is saved before it ends.
     """
 
@@ -69,7 +69,7 @@ class IterationCheckpoint(Checkpoint):
     # ---- the start
 
     def setup(self, trainer: L.Trainer, pl_module: "CDMModule", stage: str) -> None:
-        """Delete the remains of a killed run, and choose the checkpoint to resume from, before any network is built."""
+        """Delete what interrupted saves have left in `folder`, and choose the checkpoint from which the run resumes."""
         if stage == "fit":
             if ranks.rank() == 0 and (left := sweep(self.folder)):
                 say(f"deleted the remains of an interrupted save: {', '.join(left)}")
@@ -78,18 +78,14 @@ class IterationCheckpoint(Checkpoint):
             self._start = self.choose_start(pl_module.fingerprint)
 
     def choose_start(self, fingerprint: str) -> StoredCheckpoint | None:
-        """Return the checkpoint to resume from, or None for a fresh start.
-
-        `fingerprint` identifies the run's backbone (`Backbone.fingerprint`). Raises `UserError` if the checkpoint has another
-        fingerprint, and if all checkpoints are damaged.
-        """
+        """Return the result of `start.choose_start` for this run, whose backbone has this `fingerprint`."""
         return choose_start(self.folder, self.begin_with, fingerprint, say)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Restore networks, optimizers, counters, callbacks and the objective's state from the chosen checkpoint.
+        """Restore networks, optimizers, counters, callbacks and the objective's state from a checkpoint.
 
-        Raises `UserError` if the checkpoint's content does not fit this run, and if the objective's state could not be read
-        back from a checkpoint later.
+        It is the checkpoint that `setup` has chosen. If a validation at its iteration was not finished, it runs now.
+        Raises `UserError` if the checkpoint does not fit this run, or if `require_readable` refuses the objective.
         """
         require_readable(pl_module.objective)
         start, self._start = self._start, None
@@ -118,17 +114,17 @@ class IterationCheckpoint(Checkpoint):
             make_up_validation(trainer, pl_module, start, say)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Defer signals that stop the run: from now on they take effect at the end of an iteration, which is then saved."""
+        """From now on, let signals stop the run only after an iteration or validation batch, when the run is saved."""
         signals.training()
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: "CDMModule", *_: object) -> None:
-        """Remember that an iteration has begun."""
+        """Remember that an iteration is running, because `on_exception` must not save in the middle of it."""
         self._is_between = False
 
     # ---- every iteration
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: "CDMModule", *_: object) -> None:
-        """Save if a save is due. The state is complete, because Lightning calls checkpoint callbacks last."""
+        """Save the run if a save is due or a signal has come. All other callbacks have finished this iteration."""
         self._check_health(pl_module)
         iteration, stop = trainer.global_step, ranks.any_of(signals.is_asked())
         last = iteration == trainer.max_steps
@@ -140,7 +136,7 @@ class IterationCheckpoint(Checkpoint):
                 self._stop(iteration, path)
 
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: "CDMModule", *_: object) -> None:
-        """Save and stop if a signal has come. The validation is repeated when the run resumes."""
+        """If a signal has come, save and stop the run. The validation is repeated when the run resumes."""
         if not trainer.sanity_checking and ranks.any_of(signals.is_asked()):
             self._stop(trainer.global_step, self._save_late(trainer, pl_module))
 
@@ -157,7 +153,10 @@ class IterationCheckpoint(Checkpoint):
         raise Preempted(f"at iteration {iteration}")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Keep this iteration's checkpoint if its metric is the best so far. Raises `UserError` if the metric is not logged."""
+        """Record in best.json if this iteration is the best so far, so that its checkpoint is never deleted as old.
+
+        Raises `UserError` if validation did not log the metric `best`.
+        """
         if trainer.sanity_checking:
             return
         if self.best.metric is not None and self._trainer_state:
@@ -194,7 +193,7 @@ class IterationCheckpoint(Checkpoint):
         return True
 
     def on_train_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Save and stop if a signal has come. Signals after training stop the run at once, because nothing is left to save."""
+        """If a signal has come, save and stop the run. Later signals stop it at once, because everything is saved."""
         if ranks.any_of(signals.is_asked()):
             self._stop(trainer.global_step, self._save_late(trainer, pl_module))
         signals.loading("after training, before the evaluation was complete")

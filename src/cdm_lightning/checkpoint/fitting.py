@@ -19,9 +19,10 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
 
 
 def require_fit(stored: StoredCheckpoint, network: str, expected: Shapes) -> None:
-    """Raise `UserError` unless the checkpoint stores for `network`, such as "student", exactly the tensors `expected`.
+    """Raise `UserError` unless the tensors of `network` in a checkpoint have the names and shapes in `expected`.
 
-    Only the headers of the files are read. The precision of floating-point tensors may differ.
+    `network` is a name such as "student", and `expected` is a result of `shapes_of`. The precision of floating-point
+    tensors may differ. Only the headers of the checkpoint's files are read.
     """
     prefix = f"networks.{network}."
     found = {name.removeprefix(prefix): of for name, of in stored.sizes.items() if name.startswith(prefix)}

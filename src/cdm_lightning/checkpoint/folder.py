@@ -1,8 +1,9 @@
 """A checkpoint as a folder on disk, which is either complete or does not exist.
 
-`checkpoints/iteration_0000500/` is first written under a name that begins with a dot. When all files are on the disk,
-`COMPLETE.json` is written with the size and checksum of each, and the folder gets its name. If the process or the machine is
-killed before that, only the folder with the dot remains, and the next start deletes it.
+`checkpoints/iteration_0000500/` is first written under a name that begins with a dot. When all its files are on the
+disk, `COMPLETE.json` is written with the size and checksum of each file, and the folder is renamed to its final name.
+If the process or the machine is killed before that, only the folder with the dot remains, and the run deletes it when
+it is started again.
 """
 
 import json
@@ -47,7 +48,10 @@ def iteration_of(path: Path) -> int:
 
 
 def refuse_old_files(folder: Path) -> None:
-    """Raise `UserError` if the folder holds checkpoints of an older version, which were single files."""
+    """Raise `UserError` if the folder holds checkpoints of an older version of this package.
+
+    The checkpoints of these versions were single files.
+    """
     if folder.is_dir() and (old := [path.name for path in folder.iterdir() if OLD_FILE.fullmatch(path.name)]):
         raise UserError(f"{folder}: {old[0]} is from an older version and cannot be read; set another run_name")
 
@@ -69,9 +73,10 @@ def temporary_path(folder: Path, iteration: int) -> Path:
 
 
 def commit(temporary: Path, sums: FileSums) -> Path:
-    """Write COMPLETE.json with `sums` into the temporary folder, give the folder its final name, and return its path.
+    """Complete a checkpoint: write COMPLETE.json into the folder `temporary`, and give this folder its final name.
 
-    An earlier checkpoint of the same iteration is replaced.
+    `sums` holds the size and checksum of each file of the checkpoint. An earlier checkpoint of the same iteration is
+    replaced. Returns the new path.
     """
     write_synced(temporary / MARKER, json.dumps({"files": sums}, indent=1).encode())
     sync(temporary)
@@ -152,10 +157,10 @@ def read_marker(path: Path) -> Mapping[str, dict[str, int]]:
 
 
 def find_fault(path: Path, sums: Mapping[str, dict[str, int]], names: Iterable[str]) -> str | None:
-    """Compare a checkpoint's files with their recorded sizes and checksums. Return a text about the first fault, or None.
+    """Return a text about the first file of a checkpoint that is missing, truncated or damaged, or None.
 
-    `names` are the files to compare, and `sums` is the result of `read_marker`. A fault is a missing, truncated or damaged
-    file.
+    Only the files `names` in the folder `path` are compared with their sizes and checksums in `sums`, the result of
+    `read_marker`.
     """
     for name in names:
         file = path / name

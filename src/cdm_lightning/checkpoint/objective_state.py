@@ -1,6 +1,6 @@
 """An objective's own state in a checkpoint.
 
-It consists of plain values and tensors, and is loaded only into the class that wrote it.
+It consists of plain values and tensors. It is loaded only into an objective of the class that wrote it.
 """
 
 import io
@@ -26,9 +26,9 @@ def class_of(value: object) -> str:
 
 
 def require_readable(objective: "Objective") -> None:
-    """Raise `UserError` if the objective's `state_dict()` could not be read back from a checkpoint.
+    """Raise `UserError` if torch cannot save the objective's `state_dict()` and load it with `weights_only=True`.
 
-    torch must be able to load it with `weights_only=True`. Otherwise the run could never be resumed.
+    Checkpoints are loaded in this way, so a run with such a state could never be resumed.
     """
     packed = io.BytesIO()
     try:
@@ -43,10 +43,10 @@ def require_readable(objective: "Objective") -> None:
 
 
 def restore_objective(objective: "Objective", state: Mapping[str, Any]) -> str | None:
-    """Load the objective's own state from `state`, which is the `trainer_state` of a checkpoint.
+    """Load the objective's own state from `state`, the result of `trainer_state` that a checkpoint stores.
 
-    If an objective of another class wrote the state, nothing is loaded, and a message that says so is returned. Otherwise
-    returns None.
+    If an objective of another class wrote that state, it is not loaded, and the result is a message about this for the
+    user. In all other cases the result is None.
     """
     stored, name = state.get("objective"), class_of(objective)  # older versions did not store it
     if not stored:
@@ -60,7 +60,8 @@ def restore_objective(objective: "Objective", state: Mapping[str, Any]) -> str |
 def trainer_state(trainer: "L.Trainer", module: "CDMModule") -> dict[str, Any]:
     """Return the content of a checkpoint's trainer.pt: the states of Lightning's loop, the callbacks and the objective.
 
-    It is {"fit_loop": state, "callbacks": {state_key: state}, "objective": state, "objective_class": its dotted name}.
+    The keys are "fit_loop", "callbacks", "objective" and "objective_class". "callbacks" holds {`state_key` of a
+    callback: its state}, and "objective_class" is the dotted name of the objective's class.
     """
     # pyrefly: ignore[missing-attribute]  Lightning sets this attribute from another module
     callbacks = {callback.state_key: state for callback in trainer.callbacks if (state := callback.state_dict())}

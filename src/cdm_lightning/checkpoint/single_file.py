@@ -29,15 +29,19 @@ def write_checkpoint(stored: StoredCheckpoint, output: Path) -> Path:
 def write_weights(stored: StoredCheckpoint, network: str, dtype: torch.dtype, output: Path) -> Path:
     """Write the weights of one network, such as "student_ema", as the file `output`, and return its path.
 
-    The weights are converted to `dtype`. For a network that is trained as a LoRA, these are only the adapter's weights. Raises
-    `UserError` if the checkpoint cannot be read, has no such network, or if the file cannot be written.
+    The weights are converted to `dtype`. For a network that is trained as a LoRA, only the adapter's weights are
+    written. Raises `UserError` if the checkpoint cannot be read or has no such network, or if the file cannot be
+    written.
     """
     weights = {name: value.to(dtype) for name, value in stored.network_weights(network).items()}
     return write_file(weights, {"network": network, "iteration": str(stored.iteration)}, output)
 
 
 def write_file(tensors: dict[str, Tensor], header: Mapping[str, str], output: Path) -> Path:
-    """Write a .safetensors file, completely or not at all. Raises `UserError` if it cannot be written."""
+    """Write `tensors` to the .safetensors file `output`, completely or not at all, and return its path.
+
+    `header` is added to the metadata in the file's header. Raises `UserError` if the file cannot be written.
+    """
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with replacing(output) as temporary:

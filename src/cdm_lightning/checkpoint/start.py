@@ -21,12 +21,14 @@ from cdm_lightning.errors import UserError
 def choose_start(
     folder: Path, begin_with: Path | None, fingerprint: str, say: Callable[[str], None]
 ) -> StoredCheckpoint | None:
-    """Return the checkpoint to resume from, or None for a fresh start. `say` prints a line for the user.
+    """Return the checkpoint from which a run resumes, or None for a fresh start.
 
-    This is the newest undamaged checkpoint in `folder`, or `begin_with` if `folder` has none. Checkpoints in `folder` with a
-    higher iteration, which are all damaged, are renamed to unused_NAME. A folder whose name does not fit the iteration in its
-    state.json gets the right name. Raises `UserError` if all checkpoints are damaged, or if the chosen one has another
-    `fingerprint` (`Backbone.fingerprint`).
+    The result is the newest undamaged checkpoint in `folder`. If `folder` has no checkpoint, it is `begin_with`, a
+    checkpoint of another run. The result must have the `fingerprint` of the run's backbone (`Backbone.fingerprint`).
+    Checkpoints in `folder` that are newer than the result, which are all damaged, are renamed to unused_NAME. Folders
+    whose names do not fit the iteration in their state.json are renamed to fit. `say` is called with each line for the
+    user. Raises `UserError` for another fingerprint, if all checkpoints in `folder` are damaged, or if `begin_with` is
+    damaged.
     """
     start = newest_checkpoint(folder, lambda path, why: say(f"skipped a checkpoint: {why}"))
     if start is not None:
@@ -42,10 +44,11 @@ def choose_start(
 
 
 def in_order(start: StoredCheckpoint, say: Callable[[str], None]) -> StoredCheckpoint:
-    """Rename checkpoints so that `start` is the newest in its folder and all names are right. Return `start`, opened again.
+    """Rename checkpoints so that `start` is the newest in its folder. Return `start`, opened again.
 
-    Checkpoints of later iterations are renamed to unused_NAME, and a name that does not fit the iteration in state.json is
-    corrected. The first process renames; all processes must call this. Raises `UserError` if a folder cannot be renamed.
+    Checkpoints of later iterations are renamed to unused_NAME. A checkpoint whose name does not fit the iteration in
+    its state.json gets the name that fits. `say` is called with a line about each change. Only the first process
+    renames, but all processes must call this. Raises `UserError` if a folder cannot be renamed.
     """
     path, error = start.path, None
     if ranks.rank() == 0:

@@ -35,10 +35,11 @@ def tensors_of(networks: nn.Module, optimizers: Mapping[str, Optimizer]) -> dict
 
 
 def plain_tensors(name: str, value: Tensor) -> dict[str, Tensor]:
-    """Return {name: value}, or the inner tensors if `value` is a quantized optimizer state of torchao ("NAME.codes", ...).
+    """Return `value` as {name: tensor}, in tensors of ordinary classes that a safetensors file can store.
 
-    "NAME.codes" has the shape of the parameter. Each number in "NAME.scale" belongs to a block of consecutive codes. Both
-    tensors are sharded like the parameter.
+    The result is {`name`: `value`}, unless `value` is a quantized optimizer state of torchao: then it holds the inner
+    tensors, such as "NAME.codes" and "NAME.scale". The codes have the shape of the parameter, and each number of the
+    scale is the factor for a block of consecutive codes. Both are sharded like the parameter.
     """
     local = value.to_local() if isinstance(value, DTensor) else value
     if not hasattr(local, "__tensor_flatten__"):
@@ -57,10 +58,10 @@ def plain_tensors(name: str, value: Tensor) -> dict[str, Tensor]:
 
 
 def plain_values_of(networks: nn.Module, optimizers: Mapping[str, Optimizer]) -> dict[str, Any]:
-    """Return the optimizers' values that are not tensors: {network: {"states": {parameter: {key: number}}, "options": [...]}}.
+    """Return those values of the optimizers that are numbers or booleans, to be stored in state.json.
 
-    "options" has a dict for each parameter group, with the options that differ from the optimizer's defaults. The learning rate
-    is left out.
+    The result is {network: {"states": {parameter: {key: value}}, "options": [...]}}. "options" has a dict for each
+    parameter group, with the group's options that differ from the optimizer's defaults, without the learning rate.
     """
     found: dict[str, Any] = {}
     for role, optimizer in optimizers.items():
@@ -81,14 +82,15 @@ def only_plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def states_of(network: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
-    """Return the optimizer's state of each parameter by the parameter's name. Parameters without a state are left out."""
+    """Return {name of a parameter: the optimizer's state for it}. Parameters without a state are left out."""
     return {name: optimizer.state[p] for name, p in network.named_parameters() if optimizer.state.get(p)}
 
 
 def restore(networks: nn.Module, optimizers: Mapping[str, Optimizer], stored: StoredCheckpoint) -> None:
-    """Load a checkpoint into networks and optimizers, in place. Raises `UserError` if names or shapes of tensors differ.
+    """Load a checkpoint into networks and optimizers, in place.
 
-    If only the run has an EMA, the EMA starts as a copy of the student. If only the checkpoint has an EMA, it is ignored.
+    Raises `UserError` if names or shapes of tensors differ. Only the tensors of the EMA may be missing: if only the run
+    has an EMA, the EMA starts as a copy of the student, and if only the checkpoint has one, it is ignored.
     """
     for role, optimizer in optimizers.items():
         prefix = f"optimizers.{role}."
@@ -117,9 +119,9 @@ def restore(networks: nn.Module, optimizers: Mapping[str, Optimizer], stored: St
 
 
 def unmatched_average(tensors: Mapping[str, Tensor], stored: StoredCheckpoint) -> set[str]:
-    """Return the names of the EMA's tensors if exactly one of the run and the checkpoint has an EMA, otherwise an empty set.
+    """Return the names of the EMA's tensors if only the run or only the checkpoint has an EMA, otherwise an empty set.
 
-    `tensors` are the run's tensors by name, and `stored` is the checkpoint.
+    `tensors` holds the tensors of the run by name, and `stored` is the checkpoint.
     """
     here, there = ({name for name in names if name.startswith(AVERAGE)} for names in (tensors, stored.sizes))
     return here ^ there if not here or not there else set()
@@ -128,7 +130,7 @@ def unmatched_average(tensors: Mapping[str, Tensor], stored: StoredCheckpoint) -
 def begin_average(networks: nn.Module, names: set[str]) -> None:
     """Copy the student's weights to the EMA's tensors `names`, such as "networks.student_ema.LAYER.weight".
 
-    This is used if the checkpoint has no EMA.
+    The EMA of a run starts in this way if the checkpoint has no EMA.
     """
     state = networks.state_dict()
     with torch.no_grad():
@@ -137,10 +139,11 @@ def begin_average(networks: nn.Module, names: set[str]) -> None:
 
 
 def begin_states(network: nn.Module, optimizer: Optimizer, names: list[str]) -> None:
-    """Make the optimizer create the states `names`, such as "LAYER.weight.exp_avg", so that a checkpoint can be read into them.
+    """Make the optimizer create its states, so that a checkpoint can be read into them.
 
-    Only the optimizer knows the shapes of its states. It therefore creates them itself, in a step with zero gradients and a
-    learning rate of zero.
+    `names` are the states in the checkpoint, such as "LAYER.weight.exp_avg". Only the optimizer knows the shapes of its
+    states. It therefore creates them itself, in a step with zero gradients and a learning rate of zero. A parameter
+    without a state in `names` gets no state.
     """
     if not names:
         return

@@ -58,8 +58,8 @@ UNREADABLE = (
 class StoredCheckpoint:
     """An opened checkpoint: a folder, or a single .safetensors file with the same content.
 
-    `record` is the content of state.json: "iteration" and other counters, "fingerprint" of the backbone, "world_size",
-    "optimizers". `files` are the .safetensors files with the tensors.
+    `record` is the content of state.json: "iteration", other counters, the backbone's "fingerprint", "world_size" and
+    "optimizers" (`state.plain_values_of`). `files` are the .safetensors files with the tensors.
     """
 
     path: Path
@@ -83,9 +83,10 @@ class StoredCheckpoint:
 
     @cached_property
     def about(self) -> dict[str, Any]:
-        """The run that wrote the checkpoint: {"config": the resolved configuration, "inputs": `run.inputs.Inputs`}.
+        """The configuration and the inputs of the run that wrote the checkpoint: {"config": ..., "inputs": ...}.
 
-        It is empty for a checkpoint of an older version. Raises `UserError` if it cannot be read.
+        "inputs" is a `run.inputs.Inputs`. The result is {} for a checkpoint of an older version. Raises `UserError` if
+        it cannot be read.
         """
         path = self.path / ABOUT if self.path.is_dir() else self.path
         if self.path.is_dir():
@@ -116,9 +117,7 @@ class StoredCheckpoint:
         return sizes
 
     def fill(self, tensors: dict[str, Tensor]) -> None:
-        """Read the checkpoint into the given tensors, by name and in place. All processes must call this; each reads its own
-        shards.
-        """
+        """Read this process's shards of `tensors` from the checkpoint, in place. All processes must call this."""
         load_tensors(tensors, self.files)
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
@@ -167,10 +166,10 @@ class StoredCheckpoint:
             return file.get_tensor(TRAINER).numpy().tobytes()
 
     def find_fault(self) -> str | None:
-        """Compare the files with their sizes and checksums, and check that weights are finite. Return the first fault, or None.
+        """Return a text about the checkpoint's first missing or damaged file or non-finite weight, or None.
 
-        A fault is a text such as "X is truncated: ...". The processes of a run divide the files among them, so all of them must
-        call this. All get the same answer.
+        Such a text is "X is truncated: ...". The processes of a run divide the files among them, so all of them must
+        call this. All get the same text.
         """
         fault = None
         if self.path.is_dir():  # for a single file, safetensors compares the header with the length

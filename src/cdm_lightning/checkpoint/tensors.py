@@ -1,7 +1,8 @@
 """Write and read the tensors of a checkpoint with torch.distributed.checkpoint, as safetensors files.
 
-Each process writes its own shards and reads the shards that it needs, even if the checkpoint was written with other
-shards, such as by another number of processes. The format contains no pickle; torch's default format has a pickle as its index.
+Each process writes its own shards. Each process reads the shards that it needs, even if the run that wrote the
+checkpoint had another number of processes and therefore other shards. The format contains no pickle; torch's default
+format has a pickle as its index.
 """
 
 import os
@@ -81,9 +82,10 @@ def save_tensors(tensors: Mapping[str, Tensor], folder: Path) -> FileSums:
 
 
 def load_tensors(tensors: dict[str, Tensor], files: Sequence[Path], alone: bool = False) -> None:
-    """Read tensors from a checkpoint's files, in place. Either all processes call this together, or one process with `alone=True`.
+    """Read the values of `tensors` from a checkpoint's files, in place and by name.
 
-    Raises RuntimeError if a name is missing or a shape does not fit.
+    Either all processes call this together, or one process with `alone=True`. Raises RuntimeError if the files lack a
+    name or have another shape.
     """
     with quietly():
         try:
@@ -93,7 +95,7 @@ def load_tensors(tensors: dict[str, Tensor], files: Sequence[Path], alone: bool 
 
 
 def stored_sizes(files: Sequence[Path]) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Return the (shape, dtype) of each tensor by name, read from the headers of the files."""
+    """Return {name: (shape, dtype)} of the tensors in the files, read from the headers of the files."""
     metadata = reader(files).read_metadata().state_dict_metadata
     tensors = cast(dict[str, TensorStorageMetadata], metadata)  # these files hold only tensors
     return {name: (of.size, of.properties.dtype) for name, of in tensors.items()}
@@ -107,7 +109,10 @@ def reader(files: Sequence[Path]) -> dcp.HuggingFaceStorageReader:
 
 
 def files_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return the number of the file (from 1) for each tensor. A file gets tensors of about `FILE_BYTES` in total."""
+    """Return {name of a tensor: number of the file to which it is written}. The numbers start at 1.
+
+    Each process writes about `FILE_BYTES` bytes to a file.
+    """
     numbers, number, filled = {}, 1, 0
     for name, tensor in tensors.items():
         size = tensor.numel() * tensor.element_size() // world_size()

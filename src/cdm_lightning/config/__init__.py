@@ -115,13 +115,14 @@ def build(
 ) -> Any:
     """Build what the configuration describes under `key`, such as "optim.student": one object, or a list of objects.
 
-    If the node has a `_target_`, one object is built. Its other keys are the arguments, and `more` adds arguments.
+    If the node under `key` has a `_target_`, one object is built. Its arguments are the node's other keys and `more`.
 
-    Otherwise, one object is built for each child that is not null. `offered` is {parameter: function}: a constructor with such
-    a parameter gets the function's result as the argument, unless the child sets it.
+    Otherwise, one object is built for each child of the node that is not null. `offered` maps a parameter's name to a
+    function. If a child's constructor has a parameter of that name and the child does not set it, the function is
+    called and its result is passed.
 
-    Raises `UserError` if a constructor refuses its arguments, if a child has no `_target_`, or if an object is not an instance
-    of the class `of`.
+    Raises `UserError` if a constructor refuses its arguments, if a child has no `_target_`, or if an object is not an
+    instance of the class `of`.
     """
     node = OmegaConf.select(config, key) if isinstance(config, DictConfig) else config[key]
     if node is None:
@@ -154,7 +155,7 @@ def _require(built: Any, node: Any, key: str, of: type | None) -> Any:
 
 
 def build_named(config: DictConfig, key: str) -> dict[str, Any]:
-    """Return {name: object} for a group of the configuration, such as `metric`, whose children each describe one object.
+    """Return {name: object} for a group of the configuration whose children each describe one object, such as `metric`.
 
     Raises the errors of `build`.
     """
@@ -213,8 +214,8 @@ def answer_questions(config_name: str) -> None:
 def run_cli(task: Callable[[DictConfig], object], config_name: str, until: str = "before training") -> None:
     """Run `task` on the configuration that the command line gives. `config_name` is the main file in conf/.
 
-    A mistake of the user gives one line on stderr and exit status 2. A run that a signal has stopped exits with status 75
-    (`ends.signals`). `until` completes the message "SIGNAL: stopped ...".
+    A mistake of the user ends the process with one line on stderr and status 2. A signal ends it with status 75 and the
+    message "SIGNAL: stopped", followed by `until` (`ends.signals`).
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra prints its own lines and exits with status 1
     mask_output()
@@ -254,8 +255,8 @@ def run_cli(task: Callable[[DictConfig], object], config_name: str, until: str =
 def command(until: str) -> Generator[None]:
     """Run a command other than training inside the block. A mistake or a signal ends it with one line.
 
-    A user's mistake and a disk error exit with status 2. A signal that asks the process to stop exits with status 75
-    (`ends.signals`). `until` completes the message "SIGNAL: stopped ...", for example "before the picture was written".
+    A user's mistake and a disk error give exit status 2. A signal gives status 75 and the message "SIGNAL: stopped",
+    followed by `until`, such as "before the picture was written" (`ends.signals`).
     """
     mask_output()
     with signals.watched(), tolerant_streams():

@@ -33,9 +33,10 @@ OF_HYDRA = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
 def check_arguments(node: Any, key: str) -> None:
     """Raise `UserError` for the first option in `node` that is unknown or has a value that is not allowed.
 
-    `node` is a part of the configuration and `key` its dotted name, such as "optim.student". The class that `_target_` names
-    decides: each other key must be a parameter of its constructor, and each value must fit the parameter's annotation. Nodes
-    inside `node` are checked as well. Parameters without an annotation are not checked.
+    `node` is a part of the configuration and `key` its dotted name, such as "optim.student". If `node` has a
+    `_target_`, which names a class, each other key must be a parameter of the class's constructor, and its value must
+    fit the parameter's annotation. A parameter without an annotation accepts any value. Nodes inside `node` are checked
+    in the same way.
     """
     if isinstance(node, ListConfig):
         for number, child in enumerate(node):
@@ -55,10 +56,10 @@ def check_arguments(node: Any, key: str) -> None:
 
 
 def check_value(value: Any, hint: Any, where: str) -> None:
-    """Raise `UserError` if the annotation `hint` does not allow `value`. `where` is the option's dotted name, for the message.
+    """Raise `UserError` if the annotation `hint` does not allow `value`.
 
-    If the annotation allows an object, any node with a `_target_` is accepted, because the type of the object is known only
-    when it is built.
+    `where` is the option's dotted name, for the message. If the annotation allows an object, a node with any `_target_`
+    is accepted, because the type of the object is known only when it is built.
     """
     kinds = alternatives(hint)
     scalars = all(_asked(kind) in SCALARS or _asked(kind) is Literal for kind in kinds)
@@ -177,10 +178,10 @@ def _found(target: str) -> Any:
 
 
 def value_of(node: DictConfig, name: Any, key: str) -> Any:
-    """Return the value `name` in `node`, with references such as `${data.size}` resolved. `key` is the dotted name of `node`.
+    """Return the value of the key `name` in `node`, after resolving a reference such as `${data.size}`.
 
-    The key "" means that `node` is the whole configuration. Raises `UserError` for a reference to an option that does not
-    exist.
+    `key` is the dotted name of `node`; it is "" for the whole configuration. Raises `UserError` for a reference to an
+    option that does not exist.
     """
     try:
         return node[name]

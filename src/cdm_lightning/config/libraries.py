@@ -122,10 +122,11 @@ REPLACED = {  # classes of Lightning that fail or do nothing in this package, an
 
 
 def options_of(target: str) -> dict[str, Any]:
-    """Return {option: annotation} for a class of another library, given by any of its dotted names.
+    """Return {option: annotation} for the class `target` of another library.
 
-    A class that is not in `OPTIONS` has the options of its nearest base class there. Any optimizer also has those in
-    `OPTIMIZER`. The result is empty for all other classes.
+    `target` is any dotted name of the class. The options are those that `OPTIONS` lists for the class, or else for its
+    nearest base class in `OPTIONS`. An optimizer also has the options in `OPTIMIZER`. The result is empty for any other
+    class.
     """
     found = OPTIMIZER if _is_optimizer(target) else {}
     if target in OPTIONS:
@@ -147,7 +148,10 @@ def instead_of(target: str | None, name: str) -> str | None:
 
 
 def replacement_of(target: str) -> str | None:
-    """Return what to use instead of a callback of Lightning that cannot be used here, or None if it can be."""
+    """Return what to use instead of the class `target` of Lightning, for an error message.
+
+    Returns None if the class may be used, or is not a class of Lightning.
+    """
     return next(
         (
             REPLACED[name]

@@ -83,10 +83,10 @@ def _check_key(name: Any, child: Any, allowed: Collection[str], where: str, grou
 
 
 def typed_nodes(nodes: Mapping[str, Any], file: Path) -> DictConfig:
-    """Check the options in nodes of a stranger's configuration, such as {"backbone": {...}}, and return the nodes.
+    """Check the options in `nodes`, parts of a stranger's configuration such as {"backbone": {...}}, and return them.
 
-    `require_registered` must have accepted the nodes. Raises `UserError` with the name of `file` unless each option is a
-    parameter of its class and fits the parameter's annotation (`config.arguments`).
+    `require_registered` must have accepted each node. Raises `UserError` with the name of `file` unless each option is
+    a parameter of the class that its node names, and fits the parameter's annotation (`config.arguments`).
     """
     typed = OmegaConf.create(dict(nodes))
     for key in nodes:

@@ -24,9 +24,9 @@ def plain(config: DictConfig) -> dict[str, Any]:
 class MaskSweep(Callback):
     """A Hydra callback that keeps secrets out of the files that Hydra itself writes.
 
-    Secrets are replaced by *** in multirun.yaml, the file of a sweep. The copies of the configuration that
-    `hydra.output_subdir` asks for are refused: Hydra writes them before any callback can mask them, and possibly outside the
-    run's folder.
+    It replaces secrets by *** in multirun.yaml, the file that Hydra writes for a sweep. It refuses the option
+    `hydra.output_subdir`, with which Hydra would write copies of the configuration before any callback can mask them,
+    and possibly outside the run's folder.
     """
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -38,11 +38,11 @@ class MaskSweep(Callback):
             sys.exit(2)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Check a sweep as `on_run_start` checks a run."""
+        """Print an error and exit with status 2 if `hydra.output_subdir` of a sweep is not null."""
         self.on_run_start(config)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Mask the file multirun.yaml of the sweep that this job belongs to."""
+        """If this job is part of a sweep, replace secrets in the sweep's file multirun.yaml by ***."""
         path = Path(config.hydra.sweep.dir) / SWEEP
         if config.hydra.mode.name == "MULTIRUN" and path.is_file():
             with suppress(OSError, ValueError, yaml.YAMLError):

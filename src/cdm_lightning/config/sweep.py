@@ -9,9 +9,10 @@ LONGEST_NAME = 120  # characters in the name of a job's folder, well below the l
 
 
 def job_folder(override_dirname: str) -> str:
-    """Return the folder name of one job in a Hydra sweep (`--multirun`). `override_dirname` are its overrides as a string.
+    """Return the name of the folder of one job in a Hydra sweep (`--multirun`).
 
-    The name is short and has no slash and no secret. The same overrides give the same name.
+    `override_dirname` is a text with the job's overrides, such as "seed=1,data.batch_size=8". The name is short and has
+    no slash and no secret. The same overrides give the same name.
     """
     shown = masked_text(override_dirname)
     name = re.sub(r"[^\w.,=+-]+", ".", shown) or "defaults"

@@ -36,12 +36,14 @@ def _pairs(target: nn.Module, source: nn.Module) -> tuple[list[Tensor], list[Ten
 
 
 class HostFollower:
-    """Runs `lerp_parameters_` in the background, for a target in host memory and a source on the GPU, with the same result.
+    """Runs `lerp_parameters_` in the background, for a target in host memory and a source on the GPU.
 
-    - `follow` starts it. The source is copied into pinned memory of the same size on a CUDA stream of its own, and a thread
-      updates each parameter of the target when its copy is complete.
-    - Call `release` before the source is changed: later work of the GPU then waits for the copies, but the host does not wait.
-    - Call `settle` before the target is read: it waits until the target is updated.
+    - `follow` starts an update, with the same result as `lerp_parameters_`. A separate CUDA stream copies the source
+      into pinned host memory, which takes as much memory as the source. A thread updates each parameter of the target
+      when the copy of this parameter is complete.
+    - Call `release` before the source is changed. Later work of the GPU then waits for the copies, but the host does
+      not wait.
+    - Call `settle` before the target is read. It waits until the target is updated.
     """
 
     def __init__(self) -> None:
@@ -52,7 +54,10 @@ class HostFollower:
         self._error: BaseException | None = None
 
     def guard(self, target: nn.Module) -> None:
-        """Add hooks that call `settle` before each forward pass and `state_dict()` of the target, alone or within a parent module."""
+        """Make every forward pass and every `state_dict()` of `target` call `settle` first.
+
+        This also holds if a module that contains `target` calls them.
+        """
         target.register_forward_pre_hook(lambda *_: self.settle(), prepend=True)
         target.register_state_dict_pre_hook(lambda *_: self.settle())
 
@@ -65,7 +70,10 @@ class HostFollower:
         self._thread.start()
 
     def release(self) -> None:
-        """Make later work on the current CUDA stream wait until the source is copied, so that it may change the source."""
+        """Make later work on the current CUDA stream wait until the source is copied.
+
+        That later work may then change the source.
+        """
         if self._copied is not None:
             torch.cuda.current_stream().wait_event(self._copied)
             self._copied = None

@@ -1,8 +1,8 @@
 """Rectified flow: noised samples x = (1 - sigma) x0 + sigma noise, and fields that predict their velocity noise - x0.
 
-Sigma runs from 1 (pure noise) to 0 (data). Shapes: B samples of shape * = (C, H, W); sigma is (B,) or 0-d. The function `move`
-follows a velocity in a straight line to another sigma. It makes Euler steps, x0 predictions (moves to sigma 0) and the points
-off the student's trajectory that CDM uses.
+Sigma runs from 1 (pure noise) to 0 (data). Shapes: B samples of shape * = (C, H, W); sigma is (B,) or 0-d. The function
+`move` follows a velocity in a straight line to another sigma. Euler steps use it, and so do x0 predictions (moves to
+sigma 0) and the computation of the points off the student's trajectory that CDM uses.
 """
 
 from abc import ABC, abstractmethod
@@ -48,42 +48,45 @@ class VelocityField(ABC):
         """Return the predicted velocity noise - x0 (B, *) at x (B, *) and sigma (B,)."""
 
     def select(self, rows: Rows) -> "VelocityField":
-        """Return the field for the samples `rows` of its batch, with only their texts.
+        """Return the field for only some samples of its batch, with the texts of these samples.
 
-        By default this is the field itself, which is right for a field that does not depend on texts.
+        `rows` holds the indices (M,) of the samples, or is a slice. The default returns the field itself, which is
+        right for a field that does not depend on texts.
         """
         return self
 
     def join(self, others: Sequence["VelocityField"]) -> "VelocityField | None":
-        """Return one field for the concatenated batches of this field and `others`, in this order.
+        """Return one field for the concatenated batches of this field and `others`, in this order, or None.
 
-        Joining saves network calls. Returns None if one call cannot compute all of them, for example if the networks differ. The
-        default is None.
+        One network call then computes the velocities of all these batches. The result is None if this is not possible,
+        for example because the fields have different networks. The default always returns None.
         """
         return None
 
     def given(self, **inputs: Tensor) -> "VelocityField":
-        """Return the field with these values (B,) for additional inputs of its network; the keywords name the inputs.
+        """Return this field with the values `inputs`, each (B,), for additional inputs of its network, by name.
 
-        An objective can give a network inputs besides x, sigma and text (`inputs` of `objectives.base.Role`). Raises ValueError
-        if the network has no input of that name.
+        An objective declares such inputs, which the network gets besides x, sigma and text, in `inputs` of
+        `objectives.base.Role`. Raises ValueError if the network has no input of that name.
         """
         raise ValueError(
             f"{type(self).__name__} has no input {', '.join(inputs)}; declare it in inputs of the network's Role"
         )
 
     def precise(self) -> "VelocityField":
-        """Return the field without `training.float8`, which computes network calls in 8 bits if they need no gradient.
+        """Return this field without `compute.fp8`, the option by which calls without a gradient compute in 8 bits.
 
-        Losses use it where they subtract nearly equal results of two calls. By default this is the field itself.
+        Losses use the result where they subtract nearly equal velocities of two calls, because 8 bits are too coarse
+        there. The default returns the field itself.
         """
         return self
 
     def with_features(self, x: Tensor, sigma: Tensor, blocks: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-        """Return the velocity (B, *) and the hidden states (B, N, D) after each of the given blocks: N tokens of width D.
+        """Return the velocity (B, *) and the hidden states (B, N, D) after each block in `blocks`.
 
-        `blocks` are indices of transformer blocks; negative indices count from the last block. Raises ValueError if the field
-        is not a network, and UserError for a block that does not exist or is not used by the network.
+        N is the number of tokens and D their width. `blocks` are indices of transformer blocks; negative indices count
+        from the last block. Raises ValueError if the field was not made from a network, and UserError for a block that
+        does not exist or is not used by the network.
         """
         raise ValueError(f"{type(self).__name__} has no blocks, so no hidden states; use the field of a network")
 
@@ -99,7 +102,10 @@ class FunctionField(VelocityField):
         return self.function(x, sigma)
 
     def join(self, others: Sequence[VelocityField]) -> VelocityField | None:
-        """Return this field, which accepts a batch of any size, if the others wrap the same function; otherwise None."""
+        """Return this field if all `others` have the same function, otherwise None.
+
+        The field itself is the joined field, because its function accepts a batch of any size.
+        """
         same = all(isinstance(other, FunctionField) and other.function is self.function for other in others)
         return self if same else None
 
@@ -130,7 +136,7 @@ class GuidedField(VelocityField):
         return self.guide(cond, uncond, self.scale)
 
     def select(self, rows: Rows) -> VelocityField:
-        """Return the guided field for some samples of its batch."""
+        """Return the guided field for the samples `rows` of its batch: their indices (M,), or a slice."""
         return GuidedField(self.cond.select(rows), self.uncond.select(rows), self.scale, self.guide)
 
 
