@@ -43,10 +43,9 @@ class Anatomy:
         return block_output[-1] if isinstance(block_output, tuple) else block_output
 
     def blocks_of(self, network: nn.Module) -> list[nn.Module]:
-        """Return the transformer blocks of a network, in the order of its modules.
+        """Return the transformer blocks of `network`, in the order of `network.modules()`.
 
-        A LoRA view is a network made of LoRA adapters and a base network that it shares with others. For a LoRA view, the
-        blocks of the base network are returned.
+        For a LoRA view (LoRA adapters on a shared base network), the blocks of the base network are returned.
         """
         return [module for module in unwrapped(network).modules() if isinstance(module, self.block_types)]
 
@@ -76,10 +75,11 @@ def unwrapped(network: nn.Module) -> nn.Module:
 
 
 def gather_for_backward(network: nn.Module, features: Tensor) -> None:
-    """Make the backward pass of a loss on `features` work if FSDP2 shards the network.
+    """Make the backward pass of a loss on `features` work if FSDP2 shards `network`.
 
-    In a backward pass, FSDP2 gathers the weights outside the blocks when it reaches the network's output. A loss that uses only
-    `features` has no such output, so a hook on `features` gathers these weights. Without sharding, this does nothing.
+    FSDP2 gathers the weights outside the blocks when a backward pass reaches the network's output. The backward pass
+    of a loss on `features` alone never reaches this output, so a hook on `features` gathers these weights. If the
+    network is not sharded, this function does nothing.
     """
     root = unwrapped(network)
     if isinstance(root, FSDPModule) and features.requires_grad:
@@ -102,10 +102,10 @@ def pick_blocks(blocks: Sequence[nn.Module], numbers: Sequence[int]) -> list[nn.
 
 @contextmanager
 def outputs_of(blocks: Sequence[nn.Module]) -> Generator[dict[nn.Module, Any]]:
-    """Yield a dictionary {block: the output of its first call}, filled while the network runs inside the `with` block.
+    """Yield a dictionary that maps each of `blocks` to the output of its first call inside the `with` block.
 
-    Forward hooks collect the outputs and are removed at the end of the `with` block. Outputs that gradient checkpointing
-    recomputes in a later backward pass are therefore not collected.
+    Forward hooks fill the dictionary while the network runs. They are removed at the end of the `with` block. Therefore
+    the outputs that gradient checkpointing recomputes in a later backward pass are not collected.
     """
     outputs: dict[nn.Module, Any] = {}
 

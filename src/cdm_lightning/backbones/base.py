@@ -1,7 +1,7 @@
-"""The interface that every model family implements (`Backbone`), and the velocity field of a network with its text inputs.
+"""The interface that every model family implements (`Backbone`), and a network's velocity as a function (`BoundField`).
 
-Shapes: latents (B, C, H, W); sigma (B,) float32 in [0, 1], where 1 is noise; images (B, 3, H, W) in [0, 1]. A new family is one
-file with a subclass of `Backbone`. The rest of the code depends only on these shapes and on sigma.
+Shapes: latents (B, C, h, w); sigma (B,) float32 in [0, 1], where 1 is noise; images (B, 3, H, W) in [0, 1]. A new
+family is one file with a subclass of `Backbone`. All other code uses these shapes and sigma, whatever the family.
 """
 
 from abc import ABC, abstractmethod
@@ -41,23 +41,23 @@ def concat(conds: Sequence[Conditioning]) -> Conditioning:
 
 
 class TextCache(Protocol):
-    """A store on disk of the text conditioning of prompts, encoded earlier (`data.text_cache.StoredText`)."""
+    """Text conditioning that was encoded earlier and is stored on disk (`data.text_cache.StoredText`)."""
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Return the text conditioning of B prompts. Raises `UserError` for a prompt that is not in the cache."""
 
     def to(self, device: torch.device) -> None:
-        """Set the device of all conditioning that is returned from now on."""
+        """Set the device on which `encode` returns conditioning from now on."""
 
 
 class TextMemory(Protocol):
-    """The text conditioning of prompts, kept in memory so that they are encoded once (`data.text_memory.RememberedText`)."""
+    """Text conditioning in memory, so that prompts are encoded only once (`data.text_memory.RememberedText`)."""
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Return the text conditioning of B prompts."""
 
     def forget(self) -> None:
-        """Drop everything that is stored. The next call of `encode` encodes the prompts again."""
+        """Drop all conditioning in memory. The next call of `encode` encodes the prompts again."""
 
 
 class Backbone(Anatomy, ABC):
@@ -73,7 +73,7 @@ class Backbone(Anatomy, ABC):
     @property
     @abstractmethod
     def latent_shape(self) -> tuple[int, int, int]:
-        """The shape (C, H, W) of a latent."""
+        """The shape (C, h, w) of a latent."""
 
     @property
     @abstractmethod
@@ -81,7 +81,7 @@ class Backbone(Anatomy, ABC):
         """The height and width (H, W) of an image, in pixels."""
 
     def at(self, height: int | None = None, width: int | None = None) -> "Backbone":
-        """Return this backbone for images of another size in pixels, with the parts that are already loaded.
+        """Return this backbone for another image size in pixels. Parts that are already loaded are not loaded again.
 
         A side that is None stays the same. Raises `UserError` if the family cannot make images of this size.
         """
@@ -96,7 +96,7 @@ class Backbone(Anatomy, ABC):
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """The family's name and a hash of the network's configuration. Runs refuse checkpoints with another fingerprint."""
+        """Family name and hash of the network's configuration. A checkpoint with another fingerprint is refused."""
 
     @abstractmethod
     def build_network(self) -> nn.Module:
@@ -111,10 +111,10 @@ class Backbone(Anatomy, ABC):
         return self.build_teacher()
 
     def build_empty(self, teacher: bool) -> nn.Module | None:
-        """Return the network of `build_teacher` (if `teacher`) or `build_network` without its weights, on the meta device.
+        """Return the network of `build_teacher` or, if `teacher` is False, of `build_network`, but without its weights.
 
-        This network can be sharded before it has weights. Each process then reads only its own rows of them (`read_rows`).
-        Returns None if the weights cannot be read unchanged from files. Every process then builds the whole network.
+        The network is on the meta device. Once it is sharded, each process reads only its own rows of the weights
+        (`read_rows`). If no files hold these weights, None is returned, and each process builds the whole network.
         """
         return None
 
@@ -124,16 +124,16 @@ class Backbone(Anatomy, ABC):
 
     @abstractmethod
     def setup(self, device: torch.device) -> None:
-        """Load the frozen parts (text encoders and image codec) and move them to the device. Later calls only move them.
+        """Load the frozen parts (text encoders and image codec) and move them to `device`. Later calls only move them.
 
-        With a `text_cache`, no text encoder is loaded; from now on the cache returns conditioning on this device.
+        After `use_text_cache`, no text encoder is loaded, and the text cache returns its conditioning on `device`.
         """
 
     @property
     def text_fingerprint(self) -> dict[str, str]:
         """Everything that affects the text conditioning, by name: settings, and hashes of text encoders and tokenizers.
 
-        A text cache with another fingerprint is refused. Raises `UserError` for a family without text encoders.
+        A text cache made with another fingerprint is refused. Raises `UserError` for a family without text encoders.
         """
         raise UserError(
             f"{type(self).__name__} has no text encoder, so it needs no text cache; set text_cache.folder=null"
@@ -149,7 +149,7 @@ class Backbone(Anatomy, ABC):
         self.text_memory, self.encode_prompts = memory, memory.encode
 
     def drop_text_encoders(self) -> None:
-        """Free the memory of the text encoders. Afterwards, encode only prompts in the text cache or memory."""
+        """Free the text encoders. Until `setup`, encode only prompts that the text cache or text memory holds."""
         return
 
     @abstractmethod
@@ -157,10 +157,10 @@ class Backbone(Anatomy, ABC):
         """Return the text conditioning of B prompts: tensors (B, ...) by name. The prompt "" is the unconditional prompt."""
 
     def blank_conditioning(self, batch: int) -> Conditioning:
-        """Return uninitialized tensors with the names, shapes and dtypes of `encode_prompts` for `batch` prompts.
+        """Return uninitialized tensors with the names, shapes and dtypes of the conditioning of `batch` prompts.
 
-        The planner uses them to predict memory. Only configuration files are read, and the tensors are on torch's default
-        device. Raises `UserError` if the family's shapes depend on the prompts.
+        The planner uses the tensors to predict memory. Only configuration files are read, and the tensors are on
+        torch's default device. Raises `UserError` if the family's shapes depend on the prompts.
         """
         raise UserError(
             self.unplannable
@@ -172,15 +172,15 @@ class Backbone(Anatomy, ABC):
         """Bring the conditioning of several batches to equal shapes, for example by padding. Return None if this is impossible.
 
         Conditioning of equal shapes can be concatenated for a single network call. By default nothing is padded. A family whose
-        shapes depend on the prompts must override this. Otherwise the number of network calls would depend on the prompts of a
-        process, but all processes that share a sharded network must make the same number.
+        shapes depend on the prompts must override this method. Otherwise the number of network calls would depend on a
+        process's prompts, but all processes that share a sharded network must make the same number of calls.
         """
         shapes = [{name: value.shape[1:] for name, value in cond.items()} for cond in conds]
         return conds if all(shape == shapes[0] for shape in shapes) else None
 
     @abstractmethod
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """Return the network's prediction of the velocity (noise - x0) for noisy latents `x`: (B, C, H, W) in float32."""
+        """Return the velocity (noise - x0) that the network predicts for noisy latents `x`: (B, C, h, w) in float32."""
 
     @abstractmethod
     def shift_sigmas(self, sigmas: Tensor) -> Tensor:
@@ -193,12 +193,12 @@ class Backbone(Anatomy, ABC):
         """Return the shifted sigmas of rollouts (sampling runs of K steps), as the family's scheduler computes them.
 
         `sigmas` (..., K) are unshifted and decreasing, without the final 0. By default this is `shift_sigmas`. A family
-        overrides it if its scheduler also stretches each rollout so that the last sigma has a fixed value.
+        whose scheduler also rescales each rollout to a fixed last sigma overrides this method.
         """
         return self.shift_sigmas(sigmas)
 
     def guide(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
-        """Combine a conditional and an unconditional velocity (B, C, H, W) by guidance, as the family's pipeline does.
+        """Combine a conditional and an unconditional velocity (B, C, h, w) by guidance, as the family's pipeline does.
 
         Scale 1 always means no guidance. Only evaluation uses this method; objectives compute guidance themselves.
         """
@@ -210,25 +210,25 @@ class Backbone(Anatomy, ABC):
 
     @abstractmethod
     def decode_latents(self, x0: Tensor) -> Tensor:
-        """Decode clean latents (B, C, H, W) into images (B, 3, H, W) in [0, 1]; gradients flow through it."""
+        """Decode clean latents (B, C, h, w) into images (B, 3, H, W) in [0, 1]. Gradients flow back to `x0`."""
 
     @abstractmethod
     def encode_images(self, images: Tensor) -> Tensor:
-        """Encode images (B, 3, H, W) in [0, 1] into clean latents (B, C, H, W)."""
+        """Encode images (B, 3, H, W) in [0, 1] into clean latents (B, C, h, w)."""
 
     @abstractmethod
     def enable_gradient_checkpointing(self, network: nn.Module, function: CheckpointFunction | None = None) -> None:
-        """Apply gradient checkpointing to each block, by `function(block, *arguments)` (default: torch's checkpointing)."""
+        """Use gradient checkpointing: `function(block, *arguments)` calls a block (default: torch's `checkpoint`)."""
 
     @abstractmethod
     def save_pipeline(self, network: nn.Module, folder: Path, nfe: int, model_card: str) -> None:
-        """Write `network` in the family's own pipeline format, for sampling in `nfe` steps, together with its model card."""
+        """Write a pipeline with `network`, for sampling in `nfe` steps, and the text `model_card` into `folder`."""
 
     def save_lora(self, tensors: Mapping[str, Tensor], folder: Path, nfe: int, model_card: str) -> None:
-        """Write a LoRA file, the scheduler for `nfe` steps and the model card into `folder`.
+        """Write a LoRA file, a scheduler for sampling in `nfe` steps and the text `model_card` into `folder`.
 
-        `tensors` are the result of `AdapterWeights.portable`, such as "LAYER.lora_A.weight". Their values include
-        the LoRA's scale, so the file is used at scale 1. Raises `UserError` if the family has no LoRA files.
+        `tensors` are the LoRA's tensors by name, as `AdapterWeights.portable` returns them. They already include the
+        LoRA's scale, so the file is used at scale 1. Raises `UserError` if the family has no LoRA files.
         """
         raise UserError(f"{type(self).__name__} has no LoRA files; export with --form pipeline")
 
@@ -248,7 +248,7 @@ class BoundField(VelocityField):
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """Return the velocity (B, C, H, W) in float32 for x (B, C, H, W) and sigma (B,). Sigma stays in float32."""
+        """Return the velocity (B, C, h, w) in float32 for x (B, C, h, w) and sigma (B,). Sigma stays in float32."""
         with (
             torch.autocast(x.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32),
             giving(self.network, self.inputs),

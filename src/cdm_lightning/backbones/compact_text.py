@@ -2,8 +2,8 @@
 
 SD3 pads T5 tokens to 256 and attends to all of them. In the bundled tiny pipeline, T5 has no relative positions, so all padding
 tokens have the same embedding. They stay identical in every block, because the network's text tokens have no positions either.
-In attention, n tokens with equal keys and equal values count as much as one of them whose logit is larger by log n. One padding
-token with this bias therefore gives the same result as all of them, at a tenth of the cost.
+In attention, n tokens with equal keys and equal values count as much as one of them whose logit is larger by log n. One
+padding token with this bias therefore gives the same result as all padding tokens, with much less computation.
 """
 
 import math

@@ -1,8 +1,8 @@
 """The base class of all backbones for diffusers pipelines.
 
-Each subclass adds the classes, the network call and the text encoding of one model family. Shapes: B batch, (C, h, w) latent,
-(H, W) pixels. The stock pipeline itself encodes prompts, shifts sigmas (by its scheduler) and converts pixels (by its image
-processor). Training therefore sees the same inputs as `pipe(prompt)`.
+A subclass for one model family names its diffusers classes, calls its network and encodes prompts. Shapes: B batch,
+(C, h, w) latent, (H, W) pixels. The stock pipeline itself encodes prompts, shifts sigmas (with its scheduler) and
+converts pixels (with its image processor). Training therefore sees the same inputs as `pipe(prompt)`.
 """
 
 import gc
@@ -59,10 +59,11 @@ class PipelineBackbone(PipelineSettings):
         return network
 
     def build_empty(self, teacher: bool) -> nn.Module | None:
-        """Return the transformer with its weights on the meta device. Only its buffers are filled with values.
+        """Return the transformer, as teacher or as trainable network, with values only for its buffers.
 
-        Returns None if the weights are not exactly those of its files: with a `teacher_lora`, for a class that keeps some
-        weights in float32 whatever the dtype, or after `leave_weights_out`. Raises `UserError` if the files lack a weight.
+        The weights are on the meta device. Returns None if they will not be exactly those in the files. This is so with
+        a `teacher_lora`, for a class that keeps some weights in float32 whatever the dtype, and after
+        `leave_weights_out`. Raises `UserError` if the files lack a weight or have a weight that the transformer lacks.
         """
         if not self.has_weights or self.teacher_lora is not None or self.transformer_class._keep_in_fp32_modules:
             return None
@@ -103,7 +104,7 @@ class PipelineBackbone(PipelineSettings):
         return load_model(self.transformer_class, self.folder / "transformer", dtype)
 
     def enable_gradient_checkpointing(self, network: nn.Module, function: CheckpointFunction | None = None) -> None:
-        """Apply gradient checkpointing to each block, by `function(block, *arguments)` (default: torch's checkpointing)."""
+        """Use gradient checkpointing: `function(block, *arguments)` calls a block (default: torch's `checkpoint`)."""
         cast(ModelMixin, network).enable_gradient_checkpointing(function)
 
     # ---- sigmas
@@ -118,8 +119,8 @@ class PipelineBackbone(PipelineSettings):
     def shift_steps(self, sigmas: Tensor) -> Tensor:
         """Shift the decreasing sigmas (..., K) of rollouts of K steps, as the pipeline's scheduler does.
 
-        If the scheduler has a `shift_terminal`, each rollout is also stretched so that this is its last sigma. A rollout whose
-        only sigma is 1 is left unchanged; the scheduler would divide 0 by 0.
+        If the scheduler has a `shift_terminal`, the sigmas of each rollout are also rescaled so that the last one is
+        `shift_terminal`. A rollout whose only sigma is 1 stays unchanged, because rescaling it would divide 0 by 0.
         """
         shifted, terminal = self.shift_sigmas(sigmas), self.scheduler.config.shift_terminal
         if not terminal or not shifted.numel():
@@ -219,7 +220,7 @@ class PipelineBackbone(PipelineSettings):
 
     @property
     def text_fingerprint(self) -> dict[str, str]:
-        """The family's name, the hash of each text encoder and tokenizer, "max_sequence_length" and "text_dtype", by name."""
+        """The family, a hash of each of `text_parts`, "max_sequence_length" and "text_dtype", by name."""
         settings = {
             "max_sequence_length": str(self.max_sequence_length),
             "text_dtype": self.text_dtype,
@@ -252,7 +253,7 @@ class PipelineBackbone(PipelineSettings):
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """Encode images (B, 3, H, W) in [0, 1] into clean latents (B, C, h, w): the mode of the VAE's posterior, normalised."""
+        """Encode images (B, 3, H, W) in [0, 1] into latents (B, C, h, w): the scaled mode of the VAE's posterior."""
         vae = self._codec.vae
         latents = vae.encode(images.float() * 2 - 1).latent_dist.mode()
         return (latents - vae.config.shift_factor) * vae.config.scaling_factor
@@ -260,11 +261,11 @@ class PipelineBackbone(PipelineSettings):
     # ---- export
 
     def save_pipeline(self, network: nn.Module, folder: Path, nfe: int, model_card: str) -> None:
-        """Write a pipeline folder whose transformer is `network`. A call with `nfe` steps uses the student's sigmas."""
+        """Write a pipeline that contains `network` and, when called with `nfe` steps, uses the sigmas of training."""
         write_pipeline(self.folder, network, Path(folder), model_card, self._student_call(nfe))
 
     def save_lora(self, tensors: Mapping[str, Tensor], folder: Path, nfe: int, model_card: str) -> None:
-        """Write a LoRA file for diffusers, a scheduler with the student's sigmas, and a model card that shows how to use them."""
+        """Write a LoRA file, a scheduler for sampling in `nfe` steps, and a model card that shows how to use both."""
         own = None if self.teacher_lora is None else OwnLoRA(Path(self.teacher_lora).name, self.teacher_lora_scale)
         write_lora(self.pipeline_class, tensors, Path(folder), model_card, self._student_call(nfe), own)
 
@@ -289,7 +290,7 @@ class PipelineBackbone(PipelineSettings):
         ]
 
     def exported_scheduler(self, nfe: int) -> FlowMatchEulerDiscreteScheduler | FlowMapEulerDiscreteScheduler:
-        """Return the scheduler of an exported pipeline. With it, a call with `nfe` steps uses the student's sigmas.
+        """Return the scheduler with which an exported pipeline, called with `nfe` steps, uses the sigmas of training.
 
         By default it is the original scheduler. A family whose pipeline does not pass the unshifted sigmas 1, 1 - 1/nfe, ...,
         1/nfe to its scheduler must override this.

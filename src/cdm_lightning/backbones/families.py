@@ -1,4 +1,4 @@
-"""The list of supported pipeline classes with their backbones. model_index.json names the class of a pipeline."""
+"""The backbone of each supported class of diffusers pipelines, and the function that opens a pipeline."""
 
 from importlib import import_module
 from pathlib import Path
@@ -28,13 +28,13 @@ BACKBONES = frozenset(f"cdm_lightning.backbones.{module}.{name}" for module, nam
 def open_pipeline(
     pretrained: str, revision: str | None = None, lora: str | None = None
 ) -> "tuple[PipelineBackbone, dict[str, Any]]":
-    """Return the backbone for a pipeline folder or hub id, and the arguments with which the pipeline is called.
+    """Return the backbone for a pipeline folder or hub id, and arguments for calling the pipeline besides the prompt.
 
-    For an exported student, the arguments are those that the export stored, such as "num_inference_steps" (not the prompt). The
-    backbone takes its image size and text length from them. For other pipelines the arguments are {}.
+    For an exported student, these are the arguments that the export stored, such as "num_inference_steps". The backbone
+    takes its image size and text length from them. For other pipelines the arguments are {}.
 
-    `lora`, a LoRA file or the folder of an exported LoRA, is fused into the network. The arguments are then those that are
-    stored with the LoRA. Raises `UserError` for a pipeline of an unknown family.
+    `lora`, a LoRA file or the folder of an exported LoRA, is fused into the network. In this case the arguments are
+    those stored in the LoRA's folder, or {} for a file. Raises `UserError` for a pipeline of an unknown family.
     """
     found = pipeline_class_name(pretrained, revision)
     if found not in FAMILIES:

@@ -45,7 +45,7 @@ class FluxBackbone(PipelineBackbone):
 
     @property
     def latent_channels(self) -> int:
-        """C, the number of channels of a latent. Each token of the network is made of 2 x 2 latents."""
+        """C, the number of channels of a latent. The network packs 2 x 2 positions of a latent into one token."""
         return self.network_config["in_channels"] // 4
 
     @property
@@ -54,7 +54,7 @@ class FluxBackbone(PipelineBackbone):
         return bool(self.network_config["guidance_embeds"])
 
     def cautions(self, guidance_scale: float) -> list[str]:
-        """Return a warning if the teacher is a few-step model, or if both the objective and `guidance_embed` apply guidance."""
+        """Return a warning for a few-step teacher, or if both `guidance_scale` and `guidance_embed` apply guidance."""
         if not self.is_told_guidance:
             return [
                 "this teacher is already distilled to few steps (FLUX.1-schnell), but distribution matching needs the predictions "
@@ -108,9 +108,10 @@ class FluxBackbone(PipelineBackbone):
 
     @classmethod
     def settings_of(cls, call: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the backbone's arguments (sizes, text length, `guidance_embed`) that match `call`.
+        """Return the values that `call` sets for `height`, `width`, `max_sequence_length` and `guidance_embed`.
 
-        `call` holds the arguments with which an exported student is called (`student_folder.read_call`).
+        `call` holds the arguments for calling an exported student (`student_folder.read_call`). Its "guidance_scale" is
+        the value for `guidance_embed`.
         """
         told = {"guidance_embed": call["guidance_scale"]} if "guidance_scale" in call else {}
         return super().settings_of(call) | told

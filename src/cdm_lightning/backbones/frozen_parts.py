@@ -17,7 +17,7 @@ def decode_sparingly(vae: Any, tile: int | None = None) -> None:
     """Let the image codec `vae` process one image at a time, and large images in tiles. This saves memory.
 
     An image is decoded in tiles if one of its sides is longer than `tile` pixels (None: never). Tiles overlap and are blended,
-    so pixels near their edges change a little. Processing one image at a time only rounds differently.
+    so pixels near their edges change a little. Processing one image at a time changes only the rounding.
     """
     vae.enable_slicing()
     if tile is None:
@@ -34,8 +34,8 @@ def decode_sparingly(vae: Any, tile: int | None = None) -> None:
 def codec_without_weights(pipeline_class: Any, config: Mapping[str, Any], factor: int) -> Any:
     """Return an object with a pipeline's image codec on the meta device (`vae`) and its image processor (`image_processor`).
 
-    With it, the planner measures the memory of decoding without loading weights. `config` are the arguments of the codec's
-    constructor. One latent covers `factor` x `factor` pixels.
+    With this object, the planner measures the memory of decoding without loading weights. `config` holds the arguments
+    of the codec's constructor. `factor` is the number of pixels per latent position along one side.
     """
     kind: Any = inspect.signature(pipeline_class.__init__).parameters["vae"].annotation
     with torch.device("meta"):
@@ -46,9 +46,9 @@ def codec_without_weights(pipeline_class: Any, config: Mapping[str, Any], factor
 def keep_last_state_only(encoder: nn.Module) -> None:
     """Change a vision-language model in place so that it computes only its last hidden state.
 
-    Pipelines ask for all hidden states and use only the last one. Without the change, the states of all layers would stay in
-    memory, and the language head would compute logits over the whole vocabulary: 18 GB for 64 prompts of 512 tokens. The head
-    is removed, and so is the vision tower, which text does not use.
+    Pipelines ask for all hidden states and use only the last one. Without the change, the states of all layers would
+    stay in memory, and the language head would compute logits over the whole vocabulary (18 GB for 64 prompts of 512
+    tokens). The head is removed, and so is the vision tower, which text does not use.
     """
     model = cast(Any, encoder).model
 

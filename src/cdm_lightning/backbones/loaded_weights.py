@@ -1,7 +1,7 @@
 """Load one model of a pipeline, and check that its weights are complete and finite and that no other weights are stored.
 
 diffusers and transformers fill missing weights with random numbers, and they drop weights that the configuration has no place
-for. The libraries only warn about this; here it is an error.
+for. The libraries only warn about either; here both are errors.
 """
 
 from collections.abc import Iterable
@@ -26,10 +26,10 @@ def model_class(library: str, name: str) -> type[Any] | None:
 
 
 def load_model(kind: type[Any], folder: Path, dtype: torch.dtype) -> Any:
-    """Load a model of the class `kind` from its own folder, on the CPU in `dtype`.
+    """Load the model of the class `kind` that `folder` contains, on the CPU in `dtype`.
 
-    Raises `UserError` if its files lack a weight, have a weight that its config.json has no place for, or have a value that is
-    not finite.
+    Raises `UserError` if the files in `folder` lack a weight, have a weight that config.json has no place for, or have
+    a value that is not finite.
     """
     with loading(folder):
         model, report = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)

@@ -42,7 +42,7 @@ class LongCatBackbone(PipelineBackbone):
 
     @property
     def latent_channels(self) -> int:
-        """C, the number of channels of a latent. Each token of the network is made of 2 x 2 latents."""
+        """C, the number of channels of a latent. The network packs 2 x 2 positions of a latent into one token."""
         return self.network_config["in_channels"] // 4
 
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
@@ -62,7 +62,7 @@ class LongCatBackbone(PipelineBackbone):
     def guide(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
         """Apply classifier-free guidance as the pipeline does.
 
-        A token whose guided velocity has a larger norm than its conditional velocity is scaled down to that norm.
+        A token's guided velocity is scaled down to the norm of its conditional velocity if its own norm is larger.
         """
         return renormalised(cond, super().guide(cond, uncond, scale), low=0.0, high=1.0)
 

@@ -27,7 +27,10 @@ JOINT_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_
 
 
 def presets(attention: tuple[str, ...], feed_forward: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """Return two presets of LoRA targets, "attention" and "attention_feed_forward". Targets are endings of layer names."""
+    """Return two presets by name. A preset lists the layers that get a LoRA, by the endings of their names.
+
+    "attention" is the argument `attention`, and "attention_feed_forward" is both arguments together.
+    """
     return {"attention": attention, "attention_feed_forward": attention + feed_forward}
 
 
@@ -36,9 +39,9 @@ def write_lora_file(
 ) -> Path:
     """Write the LoRA of a transformer into `folder` as the file `name`, and return the path of the file.
 
-    `tensors` are "LAYER.lora_A.weight" and so on. Their values include the LoRA's scale, so the file is used at scale 1.
-    `family` is the pipeline's class. Load the file with its method `load_lora_weights` or, if it has none, with the
-    transformer's `load_lora_adapter(..., prefix=None)`.
+    `tensors` are the LoRA's tensors by name, such as "LAYER.lora_A.weight". They already include the LoRA's scale, so
+    the file is used at scale 1. `family` is the pipeline's class. Load the file with its method `load_lora_weights` or,
+    if the class has no such method, with the transformer's `load_lora_adapter(..., prefix=None)`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(family, "save_lora_weights"):
@@ -244,9 +247,9 @@ def fused_network(
 ) -> nn.Module:
     """Load a network, fuse `scale` times the LoRA at `path` into it, and return it in `dtype`.
 
-    `load(dtype)` loads the network. It is called with float32, and the sum is converted to `dtype`, so it is rounded once.
-    `skeleton()` builds the network without weights; the LoRA is checked against it before the network is loaded. Raises
-    `UserError` for a LoRA that does not fit.
+    `load(torch.float32)` loads the network. The fused weights are then converted to `dtype`, so they are rounded only
+    once. `skeleton()` builds the network without weights; before the network is loaded, the LoRA is checked against
+    this skeleton. `family` is the pipeline's class. Raises `UserError` for a LoRA that does not fit.
     """
     file = locate_lora(path)
     own = read_lora_file(family, file)

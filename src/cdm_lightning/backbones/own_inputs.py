@@ -27,9 +27,9 @@ class OwnInputs(nn.Module):
 
     @contextmanager
     def given(self, values: Mapping[str, Tensor]) -> Generator[None]:
-        """Use these values (B,), by name, in all calls of the network inside the `with` block.
+        """Use `values` in all calls of the network inside the `with` block. They are tensors (B,) by name of the input.
 
-        Raises ValueError if the names differ from those of the inputs.
+        Raises ValueError if the names differ from those of the network's additional inputs.
         """
         if values.keys() != self.embeddings.keys():
             raise ValueError(
@@ -42,10 +42,11 @@ class OwnInputs(nn.Module):
             self._values = {}
 
     def add_to(self, module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
-        """Return the time embedding, `output` (B, D), plus the embeddings of the current values. This is a forward hook.
+        """Return the time embedding, `output` (B, D), plus the embeddings of the values that `given` has set.
 
-        Without current values, `output` is returned unchanged. This happens if several LoRA networks share a base network: each
-        call of the base network runs the hooks of all of them, but only one of them has current values.
+        This is a forward hook. If `given` has set no values, `output` is returned unchanged. This happens if several
+        LoRA networks share a base network: each call of the base network runs the hooks of all of them, but `given`
+        sets values only for one.
         """
         for name, values in self._values.items():
             output = output + self.embeddings[name](values).to(output.dtype)
@@ -53,7 +54,7 @@ class OwnInputs(nn.Module):
 
 
 def attach_inputs(network: nn.Module, time_embedding: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Give `network` additional inputs, which are added to its time embedding.
+    """Give `network` additional inputs, whose embeddings are added to its time embedding.
 
     `modules[NAME]` maps the values (B,) of the input NAME to an embedding (B, D), which is added to the output of
     `time_embedding`.
@@ -68,9 +69,9 @@ def attach_inputs(network: nn.Module, time_embedding: nn.Module, modules: Mappin
 
 @contextmanager
 def giving(network: nn.Module, values: Mapping[str, Tensor]) -> Generator[None]:
-    """Use these values (B,), by name, for the additional inputs of `network` in all its calls inside the `with` block.
+    """Use `values` for the additional inputs of `network` in all its calls inside the `with` block.
 
-    Raises ValueError if the names differ from those of the network's inputs.
+    `values` maps the name of each input to a tensor (B,). Raises ValueError if these names are not the inputs' names.
     """
     own = getattr(network, NAME, None)
     if isinstance(own, OwnInputs):

@@ -1,4 +1,4 @@
-"""Functions that the backbones of LongCat-Image, FLUX.1 and Qwen-Image share, such as packing 2 x 2 latents into a token.
+"""Functions for the backbones of LongCat-Image, FLUX.1 and Qwen-Image, which pack 2 x 2 latent positions into a token.
 
 Shapes: latent (B, C, h, w); packed (B, h/2 * w/2, 4 C).
 """
@@ -13,7 +13,7 @@ from cdm_lightning.core.transfer import send
 
 
 def pack(x: Tensor) -> Tensor:
-    """Pack each 2 x 2 latents into a token: (B, C, h, w) -> (B, h/2 * w/2, 4 C), row by row from the top left.
+    """Pack each 2 x 2 latent positions into a token: (B, C, h, w) -> (B, h/2 * w/2, 4 C), row by row from the top left.
 
     The values are only permuted.
     """
@@ -34,8 +34,9 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
 def grid_ids(height: int, width: int, first: tuple[int, int, int], device: torch.device) -> Tensor:
     """Return the position of each token of a latent of `height` x `width`: (h/2 * w/2, 3) in float32.
 
-    A position is `first` + (0, row, column). Pipelines may use bfloat16 here, in which whole numbers are exact only up to
-    256; in float32 all positions are exact. On a GPU the tensor is kept for later calls: making it again would delay the GPU.
+    A position is `first` + (0, row, column). Pipelines may use bfloat16 here, in which whole numbers are exact only up
+    to 256; in float32 all positions are exact. On a GPU, later calls return the same tensor, because making a new one
+    would delay the GPU.
     """
     if device.type == "cuda":  # on other devices, making the tensor again costs nothing
         return _kept_ids(height, width, first, device)
@@ -57,7 +58,10 @@ def _made_ids(height: int, width: int, first: tuple[int, int, int], device: torc
 
 
 def dtype_of_call(network: nn.Module, x: Tensor) -> torch.dtype:
-    """Return the dtype in which `network` computes: autocast's if it is on for the device of `x`, otherwise the weights' dtype."""
+    """Return the dtype in which `network` computes.
+
+    It is the dtype of autocast if autocast is on for the device of `x`, otherwise the dtype of the weights.
+    """
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weights_dtype(network)
 
@@ -65,15 +69,16 @@ def dtype_of_call(network: nn.Module, x: Tensor) -> torch.dtype:
 def rounded_timestep(sigma: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the network's timestep for sigma (B,), rounded as in the pipeline: (1000 sigma cast to `dtype`) / 1000.
 
-    These networks multiply the timestep by 1000 in the dtype of their computation. Above 512, bfloat16 rounds to multiples of
-    4. If sigma were cast before it is multiplied, the result would differ (908 instead of 904 for 0.9045), and the student would
-    be trained on other noise levels than the pipeline uses.
+    The networks of LongCat-Image, FLUX.1 and Qwen-Image multiply the timestep by 1000 in the dtype of their
+    computation. Above 512, bfloat16 rounds to multiples of 4. If sigma were cast before it is multiplied, the result
+    would differ (908 instead of 904 for 0.9045), and the student would be trained on other noise levels than the
+    pipeline uses.
     """
     return (sigma.float() * 1000).to(dtype) / 1000
 
 
 def renormalised(cond: Tensor, guided: Tensor, low: float | None = None, high: float | None = None) -> Tensor:
-    """Rescale guided velocities (B, C, h, w) so that each token (2 x 2 latents) has the norm of its conditional velocity.
+    """Rescale each token (2 x 2 positions) of the velocities `guided` (B, C, h, w) to the norm that it has in `cond`.
 
     `low` and `high`, if given, bound the scale factor of a token.
     """

@@ -1,7 +1,7 @@
 """Find a diffusers pipeline on disk or on the Hugging Face hub, and check it.
 
 The file model_index.json of a pipeline folder is called its index. It names the class of the pipeline and of each part. A part,
-such as "vae", lies in a subfolder of the same name. A pipeline that cannot be used raises `UserError`.
+such as "vae", lies in a subfolder of the same name. The functions raise `UserError` for a pipeline that cannot be used.
 """
 
 import hashlib
@@ -75,7 +75,7 @@ def locate_index(pretrained: str, revision: str | None) -> Path:
 
 @contextmanager
 def downloading(hub_id: str) -> Generator[None]:
-    """Turn an error of a download from the hub inside the `with` block into a `UserError` that names `hub_id`."""
+    """Raise a `UserError` that names `hub_id` if a download from the hub inside the `with` block fails."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -103,9 +103,10 @@ def read_index(folder: Path, name: str) -> dict[str, Any]:
 def check_entry(part: str, entry: Any, where: str) -> None:
     """Raise `UserError` if an entry of a pipeline's index is not safe to load. The message begins with `where`.
 
-    An entry is a setting, or a list [library, class] that names a part's class, of diffusers or transformers. [null, null] means
-    that the pipeline has no such part. The name of a part must be a plain folder name: files are read from this folder and, in
-    an export, written to it.
+    `part` is the entry's name and `entry` its value. The value is a setting or, for a part of the pipeline, a list
+    [library, class] that names the part's class in diffusers or transformers. [null, null] means that the pipeline has
+    no such part. The name of a part must be a plain folder name, because the part is read from the folder of this name
+    and, in an export, written to it.
     """
     if part.startswith("_") or not isinstance(entry, list):
         return
@@ -126,10 +127,10 @@ def check_entry(part: str, entry: Any, where: str) -> None:
 
 
 def require_plain(folder: Path, name: str) -> None:
-    """Raise `UserError` if the folder contains anything except files and folders, such as a named pipe.
+    """Raise `UserError` if `folder` contains a path that is neither file nor folder, or a link that leaves `folder`.
 
-    Reading a named pipe would never end. Links that leave the folder are refused too, because an export would copy files from
-    outside. `name` is the folder's name in the message.
+    Reading a named pipe, for example, would never end, and an export would copy the target of a link from outside.
+    Paths in `folder` itself whose names begin with a dot are not checked. `name` is the folder's name in the message.
     """
     parts = [path for path in folder.iterdir() if not path.name.startswith(".")]
     for path in (path for part in parts for path in ((part,) if not part.is_dir() else irregular(part))):
@@ -142,10 +143,11 @@ def require_plain(folder: Path, name: str) -> None:
 
 
 def require_own_files(part: Path, folder: Path, name: str) -> None:
-    """Raise `UserError` if `part`, a file or subfolder of the pipeline folder `folder`, is or contains a link out of `folder`.
+    """Raise `UserError` if `part` is or contains a link that leaves the pipeline folder `folder`.
 
-    A link may lead to a file in `folder`, or to a whole other part of the pipeline. In a snapshot of the hub's cache, it may
-    also lead to a file in the cache's own folder "blobs". `name` is the pipeline folder's name in the message.
+    `part` is a file or subfolder in `folder`. A link may lead to a file in `folder`, and `part` itself may be a link to
+    another part in `folder`. If `folder` is a snapshot in the hub's cache, a link may also lead to a file in the folder
+    "blobs" of this cache. `name` is the pipeline folder's name in the message.
     """
     whole = folder.resolve()
     blobs = whole.parent.parent / "blobs" if whole.parent.name == "snapshots" else None
@@ -237,7 +239,8 @@ def loading(what: Path) -> Generator[None]:
 def blaming(message: Callable[[str], str]) -> Generator[None]:
     """Turn any exception inside the `with` block into a `UserError` with the text `message(first line of the exception)`.
 
-    Use it only around code that reads files, because libraries raise undocumented exceptions of many types for broken files.
+    All types of exceptions are caught, because libraries raise many undocumented types for broken files. Use this
+    function only around code that reads files, so that a programming error is not reported as a broken file.
     `UserError`, `Preempted` and torch's out-of-memory error pass unchanged.
     """
     try:

@@ -99,8 +99,8 @@ class PipelineSettings(Backbone):
     def at(self, height: int | None = None, width: int | None = None) -> Self:
         """Return a copy of this backbone for images of another size in pixels.
 
-        The copy shares the parts that are already loaded. A side that is None stays the same. Raises `UserError` if the
-        pipeline cannot make images of this size.
+        The copy and this backbone share all loaded parts, such as the codec. A side that is None stays the same. Raises
+        `UserError` if the pipeline cannot make images of this size.
         """
         view = copy.copy(self)
         view.height = self.height if height is None else height
@@ -117,7 +117,7 @@ class PipelineSettings(Backbone):
 
     @shared_property
     def network_config(self) -> dict[str, Any]:
-        """The arguments of the transformer's constructor, from its config.json. Raises `UserError` if they are wrong."""
+        """The arguments of the transformer's constructor, from config.json. Raises `UserError` if they are wrong."""
         config, file = self._config("transformer"), self.folder / "transformer" / "config.json"
         require_buildable(self.transformer_class, config, file)
         require_sizes(sizes_in(config, self.transformer_class), file)
@@ -127,7 +127,7 @@ class PipelineSettings(Backbone):
 
     @shared_property
     def vae_config(self) -> dict[str, Any]:
-        """The arguments of the image codec's constructor, from its config.json. Raises `UserError` if they are wrong."""
+        """The arguments of the image codec's constructor, from config.json. Raises `UserError` if they are wrong."""
         config, file = self._config("vae"), self.folder / "vae" / "config.json"
         require_buildable(codec_class(self.folder), config, file)
         require_numbers(config, ("scaling_factor", "shift_factor"), file)
@@ -156,10 +156,11 @@ class PipelineSettings(Backbone):
     def leave_weights_out(self, architecture: Mapping[str, Any] | None = None) -> None:
         """Build networks without weights, on the meta device, from now on. The planner needs only shapes and dtypes.
 
-        The pipeline's configuration files are read now; `UserError` is raised if they cannot be used. `architecture`, if given,
-        replaces them, and sigmas are then not shifted. `architecture["transformer"]` holds the constructor's arguments that
-        differ from their defaults, and `architecture["vae"]` all arguments that the backbone uses. A `teacher_lora` is ignored,
-        since it changes no shape.
+        Without `architecture`, the pipeline's configuration files are read now, and `UserError` is raised if they
+        cannot be used. `architecture` replaces these files, and then sigmas are not shifted.
+        `architecture["transformer"]` holds the arguments of the transformer's constructor that differ from their
+        defaults, and `architecture["vae"]` all arguments of the codec's constructor that the backbone uses. A
+        `teacher_lora` is ignored, since it changes no shape.
         """
         self.has_weights = False
         if architecture is not None:
@@ -176,8 +177,8 @@ class PipelineSettings(Backbone):
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
         """The scheduler whose timestep shift training uses. Raises `UserError` if it has options that are not supported.
 
-        This is the pipeline's original scheduler. The folder of an exported student may contain two schedulers; then this is
-        the one of training (`OF_TRAINING`).
+        This is the pipeline's original scheduler. If an exported student uses another one, the original is read from a
+        subfolder in `OF_TRAINING` or, without such a subfolder, rebuilt from the student's scheduler.
         """
         subfolder = next((name for name in OF_TRAINING if (self.folder / name).is_dir()), "scheduler")
         file = self.folder / subfolder / "scheduler_config.json"
@@ -201,12 +202,12 @@ class PipelineSettings(Backbone):
 
     @property
     def vae_factor(self) -> int:
-        """The factor of the image codec: pixels per latent along one side."""
+        """The factor of the image codec: pixels per latent position along one side."""
         return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
 
     @property
     def patch(self) -> int:
-        """The patch size of the transformer: latents per token along one side."""
+        """The patch size of the transformer: latent positions per token along one side."""
         return 2
 
     @property
@@ -257,7 +258,7 @@ class PipelineSettings(Backbone):
 
     @property
     def fingerprint(self) -> str:
-        """The family's name and a hash of the transformer's configuration. Weights fit networks with an equal fingerprint."""
+        """Family name and hash of the transformer's configuration. A checkpoint with another fingerprint is refused."""
         config = json.dumps(self.network_config, sort_keys=True)
         return f"{self.title.lower()}-{hashlib.blake2b(config.encode(), digest_size=8).hexdigest()}"
 
@@ -267,9 +268,10 @@ class PipelineSettings(Backbone):
         return cast(int, self.max_sequence_length)
 
     def call_sizes(self) -> dict[str, int]:
-        """Return the arguments to add to a call of the pipeline for this backbone's image size and text length.
+        """Return the arguments that a call of the pipeline needs for this backbone's image size and text length.
 
-        "height" and "width" are included if one of them is set, and "max_sequence_length" if it is not the pipeline's default.
+        "height" and "width" are included if this backbone has a value for one of them, and "max_sequence_length" if it
+        is not the pipeline's default.
         """
         is_default = self.max_sequence_length == self.default_text_length()
         sizes = {} if is_default else {"max_sequence_length": self.text_length}
@@ -279,7 +281,7 @@ class PipelineSettings(Backbone):
 
     @classmethod
     def default_text_length(cls) -> int:
-        """Return the default `max_sequence_length` of the pipeline's call or, if it has none, the largest of `text_tokens`."""
+        """Return the default of `max_sequence_length` in the pipeline's call, or else the largest of `text_tokens`."""
         length = cls.call_default("max_sequence_length")
         return cls.text_tokens.stop - 1 if length is None else length
 
@@ -291,8 +293,8 @@ class PipelineSettings(Backbone):
 
     @classmethod
     def settings_of(cls, call: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the backbone's arguments (sizes, text length) that match `call`.
+        """Return the values that `call` sets for the backbone's arguments `height`, `width` and `max_sequence_length`.
 
-        `call` holds the arguments with which an exported student is called (`student_folder.read_call`).
+        `call` holds the arguments for calling an exported student (`student_folder.read_call`).
         """
         return {name: call[name] for name in ("height", "width", "max_sequence_length") if name in call}

@@ -1,4 +1,4 @@
-"""The scheduler of an exported pipeline: it uses the sigmas that the student was trained on, even if a call passes none.
+"""The scheduler of an exported pipeline: it uses the sigmas of training even if the pipeline passes it no sigmas.
 
 Without explicit sigmas, diffusers' `FlowMatchEulerDiscreteScheduler` applies the shift twice: it shifts the two end points, spaces
 the sigmas evenly between them, and shifts all of them (diffusers issue 13243). For example, 4 steps at shift 3 have the sigmas
@@ -48,15 +48,15 @@ def require_known_shift(
 
 
 def from_config(config: dict[str, Any], **changes: Any) -> FlowMatchEulerDiscreteScheduler:
-    """Return a `FlowMatchEulerDiscreteScheduler` with the configuration `config`, in which `changes` are replaced."""
+    """Return a `FlowMatchEulerDiscreteScheduler` with the configuration `config`, in which `changes` replace values."""
     return cast(FlowMatchEulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler.from_config(config, **changes))
 
 
 def plain_scheduler(scheduler: FlowMatchEulerDiscreteScheduler, nfe: int) -> FlowMapEulerDiscreteScheduler:
-    """Return a scheduler that takes n steps at the sigmas 1, 1 - 1/n, ..., 1/n, shifted by the static shift of `scheduler`.
+    """Return a scheduler that takes n steps at the sigmas 1, 1 - 1/n, ..., 1/n, shifted by the shift of `scheduler`.
 
-    Its `set_timesteps(n)` needs no explicit sigmas. Raises `UserError` for an `nfe` below 1, and if the installed diffusers
-    computes other sigmas for `nfe` steps.
+    Its method `set_timesteps(n)` needs no explicit sigmas, for any n. As a check, its sigmas for n = `nfe` are compared
+    with those of `scheduler`. Raises `UserError` if they differ (in another version of diffusers), and for `nfe` < 1.
     """
     if nfe < 1:
         raise UserError(f"nfe={nfe} must be at least 1, because it is the number of steps")
@@ -76,7 +76,7 @@ def plain_scheduler(scheduler: FlowMatchEulerDiscreteScheduler, nfe: int) -> Flo
 
 
 def of_training(config: dict[str, Any]) -> FlowMatchEulerDiscreteScheduler | None:
-    """Rebuild the scheduler of training from the configuration of the `plain_scheduler` that was exported in its place.
+    """Rebuild the scheduler that was used in training from `config`, the configuration of its `plain_scheduler`.
 
     Returns None if the configuration is not that of a `plain_scheduler`.
     """

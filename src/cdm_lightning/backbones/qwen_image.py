@@ -44,12 +44,12 @@ class QwenImageBackbone(PipelineBackbone):
 
     @property
     def vae_factor(self) -> int:
-        """The factor of the image codec: pixels per latent along one side."""
+        """The factor of the image codec: pixels per latent position along one side."""
         return 2 ** len(self.vae_config["temperal_downsample"])
 
     @property
     def latent_channels(self) -> int:
-        """C, the number of channels of a latent. Each token of the network is made of 2 x 2 latents."""
+        """C, the number of channels of a latent. The network packs 2 x 2 positions of a latent into one token."""
         return self.network_config["in_channels"] // 4
 
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
@@ -66,7 +66,7 @@ class QwenImageBackbone(PipelineBackbone):
         return unpack(output.float(), height, width)
 
     def guide(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
-        """Apply classifier-free guidance as the pipeline does. Each token gets the norm of its conditional velocity."""
+        """Apply guidance as the pipeline does: a token's guided velocity gets the norm of its conditional velocity."""
         return renormalised(cond, super().guide(cond, uncond, scale))
 
     def blank_conditioning(self, batch: int) -> Conditioning:
@@ -106,7 +106,7 @@ class QwenImageBackbone(PipelineBackbone):
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """Encode images (B, 3, H, W) in [0, 1] into clean latents (B, C, h, w): the mode of the VAE's posterior, normalised."""
+        """Encode images (B, 3, H, W) in [0, 1] into latents (B, C, h, w): the scaled mode of the VAE's posterior."""
         mean, std = self._latent_statistics(images)
         frames = images.float()[:, :, None] * 2 - 1
         return ((self._codec.vae.encode(frames).latent_dist.mode() - mean) / std)[:, :, 0]

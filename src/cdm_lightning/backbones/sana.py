@@ -1,7 +1,7 @@
 """The backbone for SANA (`SanaPipeline` of diffusers).
 
 Shapes: B batch, (C, h, w) latent, N text tokens of Gemma with a mask, D their width. The published pipeline uses a multi-step
-solver. The student is trained, sampled and exported with the Euler scheduler and the same shift.
+solver. The student is trained, sampled and exported with an Euler scheduler that has the published pipeline's shift.
 """
 
 import math
@@ -49,12 +49,12 @@ class SanaBackbone(PipelineBackbone):
 
     @property
     def vae_factor(self) -> int:
-        """The factor of the image codec: pixels per latent along one side."""
+        """The factor of the image codec: pixels per latent position along one side."""
         return 2 ** (len(self.vae_config["encoder_block_out_channels"]) - 1)
 
     @property
     def patch(self) -> int:
-        """The patch size of the transformer: latents per token along one side."""
+        """The patch size of the transformer: latent positions per token along one side."""
         return self.network_config["patch_size"]
 
     @property
@@ -68,9 +68,9 @@ class SanaBackbone(PipelineBackbone):
         return self.network_config["sample_size"] * self.vae_factor
 
     def call_sizes(self) -> dict[str, int]:
-        """Return the sizes for a call of the pipeline.
+        """Return the arguments that a call of the pipeline needs for this backbone's image size and text length.
 
-        "height" and "width" are always included, because the pipeline would otherwise use 1024, whatever the model's own size.
+        "height" and "width" are always included, because the pipeline's default is 1024, whatever the model's own size.
         """
         height, width = self.image_size
         return super().call_sizes() | {"height": height, "width": width}
@@ -90,7 +90,7 @@ class SanaBackbone(PipelineBackbone):
         return FlowMatchEulerDiscreteScheduler(config.get("num_train_timesteps", 1000), shift=config["flow_shift"])
 
     def exported_scheduler(self, nfe: int) -> FlowMapEulerDiscreteScheduler:
-        """Return a scheduler that computes the student's sigmas itself, because the pipeline passes no sigmas to its scheduler."""
+        """Return a scheduler that computes the sigmas of training itself, because the pipeline passes it no sigmas."""
         return plain_scheduler(self.scheduler, nfe)
 
     # ---- network and text

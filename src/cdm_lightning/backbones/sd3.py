@@ -49,7 +49,7 @@ class SD3Backbone(PipelineBackbone):
 
     @property
     def patch(self) -> int:
-        """The patch size of the transformer: latents per token along one side."""
+        """The patch size of the transformer: latent positions per token along one side."""
         return self.network_config["patch_size"]
 
     @property
@@ -82,7 +82,7 @@ class SD3Backbone(PipelineBackbone):
         return output.float()
 
     def exported_scheduler(self, nfe: int) -> FlowMapEulerDiscreteScheduler:
-        """Return a scheduler that computes the student's sigmas itself, because the pipeline passes no sigmas to its scheduler."""
+        """Return a scheduler that computes the sigmas of training itself, because the pipeline passes it no sigmas."""
         return plain_scheduler(self.scheduler, nfe)
 
     # ---- text
@@ -124,7 +124,7 @@ class SD3Backbone(PipelineBackbone):
     def setup(self, device: torch.device) -> None:
         """Load the VAE and the text encoders, and move them to `device`. With a text cache, no text encoder is loaded.
 
-        Raises `UserError` if these parts do not work together, or if `compact_text` is set but the T5 padding tokens differ.
+        Raises `UserError` if one of them fails in a test, or if `compact_text` is set but the T5 padding tokens differ.
         """
         super().setup(device)
         if self.text_cache is None:

@@ -79,9 +79,9 @@ class StudentCall:
 
     - `pipeline`: name of the pipeline's class.
     - `scheduler`: the scheduler that was used in training.
-    - `exported`: the scheduler that the export stores for the call. It is `scheduler`, or another scheduler with which the
+    - `exported`: the scheduler of the exported pipeline. It is `scheduler`, or another scheduler with which the
       pipeline uses the same sigmas.
-    - `sigmas`: (nfe + 1,) the sigmas of the call.
+    - `sigmas`: (nfe + 1,) the sigmas of the `nfe` steps, and the final 0.
     - `arguments`: the arguments of the call, apart from the prompt.
     - `notes`: explanations of the arguments in the model card.
     """
@@ -99,7 +99,7 @@ class StudentCall:
 
     @property
     def keeps_scheduler(self) -> bool:
-        """Whether the export also contains the scheduler of training. It must if this cannot be rebuilt from `exported`."""
+        """Whether the export also contains `scheduler`, which is necessary if it cannot be rebuilt from `exported`."""
         return self.exported is not self.scheduler and not isinstance(self.exported, FlowMapEulerDiscreteScheduler)
 
     def usage(self) -> str:
@@ -187,10 +187,10 @@ def _write_call(folder: Path, call: StudentCall, model_card: str, usage: str) ->
 
 
 def read_call(folder: Path) -> dict[str, Any]:
-    """Return the call's arguments that an export stored in call.json, or {} if there is no such file.
+    """Return the arguments for calling the exported student in `folder`, or {} if `folder` contains no call.json.
 
-    Raises `UserError` if a size, a number of steps or a guidance scale in the file has a wrong type or is out of its range
-    (`CALL_KINDS`).
+    Raises `UserError` if a size, a number of steps or a guidance scale in call.json has a wrong type or is out of its
+    range (`CALL_KINDS`).
     """
     path = folder / CALL
     call = read_settings(path) if path.is_file() else {}

@@ -156,7 +156,7 @@ class Toy2DBackbone(Backbone):
         return self.build_network()
 
     def setup(self, device: torch.device) -> None:
-        """Set the device of all conditioning that is returned from now on. Nothing has to be loaded."""
+        """Set the device on which `encode_prompts` returns conditioning from now on. Nothing has to be loaded."""
         self.device = torch.device(device)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
@@ -209,7 +209,7 @@ class Toy2DBackbone(Backbone):
         return torch.stack([x, y], dim=1)[..., None, None]
 
     def enable_gradient_checkpointing(self, network: nn.Module, function: CheckpointFunction | None = None) -> None:
-        """Apply gradient checkpointing to each block, by `function(block, *arguments)` (default: torch's checkpointing)."""
+        """Use gradient checkpointing: `function(block, *arguments)` calls a block (default: torch's `checkpoint`)."""
         velocity = cast(VelocityMLP, network)
         velocity.gradient_checkpointing = True
         if function is not None:

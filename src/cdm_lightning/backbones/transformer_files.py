@@ -21,7 +21,8 @@ from cdm_lightning.files import first_line, require_regular
 class TransformerFiles:
     """The safetensors files of a pipeline's transformer. `pretrained` is the pipeline's folder or hub id.
 
-    `tensor` and `rows` read a single tensor from disk. Raises `UserError` if there are no such files or if they cannot be read.
+    `tensor` and `rows` read a single tensor from disk. The constructor raises `UserError` if there are no such files or
+    if they cannot be read.
     """
 
     def __init__(self, pretrained: str) -> None:
