@@ -1,7 +1,8 @@
 """Distributions of the number of Euler steps of a rollout (the student's path from noise to an image).
 
-CDM draws this number K in each iteration (arXiv:2605.06376, the length of its dynamic schedule). To add a distribution, write a
-class with `sample` and `mean`. All classes raise ValueError for arguments that give no distribution of whole numbers K >= 1.
+CDM draws this number, K, anew in each iteration; it is the length of CDM's dynamic schedule (arXiv:2605.06376). To add
+a distribution, write a class with `mean` and `sample`, as in `LengthDistribution`. All classes raise ValueError if
+their arguments allow a K below 1 or do not describe a distribution.
 """
 
 import math
@@ -27,7 +28,7 @@ class LengthDistribution(Protocol):
 
 @dataclass(frozen=True)
 class UniformLength:
-    """A number of steps that is uniform on low..high, both included. CDM uses 1..28 (arXiv:2605.06376)."""
+    """A number of steps K that is uniform on the whole numbers low..high. CDM uses 1..28 (arXiv:2605.06376)."""
 
     low: Steps = 1
     high: Steps = 28
@@ -41,13 +42,13 @@ class UniformLength:
         return (self.low + self.high) / 2
 
     def sample(self, rng: torch.Generator) -> int:
-        """Draw one K from low..high."""
+        """Draw the number of steps K from low..high with the generator `rng`."""
         return int(torch.randint(self.low, self.high + 1, (), generator=rng))
 
 
 @dataclass(frozen=True)
 class FixedLength:
-    """A number of steps that is always `length`."""
+    """A number of steps K that is always `length`."""
 
     length: Steps = 4
 
@@ -60,7 +61,7 @@ class FixedLength:
         return float(self.length)
 
     def sample(self, rng: torch.Generator) -> int:
-        """Return `length`."""
+        """Return `length`. Nothing is drawn from `rng`."""
         return self.length
 
 
@@ -68,7 +69,7 @@ class FixedLength:
 class GeometricLength:
     """A number of steps K from 1..high with probability proportional to ratio^K.
 
-    A ratio below 1 makes long rollouts rarer than short ones.
+    A `ratio` below 1 makes long rollouts rarer than short ones.
     """
 
     ratio: Positive = 0.85
@@ -87,7 +88,7 @@ class GeometricLength:
         return _mean(range(1, self.high + 1), [self.ratio**k for k in range(self.high)])
 
     def sample(self, rng: torch.Generator) -> int:
-        """Draw one K from 1..high."""
+        """Draw the number of steps K from 1..high with the generator `rng`."""
         return 1 + _draw([self.ratio**k for k in range(self.high)], rng)
 
 
@@ -95,7 +96,7 @@ class GeometricLength:
 class LogUniformLength:
     """A number of steps K from low..high with probability proportional to log((K + 1) / K).
 
-    K = 1, K = 2..3 and K = 4..7 are then equally likely.
+    A K of 1 is as likely as a K in 2..3, and as likely as a K in 4..7, if these numbers lie in low..high.
     """
 
     low: Steps = 1
@@ -111,13 +112,17 @@ class LogUniformLength:
         return _mean(lengths, [math.log1p(1 / k) for k in lengths])
 
     def sample(self, rng: torch.Generator) -> int:
-        """Draw one K from low..high."""
+        """Draw the number of steps K from low..high with the generator `rng`."""
         return self.low + _draw([math.log1p(1 / k) for k in range(self.low, self.high + 1)], rng)
 
 
 @dataclass(frozen=True)
 class CategoricalLength:
-    """A number of steps that is one of `lengths`, with probabilities proportional to `weights` (None: equal probabilities)."""
+    """A number of steps K that is one of `lengths`.
+
+    The probabilities of the lengths are proportional to `weights`. If `weights` is None, all lengths are equally
+    likely.
+    """
 
     lengths: Annotated[Sequence[Steps], NotEmpty] = (1, 2, 4, 8, 16)
     weights: Sequence[NotNegative] | None = None
@@ -138,7 +143,7 @@ class CategoricalLength:
         return _mean(self.lengths, self._weights)
 
     def sample(self, rng: torch.Generator) -> int:
-        """Draw one of the lengths."""
+        """Draw the number of steps K from `lengths` with the generator `rng`."""
         return int(self.lengths[_draw(self._weights, rng)])
 
     @property

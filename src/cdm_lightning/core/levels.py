@@ -1,10 +1,14 @@
-"""Distributions of the sigma to which a loss noises a sample before it calls a network.
+"""Distributions of sigmas. A loss draws one sigma for each sample, noises the sample to it and calls a network there.
 
-All classes draw one sigma for each sample and clamp it to [low, high], as the code of CDM's authors does. Of uniform draws with
-the bounds 0.02 and 0.98, 2 % therefore become `low` and 2 % become `high`. The network is called at the clamped sigma. With
-`space="before_shift"`, the model family's timestep shift (for SD3, sigma s becomes 3 s / (1 + 2 s)) is applied to the draw before
-the clamp; with "after_shift" it is not. Sigmas are drawn on the CPU and moved to the device once. All
-classes raise ValueError for an argument out of its range.
+All classes clamp the drawn sigmas to [low, high], as the code of CDM's authors does. With uniform draws and the bounds
+0.02 and 0.98, for example, 2 % of the sigmas are `low` and 2 % are `high`.
+
+The option `space` of some classes says whether the model family's timestep shift is applied (for SD3, sigma s becomes
+3 s / (1 + 2 s)). With "before_shift", the draw is shifted and then clamped. With "after_shift", the draw is only
+clamped.
+
+Sigmas are drawn on the CPU, and those of a batch are moved to the device in one copy. All classes raise ValueError for
+an argument out of its range.
 """
 
 from dataclasses import dataclass
@@ -18,22 +22,24 @@ from cdm_lightning.kinds import Finite, InnerSigma, Positive
 
 
 class SigmaLevels(Protocol):
-    """The interface of a distribution of sigmas, one for each sample."""
+    """The interface of a distribution from which a loss draws one sigma for each sample."""
 
     def sample(self, rng: StepRandom, purpose: str, ceiling: Tensor, shift: Shift) -> Tensor:
-        """Draw the sigmas (B,), float32, on the device.
+        """Draw one sigma for each of B samples: (B,), float32, on the device of `rng`.
 
-        `purpose` names the draw: the same name gives the same sigmas. `ceiling` (B,) is the sigma at which the student predicted
-        the sample that is noised; a distribution may ignore it. `shift` is the model family's timestep shift.
+        `purpose` is the name of the draw. Another draw from `rng` with the same name gives the same sigmas. `ceiling`
+        (B,) contains, for each sample that will be noised, the sigma at which the student predicted it. Some
+        distributions ignore `ceiling`. `shift` is the model family's timestep shift.
         """
 
 
 @dataclass(frozen=True)
 class UniformLevels:
-    """U(0, 1), clamped to [low, high]. CDM (arXiv:2605.06376) uses it to train the fake score and for two loss terms.
+    """A uniform draw from [0, 1) for each sample, clamped to [low, high].
 
-    These terms are DM (distribution matching) and CDM (distribution matching off the student's trajectory). The paper applies no
-    timestep shift to these sigmas.
+    The paper of CDM (arXiv:2605.06376) uses this distribution to train the fake score, and in its loss terms DM
+    (distribution matching) and CDM (distribution matching off the student's trajectory). The paper applies no timestep
+    shift to these sigmas.
     """
 
     low: InnerSigma = 0.02
@@ -44,16 +50,21 @@ class UniformLevels:
         _check(self.low, self.high, self.space)
 
     def sample(self, rng: StepRandom, purpose: str, ceiling: Tensor, shift: Shift) -> Tensor:
-        """Draw the sigmas (B,), float32, on the device. `SigmaLevels.sample` explains the arguments."""
+        """Draw one sigma for each of B samples: (B,), float32, on the device of `rng`.
+
+        `SigmaLevels.sample` explains the arguments. `ceiling` is ignored.
+        """
         return rng.place(_seen(rng.uniform(purpose), self.space, shift).clamp(self.low, self.high))
 
 
 @dataclass(frozen=True)
 class CappedUniformLevels:
-    """U(0, ceiling), clamped to [low, high]. CDM (arXiv:2605.06376) uses it for its loss term CA (guidance augmentation).
+    """A uniform draw from [0, ceiling) for each sample, clamped to [low, high].
 
-    `ceiling` is the sigma at which the student predicted the sample. A sample is noised to a lower sigma than this, or to `low`
-    if the draw is below `low`. `ceiling` is already shifted, so the draw is not shifted again.
+    `ceiling` is an argument of `sample`: the sigma at which the student predicted the sample. The drawn sigma is lower
+    than `ceiling`, except if `ceiling` itself is below `low`. The timestep shift is already contained in `ceiling`, so
+    it is not applied to the draw. CDM (arXiv:2605.06376) uses this distribution in its loss term CA (guidance
+    augmentation).
     """
 
     low: InnerSigma = 0.02
@@ -63,13 +74,19 @@ class CappedUniformLevels:
         _check(self.low, self.high, "after_shift")
 
     def sample(self, rng: StepRandom, purpose: str, ceiling: Tensor, shift: Shift) -> Tensor:
-        """Draw the sigmas (B,), float32, on the device. `SigmaLevels.sample` explains the arguments."""
+        """Draw one sigma for each of B samples: (B,), float32, on the device of `rng`.
+
+        `SigmaLevels.sample` explains the arguments. `shift` is ignored.
+        """
         return (rng.place(rng.uniform(purpose)) * ceiling).clamp(self.low, self.high)
 
 
 @dataclass(frozen=True)
 class LogitNormalLevels:
-    """The sigmoid of a normal draw, clamped to [low, high]. SD3 was trained with mean 0 and std 1 (arXiv:2403.03206)."""
+    """The sigmoid of a normal draw with `mean` and `std` for each sample, clamped to [low, high].
+
+    SD3 was trained with `mean` 0 and `std` 1 (arXiv:2403.03206).
+    """
 
     mean: Finite = 0.0
     std: Positive = 1.0
@@ -83,7 +100,10 @@ class LogitNormalLevels:
             raise ValueError(f"std={self.std} must be positive")
 
     def sample(self, rng: StepRandom, purpose: str, ceiling: Tensor, shift: Shift) -> Tensor:
-        """Draw the sigmas (B,), float32, on the device. `SigmaLevels.sample` explains the arguments."""
+        """Draw one sigma for each of B samples: (B,), float32, on the device of `rng`.
+
+        `SigmaLevels.sample` explains the arguments. `ceiling` is ignored.
+        """
         draws = (self.mean + self.std * rng.gaussian(purpose)).sigmoid()
         return rng.place(_seen(draws, self.space, shift).clamp(self.low, self.high))
 

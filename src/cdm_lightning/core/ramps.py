@@ -1,4 +1,4 @@
-"""Weights of loss terms: constants, or functions of the iteration."""
+"""Weights of loss terms. A weight is a number, or a `LinearRamp` that changes from iteration to iteration."""
 
 from dataclasses import dataclass
 
@@ -9,8 +9,8 @@ from cdm_lightning.kinds import Iteration, Iterations, Weight
 class LinearRamp:
     """A weight that is 0 before iteration `start`, rises linearly for `over` iterations and then stays at `value`.
 
-    Iterations count from 0. The weight is value / over at `start`, and `value` from iteration start + over - 1 on. Raises
-    ValueError for `over` below 1 or `start` below 0.
+    Iterations count from 0. The weight is value / over in iteration `start`, and reaches `value` in iteration
+    start + over - 1. Raises ValueError for `over` below 1 or `start` below 0.
     """
 
     value: Weight
@@ -29,5 +29,5 @@ class LinearRamp:
 
 
 def weight_at(weight: float | LinearRamp, iteration: int) -> float:
-    """Return the weight of a loss term in `iteration`, counted from 0."""
+    """Return the value of `weight` in `iteration`, counted from 0. A number has the same value in every iteration."""
     return weight.at(iteration) if isinstance(weight, LinearRamp) else float(weight)

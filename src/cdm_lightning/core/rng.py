@@ -1,13 +1,16 @@
 """Random numbers as functions of seed, purpose, iteration and slot. No random state has to be saved or restored.
 
-A purpose is a short name for the use of the numbers, such as "rollout.noise". A slot is the index of a sample in the global
-batch, which is spread over all processes. The numbers are therefore the same for any number of processes. They are computed on
-the CPU, so they are also the same for every device. Noise is moved to the device as soon as it is drawn. Sigmas are moved only
-after their timestep shift, by `place`: diffusers shifts on the CPU, and fetching them back would make the host wait for the device.
+A purpose is a short name for the use of the numbers, such as "rollout.noise". A slot is the index of a sample in the
+global batch, which is spread over all processes. The numbers are therefore the same for any number of processes. They
+are computed on the CPU, so they are also the same for every device.
 
-The generator is SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), which computes each number of its sequence from the number's
-position. All samples are therefore drawn at once. The sequence starts at a hash of seed, purpose and iteration. Number n of a
-slot has the position slot * 2^32 + n.
+Noise is moved to the device as soon as it is drawn. Sigmas stay on the CPU until the timestep shift has been applied to
+them, because diffusers applies it on the CPU; `place` then moves them. If they were moved first, they would have to be
+copied back for the shift, and the host would wait for the device.
+
+The generator is SplitMix64 (Steele, Lea and Flood, OOPSLA 2014). It computes each number of a sequence directly from
+the number's position, so the numbers of all samples are computed at once. The sequence starts at a hash of seed,
+purpose and iteration. Number n of a slot has the position slot * 2^32 + n in the sequence.
 """
 
 import hashlib
@@ -35,10 +38,10 @@ def stream(seed: int, purpose: str, *key: int) -> torch.Generator:
 
 
 def permutation(size: int, seed: int, purpose: str, *key: int) -> "Tensor | FeistelPermutation":
-    """Return a pseudo-random permutation of 0..size-1; `result[place]` is the number at a place.
+    """Return a pseudo-random permutation of 0..size-1. `result[place]` is the number at the position `place`.
 
-    It depends on all arguments and nothing else. Up to size 2^16 the numbers are shuffled in memory. A larger permutation takes
-    no memory (`FeistelPermutation`).
+    The permutation is a function of the arguments. Up to size 2^16 it is a tensor. A larger permutation is a
+    `FeistelPermutation`, which takes no memory.
     """
     if size <= SHUFFLED_IN_MEMORY:
         return torch.randperm(size, generator=stream(seed, purpose, *key))
@@ -46,10 +49,11 @@ def permutation(size: int, seed: int, purpose: str, *key: int) -> "Tensor | Feis
 
 
 class FeistelPermutation:
-    """A pseudo-random permutation of 0..size-1 that takes no memory: each number is computed from its place.
+    """A pseudo-random permutation of 0..size-1 that takes no memory: each number is computed from its position.
 
-    A Feistel network permutes 0..2^n-1 for an even n with 2^n >= size. If the result is not below `size`, it is permuted again
-    ("cycle walking", Black and Rogaway, 2002). This takes fewer than four rounds on average.
+    A Feistel network permutes 0..2^n-1 for an even n with 2^n >= size. A result that is not below `size` is put through
+    the network again ("cycle walking", Black and Rogaway, 2002). On average, the network is used fewer than four times
+    for a number. `key` selects the permutation.
     """
 
     def __init__(self, size: int, key: int) -> None:
@@ -80,9 +84,10 @@ class FeistelPermutation:
 class StepRandom:
     """The random numbers of one iteration for B samples.
 
-    `slots` (B,) are the indices of the samples in the global batch. A draw depends only on seed, purpose, iteration and slot. The
-    same purpose always gives the same numbers, so every use needs its own purpose or its own `repeat` (see `again`). `normal` and
-    `place` put their results on `device`; all other draws stay on the CPU.
+    `slots` (B,) are the indices of the samples in the global batch. Each method draws numbers that depend only on
+    `seed`, `purpose`, `iteration`, `repeat` and the slot. Two draws with the same `purpose` therefore give the same
+    numbers, so every use of random numbers needs its own `purpose`. `repeat` is the number of a network's update within
+    the iteration (see `again`). `normal` and `place` put their results on `device`; all other draws stay on the CPU.
     """
 
     def __init__(
@@ -99,26 +104,27 @@ class StepRandom:
         return len(self.slots)
 
     def again(self, repeat: int) -> "StepRandom":
-        """Return a copy for update number `repeat` of a network that is updated several times in one iteration.
+        """Return a copy that draws other random numbers: those for update number `repeat` of a network.
 
-        Each update gets its own random numbers. Updates count from 0; `again(0)` gives the numbers of the first update.
+        It is for a network that is updated several times in one iteration. Updates count from 0, and `again(0)` draws
+        the same numbers as the original.
         """
         return type(self)(self.seed, self.iteration, self.slots, self.device, repeat)
 
     def select(self, rows: Rows) -> "StepRandom":
-        """Return a copy for some of the samples; each sample keeps its numbers."""
+        """Return a copy for the samples `rows` of the batch. The random numbers of these samples stay the same."""
         return type(self)(self.seed, self.iteration, self.slots[rows], self.device, self.repeat)
 
     def shared(self, purpose: str) -> torch.Generator:
-        """Return a CPU generator that is the same for all samples and in all processes.
+        """Return a CPU generator for numbers that all samples and all processes have in common.
 
-        The number of steps of a rollout, for example, is drawn with it: processes that share one network must make the same
-        number of network calls.
+        For example, the number of steps of a rollout is drawn with this generator, because processes that share one
+        network must make the same number of network calls.
         """
         return stream(self.seed, purpose, *self._count)
 
     def uniform(self, purpose: str, n: int | None = None) -> Tensor:
-        """Draw from U[0, 1): float32, (B,) or (B, n), on the CPU. `place` moves the result to the device."""
+        """Draw from U[0, 1) for each sample, on the CPU: float32, (B,), or (B, n) if `n` is given."""
         draws = _bits(self._key(purpose), self.slots, 1 if n is None else n) >> 40 & 0xFFFFFF
         return (draws[:, 0] if n is None else draws).float().mul_(2**-24)
 
@@ -131,15 +137,16 @@ class StepRandom:
         return self.place(_normal(self._key(purpose), self.slots, shape))
 
     def index(self, purpose: str, high: int) -> Tensor:
-        """Draw an integer from 0 to high - 1 for each sample: int64, (B,), uniform if high is far below 2^31.
+        """Draw an integer from 0 to high - 1 for each sample: int64, (B,), on the CPU.
 
-        The result stays on the CPU, because the host needs it to decide which network calls to make.
+        The integers are uniform if `high` is far below 2^31. They stay on the CPU, because the host needs them to
+        decide which network calls to make.
         """
         draws = _bits(self._key(purpose), self.slots, 1)[:, 0] >> 33 & 0x7FFFFFFF
         return draws * high >> 31
 
     def place(self, values: Tensor) -> Tensor:
-        """Return the values on `device`."""
+        """Return `values` on `device`. The host does not wait for the copy."""
         return send(values, self.device)
 
     def _key(self, purpose: str) -> int:
@@ -151,10 +158,10 @@ class StepRandom:
 
 
 def evaluation_noise(seed: int, indices: Sequence[int], shape: Sequence[int], device: torch.device | str) -> Tensor:
-    """Return the noise (N, *shape), float32, from which the images of the N prompts with these indices are sampled.
+    """Return the noise from which the images of N prompts are sampled: (N, *shape), float32, on `device`.
 
-    The noise of a prompt depends only on the seed and the prompt's index. All samplers and all iterations therefore start from
-    the same noise.
+    `indices` are the numbers of the prompts. The noise of a prompt depends only on `seed` and the prompt's number, so
+    all samplers start from the same noise, in every iteration.
     """
     rows = torch.as_tensor(indices, dtype=torch.int64, device="cpu")
     return send(_normal(_hash(seed, "evaluation noise"), rows, shape), device)

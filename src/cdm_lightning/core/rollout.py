@@ -1,8 +1,9 @@
 """Rollouts (backward simulation): the student's own deterministic path from noise to an image, in K Euler steps.
 
-The losses use one step of the path, the *anchor*. It is drawn at random for each sample, from 0 to K - 1. The *point* at the
-anchor is the state x at the start of that step, with its sigma and the student's velocity. Shapes: B samples of shape * =
-(C, H, W), sigmas (B, K + 1) that decrease from 1 to 0. No gradients are recorded.
+The losses use one step of the path, the *anchor*. For each sample, the anchor is drawn at random from the steps 0 to
+K - 1. The *point* at the anchor is the state x at the start of this step, with the state's sigma and the student's
+velocity. Shapes: B samples of shape * = (C, H, W), sigmas (B, K + 1) that decrease from 1 to 0. Rollouts are computed
+without gradients.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,9 +20,9 @@ from cdm_lightning.core.transfer import send
 
 @dataclass(frozen=True)
 class TrajectoryPoint:
-    """One state on the rollout of each of B samples, with the student's velocity there.
+    """For each of B samples, one state on its rollout and the student's velocity at this state.
 
-    The states of different samples may belong to different steps.
+    The states of different samples may belong to different steps of the rollout.
     """
 
     x: Tensor  # (B, *)
@@ -35,7 +36,7 @@ class TrajectoryPoint:
         return denoise(self.x, self.v, self.sigma)
 
     def move_to(self, sigma: Tensor) -> Tensor:
-        """Return the state (B, *) at another sigma (B,), reached from this point in a straight line along v.
+        """Return the states (B, *) at `sigma` (B,) on the straight lines through this point along the velocity `v`.
 
         CDM's off-trajectory point is made in this way.
         """
@@ -44,14 +45,17 @@ class TrajectoryPoint:
 
 @dataclass(frozen=True)
 class FullTrajectoryPoint(TrajectoryPoint):
-    """A state on a rollout that was simulated to its end, together with the rollout's final sample."""
+    """A `TrajectoryPoint` on a rollout that was simulated to its end, with the rollout's final samples."""
 
     x0_final: Tensor = field(kw_only=True)  # (B, *), the end of the rollout
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """All states and velocities of a rollout (the student's path from noise to an image) of K steps, and its final sample."""
+    """A rollout (the student's path from noise to an image) of K steps.
+
+    It consists of all states, the student's velocities there, and the final samples.
+    """
 
     x: Tensor  # (K, B, *)
     v: Tensor  # (K, B, *)
@@ -63,7 +67,7 @@ class Trajectory:
         return len(self.x)
 
     def at(self, anchor: Tensor) -> FullTrajectoryPoint:
-        """Return the point at step `anchor` (B,) of each sample; steps count from 0 to K - 1."""
+        """Return the point at which each sample begins its step `anchor` (B,). Steps count from 0 to K - 1."""
         anchor = send(anchor, self.final.device)
         point = self._states(anchor)
         return FullTrajectoryPoint(point.x, point.v, point.sigma, point.next_sigma, x0_final=self.final)
@@ -76,7 +80,10 @@ class Trajectory:
 
 @torch.no_grad()
 def simulate(student: VelocityField, noise: Tensor, sigmas: Tensor) -> Trajectory:
-    """Compute whole rollouts, the student's paths from noise (B, *) along sigmas (B, K + 1), by K calls of the student."""
+    """Compute the whole rollout (the student's path from noise to an image) of B samples by K calls of `student`.
+
+    The rollout starts at `noise` (B, *) and follows `sigmas` (B, K + 1).
+    """
     x, xs, vs = noise, [], []
     for sigma, next_sigma in pairwise(sigmas.T):
         v = student(x, sigma)
@@ -88,7 +95,7 @@ def simulate(student: VelocityField, noise: Tensor, sigmas: Tensor) -> Trajector
 
 @dataclass(frozen=True)
 class Rollout:
-    """The student and the random draws of a rollout (the student's path from noise to an image) that is not computed yet."""
+    """A rollout (the student's path from noise to an image) before it is computed: the student and the random draws."""
 
     student: VelocityField
     noise: Tensor  # (B, *)
@@ -102,9 +109,9 @@ class Rollout:
 
     @torch.no_grad()
     def point(self, x: Tensor) -> TrajectoryPoint:
-        """Return the state at each sample's anchor (its randomly drawn step), with the student's velocity there.
+        """Return each sample's state at its anchor (its randomly drawn step), with the student's velocity there.
 
-        `x` (B, *) are the states that `walk` returns. One call of the student computes the velocities.
+        `x` (B, *) are the states at the anchors, which `walk` returns. One call of the student computes the velocities.
         """
         anchor = send(self.anchor, self.sigmas.device)[:, None]
         sigma, next_sigma = (self.sigmas.gather(1, anchor + step).squeeze(1) for step in (0, 1))
@@ -112,14 +119,15 @@ class Rollout:
 
 
 def walk(rollouts: Sequence[Rollout], agree_on_calls: Callable[[int], int] = lambda calls: calls) -> list[Tensor]:
-    """Compute each sample's rollout up to its anchor, a randomly drawn step, and return the states (B, *) there, for each rollout.
+    """Compute each sample's rollout up to its anchor, a randomly drawn step, and return the states there.
 
-    `rollout.point(x)` of a returned state x equals `simulate(...).at(anchor)` up to rounding, without the cost of the later
-    steps. All rollouts are computed as one batch if one call of the student can compute them.
+    The result has one tensor of states (B, *) for each of `rollouts`. The steps after the anchor are not computed. For
+    the states x of a rollout, `rollout.point(x)` equals `simulate(...).at(anchor)` up to rounding. All rollouts are
+    computed as one batch if one call of the student can compute them.
 
-    `agree_on_calls` takes the number of student calls that this process needs and returns the number to make. Processes that
-    hold shards of one network must all make the same number of calls. Additional calls run on one sample, and their results are
-    dropped.
+    `agree_on_calls` takes the number of student calls that this process needs and returns the number that it must make.
+    This is for processes that hold shards of one network, which must all make the same number of calls. The additional
+    calls run on one sample, and their results are dropped.
     """
     joined = join_rollouts(rollouts)
     if joined is None:
@@ -128,9 +136,10 @@ def walk(rollouts: Sequence[Rollout], agree_on_calls: Callable[[int], int] = lam
 
 
 def join_rollouts(rollouts: Sequence[Rollout]) -> Rollout | None:
-    """Concatenate rollouts (the student's paths from noise) into one batch.
+    """Concatenate rollouts (the student's paths from noise to an image) into one batch.
 
-    Returns None if one call of the student cannot compute them all. Rollouts with fewer steps are padded with sigmas of 0.
+    Returns None if one call of the student cannot compute all of them, for example because their samples differ in
+    shape. Rollouts with fewer steps are padded with sigmas of 0.
     """
     first, *others = rollouts
     if not others:
@@ -180,7 +189,7 @@ def _walk(rollout: Rollout, agree_on_calls: Callable[[int], int]) -> Tensor:
 
 @torch.no_grad()
 def sample(field: VelocityField, noise: Tensor, sigmas: Tensor) -> Tensor:
-    """Sample x0 (B, *) by Euler steps without added noise.
+    """Compute samples x0 (B, *) by n Euler steps with the velocities of `field`. No noise is added in the steps.
 
     The steps lead from `noise` (B, *) along `sigmas` (n + 1,), which decrease to 0.
     """

@@ -1,8 +1,9 @@
 """Sigma schedules of rollouts and of inference. K steps have K + 1 sigmas, from 1 down to 0.
 
-A model family shifts sigmas towards noise (for SD3, sigma s becomes 3 s / (1 + 2 s)). `space` says whether the configured
-sigmas are unshifted ("before_shift", as in papers) or shifted already ("after_shift"). The returned sigmas are always shifted;
-the network is called at them. Classes raise ValueError for arguments that give no decreasing sigmas.
+A model family shifts sigmas towards noise (for SD3, sigma s becomes 3 s / (1 + 2 s)). The option `space` says whether
+the configured sigmas are still to be shifted ("before_shift", as in papers) or are shifted already ("after_shift"). A
+schedule always returns shifted sigmas, which are those at which the network is called. The classes raise ValueError for
+arguments that give no decreasing sigmas.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,17 +22,17 @@ Space = Literal["before_shift", "after_shift"]
 
 
 class SigmaSchedule(Protocol):
-    """The interface of a schedule: it draws the sigmas of the rollouts of an iteration."""
+    """The interface of a sigma schedule, which draws the sigmas of the rollouts of an iteration."""
 
     @property
     def mean_length(self) -> float:
         """The expected number of steps K; `cdm_lightning.plan` computes the cost of a run from it."""
 
     def sample(self, rng: StepRandom, shift: Shift) -> Tensor:
-        """Draw the sigmas (B, K + 1), float32, on the device, strictly decreasing from 1 to 0.
+        """Draw the sigmas (B, K + 1), float32, on the device of `rng`, strictly decreasing from 1 to 0.
 
-        K is the same in all processes. The sigmas are shifted on the CPU before they are moved, so that the host never waits for
-        the device.
+        K is the same in all processes. `shift` is the model family's timestep shift. It is applied on the CPU, before
+        the sigmas are moved to the device, so that the host never waits for the device.
         """
 
 
@@ -39,9 +40,12 @@ class SigmaSchedule(Protocol):
 class RandomSchedule:
     """CDM's dynamic continuous schedule (arXiv:2605.06376): a random number of steps K at random sigmas.
 
-    K is drawn from `length`. Each sample gets K - 1 sorted draws from U(sigma_min, sigma_max) between the ends 1 and 0. With
-    `stratified`, this interval is cut into K - 1 equal parts with one draw in each, as in LightX2V's code of CDM. The
-    defaults are the published values for SD3-Medium. The authors draw the sigmas once per process; here each sample has its own.
+    K is drawn from `length`. The K + 1 sigmas of a sample are 1, K - 1 sorted draws from U(sigma_min, sigma_max), and
+    0. With `stratified`, the interval from `sigma_min` to `sigma_max` is cut into K - 1 equal parts and one sigma is
+    drawn from each part, as in LightX2V's code of CDM.
+
+    The defaults are the published values for SD3-Medium. CDM's authors draw one set of sigmas for all samples of a
+    process; here each sample has its own.
     """
 
     length: LengthDistribution
@@ -63,7 +67,7 @@ class RandomSchedule:
         return float(self.length.mean)
 
     def sample(self, rng: StepRandom, shift: Shift) -> Tensor:
-        """Draw the sigmas (B, K + 1), float32, on the device, strictly decreasing from 1 to 0."""
+        """Draw the sigmas (B, K + 1), float32, on the device of `rng`, strictly decreasing from 1 to 0."""
         inner = self.length.sample(rng.shared("schedule.length")) - 1
         u = rng.uniform("schedule.sigmas", inner)
         if self.stratified:
@@ -76,7 +80,7 @@ class RandomSchedule:
 class FixedSchedule:
     """The same sigmas in every rollout, as in DMD. The default is CDM's 4-step inference schedule (arXiv:2605.06376).
 
-    The student is called at `sigmas`; the final 0 is added.
+    `sigmas` are the sigmas at which the steps begin. The end of the last step, 0, is added to them.
     """
 
     sigmas: Annotated[Sequence[Sigma], NotEmpty] = (1.0, 0.75, 0.5, 0.25)
@@ -96,7 +100,7 @@ class FixedSchedule:
         return float(len(self.sigmas))
 
     def sample(self, rng: StepRandom, shift: Shift) -> Tensor:
-        """Return the sigmas (B, K + 1), float32, on the device, with B equal rows."""
+        """Return the sigmas (B, K + 1), float32, on the device of `rng`. All B rows are equal."""
         inner = torch.tensor(self.sigmas[1:], dtype=torch.float32, device="cpu")
         return rng.place(_with_ends(inner.repeat(len(rng), 1), shift, self.space))
 

@@ -5,9 +5,9 @@ from torch import Tensor
 
 
 def send(values: Tensor, device: torch.device | str) -> Tensor:
-    """Return the values on `device`. The host does not wait for a copy from the CPU to a GPU.
+    """Return `values` on `device`. If they are copied from the CPU to a GPU, the host does not wait for the copy.
 
-    Such a copy goes through pinned memory. A plain copy would wait until the GPU has done all earlier work.
+    The copy goes through pinned memory. A plain copy would make the host wait until the GPU has done all earlier work.
     """
     device = torch.device(device)
     if device.type != "cuda" or values.device.type != "cpu":
@@ -18,7 +18,8 @@ def send(values: Tensor, device: torch.device | str) -> Tensor:
 class Fetched:
     """A copy of a small tensor from a GPU to the host. The copy begins when this object is made.
 
-    `values` waits until the copy has arrived, but not for later work of the GPU. Values on the CPU are not copied.
+    Reading the attribute `values` waits until the copy has arrived, but not for later work of the GPU. A tensor that is
+    on the CPU already is not copied.
     """
 
     def __init__(self, values: Tensor) -> None:
@@ -31,7 +32,7 @@ class Fetched:
 
     @property
     def values(self) -> Tensor:
-        """The values, on the CPU."""
+        """The tensor on the CPU. The host waits until the copy has arrived."""
         if self._arrived is not None and not self._arrived.query():
             self._arrived.synchronize()
         return self._values

@@ -1,4 +1,7 @@
-"""The prompts of each training batch. They are a function of (seed, iteration), so a resumed run needs no saved position."""
+"""The prompts of each training batch.
+
+They are a function of (seed, iteration), so a resumed run needs no saved position.
+"""
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -20,14 +23,15 @@ PADDING = -1  # key of a draw that only fills a batch; its result is ignored
 
 
 class PromptBatch(NamedTuple):
-    """A batch of B prompts, each with a number that seeds its random numbers, such as its noise.
+    """A batch of B prompts. Each prompt has a number that seeds its random numbers, such as its noise.
 
     - `prompts`: B texts.
-    - `indices`: (B,) int64 on the CPU, these numbers. In training, a sample's number is its place in the global
-      batch over all ranks. In validation, it is the prompt's number in its file, or `PADDING`.
+    - `indices`: (B,) int64 on the CPU, the numbers that seed the random numbers. In training, a number is the sample's
+      place in the global batch over all ranks. In validation, it is the prompt's number in its set, or `PADDING` (-1)
+      for a prompt that only fills the batch.
     - `images`: (B, 3, H, W) in [0, 1], real images of the prompts, or None if the objective needs none.
-    - `group`: if several iterations compute their rollouts together, the first batch that is delivered lists all their batches
-      here, itself included. In every other batch `group` is empty.
+    - `group`: empty, except if several iterations compute their rollouts together. Of the batches of these iterations,
+      the one that is delivered first lists all of them here, itself included.
     """
 
     prompts: list[str]
@@ -58,7 +62,7 @@ def spans(size: int, count: int) -> list[slice]:
 
 
 class Draw(NamedTuple):
-    """A request for one prompt: its number, the number that seeds its random numbers (`key`), and the number of its batch."""
+    """A request for prompt number `prompt` in batch number `batch`. `key` seeds the prompt's random numbers."""
 
     prompt: int
     key: int
@@ -66,7 +70,7 @@ class Draw(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """A prompt that was loaded for a `Draw`: its text, the `key` and `batch` of the request, and its image."""
+    """The prompt that a `Draw` asked for: its text, its image, and the `key` and `batch` of the `Draw`."""
 
     prompt: str
     key: int
@@ -75,9 +79,9 @@ class Drawn(NamedTuple):
 
 
 class DrawnPrompts(Dataset):
-    """A data set of prompts. Its index is a `Draw`, a request for one prompt, and it returns a `Drawn`, the prompt itself.
+    """A data set that takes a `Draw` (a request for one of `prompts`) as its index and returns the prompt as a `Drawn`.
 
-    With `images`, it also loads each prompt's real image.
+    With `images`, the `Drawn` also has the prompt's real image.
     """
 
     def __init__(self, prompts: "Prompts", images: bool = False) -> None:
@@ -107,15 +111,17 @@ class ShuffledEpochs:
 
 
 class EndlessBatches(Sampler):
-    """The endless sequence of training batches of one rank, from batch `start` on. Each batch is a list of `batch_size` draws.
+    """The endless sequence of training batches of one rank, from batch `start` on, as lists of `Draw`s.
 
-    `order` gives the order of the `size` prompts. By default, each epoch is shuffled, and a batch may contain the end of one
-    epoch and the start of the next. All ranks together take `world_size * batch_size` consecutive prompts for each batch.
-    Therefore the global batch does not depend on the number of ranks.
+    `order` maps a position in the endless stream of prompts to the number of a prompt. By default, the `size` prompts
+    are shuffled in each epoch. A batch may contain the end of one epoch and the start of the next. Each batch consists
+    of the next `world_size * batch_size` prompts of the stream, of which each rank takes `batch_size`. The batch of all
+    ranks together therefore depends only on this product.
 
-    `groups(n)` gives the iterations whose rollouts are computed together with the rollout of iteration n, n included (default: n
-    alone). In the first of them, or in `start` if a run resumes between them, the list contains the draws of its own batch,
-    followed by those of all other batches of the group. Later batches are yielded once more, in their own iterations.
+    `groups(n)` gives the iterations whose rollouts are computed together with the rollout of iteration n, n included
+    (default: n alone). The list for the first of these iterations contains the draws of its own batch, followed by
+    those of all other batches of the group. If a run resumes in the middle of a group, this holds for the list of
+    iteration `start`. The other batches of the group are yielded again, each in its own iteration.
     """
 
     def __init__(
@@ -141,9 +147,9 @@ class EndlessBatches(Sampler):
             number += 1
 
     def batch(self, number: int) -> list[Draw]:
-        """Return this rank's draws of batch `number`, counted from 0.
+        """Return this rank's `Draw`s of batch `number`, counted from 0.
 
-        The key of each draw is its place in the global batch over all ranks.
+        The `key` of a `Draw` is its place in the global batch over all ranks.
         """
         first = number * self.batch_size * self.world_size
         slots = range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
@@ -151,11 +157,11 @@ class EndlessBatches(Sampler):
 
 
 def evaluation_batches(size: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[Draw]]:
-    """Return this rank's share of the prompts 0..size-1, in order, in batches of at most `batch_size`.
+    """Return this rank's share of the prompts 0..size-1, in order, as batches of at most `batch_size` `Draw`s.
 
-    The key of each draw is the number of its prompt. All ranks get the same number of batches, because ranks with sharded
-    networks must make the same calls. A rank without prompts gets a batch of one draw with the key `PADDING`. The result of
-    such a draw must be ignored.
+    The `key` of a `Draw` is the number of its prompt. All ranks get the same number of batches, because ranks with
+    shards of one network must make the same number of network calls. A rank that has no prompts for a batch gets a
+    batch of one `Draw` with the key `PADDING` (-1). What is computed for such a `Draw` must be ignored.
     """
     first, end = size * rank // world_size, size * (rank + 1) // world_size
     longest = -(-size // world_size)
@@ -167,9 +173,10 @@ def evaluation_batches(size: int, batch_size: int, rank: int = 0, world_size: in
 
 
 def collate(samples: list[Drawn]) -> PromptBatch:
-    """Return the `PromptBatch` of the samples that belong to the same batch as the first sample.
+    """Return a `PromptBatch` of those samples that have the same `batch` as the first sample.
 
-    If there are samples of other batches, the attribute `group` of the result contains all batches, the returned one included.
+    If the samples come from several batches, `group` of the result contains the `PromptBatch`es of all of them, the
+    first sample's batch included.
     """
     by_batch = {number: [] for number in dict.fromkeys(sample.batch for sample in samples)}
     for sample in samples:

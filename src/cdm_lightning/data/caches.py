@@ -16,10 +16,11 @@ def use_text_cache(
 ) -> None:
     """Let `backbone` take the text conditioning of prompts from the cache in `settings.folder`.
 
-    Without a folder, the conditioning of the run's prompts is kept in memory, if there are at most `remember_up_to` of them.
-    The prompts are those of `data`, and those for which `callbacks` make images.
+    If `settings.folder` is None, the backbone encodes the prompts, and the results for the run's prompts are kept in
+    memory, within the limits of `settings` (`TextCacheSettings` explains them). The run's prompts are those of `data`
+    and those for which `callbacks` make images.
 
-    Raises `UserError` if other text encoders made the cache, or if it lacks a prompt.
+    Raises `UserError` if the cache in the folder was made by other text encoders, or if it lacks a prompt of the run.
     """
     generated = {type(callback).__name__: callback.prompts for callback in callbacks if hasattr(callback, "prompts")}
     sets = {"training": data.train, "validation": data.val, **generated}
@@ -34,9 +35,10 @@ def use_text_cache(
 
 
 def use_image_cache(settings: ImageCacheSettings, backbone: Backbone) -> None:
-    """Let `backbone` take the latents of real images from the cache in `settings.folder`, and add new ones to it.
+    """Let `backbone` take the latents of real images from the cache in `settings.folder`.
 
-    Without a folder, every image is encoded each time.
+    An image that is not in the cache is encoded, and its latent is added to the cache. If `settings.folder` is None,
+    every image is encoded each time that it is used.
     """
     if settings.folder is not None:
         stored = StoredLatents(settings.folder, settings.dtype, codec_of(backbone), backbone.encode_images)
@@ -44,9 +46,10 @@ def use_image_cache(settings: ImageCacheSettings, backbone: Backbone) -> None:
 
 
 def codec_of(backbone: Backbone) -> str:
-    """Return a string that identifies how the backbone encodes images: its class, and for a pipeline a hash of its VAE's files.
+    """Return a string that identifies how `backbone` encodes images.
 
-    Raises `UserError` if a pipeline's VAE has no files.
+    The string contains the name of the backbone's class. If the backbone is a diffusers pipeline, it also contains a
+    hash of the files of the pipeline's VAE. Raises `UserError` if a pipeline has no such files.
     """
     from cdm_lightning.backbones.pipeline_folder import hash_part  # imports diffusers, which takes seconds
     from cdm_lightning.backbones.pipeline_settings import PipelineSettings

@@ -26,7 +26,8 @@ INSTALL = "pip install 'cdm-lightning[data]'"
 class ArrowColumn:
     """The texts in an Arrow file with one column. A null counts as a blank text.
 
-    `path` is the Arrow file. `name` is the original file or data set, for messages. Each loader worker opens the file itself.
+    `path` is the Arrow file. `name` is the name, for messages, of the file or data set from which the Arrow file was
+    copied. Each loader worker opens the Arrow file itself.
     """
 
     def __init__(self, path: Path, name: str) -> None:
@@ -66,9 +67,10 @@ class ArrowColumn:
         return self.column[position].as_py() or ""
 
     def place(self, position: int) -> str:
-        """Return the name of a row for messages, such as "captions.parquet, row 3".
+        """Return the name of the row `position` for messages, such as "captions.parquet, row 3".
 
-        Rows are counted from 1. If several files were copied, the count continues from file to file.
+        The name counts rows from 1. If the Arrow file is a copy of several files, the count continues from file to
+        file.
         """
         return f"{self.name}, row {position + 1}"
 
@@ -76,13 +78,13 @@ class ArrowColumn:
 def open_columns(
     paths: Sequence[Path], field: str, cache_folder: str | Path | None, kind: str, texts: ReadTexts
 ) -> ArrowColumn:
-    """Return the texts in column `field` of the files at `paths`. They are read from a copy in the cache folder.
+    """Return the texts in the column `field` of the files at `paths`, read from a copy in `cache_folder`.
 
-    If the copy does not exist, it is made from `texts(paths, field, pyarrow)`, which yields lists of texts. Its name is a hash
-    of `kind` (the file format), `field`, and the files' paths, sizes and modification times. Changed files are therefore copied
-    again.
+    If there is no copy yet, it is made from `texts(paths, field, pyarrow)`, which yields lists of texts. The copy's
+    name is a hash of `kind` (the name of the file format), `field`, and the paths, sizes and modification times of the
+    files. If one of the files changes, a new copy is therefore made.
 
-    Raises `UserError` for a file that is missing, cannot be read or has no such column.
+    Raises `UserError` for a file that does not exist, cannot be read or has no column `field`.
     """
     for path in paths:
         if not path.is_file():
@@ -159,7 +161,8 @@ def write_column(target: Path, batches: Iterable[Sequence[str | None]]) -> None:
 def copy_path(cache_folder: str | Path | None, *identity: object) -> Path:
     """Return the path of a column's copy in `cache_folder`. The file name is a hash of `identity`.
 
-    Without a `cache_folder`, the folder is `cdm_lightning/prompts` in $XDG_CACHE_HOME or ~/.cache.
+    `identity` are the values that distinguish this column from all others. If `cache_folder` is None, the folder is
+    `cdm_lightning/prompts` in $XDG_CACHE_HOME or ~/.cache.
     """
     if cache_folder is None:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -168,9 +171,9 @@ def copy_path(cache_folder: str | Path | None, *identity: object) -> Path:
 
 
 def import_pyarrow(path: Path) -> ModuleType:
-    """Import and return pyarrow.
+    """Import and return pyarrow, which is needed to read the file `path`.
 
-    Raises `UserError` if it is not installed; the message names `path`, the file to be read.
+    Raises `UserError` if pyarrow is not installed; the message names `path`.
     """
     try:
         import pyarrow

@@ -117,9 +117,10 @@ def _table(head: str) -> tuple[str, str] | None:
 
 
 def require_closed_quotes(file: Path, delimiter: str) -> None:
-    """Raise `UserError` for a quotation mark in a table that is not closed, or that is followed by text in the same cell.
+    """Raise `UserError` if a quotation mark in a table is not closed, or if text follows the closing one.
 
-    The rest of the file would otherwise be read as one cell. The rules are those of RFC 4180: quotation marks enclose a whole
+    After an unclosed quotation mark, the rest of the file would be read as one cell. `delimiter` separates the columns
+    of `file`. The rules are those of RFC 4180: quotation marks enclose a whole cell, so no text may follow in the same
     cell, and a quotation mark inside the cell is written twice.
     """
     before = csv.field_size_limit(LONGEST_LINE)

@@ -21,13 +21,15 @@ LONGEST_TIMEOUT = 10**6  # seconds, eleven days; longer ones overflow in the ope
 class PromptDataModule(L.LightningDataModule):
     """Data loaders that deliver `PromptBatch`es of training and validation prompts.
 
-    A resumed run continues at batch `global_step`, so the state of the loaders need not be saved. `seed` fixes the order of the
-    training prompts. Validation uses the first `val_prompts` prompts of `val`, or all if it is None. Batch sizes are per
-    process; `val_batch_size` is `batch_size` if it is None. `groups(n)` gives the iterations whose rollouts are computed
-    together with the rollout of iteration n; the batch of the first of them contains the prompts of all (`PromptBatch.group`).
-    With `images`, each training prompt comes with its real image.
+    A resumed run continues at batch number `trainer.global_step`, so the state of the loaders need not be saved. `seed`
+    fixes the order of the training prompts. Validation uses the first `val_prompts` prompts of `val` (None: all). Batch
+    sizes are per process; if `val_batch_size` is None, it is `batch_size`. With `images`, each training prompt comes
+    with its real image.
 
-    Raises `UserError` for a number out of its range, and if `images` are requested from prompts without images. If no batch
+    `groups(n)` gives the iterations whose rollouts are computed together with the rollout of iteration n, n included.
+    The batch of the first of these iterations lists the batches of all of them (`PromptBatch.group`).
+
+    Raises `UserError` for a number out of its range, and if `images` is set but `train` has no images. If no batch
     arrives within `worker_timeout` seconds, the run ends with `UserError`.
     """
 
@@ -72,7 +74,7 @@ class PromptDataModule(L.LightningDataModule):
         self._loaders: list[SteadyLoader] = []
 
     def prepare_data(self) -> None:
-        """Print how many training and validation prompts were left out, and the shares of each mixture."""
+        """Print how many training and validation prompts were left out, and the share of each source of a mixture."""
         for name, prompts in (("training", self.train), ("validation", self.val)):
             if prompts.summary:
                 print(f"{name} prompts: {prompts.summary}", file=sys.stderr, flush=True)
@@ -93,9 +95,9 @@ class PromptDataModule(L.LightningDataModule):
         return self._loader(DrawnPrompts(self.train, self.images), batches, self.num_workers)
 
     def val_dataloader(self) -> DataLoader:
-        """Return the loader of this rank's validation prompts, in the order of the set.
+        """Return the loader of this rank's validation prompts, in the order of `val`.
 
-        Raises `UserError` if there are fewer prompts than processes.
+        Raises `UserError` if there are fewer validation prompts than processes.
         """
         trainer = cast(L.Trainer, self.trainer)
         rank, world_size = trainer.global_rank, trainer.world_size

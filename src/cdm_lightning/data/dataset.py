@@ -20,15 +20,15 @@ from cdm_lightning.kinds import Count, Field, FileOrFolder, FolderToRead, Name, 
 class PromptDataset(SelectedPrompts):
     """Prompts from the text column `field` in one `split` of a Hugging Face data set.
 
-    `dataset` is an id on the hub, a folder that `save_to_disk` wrote, or a folder of data files. `subset` is the name of the
-    configuration on the hub, and `revision` a branch, tag or commit.
+    `dataset` is an id on the hub, a folder that `save_to_disk` wrote, or a folder of data files. `subset` is the name
+    of the configuration on the hub, and `revision` a branch, tag or commit.
 
-    With `streaming`, only the column `field` is downloaded, and only its first `limit` rows (None: all rows). A column of
-    images, for example, is not downloaded. The texts are copied into an Arrow file in `cache_folder`. Later starts use the
-    copy, even if the data set on the hub has changed.
+    With `streaming`, only the first `limit` rows (None: all rows) of the column `field` are downloaded; other columns,
+    for example of images, are not. The downloaded texts are kept in an Arrow file in `cache_folder`. Later runs read
+    this file, even if the data set on the hub has changed.
 
-    `PromptFile` explains `max_characters`, `overlong`, `deduplicate` and `cache_folder`. Raises `UserError` if the data set,
-    split or column does not exist, or if a `limit` is below 1 or given without `streaming`.
+    `PromptFile` explains `max_characters`, `overlong`, `deduplicate` and `cache_folder`. Raises `UserError` if the data
+    set, split or column does not exist, if `limit` is below 1, or if it is given without `streaming`.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class PromptDataset(SelectedPrompts):
 
 
 class DatasetColumn:
-    """The texts in column `field` of a `datasets.Dataset`, `rows`. A null counts as a blank text.
+    """The texts in the column `field` of `rows`, a `datasets.Dataset`. A null counts as a blank text.
 
     `name` is the name of the data set in messages.
     """
@@ -71,7 +71,7 @@ class DatasetColumn:
         self.rows, self.field, self.name = rows, field, name
 
     def scan(self) -> Iterator[tuple[int, str]]:
-        """Yield (row, text) for all rows, counted from 0. Raises `UserError` for a value that is not a string."""
+        """Yield (row, text) for all rows; rows count from 0. Raises `UserError` for a value that is not a string."""
         position = 0
         for batch in self.rows.iter(batch_size=BATCH_ROWS):
             for text in checked(batch[self.field], self.field, self.name):
@@ -79,27 +79,31 @@ class DatasetColumn:
                 position += 1
 
     def read(self, position: int) -> str:
-        """Return the text of row `position`."""
+        """Return the text of row `position`, counted from 0."""
         return self.rows[position][self.field] or ""
 
     def place(self, position: int) -> str:
-        """Return the name of a row for messages, such as "owner/name, split train, row 3". Rows are counted from 1."""
+        """Return the name of the row `position` for messages, such as "owner/name, split train, row 3".
+
+        The name counts rows from 1, whereas `position` counts from 0.
+        """
         return f"{self.name}, row {position + 1}"
 
 
 def streamed_texts(rows: Any, field: str, name: str) -> Iterator[list[str | None]]:
-    """Yield the texts in column `field` of an `IterableDataset`, as lists of at most `BATCH_ROWS` texts. A null becomes None.
+    """Yield the texts in the column `field` of `rows`, an `IterableDataset`, as lists of at most `BATCH_ROWS` texts.
 
-    Raises `UserError` for a value that is not a string; `name` is the data set's name in the message.
+    A null becomes None. Raises `UserError` for a value that is not a string; `name` is the data set's name in the
+    message.
     """
     for batch in rows.iter(batch_size=BATCH_ROWS):
         yield checked(batch[field], field, name)
 
 
 def checked(texts: list, field: str, name: str) -> list[str | None]:
-    """Return `texts` unchanged if each entry is a string or None.
+    """Return `texts` unchanged if each of them is a string or None. Otherwise raise `UserError`.
 
-    Raises `UserError` otherwise; the message contains the column `field` and the data set's `name`.
+    `field` and `name` are the names of the column and of the data set in the message.
     """
     for text in texts:
         if text is not None and not isinstance(text, str):
@@ -112,9 +116,10 @@ def checked(texts: list, field: str, name: str) -> list[str | None]:
 def load_column(
     dataset: str, split: str, field: str, subset: str | None, revision: str | None, streaming: bool = False
 ) -> Any:
-    """Load the column `field` of one split: a `datasets.Dataset`, or with `streaming` an `IterableDataset`.
+    """Load the column `field` of the split `split` of a data set, and return it as a `datasets.Dataset`.
 
-    Raises `UserError` if the data set cannot be loaded, or has no such split or column.
+    With `streaming`, the result is an `IterableDataset` instead. `PromptDataset` explains the other arguments. Raises
+    `UserError` if the data set cannot be loaded, or has no such split or column.
     """
     library = import_datasets(dataset)
     try:
@@ -134,15 +139,15 @@ def load_column(
 
 
 def is_saved(folder: Path) -> bool:
-    """Return whether `save_to_disk` of the library `datasets` wrote this folder."""
+    """Return whether `folder` was written by `save_to_disk` of the library `datasets`."""
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
 def load_saved(library: ModuleType, folder: Path, split: str) -> Any:
-    """Load a data set that `save_to_disk` wrote.
+    """Load the data set that `save_to_disk` wrote into `folder`. `library` is the imported library `datasets`.
 
-    If the folder contains several splits, `split` chooses one, and `UserError` is raised if it does not exist. If the folder
-    contains a single data set, `split` is ignored.
+    If the folder contains several splits, the one with the name `split` is loaded; without such a split, `UserError` is
+    raised. If the folder contains a single data set, `split` is ignored.
     """
     loaded = library.load_from_disk(str(folder))
     if not isinstance(loaded, dict):
@@ -153,9 +158,9 @@ def load_saved(library: ModuleType, folder: Path, split: str) -> Any:
 
 
 def import_datasets(name: str) -> ModuleType:
-    """Import and return the library `datasets`.
+    """Import and return the library `datasets`, which is needed to load the data set `name`.
 
-    Raises `UserError` if it is not installed; the message contains `name`, the data set to be loaded.
+    Raises `UserError` if the library is not installed; the message contains `name`.
     """
     try:
         import datasets

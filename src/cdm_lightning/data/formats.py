@@ -31,12 +31,13 @@ KNOWN_TYPES = mimetypes.MimeTypes(())  # Python's own list: the system's would m
 
 
 def open_files(path: Path, field: str | None, cache_folder: str | Path | None) -> TextSource:
-    """Open the texts of a file, or of all prompt files in a folder. The endings of their names decide the format.
+    """Return the texts of the file `path`, or of all prompt files in the folder `path`.
 
-    `field` is the key or column of the prompts; None means "prompt". Columns of tables and JSON lists are copied into
-    `cache_folder`.
+    The endings of the file names decide the format. `field` is the key or column that contains the prompts; None means
+    "prompt". The column of a table and the texts of a JSON list are copied into `cache_folder`.
 
-    Raises `UserError` for an unknown format, for a folder with several formats, and for a `field` with a plain text file.
+    Raises `UserError` for a file whose format cannot be read, for a folder with files of several formats, and if
+    `field` is given for a plain text file.
     """
     files = files_in(path) if path.is_dir() else [path]
     kinds = {kind_of(file) for file in files}
@@ -79,10 +80,10 @@ def kind_of(file: Path) -> str:
 def files_in(folder: Path) -> list[Path]:
     """Return the prompt files in a folder and its subfolders, sorted by path.
 
-    If there is a .txt, .jsonl, .ndjson or .parquet file, files with other endings are ignored, because they may describe the
-    data set.
+    If there are .txt, .jsonl, .ndjson or .parquet files, only these are returned. A .json, .csv or .tsv file next to
+    them may describe the data set and is ignored.
 
-    Raises `UserError` if there are no prompt files, or if the library `datasets` has saved the folder.
+    Raises `UserError` if there are no prompt files, or if the folder was saved by the library `datasets`.
     """
     if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
         raise UserError(
@@ -96,9 +97,10 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def holds_lines(file: Path) -> bool:
-    """Return whether a *.json file has a JSON object on each line, like *.jsonl, instead of one list.
+    """Return whether a *.json file has one JSON object on each line, as a *.jsonl file has, and not a single list.
 
-    The first character of the file decides: "{" means an object on each line.
+    The first character of the file decides: "{" means an object on each line. Raises `UserError` if the file cannot be
+    read.
     """
     try:
         with opened(file) as text:
@@ -112,9 +114,9 @@ def holds_lines(file: Path) -> bool:
 def delimited_texts(delimiter: str) -> Callable[[Sequence[Path], str, ModuleType], Iterator[list[str | None]]]:
     """Return a function that reads CSV or TSV files for `open_columns`. `delimiter` separates the columns.
 
-    The function takes (paths, field, pyarrow) and yields lists of the texts in column `field`. Column names stand in each
-    file's first line. It raises `UserError` for a file that is not a table, has an unclosed quotation mark, or does not have
-    exactly one column `field`.
+    The function takes (paths, field, pyarrow) and yields lists of the texts in the column `field`. The first line of
+    each file must contain the names of the columns. The function raises `UserError` for a file that is not a table,
+    that has an unclosed quotation mark, or that does not have exactly one column `field`.
     """
 
     def texts(paths: Sequence[Path], field: str, pyarrow: ModuleType) -> Iterator[list[str | None]]:
@@ -143,9 +145,10 @@ def delimited_texts(delimiter: str) -> Callable[[Sequence[Path], str, ModuleType
 
 
 def listed_texts(paths: Sequence[Path], field: str, pyarrow: ModuleType) -> Iterator[list[str | None]]:
-    """Yield the texts of each file, which must contain a JSON list of strings, or of objects with a string under `field`.
+    """Yield one list for each file: its texts. A file must contain a JSON list.
 
-    Raises `UserError` for a file of another form, and for a file over 1 GB, because a JSON list must be read whole.
+    The entries of the JSON list must be strings, or objects with a string under the key `field`. Raises `UserError` for
+    any other file, and for a file over 1 GB, because a JSON list must be read whole.
     """
     for path in paths:
         if path.stat().st_size > LARGEST_LIST:

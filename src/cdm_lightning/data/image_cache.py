@@ -1,9 +1,9 @@
-"""A cache of the latents of real images on disk. Each image is encoded only once, when it is first used.
+"""A cache on disk for the latents of real images. Each image is encoded only once, when it is first used.
 
     DIR/AB/ABCD....safetensors   "latent" (C, h, w), with its checksum; the name is a hash of the VAE and of the pixels
 
-The pixels are hashed as 8-bit values. An image that was changed, or that has another size, is therefore encoded again. Several
-processes and runs can share a folder.
+The pixels are hashed as 8-bit values. An image that was changed, or that has another size, is therefore encoded again.
+Several processes and runs can share a folder.
 """
 
 import hashlib
@@ -39,11 +39,12 @@ class ImageCacheSettings:
 
 
 class StoredLatents:
-    """An encoder of images into latents that stores the latents in `folder`.
+    """An encoder of images that keeps the latents in `folder`, so that each image is encoded only once.
 
-    `encode` is `Backbone.encode_images`, and `fingerprint` identifies the VAE behind it (`codec_of`). Images are encoded one at a
-    time, so that a latent does not depend on the batch. If a file is damaged, its image is encoded again. If the folder cannot be
-    written, for example because the disk is full, one warning is issued, and each image is encoded whenever it is used.
+    `encode` is `Backbone.encode_images`. `fingerprint` identifies the VAE that `encode` uses (`codec_of`). Images are
+    encoded one at a time, so that a latent does not depend on the other images of a batch. If the file of a latent is
+    damaged, the image is encoded again. If the folder cannot be written, for example because the disk is full, one
+    warning is issued, and images without a file are encoded each time that they are used.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class StoredLatents:
         return latent
 
     def path_of(self, pixels: Tensor) -> Path:
-        """Return the path of the file for an image with these 8-bit pixels (3, H, W)."""
+        """Return the path of the file for the latent of the image with the 8-bit values `pixels` (3, H, W)."""
         about = f"{self.fingerprint} {self.dtype} {tuple(pixels.shape)} "
         name = hashlib.blake2b(about.encode() + pixels.numpy().tobytes(), digest_size=16).hexdigest()
         return self.folder / name[:2] / f"{name}.safetensors"

@@ -26,13 +26,14 @@ MOST_IMAGE = 1 << 30  # bytes
 
 
 class CaptionedFolder(Prompts):
-    """The images in a folder, with their captions as prompts. `metadata.jsonl` lists them.
+    """The images in a folder, with their captions as prompts. The file `metadata.jsonl` in the folder lists the images.
 
-    Each line of that file is {"file_name": ..., "text": ...}, the ImageFolder format of Hugging Face `datasets`. An image is
-    rotated as its EXIF data says, resized to cover `image_size` (height, width) in pixels, and cropped to its middle.
+    Each line of `metadata.jsonl` is {"file_name": ..., "text": ...}, the ImageFolder format of Hugging Face `datasets`.
+    An image is rotated as its EXIF data says, resized to cover `image_size` (height, width) in pixels, and cropped to
+    its middle.
 
-    Raises `UserError` for a folder without `metadata.jsonl`, a file that lists no images, a line of another form, a missing
-    image, or a wrong `image_size`. An image that cannot be read raises `UserError` later, when it is used.
+    Raises `UserError` if `metadata.jsonl` is missing, lists no images, has a line of another form or names a missing
+    image, and for a wrong `image_size`. An image that cannot be read raises `UserError` later, when it is used.
     """
 
     has_images = True
@@ -100,10 +101,10 @@ class CaptionedFolder(Prompts):
 
 
 def as_rgb(image: "Image") -> "Image":
-    """Return an image as 8-bit RGB: 16-bit grey values are scaled, and transparent pixels are shown on white.
+    """Return an image as 8-bit RGB. Grey values of 16 bits are scaled, and transparent pixels are shown on white.
 
-    Pillow's own conversion clips 16-bit values at 255, and it shows the arbitrary colours under transparent pixels. Raises
-    ValueError for 32-bit values, whose range is unknown.
+    Pillow's own conversion is not used for such images, because it clips 16-bit values at 255 and shows the arbitrary
+    colours under transparent pixels. Raises ValueError for 32-bit values, whose range is unknown.
     """
     import numpy as np
     from PIL import Image
@@ -120,9 +121,9 @@ def as_rgb(image: "Image") -> "Image":
 
 
 class DrawnCaptions(PromptFile):
-    """Captions of the bundled shapes set (`data/shapes.py`) from a file. The image of each caption is rendered.
+    """A file of captions of the bundled shapes set (`data/shapes.py`). The real image of a caption is rendered.
 
-    An image is a function of `seed` and the number of its caption in the file.
+    The image is a function of the caption, of the caption's number in the file, and of `seed`.
     """
 
     has_images = True
@@ -134,7 +135,7 @@ class DrawnCaptions(PromptFile):
     def image(self, index: int) -> Tensor:
         """Render the image of caption number `index`, (3, 32, 32) in [0, 1].
 
-        Raises `UserError` if the text is not a caption of the shapes set.
+        Raises `UserError` if the prompt with this number is not a caption of the shapes set.
         """
         try:
             scene = parse_caption(self[index])

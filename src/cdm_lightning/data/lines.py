@@ -18,14 +18,14 @@ BYTE_ORDER_MARK = "\ufeff"  # some editors write it at the start of a file
 class LineFiles:
     r"""The texts in UTF-8 files, one on each line.
 
-    With `field`, each line is a JSON object, and the text is its value under this key. With `whole`, each line is a JSON
-    object, and the text is the whole line. Otherwise each line is a text.
+    With `field`, each line is a JSON object, and the text is the string under the key `field`. With `whole`, each line
+    is a JSON object, and the text is the whole line. With neither, each line is plain text.
 
-    Plain lines end where `str.splitlines` ends them, also at U+0085 and U+2028. These characters may occur inside JSON texts,
-    so JSON lines end only at `\n`, `\r\n` and `\r`.
+    Lines of plain text end where `str.splitlines` ends them, also at U+0085 and U+2028. In a JSON object these
+    characters may occur inside a string, so lines with JSON objects end only at `\n`, `\r\n` and `\r`.
 
-    `scan` and `read` open the file at each call, so loader workers can share this object. `read` raises `UserError` if the file
-    has changed since `scan`.
+    `scan` and `read` open a file anew at each call, so loader workers can share this object. `read` raises `UserError`
+    if the file has changed since `scan`.
     """
 
     def __init__(self, paths: Sequence[Path], field: str | None = None, whole: bool = False) -> None:
@@ -63,7 +63,10 @@ class LineFiles:
         return self._parse(self._pieces(line)[0] if line else line)
 
     def place(self, position: int) -> str:
-        """Return the place of a text for messages, such as "captions.txt, line 3". The file is read from its start."""
+        """Return where the text at `position` is, for messages, such as "captions.txt, line 3".
+
+        This is slow for a long file, because the lines are counted from its start.
+        """
         number, offset = divmod(position, FILE)
         path = self.paths[number]
         with opened(path) as file:
@@ -112,7 +115,7 @@ class LineFiles:
 
 
 def opened(path: Path) -> TextIO:
-    r"""Open a UTF-8 file for reading. Its `seek` accepts the offset in bytes at which any character begins.
+    r"""Open a UTF-8 file for reading. The returned file can `seek` to the byte offset of any character.
 
     Lines keep their ends: `\n`, `\r\n` or `\r`. Bytes that are not UTF-8 become lone surrogates and raise no error.
     """

@@ -26,12 +26,13 @@ _started: set[Any] = set()  # all workers of this process
 class SteadyLoader(DataLoader):
     """A `DataLoader` for runs that a signal such as SIGTERM may stop.
 
-    The training process decides when the workers end, so the workers ignore these signals. When the training process ends, all
-    workers are killed, even suspended ones.
+    The training process decides when its workers end, so the workers ignore such signals. When the training process
+    ends, all its workers are killed, even suspended ones.
 
-    `patience` is the longest wait for a batch in seconds; 0 means no limit. torch's own `timeout` does not cover the transfer
-    of a tensor from a worker. With `is_alone`, the run has a single process, and a signal ends the wait at once. `values` and
-    `options` are the arguments of `DataLoader`.
+    `patience` is the longest time in seconds that the training process waits for a batch; 0 means no limit. It is used
+    because torch's option `timeout` does not cover the transfer of a tensor from a worker. `is_alone` says that the run
+    has a single process, so that a signal may end the wait for a batch at once. `values` and `options` are the
+    arguments of `DataLoader`.
     """
 
     def __init__(self, *values: Any, is_alone: bool = True, patience: float = 0.0, **options: Any) -> None:
@@ -134,7 +135,7 @@ def _kill_all() -> None:
 
 
 def worker_failure(error: BaseException) -> str:
-    """Return the message for an error that shows that a loader worker has died."""
+    """Return the user's message for `error`, which the loader raised because one of its workers has died."""
     if isinstance(error, RuntimeError):
         return f"a loader worker has failed ({first_line(error)}; perhaps out of memory); {signals.AGAIN}"
     return f"a loader worker has exited unexpectedly ({first_line(error)}; perhaps out of memory); {signals.AGAIN}"

@@ -18,15 +18,16 @@ LARGEST_BLOCK = 10_000  # the largest number of positions after which the shares
 
 
 class MixedPrompts(Prompts):
-    """Several named sets of prompts, `sources`, as one set. In training, the share of each source is its weight.
+    """Several sets of prompts, the named `sources`, as one set. `weights` are their shares of the training prompts.
 
-    The weights are turned into whole numbers, for example 0.7 and 0.3 into 7 and 3. Each block of 10 training prompts (7 + 3)
-    then has 7 prompts of the first source and 3 of the second, in random order. Each source is shuffled in epochs of its own.
-    Without `weights`, the weight of a source is its number of prompts. Prompts are numbered through all sources, one source
-    after the other.
+    The weights are turned into whole numbers, for example 0.7 and 0.3 into 7 and 3. Each block of 10 training prompts
+    (7 + 3) then has 7 prompts of the first source and 3 of the second, in random order. Each source is shuffled in
+    epochs of its own. Without `weights`, the whole numbers are the sources' numbers of prompts. The prompts of the
+    mixture are numbered from 0, one source after the other.
 
-    The mixture has images if all sources have images. Raises `UserError` if there is no source, if a weight is missing or not
-    positive, or if the whole numbers add up to more than 10,000; and later, when an image is read whose size differs.
+    The mixture has images if all sources have images. Raises `UserError` if there is no source, if a weight is missing
+    or not positive, or if the whole numbers of `weights` add up to more than 10,000. The method `image` raises it for
+    an image whose size differs from that of the first source's images.
     """
 
     def __init__(self, sources: Mapping[Name, Prompts], weights: Mapping[Name, Positive] | None = None) -> None:
@@ -41,7 +42,10 @@ class MixedPrompts(Prompts):
 
     @property
     def summary(self) -> str:
-        """One line that lists the sources. Each has its share in percent, followed by its `summary`, or by its name if it has none."""
+        """One line with an entry for each source: its share in percent, followed by its `summary`.
+
+        A source whose `summary` is None is listed by its name.
+        """
         total = sum(self.shares)
         lines = [
             f"{share / total:.2%} {source.summary or name}"
@@ -62,7 +66,7 @@ class MixedPrompts(Prompts):
     def image(self, index: int) -> Tensor:
         """Return the image of prompt `index`, (3, H, W) in [0, 1].
 
-        Raises `UserError` if the images of another source have a different size.
+        Raises `UserError` if the image's size differs from that of the images of the first source.
         """
         source, place = self._at(index)
         image = self.sources[source].image(place)
@@ -87,11 +91,11 @@ class MixedPrompts(Prompts):
 
 
 class MixedOrder:
-    """The endless training order of a mixture. The prompt at any position is computed directly.
+    """The endless training order of a mixture. The prompt at any position is computed without those before it.
 
-    `sizes` are the numbers of prompts of the sources. `shares` are their weights as whole numbers. For example, shares of 7 and
-    3 give blocks of 10 positions. A random permutation of each block gives 7 positions to the first source and 3 to the second.
-    Each source then takes its next prompt from its own shuffled epochs.
+    `sizes` are the numbers of prompts in the sources, and `shares` are the sources' weights as whole numbers. Shares of
+    7 and 3, for example, give blocks of 10 positions. In each block, a random permutation assigns 7 positions to the
+    first source and 3 to the second. A position gets the next prompt of its source, in shuffled epochs of this source.
     """
 
     def __init__(self, sizes: Sequence[int], shares: Sequence[int], seed: int) -> None:
@@ -106,7 +110,11 @@ class MixedOrder:
         return self._starts[source] + self._orders[source](turn)
 
     def source_at(self, position: int) -> tuple[int, int]:
-        """Return (source, place): the number of the source of the prompt at `position`, and the place in that source's own order."""
+        """Return (source, place): where the prompt at `position` comes from.
+
+        `source` is the number of its source, and `place` is a position in the shuffled epochs of this source. Both
+        count from 0.
+        """
         block, place = divmod(position, self._ends[-1])
         if block != self._block:
             self._block, self._slots = block, permutation(self._ends[-1], self.seed, "prompt_mixture", block)
@@ -119,8 +127,8 @@ class MixedOrder:
 def whole_shares(names: Sequence[str], weights: Mapping[str, float]) -> list[int]:
     """Return the weights as the smallest whole numbers in the same ratio, in the order of `names`.
 
-    Raises `UserError` if `weights` does not have exactly these names, if a weight is not a positive number, or if the sum of
-    the whole numbers is above 10,000.
+    Raises `UserError` if the keys of `weights` are not exactly `names`, if a weight is not a positive number, or if the
+    sum of the whole numbers is above 10,000.
     """
     if set(names) != set(weights):
         raise UserError(

@@ -21,7 +21,7 @@ MAX_CHARACTERS = 10_000
 
 
 class Prompts(Dataset, ABC):
-    """A set of numbered prompts. It has their texts, their training order, and in some sets their real images."""
+    """A set of numbered prompts, with their training order. Some sets also have real images of the prompts."""
 
     has_images = False  # whether the prompts have images, which `image` returns
 
@@ -33,7 +33,7 @@ class Prompts(Dataset, ABC):
 
     @property
     def summary(self) -> str | None:
-        """One line about the set: its number of prompts, and how many were left out. It is None if there is nothing to report."""
+        """One line for the user, such as how many texts were left out, or None if there is nothing to report."""
         return None
 
     @abstractmethod
@@ -53,10 +53,10 @@ class Prompts(Dataset, ABC):
 
 
 class SelectedPrompts(Prompts):
-    """The texts of `source` that `selection` keeps. Blank texts are always left out, over-long and repeated texts on request.
+    """The texts of `source` that `selection` keeps as prompts.
 
-    `name` is the name of the source in messages. `counts` says how many texts were left out. Raises `UserError` if no text is
-    left.
+    `name` is the name of the source in messages. The attribute `counts` says how many texts were left out. Raises
+    `UserError` if no text is left.
     """
 
     def __init__(self, source: TextSource, name: str, selection: Selection) -> None:
@@ -87,22 +87,23 @@ class SelectedPrompts(Prompts):
 
 
 class PromptFile(SelectedPrompts):
-    """The prompts in a file, or in all files of a folder. The files must have one format and are read in the order of their paths.
+    """The prompts in a file, or in all files of a folder, which are read in the order of their paths.
 
     - A text file has one prompt on each line.
     - A `*.jsonl` file has one object on each line, with the prompt under `field` (default: "prompt").
     - A `*.parquet`, `*.csv` or `*.tsv` file has the prompts in column `field`.
     - A `*.json` file has a list of texts, or of objects with the prompt under `field`.
 
-    A column or a JSON list is copied once into `cache_folder` (default: the user's cache folder), so that single rows can be
-    read. All texts are checked once when the file is opened. Afterwards, each prompt takes 8 bytes of memory.
+    All files of a folder must have the same format. A column or a JSON list is copied once into `cache_folder`
+    (default: the user's cache folder), so that a single prompt can be read without the others. All texts are checked
+    once when the file is opened. Afterwards, each prompt takes 8 bytes of memory.
 
-    Prompts without a visible character are left out. So are prompts of more than `max_characters`, unless `overlong` is
-    "refuse", which raises `UserError` for them. `deduplicate` also leaves out prompts that repeat an earlier one except for
-    white space.
+    Prompts without a visible character are left out. Prompts of more than `max_characters` characters are left out if
+    `overlong` is "skip", and raise `UserError` if it is "refuse". With `deduplicate`, prompts that repeat an earlier
+    one except for white space are left out.
 
-    Raises `UserError` if the file is missing, empty or not UTF-8, or if its content does not match its ending. It is also
-    raised for an unknown `field` and for a prompt that no tokenizer can read.
+    Raises `UserError` if the file is missing, empty or not UTF-8, if its content does not have the format that its name
+    says, if it has no key or column `field`, or if no tokenizer can read a prompt.
     """
 
     def __init__(
@@ -121,8 +122,8 @@ class PromptFile(SelectedPrompts):
 class PromptList(Prompts):
     """Prompts that are written in the configuration itself. The list is repeated `repeat` times.
 
-    Raises `UserError` for an empty list, for a `repeat` below 1, and for a prompt that is not a text or that no tokenizer can
-    read.
+    Raises `UserError` for an empty list, for a `repeat` below 1, for a prompt that is not a string, and for a prompt
+    that no tokenizer can read.
     """
 
     def __init__(self, prompts: Annotated[Sequence[Prompt], NotEmpty], repeat: Count = 1) -> None:

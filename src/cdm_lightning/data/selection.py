@@ -20,21 +20,24 @@ KEY_BYTES = 16  # of a prompt's hash; the chance that two of 10 million prompts 
 
 
 class TextSource(Protocol):
-    """A source of texts, such as a file. Each text has a position (an int64), with which this text can be read without the others."""
+    """A source of texts, such as a file. Each text has a position, an int64 by which it is read without the others."""
 
     def scan(self) -> Iterator[tuple[int, str]]:
         """Yield (position, text) for all texts in order. Raises `UserError` for a text that cannot be read."""
 
     def read(self, position: int) -> str:
-        """Return the text at a position that `scan` has yielded."""
+        """Return the text at `position`, which `scan` has yielded."""
 
     def place(self, position: int) -> str:
-        """Return the place of a text for messages, such as "captions.txt, line 3"."""
+        """Return where the text at `position` is, for messages, such as "captions.txt, line 3"."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """How many texts a `Selection` kept, and left out for each reason. `max_characters` is the selection's limit of length."""
+    """How many texts a `Selection` kept, and how many it left out for each reason.
+
+    `max_characters` is the number of characters above which a text counts as over-long.
+    """
 
     kept: int
     blank: int
@@ -44,7 +47,7 @@ class Counts:
 
     @property
     def left_out(self) -> str:
-        """The numbers of texts that were left out, such as "3 blank, 1 over 10,000 characters". It is "" if there are none."""
+        """The numbers of left-out texts, such as "3 blank, 1 over 10,000 characters", or "" if no text was left out."""
         over = f"over {self.max_characters:,} characters"
         named = ((self.blank, "blank"), (self.overlong, over), (self.repeated, "repeated"))
         return ", ".join(f"{count:,} {name}" for count, name in named if count)
@@ -54,8 +57,9 @@ class Counts:
 class Selection:
     """The rules by which texts are kept as prompts.
 
-    Blank texts are left out. With `overlong="skip"`, texts of more than `max_characters` are left out; with "refuse", they
-    raise `UserError`. With `deduplicate`, texts that repeat an earlier one except for white space are left out.
+    Blank texts are left out. Texts of more than `max_characters` characters are left out if `overlong` is "skip", and
+    raise `UserError` if it is "refuse". With `deduplicate`, texts that repeat an earlier one except for white space are
+    left out.
 
     Raises `UserError` for a `max_characters` below 1 and for any other value of `overlong`.
     """
@@ -72,10 +76,10 @@ class Selection:
             )
 
     def select(self, source: TextSource, name: str) -> tuple[Tensor, Counts]:
-        """Return the positions (n,) int64 of the texts that are kept, in order, and the counts.
+        """Return the positions (n,) int64 of the texts that are kept, in order, and the `Counts` of all texts.
 
-        Raises `UserError` for a text that cannot be read from the source or that no tokenizer can read, and with
-        `overlong="refuse"` for an over-long text. `name` is the name of the source in messages.
+        `name` is the name of the source. Raises `UserError` for a text that cannot be read from `source`, for a text
+        that no tokenizer can read, and for an over-long text if `overlong` is "refuse".
         """
         positions, keys, blank, overlong = array("q"), bytearray(), 0, 0
         for position, text in source.scan():
@@ -114,10 +118,10 @@ def is_visible(text: str) -> bool:
 
 
 def flaw_of(text: str) -> str | None:
-    """Return why no tokenizer can read a text, and how to repair it. Returns None if nothing is wrong.
+    """Return a message that says why no tokenizer can read a text and how to repair it, or None if nothing is wrong.
 
-    Tokenizers cannot read NUL characters and lone surrogates. A lone surrogate is half of a character, for example
-    from a JSON text that was cut inside an emoji.
+    Tokenizers cannot read NUL characters and lone surrogates. A lone surrogate is half of a character, for example from
+    a JSON text that was cut inside an emoji.
     """
     if "\0" in text:
         return "the prompt contains a NUL character; if the file is UTF-16, convert it to UTF-8"
@@ -131,9 +135,9 @@ def flaw_of(text: str) -> str | None:
 
 
 def first_occurrences(keys: bytes | bytearray) -> np.ndarray:
-    """Return the indices (n,) of the 16-byte keys that do not repeat an earlier key, in increasing order.
+    """Return the indices (n,) of those keys that do not repeat an earlier key, in increasing order.
 
-    `keys` contains the keys one after the other; the first has index 0.
+    `keys` contains keys of 16 bytes, one after the other. The first key has index 0.
     """
     pairs = np.frombuffer(keys, dtype="<u8").reshape(-1, 2)
     order = np.lexsort((pairs[:, 1], pairs[:, 0]))  # the sort is stable: of equal keys the first comes first

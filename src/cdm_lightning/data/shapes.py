@@ -1,9 +1,9 @@
 """A synthetic text-to-image dataset: captions of coloured shapes, and images that are rendered from the captions.
 
-Examples of captions are "a large red circle on the left", "a small square", and "a blue shape above a large green ring". Like a
-real prompt, a caption may leave out any attribute. The images of one caption then differ in this attribute, which bends the
-paths from noise to image and makes sampling in few steps hard. Everything is a function of (seed, index), so nothing is stored or
-downloaded.
+Examples of captions are "a large red circle on the left", "a small square", and "a blue shape above a large green
+ring". Like a real prompt, a caption may leave out any attribute. The images of one caption then differ in this
+attribute, which bends the paths from noise to image and makes sampling in few steps hard. Captions and images are
+computed from seeds, so nothing is stored or downloaded.
 """
 
 import hashlib
@@ -52,7 +52,7 @@ class Item:
     size: str | None = None
 
     def words(self) -> str:
-        """Return the noun phrase, as in "a large red circle"."""
+        """Return the item as a noun phrase, such as "a large red circle"."""
         return " ".join(["a", *filter(None, (self.size, self.colour)), self.shape or ANY_SHAPE])
 
 
@@ -67,14 +67,17 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """The prompt, in lower case without punctuation."""
+        """The caption of the scene, in lower case without punctuation."""
         if self.relation:
             return f"{self.first.words()} {self.relation} {cast(Item, self.second).words()}"
         return f"{self.first.words()} {self.place}" if self.place else self.first.words()
 
     @property
     def held_out(self) -> bool:
-        """Whether this combination of attributes is kept out of the training set. A hash of the caption decides."""
+        """Whether the scene's combination of attributes is kept out of the training set.
+
+        A hash of the scene's caption decides.
+        """
         return int.from_bytes(hashlib.blake2b(self.caption.encode(), digest_size=4).digest(), "little") % HELD_OUT == 0
 
 
@@ -87,9 +90,11 @@ def all_words() -> list[str]:
 def draw_scenes(
     count: int, seed: int, split: Split = "train", pairs: float = 0.0, leave_out: float = LEAVE_OUT
 ) -> list[Scene]:
-    """Draw `count` random scenes. The split "heldout" has only combinations of attributes that "train" never has.
+    """Draw `count` random scenes.
 
-    A scene has two items with probability `pairs`, and otherwise one. Each attribute is left out with probability `leave_out`.
+    With `split` "heldout", all scenes have combinations of attributes that "train" never has. "all" gives both kinds. A
+    scene has two items with probability `pairs`, and otherwise one. Each attribute is left out with probability
+    `leave_out`.
     """
     rng = random.Random(seed)
     scenes: list[Scene] = []
@@ -162,7 +167,7 @@ class Layout:
 
 
 def lay_out(scenes: Sequence[Scene], seed: int) -> Layout:
-    """Return a layout with one image for each scene. Attributes that a caption leaves out are drawn at random.
+    """Return a layout with one image for each scene. Attributes that a scene leaves out are drawn at random.
 
     The layout is a function of `seed` and `scenes`.
     """
@@ -194,13 +199,16 @@ def _lay_out_one(scene: Scene, rng: random.Random) -> tuple:
 def render(scenes: Sequence[Scene], seed: int) -> Tensor:
     """Render one image for each scene: (N, 3, 32, 32) in [0, 1], a function of `seed` and `scenes`.
 
-    Place, size, tilt and tint vary a little, and backgrounds are random.
+    The place, size, tilt and tint of each shape vary a little, and the backgrounds are random.
     """
     return render_layout(lay_out(scenes, seed), seed)
 
 
 def render_layout(layout: Layout, seed: int) -> Tensor:
-    """Render the images of a layout: (N, 3, 32, 32) in [0, 1]. `seed` fixes backgrounds and small variations."""
+    """Render the N images of a layout: (N, 3, 32, 32) in [0, 1], a function of `layout` and `seed`.
+
+    `seed` seeds the random backgrounds and the small variations of place, size, tilt and tint of the shapes.
+    """
     rng = torch.Generator().manual_seed(seed)
     images = _background(len(layout.place), rng)
     palette = torch.tensor(list(COLOURS.values()))

@@ -1,4 +1,7 @@
-"""Pictures of the storybook scenes: 64 x 64 pixels, a function of the caption and a seed. One takes about 2 ms on one core."""
+"""Pictures of the storybook scenes: 64 x 64 pixels, a function of the caption and a seed.
+
+Drawing a picture takes about 2 ms on one core.
+"""
 
 import random
 from collections.abc import Sequence
@@ -41,10 +44,10 @@ class Spot:
 
 
 def draw_scene(caption: str, seed: int, split: Split = "all") -> tuple[Image.Image, Scene]:
-    """Draw a caption: a 64 x 64 picture, and the scene with all attributes that it shows.
+    """Return a 64 x 64 picture of the caption, and the scene with all attributes that the picture shows.
 
-    What the caption leaves out is chosen at random, by `grammar.complete`, which also explains `split`. The same arguments always
-    give the same result. Raises ValueError for a text that is not a caption of the scenes.
+    The attributes that the caption leaves out are chosen at random by `grammar.complete`, which also explains `split`.
+    The same arguments always give the same result. Raises ValueError for a text that is not a caption of the scenes.
     """
     rng = random.Random(f"{caption}/{seed}")
     scene = complete(parse_caption(caption), rng, split)
@@ -55,9 +58,9 @@ def draw_scene(caption: str, seed: int, split: Split = "all") -> tuple[Image.Ima
 
 
 def draw_scenes(captions: Sequence[str], seed: int, split: Split = "all") -> tuple[np.ndarray, list[Scene]]:
-    """Draw one picture for each of N captions: an array (N, 64, 64, 3) of uint8, and the N scenes that they show.
+    """Return pictures of N captions, an array (N, 64, 64, 3) of uint8, and the N scenes that the pictures show.
 
-    Picture i is that of `draw_scene` with the seed `seed + i`.
+    Picture i is drawn by `draw_scene` with the seed `seed + i`.
     """
     drawn = [draw_scene(caption, seed + i, split) for i, caption in enumerate(captions)]
     return np.stack([np.asarray(picture) for picture, _ in drawn]), [scene for _, scene in drawn]

@@ -1,8 +1,11 @@
 """The captions of the storybook scenes: one or two things with colour, size and place, in a setting.
 
-Examples are "a large red house on the left in the snow", "at night a tiny cat", and "a blue car in front of a big yellow house".
-A caption may leave out every attribute but the noun, like a real prompt, and its pictures then differ in this attribute. Some
-combinations of noun, colour and setting are held out: no training picture shows one, whether its caption names it or not.
+Examples are "a large red house on the left in the snow", "at night a tiny cat", and "a blue car in front of a big
+yellow house". A caption may leave out every attribute but the noun, like a real prompt, and its pictures then differ in
+this attribute.
+
+Some combinations of noun, colour and setting are held out. No training picture shows such a combination, even if the
+caption leaves out the colour or the setting.
 """
 
 import hashlib
@@ -67,12 +70,18 @@ class Scene:
 
     @property
     def held_out(self) -> bool:
-        """Whether a thing's combination of noun, colour and setting is kept out of training. A hash decides."""
+        """Whether a thing of the scene has a combination of noun, colour and setting that is kept out of training.
+
+        A hash of the combination decides.
+        """
         return any(is_held_out(thing.noun, thing.colour, self.setting) for thing in self.things)
 
 
 def is_held_out(noun: str, colour: str | None, setting: str | None) -> bool:
-    """Return whether this combination is held out. Without a colour or a setting the result is False."""
+    """Return whether the combination of `noun`, `colour` and `setting` is kept out of training.
+
+    If `colour` or `setting` is None, the result is False.
+    """
     if colour is None or setting is None:
         return False
     digest = hashlib.blake2b(f"{noun}/{colour}/{setting}".encode(), digest_size=4).digest()
@@ -86,7 +95,7 @@ def all_words() -> list[str]:
 
 
 def count_captions() -> int:
-    """Return the number of different captions with one thing, in all wordings."""
+    """Return the number of different captions with one thing. Captions that differ only in wording count separately."""
     ways = [len(NOUNS), len(COLOURS) + 1]
     ways += [1 + sum(map(len, table.values())) for table in (SIZES, PLACES)]
     settings = sum(map(len, SETTINGS.values()))
@@ -97,9 +106,10 @@ def count_captions() -> int:
 
 
 def draw_captions(count: int, seed: int, split: Split = "train", pairs: float = 0.0) -> list[str]:
-    """Draw `count` random captions; the same arguments give the same captions. A caption has two things with probability `pairs`.
+    """Draw `count` random captions. The same arguments give the same captions.
 
-    The split "heldout" has only captions with a held-out combination, "train" has none of them, and "all" has both.
+    A caption has two things with probability `pairs`, and otherwise one. With `split` "heldout", every caption names a
+    held-out combination of noun, colour and setting. With "train", no caption does. "all" gives both kinds.
     """
     rng = random.Random(f"captions/{seed}/{split}")
     captions: list[str] = []
@@ -155,7 +165,7 @@ def word(scene: Scene, rng: random.Random) -> str:
 
 
 def parse_caption(caption: str) -> Scene:
-    """Return the scene that a caption describes. Raises ValueError for a text that is not a caption of the scenes."""
+    """Return the scene that `caption` describes. Raises ValueError for a text that is not a caption of the scenes."""
     text, setting = _take(caption, SETTINGS)
     text, place = _take(text, PLACES)
     for relation in RELATIONS:
@@ -189,11 +199,11 @@ def _parse_thing(phrase: str, caption: str) -> Thing:
 
 
 def complete(scene: Scene, rng: random.Random, split: Split = "all") -> Scene:
-    """Return the scene with a random value for every attribute that it leaves out.
+    """Return the scene with a random value for every attribute that `scene` leaves out.
 
-    With `split` "train", the result has no held-out combination, and with "heldout" it has one. Two things never have
-    the same colour unless the scene says so. A thing in front is small and a thing behind is large; raises ValueError for a scene
-    that says otherwise.
+    With `split` "train", the result has no held-out combination of noun, colour and setting, and with "heldout" it has
+    one. Two things never have the same colour unless `scene` says so. If one thing is in front of the other, the one in
+    front is small and the other large; ValueError is raised if `scene` names other sizes for them.
     """
     in_front = {"in front of": ("small", "large"), "behind": ("large", "small")}.get(scene.relation or "")
     if in_front and any(thing.size not in (None, size) for thing, size in zip(scene.things, in_front, strict=True)):
@@ -215,5 +225,5 @@ def complete(scene: Scene, rng: random.Random, split: Split = "all") -> Scene:
 
 
 def held_out_combinations() -> list[tuple[str, str, str]]:
-    """Return the held-out combinations of noun, colour and setting."""
+    """Return all combinations (noun, colour, setting) that are kept out of training."""
     return [names for names in product(NOUNS, COLOURS, SETTINGS) if is_held_out(*names)]

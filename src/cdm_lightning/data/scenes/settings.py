@@ -1,4 +1,8 @@
-"""The settings of the storybook scenes: painted backgrounds such as a beach. All lengths are pixels of the canvas (256 x 256)."""
+"""The settings of the storybook scenes: painted backgrounds such as a beach.
+
+All lengths are pixels of the canvas (256 x 256). In the painting functions, `horizon` is the row of pixels where the
+ground begins, and `rng` varies the colours and the details.
+"""
 
 import math
 import random
@@ -13,7 +17,7 @@ CANVAS = 256  # the side of the canvas on which scenes are drawn, before they ar
 
 
 def jitter(rng: random.Random, colour: Colour, amount: int = 10) -> Colour:
-    """Return the colour with each channel changed by at most `amount`."""
+    """Return the colour with each channel changed by a random amount of at most `amount`."""
     red, green, blue = (max(0, min(255, channel + rng.randint(-amount, amount))) for channel in colour)
     return red, green, blue
 
@@ -36,7 +40,7 @@ def _cloud(draw: Any, rng: random.Random, lowest: int) -> None:
 
 
 def meadow(draw: Any, rng: random.Random, horizon: int) -> None:
-    """Paint a green meadow under a blue sky with clouds, a hill and tufts of grass."""
+    """Paint a meadow with tufts of grass from the row `horizon` down, and a hill and blue sky with clouds above."""
     _shade(draw, jitter(rng, (112, 184, 242)), jitter(rng, (204, 232, 250)), 0, horizon)
     _hill(draw, rng, horizon, jitter(rng, (116, 178, 92)))
     for _ in range(rng.randint(1, 2)):
@@ -48,7 +52,7 @@ def meadow(draw: Any, rng: random.Random, horizon: int) -> None:
 
 
 def beach(draw: Any, rng: random.Random, horizon: int) -> None:
-    """Paint a beach: sky with a sun, a strip of sea with a line of foam, and sand with shells."""
+    """Paint sand with shells from the row `horizon` down, and a strip of sea and a sky with a sun above."""
     shore = horizon - 46
     _shade(draw, jitter(rng, (138, 202, 248)), jitter(rng, (224, 242, 252)), 0, shore)
     x, y = rng.randint(24, CANVAS - 24), rng.randint(30, 52)
@@ -62,7 +66,7 @@ def beach(draw: Any, rng: random.Random, horizon: int) -> None:
 
 
 def night(draw: Any, rng: random.Random, horizon: int) -> None:
-    """Paint a night: a dark blue sky with stars and a crescent moon over blue-green land."""
+    """Paint blue-green land from the row `horizon` down, and a night sky with stars and a crescent moon above."""
     top, bottom = jitter(rng, (22, 26, 74)), jitter(rng, (62, 66, 128))
     _shade(draw, top, bottom, 0, horizon)
     _hill(draw, rng, horizon, jitter(rng, (46, 72, 98)))
@@ -76,7 +80,7 @@ def night(draw: Any, rng: random.Random, horizon: int) -> None:
 
 
 def snow(draw: Any, rng: random.Random, horizon: int) -> None:
-    """Paint a winter: grey sky, far firs, white ground with blue shades, and falling flakes."""
+    """Paint white ground from the row `horizon` down, far firs and a grey sky above, and falling flakes."""
     _shade(draw, jitter(rng, (150, 174, 204)), jitter(rng, (206, 218, 234)), 0, horizon)
     for _ in range(rng.randint(2, 4)):
         x, height = rng.randint(0, CANVAS), rng.randint(34, 54)
@@ -89,7 +93,7 @@ def snow(draw: Any, rng: random.Random, horizon: int) -> None:
 
 
 def desert(draw: Any, rng: random.Random, horizon: int) -> None:
-    """Paint a desert: a hot orange sky, dunes, and a far cactus."""
+    """Paint sand from the row `horizon` down, a dune and a hot orange sky above, and a far cactus."""
     _shade(draw, jitter(rng, (248, 176, 96)), jitter(rng, (254, 226, 170)), 0, horizon)
     x, height = rng.randint(0, CANVAS), rng.randint(30, 62)
     draw.polygon(
@@ -107,7 +111,7 @@ def desert(draw: Any, rng: random.Random, horizon: int) -> None:
 
 
 def sea(draw: Any, rng: random.Random, horizon: int) -> None:
-    """Paint the bottom of the sea: blue water that darkens with depth, sand, seaweed and bubbles."""
+    """Paint the bottom of the sea: water that darkens with depth, sand, seaweed and bubbles. `horizon` is ignored."""
     floor = CANVAS - rng.randint(30, 44)
     _shade(draw, jitter(rng, (74, 182, 214)), jitter(rng, (18, 82, 150)), 0, floor)
     _shade(draw, jitter(rng, (204, 186, 132)), jitter(rng, (164, 142, 98)), floor, CANVAS)
@@ -126,7 +130,7 @@ BACKDROPS: dict[str, Callable[[Any, random.Random, int], None]] = {
 
 
 def paint_setting(name: str, rng: random.Random) -> Image.Image:
-    """Return a new canvas (256 x 256 pixels, RGB) with the setting `name`."""
+    """Return a new canvas (256 x 256 pixels, RGB) on which the setting `name` is painted. `rng` varies the details."""
     canvas = Image.new("RGB", (CANVAS, CANVAS))
     BACKDROPS[name](ImageDraw.Draw(canvas), rng, int(CANVAS * rng.uniform(0.56, 0.66)))
     return canvas

@@ -1,6 +1,6 @@
 """The things of the storybook scenes as lists of simple shapes, to be painted with an outline at any place and scale.
 
-Units: a thing stands on (0, 0), is about 2 high, and y grows downwards, as in a picture.
+In the coordinates of the shapes, a thing stands on the point (0, 0) and is about 2 units high, and y grows downwards.
 """
 
 import math
@@ -16,7 +16,7 @@ DARK, WINDOW, WOOD, CREAM = (30, 26, 36), (255, 238, 160), (112, 76, 46), (250, 
 
 
 def mix(a: Colour, b: Colour, share: float) -> Colour:
-    """Return the colour that lies the given share of the way from `a` to `b`."""
+    """Return the colour between `a` and `b` that is the fraction `share` of the way from `a` to `b`."""
     return (
         int(a[0] + (b[0] - a[0]) * share),
         int(a[1] + (b[1] - a[1]) * share),
@@ -25,18 +25,21 @@ def mix(a: Colour, b: Colour, share: float) -> Colour:
 
 
 def darker(colour: Colour, share: float = 0.35) -> Colour:
-    """Return a shade of the colour."""
+    """Return `colour`, moved by the fraction `share` towards a nearly black colour."""
     return mix(colour, DARK, share)
 
 
 def lighter(colour: Colour, share: float = 0.45) -> Colour:
-    """Return a tint of the colour."""
+    """Return `colour`, moved by the fraction `share` towards white."""
     return mix(colour, (255, 255, 255), share)
 
 
 @dataclass
 class Sketch:
-    """The shapes of one thing, from back to front. With `mirrored`, left and right are exchanged."""
+    """The shapes of one thing, from back to front, in units of which a thing is about 2 high.
+
+    With `mirrored`, left and right are exchanged.
+    """
 
     mirrored: bool = False
     shapes: list[tuple[str, list[Point], Colour, float]] = field(default_factory=list)
@@ -46,25 +49,28 @@ class Sketch:
         self.shapes.append((kind, [(sign * x, y) for x, y in points], colour, width))
 
     def ellipse(self, x: float, y: float, rx: float, ry: float, colour: Colour) -> None:
-        """Add a filled ellipse with this centre and these radii."""
+        """Add a filled ellipse with the centre (x, y) and the radii `rx` (horizontal) and `ry` (vertical)."""
         self._add("ellipse", [(x - rx, y - ry), (x + rx, y + ry)], colour)
 
     def polygon(self, points: Sequence[Point], colour: Colour) -> None:
-        """Add a filled polygon."""
+        """Add a filled polygon with the corners `points`."""
         self._add("polygon", points, colour)
 
     def box(self, left: float, top: float, right: float, bottom: float, colour: Colour) -> None:
-        """Add a filled rectangle."""
+        """Add a filled rectangle with these edges; `top` and `bottom` are y coordinates, which grow downwards."""
         self.polygon([(left, top), (right, top), (right, bottom), (left, bottom)], colour)
 
     def line(self, points: Sequence[Point], colour: Colour, width: float) -> None:
-        """Add a line of this width."""
+        """Add a line of the width `width` through `points`."""
         self._add("line", points, colour, width)
 
     def paint(
         self, draw: ImageDraw.ImageDraw, x: float, y: float, scale: float, rim: float, rim_colour: Colour
     ) -> None:
-        """Paint the thing so that it stands on the pixel (x, y), `scale` pixels per unit, with an outline `rim` pixels wide."""
+        """Paint the thing with `draw` so that it stands on the pixel (x, y), with `scale` pixels per unit.
+
+        The thing gets an outline that is `rim` pixels wide and has the colour `rim_colour`.
+        """
         placed = [
             (kind, [(x + px * scale, y + py * scale) for px, py in points], colour, width * scale)
             for kind, points, colour, width in self.shapes
@@ -90,7 +96,7 @@ def _paint(draw: Any, kind: str, points: list[Point], colour: Colour, width: flo
 
 
 def house(s: Sketch, c: Colour) -> None:
-    """Draw a house: walls of its colour, a dark roof, a door and two lit windows."""
+    """Add to `s` the shapes of a house: walls of the colour `c`, a dark roof, a door and two lit windows."""
     s.box(0.4, -1.9, 0.64, -1.4, darker(c, 0.5))
     s.box(-0.8, -1.1, 0.8, 0, c)
     s.polygon([(-1, -1.05), (0, -1.95), (1, -1.05)], darker(c, 0.45))
@@ -100,7 +106,7 @@ def house(s: Sketch, c: Colour) -> None:
 
 
 def tree(s: Sketch, c: Colour) -> None:
-    """Draw a tree: a trunk and a round crown."""
+    """Add to `s` the shapes of a tree: a brown trunk and a round crown of the colour `c`."""
     s.polygon([(-0.13, -0.9), (0.13, -0.9), (0.2, 0), (-0.2, 0)], WOOD)
     for x, y, r in ((-0.45, -1.05, 0.42), (0.45, -1.05, 0.42), (0, -1.5, 0.52), (0, -0.98, 0.42)):
         s.ellipse(x, y, r, r, c)
@@ -109,7 +115,7 @@ def tree(s: Sketch, c: Colour) -> None:
 
 
 def fish(s: Sketch, c: Colour) -> None:
-    """Draw a fish: it swims above the ground."""
+    """Add to `s` the shapes of a fish of the colour `c`, which swims above the ground."""
     s.polygon([(-0.5, -0.85), (-1.1, -1.35), (-0.95, -0.85), (-1.1, -0.35)], darker(c, 0.25))
     s.polygon([(-0.3, -1.2), (0.1, -1.62), (0.3, -1.25)], darker(c, 0.25))
     s.ellipse(0.12, -0.85, 0.82, 0.5, c)
@@ -120,7 +126,7 @@ def fish(s: Sketch, c: Colour) -> None:
 
 
 def boat(s: Sketch, c: Colour) -> None:
-    """Draw a sailing boat: hull and small sail of its colour, and a cream sail."""
+    """Add to `s` the shapes of a sailing boat: hull and small sail of the colour `c`, and a cream sail."""
     s.box(-0.05, -1.95, 0.05, -0.5, WOOD)
     s.polygon([(0.12, -1.9), (0.12, -0.66), (0.85, -0.66)], CREAM)
     s.polygon([(-0.12, -1.65), (-0.12, -0.66), (-0.7, -0.66)], c)
@@ -129,7 +135,7 @@ def boat(s: Sketch, c: Colour) -> None:
 
 
 def car(s: Sketch, c: Colour) -> None:
-    """Draw a car from its side: two windows and two wheels."""
+    """Add to `s` the shapes of a car of the colour `c`, seen from its side, with two windows and two wheels."""
     glass = (190, 228, 246)
     s.polygon([(-0.7, -0.75), (-0.48, -1.4), (0.4, -1.4), (0.72, -0.75)], c)
     s.polygon([(-1.02, -0.82), (0.85, -0.82), (1.05, -0.6), (1.05, -0.22), (-1.02, -0.22)], c)
@@ -142,7 +148,7 @@ def car(s: Sketch, c: Colour) -> None:
 
 
 def flower(s: Sketch, c: Colour) -> None:
-    """Draw a flower: six petals around a centre, a stem and two leaves."""
+    """Add to `s` the shapes of a flower: six petals of the colour `c` around a centre, a stem and two leaves."""
     stem, near_yellow = (54, 124, 52), c[0] > 200 and c[1] > 120 and c[2] < 100
     s.line([(0, -1.2), (0, 0)], stem, 0.13)
     s.polygon([(0, -0.2), (0.5, -0.62), (0.56, -0.3)], stem)
@@ -154,7 +160,7 @@ def flower(s: Sketch, c: Colour) -> None:
 
 
 def mushroom(s: Sketch, c: Colour) -> None:
-    """Draw a mushroom: a cap of its colour with pale dots on a pale stalk."""
+    """Add to `s` the shapes of a mushroom: a cap of the colour `c` with pale dots on a pale stalk."""
     s.polygon([(-0.26, -0.9), (0.26, -0.9), (0.36, 0), (-0.36, 0)], CREAM)
     cap = [(0.95 * math.cos(a), -0.85 - 1.0 * math.sin(a)) for a in (k * math.pi / 16 for k in range(17))]
     s.polygon(cap, c)
@@ -164,7 +170,7 @@ def mushroom(s: Sketch, c: Colour) -> None:
 
 
 def balloon(s: Sketch, c: Colour) -> None:
-    """Draw a balloon that floats on a string."""
+    """Add to `s` the shapes of a balloon of the colour `c`, which floats on a string."""
     s.line([(0, -0.75), (0.1, -0.5), (-0.06, -0.25), (0.04, 0)], (86, 82, 88), 0.06)
     s.polygon([(-0.14, -0.62), (0.14, -0.62), (0, -0.82)], darker(c, 0.3))
     s.ellipse(0, -1.38, 0.58, 0.64, c)
@@ -172,7 +178,7 @@ def balloon(s: Sketch, c: Colour) -> None:
 
 
 def cat(s: Sketch, c: Colour) -> None:
-    """Draw a sitting cat: pointed ears, yellow eyes and a tail."""
+    """Add to `s` the shapes of a sitting cat of the colour `c`, with pointed ears, yellow eyes and a tail."""
     s.line([(0.4, -0.14), (0.86, -0.2), (0.98, -0.6), (0.8, -0.92)], darker(c, 0.22), 0.2)
     s.ellipse(0, -0.48, 0.56, 0.48, c)
     s.polygon([(-0.56, -1.3), (-0.52, -1.98), (-0.1, -1.6)], c)
@@ -186,7 +192,7 @@ def cat(s: Sketch, c: Colour) -> None:
 
 
 def bird(s: Sketch, c: Colour) -> None:
-    """Draw a standing bird: round body, beak, wing, and two thin legs."""
+    """Add to `s` the shapes of a standing bird of the colour `c`: round body, beak, wing, and two thin legs."""
     for x in (-0.15, 0.2):
         s.line([(x, -0.45), (x, 0)], (214, 128, 40), 0.1)
     s.polygon([(-0.5, -0.7), (-1.08, -1.12), (-1.0, -0.62)], darker(c, 0.35))
@@ -199,7 +205,7 @@ def bird(s: Sketch, c: Colour) -> None:
 
 
 def cup(s: Sketch, c: Colour) -> None:
-    """Draw a cup with a handle and steam."""
+    """Add to `s` the shapes of a cup of the colour `c`, with a handle and steam."""
     s.line([(0.5, -0.98), (0.92, -0.92), (0.92, -0.45), (0.48, -0.34)], darker(c, 0.15), 0.16)
     s.polygon([(-0.65, -1.15), (0.65, -1.15), (0.48, 0), (-0.48, 0)], c)
     s.polygon([(-0.46, -0.95), (-0.28, -0.95), (-0.22, -0.15), (-0.36, -0.15)], lighter(c))
@@ -210,7 +216,7 @@ def cup(s: Sketch, c: Colour) -> None:
 
 
 def butterfly(s: Sketch, c: Colour) -> None:
-    """Draw a flying butterfly: four wings with pale dots, a body and two feelers."""
+    """Add to `s` the shapes of a flying butterfly: four wings of the colour `c` with dots, a body and two feelers."""
     for sign in (-1, 1):
         s.line([(0, -1.5), (sign * 0.3, -1.95)], DARK, 0.08)
         s.ellipse(sign * 0.46, -0.72, 0.36, 0.42, darker(c, 0.25))
