@@ -1,7 +1,7 @@
 """A text cache is a folder with the encoded prompts of a run. Training reads it instead of loading a text encoder.
 
 The encodings are on the disk in files called shards, and an encoding is read whenever its prompt is used. In memory,
-the opened cache takes only 24 bytes for each prompt: its key and its position.
+the opened cache takes only 24 bytes for each prompt: a key, and the place where the encoding is stored.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,11 +39,11 @@ class TextCacheSettings:
     `folder` is the cache that the command `cache_text` writes and training reads. `dtype` is the dtype of the cache's
     floating-point tensors. The command encodes `batch_size` prompts at a time and writes files of about
     `shard_megabytes` MB. If the run has at most `check_up_to` prompts, training looks up all of them in the cache
-    before it begins. If it has more, a missing prompt is noticed when it is used.
+    before it begins. If the run has more, a missing prompt ends it with an error when the prompt is used.
 
     If `folder` is None, the encodings are kept in memory, provided that the run has at most `remember_up_to` prompts
-    and that their encodings take at most `remember_megabytes` MB. In both numbers of prompts, a prompt that occurs
-    several times is counted each time.
+    and that their encodings take at most `remember_megabytes` MB. Both limits on the number of prompts count a prompt
+    as often as it occurs.
 
     Raises `UserError` for a value out of its range.
     """

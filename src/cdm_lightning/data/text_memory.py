@@ -20,8 +20,8 @@ class RememberedText:
 
     The parameter `encode` is the function that computes encodings. The first call of the method `encode` passes all
     these prompts to the function, always in the same batches. Therefore a resumed run gets bit-identical encodings,
-    whichever prompts it uses first. The encodings stay on the device on which the function returned them. A batch with
-    any other prompt is passed to the function at every call.
+    whichever prompts it uses first. The encodings stay on the device on which the function returned them. If a batch
+    contains a prompt that is not kept, the whole batch is passed to the function at every call.
 
     If the encodings would take more than `most_bytes`, or if their shapes differ between prompts, nothing is kept, and
     every batch is passed to the function at every call.
@@ -34,7 +34,10 @@ class RememberedText:
         self._table: Conditioning = {}
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Return the encodings of B prompts: tensors (B, ...) by name, equal to what the function `encode` returns."""
+        """Return the encodings of B prompts: tensors (B, ...) by name.
+
+        They equal what the function that was passed to the constructor returns for these prompts.
+        """
         if self._place is None:
             self._fill()
         known = cast(dict[str, int], self._place)
@@ -42,9 +45,9 @@ class RememberedText:
         return self._encode(prompts) if -1 in places else select_rows(self._table, torch.tensor(places))
 
     def forget(self) -> None:
-        """Drop all encodings that are kept. The next call of `encode` encodes the prompts again.
+        """Drop all encodings that are kept. The next call of `encode` computes them again.
 
-        Call this after the text encoders have moved to another device.
+        Call this after the text encoders have moved to another device, so that the encodings are on that device too.
         """
         self._place, self._table = None, {}
 

@@ -109,10 +109,10 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def is_sound(manifest: Manifest) -> bool:
-    """Return whether a manifest has the present format, values of the right types, and tensors of possible sizes.
+    """Return whether a manifest has the present format, values of the right types, and tensors of a plausible size.
 
-    If an entry is missing or has a wrong type, this function may raise an exception of any type instead of returning
-    False.
+    The limits are `MOST_SIDES` and `MOST_BYTES`. If an entry is missing or has a wrong type, this function may raise an
+    exception of any type instead of returning False.
     """
     texts = [part for pair in manifest.text_fingerprint.items() for part in pair]
     sides = [side for entry in manifest.tensors.values() for side in entry["shape"]]
@@ -157,7 +157,7 @@ def require_fingerprint(folder: Path, manifest: Manifest, fingerprint: Mapping[s
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """Return the paths of all shards of a cache, sorted."""
+    """Return the paths of all shards of a cache, sorted by name."""
     return sorted((folder / SHARDS).glob("*.safetensors"))
 
 

@@ -21,9 +21,9 @@ class FileState:
         return cls(found.st_size, found.st_mtime_ns)
 
     def require(self, file: Path | int, path: Path) -> None:
-        """Raise `UserError` if `file`, a path or an open descriptor, no longer has this size and time.
+        """Raise `UserError` if a file no longer has the size and time that are stored here.
 
-        `path` is the name of the file in the message.
+        `file` is the file's path or an open descriptor. `path` is the name of the file in the message.
         """
         try:
             same = FileState.of(file) == self

@@ -36,12 +36,14 @@ def is_launched(variables: Mapping[str, str] = os.environ) -> bool:
 
 
 def launch(config_text: str, processes: int, task: str, command: Sequence[str] = tuple(sys.argv)) -> int:
-    """Run `task` in `processes` processes on this machine. Return 0, or the exit status of the first that failed.
+    """Run `task` in `processes` processes on this machine.
+
+    Returns 0, or the exit status of the process that failed first. If a signal ended that process, stderr names the
+    process, and the status is 128 + signal as in a shell.
 
     `config_text` is the resolved configuration as YAML. `task` names a function as "module:function", which each
     process calls with the configuration. `command` is the command line of this process; the started processes get it as
-    their `sys.argv`, with secrets masked. If a signal ended a process, stderr names the process, and the status is 128
-    + signal as in a shell.
+    their `sys.argv`, with secrets masked.
     """
     with tempfile.TemporaryDirectory(prefix="cdm_lightning_") as name:  # only its owner can read it
         folder = Path(name)
@@ -74,10 +76,11 @@ def run_processes(
     program: Sequence[str] = ("-m", "cdm_lightning.distributed.launch"),
     grace: int = GRACE,
 ) -> int:
-    """Run `python *program folder` in `processes` processes. Return 0, or the exit status of the first that failed.
+    """Run `python *program folder` in `processes` processes.
 
-    `folder` holds the description of the task (see `main`), and small files by which the launcher and the processes
-    communicate. If one process fails, the others are killed after `grace` seconds.
+    Returns 0, or the exit status of the process that failed first. The other processes are then killed after `grace`
+    seconds. `folder` holds the description of the task (see `main`), and small files by which the launcher and the
+    processes communicate.
     """
     import logging
     import uuid

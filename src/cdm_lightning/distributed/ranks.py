@@ -22,7 +22,7 @@ def world_size() -> int:
 
 
 def gather(value: Any) -> list[Any]:
-    """Return all processes' values as a list, ordered by rank. All processes must call this and get the same list."""
+    """Return a list of the values that all processes pass, ordered by rank. All processes must call this."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -31,7 +31,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def from_first(value: Any) -> Any:
-    """Return, in every process, the value of the first process. All processes must call this."""
+    """Return the value that the first process passes, in every process. All processes must call this."""
     if world_size() == 1:
         return value
     box = [value]

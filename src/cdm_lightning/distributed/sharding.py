@@ -103,10 +103,10 @@ def average_whole_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def average_figures(figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the mean over all processes of each 0-d tensor, by name.
+    """Return the mean over all processes of each 0-d tensor in `figures`, by name.
 
-    All processes must call this with the same names. The tensors may be on different devices: the gradient norm of a network in
-    host memory is on the CPU, losses are on the GPU. The means are on the GPU if one of the tensors is.
+    All processes must call this with the same names. The tensors may be on different devices: the gradient norm of a
+    network in host memory is on the CPU, losses are on the GPU. The means are on the GPU if one of the tensors is.
     """
     if ranks.world_size() == 1:
         return dict(figures)

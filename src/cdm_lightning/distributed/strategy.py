@@ -149,9 +149,10 @@ def hybrid_sharded(
 
 
 def world_size(devices: int | str | Sequence[int], num_nodes: int) -> int:
-    """Return the number of processes on all nodes: `num_nodes` times the devices of a node (`device_count`).
+    """Return the number of processes on all nodes: one for each device.
 
-    Raises `UserError` if torchrun or SLURM has started another number of processes.
+    `devices` says which devices of a node are used (see `device_count`), and `num_nodes` is the number of nodes. Raises
+    `UserError` if torchrun or SLURM has started another number of processes.
     """
     processes = device_count(devices) * num_nodes
     launched = launched_processes() or processes

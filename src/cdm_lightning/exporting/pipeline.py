@@ -70,8 +70,9 @@ def prepare(
 ) -> Callable[[Path, int, str], None]:
     """Return a function `save(folder, nfe, card)` that writes `network` in `dtype` into an existing folder.
 
-    `card` is the text of the model card. With `form="lora"` the function writes a LoRA file, otherwise a pipeline
-    folder with the LoRA fused. `prepare` raises UserError for `form="lora"` if the network is no LoRA.
+    `card` is the text of the model card. With `form="lora"` the function writes a LoRA file. Otherwise it writes a
+    pipeline folder, and a LoRA is fused into the pretrained network. `prepare` raises UserError for `form="lora"` if
+    the network is no LoRA.
     """
     from cdm_lightning.lora.views import AdapterView
     from cdm_lightning.lora.weights import AdapterWeights

@@ -27,10 +27,11 @@ def disk_errors() -> Generator[None]:
 
 
 def disk_error(error: BaseException) -> OSError | None:
-    """Return the disk error that `error` reports as an OSError, or None if it reports none.
+    """Return an OSError for the disk error that `error` reports, or None if it reports none.
 
-    If `error` or its cause is an OSError, the result is this OSError. Otherwise, a new OSError is returned if the text of
-    `error` mentions a disk error, such as "No space left". Libraries such as safetensors report disk errors only in this way.
+    If `error` or its cause is an OSError, the result is this OSError. Otherwise, a new OSError is returned if the text
+    of `error` mentions a disk error, such as "No space left". Libraries such as safetensors report disk errors only in
+    this text.
     """
     for found in (error, error.__cause__):
         if isinstance(found, OSError):

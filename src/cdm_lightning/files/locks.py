@@ -18,12 +18,13 @@ LONGEST = 512  # bytes of a lock file that are read
 def locked(path: str | Path) -> Generator[None]:
     """Hold a lock on the lock file `path` inside the block, so that one process at a time runs the block.
 
-    The lock file is created if it is missing. The lock ends with the process, even if the process is killed. Child processes do
-    not inherit it, unlike a lock of the package filelock. It is a POSIX lock (`lockf`), which also works on network file
-    systems. On a file system without locks, the block runs without one.
+    The lock file is created if it is missing. The lock ends with the process, even if the process is killed. Child
+    processes do not inherit it, unlike a lock of the package filelock. It is a POSIX lock (`lockf`), which also works
+    on network file systems. On a file system without locks, the block runs without one.
 
-    Raises BlockingIOError at once if another process holds the lock; `strerror` names it, as in "process 12 on HOST". Raises
-    OSError if `path` cannot be created, or is a link, a device, or a file that is not a lock file.
+    Raises BlockingIOError at once if another process holds the lock. The error's `strerror` names that process, as in
+    "process 12 on HOST". Raises OSError if `path` cannot be created, or is a link, a device, or a file that is not a
+    lock file.
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)

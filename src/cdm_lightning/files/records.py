@@ -36,8 +36,8 @@ def read_record(path: str | Path, cure: str, most: int = MOST_TEXT) -> dict[str,
 def require_entries(record: Mapping[str, Any], path: str | Path, cure: str, **kinds: type | tuple[type, ...]) -> None:
     """Raise `UserError` unless `record` has an entry of the right type for each name in `kinds`.
 
-    For example, `iteration=int` requires an int of at least 0 under "iteration". A bool does not count as a number. `path` is
-    the file of the record, for the message. `cure` ends the message and says what the user can do.
+    For example, `iteration=int` requires an int of at least 0 under "iteration". A bool does not count as a number.
+    `path` is the file of the record, for the message. `cure` is the end of the message and says what the user can do.
     """
     for name, kind in kinds.items():
         value = record.get(name)
@@ -54,9 +54,9 @@ def require_entries(record: Mapping[str, Any], path: str | Path, cure: str, **ki
 def restoring(path: str | Path, cure: str) -> Generator[None]:
     """Turn each unexpected error inside the block, such as KeyError, into a `UserError` about the file `path`.
 
-    The block uses the file's content, which may be wrong: a list instead of an object, a string instead of a number, a missing
-    key. Libraries then raise errors of many types. `UserError`, OSError and torch's out-of-memory error pass unchanged. `cure`
-    ends the message and says what the user can do.
+    The block uses the file's content, which may be wrong: a list instead of an object, a string instead of a number, a
+    missing key. Libraries then raise errors of many types. `UserError`, OSError and torch's out-of-memory error pass
+    unchanged. `cure` is the end of the `UserError`'s message and says what the user can do.
     """
     try:
         yield

@@ -55,8 +55,8 @@ class PathKind:
     """A mark in `Annotated[str | Path, PathKind("a folder")]`: it describes the paths that are allowed.
 
     `what` describes such a path in error messages. With `inside`, the path must be relative, without "." and "..". With
-    `written`, the run writes to the path, so each start checks that this is possible (`config.folders`). Whether a path exists
-    is checked later, by the constructor that reads it.
+    `written`, the run writes to the path, so at every start of a run it is checked that the path can be written
+    (`config.folders`). Whether a path exists is checked later, by the constructor that reads it.
     """
 
     what: str

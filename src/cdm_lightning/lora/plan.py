@@ -93,11 +93,11 @@ class LoRAPlan:
         return self._adapters.get("student" if role == "student_ema" else role)
 
     def among(self, roles: Iterable[str]) -> dict[str, Adapter]:
-        """Return {role: adapter} for the given roles. Roles without an adapter are left out."""
+        """Return a dict {role: adapter} for those of the given roles that have an adapter."""
         return {role: adapter for role in roles if (adapter := self.of(role)) is not None}
 
     def unused(self, roles: Iterable[str]) -> list[str]:
-        """Return the roles that have an adapter here but are not among `roles`. A warning names them."""
+        """Return the roles that have an adapter here but are not among `roles`, so that the run can warn about them."""
         return [role for role in self._adapters if role not in set(roles)]
 
     def tag(self, roles: Iterable[str]) -> str:

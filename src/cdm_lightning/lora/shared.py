@@ -80,8 +80,8 @@ class SharedBase:
     def with_its_adapter(self, block: nn.Module) -> Callable[..., Any]:
         """Return a function that runs `block`, a module of the base, with the adapter that is on now.
 
-        Gradient checkpointing needs this function, because it runs blocks again in the backward pass. At that time another
-        adapter or none may be on, and the gradients would be wrong without an error.
+        Gradient checkpointing needs this function, because checkpointing runs blocks again in the backward pass. At
+        that time another adapter or none may be on, and the gradients would be wrong without an error.
         """
         return partial(self._rerun, self._role, block)
 

@@ -121,7 +121,10 @@ class Metric:
     other_noise: bool = False
 
     def prepare(self, extractors: Mapping[str, nn.Module]) -> None:
-        """Do slow work once, before the first image, such as measuring reference images. `extractors` holds all extractors by name."""
+        """Do slow work, such as measuring reference images. This is called once, before the first image is measured.
+
+        `extractors` holds all feature extractors by name.
+        """
 
     def check_prompt(self, prompt: str) -> None:
         """Raise `UserError` or ValueError if images of this prompt cannot be measured. All prompts are checked before training."""
