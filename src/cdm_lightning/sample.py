@@ -69,17 +69,17 @@ def sample_images(
     dtype: str = "float32",
     attention: str | None = None,
 ) -> "Samples":
-    """Generate an image for each of N prompts with `model`: a run, a checkpoint, an export, a pipeline folder or a hub id.
+    """Generate an image for each of N prompts with `model`, a run, checkpoint, export, pipeline folder or hub id.
 
-    - `steps`: by default the number that an export was made for, 4 for a run, and the pipeline's own default for another pipeline.
-    - `lora`: a LoRA file or an exported LoRA, which is fused into the model. An exported LoRA has its own default of `steps`.
-    - `height`, `width`: pixels; by default those of the model.
-    - `guidance_scale`: 1 or less means no guidance.
-    - `device`: "auto" (CUDA if available) or a device of torch. `dtype`: "float32" or "bfloat16", for the network.
+    - `steps`: by default the number that an export was made for, 4 for a run, and otherwise the pipeline's own default.
+    - `lora`: a LoRA file or an exported LoRA to fuse into the model; an exported LoRA has its own default of `steps`.
+    - `height`, `width`: pixels; by default those of the model. `guidance_scale`: 1 or less means no guidance.
+    - `device`: "auto" (CUDA if available) or a torch device. `dtype`: "float32" or "bfloat16", for the network.
     - `attention`: the kernel that computes attention (`training.attention`); None is torch's choice.
 
-    The text encoders are freed before the network is loaded. Raises UserError for a model that is no run and no pipeline of a
-    known family. Also raises it for a size that the model cannot make, and for a device or dtype that cannot be used.
+    To save memory, the text encoders are freed before the network is loaded. Raises UserError for a model that is no
+    run and no pipeline of a known family, for a size that the model cannot make, and for other values that cannot be
+    used.
     """
     opened = open_sized(model, lora, height, width, steps)
     images = list(sampled(opened, prompts, guidance_scale, seed, batch_size, device, dtype, attention))
@@ -98,7 +98,10 @@ def sampled(
     dtype: str = "float32",
     attention: str | None = None,
 ) -> "Iterator[Tensor]":
-    """Yield the images (B, 3, H, W) of each batch of prompts, on the CPU. `opened` is the result of `open_sized`."""
+    """Yield the images (B, 3, H, W) of each batch of prompts, with values in [0, 1], on the CPU.
+
+    `opened` is the result of `open_sized`. The other arguments are those of `sample_images`.
+    """
     from cdm_lightning.distributed.devices import choose_device
     from cdm_lightning.evaluation.samplers import SamplerSpec, encode_ahead, generate
     from cdm_lightning.module import COMPUTE_DTYPES
@@ -127,15 +130,15 @@ def sampled(
 
 
 def open_sized(model: str, lora: str | None, height: int | None, width: int | None, steps: int | None) -> "Opened":
-    """Open a run or a pipeline for images of this size and number of steps. None means the model's own value."""
+    """Open a run or a pipeline for images of this size in `steps` steps; None means the model's own size or steps."""
     backbone, build_network, default = open_run(model, lora) if is_run(Path(model)) else open_model(model, lora)
     return backbone.at(height, width), build_network, steps or default
 
 
 def open_run(model: str, lora: str | None) -> "Opened":
-    """Return the backbone of a run, a function that makes its student's network, and 4, the number of steps CDM trains for.
+    """Return the backbone of a run, a function that builds its student's network, and 4, the steps that CDM trains for.
 
-    Raises UserError if `lora` is given, and if the run has no readable checkpoint.
+    Raises UserError if `lora` is given, because only a pipeline takes one, or if the run has no readable checkpoint.
     """
     from cdm_lightning.run.student import open_student, plain_network
 
@@ -146,10 +149,10 @@ def open_run(model: str, lora: str | None) -> "Opened":
 
 
 def open_model(model: str, lora: str | None = None) -> "Opened":
-    """Return the backbone of a pipeline folder or hub id, a function that makes its network, and its default number of steps.
+    """Return the backbone of a pipeline, a function that builds its network, and its default number of steps.
 
-    An exported student has its own size and steps, and so has an exported LoRA. Raises UserError for a pipeline of an unknown
-    family.
+    `model` is a pipeline folder or a hub id. If it is an exported student, or if `lora` is an exported LoRA, the image
+    size and the number of steps are those of the export. Raises UserError for a pipeline of an unknown family.
     """
     from cdm_lightning.backbones.families import open_pipeline
 
@@ -162,7 +165,7 @@ def open_model(model: str, lora: str | None = None) -> "Opened":
 
 
 def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
-    """Return the prompts of the command line, followed by those of a prompt file. Raises UserError if there are none."""
+    """Return the given prompts, followed by those of the prompt file `file`. Raises UserError if there are none."""
     found = list(prompts)
     if file is not None:
         from cdm_lightning.data.prompts import PromptFile
@@ -184,7 +187,7 @@ def check_prompts(prompts: Sequence[str]) -> None:
 
 
 def check_output(output: Path) -> None:
-    """Raise UserError if `output` exists and is no regular file, because only a file may be replaced by the picture."""
+    """Raise UserError if `output` exists and is no regular file: the picture may replace only a regular file."""
     try:
         require_replaceable(output)
     except OSError as error:
@@ -249,9 +252,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> Path:
-    """Generate images as `options` say, write one picture or a folder of pictures, and return its path.
+    """Generate images as `options` say, write them, and return the path of the file or folder that was written.
 
-    Raises UserError for wrong options before anything is generated.
+    All images are drawn into one picture. If `options.output` ends with "/", each image is written to its own file in
+    that folder instead. Raises UserError for wrong options before anything is generated.
     """
     prompts, output = read_prompts(options.prompt, options.prompts_file), Path(options.output)
     is_folder = options.output.endswith("/")

@@ -1,8 +1,8 @@
 """`python -m cdm_lightning.train experiment=...`: compose the configuration, build its objects, train.
 
-A run has one folder, `outputs/RUN_NAME`, with `config.yaml` (the resolved configuration), `checkpoints/`, and the files of
-loggers and callbacks. Each start of the command adds a line to `starts.jsonl`: command, versions and hardware. The same command
-resumes the run.
+A run has one folder, `outputs/RUN_NAME`, with `config.yaml` (the resolved configuration), `checkpoints/`, and the files
+of loggers and callbacks. Each start of the command adds a line with command, versions and hardware to `starts.jsonl`.
+The same command resumes the run.
 """
 
 import os
@@ -91,7 +91,7 @@ def train(config: DictConfig) -> TrainResult:
 
 
 def train_in(run: Run, config: DictConfig) -> TrainResult:
-    """Train as `train` does, in the folder of `run`. The caller has locked this folder (`only_process_in`)."""
+    """Train as `train` does, in the folder of `run`. The caller must have locked this folder (`only_process_in`)."""
     L.seed_everything(config.seed, verbose=False)
     strategy, module = build(config, "strategy"), build(config, "module", of=CDMModule)
     if isinstance(strategy, MeshStrategy):
@@ -131,7 +131,7 @@ def train_in(run: Run, config: DictConfig) -> TrainResult:
 def check_figures(
     module: CDMModule, callbacks: Mapping[str, L.Callback], checkpoint: IterationCheckpoint, validates: bool
 ) -> None:
-    """Raise `UserError` if the checkpoint or one of `callbacks`, {option: callback}, watches a figure that is never logged."""
+    """Raise `UserError` if `checkpoint` or one of `callbacks`, keyed by option, watches a figure that is not logged."""
     measuring = [one for one in callbacks.values() if isinstance(one, ValidationMetrics)] if validates else []
     logged = [name for callback in measuring for name in callback.names(module)]
     if all_known(callbacks.values()) and type(module) is CDMModule:  # a subclass may log more
@@ -140,7 +140,7 @@ def check_figures(
 
 
 def fit(trainer: L.Trainer, module: CDMModule, data: PromptDataModule, config: DictConfig, callbacks: Mapping) -> None:
-    """Train. Raises `UserError` for a failure that can be explained in one line; `callbacks` are {option: callback}."""
+    """Train. An exception of a known cause is raised as a `UserError`. The `callbacks` are keyed by option."""
     try:
         trainer.fit(module, data)
     except UserError:
@@ -156,9 +156,9 @@ def fit(trainer: L.Trainer, module: CDMModule, data: PromptDataModule, config: D
 
 
 def hidden_end(error: BaseException) -> Preempted | UserError | None:
-    """Return the `Preempted` or `UserError` during whose handling `error` was raised, or None if there was none.
+    """Return the `Preempted` or `UserError` that ended the training before `error` was raised, or None.
 
-    Lightning's clean-up can raise such an `error`, for example if no data loader has delivered a batch yet.
+    Lightning's clean-up can then raise such an `error`, for example if no data loader has delivered a batch yet.
     """
     earlier = error.__context__
     while earlier is not None and not isinstance(earlier, (Preempted, UserError)):
@@ -167,10 +167,10 @@ def hidden_end(error: BaseException) -> Preempted | UserError | None:
 
 
 def explained(error: Exception, has_workers: bool, timeout: float | None) -> UserError | None:
-    """Return a `UserError` that explains `error` if a worker process of the data loader or another process has failed.
+    """Return a `UserError` that explains `error` if another process has failed, and otherwise None.
 
-    Otherwise returns None. `has_workers` is whether the loader has worker processes, and `timeout` is `strategy.timeout` in
-    seconds.
+    The process is a worker of the data loader (only if `has_workers`), or a training process that has ended or did not
+    answer for `timeout` seconds.
     """
     by_worker = has_workers and isinstance(
         error, (ConnectionError, EOFError)
@@ -186,7 +186,7 @@ def explained(error: Exception, has_workers: bool, timeout: float | None) -> Use
 
 
 def print_cautions(module: CDMModule) -> None:
-    """Print a line on stderr for each LoRA adapter that is not used, and for each warning about the teacher."""
+    """Print a line on stderr for each LoRA whose role is not trained, and for each warning about the teacher."""
     for role in module.lora.unused(module.updates.recipes):
         print(f"lora.{role} is not used, because the objective does not train {role}", file=sys.stderr, flush=True)
     for caution in module.backbone.cautions(getattr(module.objective, "guidance_scale", 0.0)):
@@ -194,9 +194,9 @@ def print_cautions(module: CDMModule) -> None:
 
 
 def make_trainer(config: DictConfig, **parts: Any) -> L.Trainer:
-    """Build Lightning's trainer from `config.trainer`. `parts` are further arguments: strategy, callbacks and loggers.
+    """Build Lightning's trainer from `config.trainer` and `parts`: its strategy, callbacks and loggers.
 
-    Raises `UserError` for values that Lightning refuses, and for missing devices.
+    Raises `UserError` for values that Lightning refuses, and for devices that this machine does not have.
     """
     make = build(config, "trainer", of=L.Trainer)
     try:
@@ -213,10 +213,10 @@ def find_beginning(
 ) -> Path | None:
     """Return the checkpoint of another run from which this run starts, or None.
 
-    The checkpoint is the path in `config.resume`, if this run has no checkpoints yet. `resume` may also be "auto" (this run's
-    newest undamaged checkpoint, if there is one) or "never" (refuse a folder with checkpoints). Raises `UserError` if the other
-    run's backbone has another `fingerprint` (`Backbone.fingerprint`). Raises it too if this run has checkpoints, but the
-    configuration or the contents of the input files (`inputs`, see `run.inputs`) have changed since.
+    If this run has no checkpoints and `config.resume` is a path, the result is that path. Raises `UserError` if the
+    checkpoint there was trained with a backbone of another `fingerprint` (`Backbone.fingerprint`). If this run has
+    checkpoints, it continues from them, and the result is None. Raises `UserError` then if `config.resume` is "never",
+    or if the backbone, the configuration or the input files (`inputs`, see `run.inputs`) have changed.
     """
     refuse_old_files(checkpoint.folder)
     own = checkpoints_in(checkpoint.folder)
@@ -243,18 +243,18 @@ def find_beginning(
 
 
 def local_folders(backbone: Backbone) -> dict[str, Path]:
-    """Return {"backbone.pretrained": folder of the pretrained pipeline on this machine}, or {} without a pipeline.
+    """Return {"backbone.pretrained": the local folder of the pretrained pipeline}, or {} if `backbone` has no pipeline.
 
-    `inputs_of` needs the folder, because `backbone.pretrained` may be a hub id whose pipeline was downloaded.
+    The option `backbone.pretrained` may be a hub id, but `inputs_of` needs the folder of the downloaded pipeline.
     """
     folder = getattr(backbone, "folder", None)
     return {"backbone.pretrained": folder} if isinstance(folder, Path) else {}
 
 
 def require_same_backbone(own: Sequence[Path], fingerprint: str) -> StoredCheckpoint | None:
-    """Return the newest checkpoint in `own` that can be opened, or None.
+    """Return the newest checkpoint in `own` that can be opened, or None if none can be opened.
 
-    Raises `UserError` if its backbone has another fingerprint (`Backbone.fingerprint`) than the configured one.
+    Raises `UserError` if it was trained with a backbone whose `Backbone.fingerprint` is not `fingerprint`.
     """
     for path in sorted(own, key=recorded_iteration, reverse=True):
         with suppress(UserError):  # a damaged one is reported later, when the run looks for a good checkpoint
@@ -266,9 +266,10 @@ def require_same_backbone(own: Sequence[Path], fingerprint: str) -> StoredCheckp
 
 
 def start(config: DictConfig) -> None:
-    """Train in this process, or start `trainer.devices` processes that train if no launcher has done so.
+    """Train in this process, or start `trainer.devices` processes that train, and wait for their end.
 
-    The launcher can be torchrun or SLURM. If a started process fails, this one exits with its status.
+    No process is started for a single device, or if torchrun or SLURM has started this process. If a started process
+    fails, this process exits with the same status.
     """
     check_config(config)
     processes = device_count(config.trainer.devices)

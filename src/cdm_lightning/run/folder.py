@@ -24,8 +24,9 @@ class Run:
     The folder contains config.yaml, starts.jsonl (one line for each start), checkpoints/ and, after an evaluation,
     metrics.json.
 
-    `kept` is the path of a checkpoint from which the configuration is read, because it stores a copy. Such a checkpoint can be
-    used without the folder. If `kept` is None, config.yaml is read.
+    `kept` is the path of a checkpoint of the run that stores a copy of the configuration. `config` then reads this copy
+    and not config.yaml, so such a checkpoint can be used without the run's folder. If `kept` is None, `config` reads
+    config.yaml.
     """
 
     folder: Path
@@ -47,12 +48,11 @@ class Run:
 
     @classmethod
     def find(cls, source: str | Path) -> tuple["Run", Path | None]:
-        """Return the run that `source` belongs to, and the checkpoint that `source` names.
+        """Return a run and one of its checkpoints, or a run and None.
 
-        If `source` is a run's folder, the result is (run, None). If `source` is a checkpoint, the result is (its run,
-        `source`).
-
-        Raises `UserError` if `source` is neither of them, or if the run of the checkpoint cannot be found.
+        If `source` is the path of a run's folder, the result is (that run, None). If `source` is the path of a
+        checkpoint, the result is (the run that wrote it, `source`). Raises `UserError` if `source` is neither, or if
+        the configuration of the checkpoint's run cannot be found.
         """
         source = Path(source)
         if not source.exists():
@@ -81,9 +81,9 @@ class Run:
 
     @property
     def checkpoints(self) -> list[Path]:
-        """The paths of the checkpoints in the folder's checkpoints/, from the oldest iteration to the newest.
+        """The paths of the checkpoints in the folder checkpoints/ of the run, from the oldest iteration to the newest.
 
-        The files in them are not verified.
+        The files in the checkpoints are not verified.
         """
         return checkpoints_in(self.folder / CHECKPOINTS)
 
@@ -95,7 +95,8 @@ class Run:
     def config(self) -> dict[str, Any]:
         """Return the resolved configuration of the run's last start.
 
-        Raises `UserError` if the configuration cannot be read or has no `backbone`, or if a group of options is no mapping.
+        Raises `UserError` if the configuration cannot be read, if it has no option `backbone`, or if one of its groups,
+        such as `trainer`, is no mapping.
         """
         from cdm_lightning.config.registered import load_tree
 
@@ -121,7 +122,7 @@ class Run:
         return config
 
     def checkpoint(self, path: Path | None = None) -> "StoredCheckpoint":
-        """Open the checkpoint at `path`, or without a `path` the newest undamaged checkpoint of the run.
+        """Open the checkpoint at `path`. If `path` is None, open the newest undamaged checkpoint of the run.
 
         Raises `UserError` if the checkpoint at `path` is damaged, or if the run has no undamaged checkpoint.
         """
@@ -137,7 +138,8 @@ class Run:
     def metrics(self) -> Mapping[str, Any] | None:
         """Return the content of metrics.json, which the run's last evaluation wrote.
 
-        Returns None if the run has not been evaluated yet. Raises `UserError` if the file cannot be read.
+        The result is None if the run has not been evaluated yet, or if its checkpoint was copied elsewhere without the
+        run's folder. Raises `UserError` if metrics.json cannot be read.
         """
         if self.kept is not None and not (self.folder / CONFIG).is_file():
             return None  # the checkpoint has been copied out of its run's folder
@@ -148,9 +150,9 @@ class Run:
 
 
 def stored_about(checkpoint: Path) -> dict[str, Any]:
-    """Return the "config" and the "inputs" of the run that a checkpoint stores (`StoredCheckpoint.about`).
+    """Return what a checkpoint stores about its run: the configuration ("config") and the input files ("inputs").
 
-    Returns {} if the checkpoint cannot be read.
+    The result is {} if the checkpoint cannot be read, and lacks a key that the checkpoint does not store.
     """
     from cdm_lightning.checkpoint.stored import read_checkpoint
 
@@ -161,10 +163,11 @@ def stored_about(checkpoint: Path) -> dict[str, Any]:
 
 
 def checkpoint_folder(run: Run, config: Mapping[str, Any]) -> Path:
-    """Return the option `checkpoint.folder` of the configuration `config`, with which `run` is about to start.
+    """Return the folder that the option `checkpoint.folder` of `config` names.
 
-    Raises `UserError` if this folder has no checkpoints, but the checkpoint folder of the run's last start has some. Otherwise
-    the run would begin anew without a warning.
+    `config` is the configuration with which `run` is about to start. Raises `UserError` if the folder has no
+    checkpoints, but the one that `checkpoint.folder` named at the run's last start has some. Otherwise the run would
+    begin anew without a warning.
     """
     folder = Path(str(config["checkpoint"]["folder"]))
     if not (run.folder / CONFIG).is_file() or checkpoints_in(folder):
@@ -193,7 +196,8 @@ def _relative(folder: Path, base: Path) -> Path | None:
 def is_checkpoint(path: Path) -> bool:
     """Return whether `path` looks like a checkpoint.
 
-    This is so for every path that is not a folder, and for a folder that contains COMPLETE.json or is named like a checkpoint.
+    A path looks like a checkpoint if it is no folder, or if it is a folder that contains COMPLETE.json or has the name
+    of a checkpoint.
     """
     return not path.is_dir() or (path / MARKER).is_file() or PATTERN.fullmatch(path.name) is not None
 

@@ -1,8 +1,9 @@
 """The input files of a run: prompt files, model folders and LoRA files that its configuration names.
 
-Each start and each checkpoint records their sizes and hashes. When the run is resumed, they are compared, because other prompts
-or another teacher under the same path would make it another run. Modification times are not compared, so a copy counts as the
-original. Large files of weights are hashed only in part, so that a start does not read a hundred gigabytes (`content_hash`).
+Each start and each checkpoint records the sizes and hashes of the input files. When the run is resumed, these are
+compared, because other prompts or another teacher under the same path would make it another run. Modification times are
+not compared, so a copy of a file counts as the same file. Large files of weights are hashed only in part
+(`content_hash`), so that a start does not read a hundred gigabytes.
 """
 
 import hashlib
@@ -39,10 +40,12 @@ Inputs = dict[
 
 
 def inputs_of(config: Mapping[str, Any], folders: Mapping[str, Path] | None = None) -> Inputs:
-    """Return size and hash of each file that affects a run's weights, under the option that names it.
+    """Return the size and hash of each file that affects a run's weights, grouped by option.
 
-    An option names a file if its value is the path of an existing file or folder and either contains "/" or belongs to a
-    parameter that takes a path. `folders` adds {option: folder} for other options, such as the hub id of a downloaded pipeline.
+    An option names a file or folder if its value is the path of an existing one, and if the value contains "/" or the
+    option is a parameter that takes a path. The result holds the file, or the files in the folder, under this option.
+    `folders` gives the folders of further options, by option: the value of such an option can be the hub id of a
+    pipeline that was downloaded into the folder.
     """
     named = dict(paths_in(config))
     named |= {key: (named[key][0] if key in named else str(path), path) for key, path in (folders or {}).items()}
@@ -56,10 +59,11 @@ def inputs_of(config: Mapping[str, Any], folders: Mapping[str, Path] | None = No
 
 
 def paths_in(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, tuple[str, Path]]]:
-    """Yield (option, (value, path)) for each option in `node` that names an existing file or folder and affects the weights.
+    """Yield (option, (value, path)) for each option that names an existing file or folder and affects the weights.
 
-    Options are written with dots, as in "data.train.path". `prefix` is the dotted name of `node` with a dot at its end, or ""
-    for the whole configuration.
+    `node` is the configuration or a group of its options. Options are written with dots, as in "data.train.path". For a
+    group, `prefix` is the group's name and a dot, as in "data."; for the whole configuration it is "". `path` is
+    `value` as a `Path`, in which "~" is replaced by the user's home.
     """
     parameters = parameters_of(node["_target_"]) if isinstance(node.get("_target_"), str) else {}
     for name, value in node.items():
@@ -88,7 +92,8 @@ def _exists(text: str) -> bool:
 def files_of(path: Path) -> list[tuple[str, Path]]:
     """Return (name, path) for the file `path`, or for each file in the folder `path` and its subfolders.
 
-    Names are relative to the folder. Pictures and hidden files are left out. At most `MOST_FILES` files are returned.
+    The names of files in a folder are relative to the folder. Pictures, hidden files and hidden subfolders are left out
+    of it. At most `MOST_FILES` files are returned.
     """
     if not path.is_dir():
         return [(path.name, path)] if path.is_file() else []
@@ -116,12 +121,13 @@ def describe(file: Path) -> list[Any]:
 
 
 def content_hash(file: Path) -> str:
-    """Return a hash of a file's content. Of a large file only parts are hashed.
+    """Return a hash of a file's content, or of parts of it if the file is large.
 
-    - Weights of at most 32 MiB and texts of at most 2 GiB are hashed completely.
+    - A file of weights or data (a suffix in `BINARY`) of at most 32 MiB is hashed completely, and any other file of at
+      most 2 GiB.
     - Of a larger file, 4096 evenly spaced pieces of 4 KiB are hashed.
-    - Of a larger safetensors file, the header and a piece in the middle of each tensor are hashed as well, so that a change in
-      any tensor is noticed.
+    - If the larger file is a safetensors file, its header and a piece in the middle of each tensor are hashed as well,
+      so that a change of any whole tensor is noticed.
 
     Raises OSError if the file cannot be read.
     """
@@ -156,10 +162,11 @@ def _tensor_middles(header: bytes) -> Iterator[int]:
 
 
 def changes(before: Any, now: Inputs) -> list[str]:
-    """Return one description for each file that differs between `before` and `now`, such as "OPTION=PATH: NAME is gone".
+    """Return a description of each file that differs between `before` and `now`, such as "OPTION=PATH: NAME is gone".
 
-    `before` is the untrusted content of a checkpoint; `now` are the files of this start. Only options that occur in both are
-    compared. Whether an option itself may change is decided by `run.same`.
+    `before` are the input files that a checkpoint records. The checkpoint may be a stranger's, so `before` may have any
+    form. `now` are the input files of the present start. Options that only one of the two has are not compared here,
+    because `run.same` decides whether an option may be added or removed.
     """
     found = []
     for key, inputs in now.items():
@@ -186,8 +193,8 @@ def changes(before: Any, now: Inputs) -> list[str]:
 def require_same_inputs(before: Any, now: Inputs, folder: Path, accept: bool) -> str | None:
     """Raise `UserError` if the input files of the run in `folder` have changed since its last checkpoint.
 
-    With `accept`, return a description of the changes instead. Returns None if nothing has changed. `before` are the inputs
-    that the checkpoint stores, and `now` are the inputs of this start.
+    With `accept`, changes raise no error; a description of them is returned. If nothing has changed, None is returned.
+    `before` are the input files that the checkpoint records, and `now` are those of the present start.
     """
     found = changes(before, now)
     if not found:

@@ -50,7 +50,7 @@ def record_start(config: dict[str, Any], run: Run, processes: int, inputs: Mappi
 def package_version(name: str) -> str | None:
     """Return the version of an installed package, or None if the package is not installed.
 
-    For "cdm-lightning" the result is never None: its own version is known without an installation.
+    The result for "cdm-lightning" is never None, because this package's version is known even if it is not installed.
     """
     if name == PACKAGES[0]:
         return cdm_lightning.__version__
@@ -61,9 +61,9 @@ def package_version(name: str) -> str | None:
 
 
 def commit() -> str | None:
-    """Return the git commit of the checkout that contains this package, or None if there is no checkout.
+    """Return the git commit of the checkout that contains this package, or None if there is no checkout or git fails.
 
-    "-dirty" is appended if files differ from the commit.
+    "-dirty" is appended if tracked files differ from the commit.
     """
     root = PACKAGE.parents[1]
     if not (root / ".git").exists():
@@ -79,8 +79,8 @@ def commit() -> str | None:
 def hardware() -> dict[str, Any]:
     """Return a description of this machine, to be stored as JSON.
 
-    The keys are "system", "cores" (of the CPU), "memory_gb", "gpus" (the name and memory of each) and "cuda" (a version or
-    None).
+    The keys are "system", "cores" (of the CPU), "memory_gb", "gpus" (the name and memory of each) and "cuda" (the
+    version of CUDA for which torch was built, or None).
     """
     import torch
 

@@ -1,7 +1,7 @@
 """The check whether a run may be resumed with a changed configuration.
 
-Options in `FREE` may change, because they affect the trained weights at most by float rounding. All other options must stay the
-same. An exported student's model card lists the other options, except the backbone's.
+Options in `FREE` may change, because they affect the trained weights at most by float rounding. All other options must
+stay the same. The model card of an exported student lists these other options, except those of the group `backbone`.
 """
 
 from collections.abc import Mapping
@@ -65,11 +65,13 @@ ADDED = {  # options that older versions did not have, with the values that matc
 def require_same_configuration(saved: dict[str, Any], config: dict[str, Any], folder: Path) -> None:
     """Raise `UserError` if `config` and `saved` differ in an option that affects the weights.
 
-    `saved` is the configuration that the run in `folder` stored; if it is empty, nothing is compared. The special cases are:
+    `saved` is the configuration that the run in `folder` stored; if it is empty, nothing is compared. The special cases
+    are:
 
     - The batch size per process may change if the batch size over all processes stays the same.
-    - `max_steps` may change. A decaying learning rate then ends at the new `max_steps`, unless its end was set by hand.
-    - An option that `saved` lacks, because an older version stored it, counts as having its default value.
+    - `trainer.max_steps` may change. The end of a learning rate's decay, `total`, may change with it if it equals
+      `trainer.max_steps` in both configurations.
+    - An option that `saved` lacks, because an older version wrote `saved`, counts as having its default value.
     """
     if not saved:
         return
@@ -94,11 +96,12 @@ def differing_options(saved: dict[str, Any], config: dict[str, Any]) -> list[str
 
 
 def may_follow(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Return whether the option `key` may change together with `trainer.max_steps` when a run is resumed.
+    """Return False if the option `key` is the end of a learning rate's decay and does not follow `trainer.max_steps`.
 
-    An option `...learning_rate.total`, the iteration at which a decaying rate reaches 0, usually equals `trainer.max_steps` and
-    may then change with it. If it differs, the user has set it, and the result is False. For all other options it is True.
-    `before` and `now` are flat configurations (`flatten`).
+    `before` and `now` are the stored and the present configuration as flat dicts (`flatten`). An option
+    `...learning_rate.total` is the iteration at which a decaying rate reaches 0. It follows `trainer.max_steps` if it
+    equals this option in both configurations; otherwise the user has set it. The result is True for all other options,
+    and for a rate that decays in neither configuration.
     """
     if not key.endswith(TOTAL):
         return True
@@ -134,9 +137,9 @@ def is_same(
 ) -> bool:
     """Return whether the option `key` has the same value in two configurations.
 
-    `before` and `now` are the configurations as flat dicts (`flatten`); `saved` and `config` are the same two as nested dicts.
-    If only one of the two has the option, its value must be the default. If the option was removed from this version, its value
-    must be None or False.
+    `before` and `now` are the configurations as flat dicts (`flatten`); `saved` and `config` are the same two as nested
+    dicts. An option that only one of them has is the same if its value there is the option's default. An option that
+    this version no longer has is also the same if its value was None or False, that is, if it was off.
     """
     if key in before and key in now:
         return before[key] == now[key]
@@ -156,14 +159,18 @@ def has_option(key: str, config: Mapping[str, Any]) -> bool:
 
 
 def decides(key: str) -> bool:
-    """Return whether the option `key`, such as "data.val", affects the weights that a run trains."""
+    """Return whether the option `key` affects the weights that a run trains.
+
+    "optim.student.lr" does, for example, and "data.val" does not.
+    """
     return not any(key == free or key.startswith(free + ".") for free in FREE) and not key.endswith(FREE_ENDINGS)
 
 
 def is_default(key: str, config: Mapping[str, Any]) -> bool:
     """Return whether the option `key`, such as "optim.student.lr", has its default value in `config`.
 
-    The default is that of the constructor's parameter.
+    The default of this option is that of the parameter `lr` in the constructor of the class that `config` names at
+    "optim.student".
     """
     *path, name = key.split(".")
     if name == "_target_":  # an object that an older run does not have: look at the constructor around it
@@ -185,8 +192,9 @@ def is_default(key: str, config: Mapping[str, Any]) -> bool:
 def without_unknown_classes(saved: Any, config: Mapping[str, Any]) -> Any:
     """Return a copy of `saved` in which the name of each unknown class has brackets around it: "(CLASS)".
 
-    A class is known if it belongs to this package or if `config`, which the user gave, names it. To find defaults, classes are
-    imported by their names. The brackets keep a stranger's run folder from choosing what is imported.
+    A class is known if it belongs to this package, or if `config`, which the user gave, names it. The comparison of two
+    configurations imports classes by name, to find the defaults of their parameters. The brackets prevent an import of
+    a class that only `saved`, perhaps from a stranger's run folder, names.
     """
     known = {value for key, value in flatten(dict(config)).items() if key.rpartition(".")[2] == "_target_"}
 
@@ -214,7 +222,7 @@ def flatten(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def without_copies(flat: dict[str, Any]) -> dict[str, Any]:
-    """Return a flat configuration without its copies: options `module.KEY` that have the same value as the option `KEY`."""
+    """Return a flat configuration without the options `module.KEY` that only repeat the value of the option `KEY`."""
     return {
         key: value
         for key, value in flat.items()
@@ -223,7 +231,11 @@ def without_copies(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def modernised(flat: dict[str, Any]) -> dict[str, Any]:
-    """Return the flat configuration of an older version with the option and class names of this version."""
+    """Return a flat configuration of an older version, with the option and class names of this version instead.
+
+    Options that were removed and were off are left out. Groups that the older version did not have are added with the
+    values that mean the same.
+    """
     found: dict[str, Any] = {}
     for key, value in flat.items():
         if DROPPED.get(key, ...) == value:

@@ -24,10 +24,10 @@ GROUP = "cdm_lightning.{}"  # the group of entry points that registers further c
 
 @dataclass(frozen=True)
 class TrainedStudent:
-    """The student in an opened checkpoint. `network` builds its network.
+    """The student in an opened checkpoint. Its method `network` builds the network with the trained weights.
 
-    `plan` says which networks are LoRA adapters. `stored` is the checkpoint. `weights` names the stored weights to use:
-    "student" or "student_ema".
+    `backbone` and `plan` are built from the configuration of `run`; `plan` says which networks are LoRA adapters.
+    `stored` is the opened checkpoint. `weights` says which of its weights are used: "student" or "student_ema".
     """
 
     backbone: Backbone
@@ -42,7 +42,7 @@ class TrainedStudent:
         return self.stored.iteration
 
     def network(self) -> nn.Module | AdapterWeights:
-        """Return the student's network in eval mode. For a LoRA, return the weights of the adapter alone.
+        """Return the student's network in eval mode. If the student is a LoRA, return the weights of its adapter alone.
 
         Raises `UserError` if the names, shapes or kinds of the stored tensors are not those of the network.
         """
@@ -67,10 +67,11 @@ class TrainedStudent:
 def open_student(source: str | Path, weights: str = "auto", pretrained: str | None = None) -> TrainedStudent:
     """Open the student of a checkpoint, or of the newest checkpoint in a run's folder. `source` is the path of either.
 
-    `weights` is "student", "student_ema" or "auto", which takes the EMA if there is one. `pretrained` replaces the path of the
-    pretrained pipeline that the run's configuration names.
+    `weights` is "student", "student_ema" or "auto", which takes the EMA if there is one. `pretrained` replaces the path
+    of the pretrained pipeline that the run's configuration names.
 
-    Raises `UserError` if the checkpoint is damaged or has been trained with another backbone.
+    Raises `UserError` if the checkpoint is damaged, or if it was trained with another backbone or other LoRA settings
+    than the run's configuration and `pretrained` describe.
     """
     run, checkpoint = Run.find(source)
     backbone, plan = build_parts(run, pretrained)
@@ -81,10 +82,11 @@ def open_student(source: str | Path, weights: str = "auto", pretrained: str | No
 
 
 def build_parts(run: Run, pretrained: str | None = None) -> tuple[Backbone, LoRAPlan]:
-    """Build the backbone and the LoRA plan that a run's configuration describes. No other object is built from a run's folder.
+    """Build the backbone and the LoRA plan that a run's configuration describes.
 
-    `pretrained` replaces the path of the pretrained pipeline. Raises `UserError` if the configuration names a class that is not
-    registered (`config.registered`); nothing has been built then.
+    Nothing else is built from it, and only registered classes (`config.registered`) are, because the run may come from
+    a stranger. Raises `UserError` for other classes before anything is built. `pretrained` replaces the path of the
+    pretrained pipeline.
     """
     config, file = run.config(), run.kept or run.folder / CONFIG
     nodes = {

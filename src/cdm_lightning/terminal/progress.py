@@ -15,7 +15,8 @@ Figures = Callable[[], Mapping[str, str]]  # a function, because reading a loss 
 class Progress:
     """A counter of steps from `initial` to `total`, shown on stderr with the elapsed and the remaining time.
 
-    With `silent`, nothing is shown. If a task has several processes, all except the first are silent.
+    `description` is shown in front of the count. With `silent`, nothing is shown: if a task has several processes, all
+    of them except the first should be silent.
     """
 
     def __init__(self, description: str, total: int, initial: int = 0, silent: bool = False) -> None:

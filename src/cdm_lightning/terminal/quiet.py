@@ -21,8 +21,8 @@ NO_EXCEPTIONS = (
 def quiet_libraries() -> None:
     """Hide irrelevant messages of Lightning, torch and diffusers, and mask secrets in everything that is printed.
 
-    Call this before these libraries are imported. If the locale is not UTF-8, it first starts the command again in UTF-8 mode
-    (`speak_utf8`).
+    Call this before these libraries are imported. If the locale is not UTF-8, this function first starts the command
+    again in Python's UTF-8 mode (`speak_utf8`).
     """
     speak_utf8()
     mask_output()
@@ -38,7 +38,8 @@ def quiet_libraries() -> None:
 def speak_utf8() -> None:
     """Start the same command again in Python's UTF-8 mode if the locale is not UTF-8 (for example LC_ALL=C).
 
-    Without UTF-8, Python could not write an argument such as "é" to a file. The mode of a running process cannot be changed.
+    Without UTF-8, Python could not write an argument such as "é" to a file. A new start is needed because Python cannot
+    change the mode of a running process.
     """
     if sys.getfilesystemencoding() == "utf-8" or os.environ.get("PYTHONUTF8") == "1":
         return
