@@ -31,7 +31,10 @@ CONFIG, COMMAND, LAUNCHER, SIGNALLED = "config.yaml", "command.json", "launcher"
 
 
 def is_launched(variables: Mapping[str, str] = os.environ) -> bool:
-    """Return whether this process was started by torchrun, or by SLURM as one of several tasks."""
+    """Return whether this process was started by torchrun, or by SLURM as one of several tasks.
+
+    `variables` are its environment variables.
+    """
     return "RANK" in variables or int(variables.get("SLURM_NTASKS", "1")) > 1
 
 

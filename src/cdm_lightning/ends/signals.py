@@ -81,7 +81,7 @@ def _install() -> None:
 
 @contextmanager
 def watched() -> Generator[None]:
-    """Install the handlers (`watch`) inside the block, and restore the earlier handlers after it.
+    """Install the handlers (`watch`) for the time of the block, and restore the earlier handlers after it.
 
     If the handlers are installed already, nothing changes.
     """

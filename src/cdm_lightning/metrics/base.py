@@ -37,9 +37,10 @@ def extract(extractor: nn.Module, images: Tensor) -> Tensor:
 class ImageBatch:
     """A batch of images (B, 3, H, W) in [0, 1] of one sampler, with their prompts and the indices of these prompts.
 
-    `extractors` are the feature extractors by name. Features are computed when they are first requested and then kept, so that
-    metrics share them. `known_texts` are the features (B, D) of the prompts, by extractor. Pass the same dictionary for images
-    of the same prompts by other samplers, so that prompts are encoded only once.
+    `extractors` are the feature extractors by name. Features are computed when they are first requested and then kept,
+    so that metrics share them. `known_texts` holds the features (B, D) of the prompts by extractor, and missing ones
+    are added to it. Pass the same dictionary for images of the same prompts by other samplers, so that prompts are
+    encoded only once.
     """
 
     images: Tensor
