@@ -1,4 +1,4 @@
-"""Access to the hidden states (features) after the blocks of a model family's networks, and to their time embedding.
+"""Access to the time embedding of a model family's networks, and to the hidden states (features) after their blocks.
 
 Shapes: B batch, N tokens, D width of a hidden state.
 """

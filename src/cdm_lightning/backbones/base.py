@@ -24,7 +24,7 @@ Conditioning = dict[str, Tensor]  # a network's inputs except x and sigma, batch
 
 
 def select_rows(cond: Conditioning, rows: Rows) -> Conditioning:
-    """Return the conditioning of some samples of a batch. `rows` is a slice (then nothing is copied) or a tensor of indices."""
+    """Return the conditioning of the samples `rows`: a slice (then nothing is copied) or a tensor of indices."""
     if isinstance(rows, slice):
         return {name: value[rows] for name, value in cond.items()}
     return {name: value.index_select(0, send(rows, value.device)) for name, value in cond.items()}
@@ -36,7 +36,7 @@ def repeat_rows(cond: Conditioning, times: int) -> Conditioning:
 
 
 def concat(conds: Sequence[Conditioning]) -> Conditioning:
-    """Concatenate the conditioning of several batches. Raises KeyError if a batch lacks a key of the first."""
+    """Concatenate the conditioning of several batches. Raises KeyError if a batch lacks a key of the first batch."""
     return {name: torch.cat([cond[name] for cond in conds]) for name in conds[0]}
 
 
@@ -145,11 +145,11 @@ class Backbone(Anatomy, ABC):
         self.encode_prompts = cache.encode  # the instance attribute hides the method of the class
 
     def use_text_memory(self, memory: TextMemory) -> None:
-        """Take all text conditioning from `memory` from now on. Its contents must come from this backbone's `encode_prompts`."""
+        """From now on take text conditioning from `memory`, which must encode with this backbone's `encode_prompts`."""
         self.text_memory, self.encode_prompts = memory, memory.encode
 
     def drop_text_encoders(self) -> None:
-        """Free the text encoders. Until `setup`, encode only prompts that the text cache or text memory holds."""
+        """Free the text encoders. Until `setup` is called, encode only prompts in the text cache or the text memory."""
         return
 
     @abstractmethod
@@ -218,7 +218,7 @@ class Backbone(Anatomy, ABC):
 
     @abstractmethod
     def enable_gradient_checkpointing(self, network: nn.Module, function: CheckpointFunction | None = None) -> None:
-        """Use gradient checkpointing: `function(block, *arguments)` calls a block (default: torch's `checkpoint`)."""
+        """Use gradient checkpointing: run a block as `function(block, *arguments)` (default: torch's `checkpoint`)."""
 
     @abstractmethod
     def save_pipeline(self, network: nn.Module, folder: Path, nfe: int, model_card: str) -> None:
@@ -279,7 +279,7 @@ class BoundField(VelocityField):
         return velocity, features
 
     def select(self, rows: Rows) -> VelocityField:
-        """Return the field of some samples of the batch. `rows` is a slice or a tensor of indices."""
+        """Return the field of the samples `rows` of the batch. `rows` is a slice or a tensor of indices."""
         inputs = {name: values[rows] for name, values in self.inputs.items()}
         return replace(self, cond=select_rows(self.cond, rows), inputs=inputs)
 

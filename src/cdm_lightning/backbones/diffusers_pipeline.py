@@ -104,7 +104,7 @@ class PipelineBackbone(PipelineSettings):
         return load_model(self.transformer_class, self.folder / "transformer", dtype)
 
     def enable_gradient_checkpointing(self, network: nn.Module, function: CheckpointFunction | None = None) -> None:
-        """Use gradient checkpointing: `function(block, *arguments)` calls a block (default: torch's `checkpoint`)."""
+        """Use gradient checkpointing: run a block as `function(block, *arguments)` (default: torch's `checkpoint`)."""
         cast(ModelMixin, network).enable_gradient_checkpointing(function)
 
     # ---- sigmas
@@ -261,7 +261,7 @@ class PipelineBackbone(PipelineSettings):
     # ---- export
 
     def save_pipeline(self, network: nn.Module, folder: Path, nfe: int, model_card: str) -> None:
-        """Write a pipeline that contains `network` and, when called with `nfe` steps, uses the sigmas of training."""
+        """Write a pipeline with `network`. If called with `nfe` steps, this pipeline uses the sigmas of training."""
         write_pipeline(self.folder, network, Path(folder), model_card, self._student_call(nfe))
 
     def save_lora(self, tensors: Mapping[str, Tensor], folder: Path, nfe: int, model_card: str) -> None:

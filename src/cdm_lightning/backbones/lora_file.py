@@ -85,7 +85,7 @@ class OwnWeights:
     settings: Mapping[str, Any] | None = None
 
     def layers(self) -> dict[str, dict[str, Tensor]]:
-        """Return the tensors of each layer, as {layer: {name: tensor}}.
+        """Return a dictionary that maps the name of each layer to the layer's tensors by name.
 
         For example, {"ff.net.2": {"lora_A.weight": (rank, in), "lora_B.weight": (out, rank)}}.
         """
@@ -99,8 +99,8 @@ class OwnWeights:
 def read_lora_file(family: type[DiffusionPipeline], file: Path) -> OwnWeights:
     """Read the LoRA of a transformer from `file`, in any format that the pipeline class `family` can load.
 
-    Raises `UserError` if the file is broken or contains anything but a LoRA, or if the factors A and B of a layer differ in
-    rank or have values that are not finite.
+    Raises `UserError` if the file is broken or contains anything but the LoRA of a transformer, if the factors A and B
+    of a layer cannot be used (`flaw_of_factors`), or if an alpha or the configuration of peft is wrong.
     """
     prefix = getattr(family, "transformer_name", "transformer") if hasattr(family, "lora_state_dict") else None
     alphas = settings = None
@@ -161,7 +161,10 @@ def _settings_of(own: OwnWeights) -> dict[str, Any] | None:
 
 
 def flaw_of_factors(factors: Mapping[str, Tensor]) -> str | None:
-    """Return what is wrong with the LoRA factors of one layer, for a message, or None if nothing is wrong."""
+    """Return the part of a message that says what is wrong with the LoRA factors of one layer, or None.
+
+    `factors` maps names such as "lora_A.weight" to tensors. None means that nothing is wrong.
+    """
     a, b = factors.get("lora_A.weight"), factors.get("lora_B.weight")
     if a is None or b is None:
         return f"has {', '.join(factors)} without lora_{'A' if a is None else 'B'}.weight"
@@ -211,7 +214,7 @@ def check_fit(own: OwnWeights, network: nn.Module) -> None:
 def fuse_lora(network: nn.Module, own: OwnWeights, scale: float) -> None:
     """Add `scale` times the LoRA to the weights of a diffusers transformer, in place, with diffusers' own loader.
 
-    Raises `UserError` if the loader refuses the LoRA.
+    Raises `UserError` if the loader refuses the LoRA, or if a resulting weight is not finite.
     """
     adapted = cast("PeftAdapterMixin", network)
     options: Any = {} if own.alphas is None else {"network_alphas": dict(own.alphas)}

@@ -27,9 +27,9 @@ class OwnInputs(nn.Module):
 
     @contextmanager
     def given(self, values: Mapping[str, Tensor]) -> Generator[None]:
-        """Use `values` in all calls of the network inside the `with` block. They are tensors (B,) by name of the input.
+        """Use `values` in all calls of the network inside the `with` block.
 
-        Raises ValueError if the names differ from those of the network's additional inputs.
+        `values` maps the name of each input to a tensor (B,). Raises ValueError for other names than the inputs'.
         """
         if values.keys() != self.embeddings.keys():
             raise ValueError(
@@ -44,9 +44,9 @@ class OwnInputs(nn.Module):
     def add_to(self, module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
         """Return the time embedding, `output` (B, D), plus the embeddings of the values that `given` has set.
 
-        This is a forward hook. If `given` has set no values, `output` is returned unchanged. This happens if several
-        LoRA networks share a base network: each call of the base network runs the hooks of all of them, but `given`
-        sets values only for one.
+        This is a forward hook of the module that embeds the time. If `given` has set no values, `output` is returned
+        unchanged. This happens if several LoRA networks share a base network: each call of the base network runs the
+        hooks of all of them, but `given` sets values only for one.
         """
         for name, values in self._values.items():
             output = output + self.embeddings[name](values).to(output.dtype)
@@ -71,7 +71,7 @@ def attach_inputs(network: nn.Module, time_embedding: nn.Module, modules: Mappin
 def giving(network: nn.Module, values: Mapping[str, Tensor]) -> Generator[None]:
     """Use `values` for the additional inputs of `network` in all its calls inside the `with` block.
 
-    `values` maps the name of each input to a tensor (B,). Raises ValueError if these names are not the inputs' names.
+    `values` maps the name of each input to a tensor (B,). Raises ValueError for other names than the inputs'.
     """
     own = getattr(network, NAME, None)
     if isinstance(own, OwnInputs):

@@ -22,7 +22,7 @@ def pack(x: Tensor) -> Tensor:
 
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """Unpack tokens into a latent of this height and width: (B, h/2 * w/2, 4 C) -> (B, C, h, w).
+    """Unpack tokens into a latent of `height` x `width`: (B, h/2 * w/2, 4 C) -> (B, C, h, w).
 
     This is the inverse of `pack`.
     """

@@ -35,7 +35,7 @@ def locate_pipeline(
 ) -> Path:
     """Return the local folder of a pipeline. `pretrained` is a folder, or a hub id, which is downloaded at `revision`.
 
-    Raises `UserError` unless it is a pipeline of the class `family` that has all `parts`.
+    Raises `UserError` unless `pretrained` is a pipeline of the class `family` that has all `parts`.
     """
     folder = locate_index(
         pretrained, revision
@@ -252,7 +252,10 @@ def blaming(message: Callable[[str], str]) -> Generator[None]:
 
 
 def codec_class(folder: Path, part: str = "vae") -> type[Any]:
-    """Return the diffusers class that the index names for `part`. Raises `UserError` if it is not an image codec."""
+    """Return the diffusers class that the index names for `part`.
+
+    `folder` is the pipeline's folder. Raises `UserError` if the class is not an image codec.
+    """
     name = parts_of(read_index(folder, str(folder))).get(part)
     found = getattr(diffusers, str(name), None)
     if not (isinstance(found, type) and issubclass(found, ModelMixin) and hasattr(found, "decode")):

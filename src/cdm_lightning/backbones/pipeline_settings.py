@@ -117,7 +117,7 @@ class PipelineSettings(Backbone):
 
     @shared_property
     def network_config(self) -> dict[str, Any]:
-        """The arguments of the transformer's constructor, from config.json. Raises `UserError` if they are wrong."""
+        """The arguments of the transformer's constructor (config.json). Raises `UserError` if they cannot be used."""
         config, file = self._config("transformer"), self.folder / "transformer" / "config.json"
         require_buildable(self.transformer_class, config, file)
         require_sizes(sizes_in(config, self.transformer_class), file)
@@ -127,7 +127,7 @@ class PipelineSettings(Backbone):
 
     @shared_property
     def vae_config(self) -> dict[str, Any]:
-        """The arguments of the image codec's constructor, from config.json. Raises `UserError` if they are wrong."""
+        """The arguments of the image codec's constructor (config.json). Raises `UserError` if they cannot be used."""
         config, file = self._config("vae"), self.folder / "vae" / "config.json"
         require_buildable(codec_class(self.folder), config, file)
         require_numbers(config, ("scaling_factor", "shift_factor"), file)
@@ -177,8 +177,8 @@ class PipelineSettings(Backbone):
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
         """The scheduler whose timestep shift training uses. Raises `UserError` if it has options that are not supported.
 
-        This is the pipeline's original scheduler. If an exported student uses another one, the original is read from a
-        subfolder in `OF_TRAINING` or, without such a subfolder, rebuilt from the student's scheduler.
+        This is the original scheduler, even if the pipeline is an exported student with another one. The original is
+        then read from a subfolder in `OF_TRAINING` or, without such a subfolder, rebuilt from the student's scheduler.
         """
         subfolder = next((name for name in OF_TRAINING if (self.folder / name).is_dir()), "scheduler")
         file = self.folder / subfolder / "scheduler_config.json"
@@ -281,7 +281,7 @@ class PipelineSettings(Backbone):
 
     @classmethod
     def default_text_length(cls) -> int:
-        """Return the default of `max_sequence_length` in the pipeline's call, or else the largest of `text_tokens`."""
+        """Return the pipeline's default of `max_sequence_length`. If it has none, return the largest allowed number."""
         length = cls.call_default("max_sequence_length")
         return cls.text_tokens.stop - 1 if length is None else length
 

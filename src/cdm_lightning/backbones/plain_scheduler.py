@@ -3,7 +3,7 @@
 Without explicit sigmas, diffusers' `FlowMatchEulerDiscreteScheduler` applies the shift twice: it shifts the two end points, spaces
 the sigmas evenly between them, and shifts all of them (diffusers issue 13243). For example, 4 steps at shift 3 have the sigmas
 1, .858, .602, .009. `FlowMapEulerDiscreteScheduler` takes the same Euler steps at the shifted values of 1, 1 - 1/n, ...,
-1/n. These are the student's sigmas, for every n.
+1/n. These are the sigmas of training, for every n.
 """
 
 from collections.abc import Sequence
@@ -76,7 +76,7 @@ def plain_scheduler(scheduler: FlowMatchEulerDiscreteScheduler, nfe: int) -> Flo
 
 
 def of_training(config: dict[str, Any]) -> FlowMatchEulerDiscreteScheduler | None:
-    """Rebuild the scheduler that was used in training from `config`, the configuration of its `plain_scheduler`.
+    """Return the scheduler of training, rebuilt from `config`, the configuration of an exported `plain_scheduler`.
 
     Returns None if the configuration is not that of a `plain_scheduler`.
     """

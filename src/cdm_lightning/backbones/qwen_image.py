@@ -1,7 +1,7 @@
 """The backbone for Qwen-Image (`QwenImagePipeline` of diffusers).
 
 Shapes: B batch, (C, h, w) latent, N text tokens of Qwen2.5-VL with a mask, D their width. The codec is a video codec; an image
-is a video of one frame. The scheduler stretches each rollout so that its last sigma is `shift_terminal`.
+is a video of one frame. The scheduler rescales the sigmas of each rollout so that the last one is `shift_terminal`.
 """
 
 from collections.abc import Mapping
@@ -123,6 +123,6 @@ class QwenImageBackbone(PipelineBackbone):
     def exported_scheduler(self, nfe: int) -> FlowMatchEulerDiscreteScheduler:
         """Return the pipeline's own scheduler.
 
-        For `nfe` = 1, `shift_terminal` is removed, because with it the scheduler would divide 0 by 0.
+        For `nfe` = 1, return a copy without `shift_terminal`, with which the scheduler would divide 0 by 0.
         """
         return self.scheduler if nfe > 1 else self._shift

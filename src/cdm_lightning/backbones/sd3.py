@@ -96,7 +96,7 @@ class SD3Backbone(PipelineBackbone):
         """Return {"prompt_embeds": (B, N, D), "pooled": (B, P)} in float32, uninitialized, for B = `batch`.
 
         With `compact_text`, N is the number of tokens for prompts of at most `compact_text` T5 tokens. A batch with a
-        longer prompt has more.
+        longer prompt has more tokens.
         """
         config, t5_tokens = self.network_config, self.text_length
         if self.compact_text is not None:

@@ -57,7 +57,7 @@ class PromptEncoder:
         return self.pipeline.tokenizer_max_length
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Return {"prompt_embeds": (B, N, D), "pooled": (B, P)} of B prompts, in float32. "" is the unconditional prompt."""
+        """Return {"prompt_embeds": (B, N, D), "pooled": (B, P)} in float32. The prompt "" is unconditional."""
         embeds, pooled = self._stock_encode(prompts)
         if self.compact is not None:
             embeds = compact_text(embeds, max(self.clip_tokens + self.compact, tokens_before_padding(embeds)))

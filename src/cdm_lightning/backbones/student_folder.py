@@ -107,7 +107,7 @@ class StudentCall:
         return USAGE.format(**self.facts())
 
     def lora_usage(self, family: type[DiffusionPipeline], own: "OwnLoRA | None") -> str:
-        """Return the Markdown section "Usage" for a LoRA's model card, which shows how to load and call it.
+        """Return the Markdown section "Usage" for a LoRA's model card: how to load the LoRA and call the pipeline.
 
         `own` is the user's LoRA that was fused into the teacher, if any. `family` is the pipeline's class.
         """
@@ -121,7 +121,7 @@ class StudentCall:
         return LORA_USAGE.format(scheduler=type(self.exported).__name__, load=load, own=note, **self.facts())
 
     def facts(self) -> dict[str, str]:
-        """Return the values for the templates of the section "Usage": {"pipeline": ..., "arguments": ..., "notes": ...}."""
+        """Return the texts to put in place of "pipeline", "arguments" and "notes" in the templates of "Usage"."""
         nfe = len(self.sigmas) - 1
         config: Any = self.exported.config  # a FrozenDict, whose keys are attributes
         is_own = isinstance(self.exported, FlowMapEulerDiscreteScheduler)
@@ -149,9 +149,10 @@ class OwnLoRA:
 
 
 def write_pipeline(source: Path, network: nn.Module, folder: Path, model_card: str, call: StudentCall) -> None:
-    """Write a pipeline folder whose transformer is `network`, with the scheduler of `call` and a model card.
+    """Write a pipeline into `folder`: `network` as its transformer, and the scheduler and arguments of `call`.
 
-    The other parts are copied from the pipeline folder `source`.
+    The other parts are copied from the pipeline folder `source`. The model card is the text `model_card`, to which the
+    section "Usage" is added.
     """
     folder.mkdir(parents=True, exist_ok=True)
     copy_parts(source, folder, without=("transformer", "scheduler"))
@@ -169,9 +170,10 @@ def write_lora(
     call: StudentCall,
     own: OwnLoRA | None,
 ) -> None:
-    """Write a LoRA folder: a LoRA file with `tensors`, the scheduler and arguments of `call`, and a model card.
+    """Write a LoRA file with `tensors`, and the scheduler and arguments of `call`, into `folder`.
 
-    `family` is the pipeline's class. `own` is the user's LoRA that was fused into the teacher, if any.
+    The model card is the text `model_card`, to which the section "Usage" is added. `family` is the pipeline's class.
+    `own` is the user's LoRA that was fused into the teacher, if any.
     """
     write_lora_file(family, tensors, folder)
     _write_call(folder, call, model_card, call.lora_usage(family, own))

@@ -182,7 +182,7 @@ class Toy2DBackbone(Backbone):
         return sigmas
 
     def exact_samples(self, prompts: Sequence[str], seed: int) -> Tensor:
-        """Draw one point of the data for each of B prompts, as latents (B, 2, 1, 1) on the CPU.
+        """Draw a point from the data of each of B prompts, as latents (B, 2, 1, 1) on the CPU.
 
         Equal prompts and seeds give equal points.
         """
@@ -209,14 +209,14 @@ class Toy2DBackbone(Backbone):
         return torch.stack([x, y], dim=1)[..., None, None]
 
     def enable_gradient_checkpointing(self, network: nn.Module, function: CheckpointFunction | None = None) -> None:
-        """Use gradient checkpointing: `function(block, *arguments)` calls a block (default: torch's `checkpoint`)."""
+        """Use gradient checkpointing: run a block as `function(block, *arguments)` (default: torch's `checkpoint`)."""
         velocity = cast(VelocityMLP, network)
         velocity.gradient_checkpointing = True
         if function is not None:
             velocity.checkpoint = function
 
     def save_pipeline(self, network: nn.Module, folder: Path, nfe: int, model_card: str) -> None:
-        """Write network.safetensors, config.json ("hidden", "depth" and "nfe") and README.md, the model card."""
+        """Write network.safetensors, config.json ("hidden", "depth", "nfe") and README.md (`model_card`)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / "network.safetensors") as weights:
@@ -240,7 +240,7 @@ class PointsOfPictures(nn.Module):
 
 
 def exact_points(prompts: Sequence[str], seed: Seed = 0) -> Tensor:
-    """Draw one point of the data for each of B prompts, as (B, 2). Equal prompts and seeds give equal points.
+    """Draw a point from the data of each of B prompts, as (B, 2). Equal prompts and seeds give equal points.
 
     Metrics compare the student's samples with these points.
     """
