@@ -1,9 +1,8 @@
-"""One frozen network with several LoRA adapters of peft, one for each role (trained network). At most one adapter is
-on.
+"""One frozen network with several LoRA adapters of peft, one for each role (trained network).
 
-peft's own switches (`set_adapter`, `disable_adapters`) also change `requires_grad`, so they would freeze an optimizer's
-parameters whenever another role runs. `SharedBase.running` changes only attributes that peft's layers read in the
-forward pass.
+At most one adapter is on. peft's own switches (`set_adapter`, `disable_adapters`) also change `requires_grad`, so they
+would freeze an optimizer's parameters whenever another role runs. `SharedBase.running` changes only attributes that
+peft's layers read in the forward pass.
 """
 
 import math
