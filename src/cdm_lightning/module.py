@@ -1,8 +1,9 @@
 """The distillation as a LightningModule: an objective trains the student and further networks.
 
-Everything is counted in iterations: `trainer.global_step`, `max_steps`, checkpoints and logs. An iteration has one batch, one
-rollout (the student's own path from noise) and the optimizer steps of the objective. A *role* is the name of a network:
-"student", "student_ema", "teacher", or one that the objective adds, such as "fake_score".
+`trainer.global_step`, `max_steps`, checkpoints and logs all count iterations. An iteration takes one batch of prompts,
+computes the student's rollout (its own path from noise) for each of them, and makes the optimizer steps of the
+objective. A *role* is the name of a network: "student", "student_ema", "teacher", or one that the objective adds, such
+as "fake_score".
 """
 
 from collections.abc import Mapping, Sequence
@@ -48,13 +49,13 @@ class CDMModule(L.LightningModule):
     - `schedule`: draws the sigmas of rollouts. `resolution`: draws the image sizes.
     - `ema`: the settings of the student's EMA; by default there is none.
     - `lora`: the networks that are trained as LoRAs.
-    - `compute`: options that trade memory for speed. `compute_dtype`: "float32" or "bfloat16", for the networks' calls.
+    - `compute`: options for memory and speed. `compute_dtype`: the dtype of network calls, "float32" or "bfloat16".
       Trained weights, gradients, sigmas and losses are always float32.
     - `samplers`: the ways in which validation makes images; by default none.
-    - `seed`: all random draws depend only on it, on the iteration and on the index in the global batch.
+    - `seed`: random numbers depend only on it, the iteration and the sample's index in the global batch.
 
-    The attribute `iteration` counts finished iterations, and `ema_updates` the updates of the EMA. `updated_roles` are the
-    networks that the last iteration updated. Raises `UserError` for an argument out of its range.
+    The attribute `iteration` counts finished iterations, and `ema_updates` counts the updates of the EMA.
+    `updated_roles` names the networks that the last iteration updated. Raises `UserError` for a wrong argument.
     """
 
     follower: HostFollower | None = None  # updates an EMA in host memory beside the GPU's work
@@ -97,7 +98,7 @@ class CDMModule(L.LightningModule):
     # ---- training
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Run one iteration: the student's rollout, followed by the objective's updates in their order."""
+        """Run one iteration: the student's rollouts for `batch`, followed by the objective's updates in their order."""
         with attention_by(self.compute.attention):
             self._train(batch)
         self.iteration += 1
@@ -131,7 +132,7 @@ class CDMModule(L.LightningModule):
         self._figures |= {f"{role}/{name}": value for name, value in figures.items()}
 
     def bind(self, prompts: Sequence[str], backbone: Backbone | None = None) -> VelocityFields:
-        """Return the networks as velocity fields for these prompts, at the image size of `backbone` (default: `self.backbone`)."""
+        """Return the networks as velocity fields for `prompts`, at the image size of `backbone` or `self.backbone`."""
         backbone, networks = backbone or self.backbone, self.networks
         text, no_text = backbone.encode_prompts(prompts), repeat_rows(backbone.encode_prompts([""]), len(prompts))
         float8 = self.compute.fp8 is not None
@@ -162,12 +163,12 @@ class CDMModule(L.LightningModule):
 
     @property
     def network_names(self) -> tuple[str, ...]:
-        """The names (roles) of all networks of the run. They are known before the networks are built."""
+        """The names (roles) of all networks of the run. This property can be read before the networks are built."""
         return network_names(self.objective.roles, self.ema.is_on)
 
     @property
     def whole_names(self) -> tuple[str, ...]:
-        """The roles of the networks with their own copy of the pretrained weights (`Networks.whole`), known before they are built."""
+        """The keys of `Networks.whole`. This property can be read before the networks are built."""
         return whole_names(self.objective.roles, self.lora, self.backbone, self.ema.is_on)
 
     def configure_model(self) -> None:
@@ -201,9 +202,9 @@ class CDMModule(L.LightningModule):
         self.rollouts = self.make_rollouts(strategy.root_device, is_sharded)
 
     def make_rollouts(self, device: torch.device, is_sharded: bool = False) -> Rollouts:
-        """Return the object that makes the inputs of the losses from a batch of prompts, by rollouts of the student on `device`.
+        """Return the object that rolls out the student on `device` to make the losses' inputs from a batch of prompts.
 
-        With `is_sharded`, processes agree on the number of network calls, because each call needs all processes.
+        If `is_sharded` is True, every network call needs all processes, so the processes agree on the number of calls.
         """
         return KINDS[self.objective.rollout](
             self.bind,
@@ -220,19 +221,19 @@ class CDMModule(L.LightningModule):
         )
 
     def on_train_end(self) -> None:
-        """Wait for the last update of the EMA, which a thread makes if the EMA is in host memory."""
+        """Wait until the thread that updates an EMA in host memory has finished the last update."""
         if self.follower is not None:
             self.follower.settle()
 
     def on_train_start(self) -> None:
-        """Drop the rollouts that an earlier `fit` computed in advance; they may have other prompts or another student."""
+        """Drop rollouts that an earlier `fit` computed in advance, perhaps for other prompts or by another student."""
         self.rollouts.forget()
 
     @property
     def fingerprint(self) -> str:
-        """A string that identifies the networks, made of the backbone's fingerprint and the LoRA settings of the trained roles.
+        """A string that identifies the networks: the backbone's fingerprint and the trained roles' LoRA settings.
 
-        A checkpoint with another fingerprint does not fit this module.
+        A run refuses a checkpoint that has another fingerprint, because its weights are of other networks.
         """
         return self.backbone.fingerprint + self.lora.tag(self.updates.recipes)
 
@@ -260,10 +261,11 @@ class CDMModule(L.LightningModule):
         return average if average is not None and self.ema_updates else self.networks.student
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict:
-        """Generate images of B prompts with each sampler in `samplers`, and return them for all callbacks.
+        """Generate images of the batch's B prompts with each sampler in `samplers`, and return them for all callbacks.
 
-        The result is {"prompts": B strings, "indices": (B,), "images": {sampler: (B, 3, H, W) in [0, 1]}}. A process without
-        prompts gets a padding batch, so that all processes make the same network calls; its result has no prompts and images.
+        The result has three keys: "prompts" holds the B prompts, "indices" (B,) holds their numbers, and "images" maps
+        each sampler's name to its images (B, 3, H, W) in [0, 1]. A process without prompts gets a padding batch,
+        because all processes must make the same network calls. The result for such a batch is empty under each key.
         """
         networks = {"student": self.evaluated_network, "teacher": self.networks.teacher}
         with attention_by(self.compute.attention):

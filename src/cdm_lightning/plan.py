@@ -1,11 +1,11 @@
 """`python -m cdm_lightning.plan experiment=sd3_cdm gpus=8x80`: memory, work and hours of a run, before it is started.
 
-The arguments are those of the training command and:
+The arguments are those of the training command and the following:
   gpus=COUNTxGB        required; several values, separated by commas, give one plan each
   strategy=NAME        single, ddp, fsdp2 or hsdp
-  strategy.on_cpu=[NETWORK,...]  networks that stay in host memory
+  strategy.on_cpu=[NETWORK,...]  networks that stay in host memory between their calls
   peak_tflops=NUMBER   the peak of a GPU in TFLOP/s
-  utilisation=SHARE    the share of the peak that a run reaches
+  utilisation=SHARE    the share of the peak that the run is assumed to reach
   reserve=SHARE        the share of a GPU's memory that is kept free
   json=FILE            also write the plan to this file
 No weights are read.
@@ -53,7 +53,10 @@ OWN = ("gpus", "strategy", "strategy.on_cpu", "peak_tflops", "utilisation", "res
 
 
 def plan(arguments: Sequence[str]) -> "list[Plan]":
-    """Return a plan for each value of gpus on the command line. Raises UserError if the run cannot be planned."""
+    """Return one plan for each value of `gpus=` in the command-line `arguments`.
+
+    Raises UserError if the run cannot be planned.
+    """
     own, overrides = split(arguments)
     if "gpus" not in own:
         raise UserError("gpus is missing; give the number of GPUs and the memory of each, for example gpus=8x80")
@@ -99,9 +102,10 @@ def make_plan(
     peak_tflops: float,
     utilisation: float,
 ) -> "Plan":
-    """Return the plan of a run on these GPUs, from its configuration and its `recipe` (bytes of its parts, work of an iteration).
+    """Return the plan of a run on `gpus`, whose networks are distributed as `layout` says.
 
-    Each GPU is assumed to reach the share `utilisation` of `peak_tflops` TFLOP/s.
+    `config` is the configuration of the run, and `module` is built from it. `recipe` holds the bytes of the run's parts
+    and the work of an iteration. Each GPU is assumed to reach the share `utilisation` of `peak_tflops` TFLOP/s.
     """
     from cdm_lightning.planning.advice import faster, further, remedies
     from cdm_lightning.planning.memory import largest_batch, total
@@ -132,9 +136,10 @@ def make_plan(
 
 
 def choose_layout(strategy: str | None, count: int, on_cpu: Sequence[str]) -> "Layout":
-    """Return the layout of the networks for a strategy on `count` GPUs. The default is single on one GPU and fsdp2 on several.
+    """Return the layout of the networks for a strategy on `count` GPUs.
 
-    Raises UserError if strategy and number of GPUs do not fit together.
+    Without a strategy, one GPU gets "single" and several GPUs get "fsdp2". Networks whose names are in `on_cpu` stay in
+    host memory between their calls. Raises UserError if the strategy cannot run on `count` GPUs.
     """
     from cdm_lightning.planning.layout import make_layout
 
@@ -142,7 +147,7 @@ def choose_layout(strategy: str | None, count: int, on_cpu: Sequence[str]) -> "L
 
 
 def split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Split the arguments into the planner's own, by name, and the overrides of training.
+    """Return the planner's own arguments as a dictionary, and all other arguments as overrides of the training.
 
     Raises UserError for an argument that starts with "-".
     """
@@ -159,7 +164,10 @@ def split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def value_of(own: dict[str, str], key: str) -> Any:
-    """Return the value of the planner's own argument `key`, or None if it is missing. Raises UserError for a wrong value."""
+    """Return the value of the planner's argument `key`, or None if `own` lacks it.
+
+    Raises UserError for a wrong value.
+    """
     if key not in own:
         return None
     try:
@@ -169,7 +177,10 @@ def value_of(own: dict[str, str], key: str) -> Any:
 
 
 def write_json(path: Path, plans: "Sequence[Plan]") -> None:
-    """Write all plans to a JSON file, completely or not at all. Raises UserError if it cannot be written."""
+    """Write all plans to the JSON file `path`, completely or not at all.
+
+    Raises UserError if the file cannot be written.
+    """
     try:
         write_text(path, json.dumps([p.as_json() for p in plans], indent=2) + "\n")
     except OSError as error:

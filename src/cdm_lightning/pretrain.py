@@ -1,6 +1,8 @@
-"""`python -m cdm_lightning.pretrain experiment=NAME`: train small pipelines and their scorers from scratch.
+"""`python -m cdm_lightning.pretrain experiment=NAME`: train small pipelines from scratch.
 
-`tiny_sd3_teacher` makes the bundled 32-pixel pipeline, and `storybook_teacher` the 64-pixel one of the storybook scenes.
+Networks that judge the pipelines' images are trained too. `tiny_sd3_teacher` makes the bundled 32-pixel pipeline, and
+`storybook_teacher` makes the 64-pixel pipeline of the storybook scenes. A stage trains one network or writes the
+prompts.
 """
 
 import difflib
@@ -37,11 +39,13 @@ TOP: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Bundle:
-    """A pipeline that `bundle=NAME` trains, and the options that its configuration has.
+    """The options of the configuration for one pipeline, which is selected by `bundle=NAME`.
 
-    `stages` is the type of the option `stages`, and `learned` are the stages that have a training recipe. `top` holds further
-    options with the types of their values. `arguments` maps a group of options to the function in `pretraining` that takes them
-    as arguments; the function's annotations give the allowed values.
+    `stages` is the type of the option `stages`. `learned` names the stages that train a network; each of them has the
+    option group `recipe.STAGE`. `top` maps the names of options that only this pipeline has at the top of its
+    configuration to the types of their values. `arguments` maps the name of an option group to a function of the
+    package `pretraining`. The options of the group are arguments of this function, and its annotations say which values
+    are allowed.
     """
 
     stages: Any
@@ -79,8 +83,8 @@ BUNDLES = {
 def pretrain(cfg: DictConfig) -> Path:
     """Run the stages in `cfg.stages`, write the results into `cfg.output` and return this folder.
 
-    An interrupted stage continues where it stopped, from its state in `cfg.work_dir`. Raises UserError for an option that is not
-    allowed, and if `cfg.output` is a file.
+    If an earlier run of the command ended within a stage, this stage continues from its state in `cfg.work_dir`. Raises
+    UserError for an option that is not allowed, and if `cfg.output` is a file.
     """
     check_options(cfg)
     import torch
@@ -104,7 +108,11 @@ def pretrain(cfg: DictConfig) -> Path:
 
 
 def make_tiny_sd3(cfg: DictConfig, recipe: Callable[[str], Any], output: Path, work: Path) -> None:
-    """Run the stages of the 32-pixel pipeline: prompts, vae, teacher, classifier and clip."""
+    """Run the stages in `cfg.stages` for the 32-pixel pipeline, and write the results into `output`.
+
+    The stages are prompts, vae, teacher, classifier and clip. `recipe` returns the training settings of a stage. The
+    states of unfinished stages are in `work`.
+    """
     from cdm_lightning.pretraining import prompts, scorers, teacher, tiny_sd3, vae
 
     if "prompts" in cfg.stages:
@@ -125,9 +133,11 @@ def make_tiny_sd3(cfg: DictConfig, recipe: Callable[[str], Any], output: Path, w
 
 
 def make_storybook(cfg: DictConfig, recipe: Callable[[str], Any], output: Path, work: Path) -> None:
-    """Run the stages of the 64-pixel pipeline: prompts, judge, vae and teacher.
+    """Run the stages in `cfg.stages` for the 64-pixel pipeline, and write the results into `output`.
 
-    The results of `measure_judge` and `measure_vae` are written to `storybook_judge.json` and `storybook_vae.json` in `output`.
+    The stages are prompts, judge, vae and teacher. `recipe` returns the training settings of a stage. The states of
+    unfinished stages are in `work`. The results of `measure_judge` and `measure_vae` are written to
+    `storybook_judge.json` and `storybook_vae.json`.
     """
     from cdm_lightning.pretraining import judge, storybook
 
@@ -183,8 +193,9 @@ def _require_known(node: DictConfig, known: Collection[str], prefix: str) -> Non
 def save_pipeline(pipeline: Any, folder: Path, halved: Sequence[Any]) -> None:
     """Write the pipeline into `folder` as diffusers does, completely or not at all.
 
-    The networks in `halved`, which take most of the space, are converted to half precision, in place. diffusers converts them
-    back to float32 when it loads them. Text encoders must not be among them: transformers would leave them in half precision.
+    The networks in `halved` are converted to half precision, in place, to save space. diffusers converts them back to
+    float32 when it loads them. Text encoders must not be among them, because transformers would leave them in half
+    precision.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""The metric diversity: the distance between images of the same prompt from different noise."""
+"""The metric diversity: the mean distance between images that are made for the same prompt from different noise."""
 
 from collections.abc import Mapping
 
@@ -11,10 +11,11 @@ from cdm_lightning.metrics.base import Copies, MeasuredImages, Metric
 
 
 class Diversity(Metric):
-    """The mean distance between the features of images of the same prompt. It says how much images depend on the noise.
+    """The mean distance between the features of images that are made for the same prompt from different noise.
 
-    It uses `images_per_prompt` images for each of the first `prompts` prompts (`pairwise_diversity`). `feature` is the name of
-    the feature extractor. Validation makes one image per prompt, so it does not report this metric.
+    A small distance means that the noise hardly changes the images. The metric needs `images_per_prompt` images for
+    each of the first `prompts` prompts. `feature` is the name of the feature extractor. Validation makes only one image
+    per prompt, so validation does not report this metric.
 
     Raises `UserError` for `prompts` < 1 or `images_per_prompt` < 2.
     """
@@ -29,7 +30,7 @@ class Diversity(Metric):
         self.copies = Copies(prompts, images_per_prompt)
 
     def figures(self, measured: MeasuredImages, others: Mapping[str, MeasuredImages]) -> float | None:
-        """Return the mean distance within a prompt, in the units of the features.
+        """Return the `pairwise_diversity` of the features in `measured.copies`.
 
         Returns None if there is only one image per prompt.
         """
@@ -41,10 +42,11 @@ class Diversity(Metric):
 
 
 def pairwise_diversity(features: Tensor) -> float:
-    """Return the mean Euclidean distance between two images of the same prompt, over all pairs and all prompts.
+    """Return the mean Euclidean distance between the features of two images of the same prompt.
 
-    `features` (P, M, D) belong to M images for each of P prompts. The distance is in the units of the features. It is 0 if the
-    images do not depend on the noise. Raises ValueError for M < 2.
+    The mean is taken over all prompts and over all pairs of images of a prompt. `features` (P, M, D) holds the features
+    of M images for each of P prompts. The distance is in the units of `features`. It is 0 if all images of a prompt are
+    equal, that is, if they do not depend on the noise. Raises ValueError for M < 2.
     """
     images = features.shape[1]
     if images < 2:

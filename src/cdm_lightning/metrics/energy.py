@@ -10,17 +10,20 @@ from cdm_lightning.metrics.base import MeasuredImages, Metric
 
 
 class EnergyDistance(Metric):
-    """The `energy_distance` between the images' features and samples of the data distribution.
+    """The `energy_distance` between the features of a sampler's images and the features of the true distribution.
 
-    `exact` is a function that takes N prompts and returns the features (N, D) of samples of the true distribution. `feature` is
-    the name of the feature extractor for the images.
+    `exact` is a function that takes N prompts and returns the features (N, D) of samples of the true distribution for
+    these prompts. `feature` is the name of the feature extractor for the sampler's images.
     """
 
     def __init__(self, exact: Callable[[Sequence[str]], Tensor], feature: FeatureName = "points") -> None:
         self.exact, self.feature, self.features = exact, feature, (feature,)
 
     def figures(self, measured: MeasuredImages, others: Mapping[str, MeasuredImages]) -> float | None:
-        """Return the distance in the units of the features, or None for fewer than 2 images."""
+        """Return the energy distance for the images in `measured`, in the units of the features.
+
+        Returns None for fewer than 2 images.
+        """
         if len(measured) < 2:
             return None
         return float(energy_distance(measured.features[self.feature], self.exact(measured.prompts)))
@@ -29,8 +32,9 @@ class EnergyDistance(Metric):
 def energy_distance(a: Tensor, b: Tensor) -> Tensor:
     """Return the energy distance 2 E|a - b| - E|a - a'| - E|b - b'| of points a (N, D) and b (M, D).
 
-    The result is a 0-d float64 in the units of the points. It is 0 for equal distributions (Székely and Rizzo, 2013). The
-    estimate is unbiased, because no point is paired with itself, so it can be slightly negative. Raises ValueError for fewer
+    In this formula, a' and b' are further points of the same set as a and b. The result is a 0-d float64 in the units
+    of the points. The energy distance of equal distributions is 0 (Székely and Rizzo, 2013). The estimate from points
+    is unbiased, because no point is paired with itself, so it can be slightly negative. Raises ValueError for fewer
     than 2 points in a set.
     """
     if min(len(a), len(b)) < 2:

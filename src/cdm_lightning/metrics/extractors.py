@@ -14,9 +14,10 @@ from cdm_lightning.metrics.open_clip_model import OpenClipModel
 
 
 class OpenClipFeatures(nn.Module):
-    """The embeddings of images and prompts by a CLIP model, not normalized. The arguments are those of `OpenClipModel`.
+    """A feature extractor that embeds images and prompts by a CLIP model. The embeddings are not normalized.
 
-    Raises `UserError` if the model or its weights are missing or cannot be loaded.
+    `OpenClipModel` describes the arguments. Raises `UserError` if the model or its weights are missing or cannot be
+    loaded.
     """
 
     def __init__(self, model: Model, pretrained: Weights | None = None) -> None:
@@ -33,10 +34,11 @@ class OpenClipFeatures(nn.Module):
 
 
 class InceptionFeatures(nn.Module):
-    """The 2048 features of Inception v3 in the standard FID (Heusel et al., arXiv:1706.08500), computed by torch-fidelity.
+    """The feature extractor of the standard FID (Heusel et al., arXiv:1706.08500): Inception v3 with 2048 features.
 
-    `weights` is the file weights-inception-2015-12-05-6726825d.pth. Raises `UserError` if the file is missing or cannot be
-    used, or if the package torch-fidelity is not installed.
+    The network is that of the package torch-fidelity. `weights` is the path of the file
+    weights-inception-2015-12-05-6726825d.pth. Raises `UserError` if the file is missing or cannot be used, or if
+    torch-fidelity is not installed.
     """
 
     def __init__(self, weights: FileToRead) -> None:
@@ -59,5 +61,8 @@ class InceptionFeatures(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the features (B, 2048) of images (B, 3, H, W) in [0, 1]. The images are rounded to 8 bits, as in a saved file."""
+        """Return the features (B, 2048) of images (B, 3, H, W) in [0, 1].
+
+        The images are first rounded to 8 bits, so that the features are those of the images in saved files.
+        """
         return self.network((images * 255).round().to(torch.uint8))

@@ -1,8 +1,9 @@
 """The Fréchet distance between the features of generated images and of reference images, computed by torchmetrics.
 
-It is |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) for features with means m and covariances C (Heusel et al., arXiv:1706.08500).
-With the features of Inception it is called FID. It decreases with the number of images, so compare only figures for equal
-numbers. Shapes: images (B, 3, H, W) in [0, 1], features (N, D).
+It is |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) for features with means m and covariances C (Heusel et al.,
+arXiv:1706.08500). With the features of Inception, the distance is called FID. The distance decreases with the number of
+images, so compare only figures that are measured with equal numbers of images. Shapes: images (B, 3, H, W) in [0, 1],
+features (N, D).
 """
 
 from collections.abc import Iterable, Mapping
@@ -23,9 +24,9 @@ from cdm_lightning.metrics.base import Figures, MeasuredImages, Metric, extract
 
 @dataclass(frozen=True)
 class FeatureStatistics:
-    """The statistics of a set of features for a Fréchet distance: mean (D,), covariance (D, D) and number of features.
+    """What a Fréchet distance needs to know of a set of features.
 
-    Mean and covariance are float64.
+    `mean` (D,) and `covariance` (D, D) are float64. `count` is the number of features.
     """
 
     mean: Tensor
@@ -34,7 +35,10 @@ class FeatureStatistics:
 
     @classmethod
     def of_features(cls, batches: Iterable[Tensor]) -> "FeatureStatistics":
-        """Return the statistics of batches of features (B, D). Raises ValueError for fewer than 2 features in total."""
+        """Return the statistics of all features in `batches`, which yields tensors (B, D).
+
+        Raises ValueError for fewer than 2 features in total.
+        """
         count, total, outer = 0, torch.zeros(()), torch.zeros(())
         for features in batches:
             features = features.cpu().double()  # not all devices have float64
@@ -46,9 +50,9 @@ class FeatureStatistics:
 
     @classmethod
     def of_images(cls, extractor: nn.Module, batches: Iterable[Tensor]) -> "FeatureStatistics":
-        """Return the statistics of the features of images, given in batches (B, 3, H, W) in [0, 1].
+        """Return the statistics of the features that `extractor` computes of all images in `batches`.
 
-        Raises ValueError for fewer than 2 images.
+        `batches` yields images (B, 3, H, W) in [0, 1]. Raises ValueError for fewer than 2 images in total.
         """
         return cls.of_features(extract(extractor, images) for images in batches)
 
@@ -60,7 +64,7 @@ class FeatureStatistics:
 
     @classmethod
     def load(cls, path: str | Path) -> "FeatureStatistics":
-        """Read statistics that `save` wrote. Raises `UserError` if the file is missing or has other contents."""
+        """Read statistics that `save` wrote. Raises `UserError` if the file is missing or holds no such statistics."""
         try:
             state = load_file(path)
             return cls(state["mean"].double(), state["covariance"].double(), int(state["count"]))
@@ -85,9 +89,10 @@ class _GivenFeatures(nn.Module):
 
 
 def frechet_distance(reference: FeatureStatistics, features: Tensor) -> float | None:
-    """Return the Fréchet distance of features (N, D) to `reference`, computed in float64 by torchmetrics.
+    """Return the Fréchet distance between `features` (N, D) and the features whose statistics are `reference`.
 
-    Returns None for N < 2, and NaN for features that are not finite, such as those of a student that has diverged.
+    torchmetrics computes the distance in float64. Returns None for N < 2. Returns NaN if a feature is not finite, as
+    happens if the student has diverged.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance  # takes seconds to import, so only where it is used
 
@@ -105,18 +110,22 @@ def frechet_distance(reference: FeatureStatistics, features: Tensor) -> float | 
 
 
 class Frechet(Metric):
-    """The Fréchet distance of the images to the images in `reference`.
+    """The Fréchet distance between the features of a sampler's images and the features of reference images.
 
-    `reference` yields batches of images (B, 3, H, W) in [0, 1] and is read once, or it is the `FeatureStatistics` of such images.
-    `feature` is the name of the feature extractor. Name the metric `fid` only with `InceptionFeatures`, because the distance
-    depends on the features.
+    `reference` is either the `FeatureStatistics` of the reference images, or an iterable of their batches (B, 3, H, W)
+    in [0, 1], which is iterated over once. `feature` is the name of the feature extractor. The distance depends on the
+    extractor, so name the metric `fid` only with `InceptionFeatures`.
     """
 
     def __init__(self, reference: Iterable[Tensor] | FeatureStatistics, feature: FeatureName = "clip") -> None:
         self.reference, self.feature, self.features = reference, feature, (feature,)
 
     def prepare(self, extractors: Mapping[str, nn.Module]) -> None:
-        """Compute the statistics of the reference images, unless they are given. Raises `UserError` for fewer than 2 images."""
+        """Compute the statistics of the reference images, unless the metric already has them.
+
+        `extractors` holds all feature extractors by name. The metric uses the one that its `feature` names. Raises
+        `UserError` for fewer than 2 reference images.
+        """
         if not isinstance(self.reference, FeatureStatistics):
             try:
                 self.reference = FeatureStatistics.of_images(extractors[self.feature], self.reference)
@@ -126,19 +135,22 @@ class Frechet(Metric):
                 ) from error
 
     def figures(self, measured: MeasuredImages, others: Mapping[str, MeasuredImages]) -> float | None:
-        """Return the distance, or None for fewer than 2 images."""
+        """Return the Fréchet distance of the images in `measured` to the reference images.
+
+        Returns None for fewer than 2 images.
+        """
         return frechet_distance(cast(FeatureStatistics, self.reference), measured.features[self.feature])
 
     def facts(self) -> dict[str, float]:
-        """Return the number of reference images, because the distance depends on it."""
+        """Return the number of reference images as "reference_images", because the distance depends on this number."""
         return {"reference_images": cast(FeatureStatistics, self.reference).count}
 
 
 class FrechetToSampler(Metric):
-    """The Fréchet distance of the images to those of another sampler, such as the teacher in 50 steps.
+    """The Fréchet distance of a sampler's images to the images of a reference sampler, such as the teacher in 50 steps.
 
-    A sampler is a way to make images. `sampler` is the name of the other sampler, and `feature` is the name of the feature
-    extractor.
+    A sampler is a way to make images. `sampler` is the name of the reference sampler, and `feature` is the name of the
+    feature extractor.
     """
 
     def __init__(self, sampler: Name, feature: FeatureName = "clip") -> None:
@@ -147,14 +159,15 @@ class FrechetToSampler(Metric):
         self._reference: tuple[MeasuredImages, FeatureStatistics] | None = None  # of the latest measurement
 
     def figures(self, measured: MeasuredImages, others: Mapping[str, MeasuredImages]) -> Figures:
-        """Return {"same_noise": distance, "other_noise": distance}.
+        """Return up to two Fréchet distances of the images in `measured` to the reference sampler's images, by name.
 
-        "same_noise" compares images that start from the same noise as the other sampler's images. This distance is small, because
-        such images resemble each other. "other_noise" compares images that start from different noise; it is left out if the
-        evaluation makes no such images.
+        "same_noise" is the distance of images that start from the same noise as the reference sampler's images. Images
+        from the same noise resemble each other, so this distance is small. "other_noise" is the distance of images that
+        start from different noise, which are those in `measured.other_noise`; without them this name is missing. Real
+        images start from no noise, and their distance has the name "other_noise".
 
-        Returns None if `measured` are the other sampler's own images, if the other sampler is not run, and for fewer than 2
-        images.
+        Returns None if `measured` are the reference sampler's own images, if the reference sampler is not in `others`,
+        or if one of the two samplers has fewer than 2 images.
         """
         reference = others.get(self.sampler or "")
         if reference is None or reference is measured or min(len(reference), len(measured)) < 2:

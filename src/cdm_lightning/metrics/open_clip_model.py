@@ -1,4 +1,7 @@
-"""An open_clip model that embeds images and prompts for metrics. Missing weights raise an error instead of being random."""
+"""An open_clip model that embeds images and prompts for metrics.
+
+If weights are missing, an error is raised; open_clip itself would go on with random weights.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,8 +24,9 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.pth")  # the weight files that open_clip
 class OpenClipModel(nn.Module):
     """The image and text encoders of a CLIP model, frozen, in float32 and in eval mode.
 
-    `model` is `local-dir:FOLDER`, a folder with open_clip_config.json and weights, or a model name that open_clip knows. For a
-    name, `pretrained` is a file of weights or one of open_clip's tags, whose weights are downloaded.
+    `model` is either a model name that open_clip knows, or `local-dir:FOLDER` for a folder that has
+    open_clip_config.json and weights. With a model name, `pretrained` is needed: the path of a file of weights, or one
+    of open_clip's tags, whose weights are downloaded.
 
     Raises `UserError` if the model or its weights are missing or cannot be loaded.
     """
@@ -45,16 +49,19 @@ class OpenClipModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights."""
+        """The device of the model's weights."""
         return next(self.clip.parameters()).device
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """Return the embeddings (B, D) of images (B, 3, H, W) in [0, 1], not normalized, with open_clip's preprocessing."""
+        """Return the embeddings (B, D) of images (B, 3, H, W) in [0, 1], not normalized and without gradients.
+
+        The images are resized, cropped and normalized as open_clip does it for this model.
+        """
         return self.embed_images(images)
 
     def embed_images(self, images: Tensor) -> Tensor:
-        """Return the embeddings of `encode_images`, but let gradients flow back to the images."""
+        """Return the same embeddings (B, D) as `encode_images`, but with gradients with respect to the images."""
         images = images.to(self.device, torch.float32)
         for transform in self.geometry:
             images = transform(images)

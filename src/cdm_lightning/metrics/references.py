@@ -1,4 +1,4 @@
-"""Real images for metrics to compare with, as iterables of batches (B, 3, H, W) in [0, 1].
+"""Real images with which metrics compare generated images, as iterables of batches (B, 3, H, W) in [0, 1].
 
 The shapes set is this package's procedural data set of captioned shapes (`data.shapes`).
 """
@@ -25,11 +25,12 @@ MOST_IMAGE = 1 << 30  # bytes
 
 @dataclass(frozen=True)
 class ShapesRenderings:
-    """Real images of the shapes set, in batches (B, 3, 32, 32): `count` renderings that cycle through the first `captions` prompts.
+    """Real images for a metric: `count` images of the shapes set, in batches (B, 3, 32, 32) in [0, 1].
 
-    `captions` None means all prompts. The renderings depend only on the prompts and on `seed`. Pass the prompts of the generated
-    images (as is usual for FID on COCO): if the references showed other prompts, even a perfect generator would have a distance
-    above 0.
+    The images show the first `captions` prompts (None: all prompts) in their order, and start again with the first
+    prompt until there are `count` images. They depend only on these prompts and on `seed`. Pass the prompts of the
+    generated images as `prompts`, as is usual for FID on COCO. If the real images showed other prompts, even a perfect
+    generator would have a distance above 0 to them.
 
     Raises `UserError` if there are fewer prompts than `captions`, or if a prompt is not a caption of the shapes set.
     """
@@ -57,16 +58,17 @@ class ShapesRenderings:
 
 
 def render_prompts(prompts: Sequence[str], indices: Sequence[Index], seed: Seed) -> Tensor:
-    """Return a rendering of each of B prompts, (B, 3, 32, 32) in [0, 1]. It depends only on the prompt, its index and `seed`.
+    """Return a rendering of each of B prompts, (B, 3, 32, 32) in [0, 1].
 
-    Raises `UserError` for a prompt that is not a caption of the shapes set.
+    A rendering depends only on its prompt, on the prompt's number in `indices`, and on `seed`. Raises `UserError` for a
+    prompt that is not a caption of the shapes set.
     """
     seeds = [stream(seed, "rendering of a prompt", index).initial_seed() for index in indices]
     return torch.cat([render([scene_of(prompt)], its) for prompt, its in zip(prompts, seeds, strict=True)])
 
 
 def scene_of(prompt: str) -> Scene:
-    """Return the scene that a caption of the shapes set describes. Raises `UserError` for any other text."""
+    """Return the scene that `prompt`, a caption of the shapes set, describes. Raises `UserError` for any other text."""
     try:
         return parse_caption(prompt)
     except ValueError as error:
@@ -76,10 +78,12 @@ def scene_of(prompt: str) -> Scene:
 
 
 class ImageFolder:
-    """The images in a folder and its subfolders, in the order of their paths, in batches of `batch_size`.
+    """The images in a folder and its subfolders, in the order of their paths, in batches (B, 3, H, W) in [0, 1].
 
-    With `image_size` (in pixels), each image is resized to cover a square of this side and cropped to its centre. Otherwise all
-    images must have the same size. Raises `UserError` for a folder without images, for an unreadable image, and for images of
+    B is `batch_size`, or less in the last batch. If `image_size` (in pixels) is given, the largest square in the middle
+    of each image is cut out and resized to this side. Otherwise all images must have the same size.
+
+    Raises `UserError` for a folder without images, for an unreadable image, and, without `image_size`, for images of
     different sizes.
     """
 

@@ -1,4 +1,4 @@
-"""Differentiable scores of images, for the reward term of objectives (`objectives.reward`)."""
+"""Differentiable scorers of images, for the reward loss of objectives (`objectives.reward`)."""
 
 from collections.abc import Sequence
 
@@ -10,9 +10,10 @@ from cdm_lightning.metrics.open_clip_model import OpenClipModel
 
 
 class CLIPReward:
-    """The cosine similarity of image and prompt in the embedding of a CLIP model. `OpenClipModel` describes the arguments.
+    """A scorer of images: the cosine similarity between the CLIP embeddings of an image and of its prompt.
 
-    Raises `UserError` if the model or its weights are missing or cannot be loaded.
+    `OpenClipModel` describes the arguments. Raises `UserError` if the model or its weights are missing or cannot be
+    loaded.
     """
 
     def __init__(self, model: Model, pretrained: Weights | None = None) -> None:

@@ -1,7 +1,7 @@
 """A small classifier that decides whether a picture of the storybook scenes shows what its caption says.
 
-The storybook scenes are this package's procedural data set of captioned drawings (`data.scenes`). The classifier is trained on
-them and not on generated pictures. Its features are also used for the Fréchet distance.
+The storybook scenes are this package's procedural data set of captioned drawings (`data.scenes`). The classifier is
+trained on these drawings and not on generated pictures. Its features also serve to compute the Fréchet distance.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,12 @@ FEATURES = 128
 
 
 class ScenesJudge(nn.Module):
-    """A convolutional classifier of pictures (N, 3, 64, 64) of the storybook scenes, with one linear head for each attribute."""
+    """A convolutional classifier of pictures (N, 3, 64, 64) of the storybook scenes.
+
+    The classifier predicts the arrangement, the place and the setting of the scene, and the noun, colour and size of
+    each of up to two things in it. Each prediction has a linear head of its own; `HEADS` holds the class names of each
+    head.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,11 +46,11 @@ class ScenesJudge(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(FEATURES, len(classes)) for name, classes in HEADS.items()})
 
     def features(self, images: Tensor) -> Tensor:
-        """Return the features (N, 128) of pictures (N, 3, 64, 64) in [0, 1], for a Fréchet distance."""
+        """Return the features (N, 128) of pictures (N, 3, 64, 64) in [0, 1], for use in a Fréchet distance."""
         return self.trunk(images * 2 - 1)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Return the logits (N, classes) of each head, by name, for pictures (N, 3, 64, 64) in [0, 1]."""
+        """Return the logits (N, classes) of each head, by the head's name, for pictures (N, 3, 64, 64) in [0, 1]."""
         features = self.features(images)
         return {name: head(features) for name, head in self.heads.items()}
 
@@ -67,7 +72,7 @@ class ScenesJudge(nn.Module):
 
     @torch.no_grad()
     def adherence(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return (N,) bool: whether each picture (N, 3, 64, 64) in [0, 1] shows everything that its caption says.
+        """Return (N,) bool: whether each picture (N, 3, 64, 64) in [0, 1] shows everything that its prompt says.
 
         Raises ValueError for a prompt that is not a caption of the storybook scenes.
         """
@@ -75,9 +80,10 @@ class ScenesJudge(nn.Module):
 
     @torch.no_grad()
     def agreement(self, images: Tensor, wanted: Sequence[dict[str, int]]) -> Tensor:
-        """Return (N,) bool: whether the judge predicts all classes in `wanted` for each picture (N, 3, 64, 64) in [0, 1].
+        """Return (N,) bool: whether the judge predicts the wanted classes for each picture (N, 3, 64, 64) in [0, 1].
 
-        `wanted` holds, for each picture, {head's name: class}.
+        `wanted` has one dictionary for each picture. It maps a head's name to the number of the wanted class. A head
+        that is not in the dictionary may predict any class.
         """
         device = next(self.parameters()).device
         chunks = [self(chunk.to(device)) for chunk in images.split(256)]
@@ -88,9 +94,9 @@ class ScenesJudge(nn.Module):
 
 
 def expected(scene: Scene) -> dict[str, int]:
-    """Return the class that each head should predict for a scene, by the head's name.
+    """Return a dictionary from each head's name to the number of the class that the head should predict for `scene`.
 
-    Heads about attributes that the scene does not have are left out.
+    Heads for attributes that the scene does not have are left out.
     """
     classes: dict[str, int] = {"arrangement": 0}
     if scene.relation:

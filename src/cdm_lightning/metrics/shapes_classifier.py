@@ -1,6 +1,7 @@
 """A small classifier that decides whether an image of the shapes set shows what its caption says.
 
-It is trained independently of all generators. The shapes set is this package's procedural data set (`data.shapes`).
+The shapes set is this package's procedural data set of captioned shapes (`data.shapes`). The classifier is trained on
+renderings of this set and not on generated images.
 """
 
 from collections.abc import Sequence
@@ -31,8 +32,8 @@ HEADS = {
 class ShapesClassifier(nn.Module):
     """A convolutional classifier of images (N, 3, 32, 32) of the shapes set.
 
-    It predicts the arrangement of the shapes, the place of a single shape, and the colour, shape and size of each of up to two
-    shapes (the upper or left one first). Each prediction has a linear head of its own.
+    The classifier predicts the arrangement of the shapes, the place of a shape that is alone, and the colour, shape and
+    size of each of up to two shapes (the upper or left one first). Each prediction has a linear head of its own.
     """
 
     def __init__(self) -> None:
@@ -45,7 +46,7 @@ class ShapesClassifier(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(128, classes) for name, classes in HEADS.items()})
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Return the logits (N, classes) of each head, by name, for images (N, 3, 32, 32) in [0, 1]."""
+        """Return the logits (N, classes) of each head, by the head's name, for images (N, 3, 32, 32) in [0, 1]."""
         features = self.features(images * 2 - 1)
         return {name: head(features) for name, head in self.heads.items()}
 
@@ -68,7 +69,7 @@ class ShapesClassifier(nn.Module):
 
     @torch.no_grad()
     def adherence(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return (N,) bool: whether each image (N, 3, 32, 32) in [0, 1] shows everything that its caption says.
+        """Return (N,) bool: whether each image (N, 3, 32, 32) in [0, 1] shows everything that its prompt says.
 
         Raises ValueError for a prompt that is not a caption of the shapes set.
         """
@@ -82,9 +83,9 @@ class ShapesClassifier(nn.Module):
 
 
 def expected(scene: Scene) -> dict[str, int]:
-    """Return the class that each head of the classifier should predict for a caption, by the head's name.
+    """Return a dictionary from each head's name to the number of the class that the head should predict for `scene`.
 
-    Heads about attributes that the caption does not mention are left out.
+    Heads for attributes that the scene's caption does not mention are left out.
     """
     if scene.relation is None:
         place = {} if scene.place is None else {"place": list(PLACES).index(scene.place)}

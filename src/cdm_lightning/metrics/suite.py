@@ -19,7 +19,10 @@ Row = dict[str, float]  # figure -> value
 
 @dataclass
 class Collected:
-    """The measurements of one sampler's images, collected batch by batch: features, scores and prompts. Images are not kept."""
+    """The measurements of one sampler's images, collected batch by batch: features, scores and prompts.
+
+    The images themselves are not kept.
+    """
 
     prompts: list[str] = field(default_factory=list)
     indices: list[int] = field(default_factory=list)
@@ -32,7 +35,10 @@ class Collected:
     has_noise: bool = True  # False for real images
 
     def add(self, other: "Collected") -> None:
-        """Append another process's measurements for the same sampler, without `copies` and `other_noise` (validation makes none)."""
+        """Append the measurements that another process made for the same sampler in validation.
+
+        `copies` and `other_noise` are not appended, because validation makes only one image for each prompt.
+        """
         self.prompts += other.prompts
         self.indices += other.indices
         for mine, theirs in ((self.features, other.features), (self.scores, other.scores)):
@@ -40,7 +46,7 @@ class Collected:
                 mine.setdefault(name, []).extend(batches)
 
     def of(self, metric: str) -> MeasuredImages:
-        """Return the measurements that the metric `metric` needs for its figures, sorted by prompt index."""
+        """Return the measurements from which the metric named `metric` computes its figures, sorted by prompt index."""
         order = sorted(range(len(self.indices)), key=self.indices.__getitem__)
         features = {name: torch.cat(batches)[order] for name, batches in self.features.items()}
         scores = self.scores.get(metric)
@@ -58,10 +64,14 @@ class Collected:
 
 
 class MetricSuite:
-    """All metrics by name, and the feature extractors by the names that metrics use.
+    """All metrics of a run, and the feature extractors that they share.
 
-    Raises `UserError` for an object that is not a `Metric`, for an extractor that is not a torch module, and for a metric with
-    the name of a column of the results. It is also raised if a metric's extractor is missing or cannot encode prompts.
+    `metrics` holds the metrics by name, and `features` the extractors by the names under which metrics ask for them.
+    Entries that are None are left out.
+
+    Raises `UserError` for an object that is not a `Metric`, for an extractor that is not a torch module, and for a
+    metric whose name is already a column of the table of results (`COLUMNS`). Also raises `UserError` if a metric's
+    extractor is missing, or if it cannot encode prompts but the metric needs features of prompts.
     """
 
     def __init__(
@@ -95,7 +105,11 @@ class MetricSuite:
 
     @property
     def copies(self) -> Copies:
-        """The largest `prompts` and the largest `images` of the metrics' `copies`; `Copies(0, 1)` if no metric sets them."""
+        """The numbers of prompts and of images per prompt that are enough for every metric.
+
+        They are the largest `prompts` and the largest `images` in `Metric.copies` of all metrics. If no metric needs
+        several images per prompt, the value is `Copies(0, 1)`.
+        """
         wishes = [metric.copies for metric in self.metrics.values() if metric.copies is not None]
         return Copies(
             max((wish.prompts for wish in wishes), default=0), max((wish.images for wish in wishes), default=1)
@@ -103,12 +117,12 @@ class MetricSuite:
 
     @property
     def other_noise(self) -> bool:
-        """Whether a metric needs a second image of each prompt, from different noise, from each sampler that runs the student."""
+        """Whether a metric needs, from each sampler of the student, a second image per prompt from different noise."""
         return any(metric.other_noise for metric in self.metrics.values())
 
     @property
     def needed(self) -> list[str]:
-        """The names of the extractors that at least one metric needs. Their features are kept for all images."""
+        """The names of the extractors that at least one metric needs. `measure` collects their features."""
         return sorted({name for metric in self.metrics.values() for name in metric.features})
 
     def prepare(self, device: torch.device) -> None:
@@ -140,7 +154,7 @@ class MetricSuite:
                     ) from error
 
     def facts(self) -> dict[str, float | str]:
-        """Return the facts of all metrics (`Metric.facts`) under keys such as "fid_reference_images".
+        """Return the facts of all metrics (`Metric.facts`) under keys METRIC_FACT, such as "fid_reference_images".
 
         A value that JSON cannot store is turned into text, so that it never prevents the results from being written.
         """
@@ -151,9 +165,11 @@ class MetricSuite:
         }
 
     def figures(self, samplers: Mapping[str, Collected]) -> dict[str, Row]:
-        """Return the figures as {sampler: {metric: figure}}. A metric with several figures has keys such as "METRIC_FIGURE".
+        """Return a dictionary from each sampler's name to its figures.
 
-        A metric without a figure for a sampler is left out.
+        `samplers` holds the measurements of each sampler by name. A figure's key is the metric's name. If a metric has
+        several figures for a sampler, their keys are METRIC_FIGURE, such as "fid_same_noise". A metric that has no
+        figure for a sampler is missing in that sampler's figures.
         """
         rows: dict[str, Row] = {sampler: {} for sampler in samplers}
         for name, metric in self.metrics.items():
@@ -177,8 +193,9 @@ class MetricSuite:
     ) -> None:
         """Add the features and scores of a sampler's images (B, 3, H, W) in [0, 1] to `collected`.
 
-        `texts` is a cache of the prompts' features by extractor, which this method fills. Pass the same dictionary for images
-        of the same prompts by other samplers.
+        `prompts` are the B prompts of the images, and `indices` are the numbers of these prompts. `texts` stores the
+        features of the prompts by extractor: features that are missing are computed and added. Pass the same dictionary
+        for other samplers' images of the same prompts, so that the prompts are encoded only once.
         """
         batch = ImageBatch(images, prompts, indices, self.extractors, {} if texts is None else texts)
         collected.prompts += prompts
@@ -201,21 +218,29 @@ class MetricSuite:
                 collected.scores.setdefault(name, []).append(scores.reshape(-1).float().cpu())
 
     def measure_other_noise(self, collected: Collected, images: Tensor) -> None:
-        """Add to `collected` the features of images (B, 3, H, W) in [0, 1], made for the same prompts from different noise."""
+        """Add the features of `images` (B, 3, H, W) in [0, 1] to `collected`.
+
+        They are made for the same prompts as the images that were passed to `measure`, but from different noise.
+        """
         for name in sorted(
             {name for metric in self.metrics.values() if metric.other_noise for name in metric.features}
         ):
             collected.other_noise.setdefault(name, []).append(extract(self.extractors[name], images).cpu())
 
     def measure_copy(self, collected: Collected, images: Tensor) -> None:
-        """Add the features of `images` (P, 3, H, W) in [0, 1]: one more image for each of the first P prompts, in order."""
+        """Add the features of `images` (P, 3, H, W) in [0, 1] to `collected`.
+
+        They are one more image for each of the first P prompts, in the order of these prompts.
+        """
         for name in self.needed:
             collected.copies.setdefault(name, []).append(extract(self.extractors[name], images).cpu())
 
     def scores(self, samplers: Mapping[str, Collected]) -> list[dict[str, str | int | float]]:
-        """Return a row for each sampler and prompt with the scores of its image, by metric.
+        """Return a row for each sampler and prompt, so that two runs can be compared prompt by prompt.
 
-        The rows allow a comparison of two runs prompt by prompt.
+        `samplers` holds the measurements of each sampler by name. A row has the keys "sampler", "prompt_index" and
+        "prompt". Under each metric's name it has the score of the image that the sampler made for the prompt. Metrics
+        without scores are left out.
         """
         rows: list[dict[str, str | int | float]] = []
         for sampler, collected in samplers.items():

@@ -1,3 +1,4 @@
-"""The training objectives: CDM, DMD2 and consistency distillation. An objective says which networks are trained, and by which
-losses.
+"""The training objectives, such as CDM, DMD2 and consistency distillation.
+
+An objective says which networks are trained, and with which losses.
 """

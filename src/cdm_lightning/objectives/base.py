@@ -42,9 +42,10 @@ class TermLosses:
 class VelocityFields:
     """The networks of a run as velocity fields v(x, sigma), conditioned on the text of one batch of prompts.
 
-    `teacher_uncond` is the teacher conditioned on the empty prompt. `fields[ROLE]` gives the field of "student", of "student_ema"
-    or of a role in `by_role`. `heads` holds the networks that the objective builds itself (`Role.build`); they are plain modules,
-    not fields.
+    `teacher_uncond` is the teacher conditioned on the empty prompt. `by_role` holds the fields of further networks,
+    such as "student_ema" and "fake_score". For a VelocityFields object `fields`, `fields[ROLE]` is the field of
+    "student" or of a role in `by_role`, but not of the teacher. `heads` holds the networks that the objective builds
+    itself (`Role.build`); they are plain modules and not fields.
     """
 
     student: VelocityField
@@ -71,11 +72,12 @@ def _no_images(latents: Tensor) -> Tensor:
 class Sample:
     """The input of a loss: B prompts of one iteration, with the networks and the random numbers for them.
 
-    `fields` are the networks with the text of these prompts, and `rng` gives their random numbers. `shift` applies the model
-    family's timestep shift to each sigma alone, `shift_steps` to all sigmas of a rollout together (`Backbone.shift_steps`).
-    `latent_shape` is (C, H, W). All three fit this iteration's image size. `iteration` counts from 0. `latents` are the clean
-    latents (B, C, H, W) of real images, or None if the objective uses none. `decode` turns clean latents (B, C, H, W) into images
-    (B, 3, H, W) in [0, 1]; gradients flow through it.
+    `fields` are the networks, conditioned on the text of `prompts`, and `rng` draws the random numbers. `shift` and
+    `shift_steps` apply the model family's timestep shift: `shift` applies it to each sigma alone, and `shift_steps` to
+    all sigmas of a rollout together (`Backbone.shift_steps`). `latent_shape` is (C, H, W). The two shifts and
+    `latent_shape` are those for the image size of this iteration. `iteration` counts from 0. `latents` are the clean
+    latents (B, C, H, W) of real images, or None if the objective uses none. `decode` turns clean latents (B, C, H, W)
+    into images (B, 3, H, W) in [0, 1]; gradients flow through it.
     """
 
     prompts: Sequence[str]
@@ -93,9 +95,10 @@ class Sample:
         return len(self.prompts)
 
     def again(self, repeat: int) -> Self:
-        """Return the same sample with new random numbers, for repetition number `repeat` of an update.
+        """Return the same sample with the random numbers of repetition number `repeat` of an update.
 
-        Repetition 0 is the first one.
+        An update repeats its optimizer step `Update.repeat` times, and each repetition has its own random numbers.
+        Repetitions count from 0.
         """
         return replace(self, rng=self.rng.again(repeat))
 
@@ -105,8 +108,8 @@ class RolledOutSample(Sample):
     """A sample with one state of the student's rollout, which is the student's own path from noise.
 
     `point` is the state at the *anchor*, the step of the path that is drawn at random for each prompt. It is a
-    `FullTrajectoryPoint` if the rollout is simulated to its end. `steps` is the number of steps of the rollout, the same for all
-    prompts.
+    `FullTrajectoryPoint` if rollouts are simulated to their end. `steps` is the number of steps of the rollout, which
+    is the same for all prompts.
     """
 
     point: TrajectoryPoint
@@ -117,17 +120,19 @@ class RolledOutSample(Sample):
 class Role:
     """A network that is trained in addition to the student, such as CDM's fake score.
 
-    By default it starts from the pretrained weights and can be trained as a LoRA. With `build` it is a head instead: `build(D)`
-    makes a module that reads hidden states of width D (`VelocityField.with_features`). Parameters that `build` freezes stay
-    frozen.
+    By default the network starts from the pretrained weights and can be trained as a LoRA. If `build` is given, the
+    network is a head instead: `build(D)` returns a module that reads another network's hidden states of width D
+    (`VelocityField.with_features`). Parameters that `build` freezes stay frozen.
 
-    `inputs` adds conditioning to a network that starts from the pretrained weights. For each name it holds a function that takes
-    the width D of the network's time embedding and makes a module from values (B,) to (B, D). The module's output is added to the
-    time embedding. A loss passes the values by `fields[role].given(NAME=values)`. If the module's last layer is zero, the network
-    starts equal to the pretrained one. The module is trained, even if the rest of the network is a LoRA.
+    `inputs` gives a network that starts from the pretrained weights further inputs, besides x, sigma and text. It maps
+    the name of an input to a function. This function takes the width D of the network's time embedding and returns a
+    module. The module maps the input's values (B,) to vectors (B, D), which are added to the time embedding. A loss
+    passes the values by `fields[role].given(NAME=values)`. If the last layer of the module is zero, the network equals
+    the pretrained one at the start. The module is trained, even if the rest of the network is a LoRA.
 
-    Heads and inputs are initialized at random; the draws depend only on the run's seed and the module's name. Raises ValueError
-    if `name` is no Python identifier, if it is student, student_ema or teacher, and if both `build` and `inputs` are given.
+    Heads and the modules of inputs are initialized at random; the draws depend only on the run's seed and the module's
+    name. Raises ValueError if `name` is not a Python identifier, if it is student, student_ema or teacher, and if both
+    `build` and `inputs` are given.
     """
 
     name: str
@@ -161,11 +166,11 @@ class Merge:
 
 @dataclass(frozen=True)
 class Update:
-    """A number of optimizer steps of one network: `repeat` steps, each with new random numbers.
+    """A number of optimizer steps of the network `role`: `repeat` steps, each with new random numbers.
 
-    `losses(sample)` yields the loss in parts whose sum is the loss. Each part is backpropagated before the next is computed, so
-    that memory holds one graph at a time. Gradients that reach other networks are dropped. If `merge` is given, it is applied
-    after each step.
+    `losses(sample)` yields parts of the loss; the loss is their sum. Each part is backpropagated before the next is
+    computed, so that memory holds one graph at a time. Gradients that reach other networks are dropped. If `merge` is
+    given, it is applied after each step.
     """
 
     role: str
@@ -204,8 +209,8 @@ class Objective(ABC):
     def student_period(self) -> int | None:
         """The number of iterations from one student update to the next, or None if it is not known in advance.
 
-        The student is then updated in the last iteration of each period. Until that update it stays the same, so the rollouts of
-        several iterations can be computed as one batch.
+        With a number, the student is updated in the last iteration of each period and does not change until then. The
+        rollouts of several iterations of a period can therefore be computed as one batch.
         """
         return None
 
@@ -213,15 +218,16 @@ class Objective(ABC):
     def updates(self, iteration: int) -> Sequence[Update]:
         """Return the updates of an iteration (counted from 0) in their order; there must be at least one.
 
-        The call must not change the objective. The result may depend on the objective's state if all processes have the same
-        state.
+        This method must not change the objective. The result may depend on the objective's state if all processes have
+        the same state.
         """
 
     def typical_cycle(self) -> Sequence[Sequence[Update]]:
-        """Return the updates of each iteration in a typical stretch of training; `cdm_lightning.plan` computes the costs from them.
+        """Return the updates of each iteration in a typical stretch of training.
 
-        By default the stretch is one `student_period` late in a run, or one iteration if the period is None. Override this method
-        if `updates` depends on measured values.
+        `cdm_lightning.plan` computes the costs of a run from them. By default the stretch has `student_period`
+        iterations, or one iteration if the period is None. They are iterations late in a run, when weights that grow
+        during training have reached their final values. Override this method if `updates` depends on measured values.
         """
         period = self.student_period or 1
         late = period * 1_000_000  # weights that ramp up have reached their final values
@@ -246,5 +252,8 @@ class Objective(ABC):
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the state that `state_dict` returned. It is not called if the checkpoint holds no state of this class."""
+        """Restore the state that `state_dict` returned.
+
+        This method is not called if the checkpoint holds no state of this class.
+        """
         return

@@ -38,30 +38,34 @@ TermWeight = Weight | LinearRamp
 class CDMObjective(Objective):
     """The CDM objective (arXiv:2605.06376). The defaults are the settings of the paper; other values are its ablations.
 
-    The fake score is updated `fake_score_steps` times in each iteration. Each step uses the same x0 predictions with new noise
-    and sigma. After each step the fake score becomes (1 - `fake_score_merge`) times itself plus `fake_score_merge` times the
-    student. The student is updated in the last of every `student_every` iterations.
+    The fake score is updated `fake_score_steps` times in each iteration. Each of these updates uses the same x0
+    predictions of the student with new noise and a new sigma. After each update the fake score becomes (1 -
+    `fake_score_merge`) times itself plus `fake_score_merge` times the student. The student is updated in the last of
+    every `student_every` iterations.
 
-    The loss has three terms: CA (guidance augmentation), DM (distribution matching) and CDM (distribution matching off the
-    trajectory), with the weights `ca_weight`, `dm_weight` and `cdm_weight`. A term of weight 0 costs nothing. Each term moves the
-    student's x0 prediction in a direction; for CA this is the teacher's guidance times `guidance_scale`. The direction is divided
-    by the mean distance between the teacher's and the student's x0 predictions, or by `norm_floor` if that is larger.
-    `ca_levels`, `dm_levels`, `cdm_levels` and `fake_score_levels` draw the sigma to which the x0 prediction is noised again: one
-    for each term, and one for the fake score.
+    The student's loss has three terms: CA (guidance augmentation), DM (distribution matching) and CDM (distribution
+    matching off the trajectory), with the weights `ca_weight`, `dm_weight` and `cdm_weight`. A term of weight 0 costs
+    nothing. Each term moves the student's x0 prediction in a direction. For CA, the direction is `guidance_scale` times
+    the difference of the teacher's x0 predictions with and without the prompt; for DM and CDM, it is the teacher's x0
+    prediction minus the fake score's. The direction is divided by the mean distance between the teacher's and the
+    student's x0 predictions, or by `norm_floor` if that is larger. Teacher and fake score get the x0 prediction noised
+    again, to a sigma that `ca_levels`, `dm_levels` or `cdm_levels` draws. `fake_score_levels` draws the sigma for the
+    fake score's own loss.
 
-    The CDM term calls the student at a point off its rollout. The rollout's *anchor* is the step that is drawn for each sample, and
-    `target_levels` draws the sigma s' of the new point. `cdm_input` says how the point is made:
+    The CDM term calls the student at a point off its rollout. The rollout's *anchor* is the step that is drawn at
+    random for each sample, and `target_levels` draws the sigma s' of the new point. `cdm_input` says how the point is
+    made:
       "extrapolated"  the state at the anchor, moved along its velocity to s';
       "renoised"      the x0 prediction at the anchor, noised to s';
       "trajectory"    the state at the anchor itself, at its own sigma.
     `teacher_base` says which clean sample the CDM term noises for teacher and fake score:
-      "online"  the student's new x0 prediction;
+      "online"  the x0 prediction that the student makes at this point;
       "next"    the x0 prediction that the rollout made at the anchor;
       "final"   the end of the rollout.
 
-    `first_step` adds a loss that makes the student's first steps follow the teacher, for diversity. `reward` adds a loss from a
-    scorer of images. Both are off if None. Raises ValueError for an unknown choice, for a number out of its range, and if
-    `ca_weight`, `dm_weight` and `cdm_weight` are all 0 in iteration 0.
+    `first_step` adds a loss that makes the student's first steps follow the teacher, for diversity. `reward` adds a
+    loss from a scorer of images. With None, the loss is not added. Raises ValueError for an unknown choice, for a
+    number out of its range, and if `ca_weight`, `dm_weight` and `cdm_weight` are all 0 in iteration 0.
     """
 
     ca_weight: TermWeight = 1.0
@@ -128,10 +132,11 @@ class CDMObjective(Objective):
         yield TermLosses(self._fit(sample, sample.point.x0, sample.point.sigma, "fake_score"))
 
     def student_losses(self, sample: RolledOutSample) -> Iterator[TermLosses]:
-        """Yield the student's loss in up to two parts, each of which calls the student once.
+        """Yield the student's loss in up to three parts, each of which calls the student once.
 
-        The first part holds the terms at the rollout's anchor, a randomly drawn step. The second is the CDM term off the
-        trajectory. With `cdm_input="trajectory"` the CDM term belongs to the first part. Terms of weight 0 are left out.
+        The first part holds the CA and DM terms and the reward, at the rollout's anchor (a randomly drawn step). The
+        second part is the CDM term off the trajectory; with `cdm_input="trajectory"` the first part holds this term
+        too. The third part is the loss of `first_step`. Terms of weight 0 are left out.
         """
         weights = self._weights(sample.iteration)
         at_anchor = [term for term in weights if term != "cdm" or self.cdm_input == "trajectory"]
@@ -151,16 +156,18 @@ class CDMObjective(Objective):
             yield self.first_step.loss(sample)
 
     def fake_score(self, sample: RolledOutSample, seen: Tensor) -> VelocityField:
-        """Return the fake score's velocity field, for x0 that the student predicted at sigma `seen` (B,).
+        """Return the fake score's velocity field for x0 predictions that the student made at sigma `seen` (B,).
 
-        Here `seen` has no effect. A subclass can override this method to condition on it (`objectives.level_aware`).
+        In this class the field does not depend on `seen`. A subclass can override this method to make `seen` an input
+        of the fake score (`objectives.level_aware`).
         """
         return sample.fields["fake_score"]
 
     def guidance(self, term: str) -> float:
         """Return the guidance scale of a loss term: `guidance_scale` for "ca", and 0 for "dm" and "cdm".
 
-        It multiplies T(c) - T(0), the difference of the teacher's x0 predictions with and without the prompt.
+        This scale times T(c) - T(0), the difference of the teacher's x0 predictions with and without the prompt, is a
+        part of the term's direction.
         """
         return self.guidance_scale if term == "ca" else 0.0
 

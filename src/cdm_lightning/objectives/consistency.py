@@ -1,9 +1,10 @@
-"""Consistency distillation: the student learns to predict the same clean image everywhere on a path of the teacher's ODE.
+"""Consistency distillation: the student learns to predict one clean image everywhere on a path of the teacher's ODE.
 
-`ConsistencyObjective` compares two points a finite step apart (consistency models, arXiv:2303.01469; with guidance and real
-images, latent consistency models, arXiv:2310.04378). `ContinuousConsistencyObjective` takes the limit of an infinitely small step
-(sCM, arXiv:2410.11081). For rectified flow the prediction at state x and sigma s is f(x, s) = x - s v(x, s), so f(x, 0) = x
-always holds. No fake score is trained. Shapes: B samples of shape * = (C, H, W).
+`ConsistencyObjective` compares the predictions at two points that are a finite step apart, as in consistency models
+(arXiv:2303.01469). With guidance and real images it is the method of latent consistency models (arXiv:2310.04378).
+`ContinuousConsistencyObjective` takes the limit of an infinitely small step (sCM, arXiv:2410.11081). For rectified flow
+the prediction at state x and sigma s is f(x, s) = x - s v(x, s), so f(x, 0) = x always holds. No fake score is trained.
+Shapes: B samples of shape * = (C, H, W).
 """
 
 from abc import abstractmethod
@@ -42,7 +43,7 @@ class _AlongTheODE(Objective):
 
     @property
     def rollout(self) -> RolloutKind:
-        """Rollouts to a randomly drawn step ("to_anchor") with `start="student"`; no rollouts ("none") with `start="data"`."""
+        """The length of rollouts: "to_anchor" (to a random step) for `start="student"`, "none" for `start="data"`."""
         return "to_anchor" if self.start == "student" else "none"
 
     @property
@@ -80,14 +81,15 @@ class _AlongTheODE(Objective):
 class ConsistencyObjective(_AlongTheODE):
     """Consistency distillation with a finite step.
 
-    One Euler step of the teacher leads from a state at sigma s to a state at t = max(s - `step`, 0). The student's x0 prediction
-    at s learns the x0 prediction at t, which carries no gradient. With `target="student"` the student makes the prediction at t
-    (arXiv:2310.14189); with "student_ema" the student's EMA makes it (arXiv:2303.01469). The distance is the pseudo-Huber
-    distance of arXiv:2310.14189.
+    One Euler step of the teacher leads from a state at sigma s to a state at sigma t = max(s - `step`, 0). The
+    student's x0 prediction at s is trained to equal the x0 prediction at t, which carries no gradient. `target` says
+    which network predicts at t: "student" (arXiv:2310.14189), or "student_ema", the student's EMA (arXiv:2303.01469).
+    The loss is the distance between the two predictions (`pseudo_huber`).
 
-    With `start="student"` the states come from the student's rollouts, and no images are needed. With `start="data"`, as
-    published, they are real latents noised to a sigma that `levels` draws. `guidance_scale` is that of the teacher; 1
-    means no guidance. Raises ValueError for an argument out of its range.
+    `start` says what the states at s are. With "student" they are states of the student's rollouts, and no images are
+    needed. With "data", as in the published methods, they are latents of real images, noised to a sigma that `levels`
+    draws. `guidance_scale` is the guidance scale of the teacher; 1 means no guidance. Raises ValueError for an argument
+    out of its range.
     """
 
     step: Sigma = 0.05
@@ -101,7 +103,7 @@ class ConsistencyObjective(_AlongTheODE):
             raise ValueError(f"target={self.target!r} must be student or student_ema")
 
     def student_losses(self, sample: Sample) -> Iterator[TermLosses]:
-        """Yield the distance between the x0 predictions at two points of one path of the teacher."""
+        """Yield the `pseudo_huber` distance between the x0 predictions at two points of one path of the teacher."""
         x, sigma = self._point(sample)
         with torch.no_grad():
             earlier = (sigma - self.step).clamp(min=0)
@@ -116,16 +118,17 @@ class ConsistencyObjective(_AlongTheODE):
 class ContinuousConsistencyObjective(_AlongTheODE):
     """Continuous-time consistency distillation (sCM, arXiv:2410.11081), for rectified flow.
 
-    On the teacher's path dx/ds is the teacher's velocity u. Along this path the student's prediction f = x - s v changes by the
-    tangent g = u - v - s (dv/dx u + dv/ds). Consistency means g = 0. The student's velocity therefore learns v + g / (|g| +
-    `tangent_floor`), where |g| is the root mean square of g in a sample. This is the paper's tangent normalization. The part s
-    (dv/dx u + dv/ds) grows linearly from 0 to its full size over the first `warmup` iterations. The defaults of `tangent_floor`
-    and `warmup` are the paper's.
+    Let u be the teacher's velocity and v the student's. On a path of the teacher's ODE, dx/ds = u, and the student's
+    prediction f = x - s v changes at the rate g = u - v - s (dv/dx u + dv/ds). A consistent student has g = 0. The
+    student's velocity is therefore trained to equal v + g / (|g| + `tangent_floor`), which carries no gradient. Here
+    |g| is the root mean square of g in a sample; the division is the paper's tangent normalization. The part s (dv/dx u
+    + dv/ds) of g is multiplied by a factor that grows linearly from 0 to 1 over the first `warmup` iterations. The
+    defaults of `tangent_floor` and `warmup` are the paper's.
 
-    With `derivative="exact"` the derivative in g is a Jacobian-vector product by forward-mode differentiation, which the
-    network's attention must support. With "finite" it is the central difference over `finite_step` in sigma, which works for
-    every network. `start`, `guidance_scale` and `levels` are those of `ConsistencyObjective`. Raises ValueError for an argument
-    out of its range.
+    `derivative` says how dv/dx u + dv/ds is computed. "exact" is a Jacobian-vector product by forward-mode
+    differentiation, which the network's attention must support. "finite" is a central difference: along the path, sigma
+    moves by `finite_step` to both sides. It works for every network. `ConsistencyObjective` describes `start`,
+    `guidance_scale` and `levels`. Raises ValueError for an argument out of its range.
     """
 
     tangent_floor: Positive = 0.1

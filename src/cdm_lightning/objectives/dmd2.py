@@ -1,8 +1,9 @@
 """DMD2 (arXiv:2405.14867): distribution matching with an adversarial term on real images.
 
-A classifier head reads hidden states of the fake score. It distinguishes noised real latents from noised predictions of the
-student. The fake score is updated more often than the student. The losses of the CDM objective are used too, with the weights in
-`conf/objective/dmd2.yaml`, where the off-trajectory term is 0. Shapes: B samples of shape * = (C, H, W), N tokens of width D.
+A classifier head reads hidden states of the fake score. It distinguishes noised real latents from noised predictions of
+the student. The fake score is updated more often than the student. The losses of the CDM objective are used too; in
+`conf/objective/dmd2.yaml`, the CDM term (off the trajectory) has the weight 0. Shapes: B samples of shape * = (C, H,
+W), N tokens of width D.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,9 +23,10 @@ from cdm_lightning.objectives.cdm import CDMObjective
 
 
 class RealHead(nn.Module):
-    """A classifier that reads hidden states of transformer blocks and says whether a noised latent comes from a real image.
+    """A classifier that says whether a noised latent comes from a real image.
 
-    It has one branch for each block, and their logits are added.
+    The classifier reads hidden states of transformer blocks. It has one branch for each block, and its logit is the sum
+    of the branches' logits.
     """
 
     def __init__(self, width: int, branches: int) -> None:
@@ -44,15 +46,17 @@ class RealHead(nn.Module):
 class DMD2Objective(CDMObjective):
     """DMD2: distribution matching plus an adversarial term that compares predictions with real images.
 
-    A head classifies noised latents as real or predicted. It reads the hidden states of the fake score after the blocks
-    `feature_blocks` (negative numbers count from the last block). Its loss is -log of the probability of the right answer
-    (non-saturating GAN). The head is updated in every iteration, after the fake score. The fake score gets the same loss, times
-    `classifier_weight`, so that it learns features that help the head. The student's additional loss is -log of the probability
-    that its prediction is classified as real, times `generator_weight`. `gan_levels` draws the sigma to which real and predicted
-    latents are noised.
+    A classifier head says whether noised latents are real or predicted. It reads the hidden states of the fake score
+    after the blocks `feature_blocks` (negative numbers count from the last block). The head's loss is -log of the
+    probability of the right answer (non-saturating GAN). The head is updated in every iteration, after the fake score.
+    The head's loss, times `classifier_weight`, is also added to the fake score's loss, so that the fake score learns
+    features that help the head. The loss that is added to the student's is -log of the probability that its prediction
+    is classified as real, times `generator_weight`. `gan_levels` draws the sigma to which real and predicted latents
+    are noised.
 
-    The paper's weights are 1e-2 and 5e-3, with five fake-score updates per student update (`student_every=5`). The other
-    arguments are those of `CDMObjective`. Raises ValueError for an argument out of its range.
+    The paper has `classifier_weight` 1e-2 and `generator_weight` 5e-3, with five fake-score updates per student update
+    (`student_every=5`). The other arguments are those of `CDMObjective`. Raises ValueError for an argument out of its
+    range.
     """
 
     classifier_weight: Weight = 1e-2
@@ -79,14 +83,15 @@ class DMD2Objective(CDMObjective):
         return True
 
     def updates(self, iteration: int) -> list[Update]:
-        """Return the updates of fake score and classifier head, followed by the student's in the last of every `student_every`
-        iterations.
+        """Return the updates of the fake score and of the classifier head.
+
+        In the last of every `student_every` iterations, the update of the student follows.
         """
         fake_score, *student = super().updates(iteration)
         return [fake_score, Update("head", self.head_losses), *student]
 
     def fake_score_losses(self, sample: RolledOutSample) -> Iterator[TermLosses]:
-        """Yield the flow matching loss, and the classifier head's loss on real and on predicted latents times `classifier_weight`."""
+        """Yield the flow matching loss and `classifier_weight` times the head's losses (real and predicted latents)."""
         yield from super().fake_score_losses(sample)
         for name, latents in self._compared(sample) if self.classifier_weight else []:
             weighted = self.classifier_weight * self._loss(sample, name, self._features(sample, latents, name))
@@ -101,7 +106,7 @@ class DMD2Objective(CDMObjective):
             yield TermLosses(loss, {name: loss})
 
     def student_losses(self, sample: RolledOutSample) -> Iterator[TermLosses]:
-        """Yield the losses of `CDMObjective` and the adversarial loss of the student's prediction."""
+        """Yield the losses that `CDMObjective` yields, and the adversarial loss of the student's x0 prediction."""
         yield from super().student_losses(sample)
         if self.generator_weight:
             x0 = predict_x0(sample.fields.student, sample.point.x, sample.point.sigma)

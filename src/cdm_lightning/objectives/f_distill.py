@@ -26,7 +26,7 @@ Divergence = Literal[
 def divergence_weight(divergence: Divergence, ratio: Tensor) -> Tensor:
     """Return h(r) = r^2 f''(r) for density ratios r of any shape, up to a constant factor.
 
-    Table 1 of arXiv:2502.15681 gives h for most divergences; the Jeffreys and Neyman divergences are added.
+    Table 1 of arXiv:2502.15681 gives h for all `Divergence` names but "jeffreys" and "neyman".
     """
     match divergence:
         case "reverse_kl":
@@ -57,14 +57,16 @@ class _Means:
 class FDistillObjective(DMD2Objective):
     """DMD2 whose DM term minimizes the f-divergence `divergence`; with "reverse_kl" it equals DMD2.
 
-    Each sample of the DM term is weighted by h(r), a function of the density ratio r of data and student at the noised sample.
-    The classifier head estimates r as exp(logit), which is clamped to [`ratio_low`, `ratio_high`]. The mean of the true r = p / q
-    over samples of q, the student, is 1 at every sigma. Therefore r is divided by its running mean, in each of `ratio_bands` equal
-    bands of sigma. h(r) is also divided by its running mean, so that the strength of the term does not depend on the divergence.
-    Both means decay by `ratio_decay` with each student update. They are the same in all processes, and checkpoints hold them.
+    Each sample of the DM term is weighted by h(r), a function of the density ratio r of data and student at the noised
+    sample. The classifier head estimates r as exp(logit), which is clamped to [`ratio_low`, `ratio_high`]. The mean of
+    the true r = p / q over samples of q, the student, is 1 at every sigma. The estimate of r is therefore divided by
+    its running mean; each of `ratio_bands` equal bands of sigma has its own. h(r) is also divided by its running mean,
+    so that the strength of the term does not depend on the divergence. At each student update, a running mean keeps the
+    share `ratio_decay` of its old value and takes the rest from the new samples. The running means are the same in all
+    processes, and checkpoints hold them.
 
-    The CDM term is not weighted, because the head never sees its samples. The other arguments are those of `DMD2Objective`.
-    Raises ValueError for an argument out of its range.
+    The CDM term is not weighted, because the head is not trained on the samples of that term. The other arguments are
+    those of `DMD2Objective`. Raises ValueError for an argument out of its range.
     """
 
     divergence: Divergence = "jensen_shannon"
@@ -119,7 +121,7 @@ class FDistillObjective(DMD2Objective):
         return weight / self.means.weight, {**figures, "divergence_weight": weight.mean()}
 
     def observe(self, role: str, figures: Mapping[str, Tensor], made: bool) -> None:
-        """Update the running means after an update of the student."""
+        """Update the running means of r and h(r) from `figures` if `role` is the student and the step was made."""
         if role != "student" or not made or "divergence_weight" not in figures:
             return
         rate = min(
@@ -131,10 +133,13 @@ class FDistillObjective(DMD2Objective):
         self.means.weight = self.ratio_decay * self.means.weight + (1 - self.ratio_decay) * new
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the running means."""
+        """Return the running means of the density ratio r (one for each band of sigma) and of the weight h(r)."""
         return {"ratios": list(self.means.ratios), "weight": self.means.weight}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the running means. Means for another number of bands are ignored."""
+        """Restore the running means that `state_dict` returned.
+
+        They are ignored if they are for another number of bands of sigma.
+        """
         if len(state["ratios"]) == self.ratio_bands:
             self.means.ratios, self.means.weight = list(state["ratios"]), float(state["weight"])

@@ -22,14 +22,15 @@ from cdm_lightning.objectives.base import RolledOutSample, TermLosses
 class FirstStepAnchor:
     """A loss that ties the student's first velocity to the teacher's first steps from the same noise.
 
-    The teacher makes the first `followed` of `teacher_steps` steps from the noise of each sample's rollout, to a state z at sigma
-    s. The teacher's guidance scale is `guidance_scale`; 1 means no guidance. The loss is `weight` times the mean squared error of
-    the student's velocity, predicted from the noise at sigma 1, against (noise - z) / (1 - s). With `alone`, as in DP-DMD, the
-    CA and DM terms do not act on first steps, except in rollouts of a single step.
+    The teacher starts from the noise of each sample's rollout and makes the first `followed` steps of a path of
+    `teacher_steps` steps. They lead to a state z at sigma s. The teacher's guidance scale is `guidance_scale`; 1 means
+    no guidance. The loss is `weight` times the mean squared error of the velocity that the student predicts from the
+    noise at sigma 1, against (noise - z) / (1 - s). If `alone` is True, as in DP-DMD, the other loss terms that match
+    distributions (CA and DM) do not act on first steps, except in rollouts of a single step.
 
-    This loss costs, for each student update, `followed` calls of the teacher (twice as many with guidance), and a forward and a
-    backward pass of the student. The defaults are those of the authors' code for SD3.5-Medium. Raises ValueError if `followed` is
-    above `teacher_steps`.
+    This loss costs, for each student update, `followed` calls of the teacher (twice as many with guidance), and a
+    forward and a backward pass of the student. The defaults are those of the authors' code for SD3.5-Medium. Raises
+    ValueError if `followed` is above `teacher_steps`.
     """
 
     weight: Weight = 0.05
@@ -45,7 +46,10 @@ class FirstStepAnchor:
             )
 
     def loss(self, sample: RolledOutSample) -> TermLosses:
-        """Return `weight` times the mean squared error of the velocity that the student predicts from the noise."""
+        """Return `weight` times the mean squared error of the velocity that the student predicts from the noise.
+
+        The target of the velocity is the direction in which the teacher's first steps lead.
+        """
         fields = sample.fields
         noise = sample.rng.normal("rollout.noise", sample.latent_shape)
         target = self._target(sample, noise)
@@ -63,9 +67,11 @@ class FirstStepAnchor:
         return (noise - state).float() / (1 - sigmas[-1])
 
     def kept(self, sample: RolledOutSample, seen: Tensor, direction: Tensor) -> Tensor:
-        """Return a loss term's `direction` (B, *), set to 0 for samples in their first step if `alone` is set.
+        """Return a loss term's `direction` (B, *), or 0 for some samples.
 
-        `seen` (B,) is the sigma at which the student made its predictions. In rollouts of a single step, nothing is set to 0.
+        If `alone` is True, the direction is set to 0 for samples at the first step of their rollout. `seen` (B,) is the
+        sigma at which the student made its predictions; it is 1 at the first step. In rollouts of a single step,
+        nothing is set to 0.
         """
         if not self.alone or sample.steps == 1:
             return direction

@@ -1,10 +1,11 @@
-"""Level-aware CDM: the fake score is also told at which sigma the student made its prediction.
+"""Level-aware CDM: the sigma at which the student made its prediction is an additional input of the fake score.
 
-A student with several steps predicts the clean image at each sigma of its path. In published CDM one fake score learns from all of
-these predictions, and is told only the sigma to which they were noised again. It therefore learns the score of their mixture. The
-student stops changing when the mixture is right, even if the predictions at single sigmas are wrong. Here the fake score is told
-both sigmas. It also learns from the student's predictions off the trajectory, which the CDM term uses. Shapes: B samples of shape
-* = (C, H, W), D the width of the time embedding.
+A student with several steps predicts the clean image at each sigma of its path. In published CDM, one fake score learns
+from all of these predictions, and its only sigma is the one to which a prediction was noised again. It therefore learns
+the score of the mixture of all predictions. The student stops changing when the mixture is right, even if the
+predictions at single sigmas are wrong. Here the fake score gets both sigmas as inputs. It also learns from the
+student's predictions off the trajectory, which the CDM term uses. Shapes: B samples of shape * = (C, H, W), D the width
+of the time embedding.
 """
 
 import math
@@ -27,7 +28,8 @@ FREQUENCIES = 128  # 128 sines and 128 cosines: 256 values, as in the timestep e
 class LevelEmbedding(nn.Module):
     """An embedding of a number in [0, 1], built like the timestep embedding of a diffusion transformer.
 
-    It takes sines and cosines of 1000 times the number, and an MLP whose last layer starts at zero.
+    The number is multiplied by 1000, and an MLP maps sines and cosines of the result to the embedding. The last layer
+    of the MLP starts at zero, so the embedding of every number is 0 at the start.
     """
 
     def __init__(self, width: int) -> None:
@@ -46,22 +48,25 @@ class LevelEmbedding(nn.Module):
 
 @dataclass(frozen=True)
 class LevelAwareObjective(CDMObjective):
-    """CDM with a fake score that is told at which sigma the student made its prediction.
+    """CDM whose fake score has an additional input: the sigma at which the student made its prediction.
 
-    `fake_score_conditioning` says what the fake score is told in addition to its own sigma:
-      "none"             nothing, as published;
+    `fake_score_conditioning` says which inputs the fake score has besides the noised sample, the sigma of the noised
+    sample and the text:
+      "none"             no others, as published;
       "sigma"            the sigma at which the student made the prediction;
       "sigma_and_steps"  that sigma, and 1 / K for a rollout of K steps.
-    These inputs have no effect at the start of training. They are learnt together with the fake score's weights or LoRA.
+    These inputs have no effect at the start of training. The layers that read them are trained together with the fake
+    score's weights or LoRA.
 
-    The fake score has two losses. The first is on x0 predictions at the rollout's anchor (its randomly drawn step). The second is
-    on x0 predictions off the trajectory, at the input of the CDM term (`cdm_input`, `target_levels`). Their weights are 1 -
-    `off_trajectory_share` and `off_trajectory_share`. The second loss costs a call of the student without gradient, and a forward
-    and a backward pass of the fake score. Only every `off_trajectory_every`-th update of the fake score has it; the other updates
-    use the first loss only.
+    The fake score has two losses. The first is on x0 predictions at the rollout's anchor (its randomly drawn step),
+    with the weight 1 - `off_trajectory_share`. The second has the weight `off_trajectory_share`. It is on x0
+    predictions at a point off the trajectory, which is made like the point of the CDM term (`cdm_input`,
+    `target_levels`). The second loss costs a call of the student without gradient, and a forward and a backward pass of
+    the fake score. Every `off_trajectory_every`-th update of the fake score uses both losses; the other updates use
+    only the first, with the weight 1.
 
-    `cdm_guidance_scale` adds guidance to the direction of the CDM term; published CDM has none there. The other arguments are
-    those of `CDMObjective`. Raises ValueError for an argument out of its range.
+    `cdm_guidance_scale` adds guidance to the direction of the CDM term; published CDM has none there. The other
+    arguments are those of `CDMObjective`. Raises ValueError for an argument out of its range.
     """
 
     fake_score_conditioning: FakeScoreConditioning = "sigma"
@@ -95,9 +100,10 @@ class LevelAwareObjective(CDMObjective):
         return (Role("fake_score", inputs=dict.fromkeys(names, LevelEmbedding)),)
 
     def fake_score_losses(self, sample: RolledOutSample) -> Iterator[TermLosses]:
-        """Yield the flow matching loss on x0 predictions at a random step of the rollout, and in some updates a second loss.
+        """Yield the flow matching loss of the fake score on x0 predictions at a random step of the rollout.
 
-        The second loss is on x0 predictions off the trajectory. Every `off_trajectory_every`-th update has it.
+        Every `off_trajectory_every`-th update of the fake score adds a second loss, on x0 predictions off the
+        trajectory.
         """
         update = sample.iteration * self.fake_score_steps + sample.rng.repeat
         share = 0.0 if update % self.off_trajectory_every else self.off_trajectory_share
@@ -111,9 +117,9 @@ class LevelAwareObjective(CDMObjective):
             yield TermLosses(loss, {"off_trajectory": loss})
 
     def fake_score(self, sample: RolledOutSample, seen: Tensor) -> VelocityField:
-        """Return the fake score's velocity field, for x0 that the student predicted at sigma `seen` (B,).
+        """Return the fake score's velocity field for x0 predictions that the student made at sigma `seen` (B,).
 
-        The field is told `seen` and the number of steps, as `fake_score_conditioning` says.
+        `fake_score_conditioning` says whether `seen` and the number of steps of the rollout are inputs of the field.
         """
         fake_score = super().fake_score(sample, seen)
         if self.fake_score_conditioning == "none":

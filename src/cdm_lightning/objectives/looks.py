@@ -26,7 +26,10 @@ class Look:
 
 @dataclass(frozen=True)
 class Judged:
-    """The outputs of teacher and fake score for each loss term: x0 predictions and directions (B, *), and 0-d figures to log."""
+    """The outputs of teacher and fake score for the loss terms, and 0-d figures to log.
+
+    All fields but `figures` map the name of a loss term to a tensor (B, *): an x0 prediction or a direction.
+    """
 
     teacher: dict[str, Tensor]
     without_text: dict[str, Tensor]  # the teacher's x0 without text, for CA and other terms with guidance
@@ -35,9 +38,10 @@ class Judged:
 
 
 def predict_together(calls: Sequence[tuple[VelocityField, Look]]) -> list[Tensor]:
-    """Return the x0 prediction (B, *), in float32, for each pair of a field and its inputs.
+    """Return an x0 prediction (B, *), in float32, for each pair in `calls`.
 
-    Fields that can be evaluated in one batch share a network call.
+    A pair is a velocity field and a `Look`; the field is evaluated at the noised sample of the `Look`. Fields that can
+    be evaluated in one batch share a network call.
     """
     velocities = evaluate_together([(velocity_field, look.x, look.sigma) for velocity_field, look in calls])
     return [denoise(look.x, v.float(), look.sigma) for v, (_, look) in zip(velocities, calls)]
@@ -47,7 +51,8 @@ def predict_together(calls: Sequence[tuple[VelocityField, Look]]) -> list[Tensor
 def health(deltas: dict[str, Tensor], x0: Tensor | None) -> dict[str, Tensor]:
     """Return 0-d figures to log, by name, which show a failing run earlier than its losses or images do.
 
-    `deltas` holds the direction (B, *) of each loss term, and `x0` (B, *) is the student's prediction, if there is one.
+    `deltas` holds the direction (B, *) of each loss term by name. `x0` (B, *) is the student's prediction; if it is
+    None, its mean and standard deviation are left out.
     """
     logs = {f"{term}_delta_rms": delta.square().mean().sqrt() for term, delta in deltas.items()}
     if "ca" in deltas and "dm" in deltas:

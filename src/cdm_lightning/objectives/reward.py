@@ -13,7 +13,7 @@ from cdm_lightning.objectives.base import RolledOutSample, TermLosses
 
 
 class Scorer(Protocol):
-    """The interface of a scorer, such as `metrics.rewards.CLIPReward`."""
+    """A differentiable function that scores images for their prompts, such as `metrics.rewards.CLIPReward`."""
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the scores (B,) of images (B, 3, H, W) in [0, 1] for B prompts; higher scores mean better images.
@@ -24,17 +24,21 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class Reward:
-    """A loss that is minus the mean score of the student's x0 predictions, times `weight`.
+    """A loss that is minus the mean score of the student's x0 predictions, times `weight`. `scorer` gives the scores.
 
-    The predictions are those at a random step of each rollout. They are decoded one by one. The backward pass recomputes the
-    activations of the image codec and the scorer, so that memory holds those of one image only.
+    The predictions are those at a random step of each rollout. They are decoded and scored one by one. The backward
+    pass recomputes the activations of the image codec and the scorer, so that memory holds the activations of one image
+    only.
     """
 
     scorer: Scorer
     weight: Weight = 1.0
 
     def loss(self, sample: RolledOutSample, x0: Tensor) -> TermLosses:
-        """Return the weighted loss for the student's predictions x0 (B, *), with the mean score as a figure for the log."""
+        """Return minus `weight` times the mean score of the student's predictions `x0` (B, *).
+
+        The mean score is among the figures to log.
+        """
         decode = sample.decode
 
         def score(latent: Tensor, prompt: str) -> Tensor:

@@ -1,9 +1,9 @@
 """TDM (arXiv:2503.06674): the states of the student's path learn the teacher's distribution at each sigma of the path.
 
-A step of the rollout leads from a state at sigma s to a state at s', by the student's x0 prediction. Distribution matching (DMD)
-adds noise to this prediction. TDM adds noise to the state at s' instead, to a sigma between s' and s, and compares teacher and
-fake score there. Each step is thus trained at its own sigmas, and one fake score is enough for all steps of a fixed schedule.
-Shapes: B samples of shape * = (C, H, W).
+A step of the rollout leads from a state at sigma s to a state at s', by the student's x0 prediction. Distribution
+matching (DMD) adds noise to this x0 prediction. TDM adds noise to the state at s' instead, until its sigma is between
+s' and s, and compares teacher and fake score there. Each step is thus trained at its own sigmas, and one fake score is
+enough for all steps of a fixed schedule. Shapes: B samples of shape * = (C, H, W).
 """
 
 from dataclasses import dataclass
@@ -41,20 +41,21 @@ class TDMObjective(LevelAwareObjective):
     """Trajectory distribution matching (TDM), with the teacher's guidance in the DM term.
 
     The guidance is `guidance_scale` times the difference of the teacher's x0 predictions with and without the prompt.
-    `segments` says to which sigma a state is noised again:
-      "own"       a uniform sigma of its own step, from its end to its start;
-      "to_noise"  any sigma above the end of its step; the paper then also tells the fake score the number of steps
-                  (`fake_score_conditioning`).
+    TDM noises the state at the end of a rollout's step again. `segments` says to which sigma:
+      "own"       a uniform sigma between the end and the start of the step;
+      "to_noise"  a uniform sigma between the end of the step and 1. The paper then also makes the number of steps an
+                  input of the fake score (`fake_score_conditioning`).
 
     `fake_score_target` says what the fake score learns from the noised state:
-      "prediction"  the student's x0 prediction, as in the authors' code. Each sample is weighted by exp(-|e|^2 / 2) /
-                    exp(-|noise|^2 / 2), where e is the noise that the prediction implies, and |.|^2 are means over elements;
-      "state"       the score of the noised states, by denoising score matching. Each sample is weighted so that the target
-                    stays bounded.
+      "prediction"  the student's x0 prediction, as in the authors' code. Each sample has the weight
+                    exp((|n|^2 - |e|^2) / 2), where n is the noise that was added, e is the noise in the noised state
+                    according to the x0 prediction, and |.|^2 is the mean square over elements;
+      "state"       the score of the noised states, by denoising score matching. Each sample has a weight that keeps
+                    the target bounded when little noise was added.
 
-    `cdm_weight` and `off_trajectory_share` must be 0. The other arguments are those of `LevelAwareObjective`. `dm_levels`,
-    `cdm_levels`, `target_levels` and `fake_score_levels` have no effect; `ca_levels` has one if `ca_weight` is above 0. Raises
-    ValueError for an argument out of its range.
+    `cdm_weight` and `off_trajectory_share` must be 0. The other arguments are those of `LevelAwareObjective`, but
+    `dm_levels`, `cdm_levels`, `target_levels` and `fake_score_levels` have no effect, and `ca_levels` has an effect
+    only if `ca_weight` is above 0. Raises ValueError for an argument out of its range.
     """
 
     ca_weight: TermWeight = 0.0

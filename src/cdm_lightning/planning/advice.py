@@ -14,8 +14,8 @@ WORTH_A_TRY = 0.15  # the share of a GPU's memory that must be free before faste
 class Remedy:
     """Command-line overrides that save memory.
 
-    `saves` is the number of bytes saved on each GPU with the same batch. `batch` is the largest number of prompts that fits on
-    each GPU with these overrides.
+    `saves` is the number of bytes saved on each GPU if the batch stays the same. `batch` is the largest number of
+    prompts that fits on each GPU with these overrides.
     """
 
     overrides: str
@@ -24,10 +24,10 @@ class Remedy:
 
 
 def remedies(sizes: Sizes, layout: Layout, gpus: GPUs, batch: int, accumulate: int = 1) -> list[Remedy]:
-    """Return the ways to save memory that the run does not use yet.
+    """Return the ways to save memory that the run does not use yet, the largest saving first.
 
-    The largest saving comes first, and the last entry combines all. `batch` is the number of prompts on each GPU in an iteration,
-    computed in `accumulate` parts.
+    If there are several ways, the last entry combines all of them. `batch` is the number of prompts on each GPU in an
+    iteration. A GPU computes them in `accumulate` parts, one after another.
     """
     now = total(sizes, layout, batch, accumulate)
     found = []
@@ -62,19 +62,21 @@ def remedies(sizes: Sizes, layout: Layout, gpus: GPUs, batch: int, accumulate: i
 
 
 def further(recomputation: Recomputation, lora: bool) -> list[str]:
-    """Return overrides that save memory by recomputation or by training LoRAs. Plan again with one to see how much it saves.
+    """Return overrides that save memory by gradient checkpointing or LoRAs and that the run does not use yet.
 
-    `recomputation` is the run's gradient checkpointing, and `lora` says whether it trains LoRAs.
+    To see how much an override saves, plan again with it. `recomputation` is the run's gradient checkpointing, and
+    `lora` says whether the run trains LoRAs.
     """
     lines = [] if recomputation.share == 1 else ["compute.gradient_checkpointing=true"]
     return lines if lora else [*lines, "lora=lora"]
 
 
 def faster(recomputation: Recomputation, free: float, batch: int) -> list[str]:
-    """Return overrides that make the run faster but need memory, if enough is free.
+    """Return overrides that make the run faster but take more memory.
 
-    Plan again with one of them to see whether it fits. `free` is the free share of a GPU's usable memory, and `batch` the number
-    of prompts on each GPU. The list is empty if the run recomputes no activations.
+    To see whether an override fits into memory, plan again with it. The list is empty if the run recomputes no
+    activations, or if less than the share `WORTH_A_TRY` is free. `free` is the free share of a GPU's usable memory, and
+    `batch` is the number of prompts on each GPU.
     """
     if not recomputation.share or free < WORTH_A_TRY:
         return []

@@ -30,12 +30,12 @@ class GPUs:
 
     @property
     def usable(self) -> float:
-        """The bytes on one GPU that tensors may take."""
+        """The bytes of one GPU's memory that tensors may take."""
         return self.gigabytes * GIBIBYTE * (1 - self.reserve)
 
 
 def read_gpus(text: str, reserve: float = 0.08) -> GPUs:
-    """Parse a string such as "8x80", which means eight GPUs of 80 GB.
+    """Parse a string such as "8x80", which means eight GPUs with 80 GB of memory each.
 
     Raises UserError for a string of another form, and for a `reserve` outside [0, 1).
     """
@@ -54,9 +54,10 @@ def read_gpus(text: str, reserve: float = 0.08) -> GPUs:
 
 @dataclass(frozen=True)
 class Layout:
-    """The distribution of the networks over GPUs: `replicas` copies, each cut into `shards` shards, one shard on each GPU.
+    """The distribution of the networks over GPUs: `replicas` copies, each cut into `shards` shards.
 
-    Networks whose names are in `on_cpu` stay in host memory between their calls.
+    Each GPU holds one shard. `strategy` is "single", "ddp", "fsdp2" or "hsdp". Networks whose names are in `on_cpu`
+    stay in host memory between their calls.
     """
 
     strategy: str
@@ -66,7 +67,10 @@ class Layout:
 
     @property
     def gathers(self) -> bool:
-        """Whether weights are gathered and cast block by block for each call (FSDP). Otherwise autocast casts the weights."""
+        """Whether FSDP gathers and casts a network's weights block by block for each call.
+
+        This is so for every strategy but "single", with which autocast casts the weights.
+        """
         return self.strategy != "single"
 
     def share(self, role: str) -> float:
@@ -77,7 +81,8 @@ class Layout:
 def make_layout(strategy: str, count: int, on_cpu: Sequence[str] = ()) -> Layout:
     """Return the layout of a strategy ("single", "ddp", "fsdp2" or "hsdp") on `count` GPUs.
 
-    For hsdp, each node of eight GPUs holds one copy of the networks. Raises UserError if strategy and count do not fit together.
+    With "hsdp", each node of eight GPUs holds one copy of the networks. Networks whose names are in `on_cpu` stay in
+    host memory between their calls. Raises UserError if the strategy cannot run on `count` GPUs.
     """
     match strategy:
         case "single" if count == 1:

@@ -46,9 +46,10 @@ count_attention()
 
 @dataclass(frozen=True)
 class Timeline:
-    """The bytes that some code holds at each moment t: fixed[t] + B sample[t] for a batch of B samples.
+    """The bytes that some code holds at each moment t: fixed[t] + B * sample[t] for a batch of B samples.
 
-    gradient[t] is the part of fixed[t] that gradients take. All three have an entry for each moment at which the bytes grow.
+    gradient[t] is the part of fixed[t] that gradients take. All three have an entry for each moment at which the bytes
+    grow.
     """
 
     fixed: tuple[float, ...]
@@ -58,8 +59,9 @@ class Timeline:
     def peak(self, batch: int, gradient_share: float = 1.0, fixed_share: float = 1.0, repeated: bool = False) -> float:
         """Return the largest number of bytes at any moment, for `batch` samples; 0 if nothing was recorded.
 
-        This device holds the share `gradient_share` of the gradients and the share `fixed_share` of the other fixed bytes.
-        `repeated` means gradient accumulation: from the second part of a batch on, all gradients exist from the start.
+        A device may hold only a share of the fixed bytes: `gradient_share` of the gradients and `fixed_share` of the
+        others. `repeated` says whether the batch is computed in several parts (gradient accumulation). All gradients
+        then exist from the start of the second part on.
         """
         if not self.fixed:
             return 0.0
@@ -74,14 +76,15 @@ class Timeline:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Record, as `timeline`, the bytes of all tensors that are made inside the `with` block. `known` tensors are not counted.
+    """Record, as `timeline`, the bytes of all tensors that are made inside the `with` block.
 
-    `probe` is the batch size in the block, an even number. A tensor whose bytes are a multiple of `probe`, or of half of it, is
-    assumed to grow with the batch. If `probe` is None, all bytes are fixed. Accumulated gradients of `trained` parameters count
-    as gradients.
+    Tensors in `known` are not counted. `probe` is the batch size of the code in the block, an even number. A tensor
+    whose bytes are a multiple of `probe`, or of half of it, is assumed to grow with the batch. If `probe` is None, all
+    bytes are fixed. Accumulated gradients of the parameters in `trained` count as gradients.
 
-    `flops` are the floating-point operations of the whole batch, by the formulas of `torch.utils.flop_counter`. Its
-    `FlopCounterMode` is not used, because its hooks would keep recomputed activations in memory and so change the bytes.
+    `flops` are the floating-point operations of the whole batch, by the formulas of `torch.utils.flop_counter`. torch's
+    own `FlopCounterMode` is not used, because its hooks would keep recomputed activations in memory and so change the
+    bytes.
     """
 
     def __init__(
@@ -163,9 +166,9 @@ def storages(module: nn.Module) -> Iterable[Tensor]:
 class GPUAutocast(torch.overrides.TorchFunctionMode):
     """Make autocast on the CPU use float32 for the same operations as on a GPU.
 
-    On a GPU, normalizations and reductions compute in float32 and return it (torch's table "Ops that autocast to float32"). On
-    the CPU they use the dtype of their inputs. Without this mode, tensors that they save for the backward pass would therefore
-    be counted with half their size.
+    On a GPU, normalizations and reductions compute in float32 and return it (torch's table "Ops that autocast to
+    float32"). On the CPU they use the dtype of their inputs. Without this mode, the tensors that these operations save
+    for the backward pass would be counted with half the size that they have on a GPU.
     """
 
     FLOAT32 = frozenset(

@@ -16,11 +16,11 @@ MOST = 1_000_000  # the search for the largest batch stops here
 
 @dataclass(frozen=True)
 class Validation:
-    """The memory of validation, in bytes, for its three stages: sampling, decoding, and scaling of the pixels to [0, 1].
+    """The bytes that validation takes in its three stages: sampling, decoding, and scaling of the pixels to [0, 1].
 
-    Sampling B images takes as much as a training rollout of `share` * B samples. Decoding takes `first` for the first image of a
-    batch and `more` for each further one. Scaling the pixels takes `copies` for each image. `batch` is the number of images in a
-    batch; None means as many as in training.
+    Sampling B images takes as much memory as a training rollout of `share` * B samples. Decoding takes `first` for the
+    first image of a batch and `more` for each further image. Scaling the pixels takes `copies` for each image. `batch`
+    is the number of images in a batch; None means as many as there are samples in a training batch.
     """
 
     first: float
@@ -44,18 +44,18 @@ class Validation:
 class Sizes:
     """The bytes of everything that a run holds, before sharding: networks, optimizer states and frozen parts.
 
-    By role:
+    These fields map the role of a network to its bytes:
     - `networks`: all weights.
-    - `buffers`: tables that are no weights and are never sharded, such as SD3's table of positions.
+    - `buffers`: tensors that are not weights and are never sharded, such as SD3's table of positions.
     - `trained`: the trained weights.
     - `states`: the optimizer's state after its first step.
-    - `step_copies`: what an optimizer step takes in addition.
-    - `phases`: the memory during each role's updates, and under the key "rollout", the memory during the rollout.
+    - `step_copies`: copies that the optimizer holds only during its step.
 
-    `text` and `vae` are the bytes of the text encoders and of the image codec. `largest_block` is the number of weights in a
-    network's largest block, `outside_blocks` the number outside all blocks, and `compute` the bytes of one weight in the compute
-    dtype. The roles in `held_whole` are never sharded: LoRA adapters, and heads, which the objective builds itself. `validation`
-    is None if validation is not counted.
+    `phases` maps a role to the memory during that network's updates, and the key "rollout" to the memory during the
+    rollout. `text` and `vae` are the bytes of the text encoders and of the image codec. `largest_block` is the number
+    of weights in a network's largest block, `outside_blocks` is the number of weights outside all blocks, and `compute`
+    is the bytes of one weight in the compute dtype. The roles in `held_whole` are never sharded: LoRA adapters, and
+    heads, which the objective builds itself. `validation` is None if the memory of validation is not counted.
     """
 
     networks: Mapping[str, float]
@@ -73,16 +73,16 @@ class Sizes:
     validation: Validation | None = None
 
     def share(self, role: str, layout: Layout) -> float:
-        """Return the share of the network `role` that each GPU holds between the network's calls."""
+        """Return the share of the network `role` that each GPU holds between its calls; 1 for roles in `held_whole`."""
         return 1.0 if role in self.held_whole else layout.share(role)
 
     def gradient_share(self, role: str, layout: Layout) -> float:
-        """Return the share of the gradients of `role` that each GPU holds."""
+        """Return the share of the gradients of `role` that each GPU holds; 1 for roles in `held_whole`."""
         return 1.0 if role in self.held_whole else 1 / layout.shards
 
 
 def resting(sizes: Sizes, layout: Layout) -> dict[str, float]:
-    """Return the bytes that a GPU holds all the time, by part, such as "optimizer states" or "text encoders"."""
+    """Return the bytes that a GPU holds all the time, by the name of the part, such as "optimizer states"."""
     parts = {f"weights: {role}": size * sizes.share(role, layout) for role, size in sizes.networks.items()}
     return parts | {
         "tables of the networks": sum(size for role, size in sizes.buffers.items() if role not in layout.on_cpu),
@@ -95,8 +95,8 @@ def resting(sizes: Sizes, layout: Layout) -> dict[str, float]:
 def gathered(sizes: Sizes, layout: Layout) -> float:
     """Return the bytes that FSDP gathers at one moment; 0 for a layout that does not gather weights.
 
-    They are the weights outside blocks and in two blocks (the current and the next one), in the compute dtype, and the float32
-    gradients of two blocks.
+    FSDP gathers, in the compute dtype, the weights outside all blocks and the weights of two blocks, the current one
+    and the next one. It also gathers the float32 gradients of two blocks.
     """
     if not layout.gathers:
         return 0.0
@@ -106,8 +106,8 @@ def gathered(sizes: Sizes, layout: Layout) -> float:
 def phase_peaks(sizes: Sizes, layout: Layout, batch: int, accumulate: int = 1) -> dict[str, float]:
     """Return the peak bytes on a GPU in each phase of an iteration, in addition to those of `resting`.
 
-    The phases are the rollout, each role's updates, the optimizer step, and validation if it is counted. Gradients are included.
-    `batch` is the number of samples on the GPU, computed in `accumulate` parts.
+    The phases are the rollout, each role's updates, the optimizer step, and validation if it is counted. Gradients are
+    included. `batch` is the number of samples on the GPU, which computes them in `accumulate` parts, one after another.
     """
     part, repeated = at_once(batch, accumulate), accumulate > 1
     fixed = 0.0 if layout.gathers else 1.0  # autocast copies all weights; FSDP gathers single blocks instead
@@ -125,7 +125,10 @@ def phase_peaks(sizes: Sizes, layout: Layout, batch: int, accumulate: int = 1) -
 
 
 def total(sizes: Sizes, layout: Layout, batch: int, accumulate: int = 1) -> float:
-    """Return the peak bytes of tensors on a GPU in training with `batch` samples, computed in `accumulate` parts."""
+    """Return the peak bytes of tensors on a GPU in training with `batch` samples.
+
+    The GPU computes the samples in `accumulate` parts, one after another.
+    """
     return sum(resting(sizes, layout).values()) + max(phase_peaks(sizes, layout, batch, accumulate).values())
 
 
@@ -137,7 +140,7 @@ def at_once(batch: int, accumulate: int) -> int:
 def largest_batch(sizes: Sizes, layout: Layout, usable: float, accumulate: int = 1) -> int:
     """Return the largest number of samples on a GPU whose `total` is at most `usable` bytes; 0 if none fits.
 
-    It is a multiple of `accumulate`, the number of parts in which a batch is computed.
+    The result is a multiple of `accumulate`, the number of parts in which a batch is computed.
     """
     low, high = 0, accumulate  # both are always multiples of `accumulate`, so that all parts have the same size
     while high < MOST and total(sizes, layout, high, accumulate) <= usable:

@@ -29,8 +29,9 @@ PROBE_WEIGHTS = (256, 256)  # the shape of the weight with which an optimizer's 
 class Recipe:
     """The facts about a run that do not depend on the GPUs: the bytes of its parts, and the work for one sample.
 
-    `parameters` are the numbers of parameters of the transformer, the text encoders and the image codec ("vae"), by name.
-    `source` says where the architecture comes from: the pipeline's folder, or a note on this package's file of it.
+    `parameters` holds the numbers of parameters of the transformer, of each text encoder and of the image codec
+    ("vae"), by name. `source` says where the architecture comes from: it is the pipeline's folder, or the note on the
+    origin in the architecture file of this package.
     """
 
     sizes: Sizes
@@ -42,8 +43,9 @@ class Recipe:
 def read_recipe(module: CDMModule, text_cached: bool) -> Recipe:
     """Return the recipe of `module`, by running an iteration on fake tensors, which have shapes but no contents.
 
-    `text_cached=True` leaves out the text encoders. Raises UserError for a model family that cannot be planned, for an unknown
-    architecture, and for a schedule without a mean number of steps.
+    With `text_cached=True` the text encoders are not counted, because a run with a text cache loads none. Raises
+    UserError for a model family that cannot be planned, for an unknown architecture, and for a schedule without a mean
+    number of steps.
     """
     return traced_recipe(module, hollow(module.backbone), text_cached)
 
@@ -106,7 +108,10 @@ def _work(module: CDMModule, step: Step) -> Work:
 
 
 def mean_length(schedule: SigmaSchedule) -> float:
-    """Return the expected number of steps of the schedule's rollouts. Raises UserError if the schedule does not define it."""
+    """Return the expected number of steps of the schedule's rollouts.
+
+    Raises UserError if the schedule does not have the property `mean_length`.
+    """
     try:
         return float(schedule.mean_length)
     except AttributeError as error:
@@ -116,10 +121,10 @@ def mean_length(schedule: SigmaSchedule) -> float:
 
 
 def optimizer_bytes(recipe: OptimizerRecipe) -> tuple[float, float]:
-    """Return the bytes of an optimizer for each trained weight: the bytes of its state, and of its copies during a step.
+    """Return the bytes that an optimizer takes for each trained weight: in its state, and in addition during a step.
 
-    The state is measured by a step on a small weight. By default torch's optimizers update all weights on a GPU together
-    (`foreach`), which takes one more float32 copy of them.
+    The bytes of the state are measured by a step on a small weight. During a step, torch's optimizers by default update
+    all weights on a GPU together (`foreach`), for which they hold one more float32 copy of the weights.
     """
     weight = nn.Parameter(torch.zeros(PROBE_WEIGHTS))
     optimizer = recipe.build([weight])

@@ -26,9 +26,11 @@ TWIN = re.compile(r"\.(fp16|bf16)[.-]")
 
 @dataclass(frozen=True)
 class FrozenParts:
-    """The numbers of parameters of a pipeline's frozen parts: each text encoder by name (`text`), and the image codec (`vae`).
+    """The numbers of parameters of a pipeline's frozen parts.
 
-    `source` says where the numbers come from: the pipeline's folder, or a note on this package's file of the architecture.
+    `text` holds the number of each text encoder by name, and `vae` is the number of the image codec. `source` says
+    where the numbers come from: it is the pipeline's folder, or the note on the origin in the architecture file of this
+    package.
     """
 
     text: dict[str, int]
@@ -51,7 +53,10 @@ def hollow(backbone: Backbone) -> FrozenParts:
 
 
 def to_mode(roots: Iterable[nn.Module], mode: FakeTensorMode) -> None:
-    """Replace all tensors of the networks by fake CPU tensors of `mode`, in place. Shared tensors stay shared."""
+    """Replace all tensors of the networks in `roots` by fake CPU tensors of `mode`, in place.
+
+    A tensor that several networks share is replaced by one fake tensor that they share.
+    """
     done: dict[int, tuple[Tensor, Tensor]] = {}
 
     def blank(tensor: Tensor) -> Tensor:
@@ -93,9 +98,10 @@ def _from_shipped(backbone: PipelineBackbone) -> FrozenParts:
 
 
 def count_parameters(folder: Path) -> int:
-    """Count the parameters in the safetensors files of a folder, from the headers of the files.
+    """Return the number of parameters in the safetensors files of a folder, from the headers of the files.
 
-    Second copies in half precision (`.fp16.`, `.bf16.`) are left out. Raises UserError if there are no safetensors files.
+    Files with a second copy of the weights in half precision (`.fp16.`, `.bf16.`) are left out. Raises UserError if
+    there are no safetensors files.
     """
     total = 0
     for file in sorted(folder.glob("*.safetensors")):

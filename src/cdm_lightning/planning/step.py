@@ -36,8 +36,9 @@ class Phase:
 class Step:
     """An average iteration: one call of the student in the rollout, and the updates of each trained network.
 
-    All iterations of `Objective.typical_cycle` are traced. A network's operations are the sum over its updates in these
-    iterations, divided by the number of iterations. Its memory is recorded over all these updates, one after another.
+    `updates` holds a phase for each trained network, by role. It is traced over all iterations of
+    `Objective.typical_cycle`. The operations of a phase are the sum over the network's updates in these iterations,
+    divided by the number of iterations. The memory of a phase is recorded over all these updates, one after another.
     """
 
     rollout: Phase
@@ -45,13 +46,13 @@ class Step:
 
 
 class BlankRandom(StepRandom):
-    """Random draws for `batch` samples with shapes but without contents, for code that never reads the numbers."""
+    """Random draws for `batch` samples, with shapes but without contents, for code that never reads the numbers."""
 
     def __init__(self, batch: int) -> None:
         super().__init__(seed=0, iteration=0, slots=range(batch), device="cpu")
 
     def again(self, repeat: int) -> "BlankRandom":
-        """Return this object, because repeated updates need no other numbers here."""
+        """Return this object. Repeated updates need no other numbers, because no numbers are read."""
         return self
 
     def uniform(self, purpose: str, n: int | None = None) -> Tensor:
@@ -59,7 +60,7 @@ class BlankRandom(StepRandom):
         return torch.empty(len(self) if n is None else (len(self), n))
 
     def gaussian(self, purpose: str) -> Tensor:
-        """Stand in for Gaussian noise: return an uninitialized tensor (B,), because planning needs only shapes."""
+        """Stand in for one normal number per sample: return an uninitialized tensor (B,)."""
         return torch.empty(len(self))
 
     def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
@@ -72,7 +73,10 @@ class BlankRandom(StepRandom):
 
 
 def trace_step(module: CDMModule, networks: Networks, mode: FakeTensorMode) -> Step:
-    """Run an average iteration of `module` on fake tensors. All tensors of `networks` must belong to `mode`."""
+    """Run an average iteration of `module` on fake tensors.
+
+    All tensors of `networks` must be fake tensors of `mode`.
+    """
     cycle = module.objective.typical_cycle()
     late = LATE * len(cycle)
     phases: dict[tuple, Phase] = {}
@@ -146,7 +150,7 @@ def _states_kept(module: CDMModule, sample: Sample) -> list[Tensor]:
 
 
 def blank_sample(module: CDMModule, networks: Networks, iteration: int) -> Sample:
-    """Return a sample of `PROBE` prompts as in training, but with tensors that have shapes and no contents."""
+    """Return a sample of `PROBE` prompts as training makes it, but with tensors that have shapes and no contents."""
     backbone, rng = module.backbone, BlankRandom(PROBE)
     text, no_text = backbone.blank_conditioning(PROBE), repeat_rows(backbone.blank_conditioning(1), PROBE)
     return Sample(
@@ -204,5 +208,5 @@ def _run_backward(loss: Tensor) -> None:
 
 
 def every_network(networks: Networks) -> tuple[nn.Module, ...]:
-    """Return all networks, including the frozen base of the LoRA adapters. Callers rely on the teacher being last."""
+    """Return all networks, including the frozen base of the LoRA adapters. The last one is always the teacher."""
     return (*networks.children(), *networks.unregistered)

@@ -15,10 +15,12 @@ GB = 1e9
 class Plan:
     """The plan of one run on given GPUs, with everything that is printed.
 
-    `batch` is the number of prompts on each GPU in an iteration, computed in `accumulate` parts. `fits` is the largest number of
-    prompts that fits into the memory of a GPU. `hours` is the length of the run if each GPU reaches the share `utilisation` of
-    its peak of `peak_tflops` TFLOP/s. `remedies` and `further` are options that save memory. `faster` are options that use free
-    memory to save time. `source` says where the architecture comes from (`Recipe.source`).
+    `batch` is the number of prompts on each GPU in an iteration, which the GPU computes in `accumulate` parts, one
+    after another. `fits` is the largest number of prompts that fits into the memory of a GPU. `hours` is the length of
+    the run if each GPU reaches the share `utilisation` of its peak of `peak_tflops` TFLOP/s. `remedies` are options
+    that save memory, with the saved bytes. `further` are options whose saving is known only after planning again with
+    them. `faster` are options that use free memory to save time. `source` says where the architecture comes from
+    (`Recipe.source`).
     """
 
     name: str
@@ -44,7 +46,7 @@ class Plan:
         return total(self.sizes, self.layout, self.batch, self.accumulate)
 
     def parts(self) -> dict[str, float]:
-        """Return the bytes on a GPU by part, at the moment of the peak; they add up to `total`."""
+        """Return the bytes on a GPU at the moment of the peak, by the name of the part. Their sum is `total`."""
         peaks = phase_peaks(self.sizes, self.layout, self.batch, self.accumulate)
         worst = max(peaks, key=peaks.__getitem__)
         timeline = self.sizes.phases.get(worst)

@@ -23,7 +23,7 @@ class Work:
 
     @property
     def total(self) -> float:
-        """The floating-point operations of one sample in an iteration."""
+        """The floating-point operations for one sample in an iteration."""
         return self.rollout + sum(self.updates.values())
 
 
