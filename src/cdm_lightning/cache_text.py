@@ -1,4 +1,4 @@
-"""`python -m cdm_lightning.cache_text experiment=... text_cache.folder=DIR`: encode all prompts of a run once.
+"""`python -m cdm_lightning.cache_text experiment=... text_cache.folder=DIR`: encode all prompts of a run into a cache.
 
 The arguments are those of the training command. Training with the same `text_cache.folder` then needs no text encoder.
 If the command runs again, for example after an interruption, it encodes only the prompts that the cache still lacks.
@@ -116,7 +116,7 @@ def fill_cache(
 
 
 class MissingPrompts:
-    """The prompts in `sets` that the text cache `done` lacks, each once. The empty prompt, if it is one, comes first.
+    """The prompts that the text cache `done` lacks, each once: first the empty prompt, then prompts in `sets`.
 
     `sets` is {name: prompts}. Of each missing prompt, only its number among all prompts of `sets` is kept in memory, in
     8 bytes. Its text is read from `sets` again when it is needed.
@@ -215,8 +215,8 @@ def encode_batch(backbone: "Backbone", batch: Sequence[str], manifest: "Manifest
 def callback_prompts(node: DictConfig | None) -> "Iterator[Texts]":
     """Yield the prompts of each callback that makes images of its own prompts.
 
-    `node` is the group `callbacks` of the configuration. Each key `prompts` in it, at any depth, describes such prompts
-    if its value has a `_target_`: they are built and yielded.
+    `node` is the group `callbacks` of the configuration. Each value with a `_target_` under a key `prompts` in `node`,
+    at any depth, describes the prompts of a callback. The object that it describes is built and yielded.
     """
     for key, child in (node or {}).items():
         if isinstance(child, DictConfig):
@@ -281,7 +281,7 @@ def names_in(folder: Path) -> set[str]:
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command `python -m cdm_lightning.cache_text`."""
     answer_questions("train")
     from cdm_lightning.terminal.quiet import quiet_libraries
 

@@ -10,9 +10,9 @@ from torch import nn
 def weights_dtype(network: nn.Module) -> torch.dtype:
     """Return the floating-point dtype of a network's weights.
 
-    `network` is a diffusers model, or a LoRA view (LoRA adapters on a shared base network). Use this instead of
-    `ModelMixin.dtype`, which visits every module in each call. That takes a millisecond for the bundled pipeline and several
-    for a large one.
+    `network` is a diffusers model, or a LoRA view (LoRA adapters on a shared base network). Use this function instead
+    of the property `ModelMixin.dtype`, which visits every module each time it is read. That takes a millisecond for a
+    tiny network and several for a large one.
     """
     if isinstance(network, ModelMixin):
         return next(parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())

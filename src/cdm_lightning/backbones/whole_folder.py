@@ -1,7 +1,7 @@
 """Check that a pipeline folder is complete and intact: its parts, settings and weights.
 
-Without this check, diffusers and transformers replace some missing files without an error. For example, transformers makes an
-empty tokenizer if the vocabulary is missing.
+Without this check, diffusers and transformers replace some missing files by defaults and raise no error. For example,
+transformers makes an empty tokenizer if the vocabulary is missing.
 """
 
 import inspect
@@ -48,8 +48,8 @@ def kind_of(class_name: str) -> str:
 def parts_of(index: Mapping[str, Any]) -> dict[str, str]:
     """Return {part: name of its class} for the parts that a pipeline has.
 
-    `index` is the content of the pipeline's model_index.json. It also holds settings, such as "is_distilled": true, and
-    parts that the pipeline does not have, as [null, null]. Neither are returned.
+    `index` is the content of the pipeline's model_index.json. Its settings, such as "is_distilled": true, are left out.
+    Parts that the pipeline does not have, stored as [null, null], are left out too.
     """
     entries = {part: entry for part, entry in index.items() if isinstance(entry, list) and not part.startswith("_")}
     return {part: entry[1] for part, entry in entries.items() if entry[1] is not None}
@@ -131,9 +131,9 @@ def require_weights(folder: Path) -> None:
 def weight_files(folder: Path) -> list[Path]:
     """Return the paths of the safetensors files from which the weights of the model in `folder` are read.
 
-    These are all files that a shard index in the folder names, and all files with a name in `WEIGHTS`. Other
-    safetensors files, such as backups, are not returned. Raises `UserError` if no file is found or a shard index is
-    wrong.
+    These are all files that a shard index in the folder (*.safetensors.index.json) names, and all files with a name in
+    `WEIGHTS`. Other safetensors files, such as backups, are not returned. Raises `UserError` if no file is found, and
+    if a shard index is wrong (`shards_of`).
     """
     indexes = [folder / f"{name}.index.json" for name in WEIGHTS if (folder / f"{name}.index.json").is_file()]
     files = [folder / shard for index in indexes for shard in shards_of(index)]
@@ -157,10 +157,11 @@ def shards_of(index: Path) -> list[str]:
 
 
 def require_tensors(file: Path) -> None:
-    """Raise `UserError` unless a safetensors file exists, has the size that its header says, and holds floating-point weights.
+    """Raise `UserError` unless the safetensors file `file` exists, is complete and holds floating-point weights.
 
-    Whole numbers are allowed only in tensors such as position ids and counters, whose names match `WHOLE`. In a weight they are
-    a mistake, and the libraries would convert them to floating point without a warning.
+    A complete file has the size that its header says. Whole numbers are allowed only in tensors whose names match
+    `WHOLE`, such as position ids and counters. In a weight they are a mistake, and diffusers and transformers would
+    convert them to floating point without a warning.
     """
     if not file.is_file():
         raise UserError(f"{file} is missing, but the index in the same folder names it; {AGAIN}")
@@ -178,9 +179,9 @@ def require_tensors(file: Path) -> None:
 
 
 def require_known_tokens(tokenizer: Any, encoder: Any, folder: Path) -> None:
-    """Raise `UserError` unless the tokenizer has tokens that are not special and the text encoder has an embedding for every token.
+    """Raise `UserError` if the text encoder `encoder` lacks an embedding for a token of the tokenizer.
 
-    `folder` is the tokenizer's folder, for the message.
+    Also raises it if all tokens of the tokenizer are special tokens. The error names `folder`, the tokenizer's folder.
     """
     vocabulary = tokenizer.get_vocab()
     if len(vocabulary.keys() - set(tokenizer.all_special_tokens)) < 2:
@@ -216,7 +217,7 @@ def require_sizes(sizes: Mapping[str, Any], file: Path) -> None:
 
 
 def constructor_defaults(network: type[Any]) -> dict[str, Any]:
-    """Return {argument: default} for the arguments of a class's constructor that have a default."""
+    """Return {argument: default} for the arguments of the constructor of `network` that have a default."""
     parameters = inspect.signature(network.__init__).parameters.values()
     return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
 

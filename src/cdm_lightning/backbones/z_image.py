@@ -56,7 +56,7 @@ class ZImageBackbone(PipelineBackbone):
 
     @property
     def feature_width(self) -> int:
-        """D, the width of the hidden states (B, N, D) after a block."""
+        """D, the width of the hidden states (B, N, D) after a transformer block."""
         return self.network_config["dim"]
 
     @property

@@ -80,9 +80,9 @@ def open_loggers(loggers: Mapping[str, Logger]) -> None:
 def failure_of(error: Exception, callbacks: Mapping[str, L.Callback]) -> UserError | None:
     """Return a `UserError` if the user's configuration has caused `error`, or None if `error` may be a bug.
 
-    The configuration is taken as the cause in two cases. `error` is a `MisconfigurationException` of Lightning, or it
-    was raised in a callback of Lightning, outside the code of this package. The `UserError` names the callback if
-    `error` was raised in one of `callbacks`, whose keys are options such as "callbacks.early_stopping".
+    The configuration is taken as the cause if `error` is a `MisconfigurationException` of Lightning, or if a callback
+    of Lightning raised it, but not in code of this package that the callback called. The `UserError` names the callback
+    if `error` was raised in one of `callbacks`, whose keys are options such as "callbacks.early_stopping".
     """
     misconfigured = isinstance(error, MisconfigurationException)
     inside = [frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__)]

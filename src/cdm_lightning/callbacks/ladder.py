@@ -68,10 +68,10 @@ class LadderReport(L.Callback):
         self._has_trained = True
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Evaluate teacher and student, export the student and report the results, after the last checkpoint.
+        """Evaluate teacher and student, export the student and report the results.
 
-        Every process makes all images, because only all processes together can call a sharded network. Only the first
-        process writes and prints.
+        Lightning calls this after the last checkpoint is written. Every process makes all images, because only all
+        processes together can call a sharded network. Only the first process writes and prints.
         """
         run, backbone, network = Run(Path(trainer.default_root_dir)), pl_module.backbone, pl_module.evaluated_network
         if from_first(self._is_done(run, pl_module)):

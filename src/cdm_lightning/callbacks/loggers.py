@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 class GuardedLogger(library.Logger):
-    """A wrapper around any logger that turns its errors into one warning, so that they do not end the run.
+    """A wrapper around any logger that turns errors of this logger into one warning, so that they do not end the run.
 
-    Logging resumes when the logger works again.
+    Logging resumes when the wrapped logger works again.
 
-    While the logger is set up, only disk errors become warnings. Other errors at this time, such as a missing login, end the
-    run.
+    While the wrapped logger is set up, only disk errors become warnings. Other errors at this time, such as a missing
+    login, end the run.
     """
 
     def __init__(self, logger: library.Logger) -> None:
@@ -63,7 +63,7 @@ class GuardedLogger(library.Logger):
     def experiment(self) -> Any:
         """The object through which the wrapped logger writes, for example the `SummaryWriter` of TensorBoard.
 
-        Lightning reads this property before training, so mistakes in the logger's options are reported then.
+        Lightning reads this property before training, so mistakes in the logger's options are reported before training.
         """
         with may_fail(self._title, proves=False):
             return getattr(self.inner, "experiment", None)
@@ -74,11 +74,11 @@ class GuardedLogger(library.Logger):
         self._call("log_metrics", metrics=metrics, step=step)
 
     def log_hyperparams(self, params: Any, *values: Any, **options: Any) -> None:
-        """Log hyperparameters."""
+        """Log the hyperparameters `params`."""
         self._call("log_hyperparams", params, *values, **options)
 
     def log_picture(self, name: str, picture: "Image", step: int) -> None:
-        """Log a picture if the logger supports pictures."""
+        """Log `picture` under `name` at `step`, if the wrapped logger supports pictures."""
         if isinstance(self.inner, library.TensorBoardLogger):
             with may_fail(self._title, Exception, proves=False):
                 self.inner.experiment.add_image(name, np.asarray(picture), step, dataformats="HWC")
@@ -86,7 +86,7 @@ class GuardedLogger(library.Logger):
             self._call("log_image", name, [picture], step=step)
 
     def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
-        """Tell the logger that a checkpoint was saved."""
+        """Call this method of the wrapped logger after a checkpoint was saved. Some loggers upload the checkpoint."""
         self._call("after_save_checkpoint", checkpoint_callback)
 
     def save(self) -> None:
@@ -121,7 +121,7 @@ class CSVLogger(library.CSVLogger):
 
 
 class WholeRows(ExperimentWriter):
-    """A writer of the rows of a CSV file. If the disk refuses rows, they are kept and written together with the next rows."""
+    """A writer of the rows of a CSV file. If the disk fails, the rows are kept and written with the next rows."""
 
     def save(self) -> None:
         """Write all rows that have not been written yet. Raises OSError and keeps the rows if the disk fails."""

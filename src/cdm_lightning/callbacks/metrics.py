@@ -21,8 +21,8 @@ class ValidationMetrics(L.Callback):
     """Measure the validation images and log `val/METRIC/SAMPLER` for each metric and each of `validation.samplers`.
 
     A sampler is one way to make images, such as the student in 4 steps. Each figure is computed over the images of all
-    processes. The scores of single images after iteration 500 are written to iteration_0000500.csv in the folder
-    `folder` of the run's folder, one line for each sampler and prompt. The feature extractors are in `metrics`, an
+    processes. The scores of single images after iteration 500 are written to iteration_0000500.csv in `folder`, a
+    folder in the run's folder, one line for each sampler and prompt. The feature extractors are in `metrics`, an
     attribute of this callback and not of the LightningModule, so checkpoints do not contain them.
     """
 
@@ -31,20 +31,21 @@ class ValidationMetrics(L.Callback):
         self._collected: dict[str, Collected] = {}
 
     def names(self, pl_module: "CDMModule") -> list[str]:
-        """Return "val/METRIC/SAMPLER" for each metric and sampler.
+        """Return "val/METRIC/SAMPLER" for each metric and sampler of the validation.
 
-        A metric with several figures logs each of them as "val/METRIC_FIGURE/SAMPLER" instead.
+        Figures are logged under these names. Only a metric with several figures logs each of them under the name
+        "val/METRIC_FIGURE/SAMPLER", which is not in the result.
         """
         return [f"val/{name}/{spec.name}" for name in self.metrics.metrics for spec in pl_module.samplers]
 
     def setup(self, trainer: L.Trainer, pl_module: "CDMModule", stage: str) -> None:
-        """Raise `UserError` before training if a metric cannot use the validation prompts."""
+        """Raise `UserError` before training if a metric cannot measure images of one of the validation prompts."""
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, PromptDataModule) and trainer.limit_val_batches and pl_module.samplers:
             self.metrics.check_prompts(data.val, data.val_prompts)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Clear the results of the previous validation and prepare the metrics.
+        """Forget the results of the previous validation, and move all networks that measure images to the device.
 
         At the first validation, the metrics read their reference images.
         """

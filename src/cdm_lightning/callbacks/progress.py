@@ -38,8 +38,8 @@ class TrainingProgress(L.Callback):
     ) -> None:
         """Count this iteration in the progress bar, and its prompts for the training speed.
 
-        The losses in the bar change only every `log_every_n_steps` iterations, because reading them waits for the
-        device.
+        The losses in the bar change only every `trainer.log_every_n_steps` iterations, because reading them waits for
+        the device.
         """
         self._samples += len(batch.prompts) * trainer.world_size
         # pyrefly: ignore[missing-attribute]  Lightning sets this attribute from another module
@@ -48,7 +48,7 @@ class TrainingProgress(L.Callback):
         cast(Progress, self._progress).advance(1, self._figures)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Show that validation runs, and stop the timer of the training speed, so that it measures only training."""
+        """Show that validation runs. Stop the timer of the training speed, so that validation time is not counted."""
         if self._progress is not None:
             self._progress.describe("validating")
             self._began -= time.perf_counter()

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 class SampleGrid(L.Callback):
-    """Write a picture of the images of each validation, such as iteration_0000500.png for the one after iteration 500.
+    """After each validation, write a picture of its images, such as iteration_0000500.png after iteration 500.
 
-    The pictures are written to the folder `folder` of the run's folder. Each row shows the images of one of
+    The pictures are written to `folder`, a folder in the run's folder. Each row shows the images of one of
     `validation.samplers` (ways to make images, such as the student in 4 steps). Each column shows the images of one
     prompt, for the first `num_prompts` validation prompts of the first process. Loggers that support pictures get the
     picture too. Raises ValueError for `num_prompts` below 1.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class ThroughputMonitor(L.Callback):
-    """Log `throughput/*` every `log_every_n_steps` iterations. All but the last are means over these iterations:
+    """Log `throughput/*` every `trainer.log_every_n_steps` iterations. The first three are means over these iterations:
 
     - samples_per_second: training prompts per second of all processes together. The time of validation is not counted.
     - rollout_seconds: seconds per iteration for the student's rollouts.
@@ -49,7 +49,10 @@ class ThroughputMonitor(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: "CDMModule", outputs: object, batch: "PromptBatch", *_: object
     ) -> None:
-        """Count the prompts of this batch. Every `log_every_n_steps` iterations, log the figures and begin new ones."""
+        """Count the prompts of this batch.
+
+        Every `trainer.log_every_n_steps` iterations, the figures are logged and the next means begin.
+        """
         self._samples += len(batch.prompts) * trainer.world_size
         self._iterations += 1
         # pyrefly: ignore[missing-attribute]  Lightning sets this attribute from another module

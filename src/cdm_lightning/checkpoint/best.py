@@ -27,7 +27,7 @@ def is_logged(figure: str, logged: Collection[str]) -> bool:
 
 @dataclass(frozen=True)
 class Best:
-    """The checkpoint in `folder` with the best value of a validation metric so far.
+    """The checkpoint in `folder` with the best value so far of the validation metric `metric`.
 
     `best_is` says whether the smallest ("min") or the largest ("max") value is best. `metric` is a name such as
     "val/clip_score/student_4"; if it is None, no checkpoint is best.

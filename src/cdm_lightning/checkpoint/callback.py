@@ -34,9 +34,9 @@ class IterationCheckpoint(Checkpoint):
 
     - The newest `keep` checkpoints are kept (None: all). The checkpoint with the smallest (`best_is="min"`) or largest
       ("max") value of the validation metric `best` is kept in addition.
-    - A run resumes from the newest undamaged checkpoint in `folder`. If there is none, it starts from `begin_with`, a
-      checkpoint of another run (None: a fresh start). If the validation at the iteration of a checkpoint in `folder`
-      was due but not finished, it is run before training continues.
+    - A run resumes from the newest undamaged checkpoint in `folder`. If there is none, it starts from the attribute
+      `begin_with`, a checkpoint of another run (None: a fresh start). If the run resumes at an iteration whose
+      validation was due but not finished, this validation runs before training continues.
     - The run ends with `UserError` if weights are not finite (such weights are not saved), or if `max_skipped` updates
       of a network in a row were skipped because of non-finite gradients (None: never).
     - If the disk fails, the run continues. Only a failure at the last iteration ends the run, with `UserError`.
@@ -78,14 +78,15 @@ class IterationCheckpoint(Checkpoint):
             self._start = self.choose_start(pl_module.fingerprint)
 
     def choose_start(self, fingerprint: str) -> StoredCheckpoint | None:
-        """Return the result of `start.choose_start` for this run, whose backbone has this `fingerprint`."""
+        """Return the checkpoint to resume from, or None. `fingerprint` is the backbone's (`start.choose_start`)."""
         return choose_start(self.folder, self.begin_with, fingerprint, say)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
         """Restore networks, optimizers, counters, callbacks and the objective's state from a checkpoint.
 
         It is the checkpoint that `setup` has chosen. If a validation at its iteration was not finished, it runs now.
-        Raises `UserError` if the checkpoint does not fit this run, or if `require_readable` refuses the objective.
+        Raises `UserError` if the checkpoint does not fit this run, or if torch could not load the objective's state
+        again later.
         """
         require_readable(pl_module.objective)
         start, self._start = self._start, None
@@ -124,7 +125,7 @@ class IterationCheckpoint(Checkpoint):
     # ---- every iteration
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: "CDMModule", *_: object) -> None:
-        """Save the run if a save is due or a signal has come. All other callbacks have finished this iteration."""
+        """Save the run if a save is due or a signal has come. By now, the states of all callbacks are complete."""
         self._check_health(pl_module)
         iteration, stop = trainer.global_step, ranks.any_of(signals.is_asked())
         last = iteration == trainer.max_steps
@@ -153,9 +154,9 @@ class IterationCheckpoint(Checkpoint):
         raise Preempted(f"at iteration {iteration}")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Record in best.json if this iteration is the best so far, so that its checkpoint is never deleted as old.
+        """Record this iteration in best.json if its value of the metric `best` is the best so far.
 
-        Raises `UserError` if validation did not log the metric `best`.
+        Its checkpoint is then kept until a better one exists. Raises `UserError` if validation did not log the metric.
         """
         if trainer.sanity_checking:
             return
@@ -199,7 +200,7 @@ class IterationCheckpoint(Checkpoint):
         signals.loading("after training, before the evaluation was complete")
 
     def on_exception(self, trainer: L.Trainer, pl_module: "CDMModule", exception: BaseException) -> None:
-        """Save the last iteration if an error or a signal came between two iterations, in a run with one process."""
+        """Save the last iteration if an error or a signal came between two iterations of a run with one process."""
         if self._is_between and self._trainer_state and ranks.world_size() == 1 and not signals.is_saved():
             path = self._save_late(trainer, pl_module)
             if isinstance(exception, Preempted):

@@ -57,9 +57,9 @@ def refuse_old_files(folder: Path) -> None:
 
 
 def begin(folder: Path, iteration: int) -> Path:
-    """Make an empty temporary folder for the checkpoint of `iteration`, and return it. `commit` completes it.
+    """Make an empty temporary folder in `folder` for the checkpoint of `iteration`, and return its path.
 
-    Raises OSError if it cannot be made.
+    `commit` makes it the finished checkpoint. Raises OSError if the temporary folder cannot be made.
     """
     temporary = temporary_path(folder, iteration)
     _delete(temporary)
@@ -89,7 +89,7 @@ def commit(temporary: Path, sums: FileSums) -> Path:
 
 
 def write_synced(path: Path, content: bytes) -> dict[str, int]:
-    """Write a file and wait until it is on the disk. Return {"bytes": size, "crc32": checksum}."""
+    """Write `content` to a file and wait until it is on the disk. Return {"bytes": size, "crc32": checksum}."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
@@ -159,7 +159,7 @@ def read_marker(path: Path) -> Mapping[str, dict[str, int]]:
 def find_fault(path: Path, sums: Mapping[str, dict[str, int]], names: Iterable[str]) -> str | None:
     """Return a text about the first file of a checkpoint that is missing, truncated or damaged, or None.
 
-    Only the files `names` in the folder `path` are compared with their sizes and checksums in `sums`, the result of
+    Only the files `names` in the folder `path` are checked, by their sizes and checksums in `sums`, the result of
     `read_marker`.
     """
     for name in names:

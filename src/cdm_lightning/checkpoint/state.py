@@ -77,7 +77,7 @@ def plain_values_of(networks: nn.Module, optimizers: Mapping[str, Optimizer]) ->
 
 
 def only_plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entries whose values are numbers or booleans."""
+    """Return the entries of `values` whose values are numbers or booleans."""
     return {key: value for key, value in values.items() if isinstance(value, PLAIN)}
 
 

@@ -58,8 +58,8 @@ UNREADABLE = (
 class StoredCheckpoint:
     """An opened checkpoint: a folder, or a single .safetensors file with the same content.
 
-    `record` is the content of state.json: "iteration", other counters, the backbone's "fingerprint", "world_size" and
-    "optimizers" (`state.plain_values_of`). `files` are the .safetensors files with the tensors.
+    `record` is the content of state.json: "iteration" and other counters, the backbone's "fingerprint", the number of
+    processes ("world_size"), "optimizers" (`plain_values_of`). `files` are the .safetensors files with the tensors.
     """
 
     path: Path
@@ -143,9 +143,9 @@ class StoredCheckpoint:
         raise UserError(f"{self.path} has no network {name}; choose a network that was trained, or {OTHER}")
 
     def trainer_state(self) -> dict[str, Any]:
-        """Read trainer.pt: the states of Lightning's loop, the callbacks and the objective, as in `objective_state.trainer_state`.
+        """Read trainer.pt and return its content, which `objective_state.trainer_state` describes.
 
-        Raises `UserError` if the file cannot be read, or holds anything but tensors, numbers, strings, lists and dicts.
+        Raises `UserError` if it cannot be read, or holds other objects than tensors, numbers, strings, lists and dicts.
         """
         try:
             state = torch.load(io.BytesIO(self.trainer_bytes()), map_location="cpu", weights_only=True)
@@ -208,9 +208,9 @@ def read_checkpoint(path: Path, fingerprint: str | None = None) -> StoredCheckpo
 
 
 def require_room(sizes: Mapping[str, tuple[torch.Size, torch.dtype]], most: int) -> None:
-    """Raise ValueError if tensors of these shapes and dtypes take more than `most` bytes, or if a dimension is negative.
+    """Raise ValueError if tensors of the shapes and dtypes in `sizes` take more than `most` bytes.
 
-    The sizes come from headers of files, which may be damaged or forged.
+    Also raises it if a dimension is negative. The sizes come from headers of files, which may be damaged or forged.
     """
     if any(side < 0 for size, _ in sizes.values() for side in size):
         raise ValueError("a tensor has a negative size")
@@ -238,7 +238,7 @@ def _open_file(path: Path) -> StoredCheckpoint:
 
 
 def recorded_iteration(path: Path) -> int:
-    """Return the iteration in a checkpoint's state.json, or in its name if state.json cannot be read."""
+    """Return the iteration in a checkpoint's state.json, or that in the folder's name if state.json cannot be read."""
     try:
         return read_checkpoint(path).iteration
     except UserError:

@@ -111,7 +111,7 @@ def reader(files: Sequence[Path]) -> dcp.HuggingFaceStorageReader:
 def files_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """Return {name of a tensor: number of the file to which it is written}. The numbers start at 1.
 
-    Each process writes about `FILE_BYTES` bytes to a file.
+    Each process writes a file of about `FILE_BYTES` bytes for each number.
     """
     numbers, number, filled = {}, 1, 0
     for name, tensor in tensors.items():

@@ -202,7 +202,7 @@ def parameters_of(target: str | None) -> Mapping[str, inspect.Parameter]:
 
 
 def answer_questions(config_name: str) -> None:
-    """Print the answer and exit, if the command line asks for Hydra's help (`--help`) or for the configuration (`--cfg`).
+    """Print Hydra's help (`--help`) or the configuration (`--cfg`) and exit, if the command line asks for it.
 
     Call this before slow imports such as torch, so that the answer comes at once.
     """
@@ -270,8 +270,8 @@ def command(until: str) -> Generator[None]:
 def fail(error: BaseException) -> NoReturn:
     """Print an error in one line on stderr and exit with status 2.
 
-    If several processes meet the same error, only the first should print it. The others therefore wait for `OTHERS_WAIT`
-    seconds, in which the launcher ends them. A process that still runs after this prints its own error.
+    If several processes meet the same error, only the first process should print it. The others therefore wait for
+    `OTHERS_WAIT` seconds, in which the launcher ends them. A process that still runs after this prints its own error.
     """
     process = process_number()
     if process:

@@ -37,12 +37,13 @@ def registered(group: str, own: Collection[str]) -> frozenset[str]:
 def require_registered(node: Any, allowed: Collection[str], where: str, group: str) -> None:
     """Raise `UserError` unless it is safe to build an object from `node`, a part of a stranger's configuration.
 
-    `node` must have a `_target_`. Each `_target_`, also in nested nodes, must be in `allowed`, the dotted names of registered
-    classes. All other values must be strings, numbers, bools, null, or lists and mappings of them. Hydra's other keys, such as
-    `_partial_`, are refused. So are references (`${...}`), because they could read files and environment variables.
+    `node` must have a `_target_`. Each `_target_`, also in nested nodes, must be in `allowed`, the dotted names of
+    registered classes. All other values must be strings, numbers, bools, null, or lists and mappings of them. Hydra's
+    other keys, such as `_partial_`, are refused. So are references (`${...}`), because they could read files and
+    environment variables.
 
-    Messages contain `where`, the file and key of `node`, and `group`, the group of entry points in which the user can register
-    a class.
+    The error message contains `where`, the file and key of `node`. It may also contain `group`, the group of entry
+    points in which the user can register a class.
     """
     if not isinstance(node, Mapping) or TARGET not in node:
         raise UserError(f"{where} has no {TARGET} with the name of a class; restore the file that training wrote")

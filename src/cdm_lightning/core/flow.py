@@ -1,4 +1,4 @@
-"""Rectified flow: noised samples x = (1 - sigma) x0 + sigma noise, and fields that predict their velocity noise - x0.
+"""Rectified flow: noised samples x = (1 - sigma) x0 + sigma noise, and fields that predict the velocity `noise - x0`.
 
 Sigma runs from 1 (pure noise) to 0 (data). Shapes: B samples of shape * = (C, H, W); sigma is (B,) or 0-d. The function
 `move` follows a velocity in a straight line to another sigma. Euler steps use it, and so do x0 predictions (moves to
@@ -119,7 +119,8 @@ def plain_guidance(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
 class GuidedField(VelocityField):
     """Classifier-free guidance: `guide(cond, uncond, scale)` combines the velocities with text and without.
 
-    One network call computes both velocities if the two fields can be joined. At scale 1 only `cond` is called.
+    One network call computes both velocities if the fields `cond` and `uncond` can be joined. At scale 1 only `cond` is
+    called.
     """
 
     cond: VelocityField
