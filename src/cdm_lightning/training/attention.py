@@ -1,7 +1,7 @@
 """The choice of the kernel that computes attention: torch's default, or the kernel that an option names.
 
-All model families call `torch.nn.functional.scaled_dot_product_attention`. Therefore the kernel is set for this function. The
-attention backends of diffusers would not do, because some families (SD3, SANA) ignore them.
+All model families call `torch.nn.functional.scaled_dot_product_attention`, so the kernel is chosen for this function.
+The attention backends of diffusers are not used, because some families (SD3, SANA) ignore them.
 """
 
 import importlib.util
@@ -63,9 +63,9 @@ def _is_installed(module: str) -> bool:
 def attention_by(name: str | None) -> Generator[None]:
     """Compute attention by the kernel `name` inside the block; None leaves the choice to torch.
 
-    A call that this kernel does not support uses another kernel; for "flash" these are calls with a mask or in float32. "math"
-    supports all calls, but stores the whole attention matrix, with one number for each pair of tokens. The backward pass must be
-    inside the block too.
+    If `name` does not support the inputs of an attention, another kernel computes it: "flash", for example, supports
+    neither masks nor float32. "math" supports all inputs, but stores the whole attention matrix, with one number for
+    each pair of tokens. The block must contain the backward pass too.
     """
     if name is None:
         yield

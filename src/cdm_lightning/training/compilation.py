@@ -1,10 +1,10 @@
-"""Compile the transformer blocks of a network with torch.compile, and warn if some of their calls are not compiled.
+"""Compile the transformer blocks of a network with torch.compile, and warn if blocks run without compilation.
 
-A block is called in many ways: with and without gradients, with any batch size, with different LoRA adapters, and again in the
-backward pass by gradient checkpointing. Dynamo, the tracer of torch.compile, compiles a variant of the code for each way, up to a
-limit. Beyond the limit, blocks run without compilation, which is slow. Gradient checkpointing even fails (`CheckpointError`) if
-one of its two runs of a block is compiled and the other is not. The limit here is therefore far above the number that a run
-needs.
+A block is called in many ways: with and without gradients, with any batch size, with different LoRA adapters, and again
+in the backward pass by gradient checkpointing. Dynamo, the tracer of torch.compile, compiles a variant of the block's
+code for each way in which the block is called, up to a limit. Beyond the limit, the block runs without compilation,
+which is slow. Gradient checkpointing runs a block twice, and even fails (`CheckpointError`) if only one of the two runs
+is compiled. This module therefore sets a limit that is far above the number of variants that a run needs.
 """
 
 import inspect
@@ -24,9 +24,10 @@ def compile_blocks(
 ) -> None:
     """Compile every block of the network with torch.compile, in place; the names of its weights stay the same.
 
-    `block_types` are the classes of the blocks. Blocks of one class share their compiled code. This code works for every batch
-    size and every number of tokens. `limit` is the largest number of compiled variants of a forward function. If a function needs
-    more, its further variants run without compilation, and a warning names the blocks that run it.
+    `block_types` are the classes of the blocks. Blocks of one class share their compiled code. This code works for
+    every batch size and every number of tokens. `limit` is the largest number of compiled variants of one forward
+    function, be it that of a block or of a module in a block. If a function needs more, its further variants run
+    without compilation, and a warning names the classes of the blocks that run it.
     """
     blocks = [module for module in network.modules() if isinstance(module, block_types)]
     options: dict = {"backend": backend, "dynamic": True}

@@ -16,17 +16,20 @@ class Compute:
     """Options that trade memory for speed; they change results by rounding only, which is coarse with `fp8`.
 
     - `accumulate`: each process computes its batch in this many parts, one after another (gradient accumulation).
-    - `gradient_checkpointing`: the share of a network's blocks that recompute their activations in the backward pass, from 0
-      (or false) to 1 (or true).
-    - `recompute_attention`: whether these blocks also recompute the results of attention; otherwise the results stay in memory.
-    - `compile_backend`: a backend of torch.compile for the networks' blocks, for example "inductor"; null compiles nothing.
-    - `rollouts_together`: rollouts of up to this many iterations between two updates of the student are computed as one batch.
-    - `decode_tile`: images with a side above this number of pixels are decoded in tiles of this size, which saves memory in
-      validation; null means never.
-    - `attention`: the kernel that computes attention where it can: "math", "flash", "efficient", "cudnn", or "flash3" and "flash4"
-      where these packages are installed; null is torch's choice (`training.attention`).
-    - `fp8`: network calls without a gradient (rollouts, teacher) compute in 8-bit floats: "rowwise" on GPUs that can, or
-      "emulated", which has the same rounding on every device and is slow (`training.float8`); null is off.
+    - `gradient_checkpointing`: the share of a network's blocks that recompute their activations in the backward pass,
+      from 0 (or false) to 1 (or true).
+    - `recompute_attention`: whether these blocks also recompute the results of attention; otherwise the results stay in
+      memory.
+    - `compile_backend`: a backend of torch.compile for the networks' blocks, for example "inductor"; null compiles
+      nothing.
+    - `rollouts_together`: rollouts of up to this many iterations between two updates of the student are computed as one
+      batch.
+    - `decode_tile`: images with a side above this number of pixels are decoded in tiles of this size, which saves
+      memory in validation; null means never.
+    - `attention`: the kernel that computes attention if it supports the inputs: "math", "flash", "efficient", "cudnn",
+      or, if their packages are installed, "flash3" or "flash4"; null is torch's choice (`training.attention`).
+    - `fp8`: network calls without a gradient (rollouts, teacher) compute in 8-bit floats: "rowwise" needs a GPU that
+      has them, and "emulated" has the same rounding on every device and is slow (`training.float8`); null is off.
 
     Raises UserError for a value out of its range.
     """
@@ -60,5 +63,5 @@ class Compute:
 
     @property
     def recomputation(self) -> Recomputation:
-        """The activations that the backward pass recomputes. Raises UserError for a share outside [0, 1]."""
+        """Which activations the backward pass recomputes. Raises UserError for a share outside [0, 1]."""
         return Recomputation(float(self.gradient_checkpointing), self.recompute_attention)

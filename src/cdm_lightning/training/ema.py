@@ -15,9 +15,9 @@ from cdm_lightning.kinds import ShareBelowOne
 class EMA:
     """The settings of the EMA, which is updated after each iteration that updates the student.
 
-    After n earlier updates the decay is min(`decay`, (1 + n) / (10 + n)), so that the EMA soon forgets the initial weights.
-    `decay=None` turns the EMA off. CDM uses 0.999 (arXiv:2605.06376); short runs need a lower decay. Raises UserError for a decay
-    outside [0, 1).
+    After n earlier updates, the EMA decays by the factor min(`decay`, (1 + n) / (10 + n)), so that it soon forgets the
+    initial weights. `decay=None` turns the EMA off. CDM uses `decay=0.999` (arXiv:2605.06376); short runs need a lower
+    value. Raises UserError for a `decay` outside [0, 1).
     """
 
     decay: ShareBelowOne | None = 0.999
@@ -36,7 +36,8 @@ class EMA:
     ) -> None:
         """Update the EMA network `average` from `student`, in place. `updates` is the number of earlier updates.
 
-        A `follower` makes the update in the background; call `follower.settle` to wait for its end.
+        If a `follower` is given, it makes the update in the background, and `follower.settle()` waits for the end of
+        the update.
         """
         assert self.decay is not None
         follow = lerp_parameters_ if follower is None else follower.follow
@@ -44,10 +45,10 @@ class EMA:
 
 
 def follower_of(average: nn.Module | None, strategy: Strategy) -> HostFollower | None:
-    """Return a `HostFollower` if the strategy keeps the EMA `average` in host memory and trains on a GPU, otherwise None.
+    """Return a `HostFollower`, which updates the EMA `average` in host memory while the GPU goes on training, or None.
 
-    The follower updates the EMA while the GPU goes on. The strategy is asked, and not the present device of `average`, because
-    Lightning moves networks to their device only after they are built.
+    The result is None unless `strategy` keeps the EMA in host memory and trains on a GPU. The device of `average` is
+    not asked, because Lightning may move the networks after this call.
     """
     rests = isinstance(strategy, MeshStrategy) and "student_ema" in strategy.on_cpu
     if average is None or not rests or strategy.root_device.type != "cuda":

@@ -38,7 +38,10 @@ def check_float8(kind: str | None) -> None:
 
 
 def check_device(kind: str | None, device: torch.device, compute_dtype: torch.dtype) -> None:
-    """Raise UserError if products in fp8 of this kind cannot be computed on `device`. The emulated kind runs everywhere."""
+    """Raise UserError if `device` cannot compute products in fp8 of this `kind` with `compute_dtype`.
+
+    "rowwise" needs bfloat16 and a GPU with fp8. "emulated" and None need nothing.
+    """
     if kind != "rowwise":
         return
     if compute_dtype != torch.bfloat16:
@@ -59,7 +62,10 @@ class _Switch:
 
 @contextmanager
 def float8_products(on: bool) -> Generator[None]:
-    """Inside the block, the layers that `use_float8` has changed compute in fp8 if `on`, and otherwise as usual."""
+    """Inside the block, the layers that `use_float8` has changed compute in fp8 if `on`, and otherwise as usual.
+
+    Calls that need a gradient are always computed as usual.
+    """
     before, _Switch.on = _Switch.on, on
     try:
         yield
@@ -68,16 +74,17 @@ def float8_products(on: bool) -> Generator[None]:
 
 
 class Float8Linear(nn.Linear):
-    """A linear layer that computes in fp8 where `float8_products` is on; an `nn.Linear` becomes one by `use_float8`.
+    """A linear layer that computes in fp8 where `float8_products` is on, unless gradients are on.
 
-    Inputs of fewer than three dimensions are computed as usual. They hold one vector for each sample, from which its modulation
-    (shift, scale and gate) is computed. This is little work, and all tokens of the sample depend on it.
+    `use_float8` turns an `nn.Linear` into such a layer. Inputs with fewer than three dimensions are always computed as
+    usual: they hold one vector for each sample, from which a block computes the shift, scale and gate for all tokens of
+    the sample. Rounding this vector would affect all these tokens and save little work.
     """
 
     float8_product: Product
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the products (..., O) of `input` (..., I)."""
+        """Return the layer's output (..., O) for `input` (..., I)."""
         if not _Switch.on or torch.is_grad_enabled() or input.ndim < 3:
             return super().forward(input)
         if torch.is_autocast_enabled(input.device.type):
@@ -87,10 +94,11 @@ class Float8Linear(nn.Linear):
 
 
 def use_float8(network: nn.Module, block_types: tuple[type[nn.Module], ...], kind: str) -> int:
-    """Let the linear layers of the blocks compute in fp8 where `float8_products` is on; return their number.
+    """Let the linear layers in the blocks of `network` compute in fp8 where `float8_products` is on.
 
-    `kind` is one of `KINDS`. Layers whose widths are no multiples of 16 and LoRA adapters stay as they are. Names and weights
-    stay the same.
+    Return the number of these layers. `block_types` are the classes of the blocks, and `kind` is one of `KINDS`. LoRA
+    adapters, and layers with a width that is no multiple of 16, are not changed. The names and weights of the changed
+    layers stay the same.
     """
     product, changed = _product_of(kind), 0
     for block in network.modules():
@@ -129,7 +137,10 @@ def _product(x: Tensor, weight: Tensor, config: Any, settings: Any) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Float8Field(BoundField):
-    """A network as a velocity field whose calls without a gradient compute in fp8, unless they are `precise`."""
+    """A network as a velocity field whose calls without a gradient compute in fp8.
+
+    With `is_precise`, no call computes in fp8.
+    """
 
     is_precise: bool = False
 
@@ -139,5 +150,5 @@ class Float8Field(BoundField):
             return super().__call__(x, sigma)
 
     def precise(self) -> VelocityField:
-        """Return this field without fp8."""
+        """Return a copy of this field that never computes in fp8."""
         return replace(self, is_precise=True)

@@ -33,10 +33,11 @@ ATTENTION = tuple(
 class Recomputation:
     """Which blocks of a network recompute their activations in the backward pass; the other blocks keep them in memory.
 
-    The first `share` of the blocks recompute (`share` in [0, 1], rounded up to whole blocks). The backward pass reaches them
-    last, when the activations of the other blocks are already freed. With `attention=False`, every block keeps its results of
-    attention in memory, because they are slow to recompute and small. In SD3-Medium at 1024 x 1024 pixels attention is a third of
-    the operations, but only one of dozens of stored tensors. Raises UserError for a share outside [0, 1].
+    The first blocks recompute, as many as `share` of all blocks (in [0, 1], rounded up to whole blocks). The backward
+    pass reaches them last, when the activations of the other blocks are already freed. With `attention=False`, every
+    block keeps its results of attention in memory, because they are slow to recompute and small. In SD3-Medium at 1024
+    x 1024 pixels, attention is a third of the operations, but its result is only one of dozens of stored tensors.
+    Raises UserError for a share outside [0, 1].
     """
 
     share: float = 0.0
@@ -53,8 +54,9 @@ class Recomputation:
     ) -> CheckpointFunction:
         """Return the function (block, *arguments) -> result with which `network` calls each of its blocks.
 
-        `block_types` are the classes of the blocks. If several LoRA adapters share the blocks, `guard` is needed: it turns a
-        block into a function that switches on the same adapter again in the backward pass.
+        `block_types` are the classes of the blocks. If several LoRA adapters share the blocks, `guard` is needed:
+        `guard(block)` returns a function that runs the block with the adapter that is on now, even if another adapter
+        is on when the backward pass runs the block again.
         """
         blocks = [block for block in network.modules() if isinstance(block, block_types)]
         kept = set(blocks[math.ceil(self.share * len(blocks)) :])

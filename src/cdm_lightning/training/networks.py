@@ -22,21 +22,24 @@ if TYPE_CHECKING:
 
 
 class Networks(nn.Module):
-    """All networks of a run: `student`, `student_ema`, `teacher`, and one attribute for each role of the objective.
+    """All networks of a run: `student`, `student_ema`, `teacher`, and one attribute for each of the `roles`.
 
-    The student and the networks of the `roles` are trained in float32. The EMA and the teacher are frozen. Heads are built by the
-    objective itself (`Role.build`); all other networks start from the same pretrained weights.
+    `roles` are the networks that the objective trains besides the student. They and the student are trained in float32.
+    The EMA and the teacher are frozen. Heads are roles that the objective builds itself (`Role.build`); all other
+    networks start from the same pretrained weights.
 
-    `lora` gives LoRA adapters to some roles. These roles share one frozen base network, and their own modules hold only the
-    adapter's parameters. If the base equals the teacher (`Backbone.teacher_is_base`), the teacher is the base with all adapters
-    off.
+    `lora` says which roles are LoRAs. These roles share one frozen base network, and their own modules hold only the
+    parameters of their adapters. If the base equals the teacher (`Backbone.teacher_is_base`), the teacher is the base
+    with all adapters off.
 
-    The teacher is no submodule, so checkpoints and optimizers do not contain it. `place` moves it to the device.
+    The teacher and the base are no submodules, so checkpoints and optimizers do not contain them. `place` moves them to
+    the device.
 
-    `recomputation` says which activations the backward pass recomputes (default: none). `seed` seeds the initialization of
-    adapters, heads and the embeddings of additional inputs (`Role.inputs`). `average=False` leaves out `student_ema`.
-    `empty=True` leaves networks without adapters on the meta device, so that each process can fill its own shards later. It has
-    no effect on backbones that cannot fill shards. Raises UserError for LoRA targets that the network does not have.
+    `recomputation` says which activations the backward pass recomputes (default: none). `seed` is the seed of the
+    random weights of adapters, heads and the embeddings of additional inputs (`Role.inputs`). With `average=False`,
+    there is no `student_ema`. With `empty=True`, networks without adapters stay on the meta device if the backbone can
+    fill shards, so that each process can fill its own shards later. Raises UserError for LoRA targets that the network
+    does not have.
     """
 
     teacher: nn.Module
@@ -137,9 +140,9 @@ class Networks(nn.Module):
     # ---- views
 
     def view_base(self) -> None:
-        """Set `teacher` to its own frozen network if there is one, otherwise to the shared base with all adapters off.
+        """Set `teacher` to the teacher's own network, or without one to the shared base with all adapters off.
 
-        Call this again after the base has been sharded, because sharding replaces its parameters.
+        Call this again after the base has been sharded, because sharding replaces the parameters of the base.
         """
         base_view = self._shared.base_view() if self._shared else None
         teacher = cast(nn.Module, self._own_teacher or base_view)  # at least one of the two is not None
@@ -196,7 +199,10 @@ class Networks(nn.Module):
             compile_blocks(network, block_types, backend)
 
     def use_float8(self, block_types: tuple[type[nn.Module], ...], kind: str) -> None:
-        """Let the blocks of every network compute in fp8 where `training.float8.float8_products` is on. `kind` is compute.fp8."""
+        """Let the linear layers in the blocks of every network compute in fp8 where `float8_products` is on.
+
+        `block_types` are the classes of the blocks, and `kind` is the option compute.fp8 (`training.float8`).
+        """
         for network in [*self.whole.values(), *([self.base] if self.base is not None else [])]:
             use_float8(network, block_types, kind)
 
@@ -229,8 +235,8 @@ def bind_networks(
     """Return the networks as velocity fields for B prompts.
 
     `text` is the conditioning of the B prompts. `no_text` is the conditioning of B empty prompts, which the field
-    `teacher_uncond` uses. The fields compute in `compute_dtype`, by autocast, and return float32. With `float8`, their calls
-    without a gradient compute in fp8, where `Networks.use_float8` has prepared it.
+    `teacher_uncond` uses. The fields compute in `compute_dtype`, by autocast, and return float32. With `float8`, calls
+    of the fields without a gradient compute in fp8, for which `Networks.use_float8` must have been called.
     """
 
     def field(network: nn.Module, cond: Conditioning = text) -> BoundField:

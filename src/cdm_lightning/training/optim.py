@@ -17,11 +17,11 @@ from cdm_lightning.kinds import GradientNorm, Iteration, Rate, Share
 class LearningRate:
     """A learning rate that rises linearly to `peak`, stays there, and can fall linearly to 0.
 
-    It rises over the first `warmup` iterations. It falls from iteration `decay_from * total` to iteration `total`; `decay_from=1`
-    means that it does not fall. The rate depends on the iteration only, so it has no state in checkpoints. CDM's published
-    schedule is 100 optimizer steps of warm-up without decay (arXiv:2605.06376). The published student makes a step in every
-    second iteration, so for the student this is `warmup=200`. Raises UserError for a number out of its range, and if `decay_from`
-    is below 1 without a `total`.
+    It rises over the first `warmup` iterations. It falls from iteration `decay_from * total` to iteration `total`;
+    `decay_from=1` means that it does not fall. The rate depends on the iteration only, so checkpoints need not store
+    it. CDM's published schedule is 100 optimizer steps of warm-up without decay (arXiv:2605.06376). The published
+    student makes a step in every second iteration, so for the student this is `warmup=200`. Raises UserError for a
+    number out of its range, and if `decay_from` is below 1 without a `total`.
     """
 
     peak: Rate
@@ -54,9 +54,9 @@ class LearningRate:
 class OptimizerRecipe:
     """The optimizer settings of one network: optimizer, learning rate and gradient clipping.
 
-    `optimizer(parameters, lr=...)` builds the optimizer. Before each step the gradients are clipped to the norm `max_grad_norm`,
-    taken over all parameters of the network. Raises `TypeError` if `optimizer` is a partial with an argument that the optimizer
-    does not have.
+    `optimizer(parameters, lr=...)` returns the optimizer. Before each step, the gradients are clipped to the norm
+    `max_grad_norm`, taken over all parameters of the network. Raises `TypeError` if `optimizer` is a
+    `functools.partial` with an argument that its function does not have.
     """
 
     optimizer: Callable[..., Optimizer]

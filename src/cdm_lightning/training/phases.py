@@ -10,9 +10,9 @@ import torch
 class PhaseTimer:
     """Adds up the seconds that this process spends in each phase of training.
 
-    The phases are "rollout" and the updates of each role, named by the role. If `device` is a CUDA device, its CUDA events
-    measure the time, and the host waits for them only when `seconds` is read. If `device` is None (the default), the seconds are
-    those of the host.
+    The phases are "rollout" and, for each role, its updates, under the name of the role. If `device` is a CUDA device,
+    CUDA events measure the time of its work, and the host waits for them only when `seconds` is read. If `device` is
+    None (the default), the host's clock measures the time.
     """
 
     def __init__(self) -> None:

@@ -11,10 +11,10 @@ from cdm_lightning.training.networks import Networks
 
 
 def place(networks: Networks, backbone: Backbone, strategy: Strategy, compute_dtype: torch.dtype) -> bool:
-    """Put all networks on the devices of `strategy`, in place. Returns True if processes hold shards of one network.
+    """Put all networks on the devices of `strategy`, in place. Return True if processes hold shards of one network.
 
-    The strategy names the roles of networks that stay in host memory. Raises UserError for a role that the run does not have, and
-    for a network that cannot stay in host memory.
+    The strategy names the roles whose networks stay in host memory. Raises UserError for a role that the run does not
+    have, and for a network that cannot stay in host memory.
     """
     if not isinstance(strategy, MeshStrategy):
         networks.place(strategy.root_device)
@@ -25,10 +25,11 @@ def place(networks: Networks, backbone: Backbone, strategy: Strategy, compute_dt
 
 
 def distribute(networks: Networks, backbone: Backbone, strategy: MeshStrategy, compute_dtype: torch.dtype) -> None:
-    """Distribute all networks over the strategy's device mesh, in place: each rank keeps its own rows of each weight.
+    """Distribute all networks over the strategy's device mesh, in place.
 
-    Networks on the meta device are filled, and each rank reads its own rows only. The base of LoRA adapters is sharded if the
-    strategy uses shards. Each rank keeps all of the small networks: adapters, and heads, which the objective builds itself.
+    Of each weight of a large network, each rank keeps its own rows. If the network is on the meta device, each rank
+    reads these rows only. The base of LoRA adapters is treated so if the strategy uses shards. Of the small networks
+    (adapters, and heads, which the objective builds itself), each rank keeps all weights.
     """
     mesh, device = strategy.device_mesh["data_parallel", "tensor_parallel"], strategy.root_device
     policy, block_types = mixed_precision(compute_dtype), backbone.block_types

@@ -22,10 +22,13 @@ class Resolution(Protocol):
     """The interface of a rule that chooses the image size of each iteration."""
 
     def check(self, backbone: Backbone) -> None:
-        """Raise UserError if the model family cannot make images of one of the sizes. Reads configuration files only."""
+        """Raise UserError if the backbone cannot make images of a size that this rule may choose.
+
+        Only configuration files are read, and no weights.
+        """
 
     def draw(self, backbone: Backbone, rng: StepRandom) -> Backbone:
-        """Return the backbone for the image size of this iteration.
+        """Return `backbone` with the image size of the iteration of `rng`.
 
         The size depends on the seed and the iteration only, so it is the same in all processes.
         """
@@ -36,7 +39,7 @@ class OwnSize:
     """Every iteration has the image size that is set in the backbone."""
 
     def check(self, backbone: Backbone) -> None:
-        """Raise UserError if the model family cannot make images of this size."""
+        """Raise UserError if the model family cannot make images of the size that is set in the backbone."""
         _ = backbone.image_size
 
     def draw(self, backbone: Backbone, rng: StepRandom) -> Backbone:
@@ -71,7 +74,7 @@ class Buckets:
             )
 
     def check(self, backbone: Backbone) -> None:
-        """Raise UserError if the model family cannot make images of one of the sizes."""
+        """Raise UserError if the model family cannot make images of one of `sizes`."""
         for height, width in self.sizes:
             try:
                 backbone.at(height, width)
@@ -79,7 +82,7 @@ class Buckets:
                 raise UserError(f"resolution.sizes, {height} x {width}: {error}") from error
 
     def draw(self, backbone: Backbone, rng: StepRandom) -> Backbone:
-        """Return the backbone for the image size of this iteration.
+        """Return `backbone` with the image size of the iteration of `rng`, drawn from `sizes`.
 
         The size depends on the seed and the iteration only, so it is the same in all processes.
         """

@@ -33,10 +33,10 @@ def whole_names(roles: Iterable[Role], lora: LoRAPlan, backbone: Backbone, avera
 
 
 def check_roles(objective: Objective, lora: LoRAPlan, backbone: Backbone) -> None:
-    """Check an objective's roles, `student_period` and updates, and whether they fit the LoRA settings.
+    """Check an objective's roles, `student_period` and updates, also against the LoRA settings.
 
-    Raises UserError for the first mistake. For example, an update may average two networks (`Update.merge`) only if their LoRA
-    settings are equal.
+    Raises UserError for the first mistake. For example, an update may average two networks (`Update.merge`) only if the
+    LoRA settings of these two are equal.
     """
     names = network_names(objective.roles)
     for name in names[1:-2]:

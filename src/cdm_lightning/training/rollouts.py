@@ -1,9 +1,9 @@
 """Make the inputs of an objective's losses from a batch of prompts: text, random numbers and the student's rollout.
 
-A rollout is the student's own path from noise, in K steps. The losses use one of these steps, the *anchor*, which is drawn at
-random for each sample. The *point* is the state at the anchor (`core.rollout`). The rollouts of several iterations can be
-computed as one batch; the prompts of these iterations are then read together (`data/batches.py`). Shapes: B samples, K steps,
-latents (B, C, H, W).
+A rollout is the student's own path from noise, in K steps. The losses use one of these steps, the *anchor*, which is
+drawn at random for each sample. The *point* is the state at the anchor (`core.rollout`). The rollouts of several
+iterations can be computed as one batch; the prompts of these iterations are then read together (`data/batches.py`).
+Shapes: B samples, K steps, latents (B, C, H, W).
 """
 
 from abc import ABC, abstractmethod
@@ -32,11 +32,12 @@ Bind = Callable[
 
 @dataclass(frozen=True)
 class RolloutGroups:
-    """Groups of up to `together` successive iterations whose rollouts (the student's paths from noise) are computed as one batch.
+    """Groups of up to `together` successive iterations whose rollouts are computed as one batch.
 
-    A group ends at the latest with the next update of the student. Until then the student stays the same, so a group gives the
-    same rollouts as single iterations, with fewer network calls. `period` is the number of iterations from one student update to
-    the next (`Objective.student_period`). If it is None, each iteration is its own group.
+    A rollout is the student's own path from noise. A group ends at the latest with the next update of the student.
+    Until then the student stays the same, so a group gives the same rollouts as single iterations, with fewer network
+    calls. `period` is the number of iterations from one student update to the next (`Objective.student_period`). If
+    `period` is None, each iteration is its own group.
     """
 
     together: int = 1
@@ -55,14 +56,16 @@ class Rollouts(ABC):
     """Makes the samples of an iteration, which are the inputs of the losses, from a batch of prompts.
 
     - `bind(prompts, backbone)` returns the networks with the text of these prompts.
-    - `backbone`, `resolution` and `schedule` give the image size and the sigmas.
-    - `seed`: the random numbers for a prompt depend only on it, on the iteration and on the prompt's index in the global batch.
-    - `groups`: the iterations whose rollouts are computed as one batch; by default each iteration is computed separately.
+    - `resolution` chooses the image size of an iteration, and sets it in `backbone`; `schedule` draws the sigmas.
+    - `seed`: the random numbers of a prompt depend on this seed, the iteration and the prompt's index in the global
+      batch only.
+    - `groups`: the iterations whose rollouts are computed as one batch; by default each iteration is computed
+      separately.
     - `accumulate`: the number of parts of a batch. Each part becomes one `Sample`, which can hold many prompts.
     - `needs_latents`: whether samples have latents of real images.
-    - `agree_on_calls` takes the number of student calls that this process needs and returns the number that it must make:
-      processes that hold shards of one network must make equally many.
-    - `timer` adds up the seconds of the rollouts.
+    - `agree_on_calls` takes the number of student calls that this process needs and returns the number that it must
+      make: processes that hold shards of one network must make equally many.
+    - `timer` adds up the seconds that rollouts take.
     """
 
     def __init__(
@@ -90,10 +93,10 @@ class Rollouts(ABC):
         """Return the samples of an iteration (counted from 0), one for each part of the batch."""
 
     def bound(self, batch: PromptBatch, iteration: int) -> list[Sample]:
-        """Return a `Sample` without a rollout for each part of the batch: networks with text, random numbers and image size.
+        """Return a `Sample` without a rollout for each part of the batch.
 
-        If the objective needs latents of real images, the samples have them. Raises UserError if the batch has no images for
-        them.
+        The samples have networks with text, random numbers and an image size. With `needs_latents`, they also have
+        latents of real images, and UserError is raised if the batch has no images.
         """
         samples = []
         for part in batch.split(self.accumulate):
@@ -122,9 +125,9 @@ class Rollouts(ABC):
         return backbone.encode_images(fit_to(part.images.to(self.device), backbone.image_size))
 
     def draw(self, sample: Sample) -> Rollout:
-        """Draw the random numbers of a rollout: the noise, the sigmas of its K steps, and an anchor for each sample.
+        """Draw the random numbers of a rollout: the noise, the sigmas of its K steps, and an anchor for each prompt.
 
-        K is the same for all samples.
+        K is the same for all prompts of `sample`.
         """
         noise = sample.rng.normal("rollout.noise", sample.latent_shape)
         sigmas = self.schedule.sample(sample.rng, sample.shift_steps)
@@ -132,7 +135,7 @@ class Rollouts(ABC):
         return Rollout(sample.fields.student, noise, sigmas, anchor)
 
     def forget(self) -> None:
-        """Drop the rollouts that were computed in advance."""
+        """Drop the rollouts that were computed in advance. Call this before another training begins."""
         return
 
 
@@ -140,15 +143,18 @@ class NoRollouts(Rollouts):
     """Makes samples without a rollout, for objectives that do not use the student's own path."""
 
     def samples(self, batch: PromptBatch, iteration: int) -> list[Sample]:
-        """Return a plain `Sample` for each part of the batch."""
+        """Return a `Sample` without a rollout for each part of the batch."""
         return self.bound(batch, iteration)
 
 
 class FullRollouts(Rollouts):
-    """Makes samples by rollouts to the clean image, for losses that use the path after the randomly drawn step."""
+    """Makes samples by rollouts to the clean image, for losses that use the path after the anchor (a random step)."""
 
     def samples(self, batch: PromptBatch, iteration: int) -> list[RolledOutSample]:
-        """Return a sample for each part of the batch; its point is a `FullTrajectoryPoint`, which includes the end of the rollout."""
+        """Return a sample for each part of the batch.
+
+        Its `point` is a `FullTrajectoryPoint`: the state at the anchor, with the end of the rollout.
+        """
         samples = self.bound(batch, iteration)
         with self.timer("rollout"):
             return [self._rolled_out(sample, self.draw(sample)) for sample in samples]
@@ -175,8 +181,9 @@ class _AtAnchor:
 class AnchorRollouts(Rollouts):
     """Makes samples by rollouts that stop at each prompt's anchor, a randomly drawn step; later steps are not computed.
 
-    The first iteration of a group computes the rollouts of the whole group, for which it gets the prompts of all its iterations
-    (`batch.group`). The results are kept until their iteration comes.
+    In the first iteration of a group (`RolloutGroups`), the rollouts of the whole group are computed, for which
+    `batch.group` holds the prompts of all its iterations. The rollouts of later iterations are kept until `samples` is
+    called for these iterations.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -184,7 +191,7 @@ class AnchorRollouts(Rollouts):
         self._waiting: dict[int, list[_AtAnchor]] = {}  # by iteration
 
     def samples(self, batch: PromptBatch, iteration: int) -> list[RolledOutSample]:
-        """Return a sample for each part of the batch; its point is the state at the randomly drawn step."""
+        """Return a sample for each part of the batch. Its `point` is the state at the anchor."""
         if iteration not in self._waiting:
             self._roll_out_group(batch, iteration)
         with self.timer("rollout"):
@@ -205,7 +212,10 @@ class AnchorRollouts(Rollouts):
         return [_AtAnchor(*of_sample) for of_sample in zip(samples, rollouts, states)]
 
     def forget(self) -> None:
-        """Drop the rollouts that were computed in advance: another training may have other prompts or another student."""
+        """Drop the rollouts that were computed in advance.
+
+        Another training may have other prompts or another student.
+        """
         self._waiting = {}
 
 
@@ -213,6 +223,6 @@ KINDS: dict[RolloutKind, type[Rollouts]] = {"to_anchor": AnchorRollouts, "full":
 
 
 def with_point(sample: Sample, point: TrajectoryPoint, steps: int) -> RolledOutSample:
-    """Return the sample with one state of its rollout, `point`. `steps` is the number of steps of the rollout."""
+    """Return `sample` with `point`, one state of its rollout. `steps` is the number of steps of that rollout."""
     of_sample = {field.name: getattr(sample, field.name) for field in fields(Sample)}
     return RolledOutSample(**of_sample, point=point, steps=steps)

@@ -19,10 +19,12 @@ RATE = 1e-3
 
 
 def require_working(recipes: Mapping[str, OptimizerRecipe], adapted: Collection[str] = ()) -> None:
-    """Raise `UserError` for the first role whose optimizer cannot be built, fails in a step, or follows the gradient upwards.
+    """Raise `UserError` for the first role whose optimizer does not work.
 
-    Each optimizer of `recipes`, by role, makes a few steps on a matrix and a bias. The roles in `adapted` train a LoRA, which has
-    matrices only. The weights are on the CPU; if the optimizer fails there and this machine has a GPU, it is tried on the GPU.
+    For each role in `recipes`, the optimizer makes a few steps on a matrix and a bias, or on a matrix alone if the role
+    is in `adapted`, because a LoRA has matrices only. The optimizer does not work if it cannot be built, fails in a
+    step, or follows the gradient upwards. The weights are on the CPU. If the optimizer fails there and this machine has
+    a GPU, the result on the GPU counts.
     """
     for role, recipe in recipes.items():
         shapes = (MATRIX,) if role in adapted else (MATRIX, BIAS)

@@ -17,10 +17,11 @@ from cdm_lightning.training.optim import OptimizerRecipe
 class Updates:
     """Makes the optimizer steps of all trained networks, and counts the skipped steps.
 
-    `recipes` are the optimizer settings by role. A step is skipped if its loss or its gradient is not finite. `skipped_steps`
-    counts the skipped steps of each role. `skipped_in_a_row` counts the skipped steps since the last one that was made.
-    Checkpoints hold both counts, and they are equal in all processes. On a GPU, an iteration is counted when the next one begins,
-    or when `settle` is called.
+    `recipes` are the optimizer settings by role. A step is skipped if its loss or its gradient is not finite. For each
+    role, `skipped_steps` counts all skipped steps, and `skipped_in_a_row` counts those since the last step that was not
+    skipped. Checkpoints hold both counts, and they are equal in all processes. On a GPU, the steps of an iteration are
+    counted when the first step of the next iteration is made, or when `settle` is called, so that the host need not
+    wait.
     """
 
     def __init__(self, recipes: Mapping[str, OptimizerRecipe]) -> None:
@@ -38,12 +39,13 @@ class Updates:
         backward: Callable[[Tensor], None],
         iteration: int,
     ) -> dict[str, Tensor]:
-        """Make one optimizer step of `role` and return its figures: "loss", terms, logs and "grad_norm", all 0-d.
+        """Make one optimizer step of `role` and return its figures (0-d) by name.
 
-        `losses` yields pairs (share of the batch, part of the loss). Loss and figures are the sums of the parts times their
-        shares. `backward` runs the backward pass of one part, before the next part is computed. Gradients that reach other
-        `networks` are dropped. "grad_norm" is the norm before clipping. If it is not finite, the step is skipped. An optimizer
-        that can skip a step in its own kernel does so, and the host does not wait for the device.
+        The figures are "loss", the terms and logs of the loss (`TermLosses`), and "grad_norm". `losses` yields pairs:
+        the share that a part has of the batch, and the loss of this part. Each figure except "grad_norm" is the sum of
+        its values in the parts times their shares. `backward` runs the backward pass of one part, before the next part
+        is computed. Gradients that reach other `networks` are dropped. "grad_norm" is the norm of the gradient before
+        clipping; if it is not finite, the step is skipped (`step_if`).
         """
         recipe = self.recipes[role]
         self.settle(before=iteration)
@@ -96,8 +98,8 @@ class Updates:
 def step_if(finite: Tensor, optimizer: Optimizer) -> None:
     """Make one step of `optimizer` if `finite` (0-d) is true; otherwise change nothing.
 
-    Fused optimizers of torch make this decision on the device, as they do for `torch.amp.GradScaler`. With any other optimizer,
-    the host waits for the device. `optimizer` may have Lightning's wrapper.
+    Fused optimizers of torch make this decision on the device, as they do for `torch.amp.GradScaler`. With any other
+    optimizer, the host waits for the device. `optimizer` may be wrapped by Lightning.
     """
     inner: Any = getattr(optimizer, "optimizer", optimizer)
     if getattr(inner, "_step_supports_amp_scaling", False):
@@ -156,7 +158,7 @@ def steps_of(objective: Objective, iteration: int, group: range) -> list[tuple[U
 
 
 def unless_infinite(loss: Tensor) -> Tensor:
-    """Return the factor for a loss (0-d) before its backward pass: 1 if the loss is finite, otherwise NaN.
+    """Return the factor by which a loss (0-d) is multiplied before its backward pass: 1 if it is finite, otherwise NaN.
 
     The factor NaN makes all gradients NaN. Their average over the processes is NaN too, so all processes skip the step.
     """
