@@ -23,7 +23,7 @@ class LengthDistribution(Protocol):
         """The expected number of steps K."""
 
     def sample(self, rng: torch.Generator) -> int:
-        """Draw one K >= 1 with the generator `rng`."""
+        """Draw the number of steps K, which is at least 1, with the generator `rng`."""
 
 
 @dataclass(frozen=True)

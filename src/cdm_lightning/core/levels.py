@@ -1,7 +1,8 @@
-"""Distributions of sigmas. A loss draws one sigma for each sample, noises the sample to it and calls a network there.
+"""Distributions of the sigmas at which losses call networks.
 
-All classes clamp the drawn sigmas to [low, high], as the code of CDM's authors does. With uniform draws and the bounds
-0.02 and 0.98, for example, 2 % of the sigmas are `low` and 2 % are `high`.
+A loss draws one sigma for each sample, noises the sample to this sigma and calls a network at it. All classes clamp the
+drawn sigmas to [low, high], as the code of CDM's authors does. With uniform draws and the bounds 0.02 and 0.98, for
+example, 2 % of the sigmas are `low` and 2 % are `high`.
 
 The option `space` of some classes says whether the model family's timestep shift is applied (for SD3, sigma s becomes
 3 s / (1 + 2 s)). With "before_shift", the draw is shifted and then clamped. With "after_shift", the draw is only
@@ -61,10 +62,10 @@ class UniformLevels:
 class CappedUniformLevels:
     """A uniform draw from [0, ceiling) for each sample, clamped to [low, high].
 
-    `ceiling` is an argument of `sample`: the sigma at which the student predicted the sample. The drawn sigma is lower
-    than `ceiling`, except if `ceiling` itself is below `low`. The timestep shift is already contained in `ceiling`, so
-    it is not applied to the draw. CDM (arXiv:2605.06376) uses this distribution in its loss term CA (guidance
-    augmentation).
+    `ceiling` is an argument of `sample`: the sigma at which the student predicted the sample. The clamped draw is lower
+    than `ceiling` if `ceiling` is above `low`; otherwise it is `low`. The timestep shift is already contained in
+    `ceiling`, so it is not applied to the draw. CDM (arXiv:2605.06376) uses this distribution in its loss term CA
+    (guidance augmentation).
     """
 
     low: InnerSigma = 0.02

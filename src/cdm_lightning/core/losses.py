@@ -23,8 +23,8 @@ def directed_loss(x0_student: Tensor, direction: Tensor, x0_teacher: Tensor, flo
     """Return a loss (0-d). A step of gradient descent on this loss moves x0_student (B, *) along `direction` (B, *).
 
     The loss is the mean squared error between x0_student and the target x0_student + direction / n. No gradient flows
-    through the target. n is the `mean_abs_distance` of x0_teacher and x0_student. All terms of CDM have this form
-    (arXiv:2605.06376).
+    through the target. n is the `mean_abs_distance` of x0_teacher and x0_student, at least `floor`. All terms of CDM
+    have this form (arXiv:2605.06376).
 
     The gradient with respect to x0_student is -2 (direction / n) / numel, where numel is the number of elements of
     x0_student. The gradient is 0 where direction / n is not finite.

@@ -87,7 +87,8 @@ class StepRandom:
     `slots` (B,) are the indices of the samples in the global batch. Each method draws numbers that depend only on
     `seed`, `purpose`, `iteration`, `repeat` and the slot. Two draws with the same `purpose` therefore give the same
     numbers, so every use of random numbers needs its own `purpose`. `repeat` is the number of a network's update within
-    the iteration (see `again`). `normal` and `place` put their results on `device`; all other draws stay on the CPU.
+    the iteration (see `again`). The numbers of `normal` are on `device`. All other methods draw on the CPU, and `place`
+    moves their numbers to `device`.
     """
 
     def __init__(
@@ -104,10 +105,10 @@ class StepRandom:
         return len(self.slots)
 
     def again(self, repeat: int) -> "StepRandom":
-        """Return a copy that draws other random numbers: those for update number `repeat` of a network.
+        """Return a copy for update number `repeat` of a network that is updated several times in one iteration.
 
-        It is for a network that is updated several times in one iteration. Updates count from 0, and `again(0)` draws
-        the same numbers as the original.
+        The copy for each update draws random numbers of its own. Updates count from 0, and `again(0)` draws the same
+        numbers as a `StepRandom` that was made without `repeat`.
         """
         return type(self)(self.seed, self.iteration, self.slots, self.device, repeat)
 
@@ -205,8 +206,8 @@ def _bits(key: int, rows: Tensor, n: int) -> Tensor:
 def _normal(key: int, rows: Tensor, shape: Sequence[int]) -> Tensor:
     """Draw standard normal numbers for each slot in `rows` (B,) by the Box-Muller method: float32, (B, *shape).
 
-    One half of each 64 random bits gives the radius and the other half the angle. Each pair of radius and angle gives two
-    normal numbers.
+    One half of each 64 random bits gives the radius and the other half the angle. Each pair of radius and angle gives
+    two normal numbers.
     """
     size = math.prod(shape)
     bits = _bits(key, rows, (size + 1) // 2)

@@ -67,7 +67,7 @@ class Trajectory:
         return len(self.x)
 
     def at(self, anchor: Tensor) -> FullTrajectoryPoint:
-        """Return the point at which each sample begins its step `anchor` (B,). Steps count from 0 to K - 1."""
+        """Return the point at the start of each sample's step `anchor` (B,). Steps count from 0 to K - 1."""
         anchor = send(anchor, self.final.device)
         point = self._states(anchor)
         return FullTrajectoryPoint(point.x, point.v, point.sigma, point.next_sigma, x0_final=self.final)
@@ -121,9 +121,10 @@ class Rollout:
 def walk(rollouts: Sequence[Rollout], agree_on_calls: Callable[[int], int] = lambda calls: calls) -> list[Tensor]:
     """Compute each sample's rollout up to its anchor, a randomly drawn step, and return the states there.
 
-    The result has one tensor of states (B, *) for each of `rollouts`. The steps after the anchor are not computed. For
-    the states x of a rollout, `rollout.point(x)` equals `simulate(...).at(anchor)` up to rounding. All rollouts are
-    computed as one batch if one call of the student can compute them.
+    The result has one tensor of states (B, *) for each of `rollouts`. Each state is the one at the start of the
+    anchor's step. This step and later steps are not computed. For the states x of a rollout, `rollout.point(x)` equals
+    `simulate(...).at(anchor)` up to rounding. All rollouts are computed as one batch if one call of the student can
+    compute them.
 
     `agree_on_calls` takes the number of student calls that this process needs and returns the number that it must make.
     This is for processes that hold shards of one network, which must all make the same number of calls. The additional
@@ -161,8 +162,8 @@ def join_rollouts(rollouts: Sequence[Rollout]) -> Rollout | None:
 def _walk(rollout: Rollout, agree_on_calls: Callable[[int], int]) -> Tensor:
     """Return the states (B, *) at the anchors, the randomly drawn steps.
 
-    Step n runs only for samples with anchor > n. The batch is sorted by decreasing anchor, so these samples come first, and after
-    each step the finished samples are cut off at the end. The host never waits for the device.
+    Step n runs only for samples with anchor > n. The batch is sorted by decreasing anchor, so these samples come first,
+    and after each step the finished samples are cut off at the end. The host never waits for the device.
     """
     student, noise, sigmas, anchor = rollout.student, rollout.noise, rollout.sigmas, rollout.anchor
     order = anchor.argsort(descending=True)

@@ -140,10 +140,10 @@ def _with_ends(inner: Tensor, shift: Shift, space: Space) -> Tensor:
 
 
 def _strictly_decreasing(sigmas: Tensor) -> Tensor:
-    """Return the decreasing positive float32 sigmas (B, n), with equal neighbours set apart by the smallest float32 step.
+    """Return the decreasing sigmas (B, n), with equal neighbours set apart by the smallest float32 step.
 
-    Two of 28 draws are equal in about one of 50,000 samples. Positive floats have the same order as their bit patterns read as
-    integers, so the bit patterns are compared.
+    The sigmas are positive and float32. Two of 28 draws are equal in about one of 50,000 samples. Positive floats have
+    the same order as their bit patterns read as integers, so the bit patterns are compared.
     """
     bits = sigmas.contiguous().view(torch.int32).long()
     place = torch.arange(bits.shape[1], device=bits.device)

@@ -40,9 +40,10 @@ class PromptBatch(NamedTuple):
     group: tuple["PromptBatch", ...] = ()
 
     def split(self, count: int) -> list["PromptBatch"]:
-        """Split the batch into at most `count` parts whose sizes differ by at most 1. The attribute `group` of the parts is empty.
+        """Split the batch into at most `count` parts whose sizes differ by at most 1.
 
-        If the batch has fewer than `count` samples, each part has one sample.
+        If the batch has fewer than `count` samples, each part has one sample. The attribute `group` of the parts is
+        empty.
         """
         parts = spans(len(self.prompts), count)
         images = self.images
@@ -118,10 +119,11 @@ class EndlessBatches(Sampler):
     of the next `world_size * batch_size` prompts of the stream, of which each rank takes `batch_size`. The batch of all
     ranks together therefore depends only on this product.
 
-    `groups(n)` gives the iterations whose rollouts are computed together with the rollout of iteration n, n included
-    (default: n alone). The list for the first of these iterations contains the draws of its own batch, followed by
-    those of all other batches of the group. If a run resumes in the middle of a group, this holds for the list of
-    iteration `start`. The other batches of the group are yielded again, each in its own iteration.
+    Batch n is for iteration n. `groups(n)` gives the iterations whose rollouts are computed together with the rollout
+    of iteration n, n included (default: n alone). The list for the first of these iterations contains the draws of its
+    own batch, followed by the draws of all other batches of the group. If `start` is in the middle of a group, the list
+    for iteration `start` also contains the draws of the whole group, those of batch `start` first. The lists for all
+    other iterations of the group contain only the draws of their own batch.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Connect a run to its caches: the text conditioning of its prompts, and the latents of its real images."""
+"""Connect a run to its caches: one for the text conditioning of prompts, and one for the latents of real images."""
 
 from collections.abc import Sequence
 
@@ -17,8 +17,8 @@ def use_text_cache(
     """Let `backbone` take the text conditioning of prompts from the cache in `settings.folder`.
 
     If `settings.folder` is None, the backbone encodes the prompts, and the results for the run's prompts are kept in
-    memory, within the limits of `settings` (`TextCacheSettings` explains them). The run's prompts are those of `data`
-    and those for which `callbacks` make images.
+    memory if they are within the limits that `TextCacheSettings` explains. The run's prompts are those of `data` and
+    those for which `callbacks` make images.
 
     Raises `UserError` if the cache in the folder was made by other text encoders, or if it lacks a prompt of the run.
     """
@@ -48,8 +48,8 @@ def use_image_cache(settings: ImageCacheSettings, backbone: Backbone) -> None:
 def codec_of(backbone: Backbone) -> str:
     """Return a string that identifies how `backbone` encodes images.
 
-    The string contains the name of the backbone's class. If the backbone is a diffusers pipeline, it also contains a
-    hash of the files of the pipeline's VAE. Raises `UserError` if a pipeline has no such files.
+    The string contains the name of the backbone's class. If the backbone is a diffusers pipeline, the string also
+    contains a hash of the files of the pipeline's VAE. Raises `UserError` if the VAE of a pipeline has no files.
     """
     from cdm_lightning.backbones.pipeline_folder import hash_part  # imports diffusers, which takes seconds
     from cdm_lightning.backbones.pipeline_settings import PipelineSettings

@@ -1,7 +1,7 @@
 """Prompts in a column of a table. The column is copied into an Arrow file, from which single rows can be read quickly.
 
-Parquet compresses rows in groups, so reading one row would mean unpacking a whole group. The copy is made once, group by group,
-and uses little memory. `pyarrow` is imported only when it is needed.
+Parquet compresses rows in groups, so reading one row would mean unpacking a whole group. The copy is made once, group
+by group, and uses little memory. `pyarrow` is imported only when it is needed.
 """
 
 import hashlib
@@ -100,7 +100,10 @@ def open_columns(
 
 
 def check_column(path: Path, field: str, pyarrow: ModuleType) -> None:
-    """Raise `UserError` if `path` is not a readable parquet file with exactly one column `field`, which contains strings."""
+    """Raise `UserError` unless `path` is a readable parquet file with exactly one column `field`.
+
+    The column must contain strings. `pyarrow` is the imported library.
+    """
     try:
         schema = pyarrow.parquet.read_schema(path)
     except (pyarrow.ArrowException, OSError) as error:

@@ -1,4 +1,4 @@
-"""Recognise files in other formats, such as JSON or CSV, that would be read as plain text with one prompt on each line."""
+"""Recognise files in other formats, such as JSON or CSV, before they are read as one prompt on each line."""
 
 import csv
 import json
@@ -49,11 +49,11 @@ NAMES_OF_COLUMNS = (  # a table's first line names one of them
 
 
 def require_plain_text(file: Path) -> None:
-    """Raise `UserError` if the start of a text file shows that it has another format, such as JSON, RTF, HTML, XML, YAML or CSV.
+    """Raise `UserError` if the start of a text file shows another format, such as JSON, RTF, HTML, XML, YAML or CSV.
 
-    A prompt may still begin with a bracket, a brace or a tag. Another format is recognised only by a JSON value, a closed tag,
-    or a table with the same number of cells in each line. A file that cannot be read raises no error here, but later when its
-    lines are read.
+    A plain text may still begin with a bracket, a brace or a tag. JSON is recognised by the beginning of a JSON list or
+    object, HTML and XML by a declaration or a closed tag, a table by its column names or tabs, and other formats by
+    their first characters. A file that cannot be read raises no error here, but later when its lines are read.
     """
     try:
         with opened(file) as text:
@@ -79,7 +79,7 @@ def _json(head: str) -> tuple[str, str] | None:
 
 
 def _first_value(head: str) -> tuple[Any, str]:
-    """Return the JSON value at the start of a text and the text after it, or (None, `head`) if there is no complete value."""
+    """Return the JSON value at the start of a text and the text after it, or (None, `head`) if no value is complete."""
     try:
         value, end = json.JSONDecoder().raw_decode(head)
     except (ValueError, RecursionError):

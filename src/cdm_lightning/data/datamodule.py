@@ -74,7 +74,7 @@ class PromptDataModule(L.LightningDataModule):
         self._loaders: list[SteadyLoader] = []
 
     def prepare_data(self) -> None:
-        """Print how many training and validation prompts were left out, and the share of each source of a mixture."""
+        """Print how many training and validation prompts were left out, and the share of each source in a mixture."""
         for name, prompts in (("training", self.train), ("validation", self.val)):
             if prompts.summary:
                 print(f"{name} prompts: {prompts.summary}", file=sys.stderr, flush=True)
@@ -110,7 +110,10 @@ class PromptDataModule(L.LightningDataModule):
         return self._loader(DrawnPrompts(self.val), batches, 0)
 
     def transfer_batch_to_device(self, batch: PromptBatch, device: torch.device, dataloader_idx: int) -> PromptBatch:
-        """Return the batch unchanged. It stays on the CPU, because prompts are texts and random numbers are drawn on the CPU."""
+        """Return the batch unchanged.
+
+        It stays on the CPU, because prompts are texts and random numbers are drawn on the CPU.
+        """
         return batch
 
     def kill_workers(self) -> None:
@@ -133,6 +136,9 @@ class PromptDataModule(L.LightningDataModule):
 
 
 def _without_images(prompts: Prompts) -> str:
-    """Return the names of a mixture's sources without images, for a message, or "these prompts" if there is no mixture."""
+    """Return the names of a mixture's sources without images, for a message.
+
+    Returns "these prompts" if `prompts` is not a mixture.
+    """
     sources = prompts.sources if isinstance(prompts, MixedPrompts) else {}
     return ", ".join(name for name, source in sources.items() if not source.has_images) or "these prompts"

@@ -28,7 +28,7 @@ class PromptDataset(SelectedPrompts):
     this file, even if the data set on the hub has changed.
 
     `PromptFile` explains `max_characters`, `overlong`, `deduplicate` and `cache_folder`. Raises `UserError` if the data
-    set, split or column does not exist, if `limit` is below 1, or if it is given without `streaming`.
+    set, split or column does not exist, if `limit` is below 1, or if `limit` is given without `streaming`.
     """
 
     def __init__(

@@ -63,8 +63,8 @@ def open_files(path: Path, field: str | None, cache_folder: str | Path | None) -
 def kind_of(file: Path) -> str:
     """Return the format of a file by the ending of its name, as one of the values of `KINDS`.
 
-    A file with an unknown ending, or without one, is taken as plain text. Raises `UserError` for an ending such as .yaml or
-    .gz, because such files cannot be read as prompts.
+    A file with an unknown ending, or without one, is taken as plain text. Raises `UserError` for an ending such as
+    .yaml or .gz, because such files cannot be read as prompts.
     """
     ending = file.suffix.lower()
     if ending in KINDS:
@@ -145,7 +145,7 @@ def delimited_texts(delimiter: str) -> Callable[[Sequence[Path], str, ModuleType
 
 
 def listed_texts(paths: Sequence[Path], field: str, pyarrow: ModuleType) -> Iterator[list[str | None]]:
-    """Yield one list for each file: its texts. A file must contain a JSON list.
+    """Yield the texts of each file as one list. Each file must contain a JSON list.
 
     The entries of the JSON list must be strings, or objects with a string under the key `field`. Raises `UserError` for
     any other file, and for a file over 1 GB, because a JSON list must be read whole.

@@ -28,7 +28,11 @@ LATENT, CHECK = "latent", "crc32"
 
 @dataclass(frozen=True)
 class ImageCacheSettings:
-    """The options `image_cache.*`: the `folder` of the cache (None: no cache), and the `dtype` in which latents are stored."""
+    """The options `image_cache.*` of a run.
+
+    `folder` is the folder of the cache; None means that there is no cache. `dtype` is the dtype in which latents are
+    stored.
+    """
 
     folder: FolderToWrite | None = None
     dtype: DtypeName = "float32"

@@ -36,7 +36,8 @@ class LineFiles:
     def scan(self) -> Iterator[tuple[int, str]]:
         """Yield (position, text) for each line. `read(position)` returns the same text later.
 
-        Raises `UserError` for a file that cannot be read or is not UTF-8, and for a line without a string under `field`.
+        Raises `UserError` for a file that cannot be read or is not UTF-8, and for a line without a string under
+        `field`.
         """
         for number, path in enumerate(self.paths):
             try:
@@ -74,7 +75,10 @@ class LineFiles:
         return f"{path}, line {line}"
 
     def _lines(self, file: TextIO, path: Path) -> Iterator[tuple[int, str]]:
-        """Yield (byte offset, line) for all lines. Raises `UserError` for bytes that are not UTF-8 and for a very long line."""
+        """Yield (byte offset, line) for all lines.
+
+        Raises `UserError` for bytes that are not UTF-8 and for a very long line.
+        """
         offset = number = 0
         while line := file.readline(LONGEST_LINE):
             if len(line) == LONGEST_LINE:

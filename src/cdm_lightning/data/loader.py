@@ -56,7 +56,10 @@ class SteadyLoader(DataLoader):
         return _Batches(batches, self)
 
     def kill_workers(self) -> None:
-        """Kill the workers of this loader that still run after its shutdown, for example because they hang or are suspended."""
+        """Kill the workers of this loader that still run after the loader's shutdown.
+
+        Such workers hang or are suspended.
+        """
         kill(self._workers)
         _started.difference_update(self._workers)
         self._workers = set()
@@ -116,7 +119,10 @@ def kill(workers: Iterable[Any]) -> None:
 
 @contextmanager
 def _deaths_unreported() -> Generator[None]:
-    """Let workers end inside the block; torch's handler would raise an error for each. This works in the main thread only."""
+    """Let workers end inside the block; torch's handler would raise an error for each.
+
+    This works in the main thread only.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -135,7 +141,7 @@ def _kill_all() -> None:
 
 
 def worker_failure(error: BaseException) -> str:
-    """Return the user's message for `error`, which the loader raised because one of its workers has died."""
+    """Return the user's message for `error`, which a loader raised because one of its workers has died."""
     if isinstance(error, RuntimeError):
         return f"a loader worker has failed ({first_line(error)}; perhaps out of memory); {signals.AGAIN}"
     return f"a loader worker has exited unexpectedly ({first_line(error)}; perhaps out of memory); {signals.AGAIN}"
@@ -144,9 +150,10 @@ def worker_failure(error: BaseException) -> str:
 def _end_with_parent(worker: int) -> None:
     """Ignore signals in this worker, and end it when the training process ends.
 
-    On Linux, the kernel kills it when its parent ends, even while it is suspended. The parent of a worker of `forkserver` is the
-    server, which in turn waits for its workers. So each worker also watches the training process itself. Signals must be ignored
-    here too, because a worker of `spawn` or `forkserver` does not inherit the blocked signals.
+    On Linux, the kernel kills it when its parent ends, even while it is suspended. The parent of a worker of
+    `forkserver` is the server, which in turn waits for its workers. So each worker also watches the training process
+    itself. Signals must be ignored here too, because a worker of `spawn` or `forkserver` does not inherit the blocked
+    signals.
     """
     for number in signals.SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -158,6 +165,6 @@ def _end_with_parent(worker: int) -> None:
 
 
 def _end_after(training: Any) -> None:
-    """Wait for the end of the training process, also if it has ended before this worker began, and kill this process."""
+    """Kill this process when the training process has ended, even if that was before this worker began."""
     training.join()
     os.kill(os.getpid(), signal.SIGKILL)

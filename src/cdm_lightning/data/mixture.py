@@ -18,7 +18,7 @@ LARGEST_BLOCK = 10_000  # the largest number of positions after which the shares
 
 
 class MixedPrompts(Prompts):
-    """Several sets of prompts, the named `sources`, as one set. `weights` are their shares of the training prompts.
+    """Several sets of prompts, the named `sources`, as one set. `weights` give their shares of the training prompts.
 
     The weights are turned into whole numbers, for example 0.7 and 0.3 into 7 and 3. Each block of 10 training prompts
     (7 + 3) then has 7 prompts of the first source and 3 of the second, in random order. Each source is shuffled in
@@ -26,8 +26,8 @@ class MixedPrompts(Prompts):
     mixture are numbered from 0, one source after the other.
 
     The mixture has images if all sources have images. Raises `UserError` if there is no source, if a weight is missing
-    or not positive, or if the whole numbers of `weights` add up to more than 10,000. The method `image` raises it for
-    an image whose size differs from that of the first source's images.
+    or not positive, or if the whole numbers of `weights` add up to more than 10,000. The method `image` raises
+    `UserError` for an image whose size differs from that of the first source's images.
     """
 
     def __init__(self, sources: Mapping[Name, Prompts], weights: Mapping[Name, Positive] | None = None) -> None:

@@ -68,7 +68,10 @@ class SelectedPrompts(Prompts):
 
     @property
     def summary(self) -> str | None:
-        """One line such as "captions.txt: 9,998 prompts, left out: 1 blank, 1 repeated". It is None if nothing was left out."""
+        """One line such as "captions.txt: 9,998 prompts, left out: 1 blank, 1 repeated".
+
+        It is None if no text was left out.
+        """
         left_out = self.counts.left_out
         return f"{self.name}: {len(self):,} prompts, left out: {left_out}" if left_out else None
 

@@ -1,4 +1,4 @@
-"""Select the texts of a source that are used as prompts. Blank, over-long and repeated texts are left out and counted."""
+"""Select the texts of a source that become prompts. Blank, over-long and repeated texts are left out and counted."""
 
 import hashlib
 import unicodedata

@@ -58,7 +58,10 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """The content of a caption: one item at a `place` (None: anywhere), or two items in a `relation` such as "above"."""
+    """The content of a caption: one item at a `place`, or two items in a `relation` such as "above".
+
+    A `place` of None means that the caption names no place.
+    """
 
     first: Item
     place: str | None = None
@@ -150,7 +153,8 @@ def _parse_item(phrase: str) -> Item:
 class Layout:
     """The content of N images. Each image has two slots, which hold its shapes.
 
-    Of two shapes, the upper or left one is in the first slot. A single shape is in the first slot, and the second is empty.
+    Of two shapes, the upper or left one is in the first slot. A single shape is in the first slot, and the second slot
+    is empty.
 
     - `colour`, `shape`, `size`: (N, 2) indices into COLOURS, SHAPES and SIZES; -1 for an empty slot.
     - `place`: (N,) index into PLACES; -1 for a pair.

@@ -35,7 +35,7 @@ IN_PAIRS = 0.84  # the scale of things side by side
 
 @dataclass(frozen=True)
 class Spot:
-    """Where a thing stands: the pixel (x, y) of its foot on the canvas, and its scale in pixels per unit of `Sketch`."""
+    """Where a thing stands on the canvas: its foot is at the pixel (x, y), and a unit of `Sketch` is `scale` pixels."""
 
     thing: Thing
     x: float
@@ -44,7 +44,7 @@ class Spot:
 
 
 def draw_scene(caption: str, seed: int, split: Split = "all") -> tuple[Image.Image, Scene]:
-    """Return a 64 x 64 picture of the caption, and the scene with all attributes that the picture shows.
+    """Return a 64 x 64 picture of `caption`, and the scene with all attributes that the picture shows.
 
     The attributes that the caption leaves out are chosen at random by `grammar.complete`, which also explains `split`.
     The same arguments always give the same result. Raises ValueError for a text that is not a caption of the scenes.

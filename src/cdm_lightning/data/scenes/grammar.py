@@ -52,9 +52,10 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption says: one thing at a `place`, or two in a `relation` such as "left of", in a `setting`.
+    """The content of a caption: one thing at a `place`, or two things in a `relation` such as "left of".
 
-    `place` and `setting` are keys of PLACES and SETTINGS, or None if the caption leaves them out.
+    `setting` is the background of the things. `place` and `setting` are keys of PLACES and SETTINGS, or None if the
+    caption leaves them out.
     """
 
     first: Thing
@@ -146,7 +147,7 @@ def _draw_pair(rng: random.Random) -> Scene:
 
 
 def word(scene: Scene, rng: random.Random) -> str:
-    """Return a caption of a scene in a wording that `rng` chooses, in lower case without punctuation."""
+    """Return a caption of `scene` in a wording that `rng` chooses, in lower case without punctuation."""
 
     def phrase(thing: Thing) -> list[str]:
         size = [rng.choice(SIZES[thing.size])] if thing.size else []
