@@ -55,9 +55,10 @@ class Filled:
 
 
 def cache_text(config: DictConfig) -> Filled:
-    """Encode all prompts of a run into `text_cache.folder`: those of training, validation and callbacks, and the empty prompt.
+    """Encode all prompts of a run into the text cache in `text_cache.folder`.
 
-    Prints the result (`Filled`) in one line. Raises `UserError` for mistakes in `config`, and in the cases of `fill_cache`.
+    These are the prompts of training, validation and callbacks, and the empty prompt. Prints the result (`Filled`) in
+    one line. Raises `UserError` for mistakes in `config`, and the errors of `fill_cache`.
     """
     check_config(config)
     settings = build(config, "text_cache")
@@ -142,7 +143,10 @@ class MissingPrompts:
         return len(self.numbers)
 
     def batches(self, size: int) -> Iterator[list[str]]:
-        """Yield the prompts in batches of at most `size`. The empty prompt is a batch of its own, as in training."""
+        """Yield the prompts in batches of at most `size`.
+
+        The empty prompt is a batch of its own, because training without a text cache also encodes it alone.
+        """
         batch: list[str] = []
         for number in self.numbers:
             batch.append(self.prompts[number])

@@ -179,9 +179,10 @@ def require_tensors(file: Path) -> None:
 
 
 def require_known_tokens(tokenizer: Any, encoder: Any, folder: Path) -> None:
-    """Raise `UserError` if the text encoder `encoder` lacks an embedding for a token of the tokenizer.
+    """Raise `UserError` if the text encoder `encoder` lacks an embedding for a token of `tokenizer`.
 
-    Also raises it if all tokens of the tokenizer are special tokens. The error names `folder`, the tokenizer's folder.
+    Also raises it if `tokenizer` has fewer than two tokens that are not special tokens. The error names `folder`, the
+    tokenizer's folder.
     """
     vocabulary = tokenizer.get_vocab()
     if len(vocabulary.keys() - set(tokenizer.all_special_tokens)) < 2:

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 
 class TrainingProgress(L.Callback):
-    """Show the progress on stderr: a bar on a terminal, otherwise a line every few seconds, and a line per validation."""
+    """Show the progress of training on stderr.
+
+    On a terminal this is a bar, otherwise a line every few seconds. In both cases, each validation adds a line.
+    """
 
     def __init__(self) -> None:
         self._progress: Progress | None = None

@@ -93,7 +93,10 @@ def note_validation(folder: Path, iteration: int) -> None:
 
 
 def last_validation(folder: Path) -> int:
-    """Return the iteration of the last validation, or -1 if there was none. Raises `UserError` if validated.json is damaged."""
+    """Return the iteration of the last finished validation, or -1 if there was none.
+
+    Raises `UserError` if validated.json is damaged.
+    """
     path, cure = folder / VALIDATED, "remove it; a validation is then made again"
     try:
         found = read_record(path, cure)

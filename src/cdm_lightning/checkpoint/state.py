@@ -20,10 +20,10 @@ AVERAGE = "networks.student_ema."
 
 
 def tensors_of(networks: nn.Module, optimizers: Mapping[str, Optimizer]) -> dict[str, Tensor]:
-    """Return the tensors of all networks and optimizer states by name, not copied.
+    """Return {name: tensor} for the tensors of all networks and of all optimizer states. The tensors are not copied.
 
-    Names look like "networks.student.LAYER.weight" and "optimizers.student.LAYER.weight.exp_avg". The keys of `optimizers` are
-    names of networks in `networks`.
+    Names look like "networks.student.LAYER.weight" and "optimizers.student.LAYER.weight.exp_avg". The keys of
+    `optimizers` are names of networks in `networks`.
     """
     found = {f"networks.{name}": value for name, value in networks.state_dict().items()}
     for role, optimizer in optimizers.items():
