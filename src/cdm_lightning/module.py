@@ -52,7 +52,7 @@ class CDMModule(L.LightningModule):
     - `compute`: options for memory and speed. `compute_dtype`: the dtype of network calls, "float32" or "bfloat16".
       Trained weights, gradients, sigmas and losses are always float32.
     - `samplers`: the ways in which validation makes images; by default none.
-    - `seed`: random numbers depend only on it, the iteration and the sample's index in the global batch.
+    - `seed`: random numbers depend only on this seed, the iteration and the sample's index in the global batch.
 
     The attribute `iteration` counts finished iterations, and `ema_updates` counts the updates of the EMA.
     `updated_roles` names the networks that the last iteration updated. Raises `UserError` for a wrong argument.
@@ -132,7 +132,10 @@ class CDMModule(L.LightningModule):
         self._figures |= {f"{role}/{name}": value for name, value in figures.items()}
 
     def bind(self, prompts: Sequence[str], backbone: Backbone | None = None) -> VelocityFields:
-        """Return the networks as velocity fields for `prompts`, at the image size of `backbone` or `self.backbone`."""
+        """Return the networks as velocity fields for `prompts`.
+
+        The fields are for the image size of `backbone` (default: `self.backbone`).
+        """
         backbone, networks = backbone or self.backbone, self.networks
         text, no_text = backbone.encode_prompts(prompts), repeat_rows(backbone.encode_prompts([""]), len(prompts))
         float8 = self.compute.fp8 is not None
@@ -168,14 +171,14 @@ class CDMModule(L.LightningModule):
 
     @property
     def whole_names(self) -> tuple[str, ...]:
-        """The keys of `Networks.whole`. This property can be read before the networks are built."""
+        """The roles of the networks that have their own copy of the pretrained weights (`Networks.whole`)."""
         return whole_names(self.objective.roles, self.lora, self.backbone, self.ema.is_on)
 
     def configure_model(self) -> None:
         """Build the networks on their devices and load the backbone's frozen parts (text encoders, image codec).
 
-        Lightning calls this before it restores weights. Raises UserError if the trainer's precision is not "32-true", and if
-        `strategy.on_cpu` names a network that the run does not have.
+        Lightning calls this method before it restores the weights of a checkpoint. Raises UserError if the trainer's
+        precision is not "32-true", and if `strategy.on_cpu` names a network that the run does not have.
         """
         if hasattr(self, "networks"):
             return
@@ -233,7 +236,7 @@ class CDMModule(L.LightningModule):
     def fingerprint(self) -> str:
         """A string that identifies the networks: the backbone's fingerprint and the trained roles' LoRA settings.
 
-        A run refuses a checkpoint that has another fingerprint, because its weights are of other networks.
+        A run refuses a checkpoint that has another fingerprint, because such a checkpoint holds other networks.
         """
         return self.backbone.fingerprint + self.lora.tag(self.updates.recipes)
 
@@ -247,7 +250,7 @@ class CDMModule(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        """Restore the counters that `on_save_checkpoint` stored."""
+        """Restore the counters that `on_save_checkpoint` stored in `checkpoint`."""
         state = checkpoint["cdm"]
         self.iteration, self.ema_updates = state["iteration"], state["ema_updates"] if self.ema.is_on else 0
         self.updates.load_state_dict(state)
@@ -275,7 +278,7 @@ class CDMModule(L.LightningModule):
         return {"prompts": batch.prompts, "indices": batch.indices, "images": images}
 
     def on_validation_epoch_end(self) -> None:
-        """Log the iteration as "step", the x axis of the validation figures."""
+        """Log the iteration under the name "step", which loggers use as the x axis of the validation figures."""
         self.log("step", float(self.iteration))
 
     # ---- figures

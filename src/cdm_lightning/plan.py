@@ -7,7 +7,7 @@ The arguments are those of the training command and the following:
   peak_tflops=NUMBER   the peak of a GPU in TFLOP/s
   utilisation=SHARE    the share of the peak that the run is assumed to reach
   reserve=SHARE        the share of a GPU's memory that is kept free
-  json=FILE            also write the plan to this file
+  json=FILE            also write all plans to this file
 No weights are read.
 """
 
@@ -147,7 +147,7 @@ def choose_layout(strategy: str | None, count: int, on_cpu: Sequence[str]) -> "L
 
 
 def split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Return the planner's own arguments as a dictionary, and all other arguments as overrides of the training.
+    """Return the planner's own arguments, by name, and the list of all other arguments, which are overrides of a run.
 
     Raises UserError for an argument that starts with "-".
     """

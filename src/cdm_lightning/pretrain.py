@@ -1,8 +1,8 @@
 """`python -m cdm_lightning.pretrain experiment=NAME`: train small pipelines from scratch.
 
-Networks that judge the pipelines' images are trained too. `tiny_sd3_teacher` makes the bundled 32-pixel pipeline, and
-`storybook_teacher` makes the 64-pixel pipeline of the storybook scenes. A stage trains one network or writes the
-prompts.
+NAME is `tiny_sd3_teacher` for the bundled 32-pixel pipeline, or `storybook_teacher` for the 64-pixel pipeline of the
+storybook scenes. The command runs in stages. A stage writes the prompts, or trains a network of the pipeline or a
+network that judges its images.
 """
 
 import difflib
@@ -42,10 +42,10 @@ class Bundle:
     """The options of the configuration for one pipeline, which is selected by `bundle=NAME`.
 
     `stages` is the type of the option `stages`. `learned` names the stages that train a network; each of them has the
-    option group `recipe.STAGE`. `top` maps the names of options that only this pipeline has at the top of its
-    configuration to the types of their values. `arguments` maps the name of an option group to a function of the
-    package `pretraining`. The options of the group are arguments of this function, and its annotations say which values
-    are allowed.
+    option group `recipe.STAGE`. `top` maps the names of the options that only this pipeline has at the top of its
+    configuration to the types of their values. `arguments` maps the name of an option group to the name of a function
+    in the package `pretraining`. The options of the group are arguments of this function, and the function's
+    annotations say which values are allowed.
     """
 
     stages: Any

@@ -1,4 +1,7 @@
-"""The CLIP score of images and their prompts: 100 x cosine similarity (arXiv:2104.08718, without its clamp at 0)."""
+"""The CLIP score of images and their prompts: 100 x the cosine similarity of their CLIP embeddings.
+
+The score is that of arXiv:2104.08718, but negative similarities stay negative here, where the paper sets them to 0.
+"""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,7 +11,7 @@ from cdm_lightning.metrics.base import ImageBatch, Metric
 
 
 class CLIPScore(Metric):
-    """The CLIP score: the mean of 100 x the cosine similarity of image and prompt, in [-100, 100].
+    """A sampler's CLIP score: the mean, over its images, of the CLIP score of image and prompt, in [-100, 100].
 
     `feature` is the name of a feature extractor that can also encode prompts.
     """
@@ -18,5 +21,5 @@ class CLIPScore(Metric):
         self.features = self.text_features = (feature,)
 
     def score(self, batch: ImageBatch) -> Tensor:
-        """Return the CLIP scores (B,) of a batch of images."""
+        """Return the CLIP score of each image in `batch` and its prompt: (B,)."""
         return 100 * F.cosine_similarity(batch.features(self.feature), batch.text_features(self.feature))

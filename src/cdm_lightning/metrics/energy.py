@@ -1,4 +1,7 @@
-"""The energy distance between the distributions of two sets of points. It needs no kernel and no bandwidth."""
+"""The energy distance between the distributions of two sets of points.
+
+This distance needs no kernel and no bandwidth.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 

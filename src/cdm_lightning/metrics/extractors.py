@@ -1,4 +1,7 @@
-"""Feature extractors for metrics. Any `nn.Module` that maps images (B, 3, H, W) in [0, 1] to features (B, D) can be one."""
+"""Feature extractors for metrics.
+
+Every `nn.Module` that maps images (B, 3, H, W) in [0, 1] to features (B, D) can serve as a feature extractor.
+"""
 
 import importlib.util
 from collections.abc import Sequence
@@ -63,6 +66,6 @@ class InceptionFeatures(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the features (B, 2048) of images (B, 3, H, W) in [0, 1].
 
-        The images are first rounded to 8 bits, so that the features are those of the images in saved files.
+        The images are first rounded to 8 bits per channel, as they would be in an image file.
         """
         return self.network((images * 255).round().to(torch.uint8))

@@ -1,9 +1,9 @@
 """The Fréchet distance between the features of generated images and of reference images, computed by torchmetrics.
 
-It is |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) for features with means m and covariances C (Heusel et al.,
-arXiv:1706.08500). With the features of Inception, the distance is called FID. The distance decreases with the number of
-images, so compare only figures that are measured with equal numbers of images. Shapes: images (B, 3, H, W) in [0, 1],
-features (N, D).
+For two sets of features with means m1 and m2 and covariances C1 and C2, the distance is |m1 - m2|^2 + tr(C1 + C2 - 2
+(C1 C2)^(1/2)) (Heusel et al., arXiv:1706.08500). With the features of Inception, the distance is called FID. The
+distance decreases with the number of images, so compare only figures that are measured with equal numbers of images.
+Shapes: images (B, 3, H, W) in [0, 1], features (N, D).
 """
 
 from collections.abc import Iterable, Mapping
@@ -64,7 +64,10 @@ class FeatureStatistics:
 
     @classmethod
     def load(cls, path: str | Path) -> "FeatureStatistics":
-        """Read statistics that `save` wrote. Raises `UserError` if the file is missing or holds no such statistics."""
+        """Return the statistics that `save` wrote to `path`.
+
+        Raises `UserError` if the file is missing or holds no such statistics.
+        """
         try:
             state = load_file(path)
             return cls(state["mean"].double(), state["covariance"].double(), int(state["count"]))
@@ -84,7 +87,7 @@ class _GivenFeatures(nn.Module):
         self.num_features = num_features
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return features (B, D) unchanged."""
+        """Return `features` (B, D) unchanged."""
         return features
 
 

@@ -56,7 +56,10 @@ class ScenesJudge(nn.Module):
 
     @classmethod
     def load(cls, path: FileToRead) -> "ScenesJudge":
-        """Read a trained judge from a safetensors file. Raises `UserError` if the file is missing or has other contents."""
+        """Return the judge whose weights are in the safetensors file `path`, in eval mode and frozen.
+
+        Raises `UserError` if the file is missing or holds other weights.
+        """
         model = cls()
         try:
             model.load_state_dict({name: tensor.float() for name, tensor in load_file(require_regular(path)).items()})

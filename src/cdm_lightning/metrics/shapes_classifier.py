@@ -52,7 +52,10 @@ class ShapesClassifier(nn.Module):
 
     @classmethod
     def load(cls, path: FileToRead) -> "ShapesClassifier":
-        """Read a trained classifier from a safetensors file. Raises `UserError` if the file is missing or has other contents."""
+        """Return the classifier whose weights are in the safetensors file `path`, in eval mode and frozen.
+
+        Raises `UserError` if the file is missing or holds other weights.
+        """
         model = cls()
         try:
             model.load_state_dict(load_file(path))

@@ -70,8 +70,9 @@ class MetricSuite:
     Entries that are None are left out.
 
     Raises `UserError` for an object that is not a `Metric`, for an extractor that is not a torch module, and for a
-    metric whose name is already a column of the table of results (`COLUMNS`). Also raises `UserError` if a metric's
-    extractor is missing, or if it cannot encode prompts but the metric needs features of prompts.
+    metric whose name is already a column of the table of results (`COLUMNS`). Also raises `UserError` for a metric
+    whose extractor is missing, and for a metric that needs features of prompts from an extractor that cannot encode
+    prompts.
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class MetricSuite:
 
     @property
     def needed(self) -> list[str]:
-        """The names of the extractors that at least one metric needs. `measure` collects their features."""
+        """The names of the extractors that at least one metric needs. `measure` collects the features from them."""
         return sorted({name for metric in self.metrics.values() for name in metric.features})
 
     def prepare(self, device: torch.device) -> None:
@@ -220,7 +221,7 @@ class MetricSuite:
     def measure_other_noise(self, collected: Collected, images: Tensor) -> None:
         """Add the features of `images` (B, 3, H, W) in [0, 1] to `collected`.
 
-        They are made for the same prompts as the images that were passed to `measure`, but from different noise.
+        The images are made for the same prompts as the images that were passed to `measure`, but from different noise.
         """
         for name in sorted(
             {name for metric in self.metrics.values() if metric.other_noise for name in metric.features}
@@ -230,7 +231,7 @@ class MetricSuite:
     def measure_copy(self, collected: Collected, images: Tensor) -> None:
         """Add the features of `images` (P, 3, H, W) in [0, 1] to `collected`.
 
-        They are one more image for each of the first P prompts, in the order of these prompts.
+        The images are one more image for each of the first P prompts, in the order of these prompts.
         """
         for name in self.needed:
             collected.copies.setdefault(name, []).append(extract(self.extractors[name], images).cpu())

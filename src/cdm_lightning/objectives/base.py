@@ -26,7 +26,8 @@ RolloutKind = Literal["to_anchor", "full", "none"]
 class TermLosses:
     """A loss and the figures that are logged with it; all tensors are 0-d.
 
-    `total` is differentiated. `terms` holds the weighted terms of the loss by name, and `logs` holds further figures by name.
+    `total` is the loss, from which gradients are computed. `terms` holds the weighted terms of the loss by name, and
+    `logs` holds further figures by name.
     """
 
     total: Tensor
@@ -225,8 +226,8 @@ class Objective(ABC):
     def typical_cycle(self) -> Sequence[Sequence[Update]]:
         """Return the updates of each iteration in a typical stretch of training.
 
-        `cdm_lightning.plan` computes the costs of a run from them. By default the stretch has `student_period`
-        iterations, or one iteration if the period is None. They are iterations late in a run, when weights that grow
+        `cdm_lightning.plan` computes the costs of a run from these updates. By default the stretch has `student_period`
+        iterations, or one iteration if the period is None. The stretch lies late in a run, when weights that grow
         during training have reached their final values. Override this method if `updates` depends on measured values.
         """
         period = self.student_period or 1

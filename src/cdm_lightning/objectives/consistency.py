@@ -2,9 +2,9 @@
 
 `ConsistencyObjective` compares the predictions at two points that are a finite step apart, as in consistency models
 (arXiv:2303.01469). With guidance and real images it is the method of latent consistency models (arXiv:2310.04378).
-`ContinuousConsistencyObjective` takes the limit of an infinitely small step (sCM, arXiv:2410.11081). For rectified flow
-the prediction at state x and sigma s is f(x, s) = x - s v(x, s), so f(x, 0) = x always holds. No fake score is trained.
-Shapes: B samples of shape * = (C, H, W).
+`ContinuousConsistencyObjective` takes the limit of an infinitely small step (sCM, arXiv:2410.11081). For rectified
+flow, a network with the velocity v predicts the clean image f(x, s) = x - s v(x, s) at state x and sigma s, so f(x, 0)
+= x always holds. No fake score is trained. Shapes: B samples of shape * = (C, H, W).
 """
 
 from abc import abstractmethod
@@ -62,7 +62,7 @@ class _AlongTheODE(Objective):
 
     @abstractmethod
     def student_losses(self, sample: Sample) -> Iterator[TermLosses]:
-        """Yield the loss of the student."""
+        """Yield the parts of the student's loss."""
 
     def _point(self, sample: Sample) -> tuple[Tensor, Tensor]:
         """Return the states x (B, *) at which the loss is computed, and their sigmas (B,)."""
@@ -126,9 +126,10 @@ class ContinuousConsistencyObjective(_AlongTheODE):
     defaults of `tangent_floor` and `warmup` are the paper's.
 
     `derivative` says how dv/dx u + dv/ds is computed. "exact" is a Jacobian-vector product by forward-mode
-    differentiation, which the network's attention must support. "finite" is a central difference: along the path, sigma
-    moves by `finite_step` to both sides. It works for every network. `ConsistencyObjective` describes `start`,
-    `guidance_scale` and `levels`. Raises ValueError for an argument out of its range.
+    differentiation, which the network's attention must support. "finite" is a central difference, which works for every
+    network: v is computed at two points of the path, whose sigmas are `finite_step` below and above s.
+    `ConsistencyObjective` describes `start`, `guidance_scale` and `levels`. Raises ValueError for an argument out of
+    its range.
     """
 
     tangent_floor: Positive = 0.1
@@ -171,7 +172,7 @@ class ContinuousConsistencyObjective(_AlongTheODE):
 
 
 def pseudo_huber(a: Tensor, b: Tensor) -> Tensor:
-    """Return the pseudo-Huber distance of a and b (B, *), averaged over the samples: 0-d.
+    """Return the pseudo-Huber distance (0-d) of a and b (B, *), averaged over the B samples.
 
     For samples of d numbers it is sqrt(|a - b|^2 + c^2) - c with c = 0.00054 sqrt(d), as in arXiv:2310.14189.
     """

@@ -25,8 +25,8 @@ from cdm_lightning.objectives.cdm import CDMObjective
 class RealHead(nn.Module):
     """A classifier that says whether a noised latent comes from a real image.
 
-    The classifier reads hidden states of transformer blocks. It has one branch for each block, and its logit is the sum
-    of the branches' logits.
+    The classifier reads hidden states of transformer blocks. It has one branch for each block, and the classifier's
+    logit is the sum of the branches' logits.
     """
 
     def __init__(self, width: int, branches: int) -> None:
@@ -37,7 +37,7 @@ class RealHead(nn.Module):
         )
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Return logits (B,), high for real images. `features` holds the hidden states (B, N, D) after each block."""
+        """Return logits (B,), high for real images. `features` holds the hidden states (B, N, D) for each branch."""
         logits = [branch(states).mean(dim=(1, 2)) for branch, states in zip(self.branches, features, strict=True)]
         return torch.stack(logits).sum(dim=0)
 

@@ -67,11 +67,10 @@ class FirstStepAnchor:
         return (noise - state).float() / (1 - sigmas[-1])
 
     def kept(self, sample: RolledOutSample, seen: Tensor, direction: Tensor) -> Tensor:
-        """Return a loss term's `direction` (B, *), or 0 for some samples.
+        """Return a loss term's `direction` (B, *), with 0 for the samples on which the term must not act.
 
-        If `alone` is True, the direction is set to 0 for samples at the first step of their rollout. `seen` (B,) is the
-        sigma at which the student made its predictions; it is 1 at the first step. In rollouts of a single step,
-        nothing is set to 0.
+        If `alone` is True, the term must not act on samples at the first step of their rollout, unless the rollout has
+        only this step. `seen` (B,) is the sigma at which the student made its predictions; it is 1 at the first step.
         """
         if not self.alone or sample.steps == 1:
             return direction

@@ -37,7 +37,7 @@ class Reward:
     def loss(self, sample: RolledOutSample, x0: Tensor) -> TermLosses:
         """Return minus `weight` times the mean score of the student's predictions `x0` (B, *).
 
-        The mean score is among the figures to log.
+        The mean score itself is in `TermLosses.logs` of the result.
         """
         decode = sample.decode
 

@@ -1,8 +1,8 @@
 """Record how many bytes a piece of code holds in memory at each moment, from the tensors that it makes.
 
-The tensors can be real or fake; fake tensors have shapes but no contents (`torch._subclasses.FakeTensorMode`). A tensor's storage
-counts from the operation that makes it until it is freed, and views add nothing. Scratch space of kernels and gaps of the
-allocator are not counted.
+The tensors can be real or fake; fake tensors have shapes but no contents (`torch._subclasses.FakeTensorMode`). A
+tensor's storage counts from the operation that makes it until it is freed, and views of it add nothing. Scratch space
+of kernels and unused gaps between tensors are not counted.
 """
 
 import weakref
@@ -48,8 +48,8 @@ count_attention()
 class Timeline:
     """The bytes that some code holds at each moment t: fixed[t] + B * sample[t] for a batch of B samples.
 
-    gradient[t] is the part of fixed[t] that gradients take. All three have an entry for each moment at which the bytes
-    grow.
+    gradient[t] is the part of fixed[t] that gradients take. `fixed`, `sample` and `gradient` have an entry for each
+    moment at which the bytes grow.
     """
 
     fixed: tuple[float, ...]
@@ -60,8 +60,8 @@ class Timeline:
         """Return the largest number of bytes at any moment, for `batch` samples; 0 if nothing was recorded.
 
         A device may hold only a share of the fixed bytes: `gradient_share` of the gradients and `fixed_share` of the
-        others. `repeated` says whether the batch is computed in several parts (gradient accumulation). All gradients
-        then exist from the start of the second part on.
+        others. If `repeated` is True, the batch is computed in several parts (gradient accumulation), and from the
+        second part on, all gradients exist from the start of the part.
         """
         if not self.fixed:
             return 0.0

@@ -53,7 +53,7 @@ def read_recipe(module: CDMModule, text_cached: bool) -> Recipe:
 def traced_recipe(module: CDMModule, frozen: FrozenParts, text_cached: bool) -> Recipe:
     """Return the recipe of `module`, whose backbone builds its networks without weights (`skeleton.hollow`).
 
-    `frozen` are the sizes of the backbone's frozen parts.
+    `frozen` are the sizes of the backbone's frozen parts. With `text_cached=True` the text encoders are not counted.
     """
     backbone, mode = module.backbone, FakeTensorMode()
     with torch.device("meta"):  # for the adapters too

@@ -28,9 +28,9 @@ TWIN = re.compile(r"\.(fp16|bf16)[.-]")
 class FrozenParts:
     """The numbers of parameters of a pipeline's frozen parts.
 
-    `text` holds the number of each text encoder by name, and `vae` is the number of the image codec. `source` says
-    where the numbers come from: it is the pipeline's folder, or the note on the origin in the architecture file of this
-    package.
+    `text` maps the name of a text encoder to its number of parameters, and `vae` is the number of parameters of the
+    image codec. `source` says where the numbers come from: it is the pipeline's folder, or the note on the origin in
+    the architecture file of this package.
     """
 
     text: dict[str, int]

@@ -36,9 +36,9 @@ class Phase:
 class Step:
     """An average iteration: one call of the student in the rollout, and the updates of each trained network.
 
-    `updates` holds a phase for each trained network, by role. It is traced over all iterations of
-    `Objective.typical_cycle`. The operations of a phase are the sum over the network's updates in these iterations,
-    divided by the number of iterations. The memory of a phase is recorded over all these updates, one after another.
+    `updates` maps the role of each trained network to the phase of its updates in the iterations of
+    `Objective.typical_cycle`. The operations of this phase are the sum over all these updates, divided by the number of
+    iterations. The memory of this phase is recorded over all these updates, one after another.
     """
 
     rollout: Phase
@@ -73,7 +73,7 @@ class BlankRandom(StepRandom):
 
 
 def trace_step(module: CDMModule, networks: Networks, mode: FakeTensorMode) -> Step:
-    """Run an average iteration of `module` on fake tensors.
+    """Run an average iteration of `module` on fake tensors, and return its memory and its operations.
 
     All tensors of `networks` must be fake tensors of `mode`.
     """
