@@ -1,7 +1,7 @@
 """`python -m cdm_lightning.sample --model FOLDER --prompt TEXT`: generate images and draw them as a labelled grid.
 
-The model can be a student (an exported folder, a run's folder or a checkpoint) or any pipeline of a known family, such as the
-teacher. The noise of image i depends only on the seed and on i, so different models start from the same noise.
+The model can be a student (an exported folder, a run's folder or a checkpoint) or any pipeline of a known family, such
+as the teacher. The noise of image i depends only on the seed and on i, so different models start from the same noise.
 """
 
 import argparse
@@ -130,7 +130,10 @@ def sampled(
 
 
 def open_sized(model: str, lora: str | None, height: int | None, width: int | None, steps: int | None) -> "Opened":
-    """Open a run or a pipeline for images of this size in `steps` steps; None means the model's own size or steps."""
+    """Return the backbone, a function that builds the network, and the number of steps, for a run or a pipeline.
+
+    For `height`, `width` and `steps`, None means the model's own value.
+    """
     backbone, build_network, default = open_run(model, lora) if is_run(Path(model)) else open_model(model, lora)
     return backbone.at(height, width), build_network, steps or default
 

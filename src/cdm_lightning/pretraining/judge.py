@@ -1,6 +1,7 @@
 """A stage of `cdm_lightning.pretrain`: train the judge, a classifier of what a storybook scene shows.
 
-The judge and the VAE are then measured on held-out drawings.
+The judge and the VAE of the storybook pipeline are then measured on held-out drawings, which have combinations of
+attributes that the teacher never sees in training.
 """
 
 from pathlib import Path
@@ -56,9 +57,9 @@ def train_judge(recipe: Recipe, folder: Path, output: Path, *, pairs: Share = 0.
 def measure_judge(judge: ScenesJudge, count: int) -> dict[str, float]:
     """Return the judge's accuracy on `count` held-out drawings of one thing, and on as many of two things.
 
-    The keys of the result are "single/HEAD" and "pair/HEAD" for the accuracy of each head of the judge, and
-    "single/all" and "pair/all" for the share of drawings on which all heads are right. Every attribute that a drawing
-    shows is counted, also an attribute that its caption leaves out.
+    The keys of the result are "single/HEAD" and "pair/HEAD" for the accuracy of each head of the judge, which
+    classifies one attribute, and "single/all" and "pair/all" for the share of drawings on which all heads are right.
+    Every attribute that a drawing shows is counted, also an attribute that its caption leaves out.
     """
     figures = {}
     for kind, pairs in (("single", 0.0), ("pair", 1.0)):

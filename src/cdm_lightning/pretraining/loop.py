@@ -67,9 +67,9 @@ def optimise(
 ) -> nn.Module:
     """Train `network` in place to minimise `loss`, replace the trained weights by their EMA, and return `network`.
 
-    `loss(iteration, generator)` returns a 0-d loss. The generator's seed depends on `recipe.seed`, `name` and the
-    iteration only. `train` are the trained parameters (default: all). An interrupted training resumes from its state in
-    `folder/NAME.pt`, where NAME is `name`. `folder/NAME_loss.csv` has the mean of every `log_every` losses.
+    `loss(iteration, generator)` returns a 0-d loss. `recipe.seed`, `name` and the iteration seed the generator. `train`
+    are the trained parameters (default: all). Every `save_every` iterations, `folder/NAME.pt` (NAME is `name`) is
+    saved, from which a training resumes. Every `log_every` iterations, `folder/NAME_loss.csv` gets the mean loss.
     """
     parameters = list(network.parameters() if train is None else train)
     optimizer = _adamw(parameters, recipe)

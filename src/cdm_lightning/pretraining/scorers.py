@@ -35,8 +35,8 @@ def perturb(images: Tensor, rng: torch.Generator) -> Tensor:
 def train_classifier(recipe: Recipe, folder: Path, output: Path, pool: int = 49152) -> ShapesClassifier:
     """Train the classifier on `pool` renderings, write it to the safetensors file `output`, and return it in eval mode.
 
-    The renderings show all combinations of the shapes set, also combinations that the teacher never sees in training.
-    The state of the training is saved in `folder`, from which an interrupted training resumes.
+    The renderings show all combinations of attributes, also combinations that the teacher never sees in training. The
+    state of the training is saved in `folder`, from which an interrupted training resumes.
     """
     scenes = draw_scenes(pool, recipe.seed + 1000, "all", pairs=0.5)
     layout = lay_out(scenes, recipe.seed + 1000)

@@ -105,9 +105,11 @@ def build_vae() -> AutoencoderKL:
 
 
 def drawings(count: int, seed: int, split: Split, pairs: float) -> tuple[Tensor, list[str], list[Scene]]:
-    """Draw `count` pictures (count, 3, 64, 64) in [0, 1] and return them with their captions and the scenes that they show.
+    """Draw `count` pictures (count, 3, 64, 64) in [0, 1], and return them with their captions and their scenes.
 
-    A picture shows two things with probability `pairs`, and otherwise one. The result depends on the arguments only.
+    With the `split` "heldout", each caption names a combination of attributes that no picture of the split "train"
+    shows; "all" allows every combination. A picture shows two things with probability `pairs`, and otherwise one. The
+    result depends on the arguments only.
     """
     captions = draw_captions(count, seed, split, pairs)
     pictures, scenes = draw_scenes(captions, seed, split if split != "heldout" else "all")
@@ -123,7 +125,7 @@ def write_scene_prompts(folder: Path, train: Count, heldout: Count, pairs: Share
     """Write captions to the files `scenes_train.txt` and `scenes_heldout.txt` in `folder`, one per line.
 
     `train` and `heldout` are the numbers of captions in these files. A caption names two things with probability
-    `pairs`, and otherwise one. Every held-out caption names a combination that no training picture shows
+    `pairs`, and otherwise one. Every held-out caption names a combination of attributes that no training picture shows
     (`data.scenes.grammar.is_held_out`). All random draws depend on `seed` only.
     """
     folder.mkdir(parents=True, exist_ok=True)

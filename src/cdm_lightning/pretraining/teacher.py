@@ -51,7 +51,7 @@ class TextConditioned(nn.Module):
         use_compact_padding(self.transformer, pipeline.tokenizer_max_length + T5_TOKENS)
 
     def forward(self, x: Tensor, sigma: Tensor, clip_ids: Tensor, t5_ids: Tensor) -> Tensor:
-        """Return the velocity (B, C, h, w) for latents x of the same shape and sigma (B,).
+        """Return the velocity (B, C, h, w) at the latents `x` (B, C, h, w) and the noise levels `sigma` (B,).
 
         `clip_ids` (B, L) are L CLIP tokens of each caption, and `t5_ids` (B, keep + 1) are its T5 tokens, the last one
         padding.
@@ -66,11 +66,11 @@ class TextConditioned(nn.Module):
         )[0]
 
     def encode(self, clip_ids: Tensor, t5_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the text embeddings (B, L + keep + 1, D) and the pooled embeddings (B, P) of captions.
+        """Return the text embeddings (B, L + keep + 1, D) and the pooled embeddings (B, P) of B captions.
 
         `clip_ids` (B, L) are L CLIP tokens of each caption, and `t5_ids` (B, keep + 1) are its T5 tokens, the last one
-        padding. The embeddings are those of SD3's `encode_prompt`, but with gradients, and with one token for T5's last
-        padding tokens.
+        padding. The embeddings are those of SD3's `encode_prompt`, but with gradients, and the last T5 token stands for
+        all the padding from its place on.
         """
         outputs = [clip(clip_ids, output_hidden_states=True) for clip in self.clip]
         hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)

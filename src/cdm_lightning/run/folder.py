@@ -24,9 +24,9 @@ class Run:
     The folder contains config.yaml, starts.jsonl (one line for each start), checkpoints/ and, after an evaluation,
     metrics.json.
 
-    `kept` is the path of a checkpoint of the run that stores a copy of the configuration. `config` then reads this copy
-    and not config.yaml, so such a checkpoint can be used without the run's folder. If `kept` is None, `config` reads
-    config.yaml.
+    `kept` is the path of a checkpoint of the run that stores a copy of the configuration. The method `config` then
+    reads this copy and not config.yaml, so such a checkpoint can be used without the run's folder. If `kept` is None,
+    `config` reads config.yaml.
     """
 
     folder: Path
@@ -48,9 +48,9 @@ class Run:
 
     @classmethod
     def find(cls, source: str | Path) -> tuple["Run", Path | None]:
-        """Return a run and one of its checkpoints, or a run and None.
+        """Return the run that `source` names, and also the checkpoint if `source` names one of the run's checkpoints.
 
-        If `source` is the path of a run's folder, the result is (that run, None). If `source` is the path of a
+        If `source` is the path of a run's folder, the result is (the run, None). If `source` is the path of a
         checkpoint, the result is (the run that wrote it, `source`). Raises `UserError` if `source` is neither, or if
         the configuration of the checkpoint's run cannot be found.
         """
@@ -152,7 +152,7 @@ class Run:
 def stored_about(checkpoint: Path) -> dict[str, Any]:
     """Return what a checkpoint stores about its run: the configuration ("config") and the input files ("inputs").
 
-    The result is {} if the checkpoint cannot be read, and lacks a key that the checkpoint does not store.
+    A key that the checkpoint does not store is absent. If the checkpoint cannot be read, the result is {}.
     """
     from cdm_lightning.checkpoint.stored import read_checkpoint
 
@@ -165,9 +165,9 @@ def stored_about(checkpoint: Path) -> dict[str, Any]:
 def checkpoint_folder(run: Run, config: Mapping[str, Any]) -> Path:
     """Return the folder that the option `checkpoint.folder` of `config` names.
 
-    `config` is the configuration with which `run` is about to start. Raises `UserError` if the folder has no
-    checkpoints, but the one that `checkpoint.folder` named at the run's last start has some. Otherwise the run would
-    begin anew without a warning.
+    `config` is the configuration with which `run` is about to start. Raises `UserError` if this folder has no
+    checkpoints, but the folder that `checkpoint.folder` named at the run's last start has some, because the run would
+    then begin anew without a warning.
     """
     folder = Path(str(config["checkpoint"]["folder"]))
     if not (run.folder / CONFIG).is_file() or checkpoints_in(folder):
@@ -205,7 +205,7 @@ def is_checkpoint(path: Path) -> bool:
 def is_run(path: Path) -> bool:
     """Return whether `path` looks like a run's folder or a checkpoint.
 
-    A folder with a model_index.json is a diffusers pipeline and not a run.
+    A folder with a model_index.json is a diffusers pipeline and not a run's folder, even if it has a config.yaml.
     """
     is_stored = (path / MARKER).is_file() or path.suffix in (".safetensors", ".ckpt")
     return is_stored or ((path / CONFIG).is_file() and not (path / "model_index.json").exists())

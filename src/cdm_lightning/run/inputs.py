@@ -42,8 +42,8 @@ Inputs = dict[
 def inputs_of(config: Mapping[str, Any], folders: Mapping[str, Path] | None = None) -> Inputs:
     """Return the size and hash of each file that affects a run's weights, grouped by option.
 
-    An option names a file or folder if its value is the path of an existing one, and if the value contains "/" or the
-    option is a parameter that takes a path. The result holds the file, or the files in the folder, under this option.
+    An option names a file or folder if its value is the path of an existing one, and if the value contains "/" or is
+    that of a parameter that takes a path. The result holds this file, or the files in this folder, under the option.
     `folders` gives the folders of further options, by option: the value of such an option can be the hub id of a
     pipeline that was downloaded into the folder.
     """
@@ -92,8 +92,8 @@ def _exists(text: str) -> bool:
 def files_of(path: Path) -> list[tuple[str, Path]]:
     """Return (name, path) for the file `path`, or for each file in the folder `path` and its subfolders.
 
-    The names of files in a folder are relative to the folder. Pictures, hidden files and hidden subfolders are left out
-    of it. At most `MOST_FILES` files are returned.
+    Of a folder, pictures, hidden files and hidden subfolders are left out, and the names are relative to it. At most
+    `MOST_FILES` files are returned.
     """
     if not path.is_dir():
         return [(path.name, path)] if path.is_file() else []
@@ -127,7 +127,7 @@ def content_hash(file: Path) -> str:
       most 2 GiB.
     - Of a larger file, 4096 evenly spaced pieces of 4 KiB are hashed.
     - If the larger file is a safetensors file, its header and a piece in the middle of each tensor are hashed as well,
-      so that a change of any whole tensor is noticed.
+      so that a replaced tensor is noticed.
 
     Raises OSError if the file cannot be read.
     """

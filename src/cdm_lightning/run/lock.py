@@ -15,8 +15,8 @@ LOCK = ".lock"
 def only_process_in(*folders: Path) -> Generator[None]:
     """Lock `folders` inside the block, so that no other run writes them.
 
-    `folders` are the run's folder and its checkpoint folder, which may lie elsewhere. Missing folders are created. If a
-    run has several processes, only the first one takes the locks.
+    `folders` are the run's folder and its checkpoint folder, which may lie outside the run's folder. Missing folders
+    are created. If a run has several processes, only the first one takes the locks.
 
     Raises `UserError` if another run has locked one of the folders, or if a folder cannot be created.
     """

@@ -69,8 +69,8 @@ def require_same_configuration(saved: dict[str, Any], config: dict[str, Any], fo
     are:
 
     - The batch size per process may change if the batch size over all processes stays the same.
-    - `trainer.max_steps` may change. The end of a learning rate's decay, `total`, may change with it if it equals
-      `trainer.max_steps` in both configurations.
+    - `trainer.max_steps` may change. An option `...learning_rate.total`, the iteration at which a decaying rate reaches
+      0, may change with it if the option equals `trainer.max_steps` in both configurations.
     - An option that `saved` lacks, because an older version wrote `saved`, counts as having its default value.
     """
     if not saved:
@@ -233,8 +233,8 @@ def without_copies(flat: dict[str, Any]) -> dict[str, Any]:
 def modernised(flat: dict[str, Any]) -> dict[str, Any]:
     """Return a flat configuration of an older version, with the option and class names of this version instead.
 
-    Options that were removed and were off are left out. Groups that the older version did not have are added with the
-    values that mean the same.
+    Options that were removed and were off are left out. Groups that the older version did not have are added, with
+    values that give the older version's behaviour.
     """
     found: dict[str, Any] = {}
     for key, value in flat.items():

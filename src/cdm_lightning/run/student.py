@@ -84,8 +84,8 @@ def open_student(source: str | Path, weights: str = "auto", pretrained: str | No
 def build_parts(run: Run, pretrained: str | None = None) -> tuple[Backbone, LoRAPlan]:
     """Build the backbone and the LoRA plan that a run's configuration describes.
 
-    Nothing else is built from it, and only registered classes (`config.registered`) are, because the run may come from
-    a stranger. Raises `UserError` for other classes before anything is built. `pretrained` replaces the path of the
+    The run may come from a stranger. Therefore nothing else is built from its configuration, and `UserError` is raised
+    before anything is built if a class is not registered (`config.registered`). `pretrained` replaces the path of the
     pretrained pipeline.
     """
     config, file = run.config(), run.kept or run.folder / CONFIG

@@ -45,7 +45,7 @@ class MaskedStream:
             self.write(line)
 
     def flush(self) -> None:
-        """Write the unfinished last line too, and flush `stream`."""
+        """Write the unfinished last line, with its secrets masked, and flush `stream`."""
         with self._lock:
             self._show()
             self.stream.flush()

@@ -39,8 +39,8 @@ class Progress:
     def advance(self, count: int = 1, figures: Figures = dict) -> None:
         """Count `count` more steps as done. The display is updated from time to time, and after the last step.
 
-        `figures` is a function that returns {name: value as text}, for example a loss, to be shown next to the count. It is
-        called only when the display is updated, because reading a loss from a GPU interrupts its work.
+        `figures` is a function that returns {name: value as text}, for example a loss, to be shown next to the count.
+        It is called only when the display is updated, because reading a loss from a GPU interrupts the GPU's work.
         """
         self.done += count
         now = time.perf_counter()
@@ -54,7 +54,7 @@ class Progress:
             self._write_line(figures())
 
     def print(self, text: str) -> None:
-        """Print `text` on stderr as a line above the bar."""
+        """Print `text` on stderr, above the bar if there is one. With `silent`, nothing is printed."""
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         elif not self.silent:

@@ -31,7 +31,10 @@ OTHERS = (
 
 
 def check_attention(name: str | None, option: str) -> None:
-    """Raise UserError unless `name` is None or an attention kernel that is installed. The message names `option`."""
+    """Raise UserError unless `name` is None or an installed attention kernel.
+
+    `option` is the name of the option with this value, for the message.
+    """
     if name is None or name in KERNELS:
         return
     if name == "flex":

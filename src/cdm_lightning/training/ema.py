@@ -15,9 +15,10 @@ from cdm_lightning.kinds import ShareBelowOne
 class EMA:
     """The settings of the EMA, which is updated after each iteration that updates the student.
 
-    After n earlier updates, the EMA decays by the factor min(`decay`, (1 + n) / (10 + n)), so that it soon forgets the
-    initial weights. `decay=None` turns the EMA off. CDM uses `decay=0.999` (arXiv:2605.06376); short runs need a lower
-    value. Raises UserError for a `decay` outside [0, 1).
+    An update after n earlier ones multiplies the EMA by d = min(`decay`, (1 + n) / (10 + n)) and adds the student's
+    weights times 1 - d. The first updates have a small d, so that the EMA soon forgets the initial weights.
+    `decay=None` turns the EMA off. CDM uses `decay=0.999` (arXiv:2605.06376); short runs need a lower value. Raises
+    UserError for a `decay` outside [0, 1).
     """
 
     decay: ShareBelowOne | None = 0.999
@@ -47,8 +48,8 @@ class EMA:
 def follower_of(average: nn.Module | None, strategy: Strategy) -> HostFollower | None:
     """Return a `HostFollower`, which updates the EMA `average` in host memory while the GPU goes on training, or None.
 
-    The result is None unless `strategy` keeps the EMA in host memory and trains on a GPU. The device of `average` is
-    not asked, because Lightning may move the networks after this call.
+    The result is None unless `strategy` keeps the EMA in host memory and trains on a GPU. This is read from `strategy`
+    and not from the device of `average`, because Lightning may move the networks after this call.
     """
     rests = isinstance(strategy, MeshStrategy) and "student_ema" in strategy.on_cpu
     if average is None or not rests or strategy.root_device.type != "cuda":

@@ -1,7 +1,7 @@
-"""Products of matrices in 8-bit floats (fp8) for network calls without a gradient, such as rollouts and calls of the teacher.
+"""Products of matrices in 8-bit floats (fp8), for network calls without a gradient, such as rollouts.
 
-Each row of the inputs and each row of a weight is scaled by its largest number and rounded to float8 (e4m3), as in the recipe
-"rowwise" of torchao, which computes the products. Weights stay as they are: every call rounds them anew.
+Each row of the inputs and each row of a weight is scaled by its largest number and rounded to float8 (e4m3), as in the
+recipe "rowwise" of torchao, which computes the products. The stored weights do not change: every call rounds them anew.
 """
 
 import importlib.util
@@ -64,7 +64,7 @@ class _Switch:
 def float8_products(on: bool) -> Generator[None]:
     """Inside the block, the layers that `use_float8` has changed compute in fp8 if `on`, and otherwise as usual.
 
-    Calls that need a gradient are always computed as usual.
+    A call with gradients enabled always computes as usual.
     """
     before, _Switch.on = _Switch.on, on
     try:

@@ -33,11 +33,11 @@ ATTENTION = tuple(
 class Recomputation:
     """Which blocks of a network recompute their activations in the backward pass; the other blocks keep them in memory.
 
-    The first blocks recompute, as many as `share` of all blocks (in [0, 1], rounded up to whole blocks). The backward
-    pass reaches them last, when the activations of the other blocks are already freed. With `attention=False`, every
-    block keeps its results of attention in memory, because they are slow to recompute and small. In SD3-Medium at 1024
-    x 1024 pixels, attention is a third of the operations, but its result is only one of dozens of stored tensors.
-    Raises UserError for a share outside [0, 1].
+    `share`, from 0 to 1, is the share of the blocks that recompute, rounded up to whole blocks. These are the first
+    blocks, because the backward pass reaches them last, when the activations of the other blocks are already freed.
+    With `attention=False`, every block keeps its results of attention in memory, because they are slow to recompute and
+    small. In SD3-Medium at 1024 x 1024 pixels, attention is a third of the operations, but its result is only one of
+    dozens of stored tensors. Raises UserError for a share outside [0, 1].
     """
 
     share: float = 0.0
@@ -55,8 +55,8 @@ class Recomputation:
         """Return the function (block, *arguments) -> result with which `network` calls each of its blocks.
 
         `block_types` are the classes of the blocks. If several LoRA adapters share the blocks, `guard` is needed:
-        `guard(block)` returns a function that runs the block with the adapter that is on now, even if another adapter
-        is on when the backward pass runs the block again.
+        `guard(block)` returns a function that always runs the block with the adapter that was on when `guard` was
+        called, also when the backward pass runs the block again.
         """
         blocks = [block for block in network.modules() if isinstance(block, block_types)]
         kept = set(blocks[math.ceil(self.share * len(blocks)) :])

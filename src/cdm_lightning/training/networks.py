@@ -257,7 +257,10 @@ def bind_networks(
 
 
 def trained_parameters(networks: Networks) -> dict[str, list[nn.Parameter]]:
-    """Return the trainable parameters of each trained network, by role. Raises UserError if all weights of a network are frozen."""
+    """Return the trainable parameters of each trained network, by role.
+
+    Raises UserError if all weights of a network are frozen.
+    """
     found = {role: trainable(network) for role, network in networks.trained.items()}
     if frozen := [role for role, parameters in found.items() if not parameters]:
         raise UserError(

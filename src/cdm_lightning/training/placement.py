@@ -27,9 +27,10 @@ def place(networks: Networks, backbone: Backbone, strategy: Strategy, compute_dt
 def distribute(networks: Networks, backbone: Backbone, strategy: MeshStrategy, compute_dtype: torch.dtype) -> None:
     """Distribute all networks over the strategy's device mesh, in place.
 
-    Of each weight of a large network, each rank keeps its own rows. If the network is on the meta device, each rank
-    reads these rows only. The base of LoRA adapters is treated so if the strategy uses shards. Of the small networks
-    (adapters, and heads, which the objective builds itself), each rank keeps all weights.
+    A network with its own copy of the pretrained weights is sharded: each rank keeps its own rows of each weight. If
+    such a network is on the meta device, each rank reads its own rows only. The base of LoRA adapters is sharded if the
+    strategy uses shards. Adapters, and heads, which the objective builds itself, are small, so each rank keeps them
+    whole.
     """
     mesh, device = strategy.device_mesh["data_parallel", "tensor_parallel"], strategy.root_device
     policy, block_types = mixed_precision(compute_dtype), backbone.block_types

@@ -33,7 +33,7 @@ def whole_names(roles: Iterable[Role], lora: LoRAPlan, backbone: Backbone, avera
 
 
 def check_roles(objective: Objective, lora: LoRAPlan, backbone: Backbone) -> None:
-    """Check an objective's roles, `student_period` and updates, also against the LoRA settings.
+    """Check an objective's roles, `student_period` and updates, and that they fit the LoRA settings.
 
     Raises UserError for the first mistake. For example, an update may average two networks (`Update.merge`) only if the
     LoRA settings of these two are equal.

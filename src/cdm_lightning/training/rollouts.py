@@ -95,8 +95,8 @@ class Rollouts(ABC):
     def bound(self, batch: PromptBatch, iteration: int) -> list[Sample]:
         """Return a `Sample` without a rollout for each part of the batch.
 
-        The samples have networks with text, random numbers and an image size. With `needs_latents`, they also have
-        latents of real images, and UserError is raised if the batch has no images.
+        A sample holds the networks with the text of its prompts, random numbers and an image size. With
+        `needs_latents`, it also holds latents of real images, and UserError is raised if the batch has no images.
         """
         samples = []
         for part in batch.split(self.accumulate):
@@ -153,7 +153,7 @@ class FullRollouts(Rollouts):
     def samples(self, batch: PromptBatch, iteration: int) -> list[RolledOutSample]:
         """Return a sample for each part of the batch.
 
-        Its `point` is a `FullTrajectoryPoint`: the state at the anchor, with the end of the rollout.
+        The `point` of each sample is a `FullTrajectoryPoint`: the state at the anchor, with the end of the rollout.
         """
         samples = self.bound(batch, iteration)
         with self.timer("rollout"):
@@ -191,7 +191,7 @@ class AnchorRollouts(Rollouts):
         self._waiting: dict[int, list[_AtAnchor]] = {}  # by iteration
 
     def samples(self, batch: PromptBatch, iteration: int) -> list[RolledOutSample]:
-        """Return a sample for each part of the batch. Its `point` is the state at the anchor."""
+        """Return a sample for each part of the batch. The `point` of each sample is the state at the anchor."""
         if iteration not in self._waiting:
             self._roll_out_group(batch, iteration)
         with self.timer("rollout"):
@@ -214,7 +214,7 @@ class AnchorRollouts(Rollouts):
     def forget(self) -> None:
         """Drop the rollouts that were computed in advance.
 
-        Another training may have other prompts or another student.
+        Call this before another training begins, because that may have other prompts or another student.
         """
         self._waiting = {}
 

@@ -135,14 +135,16 @@ def recipes_of(objective: Objective, optim: Mapping[str, OptimizerRecipe]) -> di
 
 
 def steps_of(objective: Objective, iteration: int, group: range) -> list[tuple[Update, int]]:
-    """Return the optimizer steps of an iteration in their order, each as (update, earlier steps of its role in this iteration).
+    """Return the optimizer steps of an iteration in their order, as pairs (update, number of earlier steps).
 
-    The number of earlier steps is passed to `StepRandom.again`, so that each step has its own random numbers. The rollouts of
-    the iterations in `group` are computed as one batch.
+    The number counts the earlier steps of the same role in this iteration. It is passed to `StepRandom.again`, so that
+    each step has its own random numbers. The rollouts of the iterations in `group` are computed as one batch.
 
     Raises ValueError in two cases:
+
     - The iteration has no update; Lightning would never count it.
-    - The student is updated before the last iteration of the group; the group's later rollouts would come from an older student.
+    - The student is updated before the last iteration of the group; the group's later rollouts would come from an older
+      student.
     """
     name = type(objective).__name__
     updates = [update for update in objective.updates(iteration) for _ in range(update.repeat)]
