@@ -1,8 +1,9 @@
-"""The tiny pipeline: a real `StableDiffusion3Pipeline` of the same diffusers and transformers classes as SD3-Medium, but small.
+"""The tiny pipeline: a real `StableDiffusion3Pipeline` that is small.
 
-Images have 32 x 32 pixels, latents have 4 channels of 16 x 16, and the transformer reads them as 16 patches. The CLIP encoders
-read 12 tokens. The T5 has no positions (its bias table stays zero), so that all padding tokens have the same embedding. Therefore
-`backbones.compact_text` can replace all padding tokens by a single one.
+Its networks have the same diffusers and transformers classes as those of SD3-Medium. Images have 32 x 32 pixels,
+latents have 16 x 16 with 4 channels by default, and the transformer reads the latents as 16 patches. The CLIP encoders
+read 12 tokens. The T5 has no positions (its bias table stays zero), so all padding tokens have the same embedding, and
+`backbones.compact_text` can replace them by a single one.
 """
 
 import json

@@ -72,7 +72,8 @@ def is_secret_key(name: str) -> bool:
 def holds_tokens(name: str) -> bool:
     """Return whether a key is the name of a list that may hold access tokens, such as `hub.tokens`.
 
-    In such a list, a random-looking value is an access token. A number or a word is a token of a tokenizer, and no secret.
+    A value in such a list is an access token if it looks random. A number or a word in the list is a token of a
+    tokenizer, and no secret.
     """
     words = [word.lower() for word in WORDS.findall(name)][-2:]
     return words[-1:] == ["tokens"] and not set(words) & TOKEN_OF_TEXT

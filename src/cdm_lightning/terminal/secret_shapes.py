@@ -1,4 +1,5 @@
-"""Secrets that are recognized without a key: by their own shape, as access tokens, or by their place, as a password in a URL."""
+"""Secrets that are recognized without a key: access tokens by their shape, and passwords by their place, as in a URL.
+"""
 
 import os
 import re

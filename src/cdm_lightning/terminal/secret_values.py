@@ -1,7 +1,7 @@
 """Mask the values of secret keys in a text, as in `hub_token=VALUE`, `"password": [VALUE]` or YAML.
 
-The text is searched for keys of any kind. The whole value of a secret key is masked. The value of any other key is searched for
-further keys.
+All keys in the text are looked for. If a key is secret, its whole value is masked; otherwise, further keys are looked
+for in its value.
 """
 
 import re
@@ -49,7 +49,7 @@ def is_random(value: Any) -> bool:
 
 
 def is_login(value: Any) -> bool:
-    """Return whether a text has the form USER:PASSWORD, unlike "1000:1000" and "http://..."."""
+    """Return whether a text has the form USER:PASSWORD. Texts such as "1000:1000" and "http://..." do not have it."""
     return isinstance(value, str) and bool(re.fullmatch(r"[\w.@+-]+:(?!//|\d+$)\S{4,}", value))
 
 

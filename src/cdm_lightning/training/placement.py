@@ -28,8 +28,8 @@ def distribute(networks: Networks, backbone: Backbone, strategy: MeshStrategy, c
     """Distribute all networks over the strategy's device mesh, in place.
 
     A network with its own copy of the pretrained weights is sharded: each rank keeps its own rows of each weight. If
-    such a network is on the meta device, each rank reads its own rows only. The base of LoRA adapters is sharded if the
-    strategy uses shards. Adapters, and heads, which the objective builds itself, are small, so each rank keeps them
+    such a network is on the meta device, each rank reads its own rows only. The base of LoRA adapters is sharded too if
+    the strategy uses shards. Adapters, and heads, which the objective builds itself, are small, so each rank keeps them
     whole.
     """
     mesh, device = strategy.device_mesh["data_parallel", "tensor_parallel"], strategy.root_device

@@ -117,7 +117,8 @@ def step_if(finite: Tensor, optimizer: Optimizer) -> None:
 def recipes_of(objective: Objective, optim: Mapping[str, OptimizerRecipe]) -> dict[str, OptimizerRecipe]:
     """Return the optimizer settings (`OptimizerRecipe`) of the roles that the objective trains, from `optim`.
 
-    Further entries of `optim` are ignored. Raises UserError if a role has no entry, and if its entry is no `OptimizerRecipe`.
+    Entries of `optim` for other roles are ignored. Raises UserError if a trained role has no entry, or an entry that is
+    no `OptimizerRecipe`.
     """
     roles = ("student", *(role.name for role in objective.roles))
     lacking = [role for role in roles if role not in optim]
