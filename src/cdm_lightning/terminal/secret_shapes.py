@@ -1,5 +1,4 @@
-"""Secrets that are recognized without a key: access tokens by their shape, and passwords by their place, as in a URL.
-"""
+"""Secrets that are recognized without a key: access tokens by their shape, and passwords by their place in a URL."""
 
 import os
 import re
