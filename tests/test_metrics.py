@@ -19,11 +19,13 @@ from cdm_lightning.data.shapes import draw_scenes, parse_caption, render
 from cdm_lightning.errors import UserError
 from cdm_lightning.metrics.base import ImageBatch, extract
 from cdm_lightning.metrics.clip_score import CLIPScore
+from cdm_lightning.metrics.colour import Colour, ColourStatistics, colour_figures
 from cdm_lightning.metrics.diversity import pairwise_diversity
 from cdm_lightning.metrics.extractors import InceptionFeatures, OpenClipFeatures
 from cdm_lightning.metrics.frechet import FeatureStatistics, frechet_distance
 from cdm_lightning.metrics.open_clip_model import OpenClipModel
 from cdm_lightning.metrics.references import ImageFolder, ShapesRenderings, render_prompts
+from cdm_lightning.metrics.suite import Collected, MetricSuite
 
 PROMPTS = ["a small red circle on the left", "a large blue square", "a green ring above a white cross"]
 
@@ -283,3 +285,52 @@ def test_unfit_image_folders_are_one_line(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])  # the header is whole
     assert_one_line(lambda: list(ImageFolder(tmp_path)), "cannot be read as an image")
+
+
+# ---- colour
+
+
+def colours(*images: Tensor, patch: int = 4) -> dict[str, float]:
+    return colour_figures(ColourStatistics(patch)(torch.stack(images)))
+
+
+def plain(red: float, green: float, blue: float, size: int = 8) -> Tensor:
+    return torch.tensor([red, green, blue])[:, None, None].expand(3, size, size)
+
+
+def test_colour_statistics_of_plain_images_are_the_closed_form() -> None:
+    found = colours(plain(1, 0, 0), plain(0.5, 0.5, 0.5))
+    assert found["brightness"] == pytest.approx((0.2126 + 0.5) / 2)
+    assert found["saturation"] == pytest.approx((1 + 0) / 2)
+    assert found["contrast"] == pytest.approx(0, abs=1e-6)
+    assert "patch_grid" not in found  # no neighbours differ, so there is nothing to divide by
+    black = colours(plain(0, 0, 0))
+    assert (black["brightness"], black["saturation"]) == (0, 0)  # the saturation of black is 0, not NaN
+
+
+def test_contrast_is_the_deviation_of_the_luma() -> None:
+    halves = torch.cat([plain(0, 0, 0)[:, :4], plain(1, 1, 1)[:, 4:]], dim=1)
+    assert colours(halves)["contrast"] == pytest.approx(0.5)
+
+
+def test_patch_grid_is_one_for_noise_and_large_for_patches() -> None:
+    noise = uniform(3, 3, 64, 64)
+    assert colours(noise)["patch_grid"] == pytest.approx(1, abs=0.05)
+    steps = noise[:, ::4, ::4].repeat_interleave(4, 1).repeat_interleave(4, 2)  # each patch has one colour
+    assert colours(0.9 * steps + 0.1 * noise)["patch_grid"] > 5
+    assert "patch_grid" not in colours(uniform(4, 3, 4, 4))  # one patch has no border
+
+
+def test_colour_ratios_to_another_sampler() -> None:
+    images = uniform(5, 6, 3, 16, 16)
+    extractors = {"colour": ColourStatistics(4)}
+    suite = MetricSuite({"colour": Colour("teacher")}, extractors)
+    samplers = {"teacher": Collected(), "student": Collected()}
+    for name, made in (("teacher", images), ("student", 0.8 * images)):
+        suite.measure(samplers[name], made, [f"p{i}" for i in range(6)], range(6))
+    rows = suite.figures(samplers)
+    assert rows["student"]["colour_brightness"] == pytest.approx(0.8)
+    assert rows["student"]["colour_contrast"] == pytest.approx(0.8)
+    assert rows["student"]["colour_saturation"] == pytest.approx(1)
+    assert rows["teacher"] == pytest.approx(dict.fromkeys(rows["student"], 1.0))
+    assert MetricSuite({"colour": Colour("absent")}, extractors).figures(samplers)["student"] == {}
