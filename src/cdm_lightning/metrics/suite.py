@@ -37,7 +37,8 @@ class Collected:
     def add(self, other: "Collected") -> None:
         """Append the measurements that another process made for the same sampler in validation.
 
-        `copies` and `other_noise` are not appended, because validation makes only one image for each prompt.
+        `copies` and `other_noise` are not appended, because validation makes only one image for each prompt and
+        sampler.
         """
         self.prompts += other.prompts
         self.indices += other.indices

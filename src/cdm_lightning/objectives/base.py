@@ -193,10 +193,11 @@ class Objective(ABC):
 
     @property
     def rollout(self) -> RolloutKind:
-        """The length of a rollout, the student's own path from noise, which is computed before the updates of an iteration.
+        """How far the student's rollout goes. The rollout is the student's own path from noise.
 
-        "to_anchor" stops at the anchor, the step of the path that is drawn at random for each prompt. "full" goes on to the clean
-        image, for losses that need the rest of the path. "none" makes no rollout, and the losses then get a `Sample` and not a
+        Rollouts are computed before the updates of an iteration. With "to_anchor", a rollout stops at the anchor, the
+        step of the path that is drawn at random for each prompt. With "full", it goes on to the clean image, for losses
+        that need the rest of the path. With "none", there is no rollout, and the losses get a `Sample` instead of a
         `RolledOutSample`.
         """
         return "to_anchor"

@@ -109,7 +109,10 @@ class CDMObjective(Objective):
 
     @property
     def rollout(self) -> RolloutKind:
-        """The length of rollouts: "full" (to the clean image) for `teacher_base="final"`, otherwise "to_anchor" (to a random step)."""
+        """How far rollouts go.
+
+        With `teacher_base="final"` they go to the clean image ("full"), otherwise to a random step ("to_anchor").
+        """
         return "full" if self.teacher_base == "final" else "to_anchor"
 
     @property

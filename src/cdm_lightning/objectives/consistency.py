@@ -43,7 +43,10 @@ class _AlongTheODE(Objective):
 
     @property
     def rollout(self) -> RolloutKind:
-        """The length of rollouts: "to_anchor" (to a random step) for `start="student"`, "none" for `start="data"`."""
+        """How far rollouts go.
+
+        With `start="student"` they go to a random step ("to_anchor"); with `start="data"` there are none ("none").
+        """
         return "to_anchor" if self.start == "student" else "none"
 
     @property

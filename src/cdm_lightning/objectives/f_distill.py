@@ -24,9 +24,10 @@ Divergence = Literal[
 
 
 def divergence_weight(divergence: Divergence, ratio: Tensor) -> Tensor:
-    """Return h(r) = r^2 f''(r) for density ratios r of any shape, up to a constant factor.
+    """Return the weight h(r) = r^2 f''(r) of samples with the density ratio r, up to a constant factor.
 
-    Table 1 of arXiv:2502.15681 gives h for all `Divergence` names but "jeffreys" and "neyman".
+    `ratio` holds density ratios, in any shape; the result has the same shape. `divergence` names the f-divergence.
+    Table 1 of arXiv:2502.15681 gives h for most of these divergences.
     """
     match divergence:
         case "reverse_kl":

@@ -25,8 +25,8 @@ class FirstStepAnchor:
     The teacher starts from the noise of each sample's rollout and makes the first `followed` steps of a path of
     `teacher_steps` steps. They lead to a state z at sigma s. The teacher's guidance scale is `guidance_scale`; 1 means
     no guidance. The loss is `weight` times the mean squared error of the velocity that the student predicts from the
-    noise at sigma 1, against (noise - z) / (1 - s). If `alone` is True, as in DP-DMD, the other loss terms that match
-    distributions (CA and DM) do not act on first steps, except in rollouts of a single step.
+    noise at sigma 1, against (noise - z) / (1 - s). If `alone` is True, as in DP-DMD, the CA, DM and CDM terms do not
+    act at the first step of a rollout, except in rollouts of a single step.
 
     This loss costs, for each student update, `followed` calls of the teacher (twice as many with guidance), and a
     forward and a backward pass of the student. The defaults are those of the authors' code for SD3.5-Medium. Raises

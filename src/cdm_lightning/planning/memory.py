@@ -32,8 +32,9 @@ class Validation:
     def peak(self, rollout: Timeline | None, batch: int, fixed: float) -> float:
         """Return the largest number of bytes at any moment of validation.
 
-        `rollout` is the memory of a training rollout, and `batch` the number of samples in training. `fixed` is the share of the
-        rollout's fixed bytes (those that do not grow with the batch) that this GPU holds.
+        `rollout` is the memory of a training rollout (None: there are no rollouts), and `batch` is the number of
+        samples in a training batch. `fixed` is the share of the rollout's fixed bytes (those that do not grow with the
+        batch) that this GPU holds.
         """
         images = self.batch or batch
         sampled = rollout.peak(math.ceil(images * self.share), 1.0, fixed) if rollout is not None else 0.0
