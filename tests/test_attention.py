@@ -93,9 +93,11 @@ def test_a_kernel_that_there_is_not_is_refused(monkeypatch):
         UserError, match=r"compute.attention=flex is not supported: .*docs/speed.md\); set flash, cudnn or null"
     ):
         Compute(attention="flex")
-    with pytest.raises(UserError, match=r"--attention=flash3: the package with the module flash_attn_interface"):
+    with pytest.raises(
+        UserError, match=r"--attention=flash3 needs the package FlashAttention 3 \(module flash_attn_interface\)"
+    ):
         check_attention("flash3", "--attention")
-    with pytest.raises(UserError, match=r"flash4: .*flash_attn.cute"):
+    with pytest.raises(UserError, match=r"flash4 .*flash_attn.cute"):
         check_attention("flash4", "--attention")
     monkeypatch.setattr(attention, "_is_installed", lambda module: True)
     check_attention("flash3", "--attention")

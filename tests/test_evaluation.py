@@ -243,10 +243,10 @@ def test_ladder_does_not_depend_on_the_batch(toy: Toy2DBackbone) -> None:
     ("changes", "text"),
     [
         ({"samplers": [SamplerSpec("a"), SamplerSpec("a")]}, "same name"),
-        ({"count": 9, "prompts": ["a"]}, "count=1, .* needs at least 2 prompts"),
-        ({"count": 1}, "count=1, .* needs at least 2 prompts"),
-        ({"samplers": []}, " 0 samplers, .* and 1 sampler"),
-        ({"shown": 0}, "shown=0 .* 1 shown prompt"),
+        ({"count": 9, "prompts": ["a"]}, r"count=1 \(prompts given: 1\), .* set count to at least 2"),
+        ({"count": 1}, "count=1 .* set count to at least 2"),
+        ({"samplers": []}, " 0 samplers; .* at least 1 sampler"),
+        ({"shown": 0}, "shown=0 .* shown to at least 1"),
     ],
 )
 def test_contradictory_settings_are_refused(changes: dict, text: str) -> None:

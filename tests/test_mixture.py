@@ -134,7 +134,7 @@ def test_weights_become_whole_numbers(weights, shares):
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ({"a": 1}, "weights are given for a, but the sources are a, b"),
+        ({"a": 1}, "data.train.weights names a, but the sources are a, b"),
         ({"a": 1, "b": 0}, "must be positive"),
         ({"a": 1, "b": "many"}, "must be numbers"),
         ({"a": 1, "b": float("nan")}, "must be numbers"),

@@ -124,7 +124,7 @@ def sampled(
             images = generate(backbone, network, spec, part, numbers, seed, batch_size, COMPUTE_DTYPES[dtype])
         if not images.isfinite().all():
             raise UserError(
-                "the images have values that are not finite, so the model or its LoRA is damaged; copy it again"
+                "the images have NaN or infinite values, so --model or --lora is damaged; copy it again or pass another"
             )
         yield images
 

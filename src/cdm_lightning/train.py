@@ -202,7 +202,7 @@ def make_trainer(config: DictConfig, **parts: Any) -> L.Trainer:
     try:
         trainer = make(**parts)
     except Exception as error:  # Lightning's, about a value of the user
-        raise UserError(f"trainer: {one_line(error)}; correct the options of trainer") from error
+        raise UserError(f"trainer: {one_line(error)}; change the named option, such as trainer.devices") from error
     # Lightning's signal handlers wait for other processes, and would hang if only some of them got the signal.
     trainer._signal_connector.register_signal_handlers = lambda: None
     return trainer
@@ -281,8 +281,8 @@ def start(config: DictConfig) -> None:
     require_devices(config.trainer.devices, config.trainer.accelerator)
     if config.trainer.num_nodes != 1:
         raise UserError(
-            f"trainer.num_nodes={config.trainer.num_nodes}: start this command on every node, with torchrun or srun; see "
-            "docs/scaling.md"
+            f"trainer.num_nodes={config.trainer.num_nodes}, but neither torchrun nor srun started this process; "
+            "start this command with one of them on every node (docs/scaling.md)"
         )
     status = launch(OmegaConf.to_yaml(config, resolve=True), processes, "cdm_lightning.train:train")
     if status:

@@ -147,7 +147,7 @@ def test_the_backbone_of_a_run_s_folder_is_a_registered_class_with_plain_argumen
 @pytest.mark.parametrize("attack", LORA_ATTACKS)
 def test_so_is_its_lora_plan(attack, run_folder, monkeypatch):
     if attack == "an adapter as the plan":
-        with pytest.raises(UserError, match="must describe a backbone and `lora` a LoRA plan"):
+        with pytest.raises(UserError, match="`lora` must describe a LoRA plan"):
             build_parts(Run(run_folder(lora=ADAPTER)))
     else:
         assert "config.yaml: lora" in refuse(run_folder(lora=LORA_ATTACKS[attack]), monkeypatch)

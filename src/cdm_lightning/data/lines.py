@@ -105,7 +105,7 @@ class LineFiles:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
                 f'{path}, line {number}: not a JSON object with a string under "{self.field}"; correct the line, or set '
-                "field to the key of the prompts"
+                "the option `field` to the key of the prompts"
             ) from error
 
     def _parse(self, line: str) -> str:

@@ -76,7 +76,8 @@ class MixedPrompts(Prompts):
             sizes = [" x ".join(map(str, size)) for size in (self._image_size, image.shape[-2:])]
             first = next(iter(self.sources))
             raise UserError(
-                f"data: images of {first} have size {sizes[0]}, but images of {source} have {sizes[1]}; set the same image_size for all"
+                f"data.train.sources: images of {first} have size {sizes[0]}, but images of {source} have {sizes[1]}; "
+                "give both sources the same image_size"
             )
         return image
 
@@ -132,12 +133,13 @@ def whole_shares(names: Sequence[str], weights: Mapping[str, float]) -> list[int
     """
     if set(names) != set(weights):
         raise UserError(
-            f"data: weights are given for {', '.join(weights)}, but the sources are {', '.join(names)}; set one weight for each source"
+            f"data.train.weights names {', '.join(weights) or 'no source'}, but the sources are {', '.join(names)}; "
+            "set one weight for each source"
         )
     try:
         ratios = [Fraction(str(weights[name])) for name in names]  # from the text, so that 0.1 is exactly one tenth
     except ValueError as error:
-        raise UserError(f"data.train.weights={dict(weights)} must be numbers") from error
+        raise UserError(f"data.train.weights={dict(weights)} must be numbers above 0, such as 7 or 0.5") from error
     if min(ratios) <= 0:
         raise UserError(f"data.train.weights={dict(weights)} must be positive; remove sources that you do not want")
     common = math.lcm(*(ratio.denominator for ratio in ratios))
@@ -145,7 +147,8 @@ def whole_shares(names: Sequence[str], weights: Mapping[str, float]) -> list[int
     shares = [share // math.gcd(*shares) for share in shares]
     if sum(shares) > LARGEST_BLOCK:
         raise UserError(
-            f"data.train.weights={dict(weights)}: the smallest whole numbers in this ratio are {shares}, and their sum must be at "
-            f"most {LARGEST_BLOCK:,}; round the weights to a simpler ratio, such as 7 to 3"
+            f"data.train.weights={dict(weights)} is the ratio {' to '.join(map(str, shares))}, which needs "
+            f"blocks of {sum(shares):,} prompts, but a block has at most {LARGEST_BLOCK:,}; "
+            "round the weights to a simpler ratio, such as 7 to 3"
         )
     return shares

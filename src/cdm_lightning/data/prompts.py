@@ -132,9 +132,8 @@ class PromptList(Prompts):
     def __init__(self, prompts: Annotated[Sequence[Prompt], NotEmpty], repeat: Count = 1) -> None:
         self.prompts, self.repeat = list(prompts), repeat
         if not self.prompts or repeat < 1:
-            raise UserError(
-                f"data: {f'repeat={repeat} must be at least 1' if self.prompts else 'the list of prompts is empty; give at least one'}"
-            )
+            empty = "the option `prompts` is an empty list; give at least one prompt"
+            raise UserError(f"data: {f'repeat={repeat} must be at least 1' if self.prompts else empty}")
         for number, prompt in enumerate(self.prompts, start=1):
             flaw = flaw_of(prompt) if isinstance(prompt, str) else f"{prompt!r} is not a text; put it in quotes"
             if flaw:

@@ -178,7 +178,8 @@ def write_shard(folder: Path, manifest: Manifest, keys: Sequence[bytes], cond: M
             save_file(tensors, temporary, metadata={"cache": manifest.digest})
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"{path}: cannot be written ({error}); earlier shards are intact, so run the command again"
+            f"{path}: cannot be written ({error}); free disk space or make the folder writable, then run the command "
+            "again (it keeps the earlier shards)"
         ) from error
     return path
 

@@ -60,7 +60,8 @@ class MeshStrategy(ModelParallelStrategy):
         environment = cast(ClusterEnvironment, self.cluster_environment)
         if not environment.creates_processes_externally and self.replicas * self.shards > 1:
             raise UserError(
-                f"the {self.replicas * self.shards} processes must be started by python -m cdm_lightning.train, torchrun or srun"
+                f"the strategy needs {self.replicas * self.shards} processes, but this process was started alone; "
+                "start the run with python -m cdm_lightning.train, torchrun or srun"
             )
         super()._configure_launcher()
 
@@ -80,7 +81,8 @@ def check_on_cpu(on_cpu: Sequence[str], networks: Sequence[str], whole: Sequence
     if refused:
         what = f"{refused[0]}, which is an adapter, the base of adapters or a head of the objective, and must stay on the device"
         wrong = what if refused[0] in networks else f"{refused[0]}, which is not a network of this run"
-        raise UserError(f"strategy.on_cpu names {wrong}; it may list {', '.join(whole) or 'no network of this run'}")
+        cure = f"it may list {', '.join(whole)}" if whole else "set strategy.on_cpu=[]"
+        raise UserError(f"strategy.on_cpu names {wrong}; {cure}")
 
 
 def single_process(devices: DevicesOption = 1, num_nodes: Processes = 1) -> str:

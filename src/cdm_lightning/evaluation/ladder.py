@@ -105,8 +105,9 @@ class LadderEvaluation:
         object.__setattr__(self, "count", count)
         if self.size < 2 or self.batch_size < 1 or self.shown < 1 or not names:
             raise UserError(
-                f"callbacks.ladder.evaluation has count={self.count}, batch_size={self.batch_size}, shown={self.shown} and "
-                f"{len(names)} samplers, but needs at least 2 prompts, 1 image in a batch, 1 shown prompt and 1 sampler"
+                f"callbacks.ladder.evaluation has count={self.count} (prompts given: {len(self.prompts)}), "
+                f"batch_size={self.batch_size}, shown={self.shown} and {len(names)} samplers; set count to at least 2, "
+                "batch_size and shown to at least 1, and give at least 1 sampler"
             )
 
     @property

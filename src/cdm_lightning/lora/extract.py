@@ -59,7 +59,8 @@ def extract(pairs: Iterable[tuple[str, Tensor, Tensor, bool]], rank: int, device
         whole = float(difference.norm())
         if not math.isfinite(whole):
             raise UserError(
-                f"the two networks' tensors {name} differ by infinity or NaN; one of the two is damaged: download it again"
+                f"the tensors {name} of --base and --tuned differ by infinity or NaN, because one of these pipelines "
+                "is damaged; download or export both again"
             )
         if whole == 0:
             continue

@@ -35,12 +35,12 @@ class Adapter:
         if self.rank < 1 or self.alpha <= 0:
             raise UserError(
                 f"lora.ROLE.{f'rank={self.rank} must be at least 1' if self.rank < 1 else f'alpha={self.alpha:g} must be above 0'}"
-                ", where ROLE is a trained network such as student"
+                " (ROLE is a trained network such as student)"
             )
         if not self.targets:
             raise UserError(
-                "lora.ROLE.targets is empty, where ROLE is a trained network such as student; give a preset such as attention, "
-                "or endings of layer names such as [to_q,to_k]"
+                "lora.ROLE.targets is empty (ROLE is a trained network such as student); give a preset such as "
+                "attention, or endings of layer names such as [to_q,to_k]"
             )
         if not isinstance(self.targets, str):
             object.__setattr__(self, "targets", tuple(map(str, self.targets)))  # a number is a name too
@@ -64,10 +64,10 @@ class Adapter:
         if not isinstance(self.targets, str):
             return tuple(self.targets)
         if self.targets not in presets:
-            known = ", ".join(presets) or "none"
+            known = f"{', '.join(presets)}, or " if presets else ""
             raise UserError(
-                f"lora.ROLE.targets={self.targets}, where ROLE is a trained network such as student, is no preset of this "
-                f"backbone; use {known}, or a list of endings of layer names such as [to_q,to_k]"
+                f"lora.ROLE.targets={self.targets} is no preset of this backbone (ROLE is a trained network such as "
+                f"student); use {known}a list of endings of layer names such as [to_q,to_k]"
             )
         return presets[self.targets]
 

@@ -132,8 +132,8 @@ def target_layers(network: nn.Module, adapter: Adapter, presets: Presets) -> lis
     absent = [ending for ending, names in found.items() if not names]
     if absent and (len(absent) == len(endings) or not isinstance(adapter.targets, str)):
         raise UserError(
-            f"lora.ROLE.targets, where ROLE is a trained network such as student: no linear layer of {type(network).__name__} has "
-            f"a name ending in {', '.join(absent)}; correct or remove each of these endings"
+            f"lora.ROLE.targets: no linear layer of {type(network).__name__} has a name ending in {', '.join(absent)} "
+            "(ROLE is a trained network such as student); correct or remove these endings"
         )
     chosen = {name for names in found.values() for name in names}
     return [name for name in linear if name in chosen]

@@ -49,7 +49,7 @@ class InceptionFeatures(nn.Module):
         if not Path(weights).is_file():
             raise UserError(
                 f"the Inception weights {weights} do not exist; download weights-inception-2015-12-05-6726825d.pth"
-                " from torch-fidelity's releases"
+                " from torch-fidelity's releases to this path"
             )
         if importlib.util.find_spec("torch_fidelity") is None:
             raise UserError("the Inception network needs the package torch-fidelity: pip install torch-fidelity")

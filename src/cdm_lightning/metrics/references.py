@@ -120,7 +120,10 @@ class ImageFolder:
             raise UserError(f"{path}: cannot be read as an image ({error}); remove it") from error
 
     def _refuse_sizes(self, path: Path) -> NoReturn:
-        raise UserError(f"{path}: reference images differ in size; set image_size to resize them to one size")
+        raise UserError(
+            f"{path}: its size differs from that of the reference image {self.paths[0]}; set image_size "
+            "to resize all to one size"
+        )
 
     def _read(self, path: Path) -> Tensor:
         from PIL import Image, ImageOps

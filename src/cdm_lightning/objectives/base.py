@@ -66,7 +66,10 @@ class VelocityFields:
 
 
 def _no_images(latents: Tensor) -> Tensor:
-    raise UserError("this sample has no image codec to decode images for the reward; set objective.reward=null")
+    raise UserError(
+        "the reward needs images, but this Sample has no image codec; pass Sample(decode=...), or set "
+        "objective.reward=null"
+    )
 
 
 @dataclass(frozen=True)

@@ -102,9 +102,12 @@ def build_parts(run: Run, pretrained: str | None = None) -> tuple[Backbone, LoRA
         backbone = build(typed, "backbone")
         plan = build(typed, "lora") if "lora" in nodes else LoRAPlan()
     if not isinstance(backbone, Backbone) or not isinstance(plan, LoRAPlan):
-        raise UserError(
-            f"{run.folder / CONFIG}: `backbone` must describe a backbone and `lora` a LoRA plan; restore the file that training wrote"
+        wrong = (
+            "`lora` must describe a LoRA plan"
+            if isinstance(backbone, Backbone)
+            else "`backbone` must describe a backbone"
         )
+        raise UserError(f"{file}: {wrong}; restore the file that training wrote")
     return backbone, plan
 
 

@@ -51,7 +51,8 @@ def check_attention(name: str | None, option: str) -> None:
         raise UserError(f"{option}={name} needs a newer version of torch; upgrade torch, or set flash or cudnn")
     if not _is_installed(module):
         raise UserError(
-            f"{option}={name}: the package with the module {module} ({implementation}) is not installed; install it, or set flash"
+            f"{option}={name} needs the package FlashAttention {implementation[2:]} (module {module}), which is not "
+            "installed; install it, or set flash"
         )
 
 

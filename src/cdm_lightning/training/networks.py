@@ -264,6 +264,7 @@ def trained_parameters(networks: Networks) -> dict[str, list[nn.Parameter]]:
     found = {role: trainable(network) for role, network in networks.trained.items()}
     if frozen := [role for role, parameters in found.items() if not parameters]:
         raise UserError(
-            f"objective: all weights of the network {frozen[0]!r} are frozen; leave some of them unfrozen in Role.build"
+            f"objective: all weights of the network {frozen[0]!r} are frozen; let some of them require "
+            "gradients in Role.build"
         )
     return found

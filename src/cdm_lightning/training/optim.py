@@ -32,13 +32,15 @@ class LearningRate:
     def __post_init__(self) -> None:
         if self.peak < 0 or self.warmup < 0 or not 0 <= self.decay_from <= 1:
             raise UserError(
-                f"optim.ROLE.learning_rate: peak={self.peak} and warmup={self.warmup} must be at least 0, and "
-                f"decay_from={self.decay_from} must be in [0, 1]"
+                f"optim.ROLE.learning_rate has peak={self.peak}, warmup={self.warmup} and decay_from={self.decay_from} "
+                "(ROLE is a trained network such as student); set peak and warmup to at least 0, and "
+                "decay_from between 0 and 1"
             )
         if self.decay_from < 1 and (self.total is None or self.total < 1):
             raise UserError(
-                f"optim.ROLE.learning_rate.total={self.total} must be at least 1 with decay_from={self.decay_from}: it is the "
-                "iteration at which the rate reaches 0; set it, or decay_from=1 for no decay"
+                f"optim.ROLE.learning_rate.total={self.total} must be at least 1, because with decay_from="
+                f"{self.decay_from} the rate falls to 0 at this iteration (ROLE is a trained network such as student); "
+                "set total, or decay_from=1 for no decay"
             )
 
     def at(self, iteration: int) -> float:

@@ -120,7 +120,7 @@ class Rollouts(ABC):
     def _latents(self, part: PromptBatch, backbone: Backbone) -> Tensor:
         if part.images is None:
             raise UserError(
-                "this batch has no images, but the objective needs them; build the data module with images=True"
+                "the objective needs real images, but this batch has none; build the PromptDataModule with images=True"
             )
         return backbone.encode_images(fit_to(part.images.to(self.device), backbone.image_size))
 

@@ -33,7 +33,7 @@ def require_working(recipes: Mapping[str, OptimizerRecipe], adapted: Collection[
             option = _culprit(recipe.optimizer, shapes)
             where = f"optim.{role}.optimizer{option}"
             raise UserError(
-                f"{where}: {_name(recipe.optimizer)} {problem}; correct or remove it, or choose optim=adamw"
+                f"{where}: {_name(recipe.optimizer)} {problem}; change or remove this option, or choose optim=adamw"
             )
 
 
