@@ -282,7 +282,7 @@ def test_a_shard_that_cannot_be_written(backbone, fill, tmp_path, monkeypatch):
 def test_prompts_of_another_shape(fill, tiny_pipeline_folder):
     """Folded padding keeps as many tokens as a long prompt needs; a cache has one shape."""
     compact = SD3Backbone(str(tiny_pipeline_folder), compact_text=5)
-    with pytest.raises(UserError, match=r"prompt_embeds has shape .*; if backbone.compact_text is set, raise it"):
+    with pytest.raises(UserError, match=r"prompt_embeds has the shape .*; if backbone.compact_text is set, raise it"):
         fill(["a ring", "a large red circle above a small blue square"], of=compact)
     assert fill(["a ring"], of=compact).total == 2
 
@@ -357,7 +357,7 @@ def test_the_command_refuses_in_one_line(arguments, tmp_path, monkeypatch, capsy
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     for words, message in (
-        ([], "text_cache.folder is not set; set it to the folder to write, text_cache.folder=DIR"),
+        ([], "text_cache.folder is not set; set text_cache.folder=DIR"),
         (["text_cache.dtyp=float32"], "Could not override 'text_cache.dtyp'"),
         ([f"text_cache.folder={tmp_path / 'prompts.txt'}"], "prompts.txt: cannot be the text cache's folder"),
     ):

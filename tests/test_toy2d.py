@@ -318,7 +318,7 @@ def test_what_is_added_to_the_time_embedding_reaches_the_velocity(backbone):
             moved = (field(x, sigma) - plain).flatten(1).abs().amax(dim=1)
         assert moved[1] > 1e-3
         assert moved[[0, 2]].max() == 0
-    with pytest.raises(UserError, match="MixtureVelocity has no time embedding enter"):
+    with pytest.raises(UserError, match="MixtureVelocity has no module enter"):
         backbone.time_module(backbone.build_teacher())
 
 
@@ -341,11 +341,11 @@ class Silent(Toy2DBackbone):
     [
         (
             lambda family: family.blank_conditioning(1),
-            "Silent cannot be planned, because the shapes of its text conditioning depend on the prompts",
+            "the planner cannot plan Silent, because the shapes of its text conditioning depend on the prompts",
         ),
-        (lambda family: family.feature_width, "Silent does not define the width of its hidden features"),
-        (lambda family: family.time_embedding_width, "Silent does not define the width of its time embedding"),
-        (lambda family: family.time_module(nn.Module()), "but Silent does not define where this is"),
+        (lambda family: family.feature_width, "the width of the hidden features, which Silent does not define"),
+        (lambda family: family.time_embedding_width, "the width of the time embedding, which Silent does not define"),
+        (lambda family: family.time_module(nn.Module()), "but Silent does not name the module"),
     ],
 )
 def test_a_family_that_says_nothing_is_told_so(ask, message):

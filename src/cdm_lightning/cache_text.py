@@ -63,7 +63,7 @@ def cache_text(config: DictConfig) -> Filled:
     check_config(config)
     settings = build(config, "text_cache")
     if settings.folder is None:
-        raise UserError("text_cache.folder is not set; set it to the folder to write, text_cache.folder=DIR")
+        raise UserError("text_cache.folder is not set; set text_cache.folder=DIR, the folder to write the cache into")
     backbone, data = build(config, "backbone"), build(config, "data")
     sets = {"training": data.train, "validation": data.val}
     sets |= {f"callback {number}": prompts for number, prompts in enumerate(callback_prompts(config.callbacks), 1)}
@@ -209,9 +209,9 @@ def encode_batch(backbone: "Backbone", batch: Sequence[str], manifest: "Manifest
     for name, entry in manifest.tensors.items():
         if list(cond[name].shape[1:]) != entry["shape"]:
             raise UserError(
-                f"{name} has shape {list(cond[name].shape[1:])} for a prompt, but {entry['shape']} for the empty prompt, and a "
-                "text cache holds one shape only; if backbone.compact_text is set, raise it until the longest prompt fits (the "
-                f"first prompt of this batch is {batch[0][:60]!r})"
+                f"{name} has the shape {list(cond[name].shape[1:])} in the batch of prompts that begins with {batch[0][:60]!r}, "
+                f"but {entry['shape']} for the empty prompt, and a text cache needs equal shapes; if "
+                "backbone.compact_text is set, raise it until the longest prompt fits"
             )
     return {name: cond[name][: len(batch)].to("cpu", manifest.stored(name)) for name in manifest.tensors}
 

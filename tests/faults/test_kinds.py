@@ -239,7 +239,7 @@ def test_files_of_the_configuration_with_mistakes(refused, tmp_path):
     bare = own_file(tmp_path, "experiment/bare", "defaults: [toy2d_cdm]\ndata: {batch_size: 4}\n")
     assert "must begin with the line `# @package _global_`" in refused(bare, base=["experiment=bare"])
     bare = own_file(tmp_path, "metric/bare", "metric:\n  mine: {_target_: cdm_lightning.metrics.base.Metric}\n")
-    assert "metric=... names must begin with the line" in refused(bare, "metric=[bare]")
+    assert "metric=NAME selects must begin with the line" in refused(bare, "metric=[bare]")
 
 
 def test_words_that_need_quotes(refused):

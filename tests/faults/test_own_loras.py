@@ -107,9 +107,12 @@ FAULTS = {
     "whole numbers": (lambda t: {k: v.to(torch.int8) for k, v in t.items()}, "whole numbers"),
     "alpha": (
         lambda t: t | {"transformer.x.alpha": torch.tensor(1.0)},
-        "is not a LoRA: it contains transformer.x.alpha",
+        "is not a LoRA: it contains the tensor transformer.x.alpha",
     ),
-    "nothing": (lambda t: {"transformer.note": torch.zeros(1)}, "is not a LoRA: it contains transformer.note"),
+    "nothing": (
+        lambda t: {"transformer.note": torch.zeros(1)},
+        "is not a LoRA: it contains the tensor transformer.note",
+    ),
 }
 
 

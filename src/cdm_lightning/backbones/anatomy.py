@@ -24,14 +24,16 @@ class Anatomy:
     def feature_width(self) -> int:
         """D, the width of the hidden states (B, N, D) after a block. Raises `UserError` if the family does not define it."""
         raise UserError(
-            f"{type(self).__name__} does not define the width of its hidden features; choose another objective"
+            f"the objective needs the width of the hidden features, which {type(self).__name__} does not define; "
+            "choose another objective, such as objective=cdm"
         )
 
     @property
     def time_embedding_width(self) -> int:
         """D, the width of the time embedding (B, D). Raises `UserError` if the family does not define it."""
         raise UserError(
-            f"{type(self).__name__} does not define the width of its time embedding; choose another objective"
+            f"the objective needs the width of the time embedding, which {type(self).__name__} does not define; "
+            "choose another objective, such as objective=cdm"
         )
 
     def features_after(self, block_output: Any) -> Tensor:
@@ -57,15 +59,15 @@ class Anatomy:
         """
         if self.time_embedding is None:
             raise UserError(
-                f"the objective adds an input to the network's time embedding, but {type(self).__name__} does not define "
-                "where this is; choose another objective"
+                f"the objective adds an input to the network's time embedding, but {type(self).__name__} does not name the "
+                "module that computes this embedding; choose another objective, such as objective=cdm"
             )
         try:
             return unwrapped(network).get_submodule(self.time_embedding)
         except AttributeError as error:
             raise UserError(
-                f"{type(network).__name__} has no time embedding {self.time_embedding}, "
-                "which the objective needs; choose another objective"
+                f"{type(network).__name__} has no module {self.time_embedding}, whose output the objective needs as the time "
+                "embedding; choose another objective, such as objective=cdm"
             ) from error
 
 
@@ -93,9 +95,12 @@ def pick_blocks(blocks: Sequence[nn.Module], numbers: Sequence[int]) -> list[nn.
     """
     for number in numbers:
         if not -len(blocks) <= number < len(blocks):
-            known = f"0 to {len(blocks) - 1}, or -{len(blocks)} to -1" if blocks else "none"
+            known = (
+                f"0 to {len(blocks) - 1}, or -{len(blocks)} to -1" if blocks else "none, so choose another objective"
+            )
             raise UserError(
-                f"block {number} does not exist, so its features cannot be used; choose one of the network's blocks: {known}"
+                f"block {number} does not exist, so the objective cannot read its features; set objective.feature_blocks to "
+                f"some of the network's blocks: {known}"
             )
     return [blocks[number] for number in numbers]
 

@@ -164,7 +164,7 @@ class Backbone(Anatomy, ABC):
         """
         raise UserError(
             self.unplannable
-            or f"{type(self).__name__} cannot be planned, because the shapes of its text "
+            or f"the planner cannot plan {type(self).__name__}, because the shapes of its text "
             "conditioning depend on the prompts; choose another backbone"
         )
 
@@ -230,7 +230,7 @@ class Backbone(Anatomy, ABC):
         `tensors` are the LoRA's tensors by name, as `AdapterWeights.portable` returns them. They already include the
         LoRA's scale, so the file is used at scale 1. Raises `UserError` if the family has no LoRA files.
         """
-        raise UserError(f"{type(self).__name__} has no LoRA files; export with --form pipeline")
+        raise UserError(f"{type(self).__name__} cannot be exported as a LoRA file; export with --form pipeline")
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,7 +271,7 @@ class BoundField(VelocityField):
         idle = [number for number, block in zip(blocks, picked) if block not in outputs]
         if idle:
             raise UserError(
-                f"the network does not run block {idle[0]}, so this block has no features; choose another block"
+                f"the network does not run block {idle[0]}; set objective.feature_blocks to blocks that it runs"
             )
         features = [self.backbone.features_after(outputs[block]).float() for block in picked]
         for each in features:

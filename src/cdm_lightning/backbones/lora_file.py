@@ -116,7 +116,8 @@ def read_lora_file(family: type[DiffusionPipeline], file: Path) -> OwnWeights:
             alphas = more[0] if has_alphas else None
     others = [key for key in tensors if ".lora" not in key]
     if others or not tensors:
-        raise UserError(f"{file} is not a LoRA: it contains {others[0] if others else 'no tensors'}; pass another file")
+        found = f"the tensor {others[0]}" if others else "no tensors"
+        raise UserError(f"{file} is not a LoRA: it contains {found}; pass another file")
     text = [key for key in tensors if key.startswith("text_encoder")]
     if text:
         raise UserError(
@@ -200,7 +201,8 @@ def check_fit(own: OwnWeights, network: nn.Module) -> None:
         weight = cast(Tensor, modules[name].weight)
         if weight.ndim != factors["lora_A.weight"].ndim:
             raise UserError(
-                f"{file} is the LoRA of another model: its layer {name} is of another type than in this network; "
+                f"{file} is the LoRA of another model: its factors for the layer {name} have "
+                f"{factors['lora_A.weight'].ndim} dimensions, but this layer's weight has {weight.ndim}; "
                 "pass a LoRA that was made for it"
             )
         sizes = [factors["lora_B.weight"].shape[0], factors["lora_A.weight"].shape[1]]
@@ -236,7 +238,7 @@ def _require_finite_sum(network: nn.Module, own: OwnWeights) -> None:
         except UserError:
             raise UserError(
                 f"{own.file}: the sum of the LoRA and the weight of {layer} is not finite; "
-                "lower the LoRA's scale or make the file again"
+                "lower its scale (in training: backbone.teacher_lora_scale) or make the file again"
             ) from None
 
 

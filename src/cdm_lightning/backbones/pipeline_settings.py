@@ -87,9 +87,9 @@ class PipelineSettings(Backbone):
     def __post_init__(self) -> None:
         if self.max_sequence_length is None:
             self.max_sequence_length = self.default_text_length()
-        if self.max_sequence_length not in self.text_tokens:
-            allowed = f"{self.text_tokens.start} to {self.text_tokens.stop - 1}"
-            raise UserError(f"max_sequence_length={self.max_sequence_length} must be {allowed} tokens for {self.title}")
+        if (length := self.max_sequence_length) not in self.text_tokens:
+            allowed = " to ".join(str(end) for end in sorted({self.text_tokens.start, self.text_tokens.stop - 1}))
+            raise UserError(f"backbone.max_sequence_length={length} must be {allowed} tokens for {self.title}")
         for name in ("teacher_dtype", "text_dtype"):
             if getattr(self, name) not in DTYPES:
                 raise UserError(f"backbone.{name}={getattr(self, name)!r} must be one of {', '.join(DTYPES)}")

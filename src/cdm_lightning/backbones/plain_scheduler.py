@@ -69,8 +69,8 @@ def plain_scheduler(scheduler: FlowMatchEulerDiscreteScheduler, nfe: int) -> Flo
     error = (plain.sigmas.double() - scheduler.sigmas.double()).abs().max()
     if not error < TOLERANCE:
         raise UserError(
-            f"the installed diffusers computes other sigmas than those of training (they differ by {error:.1e}); "
-            "export with diffusers 0.42"
+            f"the installed diffusers computes sigmas that differ from those of training by up to {error:.1e}; install "
+            "diffusers 0.42 and export again"
         )
     return plain
 

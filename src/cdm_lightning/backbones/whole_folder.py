@@ -84,7 +84,10 @@ def require_few_layers(config: Mapping[str, Any], file: Path) -> None:
         numbers = value if isinstance(value, list) else [value]
         large = [number for number in numbers if isinstance(number, int | float) and most and number > most]
         if large:
-            raise UserError(f"{file}: {name}={large[0]!r:.80} must be at most {most}; {AGAIN}")
+            raise UserError(
+                f"{file}: {name}={large[0]!r:.80} must be at most {most}, since more would take too long to "
+                f"build; {AGAIN}"
+            )
 
 
 def require_contents(folder: Path, parts: Mapping[str, str]) -> None:

@@ -38,8 +38,8 @@ class ZImageBackbone(PipelineBackbone):
     parts = ("transformer", "scheduler", "vae", "text_encoder", "tokenizer")
     time_embedding = "t_embedder"
     unplannable = (
-        "Z-Image cannot be planned, because its network computes with the length of each text, which is not known in "
-        "advance; choose another backbone"
+        "the planner cannot plan Z-Image, because its network computes with the length of each text, which is not "
+        "known in advance; choose another backbone"
     )
     unguided: ClassVar[Mapping[str, Any]] = {"guidance_scale": 0.0}
     notes = ("`guidance_scale` is 0, not 1: this pipeline adds the guidance to the conditional velocity.",)

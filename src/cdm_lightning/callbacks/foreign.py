@@ -44,10 +44,10 @@ def check_monitors(callbacks: Mapping[str, L.Callback], logged: Collection[str],
         first, slash, _ = monitor.partition("/")
         of_training = (bool(slash) and first in (*roles, *OF_TRAINING)) or monitor == "step"
         if not of_training and not (first == "val" and is_logged(monitor, logged)):
-            known = ", ".join(sorted(logged)) or "nothing"
+            known = ", ".join(sorted(logged)) or "none is logged"
             raise UserError(
-                f"{option}.monitor={monitor} must be a figure that is logged: validation logs {known}, and training logs "
-                f"figures such as {next(iter(roles))}/loss"
+                f"{option}.monitor={monitor} is never logged; set it to a figure of validation ({known}) or of "
+                f"training, such as {next(iter(roles))}/loss"
             )
 
 
@@ -65,15 +65,16 @@ def open_loggers(loggers: Mapping[str, Logger]) -> None:
             for folder in (inner.root_dir, inner.log_dir):
                 if root and folder and not Path(folder).resolve().is_relative_to(Path(root).resolve()):
                     raise UserError(
-                        f"{option}: {name} would write into {folder}, outside its save_dir={root}; correct its folders"
+                        f"{option}: {name} would write into {folder}, outside its save_dir={root}; set "
+                        f"{option}.name and {option}.version to relative paths without .."
                     )
             _ = getattr(logger, "experiment", None)
         except (UserError, OSError):
             raise
         except Exception as error:
             raise UserError(
-                f"{option}: {name} cannot be set up ({type(error).__name__}: {one_line(error)}); correct its options, or "
-                "choose another logger"
+                f"{option}: {name} cannot be set up ({type(error).__name__}: {one_line(error)}); change its options "
+                f"{option}.*, or choose another logger"
             ) from error
 
 
@@ -92,6 +93,6 @@ def failure_of(error: Exception, callbacks: Mapping[str, L.Callback]) -> UserErr
         if any(one is callback for one in inside) and (misconfigured or (library and not last.startswith(OWN))):
             name = type(callback).__name__
             return UserError(
-                f"{option}: {name} cannot be used here ({one_line(error)}); correct its options or remove it"
+                f"{option}: {name} cannot be used here ({one_line(error)}); change its options {option}.* or remove it"
             )
     return UserError(f"trainer: {one_line(error)}") if misconfigured else None

@@ -51,10 +51,12 @@ class LadderReport(L.Callback):
         self.export_nfe = export_nfe
         self.prompts = evaluation.prompts  # these prompts must be in the text cache
         self._has_trained = False
-        if export_nfe < 1 or export_folder in OTHERS:
+        if export_nfe < 1:
+            raise UserError(f"callbacks.ladder.export_nfe={export_nfe} must be at least 1")
+        if export_folder in OTHERS:
             raise UserError(
-                f"callbacks.ladder: export_nfe={export_nfe} must be at least 1, and export_folder={export_folder!r} must not be "
-                f"one of the run's other folders: {', '.join(OTHERS)}"
+                f"callbacks.ladder.export_folder={export_folder} must not be one of the run's other folders "
+                f"({', '.join(OTHERS)}); set another name"
             )
 
     def setup(self, trainer: L.Trainer, pl_module: "CDMModule", stage: str) -> None:

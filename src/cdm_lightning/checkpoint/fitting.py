@@ -27,7 +27,7 @@ def require_fit(stored: StoredCheckpoint, network: str, expected: Shapes) -> Non
     prefix = f"networks.{network}."
     found = {name.removeprefix(prefix): of for name, of in stored.sizes.items() if name.startswith(prefix)}
     if not found:
-        raise UserError(f"{stored.path} has no network {network}; choose a network that was trained, or {OTHER}")
+        raise UserError(f"{stored.path} has no network {network}; pass --weights auto, or {OTHER}")
     for name in sorted(found.keys() | expected.keys()):
         if flaw := _flaw(name, found, expected):
             raise UserError(f"{stored.path}: the tensor {prefix}{name:.200} {flaw}; {OTHER}")

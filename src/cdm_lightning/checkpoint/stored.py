@@ -140,7 +140,7 @@ class StoredCheckpoint:
         """
         if found := self.tensors(f"networks.{name}."):
             return found
-        raise UserError(f"{self.path} has no network {name}; choose a network that was trained, or {OTHER}")
+        raise UserError(f"{self.path} has no network {name}; pass --weights auto, or {OTHER}")
 
     def trainer_state(self) -> dict[str, Any]:
         """Read trainer.pt and return its content, which `objective_state.trainer_state` describes.
@@ -202,7 +202,7 @@ def read_checkpoint(path: Path, fingerprint: str | None = None) -> StoredCheckpo
     if fingerprint is not None and found.record["fingerprint"] != fingerprint:
         raise UserError(
             f"{path} was trained with the backbone {found.record['fingerprint']}, but the configuration has {fingerprint}; "
-            "choose the same backbone, or another run"
+            f"set the backbone that it was trained with, or {OTHER}"
         )
     return found
 

@@ -189,7 +189,7 @@ def value_of(node: DictConfig, name: Any, key: str) -> Any:
         raw = cast(Any, node)._get_node(name)._value()
         where = f"{key}.{name}".lstrip(".")
         raise UserError(
-            f"{where}={raw} cannot be resolved ({first_line(error)}); correct the reference{where_set(where)}"
+            f"{where}={raw} cannot be resolved ({first_line(error)}); correct the name in ${{...}}{where_set(where)}"
         ) from error
 
 

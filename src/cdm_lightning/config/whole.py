@@ -37,7 +37,7 @@ def check_config(config: DictConfig) -> None:
     for key in (*TOP, *OBJECTS, *NEEDED):
         if key not in config:
             raise UserError(
-                f"the option {key} is required, but missing; if ~{key} is on the command line, leave it out"
+                f"the option {key} is required, but missing; set {key}=VALUE, or remove ~{key} from the command line"
             )
     _check_packages(config)
     for key, kind in TOP.items():
@@ -63,8 +63,8 @@ def _check_packages(config: DictConfig) -> None:
             group not in FAMILIES or any(name in node for name in ("metric", "feature"))
         ):
             raise UserError(
-                f"the file that {group}=... names must begin with the line `# @package _global_`, like the files in "
-                f"conf/{group}; without this line, its options count as options of {group}"
+                f"the file that {group}=NAME selects must begin with the line `# @package _global_`, because it sets "
+                "options of other groups too; add this line at the top of the file"
             )
 
 

@@ -42,7 +42,7 @@ class ArrowColumn:
             return pyarrow.ipc.open_file(pyarrow.memory_map(str(self.path))).read_all().column(0)
         except (pyarrow.ArrowInvalid, OSError) as error:
             raise UserError(
-                f"{self.path}: cannot be read ({first_line(error)}); delete this file; it is a copy and will be made again"
+                f"{self.path}: cannot be read ({first_line(error)}); delete this copy, and it will be made again"
             ) from error
 
     def __getstate__(self) -> dict[str, Any]:

@@ -68,7 +68,8 @@ class PromptDataModule(L.LightningDataModule):
             )
         if not 0 < worker_timeout <= LONGEST_TIMEOUT:
             raise UserError(
-                f"data.worker_timeout={worker_timeout} must be above 0 and at most {LONGEST_TIMEOUT} seconds"
+                f"data.worker_timeout={worker_timeout} must be above 0 and at most {LONGEST_TIMEOUT} seconds, "
+                "because longer times overflow in the operating system"
             )
         self.worker_timeout = worker_timeout
         self._loaders: list[SteadyLoader] = []

@@ -48,7 +48,8 @@ class PromptDataset(SelectedPrompts):
         selection = Selection(max_characters, overlong, deduplicate)
         name = f"{dataset}, split {split}"
         if limit is not None and (limit < 1 or not streaming):
-            raise UserError(f"{name}: limit={limit} {'must be at least 1' if limit < 1 else 'needs streaming=true'}")
+            flaw = "must be at least 1" if limit < 1 else "needs streaming=true; set it, or limit=null"
+            raise UserError(f"{name}: limit={limit} {flaw}")
         if streaming:
             what = (str(dataset), subset, split, revision)
             target = copy_path(cache_folder, "stream", *what, field, limit)
@@ -130,7 +131,8 @@ def load_column(
             rows = library.load_dataset(dataset, subset, split=split, revision=revision, streaming=streaming)
     except (OSError, ValueError, library.exceptions.DatasetsError) as error:
         raise UserError(
-            f"{dataset}: the data set cannot be loaded ({first_line(error)}); correct its name, subset or revision"
+            f"{dataset}: the data set cannot be loaded ({first_line(error)}); "
+            "correct the options dataset, subset, split or revision"
         ) from error
     columns = rows.column_names
     if columns is not None and field not in columns:

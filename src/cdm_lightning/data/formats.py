@@ -139,7 +139,10 @@ def delimited_texts(delimiter: str) -> Callable[[Sequence[Path], str, ModuleType
                     for batch in table:
                         yield batch.column(table.schema.names.index(field)).to_pylist()
             except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-                raise UserError(f"{path}: cannot be read as a table ({first_line(error)}); correct the file") from error
+                raise UserError(
+                    f"{path}: cannot be read as a table ({first_line(error)}); make it a UTF-8 file with the same "
+                    "number of cells in each row"
+                ) from error
 
     return texts
 
@@ -156,7 +159,9 @@ def listed_texts(paths: Sequence[Path], field: str, pyarrow: ModuleType) -> Iter
         try:
             found = json.loads(path.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{path}: cannot be read as JSON ({first_line(error)}); correct the file") from error
+            raise UserError(
+                f"{path}: cannot be read as JSON ({first_line(error)}); make it a valid JSON file in UTF-8"
+            ) from error
         if not isinstance(found, list):
             raise UserError(
                 f'{path}: the file must contain a JSON list of prompts, or of objects with a string under "{field}"'
