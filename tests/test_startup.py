@@ -1,8 +1,11 @@
 """What a command imports before it does anything: `--help` must not wait for torch."""
 
 import json
+import os
 import subprocess
 import sys
+
+import pytest
 
 from cdm_lightning.config import asset_path
 
@@ -17,6 +20,7 @@ COMMANDS = [
     "benchmarks.inference",
 ]
 HEAVY = {"torch", "lightning", "diffusers", "transformers", "matplotlib", "torchvision", "numpy"}
+LEVEL = "TORCH_CPP_LOG_LEVEL"
 PROGRAM = """
 import contextlib, io, json, runpy, sys
 said = {}
@@ -46,3 +50,12 @@ def test_a_command_says_nothing_of_its_libraries(tmp_path):
     command = [sys.executable, "-m", "cdm_lightning.sample", *options]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert (run.stdout, run.stderr) == (f"picture: {picture}\n", "")
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "ERROR"), ("INFO", "INFO")])
+def test_torch_does_not_print_its_stack_when_another_process_ends(given, expected):
+    """Torch reads the level when it is imported, so it is set before; a level of the user's stays."""
+    variables = {name: value for name, value in os.environ.items() if name != LEVEL} | ({LEVEL: given} if given else {})
+    code = f"import cdm_lightning, os, sys; assert 'torch' not in sys.modules; print(os.environ['{LEVEL}'])"
+    printed = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True)
+    assert printed.stdout.strip() == expected

@@ -1,5 +1,11 @@
 """Distil diffusion and flow models to a few steps: Continuous-Time Distribution Matching on PyTorch Lightning."""
 
+import os
+
+# Read when torch is imported. If another process of a run ends, torch would otherwise print the frames of its C++ stack
+# as a warning, beside the error that this package reports in one line.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 
 def __getattr__(name: str) -> str:
     """Return `__version__`, which is looked up when it is first read.

@@ -588,6 +588,16 @@ def test_a_record_with_other_content_ends_in_one_line(finished, toy_run, change)
     assert "\n" not in str(refused.value)
 
 
+def test_a_process_that_ends_while_a_checkpoint_is_restored_is_not_blamed_on_the_file(finished, toy_run, monkeypatch):
+    def lost(*arguments):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:2089")
+
+    monkeypatch.setattr("cdm_lightning.checkpoint.callback.restore", lost)
+    with pytest.raises(UserError, match="another process of this run has ended") as refused:
+        toy_run("trainer.max_steps=4")
+    assert "iteration_0000003" not in str(refused.value)
+
+
 def test_broken_figures_of_a_run_are_named(finished):
     for content in BROKEN.values():
         (finished / "metrics.json").write_bytes(content)

@@ -93,10 +93,10 @@ class IterationCheckpoint(Checkpoint):
         if start is None:
             return
         of_record, of_state = ((start.path / name if start.path.is_dir() else start.path) for name in (RECORD, TRAINER))
-        with restoring(of_record, OTHER):
+        with restoring(of_record, OTHER, ranks.lost_process):
             restore(pl_module.networks, pl_module.optimizers_by_role, start)
             pl_module.on_load_checkpoint({"cdm": start.record})
-        with restoring(of_state, OTHER):
+        with restoring(of_state, OTHER, ranks.lost_process):
             state = start.trainer_state()
             if note := restore_objective(pl_module.objective, state):
                 say(note)

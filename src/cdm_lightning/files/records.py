@@ -1,7 +1,7 @@
 """Functions that read the JSON files of earlier runs. Each error names the file and says how to continue."""
 
 import json
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,19 +51,22 @@ def require_entries(record: Mapping[str, Any], path: str | Path, cure: str, **ki
 
 
 @contextmanager
-def restoring(path: str | Path, cure: str) -> Generator[None]:
+def restoring(
+    path: str | Path, cure: str, unless: Callable[[BaseException], bool] = lambda error: False
+) -> Generator[None]:
     """Turn each unexpected error inside the block, such as KeyError, into a `UserError` about the file `path`.
 
     The block uses the file's content, which may be wrong: a list instead of an object, a string instead of a number, a
     missing key. Libraries then raise errors of many types. `UserError`, OSError and torch's out-of-memory error pass
-    unchanged. `cure` is the end of the `UserError`'s message and says what the user can do.
+    unchanged. `cure` is the end of the `UserError`'s message and says what the user can do. Errors for which
+    `unless` is true pass unchanged as well, because they have another cause than the content.
     """
     try:
         yield
     except (UserError, OSError):
         raise
     except Exception as error:
-        if type(error).__name__ in OF_THE_MACHINE:
+        if type(error).__name__ in OF_THE_MACHINE or unless(error):
             raise
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{path} does not have the content that a run stores there ({reason:.120}); {cure}") from error
