@@ -10,6 +10,9 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from cdm_lightning.backbones.sd3 import SD3Backbone
 from cdm_lightning.backbones.toy2d import MODES, RADIUS, WIDTH, MixtureVelocity, Toy2DBackbone
@@ -19,7 +22,7 @@ from cdm_lightning.errors import UserError
 from cdm_lightning.evaluation.ladder import REAL, STEPS, LadderEvaluation, LadderResult
 from cdm_lightning.evaluation.pictures import picture
 from cdm_lightning.evaluation.report import csv_text, markdown_table, save_report, table
-from cdm_lightning.evaluation.samplers import SamplerSpec, generate
+from cdm_lightning.evaluation.samplers import SamplerSpec, device_of, generate
 from cdm_lightning.metrics.adherence import Adherence
 from cdm_lightning.metrics.base import ImageBatch, Metric
 from cdm_lightning.metrics.diversity import Diversity
@@ -49,6 +52,18 @@ class Points(nn.Module):
 
 
 # ---- generate
+
+
+def test_a_network_in_host_memory_computes_on_the_device_of_its_mesh(monkeypatch) -> None:
+    """`strategy.on_cpu=[student_ema]` on a GPU: noise on the CPU would be computed without the GPU's autocast."""
+    network = nn.Linear(2, 2)
+    assert device_of(network) == torch.device("cpu")
+    mesh = DeviceMesh("meta", torch.tensor([0]), _init_backend=False, _rank=0)  # one rank without a process group
+    spec = DTensorSpec(mesh, (Shard(0),), tensor_meta=TensorMeta(network.weight.shape, (2, 1), torch.float32))
+    shard = DTensor(network.weight.detach(), spec, requires_grad=False)
+    assert shard.device == torch.device("cpu")
+    monkeypatch.setattr(network, "parameters", lambda: iter([shard]))
+    assert device_of(network) == torch.device("meta")
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])

@@ -4,13 +4,17 @@ import json
 import re
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from processes import train_together
 
+import cdm_lightning.train
 from cdm_lightning.checkpoint.folder import checkpoints_in
 from cdm_lightning.checkpoint.stored import newest_checkpoint
 from cdm_lightning.config import build, compose
+from cdm_lightning.distributed.strategy import MeshStrategy
 from cdm_lightning.errors import UserError
 from cdm_lightning.train import TrainResult, train
 
@@ -279,6 +283,47 @@ def disagree() -> None:
 def test_layouts_that_cannot_be_are_refused(overrides, message, tmp_path):
     with pytest.raises(UserError, match=re.escape(message)):
         build(compose([f"output_dir={tmp_path}", "experiment=toy2d_cdm", *overrides]), "strategy")
+
+
+def test_a_run_ends_without_a_copy_of_its_networks_and_optimizer_states(toy_overrides, tmp_path, monkeypatch):
+    """Lightning would copy both to host memory, 57 GB for SD3-Medium."""
+    kept = []
+
+    class Ends(L.Callback):
+        def on_train_end(self, trainer, module):
+            assert all(optimizer.state for optimizer in trainer.optimizers)
+
+        def on_fit_end(self, trainer, module):
+            kept.append(([len(optimizer.state) for optimizer in trainer.optimizers], module.networks))
+
+    def refuse(module):
+        raise AssertionError("the networks are copied to the host")
+
+    def make_trainer(config, **parts):
+        return make(config, **parts | {"callbacks": [Ends(), *parts["callbacks"]]})
+
+    make = cdm_lightning.train.make_trainer
+    monkeypatch.setattr(cdm_lightning.train, "make_trainer", make_trainer)
+    monkeypatch.setattr(L.LightningModule, "cpu", refuse)
+    result = alone([*toy_overrides, "trainer.max_steps=2"], tmp_path)
+    [(states, networks)] = kept
+    assert states == [0, 0]
+    assert all(parameter.grad is None for parameter in networks.parameters())
+    assert result.checkpoint is not None
+
+
+def test_a_sharded_run_frees_its_optimizer_states_at_its_end(monkeypatch):
+    network = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(network.parameters())
+    network(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert optimizer.state
+    strategy = MeshStrategy(1, 1)
+    strategy.optimizers = [optimizer]
+    monkeypatch.setattr(ModelParallelStrategy, "teardown", lambda self: None)  # it ends what was never begun here
+    strategy.teardown()
+    assert not optimizer.state
+    assert network.weight.grad is None
 
 
 def test_a_network_that_there_is_not_cannot_rest_in_host_memory(toy_overrides, tmp_path):

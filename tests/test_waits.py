@@ -9,6 +9,7 @@ from waits import host_waits
 from benchmarks.set_up import attach, batch, build_module
 from benchmarks.sizes import SIZES
 from cdm_lightning.backbones import packing
+from cdm_lightning.checkpoint.health import not_finite
 from cdm_lightning.objectives.base import TermLosses
 from cdm_lightning.objectives.cdm import CDMObjective
 
@@ -89,3 +90,18 @@ def test_marks_end_with_their_tensors():
     waits.mark([kept, torch.ones(4)])
     assert waits.holds(kept[1:])
     assert len(waits._on_device) == 1
+
+
+@pytest.mark.parametrize("wrong", [None, "student.1", "student_ema.2"])
+def test_weights_are_checked_with_one_wait_though_some_are_in_host_memory(wrong, monkeypatch):
+    student = {f"networks.student.{number}": torch.ones(3) for number in range(4)}
+    average = {f"networks.student_ema.{number}": torch.ones(3) for number in range(4)}
+    tensors = {**student, **average}
+    if wrong is not None:
+        tensors[f"networks.{wrong}"][1] = float("nan")
+    with host_waits(monkeypatch) as waits:
+        waits.mark(student.values())
+        assert not_finite(tensors, torch.nn.Module()) == wrong
+    assert [(what, place.split(":")[0]) for what, place in waits.found.elements()] == [
+        ("tolist", "checkpoint/health.py")
+    ]

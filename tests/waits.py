@@ -82,9 +82,11 @@ class _Devices(TorchFunctionMode):
         kwargs = kwargs or {}
         if func == DEVICE_OF:  # a new object at each access
             return HERE if self.waits.holds(args[0]) else torch.device("cpu")
+        if func is Tensor.tolist and self.waits.holds(args[0]):
+            self.waits.found[("tolist", place())] += 1
         out = func(*args, **kwargs)
         if HERE in (kwargs.get("device"), *args[1:2]) and isinstance(out, Tensor) and not self.waits.holds(out):
-            if func is Tensor.to and out.dim():
+            if func is Tensor.to:
                 self.waits.found[("copy", place())] += 1
             self.waits.mark([out])
         return out

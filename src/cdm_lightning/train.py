@@ -48,7 +48,7 @@ from cdm_lightning.data.loader import worker_failure
 from cdm_lightning.data.text_cache import TextCacheSettings
 from cdm_lightning.distributed.launch import follow, is_launched, launch
 from cdm_lightning.distributed.ranks import lost_process
-from cdm_lightning.distributed.strategy import MeshStrategy, device_count, require_devices
+from cdm_lightning.distributed.strategy import MeshStrategy, device_count, leave_in_place, require_devices
 from cdm_lightning.errors import Preempted, UserError
 from cdm_lightning.evaluation.samplers import check_samplers
 from cdm_lightning.files import first_line, require_name
@@ -205,6 +205,7 @@ def make_trainer(config: DictConfig, **parts: Any) -> L.Trainer:
         raise UserError(f"trainer: {one_line(error)}; change the named option, such as trainer.devices") from error
     # Lightning's signal handlers wait for other processes, and would hang if only some of them got the signal.
     trainer._signal_connector.register_signal_handlers = lambda: None
+    leave_in_place(trainer.strategy)
     return trainer
 
 

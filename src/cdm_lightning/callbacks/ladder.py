@@ -86,7 +86,7 @@ class LadderReport(L.Callback):
                 self._show(run, rows)
             return
         if not isinstance(trainer.strategy, MeshStrategy):
-            pl_module.to(trainer.strategy.root_device)  # Lightning has moved the module to the host
+            pl_module.to(trainer.strategy.root_device)  # another trainer than `train` makes has moved it to the host
         networks = {"student": network, "teacher": pl_module.networks.teacher}
         result = self.evaluation.run(
             self.metrics, backbone, networks, pl_module.compute_dtype, silent=not trainer.is_global_zero

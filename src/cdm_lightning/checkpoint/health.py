@@ -22,14 +22,16 @@ def not_finite(tensors: Mapping[str, Tensor], networks: nn.Module) -> str | None
     states or buffers of `networks` are not checked. All processes must call this together, and all get the same name.
     """
     buffers = {f"{WEIGHTS}{name}" for name, _ in networks.named_buffers()}
-    names, flags = [], []
+    flags: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name.startswith(WEIGHTS) and name not in buffers and tensor.dtype in CHECKED:
             local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            names.append(name.removeprefix(WEIGHTS))
-            flags.append(local.detach().isfinite().all())
-    good = torch.stack([flag.to(flags[0].device) for flag in flags]).cpu().tolist() if flags else []
-    mine = next((name for name, is_good in zip(names, good, strict=True) if not is_good), None)
+            flags[name.removeprefix(WEIGHTS)] = local.detach().isfinite().all()
+    good: dict[str, bool] = {}
+    for device in {flag.device for flag in flags.values()}:  # some networks may be in host memory
+        here = [name for name, flag in flags.items() if flag.device == device]
+        good |= zip(here, torch.stack([flags[name] for name in here]).tolist(), strict=True)  # one wait for the device
+    mine = next((name for name in flags if not good[name]), None)
     return next((name for name in ranks.gather(mine) if name), None)
 
 

@@ -6,13 +6,15 @@ two dimensions of the mesh "data_parallel" and "tensor_parallel".
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import cast
 
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch.optim import Optimizer
 
 from cdm_lightning.errors import UserError
 from cdm_lightning.kinds import DevicesOption, Network, Processes, Seconds
@@ -52,6 +54,11 @@ class MeshStrategy(ModelParallelStrategy):
     def model_to_device(self) -> None:
         """Do nothing: `training.placement.distribute` has already placed all networks, and some must stay in host memory."""
 
+    def teardown(self) -> None:
+        """Free the optimizer states and leave the networks where they are (`leave_in_place`)."""
+        free_states(self.optimizers)
+        super().teardown()
+
     def _configure_launcher(self) -> None:
         """Raise `UserError` if Lightning would have to start the processes itself.
 
@@ -68,6 +75,31 @@ class MeshStrategy(ModelParallelStrategy):
     def _get_process_group_backend(self) -> str:
         """Use Gloo for tensors on the CPU (counters and offloaded shards) and NCCL for tensors on the GPU."""
         return "cpu:gloo,cuda:nccl" if self.root_device.type == "cuda" else "gloo"
+
+
+def leave_in_place(strategy: Strategy) -> None:
+    """Let a strategy of Lightning end a run without copying networks and optimizer states to host memory.
+
+    By default Lightning copies both after a run, and after an error. For SD3-Medium with all weights these are 57 GB, which the
+    host may not have, and an evaluation at the end of the run would copy the networks back. The optimizer states are freed
+    instead: all that is to be kept has been saved by then.
+    """
+
+    def teardown() -> None:
+        free_states(strategy.optimizers)
+        strategy.precision_plugin.teardown()
+        cast(Accelerator, strategy.accelerator).teardown()
+        strategy.checkpoint_io.teardown()
+
+    if not isinstance(strategy, MeshStrategy):
+        strategy.teardown = teardown
+
+
+def free_states(optimizers: Iterable[Optimizer]) -> None:
+    """Free the states of the optimizers, and the gradients of their parameters."""
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+        optimizer.state.clear()
 
 
 def check_on_cpu(on_cpu: Sequence[str], networks: Sequence[str], whole: Sequence[str]) -> None:

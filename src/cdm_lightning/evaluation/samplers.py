@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from cdm_lightning.backbones.base import Backbone, BoundField, Conditioning, repeat_rows
 from cdm_lightning.core.flow import GuidedField, VelocityField
@@ -170,8 +171,12 @@ def _sample_images(
 
 
 def device_of(network: nn.Module) -> torch.device:
-    """Return the device of the network's first parameter or buffer, or the CPU if it has none."""
-    return next(itertools.chain(network.parameters(), network.buffers()), torch.empty(0)).device
+    """Return the device on which the network computes: that of its first parameter or buffer, or the CPU if it has none.
+
+    The shards of a network may be in host memory (`strategy.on_cpu`). It then computes on the device of its mesh.
+    """
+    first = next(itertools.chain(network.parameters(), network.buffers()), torch.empty(0))
+    return torch.device(first.device_mesh.device_type) if isinstance(first, DTensor) else first.device
 
 
 @contextmanager
