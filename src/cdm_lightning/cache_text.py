@@ -81,11 +81,11 @@ def fill_cache(
 ) -> Filled:
     """Encode the empty prompt and all prompts in `sets` into the text cache in `settings.folder`.
 
-    `sets` is {name: prompts}, for example with the name "training". `backbone` encodes the prompts on `device`. Prompts
-    that are already in the cache are skipped. Raises `UserError` in these cases:
+    `sets` maps a name, such as "training", to prompts. `backbone` encodes the prompts on `device`. Prompts that are
+    already in the cache are skipped. Raises `UserError` in these cases:
     - The cache was made with other text encoders than those of `backbone`, or in another dtype than `settings.dtype`.
     - A file of the cache is incomplete, or the disk is full.
-    - The folder is no text cache but holds files, cannot be written, or is locked by another process.
+    - The folder holds files but is not a text cache, is locked by another process, or cannot be written.
     - The conditioning of a prompt has another shape than the conditioning of the empty prompt.
     """
     import torch
@@ -119,8 +119,8 @@ def fill_cache(
 class MissingPrompts:
     """The prompts that the text cache `done` lacks, each once: first the empty prompt, then prompts in `sets`.
 
-    `sets` is {name: prompts}. Of each missing prompt, only its number among all prompts of `sets` is kept in memory, in
-    8 bytes. Its text is read from `sets` again when it is needed.
+    `sets` maps a name, such as "training", to prompts. To save memory, an object of this class keeps only the position
+    of each missing prompt in `sets`. The text of the prompt is read from `sets` again when it is needed.
     """
 
     def __init__(self, done: "StoredText", sets: "Mapping[str, Texts]") -> None:
@@ -242,7 +242,7 @@ def writing(folder: Path) -> Generator[None]:
     """Inside the `with` block, hold the lock of the text cache in `folder`, so that no other process writes this cache.
 
     Before the block, a missing folder is created, and temporary files that killed processes left in it are deleted.
-    Raises `UserError` if the folder is no text cache but holds files, is locked by another process, or cannot be
+    Raises `UserError` if the folder holds files but is not a text cache, is locked by another process, or cannot be
     written.
     """
     from cdm_lightning.data.text_shards import MANIFEST, SHARDS

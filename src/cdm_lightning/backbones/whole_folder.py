@@ -37,7 +37,7 @@ WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 
 
 def kind_of(class_name: str) -> str:
-    """Return "scheduler", "tokenizer", "processor" or "model": the kind of the pipeline part with this class name."""
+    """Return "scheduler", "tokenizer", "processor" or "model": the kind of a pipeline part with the class `class_name`."""
     if "Scheduler" in class_name or class_name.endswith("Solver"):
         return "scheduler"
     if "Tokenizer" in class_name:
@@ -48,8 +48,8 @@ def kind_of(class_name: str) -> str:
 def parts_of(index: Mapping[str, Any]) -> dict[str, str]:
     """Return {part: name of its class} for the parts that a pipeline has.
 
-    `index` is the content of the pipeline's model_index.json. Its settings, such as "is_distilled": true, are left out.
-    Parts that the pipeline does not have, stored as [null, null], are left out too.
+    `index` is the content of the pipeline's model_index.json. Settings in `index`, such as "is_distilled": true, are
+    left out. Parts stored as [null, null], which the pipeline does not have, are left out too.
     """
     entries = {part: entry for part, entry in index.items() if isinstance(entry, list) and not part.startswith("_")}
     return {part: entry[1] for part, entry in entries.items() if entry[1] is not None}
@@ -72,10 +72,10 @@ def require_settings(folder: Path, parts: Mapping[str, str]) -> None:
 
 
 def require_few_layers(config: Mapping[str, Any], file: Path) -> None:
-    """Raise `UserError` if a number of layers, blocks or training timesteps in `config` is above its limit (`MOST`).
+    """Raise `UserError` if `config` sets a number of layers, blocks or training timesteps above its limit in `MOST`.
 
-    Building such a model would take too long. Nested settings, such as those of an inner model, are checked too. The
-    error names `file`, from which `config` was read.
+    A model with such a number would take too long to build. Nested settings, such as those of an inner model, are
+    checked too. The error names `file`, from which `config` was read.
     """
     for name, value in config.items():
         if isinstance(value, Mapping):
@@ -136,7 +136,7 @@ def weight_files(folder: Path) -> list[Path]:
 
     These are all files that a shard index in the folder (*.safetensors.index.json) names, and all files with a name in
     `WEIGHTS`. Other safetensors files, such as backups, are not returned. Raises `UserError` if no file is found, and
-    if a shard index is wrong (`shards_of`).
+    the errors of `shards_of` for a wrong shard index.
     """
     indexes = [folder / f"{name}.index.json" for name in WEIGHTS if (folder / f"{name}.index.json").is_file()]
     files = [folder / shard for index in indexes for shard in shards_of(index)]

@@ -21,7 +21,7 @@ OF_TRAINING = ("throughput",)  # the first part of the names of figures of train
 
 
 def named_parts(config: Mapping, key: str) -> list[str]:
-    """Return the dotted names of the objects that `build(config, key)` builds, in their order, such as "callbacks.ladder"."""
+    """Return the dotted names, such as "callbacks.ladder", of the objects that `build(config, key)` returns as a list."""
     return [f"{key}.{name}" for name, child in (config.get(key) or {}).items() if child is not None]
 
 
@@ -81,9 +81,10 @@ def open_loggers(loggers: Mapping[str, Logger]) -> None:
 def failure_of(error: Exception, callbacks: Mapping[str, L.Callback]) -> UserError | None:
     """Return a `UserError` if the user's configuration has caused `error`, or None if `error` may be a bug.
 
-    The configuration is taken as the cause if `error` is a `MisconfigurationException` of Lightning, or if a callback
-    of Lightning raised it, but not in code of this package that the callback called. The `UserError` names the callback
-    if `error` was raised in one of `callbacks`, whose keys are options such as "callbacks.early_stopping".
+    The configuration is taken as the cause of each `MisconfigurationException` of Lightning. It is also taken as the
+    cause if `error` was raised while one of Lightning's own callbacks in `callbacks` ran, unless code of this package
+    raised it. The keys of `callbacks` are options such as "callbacks.early_stopping". The `UserError` names the option
+    of the callback that ran when `error` was raised. If none of them ran, it names the trainer.
     """
     misconfigured = isinstance(error, MisconfigurationException)
     inside = [frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__)]

@@ -23,8 +23,8 @@ class GuardedLogger(library.Logger):
 
     Logging resumes when the wrapped logger works again.
 
-    While the wrapped logger is set up, only disk errors become warnings. Other errors at this time, such as a missing
-    login, end the run.
+    Lightning sets up the wrapped logger before training. During this setup, only disk errors become warnings. Any other
+    error of the setup, such as a missing login, ends the run.
     """
 
     def __init__(self, logger: library.Logger) -> None:

@@ -21,9 +21,10 @@ class ValidationMetrics(L.Callback):
     """Measure the validation images and log `val/METRIC/SAMPLER` for each metric and each of `validation.samplers`.
 
     A sampler is one way to make images, such as the student in 4 steps. Each figure is computed over the images of all
-    processes. The scores of single images after iteration 500 are written to iteration_0000500.csv in `folder`, a
-    folder in the run's folder, one line for each sampler and prompt. The feature extractors are in `metrics`, an
-    attribute of this callback and not of the LightningModule, so checkpoints do not contain them.
+    processes. Each validation also writes the scores of single images to a CSV file in `folder`, a folder in the run's
+    folder. The file has one line for each sampler and prompt. After iteration 500, its name is iteration_0000500.csv.
+    The feature extractors are in `metrics`, an attribute of this callback and not of the LightningModule, so
+    checkpoints do not contain them.
     """
 
     def __init__(self, metrics: MetricSuite, folder: FolderOfRun = "scores") -> None:
@@ -33,8 +34,8 @@ class ValidationMetrics(L.Callback):
     def names(self, pl_module: "CDMModule") -> list[str]:
         """Return "val/METRIC/SAMPLER" for each metric and sampler of the validation.
 
-        Figures are logged under these names. Only a metric with several figures logs each of them under the name
-        "val/METRIC_FIGURE/SAMPLER", which is not in the result.
+        The figure of a metric is logged under this name. A metric with several figures is an exception: each figure is
+        logged under a name "val/METRIC_FIGURE/SAMPLER", which is not in the result.
         """
         return [f"val/{name}/{spec.name}" for name in self.metrics.metrics for spec in pl_module.samplers]
 

@@ -14,16 +14,18 @@ if TYPE_CHECKING:
 
 
 class ThroughputMonitor(L.Callback):
-    """Log `throughput/*` every `trainer.log_every_n_steps` iterations. The first three are means over these iterations:
+    """Log these figures as `throughput/NAME` every `trainer.log_every_n_steps` iterations:
 
     - samples_per_second: training prompts per second of all processes together. The time of validation is not counted.
     - rollout_seconds: seconds per iteration for the student's rollouts.
-    - NETWORK_seconds, such as student_seconds: seconds per iteration for a network's updates. Iterations without an
-      update of the network are counted with 0 seconds.
-    - peak_memory_gib: the peak memory so far in GiB, on the GPU, or of this process if the run uses no GPU.
+    - NETWORK_seconds, such as student_seconds: seconds per iteration for the updates of a network. Iterations without
+      an update of the network are counted with 0 seconds.
+    - peak_memory_gib: the peak memory so far, in GiB. It is the memory of the GPU, or of this process if the run uses
+      no GPU.
 
-    On a GPU, CUDA events measure rollout_seconds and NETWORK_seconds. The events are read only when the figures are
-    logged, because reading them waits for the GPU.
+    Each figure except peak_memory_gib is a mean over the iterations since the figures were last logged. On a GPU, CUDA
+    events measure rollout_seconds and NETWORK_seconds. The events are read only when the figures are logged, because
+    reading them waits for the GPU.
     """
 
     def __init__(self) -> None:
@@ -51,7 +53,8 @@ class ThroughputMonitor(L.Callback):
     ) -> None:
         """Count the prompts of this batch.
 
-        Every `trainer.log_every_n_steps` iterations, the figures are logged and the next means begin.
+        Every `trainer.log_every_n_steps` iterations, log the figures and begin new means, which cover only later
+        iterations.
         """
         self._samples += len(batch.prompts) * trainer.world_size
         self._iterations += 1

@@ -37,8 +37,8 @@ class IterationCheckpoint(Checkpoint):
     - A run resumes from the newest undamaged checkpoint in `folder`. If there is none, it starts from the attribute
       `begin_with`, a checkpoint of another run (None: a fresh start). If the run resumes at an iteration whose
       validation was due but not finished, this validation runs before training continues.
-    - The run ends with `UserError` if weights are not finite (such weights are not saved), or if `max_skipped` updates
-      of a network in a row were skipped because of non-finite gradients (None: never).
+    - The run ends with `UserError` if a weight is not finite (no such weights are saved), or if non-finite gradients
+      made it skip `max_skipped` updates of a network in a row. If `max_skipped` is None, there is no such limit.
     - If the disk fails, the run continues. Only a failure at the last iteration ends the run, with `UserError`.
     - If an error occurs between two iterations of a run with one process, the run is saved before it ends.
     """
@@ -78,15 +78,15 @@ class IterationCheckpoint(Checkpoint):
             self._start = self.choose_start(pl_module.fingerprint)
 
     def choose_start(self, fingerprint: str) -> StoredCheckpoint | None:
-        """Return the checkpoint to resume from, or None. `fingerprint` is the backbone's (`start.choose_start`)."""
+        """Return the checkpoint to resume from, or None for a fresh start. `fingerprint` is that of the backbone."""
         return choose_start(self.folder, self.begin_with, fingerprint, say)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
         """Restore networks, optimizers, counters, callbacks and the objective's state from a checkpoint.
 
-        It is the checkpoint that `setup` has chosen. If a validation at its iteration was not finished, it runs now.
-        Raises `UserError` if the checkpoint does not fit this run, or if torch could not load the objective's state
-        again later.
+        `setup` has chosen the checkpoint. If this run did not finish the validation at the checkpoint's iteration, the
+        validation runs now. Raises `UserError` if the checkpoint does not fit this run, or if the objective has a state
+        that could not be read back from a checkpoint.
         """
         require_readable(pl_module.objective)
         start, self._start = self._start, None
@@ -115,7 +115,7 @@ class IterationCheckpoint(Checkpoint):
             make_up_validation(trainer, pl_module, start, say)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """From now on, let signals stop the run only after an iteration or validation batch, when the run is saved."""
+        """From now on, let a signal save and stop the run only after the current iteration or validation batch."""
         signals.training()
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: "CDMModule", *_: object) -> None:
@@ -125,7 +125,7 @@ class IterationCheckpoint(Checkpoint):
     # ---- every iteration
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: "CDMModule", *_: object) -> None:
-        """Save the run if a save is due or a signal has come. By now, the states of all callbacks are complete."""
+        """Save the run if a save is due or a signal has come. All other callbacks have already handled this iteration."""
         self._check_health(pl_module)
         iteration, stop = trainer.global_step, ranks.any_of(signals.is_asked())
         last = iteration == trainer.max_steps
@@ -194,13 +194,13 @@ class IterationCheckpoint(Checkpoint):
         return True
 
     def on_train_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """If a signal has come, save and stop the run. Later signals stop it at once, because everything is saved."""
+        """If a signal has come, save and stop the run. From now on, a signal stops the run at once, without a save."""
         if ranks.any_of(signals.is_asked()):
             self._stop(trainer.global_step, self._save_late(trainer, pl_module))
         signals.loading("after training, before the evaluation was complete")
 
     def on_exception(self, trainer: L.Trainer, pl_module: "CDMModule", exception: BaseException) -> None:
-        """Save the last iteration if an error or a signal came between two iterations of a run with one process."""
+        """Save the last finished iteration if an error or a signal ends a single-process run between two iterations."""
         if self._is_between and self._trainer_state and ranks.world_size() == 1 and not signals.is_saved():
             path = self._save_late(trainer, pl_module)
             if isinstance(exception, Preempted):

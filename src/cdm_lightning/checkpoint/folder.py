@@ -157,10 +157,10 @@ def read_marker(path: Path) -> Mapping[str, dict[str, int]]:
 
 
 def find_fault(path: Path, sums: Mapping[str, dict[str, int]], names: Iterable[str]) -> str | None:
-    """Return a text about the first file of a checkpoint that is missing, truncated or damaged, or None.
+    """Return a description of the first missing, truncated or damaged file of a checkpoint, or None if all are good.
 
-    Only the files `names` in the folder `path` are checked, by their sizes and checksums in `sums`, the result of
-    `read_marker`.
+    Only the files `names` in the folder `path` are checked. `sums` holds their sizes and checksums, as `read_marker`
+    returns them.
     """
     for name in names:
         file = path / name

@@ -28,7 +28,7 @@ def class_of(value: object) -> str:
 def require_readable(objective: "Objective") -> None:
     """Raise `UserError` if torch cannot save the objective's `state_dict()` and load it with `weights_only=True`.
 
-    Checkpoints are loaded in this way, so a run with such a state could never be resumed.
+    Checkpoints are loaded with `weights_only=True`, so a run whose state fails here could never be resumed.
     """
     packed = io.BytesIO()
     try:

@@ -25,10 +25,10 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint of iteration `record["iteration"]` into `folder` and return its path.
 
-    All processes must call this. `tensors` are the tensors of the networks and of the optimizer states by name
-    (`state.tensors_of`). `record` is the content of state.json, and `trainer_state` that of trainer.pt. `about` is the
-    run's configuration and inputs (`StoredCheckpoint.about`). If the checkpoint cannot be written, all processes raise
-    OSError, and earlier checkpoints stay unchanged.
+    All processes must call this. `tensors` are the tensors of the networks and of the optimizer states by name, as
+    `state.tensors_of` returns them. `record` is the content of state.json, and `trainer_state` is the content of
+    trainer.pt. `about` is the run's configuration and inputs (see `StoredCheckpoint.about`). If the checkpoint cannot
+    be written, all processes raise OSError, and earlier checkpoints stay unchanged.
     """
     temporary = temporary_path(folder, record["iteration"])
     try:

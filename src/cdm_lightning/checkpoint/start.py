@@ -23,12 +23,12 @@ def choose_start(
 ) -> StoredCheckpoint | None:
     """Return the checkpoint from which a run resumes, or None for a fresh start.
 
-    The result is the newest undamaged checkpoint in `folder`. If `folder` has no checkpoint, it is `begin_with`, a
-    checkpoint of another run. Checkpoints in `folder` that are newer than the result, which are all damaged, are
-    renamed to unused_NAME. Folders whose names do not fit the iteration in their state.json are renamed to fit. `say`
-    is called with each line for the user. Raises `UserError` if all checkpoints in `folder` are damaged, if
-    `begin_with` is damaged, or if the result was trained with another backbone than that with this `fingerprint`
-    (`Backbone.fingerprint`).
+    The result is the newest undamaged checkpoint in `folder`. If `folder` has no checkpoint, the result is
+    `begin_with`, a checkpoint of another run, or None. Checkpoints in `folder` that are newer than the result, which
+    are all damaged, are renamed to unused_NAME. Folders whose names do not fit the iteration in their state.json are
+    renamed to fit. `say` is called with each message for the user. Raises `UserError` if all checkpoints in `folder`
+    are damaged, if `begin_with` is damaged, or if the `Backbone.fingerprint` that the result stores is not
+    `fingerprint`.
     """
     start = newest_checkpoint(folder, lambda path, why: say(f"skipped a checkpoint: {why}"))
     if start is not None:

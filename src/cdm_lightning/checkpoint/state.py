@@ -35,11 +35,11 @@ def tensors_of(networks: nn.Module, optimizers: Mapping[str, Optimizer]) -> dict
 
 
 def plain_tensors(name: str, value: Tensor) -> dict[str, Tensor]:
-    """Return `value` as {name: tensor}, in tensors of ordinary classes that a safetensors file can store.
+    """Return {`name`: `value`}, or the inner tensors of `value` if it is a quantized optimizer state of torchao.
 
-    The result is {`name`: `value`}, unless `value` is a quantized optimizer state of torchao: then it holds the inner
-    tensors, such as "NAME.codes" and "NAME.scale". The codes have the shape of the parameter, and each number of the
-    scale is the factor for a block of consecutive codes. Both are sharded like the parameter.
+    Inner tensors are ordinary tensors, which a safetensors file can store. Their names begin with `name`, as in
+    "NAME.codes" and "NAME.scale". The codes have the shape of the parameter, and each number of the scale is the factor
+    for a block of consecutive codes. Both are sharded like the parameter.
     """
     local = value.to_local() if isinstance(value, DTensor) else value
     if not hasattr(local, "__tensor_flatten__"):

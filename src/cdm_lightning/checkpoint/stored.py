@@ -58,8 +58,8 @@ UNREADABLE = (
 class StoredCheckpoint:
     """An opened checkpoint: a folder, or a single .safetensors file with the same content.
 
-    `record` is the content of state.json: "iteration" and other counters, the backbone's "fingerprint", the number of
-    processes ("world_size"), "optimizers" (`plain_values_of`). `files` are the .safetensors files with the tensors.
+    `record` is the content of state.json: counters such as "iteration", the backbone's "fingerprint", the number of
+    processes ("world_size"), and the result of `plain_values_of` ("optimizers"). `files` hold the tensors.
     """
 
     path: Path
@@ -166,10 +166,10 @@ class StoredCheckpoint:
             return file.get_tensor(TRAINER).numpy().tobytes()
 
     def find_fault(self) -> str | None:
-        """Return a text about the checkpoint's first missing or damaged file or non-finite weight, or None.
+        """Return a description of the checkpoint's first fault, such as "X is truncated: ...", or None.
 
-        Such a text is "X is truncated: ...". The processes of a run divide the files among them, so all of them must
-        call this. All get the same text.
+        A fault is a missing or damaged file, or a weight that is not finite. The processes of a run divide the files
+        among them, so all of them must call this. All get the same description.
         """
         fault = None
         if self.path.is_dir():  # for a single file, safetensors compares the header with the length
@@ -248,9 +248,9 @@ def recorded_iteration(path: Path) -> int:
 def newest_checkpoint(folder: Path, refused: Callable[[Path, str], None] | None = None) -> StoredCheckpoint | None:
     """Return the newest undamaged checkpoint in a folder, or None if the folder has no checkpoint.
 
-    The newest checkpoint is the one with the highest iteration in its state.json. `StoredCheckpoint.find_fault` finds damage.
-    For each damaged checkpoint that is newer than the result, `refused(path, why)` is called (default: issue a warning). Raises
-    `UserError` if all checkpoints are damaged. All processes of a run must call this, and all get the same checkpoint.
+    The newest checkpoint has the highest iteration in its state.json. For each damaged checkpoint newer than the
+    result, `refused(path, why)` is called, or a warning is issued if `refused` is None. Raises `UserError` if all
+    checkpoints are damaged. All processes of a run must call this, and all get the same checkpoint.
     """
     candidates = ranks.from_first(sorted(checkpoints_in(folder), key=_age))
     faults = []

@@ -82,10 +82,10 @@ def save_tensors(tensors: Mapping[str, Tensor], folder: Path) -> FileSums:
 
 
 def load_tensors(tensors: dict[str, Tensor], files: Sequence[Path], alone: bool = False) -> None:
-    """Read the values of `tensors` from a checkpoint's files, in place and by name.
+    """Overwrite each of `tensors` in place with the values that a checkpoint's files hold under its name.
 
-    Either all processes call this together, or one process with `alone=True`. Raises RuntimeError if the files lack a
-    name or have another shape.
+    Either all processes call this together, or one process with `alone=True`. Raises RuntimeError if the files hold no
+    tensor of one of the names, or a tensor of another shape.
     """
     with quietly():
         try:
@@ -109,9 +109,10 @@ def reader(files: Sequence[Path]) -> dcp.HuggingFaceStorageReader:
 
 
 def files_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return {name of a tensor: number of the file to which it is written}. The numbers start at 1.
+    """Divide the tensors among numbered files, and return {name of a tensor: number of its file}. Numbers start at 1.
 
-    Each process writes a file of about `FILE_BYTES` bytes for each number.
+    For each number, each process writes a file of its own, with its shards of the tensors. A file has about
+    `FILE_BYTES` bytes.
     """
     numbers, number, filled = {}, 1, 0
     for name, tensor in tensors.items():

@@ -119,7 +119,7 @@ def build(
 
     Otherwise, one object is built for each child of the node that is not null. `offered` maps a parameter's name to a
     function. If a child's constructor has a parameter of that name and the child does not set it, the function is
-    called and its result is passed.
+    called and its result is passed to the constructor.
 
     Raises `UserError` if a constructor refuses its arguments, if a child has no `_target_`, or if an object is not an
     instance of the class `of`.
@@ -214,8 +214,8 @@ def answer_questions(config_name: str) -> None:
 def run_cli(task: Callable[[DictConfig], object], config_name: str, until: str = "before training") -> None:
     """Run `task` on the configuration that the command line gives. `config_name` is the main file in conf/.
 
-    A mistake of the user ends the process with one line on stderr and status 2. A signal ends it with status 75 and the
-    message "SIGNAL: stopped", followed by `until` (`ends.signals`).
+    A mistake of the user or a disk error ends the process with one line on stderr and exit status 2. A signal ends it
+    with status 75 and the message "SIGNAL: stopped UNTIL", such as "SIGTERM: stopped before training".
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra prints its own lines and exits with status 1
     mask_output()
@@ -253,10 +253,10 @@ def run_cli(task: Callable[[DictConfig], object], config_name: str, until: str =
 
 @contextmanager
 def command(until: str) -> Generator[None]:
-    """Run a command other than training inside the block. A mistake or a signal ends it with one line.
+    """A context manager around the body of a command other than training.
 
-    A user's mistake and a disk error give exit status 2. A signal gives status 75 and the message "SIGNAL: stopped",
-    followed by `until`, such as "before the picture was written" (`ends.signals`).
+    A mistake of the user or a disk error ends the process with one line on stderr and exit status 2. A signal ends it
+    with status 75 and the message "SIGNAL: stopped UNTIL", such as "SIGTERM: stopped before the plan was made".
     """
     mask_output()
     with signals.watched(), tolerant_streams():

@@ -1,7 +1,7 @@
 """Check that each value in a configuration fits the constructor that will get it, before anything is built.
 
-pydantic checks values by the annotations of the constructor's parameters (`cdm_lightning.kinds`). The annotations of other
-libraries have no ranges, so `config.libraries` lists ranges for their classes.
+pydantic checks a value against the annotation of the constructor's parameter. `cdm_lightning.kinds` defines annotations
+with ranges. The annotations of other libraries have no ranges, so `config.libraries` lists ranges for their classes.
 """
 
 import copy

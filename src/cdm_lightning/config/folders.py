@@ -17,10 +17,11 @@ PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)  # problems t
 
 
 def require_writable_folders(config: DictConfig) -> None:
-    """Raise `UserError` for the first folder in the configuration that the run cannot write to (`folders_to_write`).
+    """Raise `UserError` for the first folder in the configuration that the run cannot write to.
 
-    A temporary file is written into each folder, or into the nearest existing folder above it, and deleted again. The folders
-    themselves are not created. A full disk is not an error here, because there may be space again when the run saves.
+    `folders_to_write` finds the folders in the configuration. A temporary file is written into each folder, or into the
+    nearest existing folder above it, and deleted again. The folders themselves are not created. A full disk is not an
+    error here, because there may be space again when the run saves.
     """
     tried: set[Path] = set()
     for key, folder in folders_to_write(config, "", Path(str(config.output_dir))):

@@ -1,7 +1,8 @@
 """The allowed values for options of other libraries' classes, and Lightning's options that must not be set.
 
 The libraries' own annotations have no ranges. Some options of Lightning's trainer must not be set, because the trainer
-would fail, ignore them, or change which prompts a run sees. The error message names what to set instead (`instead_of`).
+would fail, ignore them, or change which prompts a run sees. `instead_of` returns what to set instead, and the error
+message contains it.
 """
 
 import pkgutil

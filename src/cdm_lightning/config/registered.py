@@ -84,10 +84,11 @@ def _check_key(name: Any, child: Any, allowed: Collection[str], where: str, grou
 
 
 def typed_nodes(nodes: Mapping[str, Any], file: Path) -> DictConfig:
-    """Check the options in `nodes`, parts of a stranger's configuration such as {"backbone": {...}}, and return them.
+    """Check the options in `nodes`, and return `nodes` as a configuration.
 
-    `require_registered` must have accepted each node. Raises `UserError` with the name of `file` unless each option is
-    a parameter of the class that its node names, and fits the parameter's annotation (`config.arguments`).
+    `nodes` are parts of a stranger's configuration such as {"backbone": {...}}. `require_registered` must have accepted
+    each of them. Raises `UserError` with the name of `file` unless each option is a parameter of the class that its
+    node names, and its value fits the parameter's annotation.
     """
     typed = OmegaConf.create(dict(nodes))
     for key in nodes:

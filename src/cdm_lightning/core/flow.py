@@ -64,10 +64,11 @@ class VelocityField(ABC):
         return None
 
     def given(self, **inputs: Tensor) -> "VelocityField":
-        """Return this field with the values `inputs`, each (B,), for additional inputs of its network, by name.
+        """Return this field with values for additional inputs of its network.
 
-        An objective declares such inputs, which the network gets besides x, sigma and text, in `inputs` of
-        `objectives.base.Role`. Raises ValueError if the network has no input of that name.
+        `inputs` maps the name of an input to its values (B,). Additional inputs are those that the network gets besides
+        x, sigma and text. An objective declares them in `Role.inputs` (`objectives.base`). Raises ValueError if the
+        network has no input of that name.
         """
         raise ValueError(
             f"{type(self).__name__} has no input {', '.join(inputs)}; declare it in inputs of the network's Role"
