@@ -29,8 +29,8 @@ class SigmaLevels(Protocol):
         """Draw one sigma for each of B samples: (B,), float32, on the device of `rng`.
 
         `purpose` is the name of the draw. Another draw from `rng` with the same name gives the same sigmas. `ceiling`
-        (B,) contains, for each sample that will be noised, the sigma at which the student predicted it. Some
-        distributions ignore `ceiling`. `shift` is the model family's timestep shift.
+        (B,) contains the sigmas at which the student predicted the samples. Of the classes in this module,
+        only `CappedUniformLevels` uses it. `shift` is the model family's timestep shift.
         """
 
 
@@ -38,7 +38,7 @@ class SigmaLevels(Protocol):
 class UniformLevels:
     """A uniform draw from [0, 1) for each sample, clamped to [low, high].
 
-    The paper of CDM (arXiv:2605.06376) uses this distribution to train the fake score, and in its loss terms DM
+    The paper of CDM (arXiv:2605.06376) uses this distribution to train the fake score, and to compute the loss terms DM
     (distribution matching) and CDM (distribution matching off the student's trajectory). The paper applies no timestep
     shift to these sigmas.
     """

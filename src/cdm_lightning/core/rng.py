@@ -84,11 +84,11 @@ class FeistelPermutation:
 class StepRandom:
     """The random numbers of one iteration for B samples.
 
-    `slots` (B,) are the indices of the samples in the global batch. Each method draws numbers that depend only on
-    `seed`, `purpose`, `iteration`, `repeat` and the slot. Two draws with the same `purpose` therefore give the same
-    numbers, so every use of random numbers needs its own `purpose`. `repeat` is the number of a network's update within
-    the iteration (see `again`). The numbers of `normal` are on `device`. All other methods draw on the CPU, and `place`
-    moves their numbers to `device`.
+    `slots` (B,) are the indices of the samples in the global batch. The numbers of a sample depend only on `seed`,
+    `iteration`, `repeat`, the sample's slot, and the `purpose` that is passed to a method. Two draws with the same
+    `purpose` therefore give the same numbers, so every use of random numbers needs its own `purpose`. `repeat` is the
+    number of a network's update within the iteration (see `again`). The method `normal` returns numbers on `device`.
+    The other methods draw on the CPU, and `place` moves their numbers to `device`.
     """
 
     def __init__(

@@ -121,14 +121,13 @@ class Rollout:
 def walk(rollouts: Sequence[Rollout], agree_on_calls: Callable[[int], int] = lambda calls: calls) -> list[Tensor]:
     """Compute each sample's rollout up to its anchor, a randomly drawn step, and return the states there.
 
-    The result has one tensor of states (B, *) for each of `rollouts`. Each state is the one at the start of the
-    anchor's step. This step and later steps are not computed. For the states x of a rollout, `rollout.point(x)` equals
-    `simulate(...).at(anchor)` up to rounding. All rollouts are computed as one batch if one call of the student can
-    compute them.
+    The result has one tensor of states (B, *) for each of `rollouts`. Each state is the one at which the anchor begins.
+    The anchor itself and the steps after it are not computed. For the states x of a rollout, `rollout.point(x)` equals
+    `simulate(...).at(anchor)` up to rounding. All rollouts are computed as one batch if `join_rollouts` can join them.
 
     `agree_on_calls` takes the number of student calls that this process needs and returns the number that it must make.
-    This is for processes that hold shards of one network, which must all make the same number of calls. The additional
-    calls run on one sample, and their results are dropped.
+    It is for processes that hold shards of one network, because all of them must make the same number of calls. The
+    additional calls run on one sample, and their results are dropped.
     """
     joined = join_rollouts(rollouts)
     if joined is None:
@@ -139,8 +138,8 @@ def walk(rollouts: Sequence[Rollout], agree_on_calls: Callable[[int], int] = lam
 def join_rollouts(rollouts: Sequence[Rollout]) -> Rollout | None:
     """Concatenate rollouts (the student's paths from noise to an image) into one batch.
 
-    Returns None if one call of the student cannot compute all of them, for example because their samples differ in
-    shape. Rollouts with fewer steps are padded with sigmas of 0.
+    Returns None if the student cannot be called on samples of all rollouts at once, for example because the samples
+    differ in shape. Rollouts with fewer steps are padded with sigmas of 0.
     """
     first, *others = rollouts
     if not others:

@@ -3,7 +3,7 @@
 A model family shifts sigmas towards noise (for SD3, sigma s becomes 3 s / (1 + 2 s)). The option `space` says whether
 the configured sigmas are still to be shifted ("before_shift", as in papers) or are shifted already ("after_shift"). A
 schedule always returns shifted sigmas, which are those at which the network is called. The classes raise ValueError for
-arguments that give no decreasing sigmas.
+arguments with which the sigmas would not decrease.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,12 +40,12 @@ class SigmaSchedule(Protocol):
 class RandomSchedule:
     """CDM's dynamic continuous schedule (arXiv:2605.06376): a random number of steps K at random sigmas.
 
-    K is drawn from `length`. The K + 1 sigmas of a sample are 1, K - 1 sorted draws from U(sigma_min, sigma_max), and
-    0. With `stratified`, the interval from `sigma_min` to `sigma_max` is cut into K - 1 equal parts and one sigma is
-    drawn from each part, as in LightX2V's code of CDM.
+    K is drawn from `length`. The first sigma of a sample is 1 and the last is 0. The K - 1 sigmas between them are
+    drawn from U(sigma_min, sigma_max) and sorted. With `stratified`, the interval from `sigma_min` to `sigma_max` is
+    cut into K - 1 equal parts and one sigma is drawn from each part, as in LightX2V's code of CDM.
 
     The defaults are the published values for SD3-Medium. CDM's authors draw one set of sigmas for all samples of a
-    process; here each sample has its own.
+    process; here each sample has a set of its own.
     """
 
     length: LengthDistribution

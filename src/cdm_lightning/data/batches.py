@@ -30,8 +30,9 @@ class PromptBatch(NamedTuple):
       place in the global batch over all ranks. In validation, it is the prompt's number in its set, or `PADDING` (-1)
       for a prompt that only fills the batch.
     - `images`: (B, 3, H, W) in [0, 1], real images of the prompts, or None if the objective needs none.
-    - `group`: empty, except if several iterations compute their rollouts together. Of the batches of these iterations,
-      the one that is delivered first lists all of them here, itself included.
+    - `group`: all batches whose rollouts are computed together with the rollouts of this batch, this batch included.
+      Only the batch that is delivered first has this list; `group` is empty in the others. It is also empty if the
+      rollouts of each batch are computed separately.
     """
 
     prompts: list[str]
@@ -117,7 +118,7 @@ class EndlessBatches(Sampler):
     `order` maps a position in the endless stream of prompts to the number of a prompt. By default, the `size` prompts
     are shuffled in each epoch. A batch may contain the end of one epoch and the start of the next. Each batch consists
     of the next `world_size * batch_size` prompts of the stream, of which each rank takes `batch_size`. The batch of all
-    ranks together therefore depends only on this product.
+    ranks together is therefore the same for any `world_size` and `batch_size` with the same product.
 
     Batch n is for iteration n. `groups(n)` gives the iterations whose rollouts are computed together with the rollout
     of iteration n, n included (default: n alone). The list for the first of these iterations contains the draws of its

@@ -26,7 +26,7 @@ INSTALL = "pip install 'cdm-lightning[data]'"
 class ArrowColumn:
     """The texts in an Arrow file with one column. A null counts as a blank text.
 
-    `path` is the Arrow file. `name` is the name, for messages, of the file or data set from which the Arrow file was
+    `path` is the Arrow file. Messages use `name` as the name of the file or data set from which the Arrow file was
     copied. Each loader worker opens the Arrow file itself.
     """
 

@@ -23,11 +23,12 @@ class PromptDataModule(L.LightningDataModule):
 
     A resumed run continues at batch number `trainer.global_step`, so the state of the loaders need not be saved. `seed`
     fixes the order of the training prompts. Validation uses the first `val_prompts` prompts of `val` (None: all). Batch
-    sizes are per process; if `val_batch_size` is None, it is `batch_size`. With `images`, each training prompt comes
+    sizes are per process; if `val_batch_size` is None, `batch_size` is used. With `images`, each training prompt comes
     with its real image.
 
-    `groups(n)` gives the iterations whose rollouts are computed together with the rollout of iteration n, n included.
-    The batch of the first of these iterations lists the batches of all of them (`PromptBatch.group`).
+    `groups(n)` gives the iterations whose rollouts are computed together with the rollout of iteration n, n included
+    (default: n alone). The batch of the first of these iterations lists the batches of all of them in its attribute
+    `group`.
 
     Raises `UserError` for a number out of its range, and if `images` is set but `train` has no images. If no batch
     arrives within `worker_timeout` seconds, the run ends with `UserError`.
@@ -75,7 +76,7 @@ class PromptDataModule(L.LightningDataModule):
         self._loaders: list[SteadyLoader] = []
 
     def prepare_data(self) -> None:
-        """Print how many training and validation prompts were left out, and the share of each source in a mixture."""
+        """Print how many training and validation prompts were left out, and for a mixture also each source's share."""
         for name, prompts in (("training", self.train), ("validation", self.val)):
             if prompts.summary:
                 print(f"{name} prompts: {prompts.summary}", file=sys.stderr, flush=True)

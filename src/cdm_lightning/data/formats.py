@@ -80,8 +80,8 @@ def kind_of(file: Path) -> str:
 def files_in(folder: Path) -> list[Path]:
     """Return the prompt files in a folder and its subfolders, sorted by path.
 
-    If there are .txt, .jsonl, .ndjson or .parquet files, only these are returned. A .json, .csv or .tsv file next to
-    them may describe the data set and is ignored.
+    If there are .txt, .jsonl, .ndjson or .parquet files, only these are returned, because .json, .csv and .tsv files
+    next to them may describe the data set. Otherwise, the .json, .csv and .tsv files are returned.
 
     Raises `UserError` if there are no prompt files, or if the folder was saved by the library `datasets`.
     """
@@ -97,7 +97,7 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def holds_lines(file: Path) -> bool:
-    """Return whether a *.json file has one JSON object on each line, as a *.jsonl file has, and not a single list.
+    """Return whether a *.json file contains one JSON object on each line, like a *.jsonl file, instead of a JSON list.
 
     The first character of the file decides: "{" means an object on each line. Raises `UserError` if the file cannot be
     read.

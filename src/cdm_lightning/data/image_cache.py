@@ -1,9 +1,9 @@
 """A cache on disk for the latents of real images. Each image is encoded only once, when it is first used.
 
-    DIR/AB/ABCD....safetensors   "latent" (C, h, w), with its checksum; the name is a hash of the VAE and of the pixels
+    DIR/AB/ABCD....safetensors   the tensor "latent" (C, h, w) of one image, and its checksum
 
-The pixels are hashed as 8-bit values. An image that was changed, or that has another size, is therefore encoded again.
-Several processes and runs can share a folder.
+The file name ABCD... is a hash of the VAE, the dtype, and the image's size and pixels (as 8-bit values). An image that
+was changed, or that has another size, is therefore encoded again. Several processes and runs can share a folder.
 """
 
 import hashlib
@@ -45,10 +45,11 @@ class ImageCacheSettings:
 class StoredLatents:
     """An encoder of images that keeps the latents in `folder`, so that each image is encoded only once.
 
-    `encode` is `Backbone.encode_images`. `fingerprint` identifies the VAE that `encode` uses (`codec_of`). Images are
-    encoded one at a time, so that a latent does not depend on the other images of a batch. If the file of a latent is
-    damaged, the image is encoded again. If the folder cannot be written, for example because the disk is full, one
-    warning is issued, and images without a file are encoded each time that they are used.
+    The parameter `encode` is the function that computes latents: `Backbone.encode_images`. `fingerprint` identifies the
+    VAE of this function; `caches.codec_of` returns it. Images are encoded one at a time, so that a latent does not
+    depend on the other images of a batch. If the file of a latent is damaged, the image is encoded again. If the folder
+    cannot be written, for example because the disk is full, one warning is issued, and images whose latents are not
+    stored are encoded each time that they are used.
     """
 
     def __init__(

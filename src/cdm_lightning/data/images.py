@@ -33,7 +33,8 @@ class CaptionedFolder(Prompts):
     its middle.
 
     Raises `UserError` if `metadata.jsonl` is missing, lists no images, has a line of another form or names a missing
-    image, and for a wrong `image_size`. An image that cannot be read raises `UserError` later, when it is used.
+    image, and if `image_size` is not two positive numbers. An image that cannot be read raises `UserError` later, when
+    it is used.
     """
 
     has_images = True
@@ -103,8 +104,8 @@ class CaptionedFolder(Prompts):
 def as_rgb(image: "Image") -> "Image":
     """Return an image as 8-bit RGB. Grey values of 16 bits are scaled, and transparent pixels are shown on white.
 
-    Pillow's own conversion is not used for such images, because it clips 16-bit values at 255 and shows the arbitrary
-    colours under transparent pixels. Raises ValueError for 32-bit values, whose range is unknown.
+    Pillow's own conversion would clip 16-bit values at 255 and show the arbitrary colours under transparent pixels.
+    Raises ValueError for 32-bit values, because their range is unknown.
     """
     import numpy as np
     from PIL import Image

@@ -141,7 +141,7 @@ def _kill_all() -> None:
 
 
 def worker_failure(error: BaseException) -> str:
-    """Return the user's message for `error`, which a loader raised because one of its workers has died."""
+    """Return a message that tells the user about `error`, which a loader raised because one of its workers has died."""
     if isinstance(error, RuntimeError):
         return f"a loader worker has failed ({first_line(error)}; perhaps out of memory); {signals.AGAIN}"
     return f"a loader worker has exited unexpectedly ({first_line(error)}; perhaps out of memory); {signals.AGAIN}"

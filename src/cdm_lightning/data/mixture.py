@@ -18,12 +18,13 @@ LARGEST_BLOCK = 10_000  # the largest number of positions after which the shares
 
 
 class MixedPrompts(Prompts):
-    """Several sets of prompts, the named `sources`, as one set. `weights` give their shares of the training prompts.
+    """Several sets of prompts, called sources, as one set. Each source has a fixed share of the training prompts.
 
-    The weights are turned into whole numbers, for example 0.7 and 0.3 into 7 and 3. Each block of 10 training prompts
-    (7 + 3) then has 7 prompts of the first source and 3 of the second, in random order. Each source is shuffled in
-    epochs of its own. Without `weights`, the whole numbers are the sources' numbers of prompts. The prompts of the
-    mixture are numbered from 0, one source after the other.
+    `sources` maps the name of each source to its prompts, and `weights` maps the same names to weights, which are
+    proportional to the shares. The weights are turned into whole numbers, for example 0.7 and 0.3 into 7 and 3. Each
+    block of 10 training prompts (7 + 3) then has 7 prompts of the first source and 3 of the second, in random order.
+    Each source is shuffled in epochs of its own. Without `weights`, the whole numbers are the sources' numbers of
+    prompts. The prompts of the mixture are numbered from 0, one source after the other.
 
     The mixture has images if all sources have images. Raises `UserError` if there is no source, if a weight is missing
     or not positive, or if the whole numbers of `weights` add up to more than 10,000. The method `image` raises

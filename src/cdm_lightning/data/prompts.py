@@ -102,11 +102,11 @@ class PromptFile(SelectedPrompts):
     once when the file is opened. Afterwards, each prompt takes 8 bytes of memory.
 
     Prompts without a visible character are left out. Prompts of more than `max_characters` characters are left out if
-    `overlong` is "skip", and raise `UserError` if it is "refuse". With `deduplicate`, prompts that repeat an earlier
-    one except for white space are left out.
+    `overlong` is "skip", and raise `UserError` if it is "refuse". With `deduplicate`, a prompt that repeats an
+    earlier one is left out, even if the white space between the words differs.
 
     Raises `UserError` if the file is missing, empty or not UTF-8, if its content does not have the format that its name
-    says, if it has no key or column `field`, or if no tokenizer can read a prompt.
+    says, if it has no key or column `field`, or if it contains a prompt that no tokenizer can read.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class PromptFile(SelectedPrompts):
 
 
 class PromptList(Prompts):
-    """Prompts that are written in the configuration itself. The list is repeated `repeat` times.
+    """Prompts that are written in the configuration itself. The set consists of `repeat` copies of the list `prompts`.
 
     Raises `UserError` for an empty list, for a `repeat` below 1, for a prompt that is not a string, and for a prompt
     that no tokenizer can read.

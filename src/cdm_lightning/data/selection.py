@@ -58,8 +58,8 @@ class Selection:
     """The rules by which texts are kept as prompts.
 
     Blank texts are left out. Texts of more than `max_characters` characters are left out if `overlong` is "skip", and
-    raise `UserError` if it is "refuse". With `deduplicate`, texts that repeat an earlier one except for white space are
-    left out.
+    raise `UserError` if it is "refuse". With `deduplicate`, a text that repeats an earlier one is left out, even if the
+    white space between the words differs.
 
     Raises `UserError` for a `max_characters` below 1 and for any other value of `overlong`.
     """

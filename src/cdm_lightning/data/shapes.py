@@ -79,7 +79,7 @@ class Scene:
     def held_out(self) -> bool:
         """Whether the scene's combination of attributes is kept out of the training set.
 
-        A hash of the scene's caption decides.
+        A hash of the scene's caption decides whether the scene is kept out.
         """
         return int.from_bytes(hashlib.blake2b(self.caption.encode(), digest_size=4).digest(), "little") % HELD_OUT == 0
 
@@ -95,9 +95,9 @@ def draw_scenes(
 ) -> list[Scene]:
     """Draw `count` random scenes.
 
-    With `split` "heldout", all scenes have combinations of attributes that "train" never has. "all" gives both kinds. A
-    scene has two items with probability `pairs`, and otherwise one. Each attribute is left out with probability
-    `leave_out`.
+    With `split` "heldout", every scene has a combination of attributes that is kept out of the training set. With
+    "train", no scene has one. "all" gives scenes of both kinds. A scene has two items with probability `pairs`, and
+    otherwise one. Each attribute is left out with probability `leave_out`.
     """
     rng = random.Random(seed)
     scenes: list[Scene] = []

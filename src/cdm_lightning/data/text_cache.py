@@ -38,12 +38,12 @@ class TextCacheSettings:
 
     `folder` is the cache that the command `cache_text` writes and training reads. `dtype` is the dtype of the cache's
     floating-point tensors. The command encodes `batch_size` prompts at a time and writes files of about
-    `shard_megabytes` MB. If the run has at most `check_up_to` prompts, training looks up all of them in the cache
-    before it begins. If the run has more, a missing prompt ends it with an error when the prompt is used.
+    `shard_megabytes` MB. If the run has at most `check_up_to` prompts, all of them are looked up in the cache
+    before the training begins. Otherwise, the run ends with an error when it uses a prompt that the cache lacks.
 
     If `folder` is None, the encodings are kept in memory, provided that the run has at most `remember_up_to` prompts
-    and that their encodings take at most `remember_megabytes` MB. Both limits on the number of prompts count a prompt
-    as often as it occurs.
+    and that their encodings take at most `remember_megabytes` MB. `check_up_to` and `remember_up_to` are compared
+    with the number of prompts, in which a repeated prompt counts each time.
 
     Raises `UserError` for a value out of its range.
     """
@@ -79,9 +79,8 @@ class Texts(Protocol):
 class StoredText:
     """An opened text cache. It returns the encodings of prompts (conditioning), as `Backbone.encode_prompts` does.
 
-    `fingerprint` identifies the text encoders of this run (`Backbone.text_fingerprint`). Raises `UserError` if the
-    folder has no cache, if other text encoders made the cache, or if one of its shards is incomplete, damaged or from
-    another cache.
+    `fingerprint` is the `text_fingerprint` of the run's backbone. Raises `UserError` if the folder has no cache,
+    if other text encoders made the cache, or if a shard of the cache is incomplete, damaged or from another cache.
     """
 
     def __init__(self, folder: str | Path, fingerprint: Mapping[str, str]) -> None:

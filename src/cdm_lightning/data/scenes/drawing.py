@@ -35,7 +35,7 @@ IN_PAIRS = 0.84  # the scale of things side by side
 
 @dataclass(frozen=True)
 class Spot:
-    """Where a thing stands on the canvas: its foot is at the pixel (x, y), and a unit of `Sketch` is `scale` pixels."""
+    """Where `thing` stands on the canvas. Its foot is at the pixel (x, y); a unit of its `Sketch` is `scale` pixels."""
 
     thing: Thing
     x: float

@@ -73,7 +73,7 @@ class Scene:
     def held_out(self) -> bool:
         """Whether a thing of the scene has a combination of noun, colour and setting that is kept out of training.
 
-        A hash of the combination decides.
+        Whether a combination is kept out depends on a hash of the combination.
         """
         return any(is_held_out(thing.noun, thing.colour, self.setting) for thing in self.things)
 

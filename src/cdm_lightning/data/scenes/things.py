@@ -36,7 +36,7 @@ def lighter(colour: Colour, share: float = 0.45) -> Colour:
 
 @dataclass
 class Sketch:
-    """The shapes of one thing, from back to front, in units of which a thing is about 2 high.
+    """The shapes of one thing, from back to front. Lengths are in units; a thing is about 2 units high.
 
     With `mirrored`, left and right are exchanged.
     """
@@ -57,7 +57,7 @@ class Sketch:
         self._add("polygon", points, colour)
 
     def box(self, left: float, top: float, right: float, bottom: float, colour: Colour) -> None:
-        """Add a filled rectangle with these edges; `top` and `bottom` are y coordinates, which grow downwards."""
+        """Add a filled rectangle from x = `left` to x = `right` and y = `top` to y = `bottom`, where y grows downwards."""
         self.polygon([(left, top), (right, top), (right, bottom), (left, bottom)], colour)
 
     def line(self, points: Sequence[Point], colour: Colour, width: float) -> None:
