@@ -171,7 +171,7 @@ class CDMModule(L.LightningModule):
 
     @property
     def whole_names(self) -> tuple[str, ...]:
-        """The roles of the networks that have their own copy of the pretrained weights (`Networks.whole`)."""
+        """The roles of the networks that have their own copy of the pretrained weights (see `Networks.whole`)."""
         return whole_names(self.objective.roles, self.lora, self.backbone, self.ema.is_on)
 
     def configure_model(self) -> None:

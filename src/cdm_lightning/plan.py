@@ -102,10 +102,11 @@ def make_plan(
     peak_tflops: float,
     utilisation: float,
 ) -> "Plan":
-    """Return the plan of a run on `gpus`, whose networks are distributed as `layout` says.
+    """Return the plan of a run on `gpus`.
 
-    `config` is the configuration of the run, and `module` is built from it. `recipe` holds the bytes of the run's parts
-    and the work of an iteration. Each GPU is assumed to reach the share `utilisation` of `peak_tflops` TFLOP/s.
+    `layout` says how the run's networks are distributed over the GPUs. `config` is the configuration of the run, and
+    `module` is built from it. `recipe` holds the bytes of the run's parts and the work of an iteration. Each GPU is
+    assumed to reach the share `utilisation` of `peak_tflops` TFLOP/s.
     """
     from cdm_lightning.planning.advice import faster, further, remedies
     from cdm_lightning.planning.memory import largest_batch, total
@@ -164,7 +165,7 @@ def split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def value_of(own: dict[str, str], key: str) -> Any:
-    """Return the value of the planner's argument `key`, or None if `own` lacks it.
+    """Return the value of the planner's argument `key`, read from the text `own[key]`, or None if `own` lacks `key`.
 
     Raises UserError for a wrong value.
     """
@@ -188,7 +189,10 @@ def write_json(path: Path, plans: "Sequence[Plan]") -> None:
 
 
 def main() -> None:
-    """Print the plans that the command line describes. A mistake of the user gives one line on stderr and exit status 2."""
+    """Print the plans that the command line describes.
+
+    A user's mistake is printed in one line on stderr, and the exit status is 2.
+    """
     quiet_libraries()
     with command("before the plan was made"):
         plans = plan(sys.argv[1:])

@@ -41,11 +41,11 @@ TOP: dict[str, Any] = {
 class Bundle:
     """The options of the configuration for one pipeline, which is selected by `bundle=NAME`.
 
-    `stages` is the type of the option `stages`. `learned` names the stages that train a network; each of them has the
-    option group `recipe.STAGE`. `top` maps the names of the options that only this pipeline has at the top of its
-    configuration to the types of their values. `arguments` maps the name of an option group to the name of a function
-    in the package `pretraining`. The options of the group are arguments of this function, and the function's
-    annotations say which values are allowed.
+    The attribute `stages` is the type of the configuration's option `stages`. `learned` names the stages that train a
+    network; each of them has the option group `recipe.STAGE`. Some options at the top of the configuration exist for
+    this pipeline only; `top` maps the name of such an option to the type of its value. `arguments` maps the name of an
+    option group to the name of a function in the package `pretraining`. The options of the group are arguments of this
+    function, and the function's annotations say which values are allowed.
     """
 
     stages: Any
@@ -206,7 +206,10 @@ def save_pipeline(pipeline: Any, folder: Path, halved: Sequence[Any]) -> None:
 
 
 def main() -> None:
-    """Run the stages that the command line names. A mistake of the user gives one line on stderr and exit status 2."""
+    """Run the stages that the command line names.
+
+    A user's mistake is printed in one line on stderr, and the exit status is 2.
+    """
     run_cli(pretrain, "pretrain", "before all stages were complete")
 
 

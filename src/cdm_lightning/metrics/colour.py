@@ -1,7 +1,8 @@
 """Colour statistics of images: brightness, saturation, contrast and the visibility of the patch grid.
 
-Students of distribution matching tend to get darker, more saturated or higher in contrast than their teacher, or to show the
-grid of the transformer's patches, while distances and losses hardly change. Shapes: images (B, 3, H, W) in [0, 1].
+Students of distribution matching tend to get darker, more saturated or higher in contrast than their teacher, or to
+show the grid of the transformer's patches, while Fréchet distances and losses hardly change. Shapes: images (B, 3, H,
+W) in [0, 1].
 """
 
 import math
@@ -21,14 +22,16 @@ LUMA = (0.2126, 0.7152, 0.0722)  # the weights of red, green and blue in ITU-R B
 class ColourStatistics(nn.Module):
     """A feature extractor for the metric `Colour`: it maps images (B, 3, H, W) in [0, 1] to features (B, 5).
 
-    The features of an image are:
+    The five features of an image are:
     - its brightness: the mean luma (ITU-R BT.709) of its pixels, in [0, 1];
     - its saturation: the mean of (max - min) / max over the three channels of a pixel, as in HSV, in [0, 1];
     - its contrast: the standard deviation of the luma over the pixels;
-    - the mean absolute difference of the luma of two neighbouring pixels in different patches, and of two in the same patch.
+    - the mean absolute difference of the luma of neighbouring pixels that are in different patches;
+    - the mean absolute difference of the luma of neighbouring pixels that are in the same patch.
 
-    `patch` is the side of a patch of the transformer in pixels of the image: for SD3, 8 of the VAE times 2 of the transformer.
-    For images that are not larger than a patch, the fourth feature is NaN.
+    `patch` is the side of a patch in pixels of the image. For SD3 it is 16, because a patch of the transformer has 2 x
+    2 latent pixels, and the VAE decodes each of them into 8 x 8 pixels of the image. For images that are not larger
+    than a patch, the fourth feature is NaN.
     """
 
     def __init__(self, patch: Several = 16) -> None:
@@ -59,8 +62,9 @@ class ColourStatistics(nn.Module):
 class Colour(Metric):
     """The colour statistics of the images of a sampler (a way to make images): brightness, saturation, contrast and patch_grid.
 
-    The first three are means over the images. patch_grid is the ratio of two mean differences between neighbouring pixels: of
-    those in different patches to those in the same patch. It is near 1 if the grid of patches is invisible.
+    Brightness, saturation and contrast are means over the images. patch_grid is the mean luma difference of
+    neighbouring pixels in different patches, divided by the mean luma difference of neighbouring pixels in the same
+    patch. It is near 1 if the grid of patches is invisible.
 
     `sampler` is the name of another sampler, such as the teacher in 50 steps. If it is given, each figure is divided by the
     figure of that sampler, so 1 means equal. `feature` is the name of a feature extractor that is a `ColourStatistics`.
@@ -72,8 +76,10 @@ class Colour(Metric):
     def figures(self, measured: MeasuredImages, others: Mapping[str, MeasuredImages]) -> dict[str, float] | None:
         """Return {"brightness": ..., "saturation": ..., "contrast": ..., "patch_grid": ...}.
 
-        A figure that cannot be computed is left out: patch_grid for images that are not larger than a patch, and a ratio to a
-        figure that is 0. Returns None without images, or if `sampler` is given and is not run.
+        `others` holds the measurements of all samplers by name. A figure that cannot be computed is left out, such as
+        patch_grid for images that are not larger than a patch, or a figure that would be divided by 0. Returns None if
+        `measured` has no images. If `sampler` is given, also returns None if that sampler is not in `others` or has no
+        images there.
         """
         reference = measured if self.sampler is None else others.get(self.sampler)
         if reference is None or not len(measured) or not len(reference):

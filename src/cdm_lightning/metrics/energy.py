@@ -35,10 +35,10 @@ class EnergyDistance(Metric):
 def energy_distance(a: Tensor, b: Tensor) -> Tensor:
     """Return the energy distance 2 E|a - b| - E|a - a'| - E|b - b'| of points a (N, D) and b (M, D).
 
-    In this formula, a' and b' are further points of the same set as a and b. The result is a 0-d float64 in the units
-    of the points. The energy distance of equal distributions is 0 (Székely and Rizzo, 2013). The estimate from points
-    is unbiased, because no point is paired with itself, so it can be slightly negative. Raises ValueError for fewer
-    than 2 points in a set.
+    In this formula, a' is another point of the set of a, and b' is another point of the set of b. The result is a 0-d
+    float64 in the units of the points. The energy distance of equal distributions is 0 (Székely and Rizzo, 2013). The
+    estimate from points is unbiased, because no point is paired with itself, so it can be slightly negative. Raises
+    ValueError for fewer than 2 points in a set.
     """
     if min(len(a), len(b)) < 2:
         raise ValueError(f"energy distance needs at least 2 points in each set, got {len(a)} and {len(b)}")

@@ -164,10 +164,10 @@ class FrechetToSampler(Metric):
     def figures(self, measured: MeasuredImages, others: Mapping[str, MeasuredImages]) -> Figures:
         """Return up to two Fréchet distances of the images in `measured` to the reference sampler's images, by name.
 
-        "same_noise" is the distance of images that start from the same noise as the reference sampler's images. Images
-        from the same noise resemble each other, so this distance is small. "other_noise" is the distance of images that
-        start from different noise, which are those in `measured.other_noise`; without them this name is missing. Real
-        images start from no noise, and their distance has the name "other_noise".
+        For generated images, "same_noise" is the distance of the images that start from the same noise as the reference
+        sampler's images. Images from the same noise resemble each other, so this distance is small. "other_noise" is
+        the distance of the images in `measured.other_noise`, which start from different noise. It is missing if
+        `measured.other_noise` is empty. For real images, which start from no noise, the only distance is "other_noise".
 
         Returns None if `measured` are the reference sampler's own images, if the reference sampler is not in `others`,
         or if one of the two samplers has fewer than 2 images.

@@ -25,8 +25,8 @@ class OpenClipModel(nn.Module):
     """The image and text encoders of a CLIP model, frozen, in float32 and in eval mode.
 
     `model` is either a model name that open_clip knows, or `local-dir:FOLDER` for a folder that has
-    open_clip_config.json and weights. With a model name, `pretrained` is needed: the path of a file of weights, or one
-    of open_clip's tags, whose weights are downloaded.
+    open_clip_config.json and weights. With a model name, `pretrained` must be given. It is either the path of a file of
+    weights, or one of open_clip's tags for this model. The weights of a tag are downloaded.
 
     Raises `UserError` if the model or its weights are missing or cannot be loaded.
     """

@@ -35,7 +35,7 @@ class Collected:
     has_noise: bool = True  # False for real images
 
     def add(self, other: "Collected") -> None:
-        """Append the measurements that another process made for the same sampler in validation.
+        """Append the measurements in `other`, which another process made for the same sampler in validation.
 
         `copies` and `other_noise` are not appended, because validation makes only one image for each prompt and
         sampler.
@@ -119,12 +119,15 @@ class MetricSuite:
 
     @property
     def other_noise(self) -> bool:
-        """Whether a metric needs, from each sampler of the student, a second image per prompt from different noise."""
+        """Whether a metric also needs a second image of each prompt, from different noise.
+
+        Only samplers of the student make such images.
+        """
         return any(metric.other_noise for metric in self.metrics.values())
 
     @property
     def needed(self) -> list[str]:
-        """The names of the extractors that at least one metric needs. `measure` collects the features from them."""
+        """The names of the extractors that at least one metric needs. `measure` runs these extractors."""
         return sorted({name for metric in self.metrics.values() for name in metric.features})
 
     def prepare(self, device: torch.device) -> None:
@@ -195,9 +198,10 @@ class MetricSuite:
     ) -> None:
         """Add the features and scores of a sampler's images (B, 3, H, W) in [0, 1] to `collected`.
 
-        `prompts` are the B prompts of the images, and `indices` are the numbers of these prompts. `texts` stores the
-        features of the prompts by extractor: features that are missing are computed and added. Pass the same dictionary
-        for other samplers' images of the same prompts, so that the prompts are encoded only once.
+        `prompts` are the B prompts of the images, and `indices` are the numbers of these prompts. `texts` maps the name
+        of an extractor to its features of the prompts. Features that are needed and missing are computed and added to
+        `texts`. Pass the same dictionary for other samplers' images of the same prompts, so that the prompts are
+        encoded only once.
         """
         batch = ImageBatch(images, prompts, indices, self.extractors, {} if texts is None else texts)
         collected.prompts += prompts

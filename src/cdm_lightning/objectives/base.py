@@ -1,9 +1,9 @@
 """The interface of a training objective: which networks it trains, in which order, and with which losses.
 
-`CDMObjective` is an example. The rest of the package (networks, optimizers, checkpoints, LoRA, sharding, cost planning) uses only
-this interface. A new objective is therefore one class in one file (docs/new-objective.md). A *role* is the name of a network's
-part in training: "student", "student_ema", "teacher", or a name that the objective adds, such as CDM's "fake_score". Shapes: B
-samples of shape * = (C, H, W).
+`CDMObjective` is an example. The rest of the package (networks, optimizers, checkpoints, LoRA, sharding, cost planning)
+uses only this interface. A new objective is therefore one class in one file (see docs/new-objective.md). A *role* is
+the name of a network: "student", "student_ema", "teacher", or a name that the objective adds, such as CDM's
+"fake_score". Shapes: B samples of shape * = (C, H, W).
 """
 
 from abc import ABC, abstractmethod
@@ -46,7 +46,7 @@ class VelocityFields:
     `teacher_uncond` is the teacher conditioned on the empty prompt. `by_role` holds the fields of further networks,
     such as "student_ema" and "fake_score". For a VelocityFields object `fields`, `fields[ROLE]` is the field of
     "student" or of a role in `by_role`, but not of the teacher. `heads` holds the networks that the objective builds
-    itself (`Role.build`); they are plain modules and not fields.
+    itself (see `Role.build`); they are plain modules and not fields.
     """
 
     student: VelocityField
@@ -78,7 +78,7 @@ class Sample:
 
     `fields` are the networks, conditioned on the text of `prompts`, and `rng` draws the random numbers. `shift` and
     `shift_steps` apply the model family's timestep shift: `shift` applies it to each sigma alone, and `shift_steps` to
-    all sigmas of a rollout together (`Backbone.shift_steps`). `latent_shape` is (C, H, W). The two shifts and
+    all sigmas of a rollout together (see `Backbone.shift_steps`). `latent_shape` is (C, H, W). The two shifts and
     `latent_shape` are those for the image size of this iteration. `iteration` counts from 0. `latents` are the clean
     latents (B, C, H, W) of real images, or None if the objective uses none. `decode` turns clean latents (B, C, H, W)
     into images (B, 3, H, W) in [0, 1]; gradients flow through it.
@@ -125,11 +125,11 @@ class Role:
     """A network that is trained in addition to the student, such as CDM's fake score.
 
     By default the network starts from the pretrained weights and can be trained as a LoRA. If `build` is given, the
-    network is a head instead: `build(D)` returns a module that reads another network's hidden states of width D
-    (`VelocityField.with_features`). Parameters that `build` freezes stay frozen.
+    network is a head instead: `build(D)` returns a module that reads another network's hidden states of width D (see
+    `VelocityField.with_features`). Parameters that `build` freezes stay frozen.
 
-    `inputs` gives a network that starts from the pretrained weights further inputs, besides x, sigma and text. It maps
-    the name of an input to a function. This function takes the width D of the network's time embedding and returns a
+    `inputs` adds inputs, besides x, sigma and text, to a network that starts from the pretrained weights. It maps the
+    name of an added input to a function. This function takes the width D of the network's time embedding and returns a
     module. The module maps the input's values (B,) to vectors (B, D), which are added to the time embedding. A loss
     passes the values by `fields[role].given(NAME=values)`. If the last layer of the module is zero, the network equals
     the pretrained one at the start. The module is trained, even if the rest of the network is a LoRA.
@@ -170,7 +170,7 @@ class Merge:
 
 @dataclass(frozen=True)
 class Update:
-    """A number of optimizer steps of the network `role`: `repeat` steps, each with new random numbers.
+    """The update of the network `role`. It makes `repeat` optimizer steps, each with new random numbers.
 
     `losses(sample)` yields parts of the loss; the loss is their sum. Each part is backpropagated before the next is
     computed, so that memory holds one graph at a time. Gradients that reach other networks are dropped. If `merge` is

@@ -44,13 +44,14 @@ class CDMObjective(Objective):
     every `student_every` iterations.
 
     The student's loss has three terms: CA (guidance augmentation), DM (distribution matching) and CDM (distribution
-    matching off the trajectory), with the weights `ca_weight`, `dm_weight` and `cdm_weight`. A term of weight 0 costs
-    nothing. Each term moves the student's x0 prediction in a direction. For CA, the direction is `guidance_scale` times
-    the difference of the teacher's x0 predictions with and without the prompt; for DM and CDM, it is the teacher's x0
-    prediction minus the fake score's. The direction is divided by the mean distance between the teacher's and the
-    student's x0 predictions, or by `norm_floor` if that is larger. Teacher and fake score get the x0 prediction noised
-    again, to a sigma that `ca_levels`, `dm_levels` or `cdm_levels` draws. `fake_score_levels` draws the sigma for the
-    fake score's own loss.
+    matching off the trajectory), with the weights `ca_weight`, `dm_weight` and `cdm_weight`. A weight is a number, or a
+    `LinearRamp` over the iterations. A term of weight 0 costs nothing. Each term moves the student's x0 prediction in a
+    direction. For CA, the direction is `guidance_scale` times the difference of the teacher's x0 predictions with and
+    without the prompt; for DM and CDM, it is the teacher's x0 prediction minus the fake score's. The direction of each
+    term is divided by the mean distance between the teacher's and the student's x0 predictions, or by `norm_floor` if
+    that is larger. The input of teacher and fake score is the student's x0 prediction after new noise was added to it.
+    `ca_levels`, `dm_levels` and `cdm_levels` draw the sigma of this input for each term, and `fake_score_levels` draws
+    it for the fake score's own loss.
 
     The CDM term calls the student at a point off its rollout. The rollout's *anchor* is the step that is drawn at
     random for each sample, and `target_levels` draws the sigma s' of the new point. `cdm_input` says how the point is
@@ -63,8 +64,8 @@ class CDMObjective(Objective):
       "next"    the x0 prediction that the rollout made at the anchor;
       "final"   the end of the rollout.
 
-    `first_step` adds a loss that makes the student's first steps follow the teacher, for diversity. `reward` adds a
-    loss from a scorer of images. With None, the loss is not added. Raises ValueError for an unknown choice, for a
+    `first_step` adds a loss that makes the student's first step follow the teacher, for diversity. `reward` adds a loss
+    from a scorer of images. A loss is not added if its argument is None. Raises ValueError for an unknown choice, for a
     number out of its range, and if `ca_weight`, `dm_weight` and `cdm_weight` are all 0 in iteration 0.
     """
 
@@ -162,15 +163,15 @@ class CDMObjective(Objective):
         """Return the fake score's velocity field for x0 predictions that the student made at sigma `seen` (B,).
 
         In this class the field does not depend on `seen`. A subclass can override this method to make `seen` an input
-        of the fake score (`objectives.level_aware`).
+        of the fake score (see `objectives.level_aware`).
         """
         return sample.fields["fake_score"]
 
     def guidance(self, term: str) -> float:
         """Return the guidance scale of a loss term: `guidance_scale` for "ca", and 0 for "dm" and "cdm".
 
-        This scale times T(c) - T(0), the difference of the teacher's x0 predictions with and without the prompt, is a
-        part of the term's direction.
+        The direction of the term contains this scale times T(c) - T(0), where T(c) and T(0) are the teacher's x0
+        predictions with and without the prompt.
         """
         return self.guidance_scale if term == "ca" else 0.0
 

@@ -151,7 +151,10 @@ class ContinuousConsistencyObjective(_AlongTheODE):
             )
 
     def student_losses(self, sample: Sample) -> Iterator[TermLosses]:
-        """Yield the mean squared error (0-d) of the student's velocity against the target v + g / (|g| + `tangent_floor`)."""
+        """Yield the mean squared error (0-d) between the student's velocity and v + g / (|g| + `tangent_floor`).
+
+        `ContinuousConsistencyObjective` describes v and g.
+        """
         x, sigma = self._point(sample)
         student = sample.fields.student
         velocity = student(x, sigma)

@@ -50,9 +50,9 @@ class DMD2Objective(CDMObjective):
     after the blocks `feature_blocks` (negative numbers count from the last block). The head's loss is -log of the
     probability of the right answer (non-saturating GAN). The head is updated in every iteration, after the fake score.
     The head's loss, times `classifier_weight`, is also added to the fake score's loss, so that the fake score learns
-    features that help the head. The loss that is added to the student's is -log of the probability that its prediction
-    is classified as real, times `generator_weight`. `gan_levels` draws the sigma to which real and predicted latents
-    are noised.
+    features that help the head. The student's loss gets one more term: `generator_weight` times -log of the probability
+    that the head classifies the student's prediction as real. `gan_levels` draws the sigma to which real and predicted
+    latents are noised.
 
     The paper has `classifier_weight` 1e-2 and `generator_weight` 5e-3, with five fake-score updates per student update
     (`student_every=5`). The other arguments are those of `CDMObjective`. Raises ValueError for an argument out of its
@@ -91,7 +91,10 @@ class DMD2Objective(CDMObjective):
         return [fake_score, Update("head", self.head_losses), *student]
 
     def fake_score_losses(self, sample: RolledOutSample) -> Iterator[TermLosses]:
-        """Yield the flow matching loss and `classifier_weight` times the head's losses (real and predicted latents)."""
+        """Yield the flow matching loss of the fake score, and `classifier_weight` times the losses of the head.
+
+        The head has a loss on real latents and a loss on predicted latents.
+        """
         yield from super().fake_score_losses(sample)
         for name, latents in self._compared(sample) if self.classifier_weight else []:
             weighted = self.classifier_weight * self._loss(sample, name, self._features(sample, latents, name))

@@ -60,11 +60,11 @@ class FDistillObjective(DMD2Objective):
 
     Each sample of the DM term is weighted by h(r), a function of the density ratio r of data and student at the noised
     sample. The classifier head estimates r as exp(logit), which is clamped to [`ratio_low`, `ratio_high`]. The mean of
-    the true r = p / q over samples of q, the student, is 1 at every sigma. The estimate of r is therefore divided by
-    its running mean; each of `ratio_bands` equal bands of sigma has its own. h(r) is also divided by its running mean,
-    so that the strength of the term does not depend on the divergence. At each student update, a running mean keeps the
-    share `ratio_decay` of its old value and takes the rest from the new samples. The running means are the same in all
-    processes, and checkpoints hold them.
+    the true r = p / q over samples of q, the student, is 1 at every sigma. The estimate of r is therefore divided by a
+    running mean of r. The range [0, 1] of sigma is divided into `ratio_bands` bands of equal width, and each band has a
+    running mean of its own. h(r) is also divided by its running mean, so that the strength of the term does not depend
+    on the divergence. At each student update, a running mean keeps the share `ratio_decay` of its old value and takes
+    the rest from the new samples. The running means are the same in all processes, and checkpoints hold them.
 
     The CDM term is not weighted, because the head is not trained on the samples of that term. The other arguments are
     those of `DMD2Objective`. Raises ValueError for an argument out of its range.

@@ -1,11 +1,11 @@
 """Level-aware CDM: the sigma at which the student made its prediction is an additional input of the fake score.
 
 A student with several steps predicts the clean image at each sigma of its path. In published CDM, one fake score learns
-from all of these predictions, and its only sigma is the one to which a prediction was noised again. It therefore learns
-the score of the mixture of all predictions. The student stops changing when the mixture is right, even if the
-predictions at single sigmas are wrong. Here the fake score gets both sigmas as inputs. It also learns from the
-student's predictions off the trajectory, which the CDM term uses. Shapes: B samples of shape * = (C, H, W), D the width
-of the time embedding.
+from all of these predictions. The only sigma that it gets as an input is the one to which a prediction was noised
+again. It therefore learns the score of the mixture of all predictions. The student stops changing when the mixture is
+right, even if the predictions at single sigmas are wrong. Here the fake score gets both sigmas as inputs. It also
+learns from the student's predictions off the trajectory, which the CDM term uses. Shapes: B samples of shape * = (C, H,
+W), D the width of the time embedding.
 """
 
 import math

@@ -41,17 +41,17 @@ class TDMObjective(LevelAwareObjective):
     """Trajectory distribution matching (TDM), with the teacher's guidance in the DM term.
 
     The guidance is `guidance_scale` times the difference of the teacher's x0 predictions with and without the prompt.
-    TDM noises the state at the end of a rollout's step again. `segments` says to which sigma:
+    TDM adds noise to the state at the end of a rollout's step. `segments` says to which sigma the state is noised:
       "own"       a uniform sigma between the end and the start of the step;
-      "to_noise"  a uniform sigma between the end of the step and 1. The paper then also makes the number of steps an
-                  input of the fake score (`fake_score_conditioning`).
+      "to_noise"  a uniform sigma between the end of the step and 1. With this choice, the paper also makes the number
+                  of steps an input of the fake score (see `fake_score_conditioning`).
 
     `fake_score_target` says what the fake score learns from the noised state:
       "prediction"  the student's x0 prediction, as in the authors' code. Each sample has the weight
                     exp((|n|^2 - |e|^2) / 2), where n is the noise that was added, e is the noise in the noised state
                     according to the x0 prediction, and |.|^2 is the mean square over elements;
-      "state"       the score of the noised states, by denoising score matching. Each sample has a weight that keeps
-                    the target bounded when little noise was added.
+      "state"       the score of the noised states, by denoising score matching. The score grows without bound as less
+                    noise is added, so each sample has a weight that keeps its loss bounded.
 
     `cdm_weight` and `off_trajectory_share` must be 0. The other arguments are those of `LevelAwareObjective`, but
     `dm_levels`, `cdm_levels`, `target_levels` and `fake_score_levels` have no effect, and `ca_levels` has an effect

@@ -74,9 +74,9 @@ def further(recomputation: Recomputation, lora: bool) -> list[str]:
 def faster(recomputation: Recomputation, free: float, batch: int) -> list[str]:
     """Return overrides that make the run faster but take more memory.
 
-    To see whether an override fits into memory, plan again with it. The list is empty if the run recomputes no
-    activations, or if less than the share `WORTH_A_TRY` is free. `free` is the free share of a GPU's usable memory, and
-    `batch` is the number of prompts on each GPU.
+    To see whether an override fits into memory, plan again with it. `recomputation` is the run's gradient
+    checkpointing, `free` is the free share of a GPU's usable memory, and `batch` is the number of prompts on each GPU.
+    The list is empty if the run recomputes no activations, or if `free` is below `WORTH_A_TRY`.
     """
     if not recomputation.share or free < WORTH_A_TRY:
         return []

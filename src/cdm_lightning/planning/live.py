@@ -59,8 +59,8 @@ class Timeline:
     def peak(self, batch: int, gradient_share: float = 1.0, fixed_share: float = 1.0, repeated: bool = False) -> float:
         """Return the largest number of bytes at any moment, for `batch` samples; 0 if nothing was recorded.
 
-        A device may hold only a share of the fixed bytes: `gradient_share` of the gradients and `fixed_share` of the
-        others. If `repeated` is True, the batch is computed in several parts (gradient accumulation), and from the
+        A device may hold only the share `gradient_share` of the gradients and the share `fixed_share` of the other
+        fixed bytes. If `repeated` is True, the batch is computed in several parts (gradient accumulation), and from the
         second part on, all gradients exist from the start of the part.
         """
         if not self.fixed:
@@ -76,15 +76,16 @@ class Timeline:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Record, as `timeline`, the bytes of all tensors that are made inside the `with` block.
+    """A context manager that records the bytes of all tensors that are made inside its `with` block.
 
-    Tensors in `known` are not counted. `probe` is the batch size of the code in the block, an even number. A tensor
-    whose bytes are a multiple of `probe`, or of half of it, is assumed to grow with the batch. If `probe` is None, all
-    bytes are fixed. Accumulated gradients of the parameters in `trained` count as gradients.
+    `timeline` is the record. Tensors in `known` are not counted. `probe` is the batch size of the code in the block, an
+    even number. A tensor whose number of bytes is a multiple of half of `probe` is assumed to grow with the batch, and
+    all other tensors are assumed to have a fixed size. If `probe` is None, this is assumed of all tensors. The
+    accumulated gradients of the parameters in `trained` count as gradients.
 
-    `flops` are the floating-point operations of the whole batch, by the formulas of `torch.utils.flop_counter`. torch's
-    own `FlopCounterMode` is not used, because its hooks would keep recomputed activations in memory and so change the
-    bytes.
+    `flops` is the number of floating-point operations for the whole batch, by the formulas of
+    `torch.utils.flop_counter`. torch's own `FlopCounterMode` is not used, because its hooks would keep recomputed
+    activations in memory and so change the bytes.
     """
 
     def __init__(
@@ -166,7 +167,7 @@ def storages(module: nn.Module) -> Iterable[Tensor]:
 class GPUAutocast(torch.overrides.TorchFunctionMode):
     """Make autocast on the CPU use float32 for the same operations as on a GPU.
 
-    On a GPU, normalizations and reductions compute in float32 and return it (torch's table "Ops that autocast to
+    On a GPU, normalizations and reductions compute and return float32 (see torch's table "Ops that autocast to
     float32"). On the CPU they use the dtype of their inputs. Without this mode, the tensors that these operations save
     for the backward pass would be counted with half the size that they have on a GPU.
     """

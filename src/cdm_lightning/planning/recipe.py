@@ -30,8 +30,8 @@ class Recipe:
     """The facts about a run that do not depend on the GPUs: the bytes of its parts, and the work for one sample.
 
     `parameters` holds the numbers of parameters of the transformer, of each text encoder and of the image codec
-    ("vae"), by name. `source` says where the architecture comes from: it is the pipeline's folder, or the note on the
-    origin in the architecture file of this package.
+    ("vae"), by name. `source` says where the architecture comes from. For a pipeline in a local folder it is the path
+    of the folder. For a pipeline whose architecture is part of this package, it is a note on the architecture's origin.
     """
 
     sizes: Sizes
@@ -51,7 +51,7 @@ def read_recipe(module: CDMModule, text_cached: bool) -> Recipe:
 
 
 def traced_recipe(module: CDMModule, frozen: FrozenParts, text_cached: bool) -> Recipe:
-    """Return the recipe of `module`, whose backbone builds its networks without weights (`skeleton.hollow`).
+    """Return the recipe of `module`, whose backbone builds its networks without weights (see `skeleton.hollow`).
 
     `frozen` are the sizes of the backbone's frozen parts. With `text_cached=True` the text encoders are not counted.
     """

@@ -29,8 +29,8 @@ class FrozenParts:
     """The numbers of parameters of a pipeline's frozen parts.
 
     `text` maps the name of a text encoder to its number of parameters, and `vae` is the number of parameters of the
-    image codec. `source` says where the numbers come from: it is the pipeline's folder, or the note on the origin in
-    the architecture file of this package.
+    image codec. `source` says where the numbers come from. For a pipeline in a local folder it is the path of the
+    folder. For a pipeline whose architecture is part of this package, it is a note on the architecture's origin.
     """
 
     text: dict[str, int]
@@ -100,8 +100,8 @@ def _from_shipped(backbone: PipelineBackbone) -> FrozenParts:
 def count_parameters(folder: Path) -> int:
     """Return the number of parameters in the safetensors files of a folder, from the headers of the files.
 
-    Files with a second copy of the weights in half precision (`.fp16.`, `.bf16.`) are left out. Raises UserError if
-    there are no safetensors files.
+    Files with a second copy of the weights in half precision, such as model.fp16.safetensors, are left out. Raises
+    UserError if there are no safetensors files.
     """
     total = 0
     for file in sorted(folder.glob("*.safetensors")):

@@ -19,8 +19,8 @@ class Plan:
     after another. `fits` is the largest number of prompts that fits into the memory of a GPU. `hours` is the length of
     the run if each GPU reaches the share `utilisation` of its peak of `peak_tflops` TFLOP/s. `remedies` are options
     that save memory, with the saved bytes. `further` are options whose saving is known only after planning again with
-    them. `faster` are options that use free memory to save time. `source` says where the architecture comes from
-    (`Recipe.source`).
+    them. `faster` are options that use free memory to save time. `source` says where the architecture comes from (see
+    `Recipe.source`).
     """
 
     name: str
