@@ -70,8 +70,9 @@ def export_checkpoint(
 def export_file(source: Path, output: Path, weights: str, dtype: str, form: str) -> Path:
     """Write a student (`form="weights"`) or a whole checkpoint (`form="checkpoint"`) as one file, and return its path.
 
-    `output` is the path of a new .safetensors file; otherwise `UserError` is raised. `export_checkpoint` explains the
-    other arguments. The pretrained pipeline is not needed.
+    The pretrained pipeline is not needed. `export_checkpoint` explains the arguments. Raises `UserError` if `output`
+    exists already or does not end in .safetensors, if `source` has no checkpoint that can be read, if the checkpoint
+    lacks the network `weights`, or if the file cannot be written.
     """
     import torch
 

@@ -18,13 +18,13 @@ BATCH = 64  # prompts encoded at a time
 class RememberedText:
     """Keeps the encodings of `prompts` and of the empty prompt in memory, so that each is computed only once.
 
-    The parameter `encode` is the function that computes encodings. The first call of the method `encode` passes all
-    these prompts to the function, always in the same batches. Therefore a resumed run gets bit-identical encodings,
-    whichever prompts it uses first. The encodings stay on the device on which the function returned them. If a batch
-    contains a prompt that is not kept, the whole batch is passed to the function at every call.
+    The parameter `encode` is the function that computes encodings. The first call of the method `encode` passes
+    `prompts` and the empty prompt to this function, always in the same batches. Therefore a resumed run gets
+    bit-identical encodings, whichever prompts it uses first. The encodings stay on the device on which the function
+    returned them.
 
-    If the encodings would take more than `most_bytes`, or if their shapes differ between prompts, nothing is kept, and
-    every batch is passed to the function at every call.
+    If the method `encode` is called with a prompt that is not kept, it passes all prompts of this call to the function.
+    If the encodings would take more than `most_bytes`, or if their shapes differ between prompts, none are kept.
     """
 
     def __init__(self, encode: Encode, prompts: Iterable[str], most_bytes: int) -> None:

@@ -79,8 +79,8 @@ class Manifest:
     def of(cls, text_fingerprint: Mapping[str, str], dtype: str, cond: Mapping[str, Tensor]) -> "Manifest":
         """Return the manifest of a new cache that stores floating-point tensors in the dtype named `dtype`.
 
-        `text_fingerprint` identifies the text encoders. `cond` is the encoding of any B prompts: the manifest takes the
-        names, the dtypes and the shapes (B, ...), without B, of its tensors.
+        `text_fingerprint` identifies the text encoders. `cond` is the encoding of any B prompts, tensors (B, ...) by
+        name. The manifest stores the name and the dtype of each tensor, and its shape without B.
         """
         tensors = {
             name: {"shape": list(value.shape[1:]), "dtype": str(value.dtype).removeprefix("torch.")}
@@ -111,8 +111,8 @@ def read_manifest(folder: Path) -> Manifest | None:
 def is_sound(manifest: Manifest) -> bool:
     """Return whether a manifest has the present format, values of the right types, and tensors of a plausible size.
 
-    The limits are `MOST_SIDES` and `MOST_BYTES`. If an entry is missing or has a wrong type, this function may raise an
-    exception of any type instead of returning False.
+    `MOST_SIDES` limits the number of a tensor's dimensions, and `MOST_BYTES` the number of bytes for one prompt. If an
+    entry is missing or has a wrong type, this function may raise an exception of any type instead of returning False.
     """
     texts = [part for pair in manifest.text_fingerprint.items() for part in pair]
     sides = [side for entry in manifest.tensors.values() for side in entry["shape"]]
@@ -164,8 +164,8 @@ def shard_paths(folder: Path) -> list[Path]:
 def write_shard(folder: Path, manifest: Manifest, keys: Sequence[bytes], cond: Mapping[str, Tensor]) -> Path:
     """Write a shard completely or not at all, and return its path.
 
-    `keys` are the keys of its n prompts. `cond` holds their encodings (n, ...), already in the dtypes of `Manifest.stored`.
-    Raises `UserError` if the shard cannot be written.
+    `keys` are the keys of the shard's n prompts. `cond` holds their encodings, tensors (n, ...) that have the dtypes
+    that `manifest.stored` returns. Raises `UserError` if the shard cannot be written.
     """
     rows = {name: cond[name].contiguous() for name in manifest.tensors}
     path = folder / SHARDS / f"{hashlib.blake2b(b''.join(keys), digest_size=KEY_BYTES).hexdigest()}.safetensors"
@@ -219,7 +219,7 @@ def read_row(path: Path, manifest: Manifest, row: int) -> dict[str, Tensor]:
 
 @contextmanager
 def reading(path: Path) -> Generator[None]:
-    """Turn each unexpected error in the `with` block into the `UserError` that `broken(path)` returns.
+    """Turn each error in the `with` block, except a `UserError`, into the `UserError` that `broken(path)` returns.
 
     The block reads the shard `path`.
     """

@@ -1,1 +1,1 @@
-"""Runs with several processes: how the processes are started, share networks and communicate."""
+"""Runs with several processes: how they are started, how networks are distributed over them, how they communicate."""

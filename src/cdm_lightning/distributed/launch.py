@@ -2,8 +2,8 @@
 
 Hydra composes the configuration once, in the launching process. The started processes read it from a private temporary
 folder, so all have the same configuration. The launcher forwards signals to the started processes and exits with their
-status. They run in sessions of their own, so a signal to the launcher's process group (Ctrl-C, `timeout`) reaches them
-only once, through the launcher.
+status. Each started process has a session of its own. Therefore a signal to the launcher's process group (Ctrl-C,
+`timeout`) reaches the started processes only once, through the launcher.
 """
 
 import importlib
@@ -81,8 +81,9 @@ def run_processes(
 ) -> int:
     """Run `python *program folder` in `processes` processes.
 
-    Returns 0, or the exit status of the process that failed first. The other processes are then killed after `grace`
-    seconds. `folder` holds the description of the task (see `main`), and small files by which the launcher and the
+    Returns 0 if all processes succeed. If a process fails, the others get SIGTERM, those that still run after `grace`
+    seconds are killed, and the exit status of the process that failed first is returned (128 + signal if a signal ended
+    it). `folder` holds the description of the task (see `main`), and small files by which the launcher and the
     processes communicate.
     """
     import logging
@@ -124,10 +125,10 @@ def run_processes(
 
 @contextmanager
 def forwarded_signals(folder: Path) -> Generator[None]:
-    """Pass signals that this process gets in the `with` block on to the processes that have called `sign_on(folder)`.
+    """Forward signals that this process gets in the `with` block to the processes that have called `sign_on(folder)`.
 
-    A second signal kills these processes at once, even suspended ones, which cannot stop themselves. If no process has
-    called `sign_on` yet, the second signal ends this process.
+    After a second signal, this process kills them at once, because a suspended process could not react to any other
+    signal. If no process has called `sign_on` yet, the second signal ends this process.
     """
     first: list[float] = []
 
@@ -163,8 +164,9 @@ def forwarded_signals(folder: Path) -> Generator[None]:
 def sign_on(folder: Path) -> None:
     """Let the launcher forward its signals to this process.
 
-    The launcher finds this process by a file in `folder` that is named after the process number. Raises `Preempted` if
-    a signal has already come or the launcher is dead. If the launcher dies later, this process gets SIGTERM.
+    The launcher finds this process by a file in `folder` whose name contains the number of this process. Raises
+    `Preempted` if the launcher has already got a signal or is dead. If the launcher dies later, this process gets
+    SIGTERM.
     """
     signals.watch(silent=True)
     (folder / f"{os.getpid()}.pid").touch()

@@ -68,5 +68,5 @@ def agree(error: OSError | None) -> None:
 
 
 def lost_process(error: BaseException) -> bool:
-    """Return whether `error` comes from torch's communication, because another process has ended or does not answer."""
+    """Return whether torch's communication raised `error` because another process has ended or does not answer."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

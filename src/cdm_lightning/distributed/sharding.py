@@ -1,8 +1,8 @@
 """Shard networks over processes with FSDP2.
 
-Each process holds some rows of each weight. The weights of a block are gathered while the block computes, and freed afterwards.
-Weights are rounded to the compute dtype before they are sent, and gradients are summed in float32. FSDP2 does not cast inputs:
-autocast does, as in a single process, and timesteps stay float32.
+Each process holds some rows of each weight. The weights of a block are gathered while the block computes, and freed
+afterwards. Weights are rounded to the compute dtype before they are sent, and gradients are summed in float32. Inputs
+are cast by autocast, as in a run with one process. FSDP2 does not cast them, so timesteps stay float32.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Set
@@ -49,7 +49,7 @@ def shard(
 
     Each module of `block_types` is sharded separately. The parameters in `whole` stay unsharded. All others are
     gathered for a forward or backward pass and freed after it, so that between passes a process holds only its shards.
-    `offload` can keep the shards in host memory (`host_memory`).
+    `offload` can keep the shards in host memory (see `host_memory`).
     """
     if all(parameter in whole for parameter in network.parameters()):
         return
@@ -119,8 +119,9 @@ def average_figures(figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def put_together(network: nn.Module, build: Callable[[], nn.Module]) -> nn.Module | None:
     """Return an unsharded copy of a sharded network on the first process, in eval mode on the CPU.
 
-    Other processes get None, but all processes must call this. The first process calls `build` for a network of the
-    same kind, and copies the weights into it. A network without shards is returned unchanged, on every process.
+    The first process calls `build()`, which must return an unsharded network of the same architecture, and copies the
+    weights into that network. The other processes get None, but all processes must call `put_together`. A network
+    without shards is returned unchanged, on every process.
     """
     if not any(isinstance(parameter, DTensor) for parameter in network.parameters()):
         return network

@@ -17,7 +17,7 @@ def may_fail(what: str | Path, *also: type[Exception], proves: bool = True) -> G
     `what` is the path or the name of what the block writes, for the warning. Errors of the classes in `also` are
     treated like disk errors; other errors are raised. After a warning, further failures for the same `what` print
     nothing. The next success prints that `what` can be written again. Pass `proves=False` if the block only fills a
-    buffer: its success then prints nothing, because it does not show that the disk can be written.
+    buffer. Its success then prints nothing, because a filled buffer does not show that the disk can be written.
     """
     name = str(what)
     try:

@@ -32,7 +32,10 @@ AGAIN = "run the same command again to continue"
 
 
 class Phase(Enum):
-    """The phase of a process, which decides what its first signal does. The value of each member describes this in words."""
+    """The phase of a process, which decides what the first signal does.
+
+    The value of each phase says in words what the signal does.
+    """
 
     IMPORTING = "exit in the handler"
     LOADING = "raise Preempted: everything is stored"
@@ -81,7 +84,7 @@ def _install() -> None:
 
 @contextmanager
 def watched() -> Generator[None]:
-    """Install the handlers (`watch`) for the time of the block, and restore the earlier handlers after it.
+    """Install the handlers (see `watch`) at the start of the block, and restore the earlier handlers at its end.
 
     If the handlers are installed already, nothing changes.
     """
@@ -164,11 +167,12 @@ def waiting() -> Generator[None]:
 
 @contextmanager
 def held() -> Generator[None]:
-    """Hold back all `SIGNALS` until the end of the block. Processes started inside the block never receive them.
+    """Hold back all `SIGNALS` until the end of the `with` block. Processes that are started in it never receive them.
 
-    New processes inherit the blocked signals. Therefore a signal to the whole process group cannot end them, not even
-    while they start. Only the calling thread blocks signals. If another thread receives one, the handler keeps it until
-    the end. At the end, all signals that came inside the block are handled as one signal.
+    The calling thread masks the signals, and new processes inherit this mask. Therefore a signal to the whole process
+    group cannot end a new process, not even while it starts. Other threads do not mask the signals; if one receives a
+    signal, the handler stores it until the end of the `with` block. All signals that came in the `with` block are then
+    handled as one signal.
     """
     before, outer = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS), _state.is_held
     _state.is_held = True
@@ -239,7 +243,8 @@ def _name() -> str:
 def say(text: str) -> None:
     """Write a line on stderr. Only the first process of a run writes it.
 
-    The line bypasses Python's buffers, because the signal may have interrupted code that was using them.
+    The line bypasses Python's buffers, because signal handlers call this function, and a handler may have interrupted
+    code that uses these buffers.
     """
     if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0):
         return  # the first process prints it

@@ -79,12 +79,13 @@ class LadderEvaluation:
     """The settings of an evaluation: its samplers, prompts and noise.
 
     The first `count` of `prompts` are used, or all if `count` is None or larger. Images are generated in batches of
-    `batch_size`. Image k of a prompt starts from noise that is seeded with (`seed` + k, prompt index); images with k > 0 are
-    made only for metrics that need several images per prompt. The images of the first `shown` prompts are kept.
+    `batch_size`. Image k of a prompt starts from noise that is seeded with (`seed` + k, prompt index). Images from k =
+    1 on are made only for metrics that need several images per prompt. The images of the first `shown` prompts are part
+    of the result, for the overview picture.
 
-    `real_images` is a function of (prompts, their indices, seed) that returns real images. If it is given, the result has another
-    row with the figures of real images, which a perfect sampler would reach. Raises `UserError` for samplers of the same name and
-    for numbers out of range.
+    `real_images` is a function of (prompts, their indices, seed) that returns real images. If it is given, the result
+    has an additional row with the figures of these images. A perfect sampler would reach these figures. Raises
+    `UserError` for samplers of the same name and for numbers out of range.
     """
 
     prompts: Sequence[str]

@@ -117,7 +117,7 @@ def generate(
 class EncodedAhead:
     """A text memory (see `Backbone.use_text_memory`) with the conditioning of all batches that `generate` will use.
 
-    `by_batch` maps the prompts of a batch to their conditioning, which has been encoded once.
+    `by_batch` maps the prompts of each batch, as a tuple, to their conditioning.
     """
 
     def __init__(self, by_batch: Mapping[tuple[str, ...], Conditioning]) -> None:
@@ -136,7 +136,8 @@ class EncodedAhead:
 def encode_ahead(backbone: Backbone, prompts: Sequence[str], batch_size: int) -> None:
     """Encode N prompts in the batches that `generate` uses, and free the text encoders to make room for the network.
 
-    Afterwards `backbone.encode_prompts` returns the conditioning that is kept. It accepts only these batches and [""].
+    Afterwards `backbone.encode_prompts` accepts only these batches and [""], the empty prompt for guidance, and returns
+    their stored conditioning.
     """
     batches = [tuple(prompts[start : start + batch_size]) for start in range(0, len(prompts), batch_size)]
     encoded = {batch: backbone.encode_prompts(list(batch)) for batch in [*batches, ("",)]}

@@ -37,8 +37,9 @@ def hold(descriptor: int) -> None:
 def sweep(path: str | Path) -> list[Path]:
     """Delete the temporary files and folders for `path` whose writers were killed, and return their paths.
 
-    They are next to `path` (`temporary_path`). Temporary files of running writers and of other paths stay. If a writer
-    was killed while it replaced an earlier folder, the earlier folder is moved back to `path`.
+    The temporary files for `path` are in the same folder as `path` (see `temporary_path`). Temporary files of running
+    writers and of other paths stay. If a writer was killed while it replaced an earlier folder, the earlier folder is
+    moved back to `path`.
     """
     path = Path(os.path.realpath(path))
     found = [entry for entry in _entries(path.parent, f"{OWN}{_digest(path)}-", (NEW, OLD)) if is_left(entry)]
@@ -54,8 +55,8 @@ def sweep(path: str | Path) -> list[Path]:
 def sweep_folder(folder: str | Path) -> list[Path]:
     """Delete the temporary files and folders inside `folder` whose writers were killed, and return their paths.
 
-    Subfolders are not searched. Earlier folders that a killed writer was replacing stay, so that `sweep` can move them
-    back.
+    Subfolders are not searched. If a writer was killed while it replaced an earlier folder, the earlier folder is not
+    deleted, so that `sweep` can move it back.
     """
     found = [entry for entry in _entries(Path(folder), OWN, (NEW,)) if is_left(entry)]
     for entry in found:
@@ -67,9 +68,10 @@ def is_left(entry: Path) -> bool:
     """Return whether a temporary file or folder may be deleted, because the process that was writing it has ended.
 
     - If another process holds a lock on it, the answer is no.
-    - If it was made on this machine, the answer is yes if its process no longer runs.
-    - If it was made on another machine or in another container, the answer is yes if it has not changed for an hour. The file
-      system must have locks: only there does a missing lock show that no writer runs.
+    - If it was made on this machine, the answer is yes if the process that made it no longer runs.
+    - If it was made on another machine or in another container, the answer is yes if it has not changed for an hour.
+      This holds only on a file system with locks. Without locks, a running writer cannot be recognised, and the answer
+      is no.
     - In doubt, the answer is no.
     """
     parts = entry.stem.removeprefix(OWN).split("-")

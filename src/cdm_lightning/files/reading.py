@@ -54,7 +54,8 @@ def _require(found: os.stat_result, path: str | Path, most: int | None) -> None:
 def read_text(path: str | Path, most: int = MOST_TEXT, follow: bool = True) -> str:
     """Return the text of a UTF-8 file of at most `most` bytes.
 
-    Raises UnicodeDecodeError if the file is not UTF-8, and OSError for the reasons of `open_regular`.
+    Raises UnicodeDecodeError if the file is not UTF-8, and OSError in the cases of `open_regular`, which explains
+    `follow`.
     """
     with open_regular(path, most, follow) as file:
         return file.read().decode("utf-8")

@@ -16,10 +16,11 @@ OF_THE_MACHINE = ("OutOfMemoryError",)  # names of errors that are not about con
 
 
 def read_record(path: str | Path, cure: str, most: int = MOST_TEXT) -> dict[str, Any]:
-    """Return the JSON object that is stored in the file `path`, of at most `most` bytes.
+    """Return the JSON object that is stored in the file `path`.
 
-    Raises FileNotFoundError if there is no file. Raises `UserError` if the file is a link, cannot be read, or has no
-    JSON object. `cure` is the end of the `UserError`'s message and says what the user can do, such as "remove it".
+    Raises FileNotFoundError if there is no file. Raises `UserError` if the file is a link, has more than `most` bytes,
+    cannot be read, or has no JSON object. `cure` is the end of the `UserError`'s message and says what the user can do,
+    such as "remove it".
     """
     try:
         found = json.loads(read_text(path, most, follow=False))
@@ -36,7 +37,7 @@ def read_record(path: str | Path, cure: str, most: int = MOST_TEXT) -> dict[str,
 def require_entries(record: Mapping[str, Any], path: str | Path, cure: str, **kinds: type | tuple[type, ...]) -> None:
     """Raise `UserError` unless `record` has an entry of the right type for each name in `kinds`.
 
-    For example, `iteration=int` requires an int of at least 0 under "iteration". A bool does not count as a number.
+    For example, `iteration=int` requires an int from 0 to `MOST` under "iteration". A bool does not count as a number.
     `path` is the file of the record, for the message. `cure` is the end of the message and says what the user can do.
     """
     for name, kind in kinds.items():
@@ -54,12 +55,12 @@ def require_entries(record: Mapping[str, Any], path: str | Path, cure: str, **ki
 def restoring(
     path: str | Path, cure: str, unless: Callable[[BaseException], bool] = lambda error: False
 ) -> Generator[None]:
-    """Turn each unexpected error inside the block, such as KeyError, into a `UserError` about the file `path`.
+    """Turn an error inside the block, such as KeyError, into a `UserError` about the file `path`.
 
     The block uses the file's content, which may be wrong: a list instead of an object, a string instead of a number, a
-    missing key. Libraries then raise errors of many types. `UserError`, OSError and torch's out-of-memory error pass
-    unchanged. `cure` is the end of the `UserError`'s message and says what the user can do. Errors for which
-    `unless` is true pass unchanged as well, because they have another cause than the content.
+    missing key. Libraries then raise errors of many types. Errors with another cause than the content pass unchanged:
+    `UserError`, OSError, torch's out-of-memory error, and each error for which `unless(error)` is true. `cure` is the
+    end of the `UserError`'s message and says what the user can do.
     """
     try:
         yield

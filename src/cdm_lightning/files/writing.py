@@ -43,11 +43,11 @@ def replacing(path: str | Path) -> Generator[Path]:
 
 @contextmanager
 def replacing_folder(path: str | Path) -> Generator[Path]:
-    """Yield a new empty folder for the block to fill. After the block, it replaces the folder at `path`.
+    """Yield a new empty folder for the block to fill. After the block, the new folder replaces the folder at `path`.
 
-    The mode of the old folder is kept, and a link stays a link. After an error inside the block, `path` is unchanged and the
-    new folder is deleted. Before the block, temporary folders of `path` whose writers were killed are deleted or moved back
-    (`sweep`).
+    The mode of the old folder is kept, and a link stays a link. After an error inside the block, `path` is unchanged
+    and the new folder is deleted. Before the block, `sweep(path)` deletes or moves back the folders that killed writers
+    left.
 
     Raises OSError if the folder cannot be written, or if `path` exists and is not a folder.
     """

@@ -1,9 +1,9 @@
 """The types that options can have, with their allowed values, such as `Count = Annotated[int, Ge(1), Le(10**9)]`.
 
 Such a type is called a kind. It says in which range a number must be, or what a string or path stands for. Constructors
-annotate their parameters with kinds, and pydantic checks the options of a configuration against these annotations
-(`config.arguments`). Commands check their command-line arguments against kinds (`kinds.command_line`). NaN and infinity
-are refused, except where a kind allows infinity. See CONTRIBUTING.md.
+annotate their parameters with kinds, and pydantic checks the options of a configuration against these annotations (see
+`config.arguments`). Commands check their command-line arguments against kinds (see `kinds.command_line`). NaN is always
+refused, and infinity is refused unless the kind has the mark `Infinite`. See CONTRIBUTING.md.
 """
 
 import re
@@ -54,9 +54,10 @@ class Text:
 class PathKind:
     """A mark in `Annotated[str | Path, PathKind("a folder")]`: it describes the paths that are allowed.
 
-    `what` describes such a path in error messages. With `inside`, the path must be relative, without "." and "..". With
-    `written`, the run writes to the path, so at every start of a run it is checked that the path can be written
-    (`config.folders`). Whether a path exists is checked later, by the constructor that reads it.
+    `what` describes such a path in error messages. If `inside` is True, the path must be relative and must not contain
+    "." or "..", so that it stays inside a folder. If `written` is True, a run writes to the path, so `config.folders`
+    checks at every start of a run whether the path can be written. Whether a path exists is checked later, by the
+    constructor that reads it.
     """
 
     what: str

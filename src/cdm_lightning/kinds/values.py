@@ -19,11 +19,11 @@ LARGE = 10_000  # larger limits are written as powers of ten
 
 
 def problem_of(value: Any, kinds: Sequence[Any]) -> str | None:
-    """Return None if `value` fits one of the annotations `kinds`, and otherwise what is wrong, such as "it is empty".
+    """Return what is wrong with `value`, such as "it is empty", or None if it fits one of the annotations `kinds`.
 
-    If the type or the range is wrong, the result is "", because `told(kinds)` says what is allowed. An int fits an
-    annotation for floats. A bool does not fit an annotation for numbers. If only strings and paths are allowed, a
-    number or a bool is converted to a string before the check.
+    If the type or the range is wrong, the result is "", because callers put `told(kinds)` into the message, which
+    already says what is allowed. An int fits an annotation for floats. A bool does not fit an annotation for numbers.
+    If only strings and paths are allowed, a number or a bool is converted to a string before the check.
     """
     plain = [kind for kind in kinds if _base(kind) in (bool, int, float, str, NoneType) or _is_choice(kind)]
     plain += [_as_text(kind) for kind in kinds if _is_path(kind)]

@@ -42,16 +42,17 @@ class Extraction:
 
     @property
     def outside(self) -> list[str]:
-        """The names of tensors that differ but cannot be part of a LoRA of linear layers, such as biases and norms."""
+        """The names of tensors that differ but cannot be part of a LoRA of linear layers, such as biases."""
         return [name for name in self.norms if f"{name.removesuffix('.weight')}.lora_A.weight" not in self.tensors]
 
 
 def extract(pairs: Iterable[tuple[str, Tensor, Tensor, bool]], rank: int, device: torch.device | str) -> Extraction:
-    """Return the LoRA that is nearest, layer by layer, to the difference (tuned network - base), computed in float32.
+    """Approximate the difference (tuned network - base) by a LoRA, layer by layer, in float32.
 
-    `pairs` yields (name, base tensor, tuned tensor, whether it is the weight of a linear layer). Weights of linear layers get
-    factors of rank min(`rank`, out, in). For other tensors only the difference is measured. `device` is where the decompositions
-    run. Raises UserError for a difference that is not finite.
+    `pairs` yields (name, base tensor, tuned tensor, is_linear) for each tensor of the networks. The last entry says
+    whether the tensor is the weight of a linear layer. Such a weight gets the LoRA factors of rank min(`rank`, out, in)
+    that are nearest to the difference. For other tensors only the difference is measured. The decompositions run on
+    `device`. Raises UserError for a difference that is not finite.
     """
     found = Extraction()
     for name, base, tuned, is_linear in pairs:

@@ -1,9 +1,9 @@
 """The settings of peft that are accepted in a LoRA file from an untrusted source.
 
-Some settings are unsafe in such a file: peft compiles some of them as regular expressions, allocates as much memory as
-others say, and reads the base network's weights for others. Therefore ranks and layers are taken from the tensors. Two
-kinds of settings are accepted: strengths (such as alpha), whose types and ranges are checked, and training options that
-have no effect on a loaded LoRA.
+Some settings are unsafe in such a file, because peft compiles them as regular expressions, allocates as much memory as
+they request, or reads the base network's weights to apply them. Therefore ranks and layers are taken from the tensors.
+Two kinds of settings are accepted. Settings that determine the effect of a loaded LoRA, such as alpha, are accepted if
+their types and ranges are right. Options of training are accepted because they have no effect on a loaded LoRA.
 """
 
 import math

@@ -28,14 +28,15 @@ if TYPE_CHECKING:
 
 
 class SharedBase:
-    """A frozen network, the base, that holds a LoRA adapter for each role, so that several trained networks share its memory.
+    """A frozen network, the base, with a LoRA adapter for each role, so that several trained networks share its memory.
 
-    `view(role)` returns a module that runs the base with this role's adapter. While no such module runs, all adapters are off.
-    The base is set to eval mode and keeps its dtype; adapters are float32.
+    `view(role)` returns a module that runs the base with this role's adapter. While no such module runs, all adapters
+    are off. The base is set to eval mode and keeps its dtype; adapters are float32.
 
-    A LoRA adds B A to a weight. B starts at zero, so every role starts equal to the base. A starts with uniform random numbers,
-    as in peft, which depend only on `seed` and the layer. So all roles start with the same A. An objective may average A and B
-    of two roles: as long as their A are equal, this averages B A too. Raises UserError for targets that `network` lacks.
+    A LoRA adds B A to a weight. B starts at zero, so every role starts equal to the base. A starts with uniform random
+    numbers, as in peft. They depend only on `seed` and the layer, so all roles start with the same A. An objective may
+    average the A and the B of two roles. This also averages B A, as long as both roles have the same A. Raises
+    UserError for targets that `network` lacks.
     """
 
     def __init__(self, network: nn.Module, adapters: Mapping[str, Adapter], presets: Presets, seed: int) -> None:
@@ -78,10 +79,11 @@ class SharedBase:
             self._switch(before)
 
     def with_its_adapter(self, block: nn.Module) -> Callable[..., Any]:
-        """Return a function that runs `block`, a module of the base, with the adapter that is on now.
+        """Return a function that runs `block`, a module of the base, always with the same adapter.
 
-        Gradient checkpointing needs this function, because checkpointing runs blocks again in the backward pass. At
-        that time another adapter or none may be on, and the gradients would be wrong without an error.
+        This is the adapter that is on when `with_its_adapter` is called. Gradient checkpointing needs the function,
+        because checkpointing runs blocks again in the backward pass. At that time another adapter or none may be on,
+        and the gradients would be wrong without an error.
         """
         return partial(self._rerun, self._role, block)
 

@@ -23,7 +23,10 @@ class Adherence(Metric):
         self.judge = judge
 
     def check_prompt(self, prompt: str) -> None:
-        """Raise an error if `judge` refuses this prompt. A judge without the method `check_prompt` accepts every prompt."""
+        """Call `judge.check_prompt`, which raises ValueError if images of this prompt cannot be judged.
+
+        A judge without the method `check_prompt` accepts every prompt.
+        """
         check = getattr(self.judge, "check_prompt", None)
         if check is not None:
             check(prompt)

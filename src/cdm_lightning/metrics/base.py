@@ -38,9 +38,9 @@ class ImageBatch:
     """A batch of images (B, 3, H, W) in [0, 1] of one sampler, with their prompts and the indices of these prompts.
 
     `extractors` are the feature extractors by name. Features are computed when they are first requested and then kept,
-    so that metrics share them. `known_texts` holds the features (B, D) of the prompts by extractor, and missing ones
-    are added to it. Pass the same dictionary for images of the same prompts by other samplers, so that prompts are
-    encoded only once.
+    so that metrics share them. `known_texts` holds the features (B, D) of the prompts by extractor. `text_features`
+    computes missing ones and adds them to this dictionary. Pass the same dictionary for images of the same prompts by
+    other samplers, so that prompts are encoded only once.
     """
 
     images: Tensor
@@ -109,8 +109,9 @@ class Metric:
     - `features`: names of the feature extractors that the metric needs.
     - `text_features`: names of the extractors that must also encode prompts.
     - `copies`: a request for several images per prompt, or None for one image per prompt.
-    - `sampler`: name of a sampler with whose images this metric compares others. An evaluation must run that sampler
-      (`LadderEvaluation.check`). If validation does not run it, the metric has no figure there.
+    - `sampler`: name of a sampler, or None. The metric compares the images of the other samplers with the images of
+      this sampler. An evaluation must run this sampler (see `LadderEvaluation.check`). If validation does not run it,
+      the metric has no figure in validation.
     - `other_noise`: True if the metric also needs a second image of each prompt, from different noise. Only samplers of
       the student make such images.
     """
