@@ -55,7 +55,7 @@ class Anatomy:
         """Return the submodule of a network that embeds the time, so that a hook can be added to it.
 
         For a LoRA view (LoRA adapters on a shared base network), the submodule of the base network is returned. Raises
-        `UserError` if the family does not name the submodule in `time_embedding`, or if the network does not have it.
+        `UserError` if the family's attribute `time_embedding` is None, or if the network has no submodule of this name.
         """
         if self.time_embedding is None:
             raise UserError(
@@ -72,7 +72,7 @@ class Anatomy:
 
 
 def unwrapped(network: nn.Module) -> nn.Module:
-    """Return the base network if `network` is a LoRA view (`lora.views`), otherwise `network` itself."""
+    """Return the base network of a LoRA view (LoRA adapters on a shared base network), and other networks unchanged."""
     return network.shared.network if isinstance(network, RoleView) else network
 
 

@@ -24,7 +24,7 @@ Conditioning = dict[str, Tensor]  # a network's inputs except x and sigma, batch
 
 
 def select_rows(cond: Conditioning, rows: Rows) -> Conditioning:
-    """Return the conditioning of the samples `rows`: a slice (then nothing is copied) or a tensor of indices."""
+    """Return the conditioning of some samples. `rows` is a tensor of their indices, or a slice, which needs no copy."""
     if isinstance(rows, slice):
         return {name: value[rows] for name, value in cond.items()}
     return {name: value.index_select(0, send(rows, value.device)) for name, value in cond.items()}
@@ -41,7 +41,7 @@ def concat(conds: Sequence[Conditioning]) -> Conditioning:
 
 
 class TextCache(Protocol):
-    """Text conditioning that was encoded earlier and is stored on disk (`data.text_cache.StoredText`)."""
+    """Text conditioning that was encoded earlier and is stored on disk (see `data.text_cache.StoredText`)."""
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Return the text conditioning of B prompts. Raises `UserError` for a prompt that is not in the cache."""
@@ -51,7 +51,7 @@ class TextCache(Protocol):
 
 
 class TextMemory(Protocol):
-    """Text conditioning in memory, so that prompts are encoded only once (`data.text_memory.RememberedText`)."""
+    """Text conditioning in memory, so that prompts are encoded only once (see `data.text_memory.RememberedText`)."""
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Return the text conditioning of B prompts."""
@@ -96,7 +96,7 @@ class Backbone(Anatomy, ABC):
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """Family name and hash of the network's configuration. A checkpoint with another fingerprint is refused."""
+        """Family name and hash of the network's configuration. A run refuses a checkpoint with another fingerprint."""
 
     @abstractmethod
     def build_network(self) -> nn.Module:
@@ -111,10 +111,10 @@ class Backbone(Anatomy, ABC):
         return self.build_teacher()
 
     def build_empty(self, teacher: bool) -> nn.Module | None:
-        """Return the network of `build_teacher` or, if `teacher` is False, of `build_network`, but without its weights.
+        """Return the teacher, or a trainable network if `teacher` is False, on the meta device without weights.
 
-        The network is on the meta device. Once it is sharded, each process reads only its own rows of the weights
-        (`read_rows`). If no files hold these weights, None is returned, and each process builds the whole network.
+        Once the network is sharded, each process reads only its own rows of the weights, by `read_rows`. If no files
+        hold these weights, None is returned, and each process builds the whole network.
         """
         return None
 
@@ -131,9 +131,9 @@ class Backbone(Anatomy, ABC):
 
     @property
     def text_fingerprint(self) -> dict[str, str]:
-        """Everything that affects the text conditioning, by name: settings, and hashes of text encoders and tokenizers.
+        """The settings that affect the text conditioning, and hashes of text encoders and tokenizers, by name.
 
-        A text cache made with another fingerprint is refused. Raises `UserError` for a family without text encoders.
+        A run refuses a text cache with another fingerprint. Raises `UserError` for a family without text encoders.
         """
         raise UserError(
             f"{type(self).__name__} has no text encoder, so it needs no text cache; set text_cache.folder=null"
@@ -149,7 +149,7 @@ class Backbone(Anatomy, ABC):
         self.text_memory, self.encode_prompts = memory, memory.encode
 
     def drop_text_encoders(self) -> None:
-        """Free the text encoders. Until `setup` is called, encode only prompts in the text cache or the text memory."""
+        """Free the text encoders. Until the next `setup`, encode only prompts of the text cache or the text memory."""
         return
 
     @abstractmethod
@@ -171,16 +171,16 @@ class Backbone(Anatomy, ABC):
     def alike(self, conds: Sequence[Conditioning]) -> Sequence[Conditioning] | None:
         """Bring the conditioning of several batches to equal shapes, for example by padding. Return None if this is impossible.
 
-        Conditioning of equal shapes can be concatenated for a single network call. By default nothing is padded. A family whose
-        shapes depend on the prompts must override this method. Otherwise the number of network calls would depend on a
-        process's prompts, but all processes that share a sharded network must make the same number of calls.
+        Conditioning of equal shapes can be concatenated for a single network call. By default nothing is padded. A
+        family whose shapes depend on the prompts must override this method, because all processes that share a sharded
+        network must make the same number of network calls, whatever their prompts are.
         """
         shapes = [{name: value.shape[1:] for name, value in cond.items()} for cond in conds]
         return conds if all(shape == shapes[0] for shape in shapes) else None
 
     @abstractmethod
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """Return the velocity (noise - x0) that the network predicts for noisy latents `x`: (B, C, h, w) in float32."""
+        """Return the velocity (noise - x0) that `network` predicts for noisy latents `x`: (B, C, h, w), float32."""
 
     @abstractmethod
     def shift_sigmas(self, sigmas: Tensor) -> Tensor:
@@ -205,7 +205,7 @@ class Backbone(Anatomy, ABC):
         return plain_guidance(cond, uncond, scale)
 
     def cautions(self, guidance_scale: float) -> list[str]:
-        """Return warnings to print before training if this teacher does not suit an objective with this `guidance_scale`."""
+        """Return warnings about the teacher, for an objective with `guidance_scale`. Training prints them first."""
         return []
 
     @abstractmethod
@@ -222,10 +222,10 @@ class Backbone(Anatomy, ABC):
 
     @abstractmethod
     def save_pipeline(self, network: nn.Module, folder: Path, nfe: int, model_card: str) -> None:
-        """Write a pipeline with `network`, for sampling in `nfe` steps, and the text `model_card` into `folder`."""
+        """Write into `folder` a pipeline with `network` for sampling in `nfe` steps, and the text `model_card`."""
 
     def save_lora(self, tensors: Mapping[str, Tensor], folder: Path, nfe: int, model_card: str) -> None:
-        """Write a LoRA file, a scheduler for sampling in `nfe` steps and the text `model_card` into `folder`.
+        """Write into `folder` a LoRA file, a scheduler for sampling in `nfe` steps, and the text `model_card`.
 
         `tensors` are the LoRA's tensors by name, as `AdapterWeights.portable` returns them. They already include the
         LoRA's scale, so the file is used at scale 1. Raises `UserError` if the family has no LoRA files.
@@ -237,8 +237,8 @@ class Backbone(Anatomy, ABC):
 class BoundField(VelocityField):
     """A network together with the text conditioning `cond` of a batch: a function of x and sigma that returns the velocity.
 
-    The network computes in `compute_dtype`, by autocast unless `compute_dtype` is float32. `inputs` are the values (B,) of
-    additional inputs of the network, by name (`own_inputs.py`).
+    The network computes in `compute_dtype`, by autocast unless `compute_dtype` is float32. `inputs` maps the names
+    of the network's additional inputs (see `own_inputs.py`) to their values (B,).
     """
 
     backbone: Backbone
@@ -279,7 +279,7 @@ class BoundField(VelocityField):
         return velocity, features
 
     def select(self, rows: Rows) -> VelocityField:
-        """Return the field of the samples `rows` of the batch. `rows` is a slice or a tensor of indices."""
+        """Return this field for some samples of the batch. `rows` is a slice, or a tensor of the samples' indices."""
         inputs = {name: values[rows] for name, values in self.inputs.items()}
         return replace(self, cond=select_rows(self.cond, rows), inputs=inputs)
 
@@ -287,7 +287,7 @@ class BoundField(VelocityField):
         """Return one field for the concatenated batches of this field and `others`, so that one network call serves them all.
 
         Returns None if the fields differ in network, `compute_dtype` or names of inputs, or if their conditioning cannot be
-        brought to equal shapes (`Backbone.alike`).
+        brought to equal shapes (see `Backbone.alike`).
         """
         fields = [self, *(other for other in others if isinstance(other, BoundField) and self._is_like(other))]
         inputs = join_values([field.inputs for field in fields])

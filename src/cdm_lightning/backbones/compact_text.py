@@ -55,7 +55,7 @@ class CompactPaddingAttention:
     def bias(self, image_tokens: int, text_tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """Return the bias of the attention logits, (1, 1, 1, image + text tokens), or None for a text of full length.
 
-        For each key, it is the logarithm of the number of tokens that the key stands for.
+        The bias of a key is the logarithm of the number of tokens that the key stands for.
         """
         key = (image_tokens, text_tokens, dtype, device)
         if torch.compiler.is_compiling():  # a cache would make torch.compile compile the second call again
@@ -109,7 +109,7 @@ def lengthened(embeds: Tensor, tokens: int) -> Tensor:
 
 
 def use_compact_padding(network: nn.Module, full_length: int) -> None:
-    """Replace every attention of an `SD3Transformer2DModel` by `CompactPaddingAttention`, in place.
+    """Make every attention layer of an `SD3Transformer2DModel` compute by `CompactPaddingAttention`, in place.
 
     The weights stay the same.
     """

@@ -35,10 +35,7 @@ TRIED = 8  # latents along one side of the image that is decoded to try the code
 
 
 class PipelineBackbone(PipelineSettings):
-    """A text-to-image pipeline of diffusers, from a local folder or the hub, with the arguments of `PipelineSettings`.
-
-    Files are read only when they are needed.
-    """
+    """A text-to-image pipeline of diffusers. `PipelineSettings` describes the arguments. Files are read when needed."""
 
     has_language_head: ClassVar[bool] = False  # whether the text encoder is a whole language model
     unguided: ClassVar[Mapping[str, Any]] = {"guidance_scale": 1.0}  # call arguments for one network call per step
@@ -59,10 +56,10 @@ class PipelineBackbone(PipelineSettings):
         return network
 
     def build_empty(self, teacher: bool) -> nn.Module | None:
-        """Return the transformer, as teacher or as trainable network, with values only for its buffers.
+        """Return the teacher, or a trainable transformer if `teacher` is False, with its weights on the meta device.
 
-        The weights are on the meta device. Returns None if they will not be exactly those in the files. This is so with
-        a `teacher_lora`, for a class that keeps some weights in float32 whatever the dtype, and after
+        The buffers have their values. Returns None if the weights cannot be read from the files as they are: with a
+        `teacher_lora`, for a class that keeps some weights in float32 whatever the dtype, and after
         `leave_weights_out`. Raises `UserError` if the files lack a weight or have a weight that the transformer lacks.
         """
         if not self.has_weights or self.teacher_lora is not None or self.transformer_class._keep_in_fp32_modules:
@@ -190,7 +187,7 @@ class PipelineBackbone(PipelineSettings):
     def setup(self, device: torch.device) -> None:
         """Load the image codec and the text encoders, and move them to `device`. With a text cache, no text encoder is loaded.
 
-        As a test, the codec decodes a small latent and the text encoders encode "". Raises `UserError` if one of them fails.
+        As a test, the codec decodes a small latent and the text encoders encode "". Raises `UserError` if this fails.
         """
         self._codec.to(device)
         decode_sparingly(self._codec.vae, self.decode_tile)
@@ -220,7 +217,7 @@ class PipelineBackbone(PipelineSettings):
 
     @property
     def text_fingerprint(self) -> dict[str, str]:
-        """The family, a hash of each of `text_parts`, "max_sequence_length" and "text_dtype", by name."""
+        """A dictionary of "family", "max_sequence_length", "text_dtype", and a hash for each name in `text_parts`."""
         settings = {
             "max_sequence_length": str(self.max_sequence_length),
             "text_dtype": self.text_dtype,
@@ -261,11 +258,14 @@ class PipelineBackbone(PipelineSettings):
     # ---- export
 
     def save_pipeline(self, network: nn.Module, folder: Path, nfe: int, model_card: str) -> None:
-        """Write a pipeline with `network`. If called with `nfe` steps, this pipeline uses the sigmas of training."""
+        """Write into `folder` a pipeline with `network`, and `model_card` with the section "Usage".
+
+        A call of this pipeline with `nfe` steps uses the sigmas of training.
+        """
         write_pipeline(self.folder, network, Path(folder), model_card, self._student_call(nfe))
 
     def save_lora(self, tensors: Mapping[str, Tensor], folder: Path, nfe: int, model_card: str) -> None:
-        """Write a LoRA file, a scheduler for sampling in `nfe` steps, and a model card that shows how to use both."""
+        """Write into `folder` a LoRA file, a scheduler for `nfe` steps, and `model_card` with the section "Usage"."""
         own = None if self.teacher_lora is None else OwnLoRA(Path(self.teacher_lora).name, self.teacher_lora_scale)
         write_lora(self.pipeline_class, tensors, Path(folder), model_card, self._student_call(nfe), own)
 

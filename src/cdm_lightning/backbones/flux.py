@@ -54,7 +54,10 @@ class FluxBackbone(PipelineBackbone):
         return bool(self.network_config["guidance_embeds"])
 
     def cautions(self, guidance_scale: float) -> list[str]:
-        """Return a warning for a few-step teacher, or if both `guidance_scale` and `guidance_embed` apply guidance."""
+        """Return a warning if the teacher is a few-step model (FLUX.1-schnell), or if guidance would act twice.
+
+        Guidance acts twice if `guidance_scale` is not 0 and `guidance_embed` is above 1.
+        """
         if not self.is_told_guidance:
             return [
                 "this teacher is already distilled to few steps (FLUX.1-schnell), but distribution matching needs the predictions "
@@ -110,8 +113,8 @@ class FluxBackbone(PipelineBackbone):
     def settings_of(cls, call: Mapping[str, Any]) -> dict[str, Any]:
         """Return the values that `call` sets for `height`, `width`, `max_sequence_length` and `guidance_embed`.
 
-        `call` holds the arguments for calling an exported student (`student_folder.read_call`). Its "guidance_scale" is
-        the value for `guidance_embed`.
+        `call` holds the arguments for calling an exported student (see `student_folder.read_call`).
+        `call["guidance_scale"]` is the value for `guidance_embed`.
         """
         told = {"guidance_embed": call["guidance_scale"]} if "guidance_scale" in call else {}
         return super().settings_of(call) | told

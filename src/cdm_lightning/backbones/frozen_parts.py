@@ -32,7 +32,7 @@ def decode_sparingly(vae: Any, tile: int | None = None) -> None:
 
 
 def codec_without_weights(pipeline_class: Any, config: Mapping[str, Any], factor: int) -> Any:
-    """Return an object with a pipeline's image codec on the meta device (`vae`) and its image processor (`image_processor`).
+    """Return an object with two attributes: `vae`, a pipeline's image codec on the meta device, and `image_processor`.
 
     With this object, the planner measures the memory of decoding without loading weights. `config` holds the arguments
     of the codec's constructor. `factor` is the number of pixels per latent position along one side.

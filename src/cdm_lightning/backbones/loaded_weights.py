@@ -42,9 +42,10 @@ def load_model(kind: type[Any], folder: Path, dtype: torch.dtype) -> Any:
 def require_names(model: nn.Module, missing: Iterable[str], unexpected: Iterable[str], folder: Path) -> None:
     """Raise `UserError` if the files of `model` lack a weight, or have a weight that one of its submodules has no place for.
 
-    `missing` are the names of the weights that the files lack, and `unexpected` those of the weights that `model` lacks.
-    Unexpected weights of whole parts that `model` does not have, such as a language head, are allowed. So are stored values of
-    buffers, which older versions of the libraries wrote. `folder` contains the files.
+    `missing` are the names of the weights that the files lack, and `unexpected` those of the stored weights that
+    `model` lacks. Unexpected weights of whole parts that `model` does not have, such as a language head, are allowed.
+    Stored values of buffers, which older versions of the libraries wrote, are also allowed. The message names `folder`,
+    which contains the files.
     """
     if absent := sorted(missing):
         raise UserError(f"{folder}: the weight {absent[0]} is missing; {AGAIN}")

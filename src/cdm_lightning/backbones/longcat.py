@@ -62,7 +62,8 @@ class LongCatBackbone(PipelineBackbone):
     def guide(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
         """Apply classifier-free guidance as the pipeline does.
 
-        A token's guided velocity is scaled down to the norm of its conditional velocity if its own norm is larger.
+        If a token's guided velocity has a larger norm than its conditional velocity, the guided velocity is scaled down
+        to the same norm.
         """
         return renormalised(cond, super().guide(cond, uncond, scale), low=0.0, high=1.0)
 

@@ -100,7 +100,7 @@ def read_lora_file(family: type[DiffusionPipeline], file: Path) -> OwnWeights:
     """Read the LoRA of a transformer from `file`, in any format that the pipeline class `family` can load.
 
     Raises `UserError` if the file is broken or contains anything but the LoRA of a transformer, if the factors A and B
-    of a layer cannot be used (`flaw_of_factors`), or if an alpha or the configuration of peft is wrong.
+    of a layer cannot be used (see `flaw_of_factors`), or if an alpha or the configuration of peft is wrong.
     """
     prefix = getattr(family, "transformer_name", "transformer") if hasattr(family, "lora_state_dict") else None
     alphas = settings = None

@@ -15,9 +15,9 @@ NAME = "own_inputs"  # the attribute in which a network holds its own inputs
 
 
 class OwnInputs(nn.Module):
-    """The modules that embed a network's additional inputs, by name of the input. Each maps values (B,) to (B, D).
+    """The modules that embed a network's additional inputs. Each module maps the values (B,) of one input to (B, D).
 
-    The sum of the embeddings is added to the network's time embedding.
+    `modules` maps the inputs' names to the modules. The sum of the embeddings is added to the network's time embedding.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
@@ -29,7 +29,7 @@ class OwnInputs(nn.Module):
     def given(self, values: Mapping[str, Tensor]) -> Generator[None]:
         """Use `values` in all calls of the network inside the `with` block.
 
-        `values` maps the name of each input to a tensor (B,). Raises ValueError for other names than the inputs'.
+        `values` maps the name of each input to a tensor (B,). Raises ValueError for a missing or unknown name.
         """
         if values.keys() != self.embeddings.keys():
             raise ValueError(
@@ -46,7 +46,7 @@ class OwnInputs(nn.Module):
 
         This is a forward hook of the module that embeds the time. If `given` has set no values, `output` is returned
         unchanged. This happens if several LoRA networks share a base network: each call of the base network runs the
-        hooks of all of them, but `given` sets values only for one.
+        hooks of all these LoRA networks, but `given` sets values for only one of them.
         """
         for name, values in self._values.items():
             output = output + self.embeddings[name](values).to(output.dtype)
@@ -71,7 +71,7 @@ def attach_inputs(network: nn.Module, time_embedding: nn.Module, modules: Mappin
 def giving(network: nn.Module, values: Mapping[str, Tensor]) -> Generator[None]:
     """Use `values` for the additional inputs of `network` in all its calls inside the `with` block.
 
-    `values` maps the name of each input to a tensor (B,). Raises ValueError for other names than the inputs'.
+    `values` maps the name of each input to a tensor (B,). Raises ValueError for a missing or unknown name.
     """
     own = getattr(network, NAME, None)
     if isinstance(own, OwnInputs):

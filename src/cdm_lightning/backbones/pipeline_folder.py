@@ -129,8 +129,9 @@ def check_entry(part: str, entry: Any, where: str) -> None:
 def require_plain(folder: Path, name: str) -> None:
     """Raise `UserError` if `folder` contains a path that is neither file nor folder, or a link that leaves `folder`.
 
-    Reading a named pipe, for example, would never end, and an export would copy the target of a link from outside.
-    Paths in `folder` itself whose names begin with a dot are not checked. `name` is the folder's name in the message.
+    For example, reading a named pipe would never end. An export would copy the file outside `folder` that a link leads
+    to. Files and folders directly in `folder` are not checked if their names begin with a dot. `name` is the folder's
+    name in the message.
     """
     parts = [path for path in folder.iterdir() if not path.name.startswith(".")]
     for path in (path for part in parts for path in ((part,) if not part.is_dir() else irregular(part))):
@@ -202,7 +203,7 @@ def hash_part(folder: Path) -> str:
 
 
 def copy_parts(source: Path, target: Path, without: Sequence[str]) -> None:
-    """Copy the index of a pipeline folder, and its parts except those in `without`, to `target`.
+    """Copy the index and the parts of the pipeline folder `source`, except the parts in `without`, into `target`.
 
     Half-precision copies of weights (.fp16, .bf16) are left out. Raises `UserError` for a link that leaves `source`.
     """
@@ -264,9 +265,9 @@ def codec_class(folder: Path, part: str = "vae") -> type[Any]:
 
 
 def require_buildable(network: type[Any], config: Mapping[str, Any], file: Path) -> None:
-    """Raise `UserError` if the diffusers model `network` cannot be built from `config`. The message names `file`.
+    """Raise `UserError` if a model of the diffusers class `network` cannot be built from `config`.
 
-    The model is built on the meta device, without memory for its weights.
+    The model is built on the meta device, without memory for its weights. `file` holds `config`; the message names it.
     """
     with loading(file), torch.device("meta"):
         network.from_config(dict(config))

@@ -35,7 +35,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class shared_property:
-    """A property that is computed once and shared by a backbone and all its copies for other image sizes (`at`)."""
+    """A property that is computed once and shared by a backbone and all its copies for other image sizes (see `at`)."""
 
     def __init__(self, make: Callable[[Any], Any]) -> None:
         self.make, self.__doc__ = make, make.__doc__
@@ -178,7 +178,7 @@ class PipelineSettings(Backbone):
         """The scheduler whose timestep shift training uses. Raises `UserError` if it has options that are not supported.
 
         This is the original scheduler, even if the pipeline is an exported student with another one. The original is
-        then read from a subfolder in `OF_TRAINING` or, without such a subfolder, rebuilt from the student's scheduler.
+        then read from one of the subfolders in `OF_TRAINING` or, if none exists, rebuilt from the student's scheduler.
         """
         subfolder = next((name for name in OF_TRAINING if (self.folder / name).is_dir()), "scheduler")
         file = self.folder / subfolder / "scheduler_config.json"
@@ -258,20 +258,20 @@ class PipelineSettings(Backbone):
 
     @property
     def fingerprint(self) -> str:
-        """Family name and hash of the transformer's configuration. A checkpoint with another fingerprint is refused."""
+        """Family name and hash of the network's configuration. A run refuses a checkpoint with another fingerprint."""
         config = json.dumps(self.network_config, sort_keys=True)
         return f"{self.title.lower()}-{hashlib.blake2b(config.encode(), digest_size=8).hexdigest()}"
 
     @property
     def text_length(self) -> int:
-        """The number of text tokens to which prompts are padded or cut (`max_sequence_length`)."""
+        """The number of text tokens to which prompts are padded or cut: the value of `max_sequence_length`."""
         return cast(int, self.max_sequence_length)
 
     def call_sizes(self) -> dict[str, int]:
         """Return the arguments that a call of the pipeline needs for this backbone's image size and text length.
 
-        "height" and "width" are included if this backbone has a value for one of them, and "max_sequence_length" if it
-        is not the pipeline's default.
+        "height" and "width" are included if this backbone's `height` or `width` is set. "max_sequence_length" is
+        included if its value is not the pipeline's default.
         """
         is_default = self.max_sequence_length == self.default_text_length()
         sizes = {} if is_default else {"max_sequence_length": self.text_length}
@@ -295,6 +295,6 @@ class PipelineSettings(Backbone):
     def settings_of(cls, call: Mapping[str, Any]) -> dict[str, Any]:
         """Return the values that `call` sets for the backbone's arguments `height`, `width` and `max_sequence_length`.
 
-        `call` holds the arguments for calling an exported student (`student_folder.read_call`).
+        `call` holds the arguments for calling an exported student (see `student_folder.read_call`).
         """
         return {name: call[name] for name in ("height", "width", "max_sequence_length") if name in call}

@@ -76,9 +76,9 @@ def plain_scheduler(scheduler: FlowMatchEulerDiscreteScheduler, nfe: int) -> Flo
 
 
 def of_training(config: dict[str, Any]) -> FlowMatchEulerDiscreteScheduler | None:
-    """Return the scheduler of training, rebuilt from `config`, the configuration of an exported `plain_scheduler`.
+    """Return the scheduler of training, rebuilt from `config`, the configuration of an exported scheduler.
 
-    Returns None if the configuration is not that of a `plain_scheduler`.
+    Returns None if the exported scheduler was not made by `plain_scheduler`.
     """
     if config.get("_class_name") != FlowMapEulerDiscreteScheduler.__name__:
         return None

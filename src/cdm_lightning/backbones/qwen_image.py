@@ -123,6 +123,6 @@ class QwenImageBackbone(PipelineBackbone):
     def exported_scheduler(self, nfe: int) -> FlowMatchEulerDiscreteScheduler:
         """Return the pipeline's own scheduler.
 
-        For `nfe` = 1, return a copy without `shift_terminal`, with which the scheduler would divide 0 by 0.
+        For `nfe` = 1, return a copy without the option `shift_terminal`, because this option would lead to 0 / 0.
         """
         return self.scheduler if nfe > 1 else self._shift

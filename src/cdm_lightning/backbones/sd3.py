@@ -29,9 +29,9 @@ TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "
 class SD3Backbone(PipelineBackbone):
     """The backbone of a `StableDiffusion3Pipeline`, from a local folder or the hub. Files are read only when they are needed.
 
-    `PipelineSettings` describes the arguments except `compact_text`. `compact_text=k` saves computation: one token replaces the
-    identical T5 padding tokens after the first k T5 tokens, with the same result (`compact_text.py`). With `compact_text=None`,
-    all padding is kept, as in the stock pipeline.
+    `PipelineSettings` describes the arguments except `compact_text`. `compact_text=k` saves computation: one token
+    replaces the identical T5 padding tokens after the first k T5 tokens, with the same result (see `compact_text.py`).
+    With `compact_text=None`, all padding is kept, as in the stock pipeline.
     """
 
     title = "SD3"
@@ -124,7 +124,8 @@ class SD3Backbone(PipelineBackbone):
     def setup(self, device: torch.device) -> None:
         """Load the VAE and the text encoders, and move them to `device`. With a text cache, no text encoder is loaded.
 
-        Raises `UserError` if one of them fails in a test, or if `compact_text` is set but the T5 padding tokens differ.
+        Raises `UserError` if the VAE or a text encoder fails in a test, or if `compact_text` is set but the T5 padding
+        tokens differ from each other.
         """
         super().setup(device)
         if self.text_cache is None:

@@ -37,10 +37,11 @@ FIRST_CUT = FirstCut()
 class PromptEncoder:
     """An encoder of prompts that uses the three text encoders of `pipeline`, with `t5_tokens` tokens of T5.
 
-    With `compact=k`, one token replaces all T5 padding after the first k T5 tokens (`compact_text.py`). A batch with a longer
-    prompt keeps more than k tokens. With `compact=None`, all padding is kept. `name` is the pipeline's name in messages.
+    With `compact=k`, one token replaces all T5 padding after the first k T5 tokens (see `compact_text.py`). A batch
+    with a longer prompt keeps more than k tokens. With `compact=None`, all padding is kept. `name` is the pipeline's
+    name in messages.
 
-    Raises `UserError` if the padding tokens differ, so that one token cannot replace them.
+    Raises `UserError` if the padding tokens differ from each other, so that one token cannot replace them.
     """
 
     def __init__(self, pipeline: StableDiffusion3Pipeline, t5_tokens: int, compact: int | None, name: str) -> None:

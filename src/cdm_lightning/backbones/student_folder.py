@@ -83,7 +83,7 @@ class StudentCall:
       pipeline uses the same sigmas.
     - `sigmas`: (nfe + 1,) the sigmas of the `nfe` steps, and the final 0.
     - `arguments`: the arguments of the call, apart from the prompt.
-    - `notes`: explanations of the arguments in the model card.
+    - `notes`: explanations of the arguments, to be written into the model card.
     """
 
     pipeline: str
@@ -103,7 +103,7 @@ class StudentCall:
         return self.exported is not self.scheduler and not isinstance(self.exported, FlowMapEulerDiscreteScheduler)
 
     def usage(self) -> str:
-        """Return the Markdown section "Usage" for a pipeline's model card, which shows the call."""
+        """Return the Markdown section "Usage" for a pipeline's model card: how to call the pipeline."""
         return USAGE.format(**self.facts())
 
     def lora_usage(self, family: type[DiffusionPipeline], own: "OwnLoRA | None") -> str:
@@ -192,7 +192,7 @@ def read_call(folder: Path) -> dict[str, Any]:
     """Return the arguments for calling the exported student in `folder`, or {} if `folder` contains no call.json.
 
     Raises `UserError` if a size, a number of steps or a guidance scale in call.json has a wrong type or is out of its
-    range (`CALL_KINDS`).
+    range (see `CALL_KINDS`).
     """
     path = folder / CALL
     call = read_settings(path) if path.is_file() else {}

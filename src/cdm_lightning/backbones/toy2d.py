@@ -125,7 +125,7 @@ class Toy2DBackbone(Backbone):
 
     @property
     def fingerprint(self) -> str:
-        """The text "toy2d-" and a hash of the size of the MLP. A checkpoint with another fingerprint is refused."""
+        """The text "toy2d-" and a hash of the size of the MLP. A run refuses a checkpoint with another fingerprint."""
         config = json.dumps(self._network_config(), sort_keys=True)
         return f"toy2d-{hashlib.blake2b(config.encode(), digest_size=8).hexdigest()}"
 
@@ -182,7 +182,7 @@ class Toy2DBackbone(Backbone):
         return sigmas
 
     def exact_samples(self, prompts: Sequence[str], seed: int) -> Tensor:
-        """Draw a point from the data of each of B prompts, as latents (B, 2, 1, 1) on the CPU.
+        """Draw one point for each of B prompts from the prompt's mixture of modes: latents (B, 2, 1, 1) on the CPU.
 
         Equal prompts and seeds give equal points.
         """
@@ -216,7 +216,7 @@ class Toy2DBackbone(Backbone):
             velocity.checkpoint = function
 
     def save_pipeline(self, network: nn.Module, folder: Path, nfe: int, model_card: str) -> None:
-        """Write network.safetensors, config.json ("hidden", "depth", "nfe") and README.md (`model_card`)."""
+        """Write into `folder` the network, config.json ("hidden", "depth", "nfe") and README.md (`model_card`)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / "network.safetensors") as weights:
@@ -240,9 +240,9 @@ class PointsOfPictures(nn.Module):
 
 
 def exact_points(prompts: Sequence[str], seed: Seed = 0) -> Tensor:
-    """Draw a point from the data of each of B prompts, as (B, 2). Equal prompts and seeds give equal points.
+    """Draw one point for each of B prompts from the prompt's mixture of modes: (B, 2).
 
-    Metrics compare the student's samples with these points.
+    Equal prompts and seeds give equal points. Metrics compare the student's samples with these points.
     """
     return Toy2DBackbone().exact_samples(prompts, seed).flatten(1)
 

@@ -21,8 +21,8 @@ from cdm_lightning.files import first_line, require_regular
 class TransformerFiles:
     """The safetensors files of a pipeline's transformer. `pretrained` is the pipeline's folder or hub id.
 
-    `tensor` and `rows` read a single tensor from disk. The constructor raises `UserError` if there are no such files or
-    if they cannot be read.
+    `tensor` reads a whole tensor from disk, and `rows` some rows of a tensor. The constructor raises `UserError` if
+    there are no such files or if they cannot be read.
     """
 
     def __init__(self, pretrained: str) -> None:
@@ -90,7 +90,7 @@ class TransformerFiles:
 
 
 def require_same_shapes(base: TransformerFiles, tuned: TransformerFiles) -> None:
-    """Raise `UserError` unless both transformers have tensors of the same names and shapes."""
+    """Raise `UserError` unless the transformers `base` and `tuned` have tensors of the same names and shapes."""
     differing = set(base.names) ^ set(tuned.names)
     differing |= {name for name in set(base.names) & set(tuned.names) if base.shape(name) != tuned.shape(name)}
     if differing:
