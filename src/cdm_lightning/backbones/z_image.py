@@ -1,8 +1,8 @@
 """The backbone for Z-Image (`ZImagePipeline` of diffusers).
 
 Shapes: B batch, (C, h, w) latent, N text tokens of Qwen3, D their width. The network differs from the networks of other
-families in three ways, which this file hides. It takes lists of samples with texts of different lengths. Its time runs from 0
-at noise to 1 at data. It returns the negative velocity.
+families in three ways. It takes lists of samples with texts of different lengths. Its time runs from 0 at noise to 1 at
+data. It returns the negative velocity. This file hides these differences from the rest of the package.
 """
 
 from collections.abc import Mapping

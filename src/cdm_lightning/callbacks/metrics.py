@@ -46,9 +46,9 @@ class ValidationMetrics(L.Callback):
             self.metrics.check_prompts(data.val, data.val_prompts)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Forget the results of the previous validation, and move all networks that measure images to the device.
+        """Forget the results of the previous validation, and move all networks that measure images to the run's device.
 
-        At the first validation, the metrics read their reference images.
+        Before the first validation, the metrics also read their reference images.
         """
         self._collected = {}
         if not trainer.sanity_checking:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 class TrainingProgress(L.Callback):
     """Show the progress of training on stderr.
 
-    On a terminal this is a bar, otherwise a line every few seconds. In both cases, each validation adds a line.
+    A terminal shows a progress bar. If stderr is not a terminal, a line is printed every ten seconds. In both cases,
+    the figures of each validation are printed in one more line.
     """
 
     def __init__(self) -> None:

@@ -137,7 +137,7 @@ class IterationCheckpoint(Checkpoint):
                 self._stop(iteration, path)
 
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: "CDMModule", *_: object) -> None:
-        """If a signal has come, save and stop the run. The validation is repeated when the run resumes."""
+        """If a signal has come, save and stop the run. The resumed run then repeats the interrupted validation."""
         if not trainer.sanity_checking and ranks.any_of(signals.is_asked()):
             self._stop(trainer.global_step, self._save_late(trainer, pl_module))
 

@@ -50,7 +50,7 @@ def iteration_of(path: Path) -> int:
 def refuse_old_files(folder: Path) -> None:
     """Raise `UserError` if the folder holds checkpoints of an older version of this package.
 
-    The checkpoints of these versions were single files.
+    Old versions wrote each checkpoint as a single file, which this version cannot read.
     """
     if folder.is_dir() and (old := [path.name for path in folder.iterdir() if OLD_FILE.fullmatch(path.name)]):
         raise UserError(f"{folder}: {old[0]} is from an older version and cannot be read; set another run_name")

@@ -43,10 +43,10 @@ def require_readable(objective: "Objective") -> None:
 
 
 def restore_objective(objective: "Objective", state: Mapping[str, Any]) -> str | None:
-    """Load the objective's own state from `state`, the result of `trainer_state` that a checkpoint stores.
+    """Load the objective's own state from `state`, the content of a checkpoint's trainer.pt (see `trainer_state`).
 
-    If an objective of another class wrote that state, it is not loaded, and the result is a message about this for the
-    user. In all other cases the result is None.
+    If an objective of another class wrote its state there, it is not loaded, and the result is a message about this for
+    the user. In all other cases the result is None.
     """
     stored, name = state.get("objective"), class_of(objective)  # older versions did not store it
     if not stored:

@@ -52,6 +52,6 @@ def write_file(tensors: dict[str, Tensor], header: Mapping[str, str], output: Pa
 
 
 def check_file(output: Path) -> None:
-    """Raise `UserError` unless `output` is a new file name that ends in .safetensors."""
+    """Raise `UserError` unless the name of `output` ends in .safetensors and no file of this name exists yet."""
     if output.suffix != SUFFIX or output.exists():
         raise UserError(f"{output} must be a new file name that ends in {SUFFIX}; pass another name")

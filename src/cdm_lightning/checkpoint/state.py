@@ -61,7 +61,7 @@ def plain_values_of(networks: nn.Module, optimizers: Mapping[str, Optimizer]) ->
     """Return those values of the optimizers that are numbers or booleans, to be stored in state.json.
 
     The result is {network: {"states": {parameter: {key: value}}, "options": [...]}}. "options" has a dict for each
-    parameter group, with the group's options that differ from the optimizer's defaults, without the learning rate.
+    parameter group. It holds the group's options that differ from the optimizer's defaults, except the learning rate.
     """
     found: dict[str, Any] = {}
     for role, optimizer in optimizers.items():
@@ -89,8 +89,9 @@ def states_of(network: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, A
 def restore(networks: nn.Module, optimizers: Mapping[str, Optimizer], stored: StoredCheckpoint) -> None:
     """Load a checkpoint into networks and optimizers, in place.
 
-    Raises `UserError` if names or shapes of tensors differ. Only the tensors of the EMA may be missing: if only the run
-    has an EMA, the EMA starts as a copy of the student, and if only the checkpoint has one, it is ignored.
+    Raises `UserError` if the checkpoint's tensors have other names or shapes than those of the run. Only the tensors of
+    the EMA may be missing: if only the run has an EMA, the EMA starts as a copy of the student, and if only the
+    checkpoint has one, it is ignored.
     """
     for role, optimizer in optimizers.items():
         prefix = f"optimizers.{role}."

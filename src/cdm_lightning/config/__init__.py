@@ -155,9 +155,9 @@ def _require(built: Any, node: Any, key: str, of: type | None) -> Any:
 
 
 def build_named(config: DictConfig, key: str) -> dict[str, Any]:
-    """Return {name: object} for a group of the configuration whose children each describe one object, such as `metric`.
+    """Build the objects in a group of the configuration, such as `metric`, and return {name: object}.
 
-    Raises the errors of `build`.
+    `key` is the name of the group. Raises the errors of `build`.
     """
     return {str(name): build(config, f"{key}.{name}") for name, node in (config[key] or {}).items() if node is not None}
 

@@ -137,9 +137,10 @@ def options_of(target: str) -> dict[str, Any]:
 
 
 def instead_of(target: str | None, name: str) -> str | None:
-    """Return what to set instead of the option `name` of Lightning's `Trainer` or of an optimizer, for an error message.
+    """Return what to set instead of the option `name` of the class `target`, for an error message.
 
-    Returns None if the option may be set.
+    `target` is a dotted name. Only some options of Lightning's `Trainer` and of optimizers must not be set. Returns
+    None for all other options.
     """
     if target is None:
         return None

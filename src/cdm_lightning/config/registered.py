@@ -27,7 +27,7 @@ def registered(group: str, own: Collection[str]) -> frozenset[str]:
     """Return the dotted names of the classes that may be built: those in `own`, and those that the user has registered.
 
     The user registers a class as an entry point in `group` of an installed package, or in the environment variable
-    CDM_LIGHTNING_TRUST. Nothing is imported.
+    CDM_LIGHTNING_TRUST. The classes are not imported.
     """
     outside = {entry.value.partition(" ")[0].replace(":", ".") for entry in entry_points(group=group)}
     named = {name.strip() for name in os.environ.get(TRUSTED, "").split(",")} - {""}

@@ -56,7 +56,7 @@ class HostFollower:
     def guard(self, target: nn.Module) -> None:
         """Make every forward pass and every `state_dict()` of `target` call `settle` first.
 
-        This also holds if a module that contains `target` calls them.
+        This also holds if a larger module that contains `target` runs it or collects its `state_dict()`.
         """
         target.register_forward_pre_hook(lambda *_: self.settle(), prepend=True)
         target.register_state_dict_pre_hook(lambda *_: self.settle())

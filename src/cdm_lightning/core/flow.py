@@ -1,8 +1,8 @@
 """Rectified flow: noised samples x = (1 - sigma) x0 + sigma noise, and fields that predict the velocity `noise - x0`.
 
 Sigma runs from 1 (pure noise) to 0 (data). Shapes: B samples of shape * = (C, H, W); sigma is (B,) or 0-d. The function
-`move` follows a velocity in a straight line to another sigma. Euler steps use it, and so do x0 predictions (moves to
-sigma 0) and the computation of the points off the student's trajectory that CDM uses.
+`move` follows a velocity in a straight line to another sigma. It makes Euler steps, x0 predictions (moves to sigma 0),
+and the points off the student's trajectory that CDM needs.
 """
 
 from abc import ABC, abstractmethod
@@ -118,10 +118,10 @@ def plain_guidance(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
 
 @dataclass(frozen=True)
 class GuidedField(VelocityField):
-    """Classifier-free guidance: `guide(cond, uncond, scale)` combines the velocities with text and without.
+    """A field with classifier-free guidance: `guide` combines the velocities of the fields `cond` and `uncond`.
 
-    One network call computes both velocities if the fields `cond` and `uncond` can be joined. At scale 1 only `cond` is
-    called.
+    `cond` predicts with text and `uncond` without. One network call computes both velocities if the two fields can be
+    joined. At scale 1 only `cond` is called.
     """
 
     cond: VelocityField
@@ -138,7 +138,7 @@ class GuidedField(VelocityField):
         return self.guide(cond, uncond, self.scale)
 
     def select(self, rows: Rows) -> VelocityField:
-        """Return the guided field for the samples `rows` of its batch: their indices (M,), or a slice."""
+        """Return this field for only the samples `rows` of its batch. `rows` holds their indices (M,), or is a slice."""
         return GuidedField(self.cond.select(rows), self.uncond.select(rows), self.scale, self.guide)
 
 
