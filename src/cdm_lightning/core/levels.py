@@ -4,9 +4,9 @@ A loss draws one sigma for each sample, noises the sample to this sigma and call
 drawn sigmas to [low, high], as the code of CDM's authors does. With uniform draws and the bounds 0.02 and 0.98, for
 example, 2 % of the sigmas are `low` and 2 % are `high`.
 
-The option `space` of some classes says whether the model family's timestep shift is applied (for SD3, sigma s becomes
-3 s / (1 + 2 s)). With "before_shift", the draw is shifted and then clamped. With "after_shift", the draw is only
-clamped.
+The option `space` of some classes says whether a draw still needs the model family's timestep shift ("before_shift") or
+counts as shifted already ("after_shift"). For SD3, the shift turns sigma s into 3 s / (1 + 2 s). With "before_shift",
+the draw is shifted and then clamped. With "after_shift", it is only clamped.
 
 Sigmas are drawn on the CPU, and those of a batch are moved to the device in one copy. All classes raise ValueError for
 an argument out of its range.

@@ -36,7 +36,7 @@ class TrajectoryPoint:
         return denoise(self.x, self.v, self.sigma)
 
     def move_to(self, sigma: Tensor) -> Tensor:
-        """Return the states (B, *) at `sigma` (B,) on the straight lines through this point along the velocity `v`.
+        """Return the states (B, *) that one Euler step from this point to `sigma` (B,) reaches with the velocity `v`.
 
         CDM's off-trajectory point is made in this way.
         """

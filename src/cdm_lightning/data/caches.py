@@ -16,11 +16,12 @@ def use_text_cache(
 ) -> None:
     """Let `backbone` take the text conditioning of prompts from the cache in `settings.folder`.
 
-    If `settings.folder` is None, the backbone encodes the prompts, and the results for the run's prompts are kept in
+    If `settings.folder` is None, the backbone encodes the prompts. The encodings of the run's prompts are kept in
     memory if they are within the limits that `TextCacheSettings` explains. The run's prompts are those of `data` and
     those for which `callbacks` make images.
 
-    Raises `UserError` if the cache in the folder was made by other text encoders, or if it lacks a prompt of the run.
+    Raises `UserError` if the cache in the folder was made by other text encoders. If the run has at most
+    `settings.check_up_to` prompts, `UserError` is also raised if the cache lacks one of them.
     """
     generated = {type(callback).__name__: callback.prompts for callback in callbacks if hasattr(callback, "prompts")}
     sets = {"training": data.train, "validation": data.val, **generated}

@@ -117,11 +117,11 @@ def _table(head: str) -> tuple[str, str] | None:
 
 
 def require_closed_quotes(file: Path, delimiter: str) -> None:
-    """Raise `UserError` if a quotation mark in a table is not closed, or if text follows the closing one.
+    """Raise `UserError` if a quoted cell of a table is not closed, or if text follows its closing quotation mark.
 
-    After an unclosed quotation mark, the rest of the file would be read as one cell. `delimiter` separates the columns
-    of `file`. The rules are those of RFC 4180: quotation marks enclose a whole cell, so no text may follow in the same
-    cell, and a quotation mark inside the cell is written twice.
+    Without the closing quotation mark, the rest of the file would be read as one cell. `delimiter` separates the
+    columns of `file`. The rules are those of RFC 4180: quotation marks enclose a whole cell, so no text may follow them
+    in the same cell, and a quotation mark inside the cell is written twice.
     """
     before = csv.field_size_limit(LONGEST_LINE)
     try:

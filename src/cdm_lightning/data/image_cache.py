@@ -2,8 +2,9 @@
 
     DIR/AB/ABCD....safetensors   the tensor "latent" (C, h, w) of one image, and its checksum
 
-The file name ABCD... is a hash of the VAE, the dtype, and the image's size and pixels (as 8-bit values). An image that
-was changed, or that has another size, is therefore encoded again. Several processes and runs can share a folder.
+DIR is the folder of the cache. The file name ABCD... is a hash of the VAE, the dtype, and the image's size and pixels
+(as 8-bit values). An image that was changed, or that has another size, is therefore encoded again. Several processes
+and runs can share a folder.
 """
 
 import hashlib

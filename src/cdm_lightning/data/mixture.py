@@ -112,10 +112,10 @@ class MixedOrder:
         return self._starts[source] + self._orders[source](turn)
 
     def source_at(self, position: int) -> tuple[int, int]:
-        """Return (source, place): where the prompt at `position` comes from.
+        """Return (source, place) for the prompt at `position` in the training order.
 
-        `source` is the number of its source, and `place` is a position in the shuffled epochs of this source. Both
-        count from 0.
+        `source` is the number of the source that contains the prompt, and `place` is the prompt's position in the
+        shuffled epochs of this source. Both count from 0.
         """
         block, place = divmod(position, self._ends[-1])
         if block != self._block:

@@ -1,6 +1,6 @@
-"""Pictures of the storybook scenes: 64 x 64 pixels, a function of the caption and a seed.
+"""Draw pictures of the storybook scenes, whose captions `grammar` explains.
 
-Drawing a picture takes about 2 ms on one core.
+A picture has 64 x 64 pixels and is a function of its caption and a seed. Drawing it takes about 2 ms on one core.
 """
 
 import random

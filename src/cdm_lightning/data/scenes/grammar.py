@@ -1,8 +1,8 @@
 """The captions of the storybook scenes: one or two things with colour, size and place, in a setting.
 
 Examples are "a large red house on the left in the snow", "at night a tiny cat", and "a blue car in front of a big
-yellow house". A caption may leave out every attribute but the noun, like a real prompt, and its pictures then differ in
-this attribute.
+yellow house". Like a real prompt, a caption may leave out any attribute except the noun. The pictures of one caption
+then differ in this attribute.
 
 Some combinations of noun, colour and setting are held out. No training picture shows such a combination, even if the
 caption leaves out the colour or the setting.
@@ -110,7 +110,8 @@ def draw_captions(count: int, seed: int, split: Split = "train", pairs: float = 
     """Draw `count` random captions. The same arguments give the same captions.
 
     A caption has two things with probability `pairs`, and otherwise one. With `split` "heldout", every caption names a
-    held-out combination of noun, colour and setting. With "train", no caption does. "all" gives both kinds.
+    held-out combination of noun, colour and setting. With "train", no caption does. "all" gives
+    captions of both kinds.
     """
     rng = random.Random(f"captions/{seed}/{split}")
     captions: list[str] = []

@@ -57,7 +57,7 @@ class Sketch:
         self._add("polygon", points, colour)
 
     def box(self, left: float, top: float, right: float, bottom: float, colour: Colour) -> None:
-        """Add a filled rectangle from x = `left` to x = `right` and y = `top` to y = `bottom`, where y grows downwards."""
+        """Add a filled rectangle from x = `left` to `right` and from y = `top` to `bottom`. y grows downwards."""
         self.polygon([(left, top), (right, top), (right, bottom), (left, bottom)], colour)
 
     def line(self, points: Sequence[Point], colour: Colour, width: float) -> None:
