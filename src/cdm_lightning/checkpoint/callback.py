@@ -154,9 +154,9 @@ class IterationCheckpoint(Checkpoint):
         raise Preempted(f"at iteration {iteration}")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Record this iteration in best.json if its value of the metric `best` is the best so far.
+        """Record this iteration in validated.json, and in best.json if its value of the metric `best` is the best yet.
 
-        Its checkpoint is then kept until a better one exists. Raises `UserError` if validation did not log the metric.
+        The best checkpoint is kept until a better one exists. Raises `UserError` if validation did not log the metric.
         """
         if trainer.sanity_checking:
             return

@@ -60,8 +60,8 @@ def restore_objective(objective: "Objective", state: Mapping[str, Any]) -> str |
 def trainer_state(trainer: "L.Trainer", module: "CDMModule") -> dict[str, Any]:
     """Return the content of a checkpoint's trainer.pt: the states of Lightning's loop, the callbacks and the objective.
 
-    The keys are "fit_loop", "callbacks", "objective" and "objective_class". "callbacks" holds {`state_key` of a
-    callback: its state}, and "objective_class" is the dotted name of the objective's class.
+    The keys are "fit_loop", "callbacks", "objective" and "objective_class". "callbacks" maps the `state_key` of each
+    callback to its state, and "objective_class" is the dotted name of the objective's class.
     """
     # pyrefly: ignore[missing-attribute]  Lightning sets this attribute from another module
     callbacks = {callback.state_key: state for callback in trainer.callbacks if (state := callback.state_dict())}

@@ -182,10 +182,11 @@ class StoredCheckpoint:
 
 
 def read_checkpoint(path: Path, fingerprint: str | None = None) -> StoredCheckpoint:
-    """Open a checkpoint, either a folder or a single file. Its checksums are not compared yet.
+    """Open a checkpoint, either a folder or a single file, without comparing the checksums of its files.
 
-    Raises `UserError` if it is missing, unfinished or not a checkpoint of this project. `fingerprint` identifies the configured
-    backbone (`Backbone.fingerprint`). If it is given, a checkpoint of another backbone raises `UserError` too.
+    Raises `UserError` if the checkpoint is missing, unfinished or not one of this project. `fingerprint` identifies the
+    configured backbone (`Backbone.fingerprint`). If it is given, a checkpoint of another backbone raises `UserError`
+    too.
     """
     path = Path(path)
     if not path.exists():
