@@ -195,7 +195,7 @@ def test_bad_tables_are_refused_in_one_line(tmp_path):
     path = table(tmp_path / "a.parquet", caption=["a"], width=[3])
     cache = tmp_path / "cache"
     cases = [(path, None, f"{path}: no column 'prompt'; set field to one of its columns: caption, width")]
-    cases += [(path, "width", f"{path}: the column 'width' contains int64, not text")]
+    cases += [(path, "width", f"{path}: the column 'width' contains int64, not strings")]
     cases += [(tmp_path / "no.parquet", None, "no.parquet: this prompt file does not exist")]
     half = write(tmp_path, "half.parquet", path.read_bytes()[:-20])
     cases += [(half, "caption", "half.parquet: cannot be read as parquet")]

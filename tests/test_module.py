@@ -276,6 +276,21 @@ def test_learning_rate_is_a_function_of_the_iteration():
         LearningRate(peak=1.0, decay_from=0.5)
 
 
+def test_warmup_counts_iterations_and_not_the_steps_of_an_optimizer():
+    """The authors count the student's steps: with a student step in every 2nd iteration their warm-up is twice as long here."""
+    rates = []
+
+    class Rates(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_) -> None:
+            rates.append(pl_module.optimizers_by_role["student"].param_groups[0]["lr"])
+
+    student = OptimizerRecipe(partial(torch.optim.AdamW), LearningRate(1e-3, warmup=8))
+    fit(make_module(student_optim=student, student_every=2), 10, Rates())
+    at_steps = rates[1::2]  # the student's steps are in iterations 1, 3, 5, ... counted from 0
+    assert at_steps == pytest.approx([1e-3 * min(1, iterations / 8) for iterations in (2, 4, 6, 8, 10)])
+    assert at_steps == pytest.approx([1e-3 * min(1, step / 4) for step in (1, 2, 3, 4, 5)])  # 4 of the authors' steps
+
+
 def test_both_optimizers_follow_their_own_rate():
     student = OptimizerRecipe(partial(torch.optim.AdamW), LearningRate(1e-3, warmup=4))
     fake_score = OptimizerRecipe(partial(torch.optim.AdamW), LearningRate(1e-2, warmup=0, total=8, decay_from=0.5))

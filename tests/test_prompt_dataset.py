@@ -60,7 +60,7 @@ def test_a_folder_of_data_files(saved, tmp_path):
 def test_bad_data_sets_are_refused_in_one_line(saved, tmp_path):
     cases = [
         (PromptDataset, {"field": "caption"}, f"{saved}: no column 'caption'; set field to one of its"),
-        (PromptDataset, {"field": "width"}, "the column 'width' contains int, not text"),
+        (PromptDataset, {"field": "width"}, "the column 'width' contains int, not strings"),
         (PromptDataset, {"split": "all"}, f"{saved}: no split 'all'; set split to one of these: train, test"),
         (PromptDataset, {"limit": 3}, "limit=3 needs streaming=true"),
         (PromptDataset, {"dataset": tmp_path / "none"}, "none: the data set cannot be loaded"),

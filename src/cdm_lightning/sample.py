@@ -19,7 +19,7 @@ if __name__ == "__main__":  # before the imports below, because they take second
 from cdm_lightning.config import command
 from cdm_lightning.errors import UserError
 from cdm_lightning.files import replacing, require_replaceable
-from cdm_lightning.kinds import BatchSize, FileOrFolder, Finite, Model, Name, Pixels, Prompt, Seed, Steps
+from cdm_lightning.kinds import BatchSize, FileOrFolder, Guidance, Model, Name, Pixels, Prompt, Seed, Steps
 from cdm_lightning.kinds.command_line import Parser, argument
 from cdm_lightning.run.folder import is_run
 from cdm_lightning.terminal.quiet import quiet_libraries
@@ -38,7 +38,7 @@ KINDS = {
     "output": FileOrFolder,
     "prompt": Prompt,
     "steps": Steps,
-    "guidance": Finite,  # 1 or less is none
+    "guidance": Guidance,  # 1 or less is none
     "pixels": Pixels,
     "seed": Seed,
     "batch": BatchSize,

@@ -295,6 +295,22 @@ def test_what_is_renoised_for_the_teacher(setting, term):
     assert only(term).rollout == "to_anchor"
 
 
+def test_the_next_base_is_the_authors_formula_and_changes_the_cdm_term_alone(setting):
+    """Their x0_next is x_i - s_i v_i; with it the CDM term looks at (1 - t) x0_next + t noise, and CA and DM stay as they are."""
+    student_loss(CDMObjective(teacher_base="next"), setting)
+    gradient, point = setting.theta.grad.clone(), setting.point
+    x_t, t = looks(setting)[2]
+    ratio = t.view(-1, 1, 1, 1)
+    x0_next = point.x - point.sigma.view(-1, 1, 1, 1) * point.v
+    torch.testing.assert_close(x_t, (1 - ratio) * x0_next + ratio * RNG.normal("cdm.noise", SHAPE))
+    text, seen = setting.fields.teacher.offset.view(-1, 1, 1, 1), setting.student.calls[-1]
+    teacher, fake = setting.teacher.x0(x_t, t) + text, setting.fake_score.x0(x_t, t) + text
+    distance = (teacher - setting.student.x0(seen.x, seen.sigma).detach()).abs().mean(dim=(1, 2, 3), keepdim=True)
+    cdm = (-2 * (teacher - fake) / distance.clamp(min=0.1) / x_t.numel()).sum(dim=0, keepdim=True)
+    student_loss(CDMObjective(cdm_weight=0.0), setting)
+    torch.testing.assert_close(gradient - setting.theta.grad, cdm, rtol=2e-3, atol=1e-5)
+
+
 def test_later_bases_need_a_full_rollout(setting):
     stopped = TrajectoryPoint(setting.point.x, setting.point.v, setting.point.sigma)
     with pytest.raises(ValueError, match="rollouts to their end"):

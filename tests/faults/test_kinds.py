@@ -14,7 +14,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from cdm_lightning import extract_lora, plan, pretrain, sample
+from cdm_lightning import export, extract_lora, plan, pretrain, sample
 from cdm_lightning.config import compose
 from cdm_lightning.config.arguments import alternatives, annotations_of, check_arguments
 from cdm_lightning.config.folders import folders_to_write, require_writable_folders
@@ -317,12 +317,30 @@ def test_any_schedule_and_any_callbacks_go_with_the_demo(tmp_path):
         (sample, ["--output", ""], "it is empty"),
         (sample, ["--output", "."], "is a folder"),
         (sample, ["--nonsense"], "unrecognized arguments: --nonsense"),
+        (sample, ["--guidance-scale", "1e300"], "must be a number of at least 0 and at most 1000"),
+        (sample, ["--guidance-scale", "-1"], "must be a number of at least 0"),
+        (sample, ["--batch-size", "1e9"], "must be a whole number"),
+        (sample, ["--batch-size", "10000000"], "at most 1e6"),
+        (sample, ["--width", "0"], "--width: '0' must be a whole number of at least 1"),
+        (export, ["--nfe", "0"], "--nfe: '0' must be a whole number of at least 1 and at most 1000"),
+        (export, ["--nfe", "1000000"], "at most 1000"),
+        (export, ["--nfe", "nan"], "'nan' must be a whole number"),
+        (export, ["--nfe", "1.5"], "'1.5' must be a whole number"),
+        (export, ["--height", "-8"], "--height: '-8' must be a whole number of at least 1"),
+        (export, ["--width", "1e5"], "'1e5' must be a whole number of at least 1 and at most 32768"),
+        (export, ["--output", "a\0b"], "it has a NUL character"),
+        (export, ["--output", "x" * 300], "a name in it is longer than 255 bytes"),
+        (export, ["--dtype", "int8"], "invalid choice: 'int8'"),
         (extract_lora, ["--rank", "0"], "--rank: '0' must be a whole number of at least 1"),
         (extract_lora, ["--rank", "1.5"], "must be a whole number"),
     ],
 )
 def test_arguments_of_commands(command, arguments, line, capsys):
-    good = {sample: ["--model", "m", "--prompt", "p"], extract_lora: ["--base", "a", "--tuned", "b", "--output", "c"]}
+    good = {
+        export: ["run", "--output", "out"],
+        sample: ["--model", "m", "--prompt", "p"],
+        extract_lora: ["--base", "a", "--tuned", "b", "--output", "c"],
+    }
     with pytest.raises(SystemExit) as stop:
         command.main([*good[command], *arguments])
     assert stop.value.code == 2

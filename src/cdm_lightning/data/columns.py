@@ -118,7 +118,7 @@ def check_column(path: Path, field: str, pyarrow: ModuleType) -> None:
     if pyarrow.types.is_dictionary(kind):
         kind = kind.value_type
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_string_view(kind)):
-        raise UserError(f"{path}: the column {field!r} contains {kind}, not text; set field to a column of strings")
+        raise UserError(f"{path}: the column {field!r} contains {kind}, not strings; set field to a column of strings")
 
 
 def parquet_texts(paths: Sequence[Path], field: str, pyarrow: ModuleType) -> Iterator[list[str | None]]:

@@ -109,7 +109,7 @@ def checked(texts: list, field: str, name: str) -> list[str | None]:
     for text in texts:
         if text is not None and not isinstance(text, str):
             raise UserError(
-                f"{name}: the column {field!r} contains {type(text).__name__}, not text; set field to a column of strings"
+                f"{name}: the column {field!r} contains {type(text).__name__}, not strings; set field to a column of strings"
             )
     return texts
 

@@ -114,7 +114,7 @@ class LineFiles:
             return line
         prompt = json.loads(line)[self.field]
         if not isinstance(prompt, str):
-            raise TypeError(f"{self.field} is not a text")
+            raise TypeError(f"{self.field} is not a string")
         return prompt
 
 

@@ -95,7 +95,7 @@ class PromptFile(SelectedPrompts):
     - A text file has one prompt on each line.
     - A `*.jsonl` file has one object on each line, with the prompt under `field` (default: "prompt").
     - A `*.parquet`, `*.csv` or `*.tsv` file has the prompts in column `field`.
-    - A `*.json` file has a list of texts, or of objects with the prompt under `field`.
+    - A `*.json` file has a list of strings, or of objects with the prompt under `field`.
 
     All files of a folder must have the same format. A column or a JSON list is copied once into `cache_folder`
     (default: the user's cache folder), so that a single prompt can be read without the others. All texts are checked
@@ -135,7 +135,7 @@ class PromptList(Prompts):
             empty = "the option `prompts` is an empty list; give at least one prompt"
             raise UserError(f"data: {f'repeat={repeat} must be at least 1' if self.prompts else empty}")
         for number, prompt in enumerate(self.prompts, start=1):
-            flaw = flaw_of(prompt) if isinstance(prompt, str) else f"{prompt!r} is not a text; put it in quotes"
+            flaw = flaw_of(prompt) if isinstance(prompt, str) else f"{prompt!r} is not a string; put it in quotes"
             if flaw:
                 raise UserError(f"data: prompt {number} in the list of prompts: {flaw}")
 

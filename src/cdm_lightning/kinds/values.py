@@ -117,7 +117,7 @@ def _told(kind: Any) -> str:
     if asked in LISTS:
         of = [arg for arg in get_args(base) if arg is not Ellipsis]
         return "a list" + _entries(marks) + (f" of {told(_parts(of[0]))}" if of else "")
-    names = {bool: "true or false", str: "a text", NoneType: "null"}
+    names = {bool: "true or false", str: "a string", NoneType: "null"}
     if asked in names:
         return names[asked]
     if isinstance(asked, type):
