@@ -256,8 +256,8 @@ def test_an_extractor_runs_once_a_batch_for_all_metrics(tmp_path: Path) -> None:
     metrics = {"clip_score": CLIPScore("f"), "frechet": Frechet([real], "f"), "another": Frechet([real], "f")}
     fit(tmp_path, [ValidationMetrics(MetricSuite(metrics, {"f": counting}))], max_steps=3)
     batches = 3  # of 5 prompts, two at a time
-    assert counting.images == batches * len(SAMPLERS) + 2  # and once for each reference
-    assert counting.texts == batches  # the same prompts for all samplers
+    assert counting.images == 1 + batches * len(SAMPLERS) + 2  # once in the rehearsal, and once for each reference
+    assert counting.texts == 1 + batches  # once in the rehearsal; the same prompts for all samplers
 
 
 def test_a_metric_without_its_extractor_is_refused() -> None:

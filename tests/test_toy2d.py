@@ -341,7 +341,7 @@ class Silent(Toy2DBackbone):
     [
         (
             lambda family: family.blank_conditioning(1),
-            "the planner cannot plan Silent, because the shapes of its text conditioning depend on the prompts",
+            "the planner cannot plan Silent, because its conditioning depends on the prompts",
         ),
         (lambda family: family.feature_width, "the width of the hidden features, which Silent does not define"),
         (lambda family: family.time_embedding_width, "the width of the time embedding, which Silent does not define"),

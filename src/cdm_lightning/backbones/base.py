@@ -1,7 +1,6 @@
 """The interface that every model family implements (`Backbone`), and a network's velocity as a function (`BoundField`).
 
-Shapes: latents (B, C, h, w); sigma (B,) float32 in [0, 1], where 1 is noise; images (B, 3, H, W) in [0, 1]. A new
-family is one file with a subclass of `Backbone`. All other code uses these shapes and sigma, whatever the family.
+Shapes: latents (B, C, h, w); sigma (B,) float32 in [0, 1], where 1 is noise; images (B, 3, H, W) in [0, 1].
 """
 
 from abc import ABC, abstractmethod
@@ -164,8 +163,7 @@ class Backbone(Anatomy, ABC):
         """
         raise UserError(
             self.unplannable
-            or f"the planner cannot plan {type(self).__name__}, because the shapes of its text "
-            "conditioning depend on the prompts; choose another backbone"
+            or f"the planner cannot plan {type(self).__name__}, because its conditioning depends on the prompts; choose another"
         )
 
     def alike(self, conds: Sequence[Conditioning]) -> Sequence[Conditioning] | None:
@@ -223,6 +221,10 @@ class Backbone(Anatomy, ABC):
     @abstractmethod
     def save_pipeline(self, network: nn.Module, folder: Path, nfe: int, model_card: str) -> None:
         """Write into `folder` a pipeline with `network` for sampling in `nfe` steps, and the text `model_card`."""
+
+    def rehearse_export(self, folder: Path, nfe: int, model_card: str) -> None:
+        """Before training, write what `save_pipeline` writes except weights, to find its errors early. By default nothing."""
+        return
 
     def save_lora(self, tensors: Mapping[str, Tensor], folder: Path, nfe: int, model_card: str) -> None:
         """Write into `folder` a LoRA file, a scheduler for sampling in `nfe` steps, and the text `model_card`.
@@ -289,12 +291,10 @@ class BoundField(VelocityField):
         Returns None if the fields differ in network, `compute_dtype` or names of inputs, or if their conditioning cannot be
         brought to equal shapes (see `Backbone.alike`).
         """
-        fields = [self, *(other for other in others if isinstance(other, BoundField) and self._is_like(other))]
+        mine = self.network, self.compute_dtype
+        fields = [self, *(o for o in others if isinstance(o, BoundField) and (o.network, o.compute_dtype) == mine)]
         inputs = join_values([field.inputs for field in fields])
         if inputs is None or len(fields) <= len(others):
             return None
         conds = self.backbone.alike([field.cond for field in fields])
         return None if conds is None else replace(self, cond=concat(conds), inputs=inputs)
-
-    def _is_like(self, other: "BoundField") -> bool:
-        return self.network is other.network and self.compute_dtype == other.compute_dtype

@@ -1,8 +1,6 @@
 """The base class of all backbones for diffusers pipelines.
 
-A subclass for one model family names its diffusers classes, calls its network and encodes prompts. Shapes: B batch,
-(C, h, w) latent, (H, W) pixels. The stock pipeline itself encodes prompts, shifts sigmas (with its scheduler) and
-converts pixels (with its image processor). Training therefore sees the same inputs as `pipe(prompt)`.
+Shapes: B batch, (C, h, w) latent, (H, W) pixels. The pipeline's own parts convert prompts, sigmas and pixels, as in `pipe(prompt)`.
 """
 
 import gc
@@ -25,7 +23,7 @@ from cdm_lightning.backbones.lora_file import fused_network
 from cdm_lightning.backbones.pipeline_folder import hash_part, loading, read_index
 from cdm_lightning.backbones.pipeline_settings import DTYPES, PipelineSettings, shared_property
 from cdm_lightning.backbones.plain_scheduler import from_config
-from cdm_lightning.backbones.student_folder import OwnLoRA, StudentCall, write_lora, write_pipeline
+from cdm_lightning.backbones.student_folder import OwnLoRA, StudentCall, rehearse_pipeline, write_lora, write_pipeline
 from cdm_lightning.backbones.transformer_files import TransformerFiles
 from cdm_lightning.backbones.whole_folder import pairs_of, parts_of, require_contents, require_known_tokens
 from cdm_lightning.core.schedules import inference_sigmas
@@ -263,6 +261,10 @@ class PipelineBackbone(PipelineSettings):
         A call of this pipeline with `nfe` steps uses the sigmas of training.
         """
         write_pipeline(self.folder, network, Path(folder), model_card, self._student_call(nfe))
+
+    def rehearse_export(self, folder: Path, nfe: int, model_card: str) -> None:
+        """Write the small files of `save_pipeline`, and check that the parts to copy can be read."""
+        rehearse_pipeline(self.folder, Path(folder), model_card, self._student_call(nfe))
 
     def save_lora(self, tensors: Mapping[str, Tensor], folder: Path, nfe: int, model_card: str) -> None:
         """Write into `folder` a LoRA file, a scheduler for `nfe` steps, and `model_card` with the section "Usage"."""

@@ -27,6 +27,7 @@ from cdm_lightning.errors import Preempted, UserError
 from cdm_lightning.files import first_line, irregular, open_regular, require_name
 
 LIBRARIES = ("diffusers", "transformers")  # the libraries whose classes can be parts of a pipeline
+TWIN = re.compile(r"\.fp16[.-]|\.bf16\.")  # in the names of half-precision copies of weights
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -95,6 +96,8 @@ def read_index(folder: Path, name: str) -> dict[str, Any]:
             f"{name} is not a diffusers pipeline, because it has no {INDEX}; pass the pipeline's top folder"
         )
     index = read_settings(folder / INDEX, f"{name}/{INDEX}")
+    if not isinstance(index.get("_class_name", ""), str):
+        raise UserError(f"{name}/{INDEX}: _class_name must be a string, not {index['_class_name']!r:.80}; {AGAIN}")
     for part, entry in index.items():
         check_entry(part, entry, f"{name}/{INDEX}")
     return index
@@ -207,14 +210,19 @@ def copy_parts(source: Path, target: Path, without: Sequence[str]) -> None:
 
     Half-precision copies of weights (.fp16, .bf16) are left out. Raises `UserError` for a link that leaves `source`.
     """
+    for file in files_to_copy(source, without):
+        copied = target / file.relative_to(source)
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copied)  # not its mode: a read-only source must not make a read-only copy
+
+
+def files_to_copy(source: Path, without: Sequence[str]) -> list[Path]:
+    """Return the files that `copy_parts` copies from a pipeline folder. Raises `UserError` for a link that leaves `source`."""
     parts = [name for name in parts_of(read_index(source, str(source))) if name not in without]
     for part in (INDEX, *parts):
         require_own_files(source / part, source, str(source))
-    shutil.copyfile(source / INDEX, target / INDEX)
-    for part in parts:
-        # copyfile: a read-only source, such as an installed package, must not make a read-only copy
-        twins = shutil.ignore_patterns("*.fp16.*", "*.fp16-*", "*.bf16.*")
-        shutil.copytree(source / part, target / part, ignore=twins, copy_function=shutil.copyfile)
+    found = [path for part in parts for path in sorted((source / part).rglob("*")) if path.is_file()]
+    return [source / INDEX, *(path for path in found if not TWIN.search(path.name))]
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """Export of a distilled network (the student) as a pipeline folder or a LoRA that diffusers can load."""
 
 import json
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +12,7 @@ from diffusers import DiffusionPipeline, FlowMapEulerDiscreteScheduler, FlowMatc
 from torch import Tensor, nn
 
 from cdm_lightning.backbones.lora_file import WEIGHTS, write_lora_file
-from cdm_lightning.backbones.pipeline_folder import copy_parts
+from cdm_lightning.backbones.pipeline_folder import copy_parts, files_to_copy
 from cdm_lightning.backbones.plain_scheduler import KEPT
 from cdm_lightning.backbones.settings_file import read_settings
 from cdm_lightning.backbones.whole_folder import INDEX
@@ -26,6 +28,7 @@ CALL_KINDS = {
     "guidance_scale": Guidance,
     "true_cfg_scale": Guidance,
 }
+REPLACED = ("transformer", "scheduler")  # the parts that an export does not copy
 CALL = "call.json"  # file with the call arguments, other than the prompt, for the student's own images
 USAGE = """
 ## Usage
@@ -155,9 +158,22 @@ def write_pipeline(source: Path, network: nn.Module, folder: Path, model_card: s
     section "Usage" is added.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    copy_parts(source, folder, without=("transformer", "scheduler"))
+    copy_parts(source, folder, without=REPLACED)
     cast(ModelMixin, network).save_pretrained(folder / "transformer")
     _tidy(folder / "transformer")
+    _name_scheduler(folder / INDEX, type(call.exported).__name__)
+    _write_call(folder, call, model_card, call.usage())
+
+
+def rehearse_pipeline(source: Path, folder: Path, model_card: str, call: StudentCall) -> None:
+    """Write what `write_pipeline` writes into an existing `folder`, but no weights and no copies of parts.
+
+    Raises `UserError` if a file that `write_pipeline` would copy cannot be read.
+    """
+    for file in files_to_copy(source, REPLACED):
+        if not os.access(file, os.R_OK):
+            raise UserError(f"{file}: the export at the end of the run cannot read this file; make it readable")
+    shutil.copyfile(source / INDEX, folder / INDEX)
     _name_scheduler(folder / INDEX, type(call.exported).__name__)
     _write_call(folder, call, model_card, call.usage())
 

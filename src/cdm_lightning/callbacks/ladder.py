@@ -13,10 +13,11 @@ from cdm_lightning.distributed.strategy import MeshStrategy
 from cdm_lightning.errors import UserError
 from cdm_lightning.evaluation.ladder import LadderEvaluation
 from cdm_lightning.evaluation.report import METRICS, PICTURE, SCORES, TABLE, save_report, table
-from cdm_lightning.evaluation.samplers import check_samplers
-from cdm_lightning.exporting.pipeline import check_output, export_pipeline, exported_iteration, how_to_call
+from cdm_lightning.evaluation.samplers import check_samplers, sizes_of
+from cdm_lightning.exporting.pipeline import export_pipeline, exported_iteration, how_to_call, rehearse_export
 from cdm_lightning.files import require_name
 from cdm_lightning.kinds import FolderOfRun, Steps
+from cdm_lightning.metrics.rehearsal import rehearse
 from cdm_lightning.metrics.suite import MetricSuite
 from cdm_lightning.run.folder import Run
 
@@ -60,10 +61,17 @@ class LadderReport(L.Callback):
             )
 
     def setup(self, trainer: L.Trainer, pl_module: "CDMModule", stage: str) -> None:
-        """Check the export folder, the metrics and the image sizes before training. Raises `UserError` for the first mistake."""
-        check_output(Path(trainer.default_root_dir) / self.export_folder)
+        """Check the metrics and the image sizes, and rehearse the export. Raises `UserError` for the first mistake."""
         self.evaluation.check(self.metrics)
         check_samplers(self.evaluation.samplers, pl_module.backbone)
+        if trainer.is_global_zero:
+            run = Run(Path(trainer.default_root_dir))
+            rehearse_export(pl_module.backbone, run.folder / self.export_folder, self.export_nfe, run)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
+        """Let the metrics measure two made-up images before the first step. Raises `UserError` if one of them fails."""
+        sizes = sizes_of(self.evaluation.samplers, pl_module.backbone)
+        rehearse(self.metrics, sizes, [self.prompts[number] for number in (0, 1)], trainer.strategy.root_device)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: "CDMModule", *_: object) -> None:
         """Remember that an iteration was trained, so that `on_fit_end` makes new results even if there are old ones."""

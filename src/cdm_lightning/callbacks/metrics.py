@@ -9,8 +9,10 @@ from cdm_lightning.data.datamodule import PromptDataModule
 from cdm_lightning.distributed.ranks import gather
 from cdm_lightning.ends.optional import may_fail
 from cdm_lightning.evaluation.report import csv_text
+from cdm_lightning.evaluation.samplers import sizes_of
 from cdm_lightning.files import require_name, write_text
 from cdm_lightning.kinds import FolderOfRun
+from cdm_lightning.metrics.rehearsal import rehearse
 from cdm_lightning.metrics.suite import Collected, MetricSuite
 
 if TYPE_CHECKING:
@@ -44,6 +46,13 @@ class ValidationMetrics(L.Callback):
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, PromptDataModule) and trainer.limit_val_batches and pl_module.samplers:
             self.metrics.check_prompts(data.val, data.val_prompts)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
+        """Let the metrics measure made-up images before the first step. Raises `UserError` if one of them fails."""
+        data = getattr(trainer, "datamodule", None)
+        if isinstance(data, PromptDataModule) and trainer.limit_val_batches and pl_module.samplers:
+            prompts = [data.val[number] for number in range(min(2, data.val_prompts))]
+            rehearse(self.metrics, sizes_of(pl_module.samplers, pl_module.backbone), prompts, pl_module.device)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
         """Forget the results of the previous validation, and move all networks that measure images to the run's device.

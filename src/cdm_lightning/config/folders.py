@@ -1,6 +1,5 @@
 """Check at the start of a run that all folders to which it will write are writable."""
 
-import errno
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 from cdm_lightning.config.arguments import alternatives, annotations_of
 from cdm_lightning.config.origin import where_set
 from cdm_lightning.errors import UserError
+from cdm_lightning.files import PASSING
 from cdm_lightning.kinds import PathKind
-
-PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)  # problems that may be over when the run saves
 
 
 def require_writable_folders(config: DictConfig) -> None:

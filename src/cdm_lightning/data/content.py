@@ -37,7 +37,7 @@ JSON_START = re.compile(  # of a JSON value that is longer than the head of the 
     rf"\[\s*(?:{TEXT_IN_JSON}\s*,\s*[\"\[{{]|\{{\s*{TEXT_IN_JSON}\s*:|\[\s*\")|\{{\s*{TEXT_IN_JSON}\s*:"
 )
 MARKUP_START = re.compile(r"<(?:!doctype\b|!--|\?xml\b|([a-z][\w:.-]*)[^<>]*/?>)", re.IGNORECASE)
-YAML_START = re.compile(r"---\s*\n|[\w-]+:[ \t]*\n[ \t]*- ")
+YAML_START = re.compile(r"---\s*\n|[\w-]+:[ \t]*\n[ \t]*- |- (prompt|caption|text)s?:[ \t]")
 COLUMN = re.compile(r"\w[\w.-]{0,40}")
 OF_PROMPTS = ("prompt", "prompts", "caption", "captions")
 NAMES_OF_COLUMNS = (  # a table's first line names one of them

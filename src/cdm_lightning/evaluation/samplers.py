@@ -69,6 +69,11 @@ def check_samplers(samplers: Sequence[SamplerSpec], backbone: Backbone) -> None:
         spec.check(backbone)
 
 
+def sizes_of(samplers: Sequence[SamplerSpec], backbone: Backbone) -> list[tuple[int, int]]:
+    """Return the different sizes (height, width) in pixels of the images that the samplers make."""
+    return list(dict.fromkeys(backbone.at(spec.height, spec.width).image_size for spec in samplers))
+
+
 def generate_all(
     samplers: Sequence[SamplerSpec],
     backbone: Backbone,

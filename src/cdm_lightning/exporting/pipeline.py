@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from cdm_lightning.errors import UserError
-from cdm_lightning.files import read_text, replacing_folder, restoring
+from cdm_lightning.files import PASSING, read_text, replacing_folder, restoring, scratch_folder
 from cdm_lightning.run.folder import CONFIG, Run
 from cdm_lightning.terminal.secrets import masked
 
@@ -63,6 +63,23 @@ def export_pipeline(
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error.strerror or error}); pass another folder") from error
     return output
+
+
+def rehearse_export(backbone: "Backbone", output: str | Path, nfe: int, run: Run) -> None:
+    """Find errors of a later `export_pipeline` before training: write everything except weights and copies, and delete it.
+
+    A full disk is no error here, because there may be space again after training. Raises UserError for an `output` or `nfe` that
+    `export_pipeline` would refuse, and if a file cannot be written or the model card cannot be made.
+    """
+    output = Path(output)
+    check_output(output)
+    try:
+        with scratch_folder(output) as folder:
+            card = model_card(output.name, {"nfe": nfe, "weights": "student", "iteration": 0, "dtype": "float32"}, run)
+            backbone.rehearse_export(folder, nfe, card)
+    except OSError as error:
+        if error.errno not in PASSING:
+            raise UserError(f"{output}: cannot be written ({error.strerror or error}); set another folder") from error
 
 
 def prepare(

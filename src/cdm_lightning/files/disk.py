@@ -1,5 +1,6 @@
 """Functions that recognise disk errors in the exceptions of any library, and that append to a text file safely."""
 
+import errno
 import os
 import re
 from collections.abc import Generator
@@ -8,6 +9,7 @@ from pathlib import Path
 
 from cdm_lightning.files.reading import first_line, require_regular
 
+PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)  # disk errors that may be over when a run saves
 DISK_ERROR = re.compile(r"I/?O error|No space left|quota exceeded|Read-only file system|os error \d+", re.IGNORECASE)
 
 

@@ -54,20 +54,32 @@ def replacing_folder(path: str | Path) -> Generator[Path]:
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "it exists and is not a folder", str(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path)
-    temporary, old = temporary_path(path), temporary_path(path, OLD)
+    old = temporary_path(path, OLD)
+    with scratch_folder(path) as temporary:
+        yield temporary
+        for written in (*temporary.rglob("*"), temporary):
+            sync(written)
+        _exchange(temporary, path, old)
+        sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def scratch_folder(path: str | Path) -> Generator[Path]:
+    """Yield a new empty folder next to `path`. It is deleted after the block, or by the next writer of `path` after a kill.
+
+    Raises OSError if it cannot be made or written.
+    """
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_path(path)
     temporary.mkdir()
     descriptor = os.open(temporary, os.O_RDONLY)
     try:
         hold(descriptor)
         with disk_errors():
             yield temporary
-        for written in (*temporary.rglob("*"), temporary):
-            sync(written)
-        _exchange(temporary, path, old)
-        sync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
         os.close(descriptor)
         shutil.rmtree(temporary, ignore_errors=True)

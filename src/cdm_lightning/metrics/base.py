@@ -131,6 +131,9 @@ class Metric:
     def check_prompt(self, prompt: str) -> None:
         """Raise `UserError` or ValueError if images of this prompt cannot be measured. All prompts are checked before training."""
 
+    def check_features(self, features: Mapping[str, Tensor]) -> None:
+        """Raise `UserError` before training if `features`, (B, D) of made-up images by extractor, do not fit the metric's options."""
+
     def score(self, batch: ImageBatch) -> Tensor | None:
         """Return the scores (B,) of single images, or None (the default) if the metric has no scores."""
         return None

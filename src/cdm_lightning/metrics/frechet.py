@@ -137,6 +137,16 @@ class Frechet(Metric):
                     f"there are too few reference images for a Fréchet distance ({error}); set a reference with more images"
                 ) from error
 
+    def check_features(self, features: Mapping[str, Tensor]) -> None:
+        """Raise `UserError` if the statistics in `reference` are of features of another width than those of the extractor."""
+        if isinstance(self.reference, FeatureStatistics):
+            width, own = len(self.reference.mean), features[self.feature].shape[1]
+            if width != own:
+                raise UserError(
+                    f"the reference has statistics of {width} features, but feature.{self.feature} gives {own}; set a reference that "
+                    "was measured with this extractor"
+                )
+
     def figures(self, measured: MeasuredImages, others: Mapping[str, MeasuredImages]) -> float | None:
         """Return the Fréchet distance of the images in `measured` to the reference images.
 

@@ -103,7 +103,7 @@ class MetricSuite:
                         f"metric.{name} needs features of prompts, but feature.{feature} cannot encode prompts; "
                         "use an extractor such as OpenClipFeatures"
                     )
-        self._prepared = False
+        self.is_prepared = False
 
     @property
     def copies(self) -> Copies:
@@ -132,6 +132,14 @@ class MetricSuite:
 
     def prepare(self, device: torch.device) -> None:
         """Move the extractors and the metrics' own networks to the device. The first call also runs each metric's `prepare`."""
+        self.move(device)
+        if not self.is_prepared:
+            for metric in self.metrics.values():
+                metric.prepare(self.extractors)
+        self.is_prepared = True
+
+    def move(self, device: torch.device | str) -> None:
+        """Move the extractors and the metrics' own networks to the device."""
         parts = [
             *self.extractors.values(),
             *(part for metric in self.metrics.values() for part in vars(metric).values()),
@@ -139,10 +147,6 @@ class MetricSuite:
         for part in parts:
             if isinstance(part, nn.Module):
                 part.to(device)
-        if not self._prepared:
-            for metric in self.metrics.values():
-                metric.prepare(self.extractors)
-        self._prepared = True
 
     def check_prompts(self, prompts: Texts, count: int) -> None:
         """Raise `UserError` if a metric cannot measure images of one of the first `count` prompts."""

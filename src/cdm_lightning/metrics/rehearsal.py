@@ -1,0 +1,58 @@
+"""Try the metrics of a run before its first step, so that a mistake does not show up only when images are measured."""
+
+import math
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from cdm_lightning.errors import UserError
+from cdm_lightning.files import first_line
+from cdm_lightning.metrics.base import ImageBatch, Metric
+from cdm_lightning.metrics.suite import MetricSuite
+
+
+@torch.no_grad()
+def rehearse(
+    suite: MetricSuite, sizes: Iterable[tuple[int, int]], prompts: Sequence[str], device: torch.device
+) -> None:
+    """Let all extractors and metrics measure made-up images of each size (height, width), one image for each of the prompts.
+
+    They run on `device` and then return to the CPU. A metric that overrides `prepare`, such as one with reference images, is only
+    shown the features (`Metric.check_features`), because preparing may take minutes. Nothing happens if the suite is already
+    prepared. Raises `UserError` for the first extractor or metric of this package that fails. Errors of other classes pass
+    unchanged, because they may be bugs.
+    """
+    if suite.is_prepared or not suite.metrics:
+        return
+    suite.move(device)
+    for height, width in sizes:
+        shape = (len(prompts), 3, height, width)
+        images = torch.linspace(0, 1, math.prod(shape), device=device).reshape(shape)
+        batch = ImageBatch(images, prompts, range(len(prompts)), suite.extractors)
+        what = f"images of {width} x {height} pixels"
+        features = {}
+        for name in suite.needed:
+            with _explained(f"feature.{name} cannot read {what}", suite.extractors[name]):
+                features[name] = batch.features(name)
+        for name, metric in suite.metrics.items():
+            with _explained(f"metric.{name} cannot measure {what}", metric):
+                metric.check_features(features)
+                for feature in metric.text_features:
+                    batch.text_features(feature)
+                if type(metric).prepare is Metric.prepare:
+                    metric.score(batch)
+    suite.move("cpu")
+
+
+@contextmanager
+def _explained(what: str, part: object) -> Generator[None]:
+    """Turn an error inside the block into a `UserError` that begins with `what`, if `part` is a class of this package."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if not isinstance(error, UserError) and not type(part).__module__.startswith("cdm_lightning."):
+            raise
+        raise UserError(f"{what}: {first_line(error)}") from error
