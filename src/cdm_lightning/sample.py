@@ -69,7 +69,9 @@ def sample_images(
     dtype: str = "float32",
     attention: str | None = None,
 ) -> "Samples":
-    """Generate an image for each of N prompts with `model`, a run, checkpoint, export, pipeline folder or hub id.
+    """Generate an image for each of the N `prompts`.
+
+    - `model`: the path of a run, a checkpoint, an export or a pipeline folder, or the hub id of a pipeline.
 
     - `steps`: by default the number that an export was made for, 4 for a run, and otherwise the pipeline's own default.
     - `lora`: a LoRA file or an exported LoRA to fuse into the model; an exported LoRA has its own default of `steps`.
@@ -130,18 +132,18 @@ def sampled(
 
 
 def open_sized(model: str, lora: str | None, height: int | None, width: int | None, steps: int | None) -> "Opened":
-    """Return the backbone, a function that builds the network, and the number of steps, for a run or a pipeline.
+    """Return the backbone of a run or a pipeline, a function that builds its network, and the number of steps.
 
-    For `height`, `width` and `steps`, None means the model's own value.
+    The arguments are those of `sample_images`. For `height`, `width` and `steps`, None means the model's own value.
     """
     backbone, build_network, default = open_run(model, lora) if is_run(Path(model)) else open_model(model, lora)
     return backbone.at(height, width), build_network, steps or default
 
 
 def open_run(model: str, lora: str | None) -> "Opened":
-    """Return the backbone of a run, a function that builds its student's network, and 4, the steps that CDM trains for.
+    """Return the backbone of a run, a function that builds its student's network, and 4 (the number of steps of CDM).
 
-    Raises UserError if `lora` is given, because only a pipeline takes one, or if the run has no readable checkpoint.
+    Raises UserError if the run has no readable checkpoint, or if `lora` is given, which only a pipeline can have.
     """
     from cdm_lightning.run.student import open_student, plain_network
 
@@ -287,7 +289,7 @@ def run(options: argparse.Namespace) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line. A mistake of the user gives one line on stderr and exit status 2."""
+    """Run the command line. If the user made a mistake, print one line about it on stderr and exit with status 2."""
     quiet_libraries()
     with command("before all pictures were written"):
         output = run(parser().parse_args(arguments))

@@ -131,7 +131,10 @@ def train_in(run: Run, config: DictConfig) -> TrainResult:
 def check_figures(
     module: CDMModule, callbacks: Mapping[str, L.Callback], checkpoint: IterationCheckpoint, validates: bool
 ) -> None:
-    """Raise `UserError` if `checkpoint` or one of `callbacks`, keyed by option, watches a figure that is not logged."""
+    """Raise `UserError` if `checkpoint` or a callback monitors a figure that is not logged.
+
+    The keys of `callbacks` are options such as "callbacks.early_stopping". `validates` says whether the run validates.
+    """
     measuring = [one for one in callbacks.values() if isinstance(one, ValidationMetrics)] if validates else []
     logged = [name for callback in measuring for name in callback.names(module)]
     if all_known(callbacks.values()) and type(module) is CDMModule:  # a subclass may log more
@@ -140,7 +143,7 @@ def check_figures(
 
 
 def fit(trainer: L.Trainer, module: CDMModule, data: PromptDataModule, config: DictConfig, callbacks: Mapping) -> None:
-    """Train. An exception of a known cause is raised as a `UserError`. The `callbacks` are keyed by option."""
+    """Train, and explain an exception whose cause is known by a `UserError`. The keys of `callbacks` are options."""
     try:
         trainer.fit(module, data)
     except UserError:
@@ -156,10 +159,7 @@ def fit(trainer: L.Trainer, module: CDMModule, data: PromptDataModule, config: D
 
 
 def hidden_end(error: BaseException) -> Preempted | UserError | None:
-    """Return the `Preempted` or `UserError` that ended the training before `error` was raised, or None.
-
-    Lightning's clean-up can then raise such an `error`, for example if no data loader has delivered a batch yet.
-    """
+    """Return the `Preempted` or `UserError` that ended the training before its clean-up raised `error`, or None."""
     earlier = error.__context__
     while earlier is not None and not isinstance(earlier, (Preempted, UserError)):
         earlier = earlier.__context__
@@ -167,10 +167,10 @@ def hidden_end(error: BaseException) -> Preempted | UserError | None:
 
 
 def explained(error: Exception, has_workers: bool, timeout: float | None) -> UserError | None:
-    """Return a `UserError` that explains `error` if another process has failed, and otherwise None.
+    """Return a `UserError` that explains `error` if the failure of another process has caused it, and otherwise None.
 
-    The process is a worker of the data loader (only if `has_workers`), or a training process that has ended or did not
-    answer for `timeout` seconds.
+    The other process is a worker of the data loader, or a training process that has ended or did not answer for
+    `timeout` seconds. `has_workers` says whether the data loader has workers.
     """
     by_worker = has_workers and isinstance(
         error, (ConnectionError, EOFError)
@@ -214,10 +214,10 @@ def find_beginning(
 ) -> Path | None:
     """Return the checkpoint of another run from which this run starts, or None.
 
-    If this run has no checkpoints and `config.resume` is a path, the result is that path. Raises `UserError` if the
-    checkpoint there was trained with a backbone of another `fingerprint` (`Backbone.fingerprint`). If this run has
-    checkpoints, it continues from them, and the result is None. Raises `UserError` then if `config.resume` is "never",
-    or if the backbone, the configuration or the input files (`inputs`, see `run.inputs`) have changed.
+    If this run has checkpoints, it continues from them. The result is then None, and `UserError` is raised if
+    `config.resume` is "never", or if the backbone, the configuration or the input files (`inputs`) have changed. If
+    this run has no checkpoints and `config.resume` is a path, the result is that path, and `UserError` is raised if the
+    checkpoint there was trained with a backbone whose `Backbone.fingerprint` is not `fingerprint`.
     """
     refuse_old_files(checkpoint.folder)
     own = checkpoints_in(checkpoint.folder)
@@ -253,9 +253,9 @@ def local_folders(backbone: Backbone) -> dict[str, Path]:
 
 
 def require_same_backbone(own: Sequence[Path], fingerprint: str) -> StoredCheckpoint | None:
-    """Return the newest checkpoint in `own` that can be opened, or None if none can be opened.
+    """Return the newest of the run's checkpoints `own` that can be opened, or None if none can be opened.
 
-    Raises `UserError` if it was trained with a backbone whose `Backbone.fingerprint` is not `fingerprint`.
+    Raises `UserError` if this checkpoint was trained with a backbone whose `Backbone.fingerprint` is not `fingerprint`.
     """
     for path in sorted(own, key=recorded_iteration, reverse=True):
         with suppress(UserError):  # a damaged one is reported later, when the run looks for a good checkpoint

@@ -57,9 +57,10 @@ def train_judge(recipe: Recipe, folder: Path, output: Path, *, pairs: Share = 0.
 def measure_judge(judge: ScenesJudge, count: int) -> dict[str, float]:
     """Return the judge's accuracy on `count` held-out drawings of one thing, and on as many of two things.
 
-    The keys of the result are "single/HEAD" and "pair/HEAD" for the accuracy of each head of the judge, which
-    classifies one attribute, and "single/all" and "pair/all" for the share of drawings on which all heads are right.
-    Every attribute that a drawing shows is counted, also an attribute that its caption leaves out.
+    The judge has several heads, and each of them classifies one attribute. "single/HEAD" and "pair/HEAD" are the
+    accuracies of the head with the name HEAD; a key is absent if no drawing shows the head's attribute. "single/all"
+    and "pair/all" are the shares of the drawings on which all heads are right. Every attribute that a drawing shows is
+    counted, also an attribute that its caption leaves out.
     """
     figures = {}
     for kind, pairs in (("single", 0.0), ("pair", 1.0)):

@@ -30,10 +30,10 @@ class Recipe:
     """The settings of a stage's training: `iterations` optimizer steps on `batch_size` samples each.
 
     The optimizer is AdamW with `weight_decay` and `betas`, and gradients are clipped to the norm `max_grad_norm`. The
-    learning rate rises to `lr` over the first `warmup` iterations. From iteration `decay_from * iterations` on, it is
-    multiplied by a factor that falls linearly to 0 at the end. After the last iteration, the trained weights are
-    replaced by their EMA over the training, with decay `ema_decay`; with a decay of 0 they stay as they are. All random
-    draws of the training derive from `seed`.
+    learning rate rises to `lr` over the first `warmup` iterations. From iteration `decay_from * iterations` to the end
+    of the training, the learning rate is multiplied by a factor that falls linearly from 1 to 0. After the last
+    iteration, the trained weights are replaced by their EMA over the training, with decay `ema_decay`; with a decay of
+    0 they stay as they are. All random draws of the training derive from `seed`.
     """
 
     iterations: Iterations
@@ -68,8 +68,8 @@ def optimise(
     """Train `network` in place to minimise `loss`, replace the trained weights by their EMA, and return `network`.
 
     `loss(iteration, generator)` returns a 0-d loss. `recipe.seed`, `name` and the iteration seed the generator. `train`
-    are the trained parameters (default: all). Every `save_every` iterations, `folder/NAME.pt` (NAME is `name`) is
-    saved, from which a training resumes. Every `log_every` iterations, `folder/NAME_loss.csv` gets the mean loss.
+    are the trained parameters (default: all). Every `save_every` iterations, `folder/NAME.pt` is saved, from which the
+    next call resumes. `folder/NAME_loss.csv` has the mean loss of each `log_every` iterations. (NAME is `name`.)
     """
     parameters = list(network.parameters() if train is None else train)
     optimizer = _adamw(parameters, recipe)

@@ -14,7 +14,7 @@ def write_prompts(folder: Path, train: Count, heldout: Count, pairs: Share, seed
 
     `train` and `heldout` are the numbers of captions in these files. A caption describes two shapes with probability
     `pairs`, and otherwise one. The held-out captions describe combinations of attributes that no training caption has
-    (`data.shapes.Scene.held_out`). All random draws depend on `seed` only.
+    (see `data.shapes.Scene.held_out`). All random draws depend on `seed` only.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for split, count in (("train", train), ("heldout", heldout)):

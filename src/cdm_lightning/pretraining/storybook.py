@@ -63,9 +63,10 @@ def build_storybook(seed: Seed = 0, heads: Count = 5, layers: Count = 6) -> Stab
 
 
 def build_transformer(heads: int, layers: int) -> SD3Transformer2DModel:
-    """Build the velocity network of latents (B, 16, 8, 8), with patches of 2 x 2 latent pixels.
+    """Build the transformer, which predicts the velocity of latents (B, 16, 8, 8).
 
-    It has `layers` layers and `heads` attention heads of width 32, with RMS-normed queries and keys as in SD3.5.
+    It reads patches of 2 x 2 latent pixels. It has `layers` layers and `heads` attention heads of width 32, with
+    RMS-normed queries and keys as in SD3.5.
     """
     return SD3Transformer2DModel(
         sample_size=LATENT_SIZE,
@@ -126,7 +127,7 @@ def write_scene_prompts(folder: Path, train: Count, heldout: Count, pairs: Share
 
     `train` and `heldout` are the numbers of captions in these files. A caption names two things with probability
     `pairs`, and otherwise one. Every held-out caption names a combination of attributes that no training picture shows
-    (`data.scenes.grammar.is_held_out`). All random draws depend on `seed` only.
+    (see `data.scenes.grammar.is_held_out`). All random draws depend on `seed` only.
     """
     folder.mkdir(parents=True, exist_ok=True)
     splits: tuple[tuple[Split, int], ...] = (("train", train), ("heldout", heldout))
@@ -198,9 +199,10 @@ def train_storybook_teacher(
 
 @torch.no_grad()
 def encode_drawings(vae: AutoencoderKL, captions: list[str], seed: int) -> Tensor:
-    """Draw a picture for each of N training captions, and return the pictures' latents (N, 16, 8, 8) in half precision.
+    """Draw a picture for each of the N training `captions`, and return the latents (N, 16, 8, 8) of the pictures.
 
-    The latents are standardised by the VAE's shift and scale.
+    The latents are in half precision and standardised by the VAE's shift and scale. The pictures depend on `captions`
+    and `seed` only.
     """
     latents, config = [], cast(Any, vae.config)  # declared as a dict, but its keys are attributes too
     for begin in range(0, len(captions), CHUNK):

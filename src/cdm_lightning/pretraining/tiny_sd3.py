@@ -100,9 +100,10 @@ def start_from(pipeline: StableDiffusion3Pipeline, folder: str | Path) -> None:
 
 
 def build_transformer(heads: int, layers: int, latent_channels: int) -> SD3Transformer2DModel:
-    """Build the velocity network of latents (B, latent_channels, 16, 16), with patches of 4 x 4 latent pixels.
+    """Build the transformer, which predicts the velocity of latents (B, latent_channels, 16, 16).
 
-    It has `layers` layers and `heads` attention heads of width 32, with RMS-normed queries and keys as in SD3.5.
+    It reads patches of 4 x 4 latent pixels. It has `layers` layers and `heads` attention heads of width 32, with
+    RMS-normed queries and keys as in SD3.5.
     """
     return SD3Transformer2DModel(
         sample_size=16,

@@ -24,9 +24,9 @@ class Run:
     The folder contains config.yaml, starts.jsonl (one line for each start), checkpoints/ and, after an evaluation,
     metrics.json.
 
-    `kept` is the path of a checkpoint of the run that stores a copy of the configuration. The method `config` then
-    reads this copy and not config.yaml, so such a checkpoint can be used without the run's folder. If `kept` is None,
-    `config` reads config.yaml.
+    If `kept` is None, the method `config` reads config.yaml. Otherwise `kept` is the path of one of the run's
+    checkpoints, and `config` reads the copy of the configuration that this checkpoint stores. Such a checkpoint can be
+    used without the run's folder.
     """
 
     folder: Path
@@ -165,9 +165,9 @@ def stored_about(checkpoint: Path) -> dict[str, Any]:
 def checkpoint_folder(run: Run, config: Mapping[str, Any]) -> Path:
     """Return the folder that the option `checkpoint.folder` of `config` names.
 
-    `config` is the configuration with which `run` is about to start. Raises `UserError` if this folder has no
-    checkpoints, but the folder that `checkpoint.folder` named at the run's last start has some, because the run would
-    then begin anew without a warning.
+    `config` is the configuration with which `run` is about to start. The option may have named another folder at the
+    run's last start. Raises `UserError` if that other folder has checkpoints and the new folder has none. Without this
+    error, the run would begin anew without a warning.
     """
     folder = Path(str(config["checkpoint"]["folder"]))
     if not (run.folder / CONFIG).is_file() or checkpoints_in(folder):
@@ -196,8 +196,8 @@ def _relative(folder: Path, base: Path) -> Path | None:
 def is_checkpoint(path: Path) -> bool:
     """Return whether `path` looks like a checkpoint.
 
-    A path looks like a checkpoint if it is no folder, or if it is a folder that contains COMPLETE.json or has the name
-    of a checkpoint.
+    A folder looks like a checkpoint if it contains COMPLETE.json, or if its name is that of a checkpoint, such as
+    "iteration_0001000". A path that is no folder always looks like a checkpoint.
     """
     return not path.is_dir() or (path / MARKER).is_file() or PATTERN.fullmatch(path.name) is not None
 
@@ -205,7 +205,9 @@ def is_checkpoint(path: Path) -> bool:
 def is_run(path: Path) -> bool:
     """Return whether `path` looks like a run's folder or a checkpoint.
 
-    A folder with a model_index.json is a diffusers pipeline and not a run's folder, even if it has a config.yaml.
+    A run's folder has a config.yaml. A checkpoint is a folder with COMPLETE.json, or a file whose name ends with
+    .safetensors or .ckpt. A folder with a model_index.json is a diffusers pipeline and not a run's folder, even if it
+    has a config.yaml.
     """
     is_stored = (path / MARKER).is_file() or path.suffix in (".safetensors", ".ckpt")
     return is_stored or ((path / CONFIG).is_file() and not (path / "model_index.json").exists())

@@ -1,9 +1,10 @@
 """The input files of a run: prompt files, model folders and LoRA files that its configuration names.
 
-Each start and each checkpoint records the sizes and hashes of the input files. When the run is resumed, these are
-compared, because other prompts or another teacher under the same path would make it another run. Modification times are
-not compared, so a copy of a file counts as the same file. Large files of weights are hashed only in part
-(`content_hash`), so that a start does not read a hundred gigabytes.
+Each start and each checkpoint records the sizes and hashes of the input files. When the run is resumed, the sizes and
+hashes of the present files are compared with those in the last checkpoint, because a run with other prompts or another
+teacher under the same path would be another run. Modification times are not compared, so a copy of a file counts as the
+same file. Large files of weights are hashed only in part (see `content_hash`), so that a start does not read a hundred
+gigabytes.
 """
 
 import hashlib
@@ -42,10 +43,10 @@ Inputs = dict[
 def inputs_of(config: Mapping[str, Any], folders: Mapping[str, Path] | None = None) -> Inputs:
     """Return the size and hash of each file that affects a run's weights, grouped by option.
 
-    An option names a file or folder if its value is the path of an existing one, and if the value contains "/" or is
-    that of a parameter that takes a path. The result holds this file, or the files in this folder, under the option.
-    `folders` gives the folders of further options, by option: the value of such an option can be the hub id of a
-    pipeline that was downloaded into the folder.
+    The result has an entry for each option of `config` that affects the weights and has the path of an existing file or
+    folder as its value. The entry describes this file, or the files in this folder. A value without "/" counts as a
+    path only if the option is a parameter that takes a path. `folders` maps options to further folders whose files are
+    described. For example, the value of such an option is the hub id of a pipeline that was downloaded into the folder.
     """
     named = dict(paths_in(config))
     named |= {key: (named[key][0] if key in named else str(path), path) for key, path in (folders or {}).items()}
@@ -92,8 +93,8 @@ def _exists(text: str) -> bool:
 def files_of(path: Path) -> list[tuple[str, Path]]:
     """Return (name, path) for the file `path`, or for each file in the folder `path` and its subfolders.
 
-    Of a folder, pictures, hidden files and hidden subfolders are left out, and the names are relative to it. At most
-    `MOST_FILES` files are returned.
+    The name of a file in the folder is its path relative to the folder. Pictures, hidden files and hidden subfolders of
+    the folder are left out. At most `MOST_FILES` files are returned.
     """
     if not path.is_dir():
         return [(path.name, path)] if path.is_file() else []
@@ -123,13 +124,10 @@ def describe(file: Path) -> list[Any]:
 def content_hash(file: Path) -> str:
     """Return a hash of a file's content, or of parts of it if the file is large.
 
-    - A file of weights or data (a suffix in `BINARY`) of at most 32 MiB is hashed completely, and any other file of at
-      most 2 GiB.
-    - Of a larger file, 4096 evenly spaced pieces of 4 KiB are hashed.
-    - If the larger file is a safetensors file, its header and a piece in the middle of each tensor are hashed as well,
-      so that a replaced tensor is noticed.
-
-    Raises OSError if the file cannot be read.
+    A file of weights or data (its suffix is in `BINARY`) is large if it has more than 32 MiB. Any other file is large
+    if it has more than 2 GiB. Only 4096 evenly spaced pieces of 4 KiB of a large file are hashed. If the large file is
+    a safetensors file, its header and a piece in the middle of each tensor are hashed as well, so that a replaced
+    tensor is noticed. Raises OSError if the file cannot be read.
     """
     size = file.stat().st_size
     whole = hashlib.blake2b(digest_size=16)

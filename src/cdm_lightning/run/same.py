@@ -69,8 +69,8 @@ def require_same_configuration(saved: dict[str, Any], config: dict[str, Any], fo
     are:
 
     - The batch size per process may change if the batch size over all processes stays the same.
-    - `trainer.max_steps` may change. An option `...learning_rate.total`, the iteration at which a decaying rate reaches
-      0, may change with it if the option equals `trainer.max_steps` in both configurations.
+    - `trainer.max_steps` may change. An option `...learning_rate.total` (the iteration at which a decaying rate reaches
+      0) may change too if it equals `trainer.max_steps` in both configurations.
     - An option that `saved` lacks, because an older version wrote `saved`, counts as having its default value.
     """
     if not saved:
@@ -96,12 +96,12 @@ def differing_options(saved: dict[str, Any], config: dict[str, Any]) -> list[str
 
 
 def may_follow(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Return False if the option `key` is the end of a learning rate's decay and does not follow `trainer.max_steps`.
+    """Return False if the option `key` is the end of a learning rate's decay and was set by the user.
 
-    `before` and `now` are the stored and the present configuration as flat dicts (`flatten`). An option
-    `...learning_rate.total` is the iteration at which a decaying rate reaches 0. It follows `trainer.max_steps` if it
-    equals this option in both configurations; otherwise the user has set it. The result is True for all other options,
-    and for a rate that decays in neither configuration.
+    The end of a decay is an option `...learning_rate.total`: the iteration at which the rate reaches 0. It was set by
+    the user if it differs from `trainer.max_steps` in one of the two configurations. `before` and `now` are the stored
+    and the present configuration as flat dicts (see `flatten`). The result is True for all other options, and if the
+    rate decays in neither configuration.
     """
     if not key.endswith(TOTAL):
         return True
@@ -137,9 +137,10 @@ def is_same(
 ) -> bool:
     """Return whether the option `key` has the same value in two configurations.
 
-    `before` and `now` are the configurations as flat dicts (`flatten`); `saved` and `config` are the same two as nested
-    dicts. An option that only one of them has is the same if its value there is the option's default. An option that
-    this version no longer has is also the same if its value was None or False, that is, if it was off.
+    `before` and `now` are the configurations as flat dicts (see `flatten`). `saved` and `config` are the same two
+    configurations as nested dicts. If only one configuration has the option, the option counts as the same if its value
+    there is its default. If the present version no longer has the option, it also counts as the same if its value was
+    None or False, which means that it was off.
     """
     if key in before and key in now:
         return before[key] == now[key]
@@ -192,9 +193,9 @@ def is_default(key: str, config: Mapping[str, Any]) -> bool:
 def without_unknown_classes(saved: Any, config: Mapping[str, Any]) -> Any:
     """Return a copy of `saved` in which the name of each unknown class has brackets around it: "(CLASS)".
 
-    A class is known if it belongs to this package, or if `config`, which the user gave, names it. The comparison of two
-    configurations imports classes by name, to find the defaults of their parameters. The brackets prevent an import of
-    a class that only `saved`, perhaps from a stranger's run folder, names.
+    A class is known if it is defined in this package, or if `config`, the user's own configuration, names it. The
+    comparison of two configurations imports classes by name, to find the defaults of their parameters. The brackets
+    prevent an import of a class that only `saved` names, because `saved` may come from a stranger's run folder.
     """
     known = {value for key, value in flatten(dict(config)).items() if key.rpartition(".")[2] == "_target_"}
 

@@ -44,7 +44,8 @@ class TrainedStudent:
     def network(self) -> nn.Module | AdapterWeights:
         """Return the student's network in eval mode. If the student is a LoRA, return the weights of its adapter alone.
 
-        Raises `UserError` if the names, shapes or kinds of the stored tensors are not those of the network.
+        Raises `UserError` if the names or shapes of the stored tensors are not those of the network's tensors, or if a
+        stored tensor has whole numbers and the network's tensor has floating-point numbers, or vice versa.
         """
         adapter = self.plan.of("student")
         skeleton = self.backbone.build_empty(teacher=False)  # cheap, if the family has one
@@ -85,8 +86,8 @@ def build_parts(run: Run, pretrained: str | None = None) -> tuple[Backbone, LoRA
     """Build the backbone and the LoRA plan that a run's configuration describes.
 
     The run may come from a stranger. Therefore nothing else is built from its configuration, and `UserError` is raised
-    before anything is built if a class is not registered (`config.registered`). `pretrained` replaces the path of the
-    pretrained pipeline.
+    before anything is built if a class is not registered (see `config.registered`). `pretrained` replaces the path of
+    the pretrained pipeline.
     """
     config, file = run.config(), run.kept or run.folder / CONFIG
     nodes = {
@@ -127,7 +128,8 @@ def choose_weights(weights: str, ema_updates: int, checkpoint: Path) -> str:
 def plain_network(backbone: Backbone, network: nn.Module | AdapterWeights) -> nn.Module:
     """Return a network in eval mode that has no LoRA adapters.
 
-    If `network` is the weights of a LoRA, they are fused in float32 into a new pretrained network.
+    If `network` holds the weights of a LoRA, the result is a new pretrained network into which they are fused in
+    float32. Otherwise the result is `network` itself.
     """
     if isinstance(network, AdapterWeights):
         from cdm_lightning.lora.fuse import fuse  # imports peft

@@ -27,7 +27,7 @@ class MaskedStream:
         self._lock = RLock()  # a signal handler may print within a write
 
     def write(self, text: str) -> int:
-        """Append `text`, write all lines that are now complete with their secrets masked, and return the length of `text`."""
+        """Append `text` to the unfinished line, mask and write all complete lines, and return the length of `text`."""
         with self._lock:
             self._line += text
             end = max(self._line.rfind("\n"), self._line.rfind("\r")) + 1

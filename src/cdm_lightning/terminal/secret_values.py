@@ -64,7 +64,7 @@ class _Values:
         self.steps = 4 * len(text) + 10_000
 
     def masked(self) -> str:
-        """Return the text with *** for each secret value."""
+        """Return `self.text` with *** in place of each secret value."""
         parts, done, place = [], 0, 0
         while found := KEY.search(self.text, place):
             place = found.end()

@@ -33,7 +33,7 @@ OTHERS = (
 def check_attention(name: str | None, option: str) -> None:
     """Raise UserError unless `name` is None or an installed attention kernel.
 
-    `option` is the name of the option with this value, for the message.
+    The error message calls the setting `option`, for example "--attention".
     """
     if name is None or name in KERNELS:
         return
@@ -69,7 +69,8 @@ def attention_by(name: str | None) -> Generator[None]:
 
     If `name` does not support the inputs of an attention, another kernel computes it: "flash", for example, supports
     neither masks nor float32. "math" supports all inputs, but stores the whole attention matrix, with one number for
-    each pair of tokens. The block must contain the backward pass too.
+    each pair of tokens. The block must contain the backward pass too, because gradient checkpointing computes attention
+    again there.
     """
     if name is None:
         yield

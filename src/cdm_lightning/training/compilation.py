@@ -25,9 +25,9 @@ def compile_blocks(
     """Compile every block of the network with torch.compile, in place; the names of its weights stay the same.
 
     `block_types` are the classes of the blocks. Blocks of one class share their compiled code. This code works for
-    every batch size and every number of tokens. `limit` is the largest number of compiled variants of one forward
-    function, be it that of a block or of a module in a block. If a function needs more, its further variants run
-    without compilation, and a warning names the classes of the blocks that run it.
+    every batch size and every number of tokens. The forward function of a block, and that of each module in a block,
+    has at most `limit` compiled variants. If a function needs more variants, the further ones run without compilation,
+    and a warning names the classes of the blocks that run the function.
     """
     blocks = [module for module in network.modules() if isinstance(module, block_types)]
     options: dict = {"backend": backend, "dynamic": True}
@@ -49,8 +49,9 @@ class _Explained(logging.Filter):
         self.blocks: dict[str, set[str]] = {}  # a function as dynamo writes it -> names of the classes that run it
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Rewrite the log record if it is dynamo's warning about the limit of variants. Always returns True, so that no record is
-        lost.
+        """Rewrite `record` if it is dynamo's warning about the limit of variants, to name the blocks and the option.
+
+        Always returns True, so that no record is lost.
         """
         if isinstance(record.msg, str) and record.msg.startswith(HIT) and isinstance(record.args, tuple):
             _, limit, function, reason, *_ = record.args

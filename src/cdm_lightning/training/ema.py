@@ -46,10 +46,11 @@ class EMA:
 
 
 def follower_of(average: nn.Module | None, strategy: Strategy) -> HostFollower | None:
-    """Return a `HostFollower`, which updates the EMA `average` in host memory while the GPU goes on training, or None.
+    """Return a `HostFollower` for the EMA network `average`, or None if it is not needed.
 
-    The result is None unless `strategy` keeps the EMA in host memory and trains on a GPU. This is read from `strategy`
-    and not from the device of `average`, because Lightning may move the networks after this call.
+    A `HostFollower` updates an EMA in host memory while the GPU goes on training. It is needed if `strategy` keeps the
+    EMA in host memory and trains on a GPU. The device of `average` does not decide this, because Lightning may move the
+    networks after this call.
     """
     rests = isinstance(strategy, MeshStrategy) and "student_ema" in strategy.on_cpu
     if average is None or not rests or strategy.root_device.type != "cuda":

@@ -26,7 +26,10 @@ Product = Callable[[Tensor, Tensor], Tensor]  # (x (..., I), weight (O, I)) -> (
 
 
 def check_float8(kind: str | None) -> None:
-    """Raise UserError unless `kind`, the option compute.fp8, is None, or one of `KINDS` for which torchao is installed."""
+    """Raise UserError unless `kind` is None, or `kind` is one of `KINDS` and torchao is installed.
+
+    `kind` is the value of the option compute.fp8.
+    """
     if kind is None:
         return
     if kind not in KINDS:
@@ -74,7 +77,7 @@ def float8_products(on: bool) -> Generator[None]:
 
 
 class Float8Linear(nn.Linear):
-    """A linear layer that computes in fp8 where `float8_products` is on, unless gradients are on.
+    """A linear layer that computes in fp8 inside `with float8_products(True)`, unless gradients are enabled.
 
     `use_float8` turns an `nn.Linear` into such a layer. Inputs with fewer than three dimensions are always computed as
     usual: they hold one vector for each sample, from which a block computes the shift, scale and gate for all tokens of
@@ -94,9 +97,9 @@ class Float8Linear(nn.Linear):
 
 
 def use_float8(network: nn.Module, block_types: tuple[type[nn.Module], ...], kind: str) -> int:
-    """Let the linear layers in the blocks of `network` compute in fp8 where `float8_products` is on.
+    """Let the linear layers in the blocks of `network` compute in fp8 inside `with float8_products(True)`.
 
-    Return the number of these layers. `block_types` are the classes of the blocks, and `kind` is one of `KINDS`. LoRA
+    Return the number of changed layers. `block_types` are the classes of the blocks, and `kind` is one of `KINDS`. LoRA
     adapters, and layers with a width that is no multiple of 16, are not changed. The names and weights of the changed
     layers stay the same.
     """

@@ -140,7 +140,7 @@ class Networks(nn.Module):
     # ---- views
 
     def view_base(self) -> None:
-        """Set `teacher` to the teacher's own network, or without one to the shared base with all adapters off.
+        """Set `teacher` to the teacher's own network or, if it has none, to the shared base with all adapters off.
 
         Call this again after the base has been sharded, because sharding replaces the parameters of the base.
         """
@@ -174,7 +174,7 @@ class Networks(nn.Module):
 
     @property
     def whole(self) -> dict[str, nn.Module]:
-        """The networks by role that hold their own copy of all weights of the pretrained network.
+        """The networks that hold their own copy of all weights of the pretrained network, by role.
 
         LoRA adapters, their shared base (even if it is the teacher) and heads, which the objective builds itself, are left out.
         """
@@ -199,9 +199,10 @@ class Networks(nn.Module):
             compile_blocks(network, block_types, backend)
 
     def use_float8(self, block_types: tuple[type[nn.Module], ...], kind: str) -> None:
-        """Let the linear layers in the blocks of every network compute in fp8 where `float8_products` is on.
+        """Let the linear layers in the blocks of every network compute in fp8 inside `with float8_products(True)`.
 
-        `block_types` are the classes of the blocks, and `kind` is the option compute.fp8 (`training.float8`).
+        `block_types` are the classes of the blocks, and `kind` is the value of the option compute.fp8 (see
+        `training.float8`).
         """
         for network in [*self.whole.values(), *([self.base] if self.base is not None else [])]:
             use_float8(network, block_types, kind)

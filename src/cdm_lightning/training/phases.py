@@ -10,9 +10,9 @@ import torch
 class PhaseTimer:
     """Adds up the seconds that this process spends in each phase of training.
 
-    The phases are "rollout" and, for each role, its updates, under the name of the role. If `device` is a CUDA device,
-    CUDA events measure the time of its work, and the host waits for them only when `seconds` is read. If `device` is
-    None (the default), the host's clock measures the time.
+    One phase is "rollout". The updates of each role are another phase, which has the name of the role. If `device` is a
+    CUDA device, CUDA events measure the time of the device's work, and the host waits for the events only when
+    `seconds` is read. If `device` is None (the default), the host's clock measures the time.
     """
 
     def __init__(self) -> None:

@@ -29,8 +29,8 @@ def distribute(networks: Networks, backbone: Backbone, strategy: MeshStrategy, c
 
     A network with its own copy of the pretrained weights is sharded: each rank keeps its own rows of each weight. If
     such a network is on the meta device, each rank reads its own rows only. The base of LoRA adapters is sharded too if
-    the strategy uses shards. Adapters, and heads, which the objective builds itself, are small, so each rank keeps them
-    whole.
+    the strategy uses shards. Adapters and heads are small, so each rank keeps them whole. (Heads are networks that the
+    objective builds itself.)
     """
     mesh, device = strategy.device_mesh["data_parallel", "tensor_parallel"], strategy.root_device
     policy, block_types = mixed_precision(compute_dtype), backbone.block_types

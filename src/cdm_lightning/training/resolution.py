@@ -28,9 +28,10 @@ class Resolution(Protocol):
         """
 
     def draw(self, backbone: Backbone, rng: StepRandom) -> Backbone:
-        """Return `backbone` with the image size of the iteration of `rng`.
+        """Choose the image size of an iteration, and return `backbone` with this image size.
 
-        The size depends on the seed and the iteration only, so it is the same in all processes.
+        `rng` holds the random numbers of the iteration. The size depends on the seed and the iteration only, so it is
+        the same in all processes.
         """
 
 
@@ -82,9 +83,10 @@ class Buckets:
                 raise UserError(f"resolution.sizes, {height} x {width}: {error}") from error
 
     def draw(self, backbone: Backbone, rng: StepRandom) -> Backbone:
-        """Return `backbone` with the image size of the iteration of `rng`, drawn from `sizes`.
+        """Draw the image size of an iteration from `sizes`, and return `backbone` with this image size.
 
-        The size depends on the seed and the iteration only, so it is the same in all processes.
+        `rng` holds the random numbers of the iteration. The size depends on the seed and the iteration only, so it is
+        the same in all processes.
         """
         weights = torch.tensor(self.weights or [1.0] * len(self.sizes), dtype=torch.float64, device="cpu")
         chosen = int(torch.multinomial(weights, 1, generator=rng.shared("resolution")))

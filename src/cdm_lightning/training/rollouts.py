@@ -55,7 +55,7 @@ class RolloutGroups:
 class Rollouts(ABC):
     """Makes the samples of an iteration, which are the inputs of the losses, from a batch of prompts.
 
-    - `bind(prompts, backbone)` returns the networks with the text of these prompts.
+    - `bind(prompts, backbone)` returns the networks as velocity fields that are conditioned on these prompts.
     - `resolution` chooses the image size of an iteration, and sets it in `backbone`; `schedule` draws the sigmas.
     - `seed`: the random numbers of a prompt depend on this seed, the iteration and the prompt's index in the global
       batch only.
@@ -181,8 +181,8 @@ class _AtAnchor:
 class AnchorRollouts(Rollouts):
     """Makes samples by rollouts that stop at each prompt's anchor, a randomly drawn step; later steps are not computed.
 
-    In the first iteration of a group (`RolloutGroups`), the rollouts of the whole group are computed, for which
-    `batch.group` holds the prompts of all its iterations. The rollouts of later iterations are kept until `samples` is
+    In the first iteration of a group (see `RolloutGroups`), the rollouts of all iterations of the group are computed.
+    The prompts of these iterations are in `batch.group`. The rollouts of later iterations are kept until `samples` is
     called for these iterations.
     """
 
@@ -214,7 +214,7 @@ class AnchorRollouts(Rollouts):
     def forget(self) -> None:
         """Drop the rollouts that were computed in advance.
 
-        Call this before another training begins, because that may have other prompts or another student.
+        Call this before another training begins, because the new training may have other prompts or another student.
         """
         self._waiting = {}
 

@@ -21,10 +21,11 @@ RATE = 1e-3
 def require_working(recipes: Mapping[str, OptimizerRecipe], adapted: Collection[str] = ()) -> None:
     """Raise `UserError` for the first role whose optimizer does not work.
 
-    For each role in `recipes`, the optimizer makes a few steps on a matrix and a bias, or on a matrix alone if the role
-    is in `adapted`, because a LoRA has matrices only. The optimizer does not work if it cannot be built, fails in a
-    step, or follows the gradient upwards. The weights are on the CPU. If the optimizer fails there and this machine has
-    a GPU, the result on the GPU counts.
+    The optimizer of each role in `recipes` makes a few steps on a small matrix and a small bias. The roles in `adapted`
+    are LoRAs, which have matrices only, so their optimizers get no bias. An optimizer does not work if it cannot be
+    built, fails in a step, makes weights that are not finite, or follows the gradient upwards. The weights are on the
+    CPU. If an optimizer does not work on the CPU and this machine has a GPU, it is tried on the GPU, and only the
+    result of the trial on the GPU counts.
     """
     for role, recipe in recipes.items():
         shapes = (MATRIX,) if role in adapted else (MATRIX, BIAS)

@@ -71,9 +71,10 @@ class Updates:
         return {**figures, "grad_norm": norm.detach()}
 
     def settle(self, before: int | None = None) -> None:
-        """Count the made and the skipped steps of the iterations before `before` (None: of all iterations).
+        """Update `skipped_steps` and `skipped_in_a_row` with the steps that are not counted yet.
 
-        Waits until the device has finished these steps.
+        If `before` is given, only the steps of the iterations before `before` are counted. Waits until the device has
+        finished these steps.
         """
         due = [entry for entry in self._uncounted if before is None or entry[0] < before]
         self._uncounted = self._uncounted[len(due) :]
