@@ -137,10 +137,10 @@ def make_plan(
 
 
 def choose_layout(strategy: str | None, count: int, on_cpu: Sequence[str]) -> "Layout":
-    """Return the layout of the networks for a strategy on `count` GPUs.
+    """Return the layout of the networks on `count` GPUs with the strategy `strategy`.
 
-    Without a strategy, one GPU gets "single" and several GPUs get "fsdp2". Networks whose names are in `on_cpu` stay in
-    host memory between their calls. Raises UserError if the strategy cannot run on `count` GPUs.
+    If `strategy` is None, one GPU gets "single" and several GPUs get "fsdp2". Networks whose names are in `on_cpu` stay
+    in host memory between their calls. Raises UserError if the strategy cannot run on `count` GPUs.
     """
     from cdm_lightning.planning.layout import make_layout
 
@@ -148,9 +148,9 @@ def choose_layout(strategy: str | None, count: int, on_cpu: Sequence[str]) -> "L
 
 
 def split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Return the planner's own arguments, by name, and the list of all other arguments, which are overrides of a run.
+    """Return the planner's own arguments, as values by name, and the list of all other arguments.
 
-    Raises UserError for an argument that starts with "-".
+    The other arguments are overrides of the run's configuration. Raises UserError for an argument that starts with "-".
     """
     own, overrides = {}, []
     for argument in arguments:

@@ -1,6 +1,7 @@
 """The CLIP score of images and their prompts: 100 x the cosine similarity of their CLIP embeddings.
 
-The score is that of arXiv:2104.08718, but negative similarities stay negative here, where the paper sets them to 0.
+The score is that of arXiv:2104.08718, with one difference. The paper sets negative similarities to 0, but here they
+stay negative.
 """
 
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from cdm_lightning.metrics.base import ImageBatch, Metric
 
 
 class CLIPScore(Metric):
-    """A sampler's CLIP score: the mean, over its images, of the CLIP score of image and prompt, in [-100, 100].
+    """The mean CLIP score of a sampler's images and their prompts, in [-100, 100].
 
     `feature` is the name of a feature extractor that can also encode prompts.
     """
@@ -21,5 +22,5 @@ class CLIPScore(Metric):
         self.features = self.text_features = (feature,)
 
     def score(self, batch: ImageBatch) -> Tensor:
-        """Return the CLIP score of each image in `batch` and its prompt: (B,)."""
+        """Return the CLIP scores (B,) of the images in `batch` and their prompts."""
         return 100 * F.cosine_similarity(batch.features(self.feature), batch.text_features(self.feature))

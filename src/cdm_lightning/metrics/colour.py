@@ -24,7 +24,8 @@ class ColourStatistics(nn.Module):
 
     The five features of an image are:
     - its brightness: the mean luma (ITU-R BT.709) of its pixels, in [0, 1];
-    - its saturation: the mean of (max - min) / max over the three channels of a pixel, as in HSV, in [0, 1];
+    - its saturation: the mean saturation of its pixels, in [0, 1]. As in HSV, the saturation of a pixel is
+      (max - min) / max, where max and min are the largest and the smallest of its three channels;
     - its contrast: the standard deviation of the luma over the pixels;
     - the mean absolute difference of the luma of neighbouring pixels that are in different patches;
     - the mean absolute difference of the luma of neighbouring pixels that are in the same patch.
@@ -92,7 +93,10 @@ class Colour(Metric):
 
 
 def colour_figures(features: Tensor) -> dict[str, float]:
-    """Return the figures of images by name, from their `ColourStatistics` features (N, 5). patch_grid is left out if undefined."""
+    """Return the figures of N images by name, from the features (N, 5) that `ColourStatistics` computes of them.
+
+    patch_grid is left out if it cannot be computed, as for images that are not larger than a patch.
+    """
     brightness, saturation, contrast, across, within = features.double().mean(0).tolist()
     found = {"brightness": brightness, "saturation": saturation, "contrast": contrast}
     if math.isfinite(across) and within:

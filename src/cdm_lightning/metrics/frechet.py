@@ -126,8 +126,8 @@ class Frechet(Metric):
     def prepare(self, extractors: Mapping[str, nn.Module]) -> None:
         """Compute the statistics of the reference images, unless the metric already has them.
 
-        `extractors` holds all feature extractors by name. The metric uses the one that its `feature` names. Raises
-        `UserError` for fewer than 2 reference images.
+        `extractors` holds all feature extractors by name. The metric uses the extractor that its argument `feature`
+        names. Raises `UserError` for fewer than 2 reference images.
         """
         if not isinstance(self.reference, FeatureStatistics):
             try:
@@ -176,8 +176,9 @@ class FrechetToSampler(Metric):
 
         For generated images, "same_noise" is the distance of the images that start from the same noise as the reference
         sampler's images. Images from the same noise resemble each other, so this distance is small. "other_noise" is
-        the distance of the images in `measured.other_noise`, which start from different noise. It is missing if
-        `measured.other_noise` is empty. For real images, which start from no noise, the only distance is "other_noise".
+        the distance of the images in `measured.other_noise`, which start from different noise. This distance is missing
+        if `measured.other_noise` is empty. For real images, which start from no noise, the only distance is
+        "other_noise".
 
         Returns None if `measured` are the reference sampler's own images, if the reference sampler is not in `others`,
         or if one of the two samplers has fewer than 2 images.

@@ -56,8 +56,8 @@ class OpenClipModel(nn.Module):
     def encode_images(self, images: Tensor) -> Tensor:
         """Return the embeddings (B, D) of images (B, 3, H, W) in [0, 1], not normalized and without gradients.
 
-        The images first get open_clip's preprocessing for this model: they are brought to its image size, and their
-        pixels are normalized.
+        The images first get open_clip's preprocessing for this model: they are brought to the model's image size, and
+        their pixels are normalized.
         """
         return self.embed_images(images)
 

@@ -1,4 +1,4 @@
-"""Differentiable scorers of images, for the reward loss of objectives (`objectives.reward`)."""
+"""Differentiable scorers of images, for the reward loss of objectives (see `objectives.reward`)."""
 
 from collections.abc import Sequence
 

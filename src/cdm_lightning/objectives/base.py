@@ -214,8 +214,8 @@ class Objective(ABC):
     def student_period(self) -> int | None:
         """The number of iterations from one student update to the next, or None if it is not known in advance.
 
-        With a number, the student is updated in the last iteration of each period and does not change until then. The
-        rollouts of several iterations of a period can therefore be computed as one batch.
+        If it is a number, the student is updated in the last iteration of each period and does not change until then.
+        The rollouts of several iterations of a period can therefore be computed as one batch.
         """
         return None
 

@@ -1,8 +1,9 @@
 """The CDM objective (arXiv:2605.06376): the losses of the fake score and of the student.
 
-The fake score learns the distribution of the student's x0 predictions by flow matching. For the student's loss, the student's x0
-prediction is noised again. From the noised sample the teacher predicts T(c) with the prompt and T(0) without it, and the fake
-score predicts F(c). The loss moves the student's prediction along the sum of up to three directions:
+The fake score learns the distribution of the student's x0 predictions by flow matching. For the student's loss, the
+student's x0 prediction is noised again, and teacher and fake score predict x0 from the noised sample. The teacher's
+prediction is T(c) with the prompt and T(0) without it, and the fake score's prediction is F(c). The loss moves the
+student's prediction along the sum of up to three directions:
   ca   guidance augmentation: guidance_scale (T(c) - T(0));
   dm   distribution matching: T(c) - F(c);
   cdm  distribution matching off the trajectory: also T(c) - F(c), at a point that the student's rollout did not visit.
@@ -122,7 +123,10 @@ class CDMObjective(Objective):
         return self.student_every
 
     def updates(self, iteration: int) -> list[Update]:
-        """Return the fake score's update, followed by the student's in the last of every `student_every` iterations."""
+        """Return the update of the fake score.
+
+        In the last of every `student_every` iterations, the update of the student follows.
+        """
         merge = Merge("student", self.fake_score_merge, "fake_score_merge") if self.fake_score_merge else None
         updates = [Update("fake_score", self.fake_score_losses, self.fake_score_steps, merge)]
         if iteration % self.student_every == self.student_every - 1:

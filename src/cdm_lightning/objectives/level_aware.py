@@ -52,21 +52,21 @@ class LevelAwareObjective(CDMObjective):
 
     `fake_score_conditioning` says which inputs the fake score has besides the noised sample, the sigma of the noised
     sample and the text:
-      "none"             no others, as published;
+      "none"             no additional inputs, as published;
       "sigma"            the sigma at which the student made the prediction;
       "sigma_and_steps"  that sigma, and 1 / K for a rollout of K steps.
-    These inputs have no effect at the start of training. The layers that read them are trained together with the fake
-    score's weights or LoRA.
+    The additional inputs have no effect at the start of training. The layers that read them are trained together with
+    the fake score's weights or LoRA.
 
     The fake score has two losses. The first is on x0 predictions at the rollout's anchor (its randomly drawn step),
     with the weight 1 - `off_trajectory_share`. The second has the weight `off_trajectory_share`. It is on x0
-    predictions at a point off the trajectory, which is made like the point of the CDM term (`cdm_input`,
+    predictions at a point off the trajectory, which is made like the point of the CDM term (see `cdm_input` and
     `target_levels`). The second loss costs a call of the student without gradient, and a forward and a backward pass of
     the fake score. Every `off_trajectory_every`-th update of the fake score uses both losses; the other updates use
     only the first, with the weight 1.
 
-    `cdm_guidance_scale` adds guidance to the direction of the CDM term; published CDM has none there. The other
-    arguments are those of `CDMObjective`. Raises ValueError for an argument out of its range.
+    `cdm_guidance_scale` adds guidance to the direction of the CDM term; published CDM has no guidance in this term. The
+    other arguments are those of `CDMObjective`. Raises ValueError for an argument out of its range.
     """
 
     fake_score_conditioning: FakeScoreConditioning = "sigma"

@@ -24,10 +24,10 @@ class Remedy:
 
 
 def remedies(sizes: Sizes, layout: Layout, gpus: GPUs, batch: int, accumulate: int = 1) -> list[Remedy]:
-    """Return the ways to save memory that the run does not use yet, the largest saving first.
+    """Return ways to save memory, sorted by the saved bytes, with the largest first.
 
-    If there are several ways, the last entry combines all of them. `batch` is the number of prompts on each GPU in an
-    iteration. A GPU computes them in `accumulate` parts, one after another.
+    Ways that the run uses already are left out. If there are several ways, the last entry combines all of them. `batch`
+    is the number of prompts on each GPU in an iteration. A GPU computes them in `accumulate` parts, one after another.
     """
     now = total(sizes, layout, batch, accumulate)
     found = []
@@ -62,10 +62,10 @@ def remedies(sizes: Sizes, layout: Layout, gpus: GPUs, batch: int, accumulate: i
 
 
 def further(recomputation: Recomputation, lora: bool) -> list[str]:
-    """Return overrides that save memory by gradient checkpointing or LoRAs and that the run does not use yet.
+    """Return overrides that save memory by gradient checkpointing or LoRAs.
 
-    To see how much an override saves, plan again with it. `recomputation` is the run's gradient checkpointing, and
-    `lora` says whether the run trains LoRAs.
+    Overrides that the run uses already are left out. To see how much an override saves, plan again with it.
+    `recomputation` is the run's gradient checkpointing, and `lora` says whether the run trains LoRAs.
     """
     lines = [] if recomputation.share == 1 else ["compute.gradient_checkpointing=true"]
     return lines if lora else [*lines, "lora=lora"]

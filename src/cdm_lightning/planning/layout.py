@@ -54,10 +54,11 @@ def read_gpus(text: str, reserve: float = 0.08) -> GPUs:
 
 @dataclass(frozen=True)
 class Layout:
-    """The distribution of the networks over GPUs: `replicas` copies, each cut into `shards` shards.
+    """The distribution of the networks over GPUs.
 
-    Each GPU holds one shard. `strategy` is "single", "ddp", "fsdp2" or "hsdp". Networks whose names are in `on_cpu`
-    stay in host memory between their calls.
+    There are `replicas` copies of the networks. Each copy is cut into `shards` shards, and each GPU holds one shard.
+    `strategy` is "single", "ddp", "fsdp2" or "hsdp". Networks whose names are in `on_cpu` stay in host memory between
+    their calls.
     """
 
     strategy: str

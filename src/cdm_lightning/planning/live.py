@@ -80,8 +80,8 @@ class LiveBytes(TorchDispatchMode):
 
     `timeline` is the record. Tensors in `known` are not counted. `probe` is the batch size of the code in the block, an
     even number. A tensor whose number of bytes is a multiple of half of `probe` is assumed to grow with the batch, and
-    all other tensors are assumed to have a fixed size. If `probe` is None, this is assumed of all tensors. The
-    accumulated gradients of the parameters in `trained` count as gradients.
+    all other tensors are assumed to have a fixed size. If `probe` is None, all tensors are assumed to have a fixed
+    size. The accumulated gradients of the parameters in `trained` count as gradients.
 
     `flops` is the number of floating-point operations for the whole batch, by the formulas of
     `torch.utils.flop_counter`. torch's own `FlopCounterMode` is not used, because its hooks would keep recomputed
@@ -167,9 +167,9 @@ def storages(module: nn.Module) -> Iterable[Tensor]:
 class GPUAutocast(torch.overrides.TorchFunctionMode):
     """Make autocast on the CPU use float32 for the same operations as on a GPU.
 
-    On a GPU, normalizations and reductions compute and return float32 (see torch's table "Ops that autocast to
-    float32"). On the CPU they use the dtype of their inputs. Without this mode, the tensors that these operations save
-    for the backward pass would be counted with half the size that they have on a GPU.
+    On a GPU, normalizations and reductions compute in float32 and return float32 (see torch's table "Ops that autocast
+    to float32"). On the CPU they use the dtype of their inputs. Without this mode, the tensors that these operations
+    save for the backward pass would be counted with half the size that they have on a GPU.
     """
 
     FLOAT32 = frozenset(

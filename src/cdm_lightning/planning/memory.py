@@ -74,7 +74,10 @@ class Sizes:
     validation: Validation | None = None
 
     def share(self, role: str, layout: Layout) -> float:
-        """Return the share of the network `role` that each GPU holds between its calls; 1 for roles in `held_whole`."""
+        """Return the share of the network `role` that each GPU holds between the network's calls.
+
+        The share is 1 for roles in `held_whole`.
+        """
         return 1.0 if role in self.held_whole else layout.share(role)
 
     def gradient_share(self, role: str, layout: Layout) -> float:
@@ -105,7 +108,7 @@ def gathered(sizes: Sizes, layout: Layout) -> float:
 
 
 def phase_peaks(sizes: Sizes, layout: Layout, batch: int, accumulate: int = 1) -> dict[str, float]:
-    """Return the peak bytes on a GPU in each phase of an iteration, in addition to those of `resting`.
+    """Return the peak bytes on a GPU in each phase of an iteration, in addition to the bytes that `resting` returns.
 
     The phases are the rollout, each role's updates, the optimizer step, and validation if it is counted. Gradients are
     included. `batch` is the number of samples on the GPU, which computes them in `accumulate` parts, one after another.

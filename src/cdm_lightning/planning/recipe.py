@@ -121,7 +121,7 @@ def mean_length(schedule: SigmaSchedule) -> float:
 
 
 def optimizer_bytes(recipe: OptimizerRecipe) -> tuple[float, float]:
-    """Return the bytes that an optimizer takes for each trained weight: in its state, and in addition during a step.
+    """Return an optimizer's bytes for each trained weight: the bytes of its state, and further bytes during a step.
 
     The bytes of the state are measured by a step on a small weight. During a step, torch's optimizers by default update
     all weights on a GPU together (`foreach`), for which they hold one more float32 copy of the weights.

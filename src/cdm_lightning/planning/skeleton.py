@@ -1,6 +1,7 @@
 """Make a backbone build networks that have shapes but no contents.
 
-The shapes are read from a local pipeline folder, or from the architectures of known pipelines in this package.
+The shapes are read from a local pipeline folder, or from one of the architecture files in this package. Each of these
+files describes a known pipeline.
 """
 
 import json

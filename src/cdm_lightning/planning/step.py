@@ -56,7 +56,7 @@ class BlankRandom(StepRandom):
         return self
 
     def uniform(self, purpose: str, n: int | None = None) -> Tensor:
-        """Stand in for uniform numbers: return an uninitialized tensor (B,), or (B, n)."""
+        """Stand in for uniform numbers: return an uninitialized tensor (B,), or (B, n) if `n` is given."""
         return torch.empty(len(self) if n is None else (len(self), n))
 
     def gaussian(self, purpose: str) -> Tensor:

@@ -46,7 +46,7 @@ class Plan:
         return total(self.sizes, self.layout, self.batch, self.accumulate)
 
     def parts(self) -> dict[str, float]:
-        """Return the bytes on a GPU at the moment of the peak, by the name of the part. Their sum is `total`."""
+        """Return the bytes on a GPU at the moment of the memory peak, by the name of the part. Their sum is `total`."""
         peaks = phase_peaks(self.sizes, self.layout, self.batch, self.accumulate)
         worst = max(peaks, key=peaks.__getitem__)
         timeline = self.sizes.phases.get(worst)
