@@ -36,7 +36,7 @@ class RememberedText:
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Return the encodings of B prompts: tensors (B, ...) by name.
 
-        They equal what the function that was passed to the constructor returns for these prompts.
+        They equal the result of the constructor's parameter `encode` for these prompts.
         """
         if self._place is None:
             self._fill()

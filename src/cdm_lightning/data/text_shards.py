@@ -2,7 +2,7 @@
 
     DIR/text_cache.json            the manifest: the fingerprint of the text encoders (hashes and settings), the stored dtype,
                                    and the shape and dtype of each tensor
-    DIR/shards/HASH.safetensors    a shard, with a few hundred megabytes of prompts: "keys" (n, 16) uint8, "crc32" (n,) int64,
+    DIR/shards/HASH.safetensors    a shard of a few hundred megabytes, for n prompts: "keys" (n, 16) uint8, "crc32" (n,) int64,
                                    and the encodings "cond.NAME" (n, ...); HASH is a hash of the keys
 
 The key of a prompt is a hash of its text. Each file is written under a temporary name and renamed when it is complete. Each
@@ -141,7 +141,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def require_fingerprint(folder: Path, manifest: Manifest, fingerprint: Mapping[str, str]) -> None:
     """Raise `UserError` unless the text encoders of this run made the cache.
 
-    `fingerprint` identifies the text encoders of this run. The message lists the entries that differ from the manifest.
+    `fingerprint` identifies the text encoders of this run. The message lists the entries of `fingerprint` and of the
+    manifest that differ.
     """
     made, now = manifest.text_fingerprint, dict(fingerprint)
     differing = [
@@ -164,7 +165,7 @@ def shard_paths(folder: Path) -> list[Path]:
 def write_shard(folder: Path, manifest: Manifest, keys: Sequence[bytes], cond: Mapping[str, Tensor]) -> Path:
     """Write a shard completely or not at all, and return its path.
 
-    `keys` are the keys of the shard's n prompts. `cond` holds their encodings, tensors (n, ...) that have the dtypes
+    `keys` are the keys of the shard's n prompts. `cond` holds their encodings: tensors (n, ...) by name, in the dtypes
     that `manifest.stored` returns. Raises `UserError` if the shard cannot be written.
     """
     rows = {name: cond[name].contiguous() for name in manifest.tensors}

@@ -10,10 +10,11 @@ KNOWN = re.compile(r"cpu|mps|(cuda|xpu)(:\d{1,3})?")  # torch imports modules fo
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device that a command's option `--device` names; "auto" is CUDA if available, otherwise the CPU.
+    """Return the device `name`, which is the value of a command's option `--device`.
 
-    Raises `UserError` if the name is not "cpu", "mps", "cuda" or "xpu" (the last two with or without a number, as in
-    "cuda:1"), or if torch cannot use the device on this machine.
+    "auto" means CUDA if available, and otherwise the CPU. Raises `UserError` if `name` is not "auto", "cpu", "mps",
+    "cuda" or "xpu" (the last two with or without a number, as in "cuda:1"), or if torch cannot use the device on this
+    machine.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

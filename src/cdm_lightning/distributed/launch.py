@@ -44,9 +44,9 @@ def launch(config_text: str, processes: int, task: str, command: Sequence[str] =
     Returns 0, or the exit status of the process that failed first. If a signal ended that process, stderr names the
     process, and the status is 128 + signal as in a shell.
 
-    `config_text` is the resolved configuration as YAML. `task` names a function as "module:function", which each
-    process calls with the configuration. `command` is the command line of this process; the started processes get it as
-    their `sys.argv`, with secrets masked.
+    `config_text` is the resolved configuration as YAML. `task` is the dotted name of a function, in the form
+    "module:function". Each process calls this function with the configuration. `command` is the command line of this
+    process; the started processes get it as their `sys.argv`, with secrets masked.
     """
     with tempfile.TemporaryDirectory(prefix="cdm_lightning_") as name:  # only its owner can read it
         folder = Path(name)
@@ -127,8 +127,8 @@ def run_processes(
 def forwarded_signals(folder: Path) -> Generator[None]:
     """Forward signals that this process gets in the `with` block to the processes that have called `sign_on(folder)`.
 
-    After a second signal, this process kills them at once, because a suspended process could not react to any other
-    signal. If no process has called `sign_on` yet, the second signal ends this process.
+    After a second signal, this process kills those processes at once, because a suspended process could not react to
+    any other signal. If no process has called `sign_on` yet, the second signal ends this process.
     """
     first: list[float] = []
 

@@ -55,7 +55,7 @@ class MeshStrategy(ModelParallelStrategy):
         """Do nothing: `training.placement.distribute` has already placed all networks, and some must stay in host memory."""
 
     def teardown(self) -> None:
-        """Free the optimizer states and leave the networks where they are (`leave_in_place`)."""
+        """Free the optimizer states and leave the networks where they are (see `leave_in_place`)."""
         free_states(self.optimizers)
         super().teardown()
 

@@ -1,17 +1,18 @@
 """Signals that ask a run to stop. After the first one the run is saved if needed, and the process exits with code 75.
 
-What the first signal does depends on the phase of the process (`Phase`):
+What the first signal does depends on the phase of the process. The functions `loading`, `training` and `finished` begin
+a phase.
 
 - While libraries are imported, the process exits in the signal handler, since there is nothing to save.
-- While data and networks are loaded (`loading`), and while the student is evaluated and exported after training,
-  everything is saved already. The handler raises `Preempted`, and the interrupted code cleans up.
-- In training (`training`), the handler only records the signal. After the current iteration or validation batch, all
-  processes save the run and stop together.
-- When the run is over (`finished`), the first signal has no effect.
+- While data and networks are loaded, and while the student is evaluated and exported after training, everything is
+  saved already. The handler raises `Preempted`, and the interrupted code cleans up.
+- In training, the handler only records the signal. After the current iteration or validation batch, all processes save
+  the run and stop together.
+- When the run is over, the first signal has no effect.
 
-A second signal ends the process at once, without saving. If everything is saved already, the exit code is 75. Signals
-within `SAME_EVENT` seconds count as one, because the programs that stop a run often send several: `timeout` signals the
-process and its group, and systemd sends SIGTERM and SIGHUP.
+A second signal ends the process at once, without saving. If everything is saved already, the exit code is 75; otherwise
+the signal itself ends the process. Signals within `SAME_EVENT` seconds count as one, because the programs that stop a
+run often send several: `timeout` signals the process and its group, and systemd sends SIGTERM and SIGHUP.
 """
 
 import os

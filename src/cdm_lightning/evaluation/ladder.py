@@ -1,8 +1,8 @@
 """An evaluation of teacher and student at several numbers of steps (a ladder), on the same prompts and noise.
 
-A *sampler* is a way to make images: a network, a number of steps and a guidance scale (`SamplerSpec`). Images are generated in
-batches, and all metrics measure a batch before the next one is generated. Only features, scores and the few images of the
-overview picture are kept. Shapes: images (N, 3, H, W) in [0, 1].
+A *sampler* is a way to make images: a network, a number of steps and a guidance scale (see `SamplerSpec`). Images are
+generated in batches, and all metrics measure a batch before the next one is generated. Only features, scores and the
+few images of the overview picture are kept. Shapes: images (N, 3, H, W) in [0, 1].
 """
 
 import time
@@ -79,8 +79,8 @@ class LadderEvaluation:
     """The settings of an evaluation: its samplers, prompts and noise.
 
     The first `count` of `prompts` are used, or all if `count` is None or larger. Images are generated in batches of
-    `batch_size`. Image k of a prompt starts from noise that is seeded with (`seed` + k, prompt index). Images from k =
-    1 on are made only for metrics that need several images per prompt. The images of the first `shown` prompts are part
+    `batch_size`. Image k = 0, 1, ... of a prompt starts from noise that is seeded with (`seed` + k, prompt index). Only
+    image 0 is made, unless a metric needs more images of each prompt. The images of the first `shown` prompts are part
     of the result, for the overview picture.
 
     `real_images` is a function of (prompts, their indices, seed) that returns real images. If it is given, the result
@@ -145,7 +145,7 @@ class LadderEvaluation:
         silent: bool = False,
         known: Mapping[str, SamplerResult] | None = None,
     ) -> LadderResult:
-        """Measure the images of all samplers, and return the figures and measurements.
+        """Generate and measure the images of all samplers, and return the figures and measurements.
 
         `networks` holds the networks "student" and "teacher", which compute on their device in `compute_dtype`. With
         `silent`, no progress is shown. `known` holds measurements of an earlier run of the same evaluation, by the

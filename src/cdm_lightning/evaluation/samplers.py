@@ -2,8 +2,8 @@
 
 A *sampler* is a way to make images: a network, a number of steps and a guidance scale. All samplers take deterministic
 Euler steps. The network is called at the sigmas 1, 1 - 1/nfe, ..., 1/nfe, to which the model family's timestep shift
-has been applied, and the last step ends at sigma 0 (`core.schedules.inference_sigmas`). Shapes: images (N, 3, H, W) in
-[0, 1].
+has been applied, and the last step ends at sigma 0 (see `core.schedules.inference_sigmas`). Shapes: images (N, 3, H, W)
+in [0, 1].
 """
 
 import itertools
@@ -177,9 +177,10 @@ def _sample_images(
 
 
 def device_of(network: nn.Module) -> torch.device:
-    """Return the device on which the network computes: that of its first parameter or buffer, or the CPU if it has none.
+    """Return the device on which the network computes.
 
-    The shards of a network may be in host memory (`strategy.on_cpu`). It then computes on the device of its mesh.
+    This is the device of its first parameter or buffer, or the CPU if it has none. The shards of a network may be in
+    host memory (option `strategy.on_cpu`). Such a network computes on the device of its mesh.
     """
     first = next(itertools.chain(network.parameters(), network.buffers()), torch.empty(0))
     return torch.device(first.device_mesh.device_type) if isinstance(first, DTensor) else first.device

@@ -44,9 +44,9 @@ A student that makes an image in {calls}, without guidance. It was distilled fro
 class ModelCard:
     """The facts in the model card of a student called `name`.
 
-    `nfe` is the number of network calls for an image. `weights` names the exported network, "student_ema" or "student". `iteration`
-    is the number of training iterations, and `dtype` is the dtype of the weights' file. `config` is the run's configuration, and
-    `metrics` the content of its metrics.json, if there is one.
+    `nfe` is the number of network calls for an image. `weights` names the exported network, "student_ema" or "student".
+    `iteration` is the number of training iterations, and `dtype` is the dtype of the weights' file. `config` is the
+    run's configuration. `metrics` is the content of the run's metrics.json, or None if there is none.
     """
 
     name: str

@@ -37,8 +37,9 @@ def read_record(path: str | Path, cure: str, most: int = MOST_TEXT) -> dict[str,
 def require_entries(record: Mapping[str, Any], path: str | Path, cure: str, **kinds: type | tuple[type, ...]) -> None:
     """Raise `UserError` unless `record` has an entry of the right type for each name in `kinds`.
 
-    For example, `iteration=int` requires an int from 0 to `MOST` under "iteration". A bool does not count as a number.
-    `path` is the file of the record, for the message. `cure` is the end of the message and says what the user can do.
+    For example, with `iteration=int`, `record["iteration"]` must be an int from 0 to `MOST`. A bool does not count as a
+    number. `path` is the file of the record, for the message. `cure` is the end of the message and says what the user
+    can do.
     """
     for name, kind in kinds.items():
         value = record.get(name)

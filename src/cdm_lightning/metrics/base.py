@@ -67,10 +67,10 @@ class ImageBatch:
 class MeasuredImages:
     """The measurements of the N images of one sampler, sorted by prompt index.
 
-    A metric's `figures` computes figures from them.
+    The method `figures` of a metric computes the metric's figures from these measurements.
 
     - `features`: (N, D) on the CPU, by extractor.
-    - `scores`: (N,) the results of this metric's `score`, or None if the metric has no scores.
+    - `scores`: (N,) the results of the metric's `score`, or None if the metric has no scores.
     - `copies`: (P, M, D) features of M images for each of the first P prompts, by extractor. It is empty if no metric
       asks for several images per prompt.
     - `other_noise`: (N, D) features of N more images of the same prompts, from different noise, by extractor. It is
@@ -109,9 +109,8 @@ class Metric:
     - `features`: names of the feature extractors that the metric needs.
     - `text_features`: names of the extractors that must also encode prompts.
     - `copies`: a request for several images per prompt, or None for one image per prompt.
-    - `sampler`: name of a sampler, or None. The metric compares the images of the other samplers with the images of
-      this sampler. An evaluation must run this sampler (see `LadderEvaluation.check`). If validation does not run it,
-      the metric has no figure in validation.
+    - `sampler`: name of a sampler with which the metric compares all samplers, or None. An evaluation must run this
+      sampler (see `LadderEvaluation.check`). If validation does not run it, the metric has no figure in validation.
     - `other_noise`: True if the metric also needs a second image of each prompt, from different noise. Only samplers of
       the student make such images.
     """
