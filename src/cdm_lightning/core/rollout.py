@@ -54,7 +54,7 @@ class FullTrajectoryPoint(TrajectoryPoint):
 class Trajectory:
     """A rollout (the student's path from noise to an image) of K steps.
 
-    It consists of all states, the student's velocities there, and the final samples.
+    It consists of all states, the student's velocities at these states, and the final samples.
     """
 
     x: Tensor  # (K, B, *)

@@ -61,7 +61,7 @@ class Selection:
     raise `UserError` if it is "refuse". With `deduplicate`, a text that repeats an earlier one is left out, even if the
     white space between the words differs.
 
-    Raises `UserError` for a `max_characters` below 1 and for any other value of `overlong`.
+    Raises `UserError` for a `max_characters` below 1, and for an `overlong` other than "skip" and "refuse".
     """
 
     max_characters: int

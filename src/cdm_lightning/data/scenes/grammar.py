@@ -110,8 +110,8 @@ def draw_captions(count: int, seed: int, split: Split = "train", pairs: float = 
     """Draw `count` random captions. The same arguments give the same captions.
 
     A caption has two things with probability `pairs`, and otherwise one. With `split` "heldout", every caption names a
-    held-out combination of noun, colour and setting. With "train", no caption does. "all" gives
-    captions of both kinds.
+    held-out combination of noun, colour and setting. With "train", no caption does. "all" gives captions of
+    both kinds.
     """
     rng = random.Random(f"captions/{seed}/{split}")
     captions: list[str] = []

@@ -36,7 +36,7 @@ def lighter(colour: Colour, share: float = 0.45) -> Colour:
 
 @dataclass
 class Sketch:
-    """The shapes of one thing, from back to front. Lengths are in units; a thing is about 2 units high.
+    """The shapes of one thing, from back to front. The unit of length is about half the height of a thing.
 
     With `mirrored`, left and right are exchanged.
     """
