@@ -12,7 +12,7 @@ _failing: set[str] = set()
 
 @contextmanager
 def may_fail(what: str | Path, *also: type[Exception], proves: bool = True) -> Generator[None]:
-    """Turn a disk error inside the block into a warning on stderr, after which the run continues.
+    """Turn a disk error inside the `with` block into a warning on stderr, after which the run continues.
 
     `what` is the path or the name of what the block writes, for the warning. Errors of the classes in `also` are
     treated like disk errors; other errors are raised. After a warning, further failures for the same `what` print

@@ -85,7 +85,7 @@ def _install() -> None:
 
 @contextmanager
 def watched() -> Generator[None]:
-    """Install the handlers (see `watch`) at the start of the block, and restore the earlier handlers at its end.
+    """Install the handlers (see `watch`) at the start of the `with` block, and restore the earlier handlers at its end.
 
     If the handlers are installed already, nothing changes.
     """
@@ -152,7 +152,7 @@ def is_asked() -> bool:
 
 @contextmanager
 def waiting() -> Generator[None]:
-    """Let the first signal raise `Preempted` inside the block even in training, so that the block stops waiting.
+    """Let the first signal raise `Preempted` inside the `with` block even in training, so that the block stops waiting.
 
     Use it only for a block between two iterations, because an iteration must not be interrupted. If a signal came
     earlier in training, `Preempted` is raised before the block.

@@ -74,7 +74,7 @@ def make_tolerant() -> None:
 
 @contextmanager
 def tolerant_streams() -> Generator[None]:
-    """Apply `make_tolerant` inside the block, and restore `sys.stdout` and `sys.stderr` after it."""
+    """Apply `make_tolerant` inside the `with` block, and restore `sys.stdout` and `sys.stderr` after it."""
     before = sys.stdout, sys.stderr
     make_tolerant()
     try:

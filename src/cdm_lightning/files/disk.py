@@ -15,7 +15,7 @@ DISK_ERROR = re.compile(r"I/?O error|No space left|quota exceeded|Read-only file
 
 @contextmanager
 def disk_errors() -> Generator[None]:
-    """Turn an exception inside the block into an OSError if it reports a disk error, such as a full disk.
+    """Turn an exception inside the `with` block into an OSError if it reports a disk error, such as a full disk.
 
     Other exceptions pass unchanged. `disk_error` decides what is a disk error.
     """

@@ -16,7 +16,7 @@ LONGEST = 512  # bytes of a lock file that are read
 
 @contextmanager
 def locked(path: str | Path) -> Generator[None]:
-    """Hold a lock on the lock file `path` inside the block, so that one process at a time runs the block.
+    """Hold a lock on the lock file `path` inside the `with` block, so that one process at a time runs the block.
 
     The lock file is created if it is missing. The lock ends with the process, even if the process is killed. Child
     processes do not inherit it, unlike a lock of the package filelock. It is a POSIX lock (`lockf`), which also works

@@ -56,7 +56,7 @@ def require_entries(record: Mapping[str, Any], path: str | Path, cure: str, **ki
 def restoring(
     path: str | Path, cure: str, unless: Callable[[BaseException], bool] = lambda error: False
 ) -> Generator[None]:
-    """Turn an error inside the block, such as KeyError, into a `UserError` about the file `path`.
+    """Turn an error inside the `with` block, such as KeyError, into a `UserError` about the file `path`.
 
     The block uses the file's content, which may be wrong: a list instead of an object, a string instead of a number, a
     missing key. Libraries then raise errors of many types. Errors with another cause than the content pass unchanged:

@@ -14,13 +14,13 @@ from cdm_lightning.files.leftovers import OLD, hold, sweep, temporary_path
 
 @contextmanager
 def replacing(path: str | Path) -> Generator[Path]:
-    """Yield a temporary path to which the block writes one file. After the block, this file replaces `path`.
+    """Yield a temporary path, to which the `with` block writes one file. After the block, this file replaces `path`.
 
-    A crash leaves either the old file or the complete new one. The mode of the old file is kept, and a link stays a link. After
-    an error inside the block, `path` is unchanged and the temporary file is deleted.
+    A crash leaves either the old file or the complete new one. The mode of the old file is kept, and a link stays a
+    link. After an error inside the block, `path` is unchanged and the temporary file is deleted.
 
-    Raises OSError if the file cannot be written. If `path` exists and is not a regular file, OSError is raised before the
-    block.
+    Raises OSError if the file cannot be written. If `path` exists and is not a regular file, OSError is raised before
+    the block.
     """
     path = require_replaceable(path)
     sweep(path)
@@ -43,11 +43,11 @@ def replacing(path: str | Path) -> Generator[Path]:
 
 @contextmanager
 def replacing_folder(path: str | Path) -> Generator[Path]:
-    """Yield a new empty folder for the block to fill. After the block, the new folder replaces the folder at `path`.
+    """Yield a new empty folder, to be filled in the `with` block. After the block, it becomes the folder `path`.
 
-    The mode of the old folder is kept, and a link stays a link. After an error inside the block, `path` is unchanged
-    and the new folder is deleted. Before the block, `sweep(path)` deletes or moves back the folders that killed writers
-    left.
+    An earlier folder at `path` is deleted then. Its mode is kept, and a link stays a link. After an error inside the
+    block, `path` is unchanged and the new folder is deleted. Before the block, `sweep(path)` deletes or moves back the
+    folders that killed writers left.
 
     Raises OSError if the folder cannot be written, or if `path` exists and is not a folder.
     """
