@@ -131,7 +131,10 @@ class Metric:
         """Raise `UserError` or ValueError if images of this prompt cannot be measured. All prompts are checked before training."""
 
     def check_features(self, features: Mapping[str, Tensor]) -> None:
-        """Raise `UserError` before training if `features`, (B, D) of made-up images by extractor, do not fit the metric's options."""
+        """Raise `UserError` before training if the metric's options do not fit the features of its extractors.
+
+        `features` maps an extractor's name to the features (B, D) of B made-up images.
+        """
 
     def score(self, batch: ImageBatch) -> Tensor | None:
         """Return the scores (B,) of single images, or None (the default) if the metric has no scores."""

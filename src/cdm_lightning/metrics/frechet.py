@@ -138,7 +138,10 @@ class Frechet(Metric):
                 ) from error
 
     def check_features(self, features: Mapping[str, Tensor]) -> None:
-        """Raise `UserError` if the statistics in `reference` are of features of another width than those of the extractor."""
+        """Raise `UserError` if the width of the features in `reference` is not the width of the extractor's features.
+
+        `features` maps an extractor's name to the features (B, D) of B made-up images. D is the width.
+        """
         if isinstance(self.reference, FeatureStatistics):
             width, own = len(self.reference.mean), features[self.feature].shape[1]
             if width != own:

@@ -18,10 +18,10 @@ def rehearse(
 ) -> None:
     """Let all extractors and metrics measure made-up images of each size (height, width), one image for each of the prompts.
 
-    They run on `device` and then return to the CPU. A metric that overrides `prepare`, such as one with reference images, is only
-    shown the features (`Metric.check_features`), because preparing may take minutes. Nothing happens if the suite is already
-    prepared. Raises `UserError` for the first extractor or metric of this package that fails. Errors of other classes pass
-    unchanged, because they may be bugs.
+    Extractors and metrics run on `device` and then return to the CPU. If a metric overrides `prepare`, as metrics with
+    reference images do, its `check_features` is called but its `score` is not, because `score` needs `prepare`, which
+    may take minutes. Nothing happens if the suite is already prepared. Raises `UserError` for the first extractor or
+    metric of this package that fails. Errors of other classes pass unchanged, because they may be bugs.
     """
     if suite.is_prepared or not suite.metrics:
         return
