@@ -159,7 +159,7 @@ class Backbone(Anatomy, ABC):
         """Return uninitialized tensors with the names, shapes and dtypes of the conditioning of `batch` prompts.
 
         The planner uses the tensors to predict memory. Only configuration files are read, and the tensors are on
-        torch's default device. Raises `UserError` if the family's shapes depend on the prompts.
+        torch's default device. Raises `UserError` if the shapes depend on the prompts.
         """
         raise UserError(
             self.unplannable
@@ -190,8 +190,8 @@ class Backbone(Anatomy, ABC):
     def shift_steps(self, sigmas: Tensor) -> Tensor:
         """Return the shifted sigmas of rollouts (sampling runs of K steps), as the family's scheduler computes them.
 
-        `sigmas` (..., K) are unshifted and decreasing, without the final 0. By default this is `shift_sigmas`. A family
-        whose scheduler also rescales each rollout to a fixed last sigma overrides this method.
+        `sigmas` (..., K) are unshifted and decreasing, without the final 0. By default, `shift_sigmas` shifts them. A
+        family whose scheduler also rescales each rollout to a fixed last sigma overrides this method.
         """
         return self.shift_sigmas(sigmas)
 
@@ -203,7 +203,7 @@ class Backbone(Anatomy, ABC):
         return plain_guidance(cond, uncond, scale)
 
     def cautions(self, guidance_scale: float) -> list[str]:
-        """Return warnings about the teacher, for an objective with `guidance_scale`. Training prints them first."""
+        """Return warnings to print before training if the teacher does not suit an objective with `guidance_scale`."""
         return []
 
     @abstractmethod

@@ -256,7 +256,7 @@ class PipelineBackbone(PipelineSettings):
     # ---- export
 
     def save_pipeline(self, network: nn.Module, folder: Path, nfe: int, model_card: str) -> None:
-        """Write into `folder` a pipeline with `network`, and `model_card` with the section "Usage".
+        """Write into `folder` a pipeline with `network`, and `model_card` plus a section "Usage".
 
         A call of this pipeline with `nfe` steps uses the sigmas of training.
         """
@@ -267,7 +267,7 @@ class PipelineBackbone(PipelineSettings):
         rehearse_pipeline(self.folder, Path(folder), model_card, self._student_call(nfe))
 
     def save_lora(self, tensors: Mapping[str, Tensor], folder: Path, nfe: int, model_card: str) -> None:
-        """Write into `folder` a LoRA file, a scheduler for `nfe` steps, and `model_card` with the section "Usage"."""
+        """Write into `folder` a LoRA file, a scheduler for `nfe` steps, and `model_card` plus a section "Usage"."""
         own = None if self.teacher_lora is None else OwnLoRA(Path(self.teacher_lora).name, self.teacher_lora_scale)
         write_lora(self.pipeline_class, tensors, Path(folder), model_card, self._student_call(nfe), own)
 
@@ -295,6 +295,6 @@ class PipelineBackbone(PipelineSettings):
         """Return the scheduler with which an exported pipeline, called with `nfe` steps, uses the sigmas of training.
 
         By default it is the original scheduler. A family whose pipeline does not pass the unshifted sigmas 1, 1 - 1/nfe, ...,
-        1/nfe to its scheduler must override this.
+        1/nfe to its scheduler must override this method.
         """
         return self.scheduler

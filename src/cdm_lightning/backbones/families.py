@@ -33,8 +33,9 @@ def open_pipeline(
     For an exported student, these are the arguments that the export stored, such as "num_inference_steps". The backbone
     takes its image size and text length from them. For other pipelines the arguments are {}.
 
-    `lora`, a LoRA file or the folder of an exported LoRA, is fused into the network. In this case the arguments are
-    those stored in the LoRA's folder, or {} for a file. Raises `UserError` for a pipeline of an unknown family.
+    `lora` is a LoRA file, or the folder of an exported LoRA. If it is given, it is fused into the network, and the
+    arguments are those stored in the LoRA's folder, or {} for a LoRA file. Raises `UserError` for a pipeline of an
+    unknown family.
     """
     found = pipeline_class_name(pretrained, revision)
     if found not in FAMILIES:

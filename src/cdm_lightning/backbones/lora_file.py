@@ -27,9 +27,9 @@ JOINT_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_
 
 
 def presets(attention: tuple[str, ...], feed_forward: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """Return two presets by name. A preset lists the layers that get a LoRA, by the endings of their names.
+    """Return two presets by name. A preset is a tuple of endings: layers whose names end in one of them get a LoRA.
 
-    "attention" is the argument `attention`, and "attention_feed_forward" is both arguments together.
+    "attention" holds the endings in `attention`, and "attention_feed_forward" also those in `feed_forward`.
     """
     return {"attention": attention, "attention_feed_forward": attention + feed_forward}
 
@@ -40,8 +40,8 @@ def write_lora_file(
     """Write the LoRA of a transformer into `folder` as the file `name`, and return the path of the file.
 
     `tensors` are the LoRA's tensors by name, such as "LAYER.lora_A.weight". They already include the LoRA's scale, so
-    the file is used at scale 1. `family` is the pipeline's class. Load the file with its method `load_lora_weights` or,
-    if the class has no such method, with the transformer's `load_lora_adapter(..., prefix=None)`.
+    the file is used at scale 1. `family` is the pipeline's class. Load the file with the method `load_lora_weights` of
+    this class or, if the class has no such method, with the transformer's `load_lora_adapter(..., prefix=None)`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(family, "save_lora_weights"):

@@ -13,9 +13,9 @@ from cdm_lightning.core.transfer import send
 
 
 def pack(x: Tensor) -> Tensor:
-    """Pack each 2 x 2 latent positions into a token: (B, C, h, w) -> (B, h/2 * w/2, 4 C), row by row from the top left.
+    """Pack each square of 2 x 2 positions into a token: (B, C, h, w) -> (B, h/2 * w/2, 4 C).
 
-    The values are only permuted.
+    The tokens come row by row, from the top left. The values are only permuted.
     """
     b, c, h, w = x.shape
     return x.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h // 2 * (w // 2), 4 * c)
@@ -34,9 +34,9 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
 def grid_ids(height: int, width: int, first: tuple[int, int, int], device: torch.device) -> Tensor:
     """Return the position of each token of a latent of `height` x `width`: (h/2 * w/2, 3) in float32.
 
-    A position is `first` + (0, row, column). Pipelines may use bfloat16 here, in which whole numbers are exact only up
-    to 256; in float32 all positions are exact. On a GPU, later calls return the same tensor, because making a new one
-    would delay the GPU.
+    A position is `first` + (0, row, column). Pipelines may compute positions in bfloat16, in which whole numbers are
+    exact only up to 256; in float32 all positions are exact. On a GPU, later calls return the same tensor, because
+    making a new one would delay the GPU.
     """
     if device.type == "cuda":  # on other devices, making the tensor again costs nothing
         return _kept_ids(height, width, first, device)
@@ -78,7 +78,7 @@ def rounded_timestep(sigma: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def renormalised(cond: Tensor, guided: Tensor, low: float | None = None, high: float | None = None) -> Tensor:
-    """Rescale each token (2 x 2 positions) of the velocities `guided` (B, C, h, w) to the norm that it has in `cond`.
+    """Rescale each token (2 x 2 positions) of velocities `guided` (B, C, h, w) to the norm of the same token in `cond`.
 
     `low` and `high`, if given, bound the scale factor of a token.
     """

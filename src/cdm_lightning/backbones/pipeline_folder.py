@@ -169,7 +169,7 @@ def require_own_files(part: Path, folder: Path, name: str) -> None:
 
 
 def check_index(folder: Path, name: str, family: type[DiffusionPipeline], parts: Sequence[str]) -> None:
-    """Raise `UserError` unless the folder's index has the pipeline class `family` and all `parts`.
+    """Raise `UserError` unless the index in `folder` names the pipeline class `family` and has all `parts`.
 
     `name` is the folder's name in the message.
     """
@@ -227,7 +227,7 @@ def files_to_copy(source: Path, without: Sequence[str]) -> list[Path]:
 
 @contextmanager
 def loading(what: Path) -> Generator[None]:
-    """Turn any error inside the `with` block, which loads the file or folder `what`, into a `UserError` that names `what`.
+    """Turn any error inside the `with` block into a `UserError` that names `what`, the file or folder that is loaded.
 
     Weights are loaded onto the CPU, even if torch's default device is another one. Progress bars are shown only for downloads.
     """

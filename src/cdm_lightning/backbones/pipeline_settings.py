@@ -112,7 +112,7 @@ class PipelineSettings(Backbone):
 
     @shared_property
     def folder(self) -> Path:
-        """The pipeline's local folder, downloaded first for a hub id. Raises `UserError` if the pipeline cannot be used."""
+        """The pipeline's local folder. A hub id is downloaded first. Raises `UserError` for an unusable pipeline."""
         return locate_pipeline(self.pretrained, self.revision, self.pipeline_class, self.parts)
 
     @shared_property

@@ -109,8 +109,8 @@ class SD3Backbone(PipelineBackbone):
     def alike(self, conds: Sequence[Conditioning]) -> Sequence[Conditioning] | None:
         """Return the conditioning of several batches with equal shapes, or None if this is impossible.
 
-        With `compact_text`, batches can have different numbers of text tokens. In batches with fewer tokens, the last token,
-        which is padding, is repeated.
+        With `compact_text`, batches can have different numbers of text tokens. Shorter texts are lengthened by copies
+        of their last token, which is padding.
         """
         if self.compact_text is not None:
             longest = max(cond["prompt_embeds"].shape[1] for cond in conds)

@@ -102,7 +102,7 @@ class StudentCall:
 
     @property
     def keeps_scheduler(self) -> bool:
-        """Whether the export also contains `scheduler`, which is necessary if it cannot be rebuilt from `exported`."""
+        """Whether the export must also contain `scheduler`, because `scheduler` cannot be rebuilt from `exported`."""
         return self.exported is not self.scheduler and not isinstance(self.exported, FlowMapEulerDiscreteScheduler)
 
     def usage(self) -> str:

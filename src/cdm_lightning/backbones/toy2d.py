@@ -63,7 +63,7 @@ class MixtureVelocity(nn.Module):
 
 
 class Block(nn.Module):
-    """A residual layer of the MLP."""
+    """A residual layer of `VelocityMLP`."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
@@ -216,7 +216,10 @@ class Toy2DBackbone(Backbone):
             velocity.checkpoint = function
 
     def save_pipeline(self, network: nn.Module, folder: Path, nfe: int, model_card: str) -> None:
-        """Write into `folder` the network, config.json ("hidden", "depth", "nfe") and README.md (`model_card`)."""
+        """Write the student's files into `folder`.
+
+        The files are network.safetensors, config.json ("hidden", "depth", "nfe") and README.md (`model_card`).
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / "network.safetensors") as weights:
