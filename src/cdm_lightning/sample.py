@@ -77,7 +77,7 @@ def sample_images(
     - `lora`: a LoRA file or an exported LoRA to fuse into the model; an exported LoRA has its own default of `steps`.
     - `height`, `width`: pixels; by default those of the model. `guidance_scale`: 1 or less means no guidance.
     - `device`: "auto" (CUDA if available) or a torch device. `dtype`: "float32" or "bfloat16", for the network.
-    - `attention`: the kernel that computes attention (`training.attention`); None is torch's choice.
+    - `attention`: the kernel that computes attention (see `training.attention`); None is torch's choice.
 
     To save memory, the text encoders are freed before the network is loaded. Raises UserError for a model that is no
     run and no pipeline of a known family, for a size that the model cannot make, and for other values that cannot be

@@ -91,7 +91,7 @@ def train(config: DictConfig) -> TrainResult:
 
 
 def train_in(run: Run, config: DictConfig) -> TrainResult:
-    """Train as `train` does, in the folder of `run`. The caller must have locked this folder (`only_process_in`)."""
+    """Train as `train` does, in the folder of `run`, which the caller must have locked (see `only_process_in`)."""
     L.seed_everything(config.seed, verbose=False)
     strategy, module = build(config, "strategy"), build(config, "module", of=CDMModule)
     if isinstance(strategy, MeshStrategy):

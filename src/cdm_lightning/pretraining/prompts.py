@@ -1,6 +1,6 @@
 """Stage 0 of `cdm_lightning.pretrain`: write the captions of the shapes set, for training and for evaluation.
 
-The shapes set is a data set of captioned shapes that this package draws (`data.shapes`).
+The shapes set is a data set of captioned shapes that this package draws (see `data.shapes`).
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Stages 3 and 4 of `cdm_lightning.pretrain`: a classifier of shapes and a tiny CLIP, which measure generated images.
 
-Both are trained on renderings of the shapes set (`data.shapes`) and not on generated images.
+Both are trained on renderings of the shapes set (see `data.shapes`) and not on generated images.
 """
 
 import json

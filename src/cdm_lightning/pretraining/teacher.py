@@ -3,7 +3,7 @@
 Latents have the shape (B, C, h, w). The CLIP encoders read L tokens of a caption: 12 in the tiny pipeline, 16 in the
 storybook pipeline. T5 reads `keep + 1` tokens, of which at least the last is padding. SD3 pads to 256 T5 tokens; here,
 the last token stands for all the padding from its place on. This gives the same velocities, because this T5 has no
-positions (`backbones.compact_text`).
+positions (see `backbones.compact_text`).
 """
 
 import functools
@@ -176,8 +176,8 @@ def fit_teacher(
 
     The transformer and the text encoders are trained. `levels` says how captions are dropped and sigmas are drawn. With
     `compile_network`, torch.compile compiles the transformer. The state of the training is saved in `folder` after
-    every `save_every` iterations, and an interrupted training resumes from it. If all iterations have been made before,
-    `data` is not called.
+    every `save_every` iterations, and an interrupted training resumes from it. If an earlier call has made all
+    iterations, `data` is not called.
     """
     model = TextConditioned(pipeline).train().requires_grad_(True)
     if compile_network:

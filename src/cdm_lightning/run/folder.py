@@ -138,7 +138,7 @@ class Run:
     def metrics(self) -> Mapping[str, Any] | None:
         """Return the content of metrics.json, which the run's last evaluation wrote.
 
-        The result is None if the run has not been evaluated yet, or if its checkpoint was copied elsewhere without the
+        The result is None if the run has not been evaluated yet, or if the checkpoint `kept` has been copied out of the
         run's folder. Raises `UserError` if metrics.json cannot be read.
         """
         if self.kept is not None and not (self.folder / CONFIG).is_file():

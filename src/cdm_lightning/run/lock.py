@@ -13,7 +13,7 @@ LOCK = ".lock"
 
 @contextmanager
 def only_process_in(*folders: Path) -> Generator[None]:
-    """Lock `folders` inside the block, so that no other run writes them.
+    """Lock `folders` during the `with` block, so that no other run writes them.
 
     `folders` are the run's folder and its checkpoint folder, which may lie outside the run's folder. Missing folders
     are created. If a run has several processes, only the first one takes the locks.

@@ -25,10 +25,11 @@ PACKAGES = ("cdm-lightning", "torch", "lightning", "diffusers", "transformers", 
 def record_start(config: dict[str, Any], run: Run, processes: int, inputs: Mapping[str, Any] | None = None) -> None:
     """Write `config` to the run's config.yaml, and add a line about this start to starts.jsonl.
 
-    The line is a JSON object with the time, command, configuration, versions, commit, hardware, number of `processes`, and
-    `inputs` (`run.inputs.Inputs`). Environment variables are not recorded. `config` must be resolved and without secrets.
+    The line is a JSON object with the time, command, configuration, versions, commit, hardware, number of `processes`,
+    and `inputs` (the run's input files). Environment variables are not recorded. `config` must be resolved and without
+    secrets.
 
-    A disk error gives a warning and no exception.
+    If one of the files cannot be written, a warning is printed, and no exception is raised.
     """
     with may_fail(run.folder / CONFIG):
         write_text(run.folder / CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))

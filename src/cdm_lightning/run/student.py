@@ -115,8 +115,9 @@ def build_parts(run: Run, pretrained: str | None = None) -> tuple[Backbone, LoRA
 def choose_weights(weights: str, ema_updates: int, checkpoint: Path) -> str:
     """Return the name of the stored weights to use: "student" or "student_ema".
 
-    "auto" means "student_ema" if the EMA has been updated at least once (`ema_updates`), and otherwise "student". Other values
-    of `weights` are returned unchanged. Raises `UserError` for "student_ema" if `checkpoint` has no EMA.
+    `ema_updates` is the number of updates of the EMA in `checkpoint`. "auto" means "student_ema" if this number is
+    above 0, and otherwise "student". Other values of `weights` are returned unchanged. Raises `UserError` for
+    "student_ema" if the number is 0, which means that the checkpoint has no EMA.
     """
     if weights == "auto":
         return "student_ema" if ema_updates else "student"

@@ -2,9 +2,9 @@
 
 A text is treated as a secret for one of four reasons:
 
-- its key, as in `hub_token`, `--password` or `?api_key=` (`secret_keys`, `secret_values`)
-- its place, as in `https://USER:PASSWORD@host` or `Authorization: Bearer ...` (`secret_shapes`)
-- its shape, such as `hf_...` or `AKIA...` (`secret_shapes`)
+- its key, as in `hub_token`, `--password` or `?api_key=` (see `secret_keys` and `secret_values`)
+- its place, as in `https://USER:PASSWORD@host` or `Authorization: Bearer ...` (see `secret_shapes`)
+- its shape, such as `hf_...` or `AKIA...` (see `secret_shapes`)
 - its being the value of an environment variable with a secret name, such as `HF_TOKEN`
 """
 
@@ -30,7 +30,7 @@ AN_OPTION = re.compile(
 def masked(value: Any, key: str = "", is_secret: bool = False) -> Any:
     """Return a copy of nested dicts and lists in which each secret is replaced by ***.
 
-    Secrets are the values below a secret key (`is_secret_key`), and those that `masked_text` finds in a text. `key` is
+    Secrets are the values below a secret key (see `is_secret_key`), and those that `masked_text` finds in a text. `key` is
     the key under which `value` is stored, or "". `is_secret` says that `value` lies below a secret key, so that all of
     it is masked.
     """

@@ -65,12 +65,12 @@ def _is_installed(module: str) -> bool:
 
 @contextmanager
 def attention_by(name: str | None) -> Generator[None]:
-    """Compute attention by the kernel `name` inside the block; None leaves the choice to torch.
+    """Compute attention by the kernel `name` inside the `with` block; None leaves the choice to torch.
 
     If `name` does not support the inputs of an attention, another kernel computes it: "flash", for example, supports
     neither masks nor float32. "math" supports all inputs, but stores the whole attention matrix, with one number for
-    each pair of tokens. The block must contain the backward pass too, because gradient checkpointing computes attention
-    again there.
+    each pair of tokens. The `with` block must contain the backward pass too, because gradient checkpointing computes
+    attention again there.
     """
     if name is None:
         yield

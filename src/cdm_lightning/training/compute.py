@@ -27,9 +27,9 @@ class Compute:
     - `decode_tile`: images with a side above this number of pixels are decoded in tiles of this size, which saves
       memory in validation; null means never.
     - `attention`: the kernel that computes attention if it supports the inputs: "math", "flash", "efficient", "cudnn",
-      or, if their packages are installed, "flash3" or "flash4"; null is torch's choice (`training.attention`).
+      or, if their packages are installed, "flash3" or "flash4"; null is torch's choice (see `training.attention`).
     - `fp8`: network calls without a gradient (rollouts, teacher) compute in 8-bit floats: "rowwise" needs a GPU that
-      has them, and "emulated" has the same rounding on every device and is slow (`training.float8`); null is off.
+      has them, and "emulated" has the same rounding on every device and is slow (see `training.float8`); null is off.
 
     Raises UserError for a value out of its range.
     """

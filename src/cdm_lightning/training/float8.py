@@ -65,9 +65,9 @@ class _Switch:
 
 @contextmanager
 def float8_products(on: bool) -> Generator[None]:
-    """Inside the block, the layers that `use_float8` has changed compute in fp8 if `on`, and otherwise as usual.
+    """Let the layers that `use_float8` has changed compute in fp8 inside the `with` block if `on`, and else as usual.
 
-    A call with gradients enabled always computes as usual.
+    If gradients are enabled, a layer always computes as usual.
     """
     before, _Switch.on = _Switch.on, on
     try:

@@ -25,7 +25,7 @@ class Networks(nn.Module):
     """All networks of a run: `student`, `student_ema`, `teacher`, and one attribute for each of the `roles`.
 
     `roles` are the networks that the objective trains besides the student. They and the student are trained in float32.
-    The EMA and the teacher are frozen. Heads are roles that the objective builds itself (`Role.build`); all other
+    The EMA and the teacher are frozen. Heads are roles that the objective builds itself (see `Role.build`); all other
     networks start from the same pretrained weights.
 
     `lora` says which roles are LoRAs. These roles share one frozen base network, and their own modules hold only the
@@ -237,7 +237,7 @@ def bind_networks(
 
     `text` is the conditioning of the B prompts. `no_text` is the conditioning of B empty prompts, which the field
     `teacher_uncond` uses. The fields compute in `compute_dtype`, by autocast, and return float32. With `float8`, calls
-    of the fields without a gradient compute in fp8, for which `Networks.use_float8` must have been called.
+    of the fields without a gradient compute in fp8; `Networks.use_float8` must have been called before.
     """
 
     def field(network: nn.Module, cond: Conditioning = text) -> BoundField:

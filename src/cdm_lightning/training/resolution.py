@@ -1,7 +1,7 @@
 """The image size of an iteration: always the backbone's size, or one of several sizes that is drawn in each iteration.
 
 Training at several sizes needs no images, because a rollout can start from noise of any size. In some model families
-the shift of the sigmas depends on the size (`Backbone.at`).
+the shift of the sigmas depends on the size (see `Backbone.at`).
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """Make the inputs of an objective's losses from a batch of prompts: text, random numbers and the student's rollout.
 
 A rollout is the student's own path from noise, in K steps. The losses use one of these steps, the *anchor*, which is
-drawn at random for each sample. The *point* is the state at the anchor (`core.rollout`). The rollouts of several
-iterations can be computed as one batch; the prompts of these iterations are then read together (`data/batches.py`).
+drawn at random for each sample. The *point* is the state at the anchor (see `core.rollout`). The rollouts of several
+iterations can be computed as one batch; the prompts of these iterations are then read together (see `data.batches`).
 Shapes: B samples, K steps, latents (B, C, H, W).
 """
 
@@ -36,7 +36,7 @@ class RolloutGroups:
 
     A rollout is the student's own path from noise. A group ends at the latest with the next update of the student.
     Until then the student stays the same, so a group gives the same rollouts as single iterations, with fewer network
-    calls. `period` is the number of iterations from one student update to the next (`Objective.student_period`). If
+    calls. `period` is the number of iterations from one student update to the next (see `Objective.student_period`). If
     `period` is None, each iteration is its own group.
     """
 
@@ -95,8 +95,9 @@ class Rollouts(ABC):
     def bound(self, batch: PromptBatch, iteration: int) -> list[Sample]:
         """Return a `Sample` without a rollout for each part of the batch.
 
-        A sample holds the networks with the text of its prompts, random numbers and an image size. With
-        `needs_latents`, it also holds latents of real images, and UserError is raised if the batch has no images.
+        A sample holds the networks as velocity fields that are conditioned on its prompts, random numbers, and an image
+        size. With `needs_latents`, it also holds latents of real images, and UserError is raised if the batch has no
+        images.
         """
         samples = []
         for part in batch.split(self.accumulate):
