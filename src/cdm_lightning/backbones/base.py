@@ -223,7 +223,7 @@ class Backbone(Anatomy, ABC):
         """Write into `folder` a pipeline with `network` for sampling in `nfe` steps, and the text `model_card`."""
 
     def rehearse_export(self, folder: Path, nfe: int, model_card: str) -> None:
-        """Before training, write what `save_pipeline` writes except weights, to find its errors early. By default nothing."""
+        """Write the files of `save_pipeline` except weights, to find errors before training. By default, write nothing."""
         return
 
     def save_lora(self, tensors: Mapping[str, Tensor], folder: Path, nfe: int, model_card: str) -> None:

@@ -263,7 +263,7 @@ class PipelineBackbone(PipelineSettings):
         write_pipeline(self.folder, network, Path(folder), model_card, self._student_call(nfe))
 
     def rehearse_export(self, folder: Path, nfe: int, model_card: str) -> None:
-        """Write the small files of `save_pipeline`, and check that the parts to copy can be read."""
+        """Write the small files of `save_pipeline` into `folder`, and check that the parts to be copied can be read."""
         rehearse_pipeline(self.folder, Path(folder), model_card, self._student_call(nfe))
 
     def save_lora(self, tensors: Mapping[str, Tensor], folder: Path, nfe: int, model_card: str) -> None:

@@ -217,7 +217,7 @@ def copy_parts(source: Path, target: Path, without: Sequence[str]) -> None:
 
 
 def files_to_copy(source: Path, without: Sequence[str]) -> list[Path]:
-    """Return the files that `copy_parts` copies from a pipeline folder. Raises `UserError` for a link that leaves `source`."""
+    """Return the files that `copy_parts` copies from `source`. Raises `UserError` for a link that leaves `source`."""
     parts = [name for name in parts_of(read_index(source, str(source))) if name not in without]
     for part in (INDEX, *parts):
         require_own_files(source / part, source, str(source))

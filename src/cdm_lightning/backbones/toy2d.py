@@ -218,7 +218,7 @@ class Toy2DBackbone(Backbone):
     def save_pipeline(self, network: nn.Module, folder: Path, nfe: int, model_card: str) -> None:
         """Write the student's files into `folder`.
 
-        The files are network.safetensors, config.json ("hidden", "depth", "nfe") and README.md (`model_card`).
+        The files are network.safetensors, config.json ("hidden", "depth", "nfe") and README.md with the text `model_card`.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
