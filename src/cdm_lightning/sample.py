@@ -72,7 +72,6 @@ def sample_images(
     """Generate an image for each of the N `prompts`.
 
     - `model`: the path of a run, a checkpoint, an export or a pipeline folder, or the hub id of a pipeline.
-
     - `steps`: by default the number that an export was made for, 4 for a run, and otherwise the pipeline's own default.
     - `lora`: a LoRA file or an exported LoRA to fuse into the model; an exported LoRA has its own default of `steps`.
     - `height`, `width`: pixels; by default those of the model. `guidance_scale`: 1 or less means no guidance.

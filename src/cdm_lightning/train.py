@@ -143,7 +143,7 @@ def check_figures(
 
 
 def fit(trainer: L.Trainer, module: CDMModule, data: PromptDataModule, config: DictConfig, callbacks: Mapping) -> None:
-    """Train, and explain an exception whose cause is known by a `UserError`. The keys of `callbacks` are options."""
+    """Train, and turn an exception whose cause is known into a `UserError`. The keys of `callbacks` are options."""
     try:
         trainer.fit(module, data)
     except UserError:

@@ -73,7 +73,7 @@ def start_from(pipeline: StableDiffusion3Pipeline, folder: str | Path) -> None:
 
     The vocabulary of `pipeline` may be larger; tokens that the pipeline in `folder` lacks keep their random embeddings.
     The VAE is copied because the transformer in `folder` was trained on its latents. Raises `UserError` if `folder`
-    holds no tiny pipeline, or one whose networks differ in size from those of `pipeline`.
+    holds no tiny pipeline, or if the networks in `folder` differ in size from those of `pipeline`.
     """
     folder = locate_pipeline(str(folder), None, StableDiffusion3Pipeline, ("transformer", "vae"))
     with loading(folder):

@@ -22,7 +22,7 @@ def quiet_libraries() -> None:
     """Hide irrelevant messages of Lightning, torch and diffusers, and mask secrets in everything that is printed.
 
     Call this before these libraries are imported. If the locale is not UTF-8, this function first starts the command
-    again in Python's UTF-8 mode (`speak_utf8`).
+    again in Python's UTF-8 mode (see `speak_utf8`).
     """
     speak_utf8()
     mask_output()

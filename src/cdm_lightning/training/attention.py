@@ -33,7 +33,7 @@ OTHERS = (
 def check_attention(name: str | None, option: str) -> None:
     """Raise UserError unless `name` is None or an installed attention kernel.
 
-    The error message calls the setting `option`, for example "--attention".
+    `option` is the name of the setting in the error message, for example "--attention".
     """
     if name is None or name in KERNELS:
         return

@@ -29,14 +29,14 @@ class Networks(nn.Module):
     networks start from the same pretrained weights.
 
     `lora` says which roles are LoRAs. These roles share one frozen base network, and their own modules hold only the
-    parameters of their adapters. If the base equals the teacher (`Backbone.teacher_is_base`), the teacher is the base
-    with all adapters off.
+    parameters of their adapters. If the base equals the teacher (see `Backbone.teacher_is_base`), the teacher is the
+    base with all adapters off.
 
     The teacher and the base are no submodules, so checkpoints and optimizers do not contain them. `place` moves them to
     the device.
 
     `recomputation` says which activations the backward pass recomputes (default: none). `seed` is the seed of the
-    random weights of adapters, heads and the embeddings of additional inputs (`Role.inputs`). With `average=False`,
+    random weights of adapters, heads and the embeddings of additional inputs (see `Role.inputs`). With `average=False`,
     there is no `student_ema`. With `empty=True`, networks without adapters stay on the meta device if the backbone can
     fill shards, so that each process can fill its own shards later. Raises UserError for LoRA targets that the network
     does not have.

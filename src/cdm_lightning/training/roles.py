@@ -35,8 +35,8 @@ def whole_names(roles: Iterable[Role], lora: LoRAPlan, backbone: Backbone, avera
 def check_roles(objective: Objective, lora: LoRAPlan, backbone: Backbone) -> None:
     """Check an objective's roles, `student_period` and updates, and that they fit the LoRA settings.
 
-    Raises UserError for the first mistake. For example, an update may average two networks (`Update.merge`) only if the
-    LoRA settings of these two are equal.
+    Raises UserError for the first mistake. For example, an update may average two networks (see `Update.merge`) only if
+    the LoRA settings of these two networks are equal.
     """
     names = network_names(objective.roles)
     for name in names[1:-2]:

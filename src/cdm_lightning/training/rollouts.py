@@ -56,7 +56,7 @@ class Rollouts(ABC):
     """Makes the samples of an iteration, which are the inputs of the losses, from a batch of prompts.
 
     - `bind(prompts, backbone)` returns the networks as velocity fields that are conditioned on these prompts.
-    - `resolution` chooses the image size of an iteration, and sets it in `backbone`; `schedule` draws the sigmas.
+    - `resolution` chooses the image size of each iteration, which `backbone` then has; `schedule` draws the sigmas.
     - `seed`: the random numbers of a prompt depend on this seed, the iteration and the prompt's index in the global
       batch only.
     - `groups`: the iterations whose rollouts are computed as one batch; by default each iteration is computed
