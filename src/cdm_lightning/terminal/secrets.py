@@ -30,9 +30,9 @@ AN_OPTION = re.compile(
 def masked(value: Any, key: str = "", is_secret: bool = False) -> Any:
     """Return a copy of nested dicts and lists in which each secret is replaced by ***.
 
-    Secrets are the values below a secret key (see `is_secret_key`), and those that `masked_text` finds in a text. `key` is
-    the key under which `value` is stored, or "". `is_secret` says that `value` lies below a secret key, so that all of
-    it is masked.
+    Secrets are the values below a secret key (see `is_secret_key`), and those that `masked_text` finds in a text. `key`
+    is the key under which `value` is stored, or "". `is_secret` says that `value` lies below a secret key, so that all
+    of it is masked.
     """
     return _masked(value, key, is_secret, _of_environment())  # read once, because a configuration has hundreds of texts
 

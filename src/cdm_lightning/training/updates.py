@@ -44,8 +44,8 @@ class Updates:
         The figures are "loss", the terms and logs of the loss (see `TermLosses`), and "grad_norm". `losses` yields
         pairs: the share that a part has of the batch, and the loss of this part. Each figure except "grad_norm" is the
         sum of its values in the parts times their shares. `backward` runs the backward pass of one part, before the
-        next part is computed. Gradients that reach other `networks` are dropped. "grad_norm" is the norm of the gradient
-        before clipping; if it is not finite, the step is skipped (see `step_if`).
+        next part is computed. Gradients that reach other `networks` are dropped. "grad_norm" is the norm of the
+        gradient before clipping; if it is not finite, the step is skipped (see `step_if`).
         """
         recipe = self.recipes[role]
         self.settle(before=iteration)
