@@ -273,12 +273,15 @@ def _holds(file: Path, secrets: Sequence[str]) -> bool:
 
 
 def _form(path: Path) -> tuple[Any, ...] | None:
-    """What a name stands for: kind, device and place of it, and the content of a regular file; None if it is gone."""
+    """What a name stands for: a link with the name in it; else kind, device and place, and the content of a regular file.
+
+    None if it is gone. What a link points to is another name, which a case lists too if it has to stay.
+    """
     try:
         found = path.lstat()
     except OSError:
         return None
     if stat.S_ISLNK(found.st_mode):
-        return ("link", os.readlink(path), _form(path.resolve()) if path.exists() else None)
+        return ("link", os.readlink(path))
     content = path.read_bytes() if stat.S_ISREG(found.st_mode) else b""
     return (stat.S_IFMT(found.st_mode), found.st_rdev, found.st_ino, content)
