@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "cdm_lightning"
 NAME = PACKAGE.name
-VERBS = ("cache_text", "export", "extract_lora", "plan", "pretrain", "sample", "train")  # what a user types
+VERBS = ("cache_text", "evaluate", "export", "extract_lora", "plan", "pretrain", "sample", "train")  # what a user types
 ROOMS = (  # from the ground up: each may import those before it
     "errors",
     "kinds",

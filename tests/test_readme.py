@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import gpu_tables, step_time, study
 from benchmarks.gpu import __main__ as gpu
-from cdm_lightning import export, extract_lora, plan, sample
+from cdm_lightning import evaluate, export, extract_lora, plan, sample
 from cdm_lightning.config import asset_path, compose
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +48,9 @@ def test_commands_are_understood(command: str, tmp_path: Path) -> None:
             extract_lora.parser().parse_args(arguments)
         case "cdm_lightning.sample":
             sample.parser().parse_args(arguments)
+        case "cdm_lightning.evaluate":
+            for model in evaluate.parser().parse_args(arguments).model:
+                assert all(evaluate.read_setting(model[0], word) for word in model[1:])
         case "benchmarks.tiny_sd3":
             assert arguments[0] in ("teacher", "student")
         case "benchmarks.study":

@@ -12,6 +12,7 @@ from cdm_lightning.config import asset_path
 COMMANDS = [
     "cdm_lightning.train",
     "cdm_lightning.sample",
+    "cdm_lightning.evaluate",
     "cdm_lightning.export",
     "cdm_lightning.extract_lora",
     "cdm_lightning.cache_text",

@@ -5,7 +5,7 @@ as the teacher. The noise of image i depends only on the seed and on i, so diffe
 """
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -21,16 +21,12 @@ from cdm_lightning.errors import UserError
 from cdm_lightning.files import replacing, require_replaceable
 from cdm_lightning.kinds import BatchSize, FileOrFolder, Guidance, Model, Name, Pixels, Prompt, Seed, Steps
 from cdm_lightning.kinds.command_line import Parser, argument
-from cdm_lightning.run.folder import is_run
+from cdm_lightning.run.models import OpenedModel, open_sized
 from cdm_lightning.terminal.quiet import quiet_libraries
 
 if TYPE_CHECKING:  # these take seconds to import: --help and error messages should not wait for them
     from PIL.Image import Image
-    from torch import Tensor, nn
-
-    from cdm_lightning.backbones.base import Backbone
-
-    Opened = tuple[Backbone, Callable[[], nn.Module], int]  # backbone, function that makes its network, number of steps
+    from torch import Tensor
 
 KINDS = {
     "model": Model,
@@ -44,7 +40,6 @@ KINDS = {
     "batch": BatchSize,
     "name": Name,
 }
-RUN_STEPS = 4  # for a run's student: the steps that CDM (arXiv:2605.06376) trains for
 
 
 @dataclass(frozen=True)
@@ -86,11 +81,11 @@ def sample_images(
     images = list(sampled(opened, prompts, guidance_scale, seed, batch_size, device, dtype, attention))
     import torch
 
-    return Samples(torch.cat(images), opened[2])
+    return Samples(torch.cat(images), opened.steps)
 
 
 def sampled(
-    opened: "Opened",
+    opened: OpenedModel,
     prompts: Sequence[str],
     guidance_scale: float,
     seed: int,
@@ -112,12 +107,12 @@ def sampled(
     check_attention(attention, "--attention")
     if dtype not in COMPUTE_DTYPES:
         raise UserError(f"--dtype {dtype} must be one of {', '.join(COMPUTE_DTYPES)}")
-    backbone, build_network, steps = opened
+    backbone, steps = opened.backbone, opened.steps
     spec = SamplerSpec("sample", nfe=steps, guidance_scale=max(1.0, guidance_scale))
     place = choose_device(device)
     backbone.setup(place)
     encode_ahead(backbone, prompts, batch_size)
-    network = build_network().to(place, COMPUTE_DTYPES[dtype])
+    network = opened.build_network().to(place, COMPUTE_DTYPES[dtype])
     for start in range(0, len(prompts), batch_size):
         numbers = range(start, min(start + batch_size, len(prompts)))
         part = [prompts[number] for number in numbers]
@@ -128,44 +123,6 @@ def sampled(
                 "the images have NaN or infinite values, so --model or --lora is damaged; copy it again or pass another"
             )
         yield images
-
-
-def open_sized(model: str, lora: str | None, height: int | None, width: int | None, steps: int | None) -> "Opened":
-    """Return the backbone of a run or a pipeline, a function that builds its network, and the number of steps.
-
-    The arguments are those of `sample_images`. For `height`, `width` and `steps`, None means the model's own value.
-    """
-    backbone, build_network, default = open_run(model, lora) if is_run(Path(model)) else open_model(model, lora)
-    return backbone.at(height, width), build_network, steps or default
-
-
-def open_run(model: str, lora: str | None) -> "Opened":
-    """Return the backbone of a run, a function that builds its student's network, and 4 (the number of steps of CDM).
-
-    Raises UserError if the run has no readable checkpoint, or if `lora` is given, which only a pipeline can have.
-    """
-    from cdm_lightning.run.student import open_student, plain_network
-
-    if lora is not None:
-        raise UserError(f"--lora needs a pipeline, but {model} is a run; export the run and pass the export as --model")
-    found = open_student(model)
-    return found.backbone, lambda: plain_network(found.backbone, found.network()), RUN_STEPS
-
-
-def open_model(model: str, lora: str | None = None) -> "Opened":
-    """Return the backbone of a pipeline, a function that builds its network, and its default number of steps.
-
-    `model` is a pipeline folder or a hub id. If it is an exported student, or if `lora` is an exported LoRA, the image
-    size and the number of steps are those of the export. Raises UserError for a pipeline of an unknown family.
-    """
-    from cdm_lightning.backbones.families import open_pipeline
-
-    backbone, call = open_pipeline(model, lora=lora)
-    return (
-        backbone,
-        backbone.build_teacher,
-        call.get("num_inference_steps") or backbone.call_default("num_inference_steps"),
-    )
 
 
 def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
@@ -276,11 +233,11 @@ def run(options: argparse.Namespace) -> Path:
         for image in (image for batch in images for image in batch):
             write_picture(to_picture(image), output / f"{next(numbers):05d}.png")
         return output
-    require_one_picture(len(prompts), opened[0].image_size)
+    require_one_picture(len(prompts), opened.backbone.image_size)
     import torch
 
     guidance = f"guidance {options.guidance_scale:g}" if options.guidance_scale > 1 else "no guidance"
-    steps = "1 step" if opened[2] == 1 else f"{opened[2]} steps"
+    steps = "1 step" if opened.steps == 1 else f"{opened.steps} steps"
     name = Path(options.model).name + (f" + {Path(options.lora).name}" if options.lora else "")
     title = f"{name}: {steps}, {guidance}, seed {options.seed}"
     write_picture(draw_grid(torch.cat(list(images)), prompts, title), output)

@@ -123,6 +123,17 @@ def inference_sigmas(nfe: int, shift: Shift) -> Tensor:
     return torch.cat([shift(uniform_sigmas(nfe)), torch.zeros(1)])
 
 
+def constant_shift(factor: float) -> Shift:
+    """Return the timestep shift of SD3: it maps sigma s to f s / (1 + (f - 1) s), where f is `factor`.
+
+    With a factor of 1, sigmas do not change. Source: Esser et al., arXiv:2403.03206, equation 23. Raises ValueError for a factor
+    that is not positive.
+    """
+    if not factor > 0:
+        raise ValueError(f"the factor of a shift must be positive, got {factor}")
+    return lambda sigmas: factor * sigmas / (1 + (factor - 1) * sigmas)
+
+
 def check_space(space: str) -> None:
     """Raise ValueError unless `space` is "before_shift" or "after_shift"."""
     if space not in get_args(Space):

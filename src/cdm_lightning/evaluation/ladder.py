@@ -8,7 +8,7 @@ few images of the overview picture are kept. Shapes: images (N, 3, H, W) in [0, 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Annotated, Any
 
 import torch
@@ -36,6 +36,9 @@ STEPS = (
     SamplerSpec("student 8 steps", "student", 8),
 )
 MakeImages = Callable[[Sequence[str], Sequence[int], int], Tensor]  # (prompts, indices, seed) -> (B, 3, H, W)
+OnImages = Callable[
+    [str, Tensor, Sequence[int]], None
+]  # (sampler's name, images (B, 3, H, W), indices of their prompts)
 Row = dict[str, Any]
 
 
@@ -153,6 +156,26 @@ class LadderEvaluation:
         of `check`.
         """
         self.check(metrics)
+        measured = self.measure(metrics, backbone, networks, compute_dtype, silent, known)
+        return self.result(metrics, measured, self.settings(metrics, backbone))
+
+    def measure(
+        self,
+        metrics: MetricSuite,
+        backbone: Backbone,
+        networks: Mapping[str, nn.Module],
+        compute_dtype: torch.dtype = torch.float32,
+        silent: bool = False,
+        known: Mapping[str, SamplerResult] | None = None,
+        on_images: OnImages = lambda name, images, indices: None,
+        on_measured: Callable[[str, SamplerResult], None] = lambda name, result: None,
+    ) -> dict[str, SamplerResult]:
+        """Return the measurements of all samplers by name. The first six arguments are those of `run`.
+
+        `on_images` is called with the sampler's name, each batch of images, and the indices of their prompts. It does not get the
+        further images of a prompt that some metrics need. `on_measured` is called with each sampler's measurements as soon as
+        they are complete.
+        """
         progress = Progress("reading reference images", self._total_calls(metrics), silent=silent)
         metrics.prepare(device_of(next(iter(networks.values()))))
         texts: dict[int, dict[str, Tensor]] = {}
@@ -172,18 +195,26 @@ class LadderEvaluation:
                 network = networks[spec.network]
                 return generate(backbone, network, spec, prompts, indices, seed, self.batch_size, compute_dtype)
 
-            measured[spec.name] = self._measure(metrics, make, spec.network_calls, progress, texts)
+            see = partial(on_images, spec.name)
+            measured[spec.name] = self._measure(metrics, make, spec.network_calls, progress, texts, see)
             if metrics.other_noise and spec.network == "student":  # the teacher's many steps would double the time
                 self._measure_other_noise(metrics, measured[spec.name].collected, make, spec.network_calls, progress)
+            on_measured(spec.name, measured[spec.name])
         progress.close()
+        return measured
+
+    def result(
+        self, metrics: MetricSuite, measured: Mapping[str, SamplerResult], settings: Mapping[str, Any]
+    ) -> LadderResult:
+        """Return the figures of `measured`, the measurements of samplers by name. `settings` are those of `LadderResult`."""
         collected = {name: result.collected for name, result in measured.items()}
         return LadderResult(
             rows=self._rows(metrics, measured),
             scores=metrics.scores(collected),
             images={name: result.shown for name, result in measured.items()},
             prompts=self._prompts[: self.shown],
-            settings={**self.settings(metrics, backbone), **metrics.facts(), "threads": torch.get_num_threads()},
-            measured=measured,
+            settings={**settings, **metrics.facts(), "threads": torch.get_num_threads()},
+            measured=dict(measured),
         )
 
     @cached_property
@@ -205,8 +236,12 @@ class LadderEvaluation:
         calls: int,
         progress: Progress,
         texts: dict[int, dict[str, Tensor]],
+        see: Callable[[Tensor, Sequence[int]], None] = lambda images, indices: None,
     ) -> SamplerResult:
-        """Generate and measure one sampler's images, batch by batch. `texts` keeps the prompts' features for other samplers."""
+        """Generate and measure one sampler's images, batch by batch. `texts` keeps the prompts' features for other samplers.
+
+        `see` is called with each batch of images and the indices of their prompts.
+        """
         shown = [
             make(self._prompts[:1], [0], self.seed)[:0].clone()
         ]  # the first call is not timed: it includes one-time setup
@@ -217,6 +252,7 @@ class LadderEvaluation:
             began = time.perf_counter()
             images = make(prompts, indices, self.seed)
             result.seconds += time.perf_counter() - began
+            see(images, indices)
             metrics.measure(result.collected, images, prompts, indices, texts.setdefault(start, {}))
             if start < self.shown:  # a copy: a view would keep the whole batch in memory
                 shown.append(images[: self.shown - start].clone())

@@ -20,17 +20,19 @@ from cdm_lightning.backbones.base import Backbone, BoundField, Conditioning, rep
 from cdm_lightning.core.flow import GuidedField, VelocityField
 from cdm_lightning.core.rng import evaluation_noise
 from cdm_lightning.core.rollout import sample
-from cdm_lightning.core.schedules import inference_sigmas
+from cdm_lightning.core.schedules import constant_shift, inference_sigmas
 from cdm_lightning.data.batches import PromptBatch
 from cdm_lightning.errors import UserError
-from cdm_lightning.kinds import Guidance, Name, Pixels, Steps
+from cdm_lightning.kinds import Guidance, Name, Pixels, Positive, Steps
 
 
 @dataclass(frozen=True)
 class SamplerSpec:
     """A way to make images: the network, the number of steps `nfe`, the guidance scale and the size in pixels.
 
-    A guidance scale of 1 means no guidance. If `height` or `width` is None, the backbone's default is used. Raises
+    A guidance scale of 1 means no guidance. If `height` or `width` is None, the backbone's default is used. `shift` is
+    the factor of the timestep shift (`core.schedules.constant_shift`), and 1 gives uniform sigmas; None is the shift of
+    the model family, with which students are trained. Raises
     `UserError` if `network` is neither "student" nor "teacher", or if `nfe` is below 1.
     """
 
@@ -40,6 +42,12 @@ class SamplerSpec:
     guidance_scale: Guidance = 1.0
     height: Pixels | None = None
     width: Pixels | None = None
+    shift: Positive | None = None
+
+    def __str__(self) -> str:
+        return repr(self).replace(
+            ", shift=None", ""
+        )  # as before there was a `shift`: settings of older runs stay equal
 
     def __post_init__(self) -> None:
         if self.network not in ("student", "teacher"):
@@ -172,7 +180,8 @@ def _sample_images(
     device: torch.device,
 ) -> Tensor:
     noise = evaluation_noise(seed, indices, backbone.latent_shape, device)
-    sigmas = inference_sigmas(spec.nfe, backbone.shift_steps).to(device)
+    shift = backbone.shift_steps if spec.shift is None else constant_shift(spec.shift)
+    sigmas = inference_sigmas(spec.nfe, shift).to(device)
     return backbone.decode_latents(sample(field, noise, sigmas)).float().cpu()
 
 

@@ -149,6 +149,10 @@ class Metric:
         scores = measured.scores
         return None if scores is None or not len(scores) else float(scores.double().mean())
 
+    def caution(self, measured: MeasuredImages) -> str | None:
+        """Return what a reader of these images' figures must know, such as that the images are too few, or None (the default)."""
+        return None
+
     def facts(self) -> Mapping[str, float | str]:
         """Return facts on which the figures depend, such as the number of reference images, as a dict {name: value}."""
         return {}

@@ -112,6 +112,17 @@ def frechet_distance(reference: FeatureStatistics, features: Tensor) -> float | 
     return float(metric.compute())
 
 
+def too_few(features: Tensor) -> str | None:
+    """Return a warning if features (N, D) have N of at most D, so that their covariance is singular, or None."""
+    count, width = features.shape
+    if count > width:
+        return None
+    return (
+        f"{count} images are too few for {width} features, so the distance depends mostly on their number; "
+        "compare only figures for this number, or use more images"
+    )
+
+
 class Frechet(Metric):
     """The Fréchet distance between the features of a sampler's images and the features of reference images.
 
@@ -157,6 +168,10 @@ class Frechet(Metric):
         """
         return frechet_distance(cast(FeatureStatistics, self.reference), measured.features[self.feature])
 
+    def caution(self, measured: MeasuredImages) -> str | None:
+        """Return a warning if there are fewer images than features (`too_few`)."""
+        return too_few(measured.features[self.feature])
+
     def facts(self) -> dict[str, float]:
         """Return the number of reference images as "reference_images", because the distance depends on this number."""
         return {"reference_images": cast(FeatureStatistics, self.reference).count}
@@ -196,3 +211,7 @@ class FrechetToSampler(Metric):
             sets["other_noise"] = measured.other_noise[self.feature]
         found = {name: frechet_distance(self._reference[1], features) for name, features in sets.items()}
         return {name: value for name, value in found.items() if value is not None}
+
+    def caution(self, measured: MeasuredImages) -> str | None:
+        """Return a warning if there are fewer images than features (`too_few`)."""
+        return too_few(measured.features[self.feature])

@@ -1,0 +1,200 @@
+"""`python -m cdm_lightning.evaluate --model FOLDER ... --prompts FILE`: measure models on the same prompts and noise.
+
+Each `--model` is a run, a checkpoint, an exported student, or a pipeline folder or hub id, and is measured at each combination of
+its steps, guidance scales and shifts:
+
+  python -m cdm_lightning.evaluate --prompts prompts.txt --metric colour \\
+      --model outputs/demo/student steps=1,2,4,8 --model TEACHER name=teacher steps=4,50 guidance=1,1.5
+
+The figures get 95 % intervals, and so do the differences to one of the samplers (combinations), by resampling the prompts. A
+command that was stopped goes on where it ended, if it is given again.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cdm_lightning.ends import signals
+
+if __name__ == "__main__":  # before the imports below, because they take seconds
+    signals.watch()
+
+from cdm_lightning.config import asset_path, command
+from cdm_lightning.errors import UserError
+from cdm_lightning.kinds import BatchSize, FileOrFolder, Guidance, Model, Name, Positive, Seed, Several, Steps
+from cdm_lightning.kinds.command_line import Parser, argument
+from cdm_lightning.terminal.quiet import quiet_libraries
+
+if TYPE_CHECKING:  # these take seconds to import: --help and error messages should not wait for them
+    from cdm_lightning.evaluation.protocol import Evaluated, ModelGrid
+
+KINDS = {
+    "file": FileOrFolder,
+    "name": Name,
+    "count": Several,
+    "seed": Seed,
+    "batch": BatchSize,
+    "resamples": Several,
+}
+GRID = {"steps": Steps, "guidance": Guidance, "shift": Positive, "name": Name}  # what may follow the folder of --model
+MODEL_HELP = (
+    "a run, checkpoint, export, pipeline folder or hub id, and after it steps=1,2,4 guidance=1,1.5 shift=3 name=NAME"
+)
+
+
+def evaluate(
+    models: "Sequence[ModelGrid]",
+    prompts: Sequence[str],
+    output: Path,
+    metrics: Sequence[str] = ("colour",),
+    options: Sequence[str] = (),
+    count: int = 512,
+    seed: int = 0,
+    batch_size: int = 16,
+    device: str = "auto",
+    dtype: str = "float32",
+    resamples: int = 200,
+    baseline: str | None = None,
+    save_images: bool = False,
+) -> "Evaluated":
+    """Measure all combinations of the models' steps, guidance and shifts, and write the results into the folder `output`.
+
+    - `prompts`: the first `count` are used, or all if there are fewer.
+    - `metrics`: names of files in conf/metric; `options` are overrides such as "metric.fid.weights=FILE".
+    - `seed`: of the noise, which depends only on it and the prompt's index.
+    - `resamples`: of the prompts, for the intervals. `baseline`: the sampler to which the others are compared; None: the first.
+    - `save_images`: whether all images are written as PNG files, with a manifest.
+
+    Raises `UserError` for a model, prompt, metric or option that cannot be used, before any image is made.
+    """
+    from cdm_lightning.config import build_named, compose
+    from cdm_lightning.distributed.devices import choose_device
+    from cdm_lightning.evaluation.ladder import LadderEvaluation
+    from cdm_lightning.evaluation.protocol import Evaluation, require_distinct
+    from cdm_lightning.metrics.suite import MetricSuite
+    from cdm_lightning.module import COMPUTE_DTYPES
+
+    if dtype not in COMPUTE_DTYPES:
+        raise UserError(f"--dtype {dtype} must be one of {', '.join(COMPUTE_DTYPES)}")
+    config = compose([f"metric=[{','.join(metrics)}]", *options, "output_dir=outputs/unused"])
+    suite = MetricSuite(build_named(config, "metric"), build_named(config, "feature"))
+    specs = [spec for model in models for spec in model.samplers]
+    require_distinct(specs)
+    names = [spec.name for spec in specs]
+    if baseline is not None and baseline not in names:
+        raise UserError(f"--baseline {baseline!r} must be one of the samplers: {', '.join(map(repr, names))}")
+    ladder = LadderEvaluation(prompts, specs, count=count, batch_size=batch_size, seed=seed)
+    ladder.check(suite)
+    settings = {name: config[name] for name in ("metric", "feature")}
+    evaluation = Evaluation(ladder, suite, output, choose_device(device), COMPUTE_DTYPES[dtype], settings, save_images)
+    return evaluation.run(models, baseline or names[0], resamples)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    made = Parser(
+        prog="python -m cdm_lightning.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kinds = {name: argument(kind) for name, kind in KINDS.items()}
+    made.add_argument("--model", action="append", nargs="+", required=True, metavar="FOLDER", help=MODEL_HELP)
+    what = "a prompt file, or the name of a bundled one, such as general"
+    made.add_argument("--prompts", required=True, type=kinds["file"], metavar="FILE", help=what)
+    made.add_argument("--count", type=kinds["count"], default=512, metavar="N", help="prompts (default: 512)")
+    what = "metrics: names of files in conf/metric (default: colour)"
+    made.add_argument("--metric", nargs="+", type=kinds["name"], default=["colour"], metavar="NAME", help=what)
+    what = "an option of a metric, such as metric.fid.weights=FILE; may be given several times"
+    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=what)
+    what = "the sampler to which the others are compared (default: the first)"
+    made.add_argument("--baseline", type=kinds["name"], metavar="NAME", help=what)
+    what = "resamples of the prompts, for the intervals (default: 200)"
+    made.add_argument("--resamples", type=kinds["resamples"], default=200, metavar="N", help=what)
+    made.add_argument("--seed", type=kinds["seed"], default=0, metavar="N", help="the seed of the noise (default: 0)")
+    made.add_argument(
+        "--batch-size", type=kinds["batch"], default=16, metavar="N", help="images at a time (default: 16)"
+    )
+    made.add_argument("--device", type=kinds["name"], default="auto", help="default: CUDA if there is one")
+    made.add_argument("--dtype", default="float32", metavar="D", help="of the networks: float32 or bfloat16")
+    made.add_argument("--save-images", action="store_true", help="write all images as PNG files, with a manifest")
+    what = "the folder for the results (default: outputs/evaluation)"
+    made.add_argument("--output", type=kinds["file"], default="outputs/evaluation", metavar="FOLDER", help=what)
+    return made
+
+
+def read_model(words: Sequence[str]) -> "ModelGrid":
+    """Open the model that the words after --model name, and return it with its grid.
+
+    Raises `UserError` for a word that cannot be used, and for a model that cannot be opened.
+    """
+    from cdm_lightning.evaluation.protocol import ModelGrid
+    from cdm_lightning.run.models import open_sized
+
+    folder, *settings = words
+    grid = dict(read_setting(folder, word) for word in settings)
+    try:
+        argument(Model)(folder)
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"--model {error}") from error
+    return ModelGrid(folder, open_sized(folder, None, None, None, None), **grid)
+
+
+def read_setting(folder: str, word: str) -> tuple[str, Any]:
+    """Return (key, values) for a word such as "steps=1,2,4" after `--model folder`. Raises `UserError` if it cannot be used."""
+    key, equals, values = word.partition("=")
+    if key not in GRID or not equals:
+        raise UserError(
+            f"--model {folder}: {word!r} must be one of {', '.join(f'{known}=VALUE' for known in GRID)}; "
+            "pass another --model for another folder"
+        )
+    try:
+        found = tuple(argument(GRID[key])(value) for value in ([values] if key == "name" else values.split(",")))
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"--model {folder}: {key}={values}: {error}") from error
+    return key, found[0] if key == "name" else found
+
+
+def read_prompts(file: str, count: int) -> list[str]:
+    """Return the first `count` prompts of a file, or of the bundled file of that name. Raises `UserError` if there is none."""
+    from cdm_lightning.data.prompts import PromptFile
+
+    bundled = Path(asset_path("prompts")) / f"{file}.txt"
+    is_name = "/" not in file and not Path(file).exists() and bundled.is_file()
+    found = PromptFile(bundled if is_name else file)
+    return [found[i] for i in range(min(count, len(found)))]
+
+
+def run(options: argparse.Namespace) -> "Evaluated":
+    """Evaluate as the command line says. Raises `UserError` for a mistake, before any image is made."""
+    if Path(options.output).exists() and not Path(options.output).is_dir():
+        raise UserError(f"--output {options.output} is a file; pass a folder")
+    models = [read_model(words) for words in options.model]
+    return evaluate(
+        models,
+        read_prompts(options.prompts, options.count),
+        Path(options.output),
+        options.metric,
+        options.set,
+        options.count,
+        options.seed,
+        options.batch_size,
+        options.device,
+        options.dtype,
+        options.resamples,
+        options.baseline,
+        options.save_images,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line. A mistake of the user gives one line on stderr and exit status 2."""
+    quiet_libraries()
+    with command("before the evaluation was complete"):
+        found = run(parser().parse_args(arguments))
+        print(found.text(), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,162 @@
+"""Confidence intervals of figures, and of the difference of two samplers, by resampling the prompts (bootstrap).
+
+A *sampler* is a way to make images. Two samplers are compared on the same prompts and the same noise. A resample draws the
+prompts with replacement, and takes the same prompts from both samplers. Therefore the difference varies less than the two
+figures, because some prompts are harder than others for both (Efron and Tibshirani, 1993, chapters 8 and 13).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from cdm_lightning.core.rng import stream
+from cdm_lightning.metrics.base import MeasuredImages, Metric
+from cdm_lightning.metrics.suite import Collected, MetricSuite
+
+WIDEST = (
+    1024  # dimensions of features; a distance between wider ones takes many seconds, and an interval hundreds of them
+)
+LEVEL = 0.95
+Row = dict[str, float]  # figure -> value
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure and its 95 % confidence interval from `low` to `high`."""
+
+    value: float
+    low: float
+    high: float
+
+    def contains(self, value: float) -> bool:
+        """Return whether `value` lies in the interval."""
+        return self.low <= value <= self.high
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} ({self.low:.3g} to {self.high:.3g})"
+
+
+def interval(value: float, resampled: Sequence[float], is_biased: bool = False) -> Interval:
+    """Return the 95 % interval of a figure from the figures of its resamples: their percentiles.
+
+    `is_biased` is for distances between distributions. A resample contains some prompts several times, which makes such
+    a distance larger, but hardly changes its spread. The percentiles are then moved so that the mean of the resamples is
+    `value`. Raises ValueError for fewer than 2 resamples.
+    """
+    if len(resampled) < 2:
+        raise ValueError(f"an interval needs at least 2 resamples, got {len(resampled)}")
+    found = torch.tensor(resampled, dtype=torch.float64)
+    tail, moved = (1 - LEVEL) / 2, value - float(found.mean()) if is_biased else 0.0
+    low, high = torch.quantile(found, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return Interval(value, low + moved, high + moved)
+
+
+def resample(measured: MeasuredImages, rows: Sequence[int], copies: Sequence[int]) -> MeasuredImages:
+    """Return the measurements of the images with the numbers `rows`, which may repeat.
+
+    `copies` are the numbers of the prompts whose several images (`MeasuredImages.copies`) are taken.
+    """
+    chosen, prompts = torch.tensor(rows), torch.tensor(copies)
+    return replace(
+        measured,
+        prompts=[measured.prompts[row] for row in rows],
+        indices=[measured.indices[row] for row in rows],
+        features={name: features[chosen] for name, features in measured.features.items()},
+        scores=None if measured.scores is None else measured.scores[chosen],
+        copies={name: several[prompts] for name, several in measured.copies.items()},
+        other_noise={name: features[chosen] for name, features in measured.other_noise.items()},
+    )
+
+
+def named(name: str, found: float | Mapping[str, float] | None) -> Row:
+    """Return the figures of the metric `name` under the keys of a row: "NAME", or "NAME_FIGURE" if there are several."""
+    if isinstance(found, Mapping):
+        return {f"{name}_{figure}": float(value) for figure, value in found.items() if value is not None}
+    return {} if found is None else {name: float(found)}
+
+
+def is_quick(metric: Metric, measured: Mapping[str, MeasuredImages]) -> bool:
+    """Return whether the figures of `metric` can be computed for each resample: no features are wider than `WIDEST`."""
+    wide = [
+        name
+        for images in measured.values()
+        for name, features in images.features.items()
+        if name in metric.features and features.shape[1] > WIDEST
+    ]
+    return not wide
+
+
+def resampled_figures(
+    name: str, metric: Metric, measured: Mapping[str, MeasuredImages], resamples: int, seed: int
+) -> list[dict[str, Row]]:
+    """Return the figures of the metric `name` in each resample, as {sampler: {figure: value}}.
+
+    All samplers in `measured` have images of the same prompts. A resample takes the same prompts from all of them.
+    """
+    rng = stream(seed, f"resamples of {name}")
+    size = min(len(images) for images in measured.values())
+    several = min((len(made) for images in measured.values() for made in images.copies.values()), default=1)
+    found = []
+    for _ in range(resamples):
+        rows = torch.randint(size, (size,), generator=rng).tolist()
+        copies = torch.randint(several, (several,), generator=rng).tolist()
+        drawn = {sampler: resample(images, rows, copies) for sampler, images in measured.items()}
+        found.append({sampler: named(name, metric.figures(images, drawn)) for sampler, images in drawn.items()})
+    return found
+
+
+def values_of(drawn: Sequence[Mapping[str, Row]], sampler: str, figure: str) -> list[float] | None:
+    """Return a sampler's figure in each resample, or None if a resample does not have it."""
+    found = [one[sampler][figure] for one in drawn if figure in one[sampler]]
+    return found if len(found) == len(drawn) else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The intervals of an evaluation.
+
+    - `figures`: {sampler: {figure: interval}}.
+    - `differences`: {sampler: {figure: interval of its difference to the baseline's figure}}, without the baseline.
+    - `left_out`: the names of the metrics without intervals, because their features are too wide.
+    """
+
+    figures: dict[str, dict[str, Interval]]
+    differences: dict[str, dict[str, Interval]]
+    left_out: list[str]
+
+
+def compare(
+    metrics: MetricSuite,
+    samplers: Mapping[str, Collected],
+    baseline: str,
+    resamples: int,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda metric: None,
+) -> Comparison:
+    """Return the intervals of all figures of `samplers`, and of their differences to the sampler `baseline`.
+
+    All samplers must have measured images of the same prompts. `progress` is called with the name of each metric before its
+    resamples. Raises KeyError if `baseline` is not one of the samplers.
+    """
+    figures: dict[str, dict[str, Interval]] = {sampler: {} for sampler in samplers}
+    differences: dict[str, dict[str, Interval]] = {sampler: {} for sampler in samplers if sampler != baseline}
+    left_out = []
+    for name, metric in metrics.metrics.items():
+        measured = {sampler: collected.of(name) for sampler, collected in samplers.items()}
+        if not is_quick(metric, measured):
+            left_out.append(name)
+            continue
+        progress(name)
+        is_biased = any(images.scores is None for images in measured.values())
+        whole = {sampler: named(name, metric.figures(images, measured)) for sampler, images in measured.items()}
+        drawn = resampled_figures(name, metric, measured, resamples, seed)
+        for sampler, row in whole.items():
+            for figure, value in row.items():
+                values, others = values_of(drawn, sampler, figure), values_of(drawn, baseline, figure)
+                if values is not None:
+                    figures[sampler][figure] = interval(value, values, is_biased)
+                if sampler != baseline and values is not None and others is not None and figure in whole[baseline]:
+                    gaps = [one - other for one, other in zip(values, others, strict=True)]
+                    differences[sampler][figure] = interval(value - whole[baseline][figure], gaps, is_biased)
+    return Comparison(figures, differences, left_out)
