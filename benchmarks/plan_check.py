@@ -69,7 +69,7 @@ def check(overrides: list[str]) -> Check:
         config = compose([*overrides, f"output_dir={Path(folder)}"])
         module, peak = build(config, "module"), Peak()
         data = build(config, "data", groups=module.groups.of, images=module.objective.needs_latents)
-        use_text_cache(build(config, "text_cache"), module.backbone, data, [])
+        use_text_cache(build(config, "text_cache"), module, data, [])
         trainer = L.Trainer(
             accelerator="gpu",
             devices=1,

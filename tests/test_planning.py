@@ -24,6 +24,7 @@ from cdm_lightning.planning.advice import faster, further, remedies
 from cdm_lightning.planning.layout import GPUs, Layout, make_layout, read_gpus
 from cdm_lightning.planning.live import LiveBytes, Timeline, storages
 from cdm_lightning.planning.memory import (
+    TEXT,
     Sizes,
     at_once,
     checkpoint_bytes,
@@ -115,6 +116,16 @@ def test_remedies_say_what_they_save() -> None:
     together = found["all"]
     assert together.saves > max(remedy.saves for name, remedy in found.items() if name != "all")
     assert together.batch >= max(remedy.batch for remedy in found.values())
+
+
+def test_text_encoders_in_host_memory_take_memory_only_while_they_encode() -> None:
+    single, few, many = Layout("single"), sizes(text_rests=True), sizes(text=300.0, text_rests=True)
+    assert total(sizes(), single, 3) - total(few, single, 3) == 30
+    assert phase_peaks(few, single, 3)[TEXT] == 30
+    assert resting(few, single)["text encoders"] == 0
+    assert total(many, single, 3) == 760 + 300  # no phase of an iteration takes as much
+    assert largest_batch(many, single, 760 + 299) == 0
+    assert "text_cache.folder=DIR" not in [r.overrides.split(" ")[0] for r in remedies(few, single, GPUs(1, 1), 3)]
 
 
 def test_a_batch_in_parts_takes_the_memory_of_the_largest() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from waits import HERE, host_waits
 
 from cdm_lightning import cache_text as cache_text_module
 from cdm_lightning.backbones.pipeline_folder import hash_part
@@ -83,6 +84,18 @@ def test_stored_conditioning_is_the_encoders_bit_for_bit(backbone, fill, tmp_pat
     mixed = cache.encode([PROMPTS[6], "", PROMPTS[1], PROMPTS[6]])
     assert torch.equal(mixed["pooled"][0], mixed["pooled"][3])
     assert torch.equal(mixed["prompt_embeds"][2], backbone.encode_prompts(PROMPTS[:4])["prompt_embeds"][1])
+
+
+def test_stored_conditioning_goes_to_the_device_without_a_wait(backbone, fill, tmp_path, monkeypatch):
+    fill(PROMPTS)
+    cache = opened(backbone, tmp_path)
+    expected = cache.encode(["", PROMPTS[1], ""])
+    with host_waits(monkeypatch) as waits:
+        cache.to(HERE)
+        found = cache.encode(["", PROMPTS[1], ""])
+        assert all(waits.holds(value) for value in found.values())
+    assert dict(waits.found) == {}
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_half_precision_is_rounded_once_and_given_back_in_float32(backbone, fill, tmp_path):

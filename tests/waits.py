@@ -108,6 +108,7 @@ def host_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[HostWaits]:
     """Count inside the block; `send` gives copies that belong to the device, and what is `Fetched` belongs to the host."""
     from cdm_lightning.backbones import base, packing
     from cdm_lightning.core import rng, rollout
+    from cdm_lightning.data import text_ahead, text_cache
     from cdm_lightning.training import updates
 
     waits = HostWaits()
@@ -121,7 +122,7 @@ def host_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[HostWaits]:
         def __init__(self, values: Tensor) -> None:
             self.values = torch.tensor(values.detach().numpy().copy())
 
-    for module in (base, packing, rng, rollout):
+    for module in (base, packing, rng, rollout, text_ahead, text_cache):
         monkeypatch.setattr(module, "send", send)
     monkeypatch.setattr(updates, "Fetched", Fetched)
     with ExitStack() as stack:

@@ -85,7 +85,10 @@ def plan(arguments: Sequence[str]) -> "list[Plan]":
     module = build(config, "module")
     require_working(module.updates.recipes, module.lora.among(module.updates.recipes))
     check_on_cpu(on_cpu, module.network_names, module.whole_names)
-    recipe = read_recipe(module, config.text_cache.folder is not None)
+    cached = config.text_cache.folder is not None
+    recipe = read_recipe(module, cached)
+    rests = not cached and config.text_cache.encode_ahead is not None
+    recipe = replace(recipe, sizes=replace(recipe.sizes, text_rests=rests))
     if config.trainer.limit_val_batches != 0:
         seen = trace_validation(module, recipe.parameters["vae"], config.data.val_batch_size)
         recipe = replace(recipe, sizes=replace(recipe.sizes, validation=seen))

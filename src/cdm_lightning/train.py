@@ -111,7 +111,7 @@ def train_in(run: Run, config: DictConfig) -> TrainResult:
     checkpoint.about = {"config": plain(config), "inputs": inputs}
     metrics = cache(lambda: MetricSuite(build_named(config, "metric"), build_named(config, "feature")))
     callbacks = build(config, "callbacks", offered={"metrics": metrics}, of=L.Callback)
-    use_text_cache(build(config, "text_cache", of=TextCacheSettings), module.backbone, data, callbacks)
+    use_text_cache(build(config, "text_cache", of=TextCacheSettings), module, data, callbacks)
     if module.objective.needs_latents:
         use_image_cache(build(config, "image_cache", of=ImageCacheSettings), module.backbone)
     named = dict(zip(named_parts(config, "callbacks"), callbacks))

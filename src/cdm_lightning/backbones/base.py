@@ -7,19 +7,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cdm_lightning.backbones.anatomy import Anatomy, gather_for_backward, outputs_of, pick_blocks
 from cdm_lightning.backbones.own_inputs import giving, join_values
+from cdm_lightning.backbones.text_sources import Conditioning, TextCache, TextMemory
 from cdm_lightning.core.flow import Rows, VelocityField, plain_guidance
 from cdm_lightning.core.transfer import send
 from cdm_lightning.errors import UserError
 
 CheckpointFunction = Callable[..., Any]  # (block, *arguments) -> its result, recomputed in the backward pass
-Conditioning = dict[str, Tensor]  # a network's inputs except x and sigma, batch first; the backbone names them
 
 
 def select_rows(cond: Conditioning, rows: Rows) -> Conditioning:
@@ -37,26 +37,6 @@ def repeat_rows(cond: Conditioning, times: int) -> Conditioning:
 def concat(conds: Sequence[Conditioning]) -> Conditioning:
     """Concatenate the conditioning of several batches. Raises KeyError if a batch lacks a key of the first batch."""
     return {name: torch.cat([cond[name] for cond in conds]) for name in conds[0]}
-
-
-class TextCache(Protocol):
-    """Text conditioning that was encoded earlier and is stored on disk (see `data.text_cache.StoredText`)."""
-
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Return the text conditioning of B prompts. Raises `UserError` for a prompt that is not in the cache."""
-
-    def to(self, device: torch.device) -> None:
-        """Set the device on which `encode` returns conditioning from now on."""
-
-
-class TextMemory(Protocol):
-    """Text conditioning in memory, so that prompts are encoded only once (see `data.text_memory.RememberedText`)."""
-
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Return the text conditioning of B prompts."""
-
-    def forget(self) -> None:
-        """Drop all conditioning in memory. The next call of `encode` encodes the prompts again."""
 
 
 class Backbone(Anatomy, ABC):
@@ -146,6 +126,10 @@ class Backbone(Anatomy, ABC):
     def use_text_memory(self, memory: TextMemory) -> None:
         """From now on take text conditioning from `memory`, which must encode with this backbone's `encode_prompts`."""
         self.text_memory, self.encode_prompts = memory, memory.encode
+
+    def text_encoders(self) -> list[nn.Module]:
+        """Return the text encoders. They are on the device of `setup`."""
+        return []
 
     def drop_text_encoders(self) -> None:
         """Free the text encoders. Until the next `setup`, encode only prompts of the text cache or the text memory."""

@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline, FlowMapEulerDiscreteScheduler, FlowMatc
 from torch import Tensor, nn
 
 from cdm_lightning.backbones.base import CheckpointFunction, Conditioning
-from cdm_lightning.backbones.frozen_parts import decode_sparingly, keep_last_state_only
+from cdm_lightning.backbones.frozen_parts import decode_sparingly, keep_last_state_only, modules_of
 from cdm_lightning.backbones.loaded_weights import load_model, model_class, require_names
 from cdm_lightning.backbones.lora_file import fused_network
 from cdm_lightning.backbones.pipeline_folder import hash_part, loading, read_index
@@ -166,9 +166,8 @@ class PipelineBackbone(PipelineSettings):
             for part in parts.keys() - models.keys():  # the error does not say which part it is about
                 self._from_files(self.folder / part, left_out | dict.fromkeys(parts.keys() - {part}))
             raise
-        for part in pipeline.components.values():
-            if isinstance(part, nn.Module):
-                part.eval().requires_grad_(False)
+        for part in modules_of(pipeline):
+            part.eval().requires_grad_(False)
         for tokenizer, encoder in pairs_of([part for part in self.parts if part not in left_out]):
             with loading(self.folder / tokenizer):
                 require_known_tokens(getattr(pipeline, tokenizer), getattr(pipeline, encoder), self.folder / tokenizer)
@@ -201,6 +200,10 @@ class PipelineBackbone(PipelineSettings):
         with loading(self.folder / "text_encoder"):
             _ = self._unconditional
 
+    def text_encoders(self) -> list[nn.Module]:
+        """Return the text encoders, which are loaded if they are not yet. After `setup` they are on its device."""
+        return modules_of(self._text_parts)
+
     def drop_text_encoders(self) -> None:
         """Free the text encoders and their GPU memory. A later `setup` loads them again."""
         self.shared.pop("_text_parts", None)
@@ -216,10 +219,7 @@ class PipelineBackbone(PipelineSettings):
     @property
     def text_fingerprint(self) -> dict[str, str]:
         """A dictionary of "family", "max_sequence_length", "text_dtype", and a hash for each name in `text_parts`."""
-        settings = {
-            "max_sequence_length": str(self.max_sequence_length),
-            "text_dtype": self.text_dtype,
-        }
+        settings = {"max_sequence_length": str(self.max_sequence_length), "text_dtype": self.text_dtype}
         hashes = {part: hash_part(self.folder / part) for part in self.text_parts}
         return {"family": self.title.lower(), **hashes, **settings}
 

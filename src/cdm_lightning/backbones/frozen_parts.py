@@ -13,6 +13,11 @@ from transformers.modeling_outputs import BaseModelOutput
 TILE_OVERLAP = 0.25  # the share of a tile that overlaps its neighbour, as by default in diffusers
 
 
+def modules_of(pipeline: Any) -> list[nn.Module]:
+    """Return the networks among the parts of a pipeline of diffusers."""
+    return [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+
+
 def decode_sparingly(vae: Any, tile: int | None = None) -> None:
     """Let the image codec `vae` process one image at a time, and large images in tiles. This saves memory.
 

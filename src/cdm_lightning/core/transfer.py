@@ -1,7 +1,10 @@
 """Asynchronous copies between the host and a GPU: the host does not wait until they have ended."""
 
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def send(values: Tensor, device: torch.device | str) -> Tensor:
@@ -36,3 +39,48 @@ class Fetched:
         if self._arrived is not None and not self._arrived.query():
             self._arrived.synchronize()
         return self._values
+
+
+def to_host(values: Tensor) -> Tensor:
+    """Return a copy in host memory of values on a GPU, in pinned memory, from which `send` copies without a wait.
+
+    The host waits until the copy is complete. Values on the CPU are returned unchanged.
+    """
+    if values.device.type == "cpu":
+        return values
+    return torch.empty_like(values, device="cpu", pin_memory=values.is_cuda).copy_(values)
+
+
+class Resting:
+    """Frozen modules whose weights and buffers rest in host memory, and are on their device only inside `on_device`.
+
+    They must be on their device at first. The host's copies are made once, in pinned memory, and kept: the weights do
+    not change, so that nothing is copied back. The memory of the host that is taken is that of the modules.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = list(modules)
+        self._copies: list[Tensor] = []
+        self._device = next((value.device for module in modules for value in module.parameters()), None)
+
+    @contextmanager
+    def on_device(self) -> Generator[None]:
+        """Put the modules onto their device inside the block."""
+        if self._copies and self._device is not None:
+            self._replace(lambda value: value.to(self._device, non_blocking=True))
+        try:
+            yield
+        finally:
+            if not self._copies:
+                self._replace(self._copied)
+            copies = iter(self._copies)
+            self._replace(lambda value: next(copies))
+
+    def _copied(self, value: Tensor) -> Tensor:
+        self._copies.append(to_host(value))
+        return value
+
+    def _replace(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Replace each weight and buffer of the modules by the result of `function`, always in the same order."""
+        for module in self._modules:
+            module._apply(function)

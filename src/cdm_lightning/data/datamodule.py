@@ -2,13 +2,21 @@
 
 import sys
 from collections.abc import Callable
+from functools import cached_property
 from typing import cast
 
 import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from cdm_lightning.data.batches import DrawnPrompts, EndlessBatches, PromptBatch, collate, evaluation_batches
+from cdm_lightning.data.batches import (
+    DrawnPrompts,
+    EndlessBatches,
+    PromptBatch,
+    collate,
+    evaluation_batches,
+    spans,
+)
 from cdm_lightning.data.loader import SteadyLoader
 from cdm_lightning.data.mixture import MixedPrompts
 from cdm_lightning.data.prompts import Prompts
@@ -83,18 +91,40 @@ class PromptDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Return the endless loader of training batches. It begins with the batch of iteration `trainer.global_step`."""
+        batches = self._batches(cast(L.Trainer, self.trainer).global_step)
+        return self._loader(DrawnPrompts(self.train, self.images), batches, self.num_workers)
+
+    def coming(self, iteration: int, count: int, parts: int = 1) -> list[list[str]]:
+        """Return the prompts of this process's batches of `count` iterations, from `iteration` on.
+
+        Iterations whose rollouts are computed together are never separated, so these can be more iterations. Each batch
+        is split into at most `parts` parts, as `PromptBatch.split` splits it.
+        """
+        groups = self.groups or (lambda number: range(number, number + 1))
+        last = iteration + count - 1
+        texts = []
+        for number in range(groups(iteration).start, groups(last).stop):
+            prompts = [self.train[draw.prompt] for draw in self._all_batches.batch(number)]
+            texts += [prompts[span] for span in spans(len(prompts), parts)]
+        return texts
+
+    @cached_property
+    def _all_batches(self) -> EndlessBatches:
+        return self._batches(0)
+
+    def _batches(self, start: int) -> EndlessBatches:
+        """Return this process's training batches, from the one of iteration `start` on."""
         trainer = cast(L.Trainer, self.trainer)
-        batches = EndlessBatches(
+        return EndlessBatches(
             len(self.train),
             self.batch_size,
             self.seed,
-            start=trainer.global_step,
+            start=start,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
             order=self.train.order(self.seed),
             groups=self.groups,
         )
-        return self._loader(DrawnPrompts(self.train, self.images), batches, self.num_workers)
 
     def val_dataloader(self) -> DataLoader:
         """Return the loader of this rank's validation prompts, in the order of `val`.

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cdm_lightning.backbones.base import Conditioning
+from cdm_lightning.backbones.base import Conditioning, select_rows
+from cdm_lightning.core.transfer import send
 from cdm_lightning.data.text_shards import (
     COMMAND,
     DTYPES,
@@ -27,7 +28,7 @@ from cdm_lightning.data.text_shards import (
     shard_paths,
 )
 from cdm_lightning.errors import UserError
-from cdm_lightning.kinds import BatchSize, CountOrNone, DtypeName, FolderToRead, Megabytes, Positive
+from cdm_lightning.kinds import BatchSize, Count, CountOrNone, DtypeName, FolderToRead, Megabytes, Positive
 
 SHOWN = 60  # the number of characters of a prompt that a message shows
 
@@ -45,6 +46,9 @@ class TextCacheSettings:
     and that their encodings take at most `remember_megabytes` MB. `check_up_to` and `remember_up_to` are compared
     with the number of prompts, in which a repeated prompt counts each time.
 
+    If `folder` is None and `encode_ahead` is a number, the prompts of this number of iterations are encoded together.
+    The text encoders then rest in host memory until the next of these times (`data.text_ahead.TextAhead`).
+
     Raises `UserError` for a value out of its range.
     """
 
@@ -55,8 +59,11 @@ class TextCacheSettings:
     check_up_to: CountOrNone = 1_000_000
     remember_up_to: CountOrNone = 20_000
     remember_megabytes: Megabytes = 256
+    encode_ahead: Count | None = None
 
     def __post_init__(self) -> None:
+        if self.encode_ahead is not None and self.encode_ahead < 1:
+            raise UserError(f"text_cache.encode_ahead={self.encode_ahead} must be at least 1, or null")
         if self.dtype not in DTYPES:
             raise UserError(f"text_cache.dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
         if self.batch_size < 1 or self.shard_megabytes <= 0:
@@ -119,13 +126,12 @@ class StoredText:
         distinct = list(dict.fromkeys(prompts))
         rows = [self._unconditional if prompt == "" else self._row(prompt) for prompt in distinct]
         cond = {
-            name: torch.stack([row[name] for row in rows]).to(self.device).to(self.manifest.given(name))
+            name: send(torch.stack([row[name] for row in rows]), self.device).to(self.manifest.given(name))
             for name in self.manifest.tensors
         }
         if len(distinct) == len(prompts):
             return cond
-        which = torch.tensor([distinct.index(prompt) for prompt in prompts], device=self.device)
-        return {name: value.index_select(0, which) for name, value in cond.items()}
+        return select_rows(cond, torch.tensor([distinct.index(prompt) for prompt in prompts]))
 
     def require(self, sets: Mapping[str, Texts], check_up_to: int) -> None:
         """Raise `UserError` if the cache lacks the empty prompt or a prompt of `sets`.

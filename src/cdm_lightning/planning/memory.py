@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from cdm_lightning.planning.layout import Layout
 from cdm_lightning.planning.live import Timeline
 
-VALIDATION = "validation"  # the name of its phase
+VALIDATION, TEXT = "validation", "text encoding"  # the names of their phases
 MOST = 1_000_000  # the search for the largest batch stops here
 
 
@@ -57,6 +57,7 @@ class Sizes:
     of weights in a network's largest block, `outside_blocks` is the number of weights outside all blocks, and `compute`
     is the bytes of one weight in the compute dtype. The roles in `held_whole` are never sharded: LoRA adapters, and
     heads, which the objective builds itself. `validation` is None if the memory of validation is not counted.
+    `text_rests` says that the text encoders rest in host memory while they encode nothing (`text_cache.encode_ahead`).
     """
 
     networks: Mapping[str, float]
@@ -72,6 +73,7 @@ class Sizes:
     phases: Mapping[str, Timeline]
     held_whole: frozenset[str] = frozenset()
     validation: Validation | None = None
+    text_rests: bool = False
 
     def share(self, role: str, layout: Layout) -> float:
         """Return the share of the network `role` that each GPU holds between the network's calls.
@@ -91,7 +93,7 @@ def resting(sizes: Sizes, layout: Layout) -> dict[str, float]:
     return parts | {
         "tables of the networks": sum(size for role, size in sizes.buffers.items() if role not in layout.on_cpu),
         "optimizer states": sum(size * sizes.share(role, layout) for role, size in sizes.states.items()),
-        "text encoders": sizes.text,
+        "text encoders": 0.0 if sizes.text_rests else sizes.text,
         "image codec (VAE)": sizes.vae,
     }
 
@@ -110,7 +112,8 @@ def gathered(sizes: Sizes, layout: Layout) -> float:
 def phase_peaks(sizes: Sizes, layout: Layout, batch: int, accumulate: int = 1) -> dict[str, float]:
     """Return the peak bytes on a GPU in each phase of an iteration, in addition to the bytes that `resting` returns.
 
-    The phases are the rollout, each role's updates, the optimizer step, and validation if it is counted. Gradients are
+    The phases are the rollout, each role's updates, the optimizer step, the encoding of prompts if the text encoders
+    rest in host memory, and validation if it is counted. Gradients are
     included. `batch` is the number of samples on the GPU, which computes them in `accumulate` parts, one after another.
     """
     part, repeated = at_once(batch, accumulate), accumulate > 1
@@ -122,6 +125,8 @@ def phase_peaks(sizes: Sizes, layout: Layout, batch: int, accumulate: int = 1) -
     peaks["optimizer step"] = max(  # a network's gradients are dropped before the next network's are computed
         sizes.gradient_share(role, layout) * (size + sizes.step_copies[role]) for role, size in sizes.trained.items()
     )
+    if sizes.text_rests:
+        peaks[TEXT] = sizes.text
     if sizes.validation is not None:
         rollout = sizes.phases.get("rollout")
         peaks[VALIDATION] = sizes.validation.peak(rollout, batch, fixed) + gathered(sizes, layout)

@@ -5,7 +5,16 @@ from dataclasses import dataclass
 from cdm_lightning.planning.advice import Remedy
 from cdm_lightning.planning.layout import GPUs, Layout
 from cdm_lightning.planning.live import Timeline
-from cdm_lightning.planning.memory import VALIDATION, Sizes, checkpoint_bytes, gathered, phase_peaks, resting, total
+from cdm_lightning.planning.memory import (
+    TEXT,
+    VALIDATION,
+    Sizes,
+    checkpoint_bytes,
+    gathered,
+    phase_peaks,
+    resting,
+    total,
+)
 from cdm_lightning.planning.work import Work
 
 GB = 1e9
@@ -61,7 +70,7 @@ class Plan:
         """Return the bytes of gradients in a phase. Without a timeline, the phase is the optimizer step, and the largest role
         counts.
         """
-        if phase == VALIDATION:
+        if phase in (VALIDATION, TEXT):
             return 0.0
         if timeline is not None:
             return max(timeline.gradient, default=0.0) * self.sizes.gradient_share(phase, self.layout)
