@@ -254,7 +254,7 @@ def test_renderings_show_the_first_captions_in_turn() -> None:
 def test_renderings_refuse_what_they_cannot_draw() -> None:
     with pytest.raises(UserError, match="not a caption of the shapes set: 'a dog'"):
         list(ShapesRenderings(["a dog"], count=2))
-    with pytest.raises(UserError, match="captions=4 must be 1 to 3"):
+    with pytest.raises(UserError, match="captions=4 must be from 1 to 3"):
         ShapesRenderings(PROMPTS, captions=4)
 
 

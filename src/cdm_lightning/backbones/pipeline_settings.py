@@ -281,7 +281,7 @@ class PipelineSettings(Backbone):
 
     @classmethod
     def default_text_length(cls) -> int:
-        """Return the pipeline's default of `max_sequence_length`. If it has none, return the largest allowed number."""
+        """Return the pipeline's default of `max_sequence_length`, in tokens, or without a default the most tokens that it accepts."""
         length = cls.call_default("max_sequence_length")
         return cls.text_tokens.stop - 1 if length is None else length
 

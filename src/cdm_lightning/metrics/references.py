@@ -43,8 +43,8 @@ class ShapesRenderings:
     def __post_init__(self) -> None:
         if self.captions is not None and not 1 <= self.captions <= len(self.prompts):
             raise UserError(
-                f"the reference of a metric: captions={self.captions} must be 1 to {len(self.prompts)}, the number of prompts, or "
-                "null for all prompts"
+                f"the reference of a metric: captions={self.captions} must be from 1 to {len(self.prompts)} (there are "
+                f"{len(self.prompts)} prompts), or null for all of them"
             )
         for number in range(self.captions or len(self.prompts)):
             _ = scene_of(self.prompts[number])  # wrong prompts are refused now, and not only when the images are needed

@@ -20,7 +20,7 @@ from cdm_lightning.objectives.base import RolledOutSample, TermLosses
 
 @dataclass(frozen=True)
 class FirstStepAnchor:
-    """A loss that ties the student's first velocity to the teacher's first steps from the same noise.
+    """The loss of DP-DMD (arXiv:2602.03139): it ties the student's first velocity to the teacher's first steps from the same noise.
 
     The teacher starts from the noise of each sample's rollout and makes the first `followed` steps of a path of
     `teacher_steps` steps. They lead to a state z at sigma s. The teacher's guidance scale is `guidance_scale`; 1 means
@@ -29,7 +29,7 @@ class FirstStepAnchor:
     act at the first step of a rollout, except in rollouts of a single step.
 
     This loss costs, for each student update, `followed` calls of the teacher (twice as many with guidance), and a
-    forward and a backward pass of the student. The defaults are those of the authors' code for SD3.5-Medium. Raises
+    forward and a backward pass of the student. The defaults are those of the DP-DMD authors' code for SD3.5-Medium. Raises
     ValueError if `followed` is above `teacher_steps`.
     """
 

@@ -1,4 +1,4 @@
-"""The network calls, the floating-point operations and the hours of a run."""
+"""Estimates of a run's work: how often it calls each neural network, its floating-point operations, and its hours."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
