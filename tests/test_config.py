@@ -203,7 +203,11 @@ def test_unknown_overrides_are_one_line(tmp_path, override, message):
             "objective.cdm_input=x must be one of extrapolated, trajectory, renoised",
         ),
         ("backbone._target_=cdm_lightning.nothing.Nothing", "backbone", "cdm_lightning.nothing"),
-        ("optim.student.learning_rate.peak=???", "optim", "Missing mandatory value: optim.student.learning_rate.peak"),
+        (
+            "optim.student.learning_rate.peak=???",
+            "optim",
+            "optim.student.learning_rate.peak is required, but has no value; set",
+        ),
     ],
 )
 def test_keys_and_values_that_constructors_refuse_are_one_line(tmp_path, override, key, message):

@@ -187,7 +187,9 @@ def test_foreign_checkpoints(tmp_path):
 
 
 def test_metrics_without_their_weights(refused):
-    assert "Missing mandatory value: feature.clip.pretrained" in refused("callbacks=metrics", "metric=[clip_score]")
+    assert "feature.clip.pretrained is required, but has no value" in refused(
+        "callbacks=metrics", "metric=[clip_score]"
+    )
     missing = refused("callbacks=metrics", "metric=[clip_score]", "feature.clip.pretrained=/no/weights.pt")
     assert "/no/weights.pt" in missing
     other = refused("callbacks=metrics", "metric=[energy_distance]", "metric.energy_distance.feature=dots")

@@ -75,5 +75,7 @@ def test_bad_data_sets_are_refused_in_one_line(saved, tmp_path):
 def test_the_configuration_builds_a_data_set(saved, tmp_path):
     config = compose(["data=dataset", f"data.train.dataset={saved}", f"output_dir={tmp_path}"])
     assert len(build(config, "data").train) == 31
-    with pytest.raises(UserError, match=r"Missing mandatory value: data.train.dataset"):
+    with pytest.raises(
+        UserError, match=r"data.train.dataset is required, but has no value; set data.train.dataset=VALUE"
+    ):
         build(compose(["data=dataset", f"output_dir={tmp_path}"]), "data")

@@ -22,7 +22,7 @@ from cdm_lightning.callbacks.loggers import CSVLogger, GuardedLogger
 from cdm_lightning.ends import optional
 from cdm_lightning.ends.optional import may_fail
 from cdm_lightning.evaluation.ladder import LadderResult
-from cdm_lightning.evaluation.report import PICTURE, TABLE, save_report
+from cdm_lightning.evaluation.report import METRICS, PICTURE, TABLE, save_report
 from cdm_lightning.files import append_text, replacing, replacing_folder
 from cdm_lightning.module import CDMModule
 from cdm_lightning.run.record import record_start
@@ -226,6 +226,21 @@ def test_a_report_whose_files_cannot_be_written_is_a_warning(tmp_path, capsys):
     assert [path.is_file() for path in paths.values()] == [True, False, True, True]
     assert paths[PICTURE].read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().err.startswith(f"WARNING: {tmp_path / TABLE} could not be written")
+
+
+def test_a_report_leaves_pipes_and_links_in_its_place(tmp_path, capsys):
+    """An earlier version is deleted before the new one is written, but only if it is a file."""
+    result = LadderResult([{"sampler": "student", "loss": 1.0}], [], {"student": torch.rand(1, 3, 4, 4)}, ["a"], {}, {})
+    os.mkfifo(tmp_path / METRICS)
+    os.mkfifo(tmp_path / TABLE)
+    (tmp_path / "elsewhere.png").write_text("of an earlier evaluation")
+    (tmp_path / PICTURE).symlink_to("elsewhere.png")
+    paths = save_report(result, tmp_path)
+    assert paths[METRICS].is_fifo()
+    assert paths[TABLE].is_fifo()
+    assert paths[PICTURE].is_symlink()
+    assert (tmp_path / "elsewhere.png").read_bytes().startswith(b"\x89PNG")
+    assert "it exists and is not a regular file" in capsys.readouterr().err
 
 
 # ---- writers

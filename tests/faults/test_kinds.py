@@ -282,6 +282,32 @@ def test_what_comes_at_the_end_is_checked_before_the_first_step(refused, tmp_pat
     assert "metric.frechet_real.reference.count=1 must be a whole number of at least 2" in line
 
 
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["~data.val"], "data: the option val is missing; set it"),
+        (["~run_name"], "hydra.run.dir refers to the option run_name, which is missing; set run_name=VALUE"),
+        (["~checkpoint.folder"], "the option checkpoint.folder is required, but missing; set checkpoint.folder=VALUE"),
+        (
+            ["~trainer.devices"],
+            "strategy.devices=${trainer.devices} cannot be resolved (Interpolation key 'trainer.devices' not found)",
+        ),
+        (["hydra.run.dir=null"], "cannot apply hydra.run.dir=null: "),
+        (["hydra.run.dir=''"], "hydra.run.dir is empty; set a folder"),
+        (
+            ["optim.student.learning_rate.peak=???"],
+            "optim.student.learning_rate.peak is required, but has no value; set ",
+        ),
+        (["trainer.max_steps='3'"], "trainer.max_steps='3' must be a whole number"),
+    ],
+)
+def test_what_is_missing_or_misread_says_what_to_type(overrides, line, refused):
+    said = refused(*overrides)
+    assert line in said
+    assert "object_type" not in said
+    assert "full_key" not in said
+
+
 def test_objects_of_another_class(refused):
     assert "module._target_=builtins.dict gives a dict, but module must be a CDMModule" in refused(
         "module._target_=builtins.dict"

@@ -686,6 +686,29 @@ def test_hydra_s_own_copies_of_the_configuration_are_refused(name, arguments, be
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "password='%s",
+        'api_key="%s',
+        "+hub_token=[%s",
+        "hub_token=%s,other",
+        "+a.token={b: %s",
+        "token=%s#ü",
+        "~api_key='%s",
+    ],
+)
+def test_an_argument_that_cannot_be_read_is_masked(argument, begin, tmp_path, monkeypatch):
+    """The message shows the argument twice: as it is, and as it should be quoted."""
+    screen = begin()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train", "experiment=toy2d_cdm", argument % S])
+    with pytest.raises(SystemExit):
+        run_cli(lambda config: pytest.fail("the task began"), "train")
+    assert screen.getvalue().startswith("error: ")
+    assert S not in screen.getvalue()
+
+
 @pytest.mark.parametrize("error", [RuntimeError, UserError, KeyError, ValueError])
 def test_hydra_s_own_lines_are_masked(error, begin, monkeypatch, tmp_path):
     screen = begin()

@@ -73,6 +73,22 @@ def test_a_renamed_checkpoint_is_gone_on_from_and_gets_its_name_back(finished, t
 
 
 @pytest.mark.parametrize(
+    "names", [{1: 2, 2: 1}, {2: 3, 3: 2}, {1: 2, 2: 3, 3: 1}, {1: 3, 2: 1, 3: 2}, {1: 2, 2: 3, 3: 7}]
+)
+def test_checkpoints_with_exchanged_names_all_stay(finished, names):
+    folder = finished / "checkpoints"
+    for old in names:
+        rename(folder, old, 100 + old)
+    for old, new in names.items():
+        rename(folder, 100 + old, new)
+    start = IterationCheckpoint(folder).choose_start(read_checkpoint(checkpoints_in(folder)[0]).record["fingerprint"])
+    assert (start.iteration, start.path.name) == (3, "iteration_0000003")
+    assert named(folder) == {f"iteration_{number:07d}": number for number in (1, 2, 3)}
+    assert all(read_checkpoint(path).find_fault() is None for path in checkpoints_in(folder))
+    assert not list(folder.glob("unused_*"))
+
+
+@pytest.mark.parametrize(
     ("names", "expected"),
     [
         ({2: 9}, {1: 1, 2: 2, 3: 3}),  # an older one with the name of a newer one
@@ -152,6 +168,13 @@ def test_a_changed_checkpoint_folder_does_not_begin_anew(finished, toy_run, tmp_
     assert toy_run(f"checkpoint.folder={tmp_path / 'elsewhere'}", "trainer.max_steps=4").iteration == 4
     with pytest.raises(UserError, match=r"has checkpoints in .*elsewhere"):
         toy_run("trainer.max_steps=5")
+
+
+def test_nor_does_it_if_the_run_was_moved_as_well(finished, toy_run, tmp_path):
+    shutil.move(finished, tmp_path / "moved")
+    with pytest.raises(UserError, match=r"has checkpoints in .*moved/checkpoints .*iteration_0000003"):
+        toy_run(f"checkpoint.folder={tmp_path / 'elsewhere'}", folder="moved")
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_a_run_that_was_moved_or_copied_keeps_its_checkpoints(finished, toy_run, tmp_path):

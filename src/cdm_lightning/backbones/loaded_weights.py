@@ -4,7 +4,8 @@ diffusers and transformers fill missing weights with random numbers, and they dr
 for. The libraries only warn about either; here both are errors.
 """
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import diffusers
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_log
 
 from cdm_lightning.backbones.pipeline_folder import loading
 from cdm_lightning.backbones.whole_folder import AGAIN
@@ -31,12 +33,23 @@ def load_model(kind: type[Any], folder: Path, dtype: torch.dtype) -> Any:
     Raises `UserError` if the files in `folder` lack a weight, have a weight that config.json has no place for, or have
     a value that is not finite.
     """
-    with loading(folder):
+    with loading(folder), _without_report():
         model, report = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
     require_names(model, report["missing_keys"], report["unexpected_keys"], folder)
     for name, tensor in model.state_dict().items():
         require_finite(tensor, name, folder)
     return model
+
+
+@contextmanager
+def _without_report() -> Generator[None]:
+    """Keep transformers from printing its table of missing and unexpected weights: `require_names` says it in one line."""
+    shown = transformers_log.get_verbosity()
+    transformers_log.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_log.set_verbosity(shown)
 
 
 def require_names(model: nn.Module, missing: Iterable[str], unexpected: Iterable[str], folder: Path) -> None:

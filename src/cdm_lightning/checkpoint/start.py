@@ -70,15 +70,34 @@ def _put_in_order(start: StoredCheckpoint, say: Callable[[str], None]) -> Path:
     for path in checkpoints_in(folder):
         if path != chosen and recorded_iteration(path) > start.iteration:
             say(f"renamed: {set_aside(path)} (it can be deleted)")
-    wrong = [path for path in checkpoints_in(folder) if iteration_of(path) != recorded_iteration(path)]
-    for path in sorted(wrong, key=lambda path: path != chosen):  # the chosen one first
-        named = folder / NAME.format(recorded_iteration(path))
-        if named.exists() and path != chosen:  # a copy of another checkpoint
-            say(f"renamed: {set_aside(path)} (a copy of {named.name}; it can be deleted)")
-            continue
-        if named.exists():
-            say(f"renamed: {set_aside(named)} (it can be deleted)")
-        say(f"renamed: {path} to {named.name}, since it holds that iteration")
-        rename(path, named)
-        chosen = named if path == chosen else chosen
+    named: dict[Path, Path] = {}  # the right name of each iteration's checkpoint, and where it is
+    right = {path: folder / NAME.format(recorded_iteration(path)) for path in checkpoints_in(folder)}
+    for path in sorted(right, key=lambda path: (path != chosen, path != right[path])):
+        if right[path] in named:
+            say(
+                f"renamed: {set_aside(path)} (the checkpoint of iteration {iteration_of(right[path])} is another folder)"
+            )
+        else:
+            named[right[path]] = path
+    return _renamed({name: path for name, path in named.items() if name != path}, chosen, say)
+
+
+def _renamed(pending: dict[Path, Path], chosen: Path, say: Callable[[str], None]) -> Path:
+    """Give each checkpoint in `pending`, {right name: present path}, its right name. Return the new path of `chosen`.
+
+    Names may be exchanged among the checkpoints, so a name is only given once its present owner has left it. After a kill, the
+    records still say which checkpoint is which.
+    """
+    while pending:
+        name = next((name for name in pending if name not in pending.values()), None)
+        if name is None:  # each waits for another one: the first moves to a name that nobody has
+            waiting = next(iter(pending))
+            highest = max(map(iteration_of, checkpoints_in(chosen.parent)))
+            path, target = pending[waiting], chosen.parent / NAME.format(highest + 1)
+            pending[waiting] = target
+        else:
+            path, target = pending.pop(name), name
+            say(f"renamed: {path} to {target.name}, since it holds that iteration")
+        rename(path, target)
+        chosen = target if path == chosen else chosen
     return chosen

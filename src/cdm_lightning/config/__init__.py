@@ -25,8 +25,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cdm_lightning.config.arguments import check_arguments, with_texts
-from cdm_lightning.config.composition import composition_error
-from cdm_lightning.config.secrets import masked_command, masked_text
+from cdm_lightning.config.composition import composition_error, readable
+from cdm_lightning.config.secrets import masked_command, masked_message
 from cdm_lightning.config.sweep import job_folder
 from cdm_lightning.ends import signals
 from cdm_lightning.ends.streams import tolerant_streams
@@ -51,14 +51,8 @@ MOVED = {  # options that had another key before 2026-11-27: the old key and the
 }
 IN_RESOLVER = "UserError raised while resolving interpolation: "
 WRONG_ARGUMENTS = re.compile(r"unexpected keyword argument|required (positional|keyword-only) argument|multiple values")
-
-
-COMPOSITION = (
-    HydraException,
-    OmegaConfBaseException,
-    yaml.YAMLError,
-    UnicodeDecodeError,
-)  # the errors that a wrong file or override causes
+# the errors that a wrong file or override causes
+COMPOSITION = (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError)
 
 
 def conf_dir() -> Path:
@@ -159,7 +153,9 @@ def build_named(config: DictConfig, key: str) -> dict[str, Any]:
 
     `key` is the name of the group. Raises the errors of `build`.
     """
-    return {str(name): build(config, f"{key}.{name}") for name, node in (config[key] or {}).items() if node is not None}
+    return {
+        str(name): build(config, f"{key}.{name}") for name, node in (config.get(key) or {}).items() if node is not None
+    }
 
 
 def _instantiate(node: Any, key: str, **more: Any) -> Any:
@@ -295,6 +291,6 @@ def one_line(error: BaseException) -> str:
     text = composition_error(error) or str(error).partition("Config search path:")[0]
     if IN_RESOLVER in text:  # a mistake that a resolver of ours has found
         text = text.partition(IN_RESOLVER)[2].splitlines()[0]
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = readable(text)
     lines += [f"{old} is now {new}" for old, new in MOVED.items() if f"'{old}'" in text]
-    return masked_text(re.sub(r"([.:,]); ", r"\1 ", "; ".join(lines)))
+    return masked_message(re.sub(r"([.:,]); ", r"\1 ", "; ".join(lines)))

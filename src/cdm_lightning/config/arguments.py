@@ -75,8 +75,19 @@ def check_value(value: Any, hint: Any, where: str) -> None:
         problem = _problem_of_value(value, kinds)
     if problem is not None:
         shown = "null" if value is None else str(value)[:200]
+        if isinstance(value, str) and is_number(value):
+            shown = repr(value)  # otherwise '3' would look like the number 3, which is allowed
         because = f", but {problem}" if problem else ""
         raise UserError(f"{where}={shown} must be {told(kinds)}{because}{where_set(where)}")
+
+
+def is_number(text: str) -> bool:
+    """Return whether a string is the text of a number."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def with_texts(node: DictConfig) -> DictConfig:

@@ -12,13 +12,21 @@ from omegaconf import DictConfig, OmegaConf
 from cdm_lightning.files import read_text, write_text
 from cdm_lightning.terminal.secrets import masked, masked_command, masked_text
 
-__all__ = ("MaskSweep", "masked", "masked_command", "masked_text", "plain")
+__all__ = ("MaskSweep", "masked", "masked_command", "masked_message", "masked_text", "plain")
 SWEEP = "multirun.yaml"  # the file that Hydra writes at the start of a sweep
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
     """Return a configuration as nested dicts and lists, with references (`${...}`) resolved and secrets replaced by ***."""
     return masked(OmegaConf.to_container(config, resolve=True))
+
+
+def masked_message(text: str) -> str:
+    """Return a message with secrets replaced by ***, also if it quotes an argument of the command line, as Hydra's do."""
+    for argument, shown in zip(sys.argv[1:], masked_command(sys.argv[1:])):
+        if shown != argument:
+            text = text.replace(argument, shown)
+    return masked_text(text)
 
 
 class MaskSweep(Callback):
@@ -30,7 +38,14 @@ class MaskSweep(Callback):
     """
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Print an error and exit with status 2 if `hydra.output_subdir` is not null."""
+        """Print an error and exit with status 2 if `hydra.output_subdir` is not null, or `hydra.run.dir` is empty."""
+        if not str(config.hydra.run.dir).strip():  # otherwise the run would be written into the working folder
+            print(
+                "error: hydra.run.dir is empty; set a folder, or leave it out for outputs/RUN_NAME",
+                file=sys.stderr,
+                flush=True,
+            )
+            sys.exit(2)
         if config.hydra.output_subdir is not None:  # Hydra turns exceptions of callbacks into warnings, but not an exit
             subdir = masked_text(str(config.hydra.output_subdir))
             reason = "the run folder has its own config.yaml, with secrets masked; leave this option out"

@@ -29,16 +29,22 @@ OBJECTS = (  # groups that describe one object
 )
 FAMILIES = ("optim", "metric", "feature", "callbacks", "logger")  # groups that describe several objects by name
 GLOBAL = ("experiment", "debug", "metric")  # groups whose files set options of other groups
+READ_DIRECTLY = (  # options that commands read before they build an object
+    "checkpoint.folder",
+    "data.num_workers",
+    "strategy._target_",
+    "text_cache.folder",
+    "trainer.devices",
+    "trainer.limit_val_batches",
+    "trainer.max_steps",
+)
 NEEDED = ("optim",)  # those of which at least one object is required
 
 
 def check_config(config: DictConfig) -> None:
     """Raise `UserError` for the first option of a training configuration that is missing, is unknown or has a wrong value."""
     for key in (*TOP, *OBJECTS, *NEEDED):
-        if key not in config:
-            raise UserError(
-                f"the option {key} is required, but missing; set {key}=VALUE, or remove ~{key} from the command line"
-            )
+        _require(key, config)
     _check_packages(config)
     for key, kind in TOP.items():
         check_value(value_of(config, key, ""), kind, key)
@@ -53,6 +59,18 @@ def check_config(config: DictConfig) -> None:
         check_arguments(node, key)
     for key in FAMILIES:
         _check_family(value_of(config, key, "") if key in config else None, key)
+    for key in READ_DIRECTLY:
+        group, _, option = key.partition(".")
+        _require(option, config[group], key)
+
+
+def _require(option: str, node: DictConfig, key: str | None = None) -> None:
+    """Raise `UserError` if `node` has no such option. `key` is its dotted name (default: `option`)."""
+    if option not in node:
+        key = key or option
+        raise UserError(
+            f"the option {key} is required, but missing; set {key}=VALUE, or remove ~{key} from the command line"
+        )
 
 
 def _check_packages(config: DictConfig) -> None:

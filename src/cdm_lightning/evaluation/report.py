@@ -10,7 +10,7 @@ from pathlib import Path
 from cdm_lightning.ends.optional import may_fail
 from cdm_lightning.evaluation.ladder import LadderResult, Row
 from cdm_lightning.evaluation.pictures import picture
-from cdm_lightning.files import replacing
+from cdm_lightning.files import replacing, require_replaceable
 
 METRICS, TABLE, SCORES, PICTURE = "metrics.json", "table.md", "scores.csv", "samples.png"
 FORMATS = {"seconds_per_image": "{:.4f}"}  # other figures: see `_cell`
@@ -101,7 +101,7 @@ def save_report(result: LadderResult, folder: str | Path) -> dict[str, Path]:
     for name, text in texts.items():
         with may_fail(paths[name]):
             folder.mkdir(parents=True, exist_ok=True)
-            paths[name].unlink(missing_ok=True)
+            require_replaceable(paths[name]).unlink(missing_ok=True)
             with replacing(paths[name]) as path:
                 path.write_bytes(text)
     return paths

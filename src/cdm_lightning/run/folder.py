@@ -178,9 +178,10 @@ def checkpoint_folder(run: Run, config: Mapping[str, Any]) -> Path:
         return folder
     options = saved.get("checkpoint")
     earlier = Path(str(options.get("folder"))) if isinstance(options, Mapping) else folder
-    is_moved = earlier.is_relative_to(str(saved.get("output_dir"))) and (
-        earlier.relative_to(str(saved.get("output_dir"))) == _relative(folder, run.folder)
-    )  # the whole run was moved to another folder, together with its checkpoints
+    inner = _relative(earlier, Path(str(saved.get("output_dir"))))  # in the run's folder, which may have moved since
+    if inner is not None and checkpoints_in(run.folder / inner):
+        earlier = run.folder / inner
+    is_moved = inner is not None and inner == _relative(folder, run.folder)  # together with its checkpoints
     if not is_moved and earlier.resolve() != folder.resolve() and (old := checkpoints_in(earlier)):
         raise UserError(
             f"checkpoint.folder={folder} is empty, but the run {run.folder} has checkpoints in {earlier} (the last is "
