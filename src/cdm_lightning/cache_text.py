@@ -219,8 +219,9 @@ def encode_batch(backbone: "Backbone", batch: Sequence[str], manifest: "Manifest
 def callback_prompts(node: DictConfig | None) -> "Iterator[Texts]":
     """Yield the prompts of each callback that makes images of its own prompts.
 
-    `node` is the group `callbacks` of the configuration. Such a callback has a mapping with a `_target_` as the value
-    of a key `prompts`, at any depth in `node`. The object that this mapping describes is built and yielded.
+    `node` is the group `callbacks` of the configuration. A callback sets its own prompts with a key `prompts` whose
+    value is a mapping with a `_target_`. The key may also be in a mapping inside the callback's options. The object
+    that the mapping describes is built and yielded.
     """
     for key, child in (node or {}).items():
         if isinstance(child, DictConfig):

@@ -1,4 +1,4 @@
-"""The dtype of a network's weights."""
+"""Find the dtype of a network's weights."""
 
 from typing import cast
 

@@ -59,7 +59,7 @@ def require_settings(folder: Path, parts: Mapping[str, str]) -> None:
     """Raise `UserError` unless the pipeline folder `folder` has a valid subfolder for each part in `parts`.
 
     `parts` is {part: name of its class}. A valid subfolder has the part's name and contains the part's configuration
-    file. Each of its JSON files can be read and passes `require_few_layers`.
+    file. Every JSON file in the subfolder can be read and passes `require_few_layers`.
     """
     for part, class_name in parts.items():
         place, needed = folder / part, SETTINGS[kind_of(class_name)]
@@ -123,7 +123,7 @@ def is_filled(file: Path) -> bool:
 
 
 def require_weights(folder: Path) -> None:
-    """Raise `UserError` unless a model's folder has its weights as intact safetensors files.
+    """Raise `UserError` unless `folder`, the folder of a model, holds the model's weights as intact safetensors files.
 
     If the folder has a shard index, all files that the index names are required.
     """

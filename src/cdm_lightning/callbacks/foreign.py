@@ -1,4 +1,4 @@
-"""Callbacks and loggers of other libraries: checks before training, and error messages.
+"""Check callbacks and loggers of other libraries before training, and turn their errors into messages for the user.
 
 The messages name the callback or logger by its option, such as "callbacks.early_stopping".
 """
@@ -26,7 +26,9 @@ def named_parts(config: Mapping, key: str) -> list[str]:
 
 
 def all_known(callbacks: Iterable[L.Callback]) -> bool:
-    """Return whether all callbacks come from this package or Lightning. Only then is it known which figures they log."""
+    """Return whether all callbacks come from this package or Lightning. Only of these it is known which figures they
+    log.
+    """
     return all(type(callback).__module__.partition(".")[0] in (*LIBRARIES, "cdm_lightning") for callback in callbacks)
 
 
@@ -34,8 +36,8 @@ def check_monitors(callbacks: Mapping[str, L.Callback], logged: Collection[str],
     """Raise `UserError` if the attribute `monitor` of a callback names a figure that is never logged.
 
     The keys of `callbacks` are options such as "callbacks.early_stopping". `logged` holds the names of the figures that
-    validation logs. `roles` holds the names of the trained networks. Training logs figures whose names begin with one
-    of them, such as "student/loss".
+    validation logs. `roles` holds the names of the trained networks. Figures of training are accepted too: those that
+    begin with a network's name, such as "student/loss", those that begin with "throughput/", and "step".
     """
     for option, callback in callbacks.items():
         monitor = getattr(callback, "monitor", None)
@@ -84,7 +86,7 @@ def failure_of(error: Exception, callbacks: Mapping[str, L.Callback]) -> UserErr
     The configuration is taken as the cause of each `MisconfigurationException` of Lightning. It is also taken as the
     cause if `error` was raised while one of Lightning's own callbacks in `callbacks` ran, unless code of this package
     raised it. The keys of `callbacks` are options such as "callbacks.early_stopping". The `UserError` names the option
-    of the callback that ran when `error` was raised. If none of them ran, it names the trainer.
+    of the callback that ran when `error` was raised. If no callback ran, it names the trainer.
     """
     misconfigured = isinstance(error, MisconfigurationException)
     inside = [frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__)]

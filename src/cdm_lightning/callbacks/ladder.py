@@ -35,9 +35,9 @@ class LadderReport(L.Callback):
 
     This callback prints a table of the metrics and writes metrics.json, table.md, scores.csv and samples.png into the
     run's folder. It exports the student to the pipeline folder `export_folder` in the run's folder, with a scheduler
-    for `export_nfe` steps. If the run's folder already holds the results for the last iteration with the same settings,
-    only their table is printed. Raises `UserError` before training if the export could not be written or a metric
-    cannot measure the images.
+    for `export_nfe` steps. If an earlier process has already evaluated and exported the student of the last iteration
+    with the same options, only the table of these results is printed. Raises `UserError` before training if the export
+    could not be written or a metric cannot measure the images.
     """
 
     def __init__(
@@ -61,7 +61,10 @@ class LadderReport(L.Callback):
             )
 
     def setup(self, trainer: L.Trainer, pl_module: "CDMModule", stage: str) -> None:
-        """Check the metrics and the image sizes, and rehearse the export. Raises `UserError` for the first mistake."""
+        """Check the metrics and the image sizes, and check that the small files of the export can be written.
+
+        Raises `UserError` for the first mistake.
+        """
         self.evaluation.check(self.metrics)
         check_samplers(self.evaluation.samplers, pl_module.backbone)
         if trainer.is_global_zero:
@@ -69,7 +72,7 @@ class LadderReport(L.Callback):
             rehearse_export(pl_module.backbone, run.folder / self.export_folder, self.export_nfe, run)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Let the metrics measure two made-up images before the first step. Raises `UserError` if one of them fails."""
+        """Let the metrics measure two made-up images before the first step. Raises `UserError` if a metric fails."""
         sizes = sizes_of(self.evaluation.samplers, pl_module.backbone)
         rehearse(self.metrics, sizes, [self.prompts[number] for number in (0, 1)], trainer.strategy.root_device)
 

@@ -86,7 +86,7 @@ class GuardedLogger(library.Logger):
             self._call("log_image", name, [picture], step=step)
 
     def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
-        """Call this method of the wrapped logger after a checkpoint was saved. Some loggers upload the checkpoint."""
+        """Call `after_save_checkpoint` of the wrapped logger. Some loggers then upload the saved checkpoint."""
         self._call("after_save_checkpoint", checkpoint_callback)
 
     def save(self) -> None:

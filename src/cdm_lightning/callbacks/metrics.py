@@ -1,4 +1,4 @@
-"""The metrics of a run, measured on the validation images during training."""
+"""The callback that measures the validation images during training with the metrics of the run."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,10 +34,10 @@ class ValidationMetrics(L.Callback):
         self._collected: dict[str, Collected] = {}
 
     def names(self, pl_module: "CDMModule") -> list[str]:
-        """Return "val/METRIC/SAMPLER" for each metric and sampler of the validation.
+        """Return a list with "val/METRIC/SAMPLER" for each metric and sampler of the validation.
 
-        The figure of a metric is logged under this name. A metric with several figures is an exception: each figure is
-        logged under a name "val/METRIC_FIGURE/SAMPLER", which is not in the result.
+        A metric with one figure logs it under this name. A metric with several figures logs each of them as
+        "val/METRIC_FIGURE/SAMPLER" instead. These longer names are not in the list.
         """
         return [f"val/{name}/{spec.name}" for name in self.metrics.metrics for spec in pl_module.samplers]
 
@@ -48,7 +48,7 @@ class ValidationMetrics(L.Callback):
             self.metrics.check_prompts(data.val, data.val_prompts)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Let the metrics measure made-up images before the first step. Raises `UserError` if one of them fails."""
+        """Let the metrics measure made-up images before the first step. Raises `UserError` if a metric fails."""
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, PromptDataModule) and trainer.limit_val_batches and pl_module.samplers:
             prompts = [data.val[number] for number in range(min(2, data.val_prompts))]

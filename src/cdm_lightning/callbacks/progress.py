@@ -19,7 +19,7 @@ class TrainingProgress(L.Callback):
     """Show the progress of training on stderr.
 
     A terminal shows a progress bar. If stderr is not a terminal, a line is printed every ten seconds. In both cases,
-    the figures of each validation are printed in one more line.
+    the figures of each validation are printed on a separate line.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class TrainingProgress(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: "CDMModule", outputs: object, batch: "PromptBatch", *_: object
     ) -> None:
-        """Count this iteration in the progress bar, and its prompts for the training speed.
+        """Advance the progress bar by one iteration, and count the prompts of `batch` for the training speed.
 
         The losses in the bar change only every `trainer.log_every_n_steps` iterations, because reading them waits for
         the device.

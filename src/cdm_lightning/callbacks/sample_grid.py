@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 class SampleGrid(L.Callback):
-    """After each validation, write a picture of its images, such as iteration_0000500.png after iteration 500.
+    """After each validation, write a picture of the validation images.
 
-    The pictures are written to `folder`, a folder in the run's folder. Each row shows the images of one of
-    `validation.samplers` (ways to make images, such as the student in 4 steps). Each column shows the images of one
-    prompt, for the first `num_prompts` validation prompts of the first process. Loggers that support pictures get the
-    picture too. Raises ValueError for `num_prompts` below 1.
+    The pictures are written to `folder`, a folder in the run's folder. The picture after iteration 500 has the name
+    iteration_0000500.png. Each row shows the images of one of `validation.samplers` (ways to make images, such as the
+    student in 4 steps). Each column shows the images of one prompt, for the first `num_prompts` validation prompts of
+    the first process. Loggers that support pictures get the picture too. Raises ValueError for `num_prompts` below 1.
     """
 
     def __init__(self, num_prompts: Pictures = 8, folder: FolderOfRun = "samples") -> None:

@@ -1,4 +1,4 @@
-"""The speed of a run, the time of each phase of an iteration, and the peak memory."""
+"""The callback that logs the speed of a run, the time of each phase of an iteration, and the peak memory."""
 
 import resource
 import sys

@@ -55,8 +55,8 @@ class Best:
     def read(self) -> dict[str, Any] | None:
         """Return {"metric": name, "value": float, "iteration": int} of the best checkpoint, or None.
 
-        None means that best.json does not exist, that it names another metric than `metric`, or that the checkpoint of
-        its iteration was deleted. Raises `UserError` if best.json is damaged.
+        None means that best.json does not exist, that the metric in best.json is not `metric`, or that the checkpoint
+        named in best.json was deleted. Raises `UserError` if best.json is damaged.
         """
         path, cure = self.folder / BEST, "remove it; the next validation writes it again"
         try:

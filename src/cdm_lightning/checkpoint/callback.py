@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 class IterationCheckpoint(Checkpoint):
     """Save a run to `folder` every `every` iterations, at the last iteration, and when a signal stops the run.
 
-    - The newest `keep` checkpoints are kept (None: all). The checkpoint with the smallest (`best_is="min"`) or largest
-      ("max") value of the validation metric `best` is kept in addition.
-    - A run resumes from the newest undamaged checkpoint in `folder`. If there is none, it starts from the attribute
-      `begin_with`, a checkpoint of another run (None: a fresh start). If the run resumes at an iteration whose
-      validation was due but not finished, this validation runs before training continues.
-    - The run ends with `UserError` if a weight is not finite (no such weights are saved), or if non-finite gradients
-      made it skip `max_skipped` updates of a network in a row. If `max_skipped` is None, there is no such limit.
+    - The newest `keep` checkpoints are kept, or all if `keep` is None. The checkpoint with the smallest
+      (`best_is="min"`) or largest ("max") value of the validation metric `best` is kept in addition.
+    - A run resumes from the newest undamaged checkpoint in `folder`. If `folder` has no checkpoint, the run starts from
+      the attribute `begin_with`, a checkpoint of another run, or afresh if this is None. If the run resumes at an
+      iteration whose validation was due but not finished, this validation runs before training continues.
+    - The run ends with `UserError` if a weight is not finite (such weights are not saved), or if it has skipped
+      `max_skipped` updates of a network in a row because of non-finite gradients (None: no limit).
     - If the disk fails, the run continues. Only a failure at the last iteration ends the run, with `UserError`.
     - If an error occurs between two iterations of a run with one process, the run is saved before it ends.
     """
@@ -78,7 +78,7 @@ class IterationCheckpoint(Checkpoint):
             self._start = self.choose_start(pl_module.fingerprint)
 
     def choose_start(self, fingerprint: str) -> StoredCheckpoint | None:
-        """Return the checkpoint to resume from, or None for a fresh start. `fingerprint` is that of the backbone."""
+        """Return the checkpoint to resume from, or None for a fresh start. `fingerprint` identifies the backbone."""
         return choose_start(self.folder, self.begin_with, fingerprint, say)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
@@ -115,7 +115,8 @@ class IterationCheckpoint(Checkpoint):
             make_up_validation(trainer, pl_module, start, say)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """From now on, let a signal save and stop the run only after the current iteration or validation batch."""
+        """From now on, if a signal comes, finish the current iteration or validation batch, save the run and stop it.
+        """
         signals.training()
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: "CDMModule", *_: object) -> None:

@@ -1,6 +1,6 @@
-"""An objective's own state in a checkpoint.
+"""Store an objective's own state in a checkpoint, and load it again.
 
-It consists of plain values and tensors. It is loaded only into an objective of the class that wrote it.
+The state consists of plain values and tensors. It is loaded only into an objective of the class that wrote it.
 """
 
 import io
@@ -45,8 +45,8 @@ def require_readable(objective: "Objective") -> None:
 def restore_objective(objective: "Objective", state: Mapping[str, Any]) -> str | None:
     """Load the objective's own state from `state`, the content of a checkpoint's trainer.pt (see `trainer_state`).
 
-    If an objective of another class wrote its state there, it is not loaded, and the result is a message about this for
-    the user. In all other cases the result is None.
+    A state that an objective of another class wrote is not loaded. In this case the result is a message about it for
+    the user, otherwise None.
     """
     stored, name = state.get("objective"), class_of(objective)  # older versions did not store it
     if not stored:

@@ -1,7 +1,7 @@
-"""The state of networks and optimizers in a checkpoint, as named tensors and plain values.
+"""Name the tensors and plain values of networks and optimizers for a checkpoint, and load them from it in place.
 
-The tensors are the run's own tensors, whole or sharded. They are written without a copy, and reading a checkpoint overwrites
-them in place.
+The tensors are the run's own tensors, whole or sharded. They are written without a copy, and reading a checkpoint
+overwrites them in place.
 """
 
 from collections.abc import Mapping

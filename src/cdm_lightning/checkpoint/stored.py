@@ -86,7 +86,7 @@ class StoredCheckpoint:
         """The configuration and the inputs of the run that wrote the checkpoint: {"config": ..., "inputs": ...}.
 
         "inputs" is a `run.inputs.Inputs`. The result is {} for a checkpoint of an older version. Raises `UserError` if
-        it cannot be read.
+        the file that stores them cannot be read.
         """
         path = self.path / ABOUT if self.path.is_dir() else self.path
         if self.path.is_dir():
@@ -117,7 +117,7 @@ class StoredCheckpoint:
         return sizes
 
     def fill(self, tensors: dict[str, Tensor]) -> None:
-        """Read this process's shards of `tensors` from the checkpoint, in place. All processes must call this."""
+        """Overwrite this process's shards of `tensors` with their values in the checkpoint. All processes call this."""
         load_tensors(tensors, self.files)
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:

@@ -30,10 +30,8 @@ def make_up_validation(
 ) -> None:
     """Run the validation at the iteration of `start` if it was due but not finished.
 
-    Lightning's validation loop runs it, as during training. `say` prints a line for the user.
-
-    A checkpoint is written before the validation of its iteration. A run that is killed after the checkpoint is written
-    therefore misses the validation.
+    A checkpoint is written before the validation of its iteration. A run that is killed in between therefore misses the
+    validation. It is run as during training, by Lightning's validation loop. `say` is called with a line for the user.
     """
     if not is_due(trainer, start):
         return

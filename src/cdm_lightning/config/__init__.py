@@ -1,8 +1,8 @@
 """Compose a configuration from its files, build objects from it, and report mistakes in one line.
 
-A configuration is a tree of mappings, called nodes. A node with a `_target_` describes an object: `_target_` names its class or
-function, and the other keys are the arguments. Only the commands read the configuration; all other code gets its values as
-arguments.
+A configuration is a tree of mappings, called nodes. A node with a `_target_` describes an object: `_target_` names its
+class or function, and the other keys are the arguments. Only the commands read the configuration. They pass its values
+to all other code as arguments.
 """
 
 import inspect
@@ -187,7 +187,7 @@ def _is_own(error: BaseException) -> bool:
 
 
 def parameters_of(target: str | None) -> Mapping[str, inspect.Parameter]:
-    """Return {name: parameter} of a class or function, given by its dotted name.
+    """Return {name: parameter} for the parameters of the class or function with the dotted name `target`.
 
     The result is empty if `target` is None or cannot be found.
     """

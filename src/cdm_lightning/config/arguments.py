@@ -117,9 +117,10 @@ def _write_texts(node: Any) -> None:
 
 
 def annotations_of(target: str | None) -> dict[str, Any]:
-    """Return {parameter: annotation} of a class or function, given by its dotted name. The key "**" stands for its **kwargs.
+    """Return {parameter: annotation} for the class or function with the dotted name `target`.
 
-    Annotations that cannot be read are left out. Building the object later reports the reason.
+    If it has a parameter such as `**kwargs`, the key "**" maps to the annotation of this parameter. Annotations that
+    cannot be read are left out. Building the object later reports the reason.
     """
     if target is None:
         return {}

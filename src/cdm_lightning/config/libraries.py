@@ -139,8 +139,8 @@ def options_of(target: str) -> dict[str, Any]:
 def instead_of(target: str | None, name: str) -> str | None:
     """Return what to set instead of the option `name` of the class `target`, for an error message.
 
-    `target` is a dotted name. Only some options of Lightning's `Trainer` and of optimizers must not be set. Returns
-    None for all other options.
+    `target` is a dotted name. Some options of Lightning's `Trainer` and of optimizers must not be set. Returns None for
+    every other option.
     """
     if target is None:
         return None

@@ -22,7 +22,10 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 
 def masked_message(text: str) -> str:
-    """Return a message with secrets replaced by ***, also if it quotes an argument of the command line, as Hydra's do."""
+    """Return a message with secrets replaced by ***.
+
+    This includes secrets in arguments of the command line that the message quotes, as the messages of Hydra do.
+    """
     for argument, shown in zip(sys.argv[1:], masked_command(sys.argv[1:])):
         if shown != argument:
             text = text.replace(argument, shown)
@@ -33,8 +36,8 @@ class MaskSweep(Callback):
     """A Hydra callback that keeps secrets out of the files that Hydra itself writes.
 
     It replaces secrets by *** in multirun.yaml, the file that Hydra writes for a sweep. It refuses the option
-    `hydra.output_subdir`, with which Hydra would write copies of the configuration before any callback can mask them,
-    and possibly outside the run's folder.
+    `hydra.output_subdir`. With this option, Hydra would write copies of the configuration before any callback can mask
+    their secrets. The copies could also be outside the run's folder.
     """
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -53,7 +56,7 @@ class MaskSweep(Callback):
             sys.exit(2)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Print an error and exit with status 2 if `hydra.output_subdir` of a sweep is not null."""
+        """Print an error and exit with status 2 in the cases in which `on_run_start` does."""
         self.on_run_start(config)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:

@@ -1,8 +1,8 @@
 """Rectified flow: noised samples x = (1 - sigma) x0 + sigma noise, and fields that predict the velocity `noise - x0`.
 
 Sigma runs from 1 (pure noise) to 0 (data). Shapes: B samples of shape * = (C, H, W); sigma is (B,) or 0-d. The function
-`move` follows a velocity in a straight line to another sigma. It makes Euler steps, x0 predictions (moves to sigma 0),
-and the points off the student's trajectory that CDM needs.
+`move` follows a velocity in a straight line to another sigma. It serves for Euler steps, for x0 predictions (moves to
+sigma 0), and for reaching the points off the student's trajectory that CDM needs.
 """
 
 from abc import ABC, abstractmethod
