@@ -26,8 +26,9 @@ def named_parts(config: Mapping, key: str) -> list[str]:
 
 
 def all_known(callbacks: Iterable[L.Callback]) -> bool:
-    """Return whether all callbacks come from this package or Lightning. Only of these it is known which figures they
-    log.
+    """Return whether all callbacks come from this package or Lightning.
+
+    For callbacks of other libraries, it is not known which figures they log.
     """
     return all(type(callback).__module__.partition(".")[0] in (*LIBRARIES, "cdm_lightning") for callback in callbacks)
 
