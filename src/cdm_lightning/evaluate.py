@@ -1,13 +1,14 @@
 """`python -m cdm_lightning.evaluate --model FOLDER ... --prompts FILE`: measure models on the same prompts and noise.
 
-Each `--model` is a run, a checkpoint, an exported student, or a pipeline folder or hub id, and is measured at each combination of
-its steps, guidance scales and shifts:
+Each `--model` is a run, a checkpoint, an exported student, a pipeline folder or a hub id. The words after it set
+numbers of steps, guidance scales and shifts. The model is measured at each combination of them, called a sampler:
 
   python -m cdm_lightning.evaluate --prompts prompts.txt --metric colour \\
       --model outputs/demo/student steps=1,2,4,8 --model TEACHER name=teacher steps=4,50 guidance=1,1.5
 
-The figures get 95 % intervals, and so do the differences to one of the samplers (combinations), by resampling the prompts. A
-command that was stopped goes on where it ended, if it is given again.
+One sampler is the baseline. The figures, and their differences from the baseline's figures, get 95 % confidence
+intervals, which are computed by resampling the prompts. If the command was stopped, run the same command again: it
+measures only the samplers that are missing.
 """
 
 import argparse
@@ -59,13 +60,14 @@ def evaluate(
     baseline: str | None = None,
     save_images: bool = False,
 ) -> "Evaluated":
-    """Measure all combinations of the models' steps, guidance and shifts, and write the results into the folder `output`.
+    """Measure the models at all their combinations of steps, guidance scale and shift, and write the results.
 
-    - `prompts`: the first `count` are used, or all if there are fewer.
-    - `metrics`: names of files in conf/metric; `options` are overrides such as "metric.fid.weights=FILE".
-    - `seed`: of the noise, which depends only on it and the prompt's index.
-    - `resamples`: of the prompts, for the intervals. `baseline`: the sampler to which the others are compared; None: the first.
-    - `save_images`: whether all images are written as PNG files, with a manifest.
+    Each combination is called a sampler. The results go to the folder `output`. The first `count` of `prompts` are used,
+    or all if there are fewer. `metrics` are names of files in conf/metric, and `options` are overrides such as
+    "metric.fid.weights=FILE". The noise of an image depends only on `seed` and the index of its prompt. The networks
+    compute on `device` in `dtype`. The confidence intervals are computed from `resamples` resamples of the prompts.
+    `baseline` is the name of the sampler to which the others are compared; None means the first one. With
+    `save_images`, all images are written as PNG files, with a manifest.
 
     Raises `UserError` for a model, prompt, metric or option that cannot be used, before any image is made.
     """
@@ -125,9 +127,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def read_model(words: Sequence[str]) -> "ModelGrid":
-    """Open the model that the words after --model name, and return it with its grid.
+    """Open a model, and return it with the steps, guidance scales and shifts at which it is measured.
 
-    Raises `UserError` for a word that cannot be used, and for a model that cannot be opened.
+    `words` are the words after the option --model: a folder, file or hub id, and settings such as "steps=1,2,4".
+    Raises `UserError` for a setting that cannot be used, and for a model that cannot be opened.
     """
     from cdm_lightning.evaluation.protocol import ModelGrid
     from cdm_lightning.run.models import open_sized
@@ -142,7 +145,11 @@ def read_model(words: Sequence[str]) -> "ModelGrid":
 
 
 def read_setting(folder: str, word: str) -> tuple[str, Any]:
-    """Return (key, values) for a word such as "steps=1,2,4" after `--model folder`. Raises `UserError` if it cannot be used."""
+    """Return the key and the values of a setting `word`: for "steps=1,2,4" they are "steps" and (1, 2, 4).
+
+    The value of the key "name" is one string. `folder` is the model's name for messages. Raises `UserError` if `word`
+    has an unknown key or a value that is not allowed.
+    """
     key, equals, values = word.partition("=")
     if key not in GRID or not equals:
         raise UserError(
@@ -157,7 +164,10 @@ def read_setting(folder: str, word: str) -> tuple[str, Any]:
 
 
 def read_prompts(file: str, count: int) -> list[str]:
-    """Return the first `count` prompts of a file, or of the bundled file of that name. Raises `UserError` if there is none."""
+    """Return the first `count` prompts of `file`, which is the path of a prompt file or the name of a bundled one.
+
+    Raises `UserError` if the file cannot be read or has no prompts.
+    """
     from cdm_lightning.data.prompts import PromptFile
 
     bundled = Path(asset_path("prompts")) / f"{file}.txt"
@@ -167,7 +177,10 @@ def read_prompts(file: str, count: int) -> list[str]:
 
 
 def run(options: argparse.Namespace) -> "Evaluated":
-    """Evaluate as the command line says. Raises `UserError` for a mistake, before any image is made."""
+    """Run the evaluation that the parsed command-line arguments `options` describe.
+
+    Raises `UserError` for a mistake, before any image is made.
+    """
     if Path(options.output).exists() and not Path(options.output).is_dir():
         raise UserError(f"--output {options.output} is a file; pass a folder")
     models = [read_model(words) for words in options.model]
@@ -189,7 +202,7 @@ def run(options: argparse.Namespace) -> "Evaluated":
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line. A mistake of the user gives one line on stderr and exit status 2."""
+    """Run the command. If the user made a mistake, print one line about it on stderr and exit with status 2."""
     quiet_libraries()
     with command("before the evaluation was complete"):
         found = run(parser().parse_args(arguments))

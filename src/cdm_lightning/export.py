@@ -138,7 +138,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line. A mistake of the user gives one line on stderr and exit status 2."""
+    """Run the command. If the user made a mistake, print one line about it on stderr and exit with status 2."""
     quiet_libraries()
     with command("before the student was written"):
         options = parser().parse_args(arguments)

@@ -1,1 +1,1 @@
-"""Runs with several processes: how they are started, how networks are distributed over them, how they communicate."""
+"""Start the processes of a run, distribute its networks over them, and let them communicate."""

@@ -31,7 +31,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def from_first(value: Any) -> Any:
-    """Return the value that the first process passes, in every process. All processes must call this."""
+    """Return to every process the value that the first process passes. All processes must call this."""
     if world_size() == 1:
         return value
     box = [value]

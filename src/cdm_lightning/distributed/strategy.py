@@ -1,8 +1,12 @@
-"""The ways to distribute a run: one process, whole networks in each process, shards, or several copies of sharded networks.
+"""Lightning strategies for a run with one process, and for a run that distributes its networks over several processes.
 
-With several processes the strategy is FSDP2 on a mesh (replicas, shards). W processes form the mesh (W, 1) for whole networks
-in each process (ddp), (1, W) for shards (fsdp2), and (R, W / R) for R copies of sharded networks (hsdp). Lightning calls the
-two dimensions of the mesh "data_parallel" and "tensor_parallel".
+With several processes the strategy is FSDP2 on a mesh (replicas, shards). W processes form one of these meshes:
+
+- (W, 1) if each process holds whole copies of the networks (strategy=ddp),
+- (1, W) if the networks are sharded over all processes (strategy=fsdp2),
+- (R, W / R) if each of R groups of processes shards its own copy of the networks (strategy=hsdp).
+
+Lightning calls the two dimensions of the mesh "data_parallel" and "tensor_parallel".
 """
 
 import os
@@ -80,9 +84,10 @@ class MeshStrategy(ModelParallelStrategy):
 def leave_in_place(strategy: Strategy) -> None:
     """Let a strategy of Lightning end a run without copying networks and optimizer states to host memory.
 
-    By default Lightning copies both after a run, and after an error. For SD3-Medium with all weights these are 57 GB, which the
-    host may not have, and an evaluation at the end of the run would copy the networks back. The optimizer states are freed
-    instead: all that is to be kept has been saved by then.
+    By default Lightning copies them at the end of each run. If all weights of SD3-Medium are trained, they take 57 GB,
+    which the host may not have. An evaluation after training would also have to copy the networks back.
+    After this call, the strategy frees the optimizer states and leaves the networks where they are. All checkpoints
+    have been written by then.
     """
 
     def teardown() -> None:

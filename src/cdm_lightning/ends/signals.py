@@ -141,7 +141,10 @@ def saved() -> None:
 
 
 def is_saved() -> bool:
-    """Return whether nothing is left to save: `saved` was called, or a signal came when all was saved already."""
+    """Return whether a signal has come and the run needs no further save.
+
+    It needs none if `saved` was called, or if everything was saved already when the signal came.
+    """
     return _state.saved
 
 
@@ -152,10 +155,11 @@ def is_asked() -> bool:
 
 @contextmanager
 def waiting() -> Generator[None]:
-    """Let the first signal raise `Preempted` inside the `with` block even in training, so that the block stops waiting.
+    """Let the first signal raise `Preempted` inside the `with` block even in training.
 
-    Use it only for a block between two iterations, because an iteration must not be interrupted. If a signal came
-    earlier in training, `Preempted` is raised before the block.
+    Use it for a block that waits, such as for the next batch, so that a signal ends the wait. The block must lie
+    between two iterations, because an iteration must not be interrupted. If a signal came earlier in training,
+    `Preempted` is raised before the block.
     """
     _state.is_waiting = True
     try:

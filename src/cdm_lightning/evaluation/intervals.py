@@ -38,11 +38,11 @@ class Interval:
 
 
 def interval(value: float, resampled: Sequence[float], is_biased: bool = False) -> Interval:
-    """Return the 95 % interval of a figure from the figures of its resamples: their percentiles.
+    """Return the 95 % interval of a figure `value`, between percentiles of `resampled`, the figure in each resample.
 
-    `is_biased` is for distances between distributions. A resample contains some prompts several times, which makes such
-    a distance larger, but hardly changes its spread. The percentiles are then moved so that the mean of the resamples is
-    `value`. Raises ValueError for fewer than 2 resamples.
+    With `is_biased`, both ends are moved by the difference between `value` and the mean of `resampled`. Use this for
+    distances between distributions: a resample contains some prompts several times, and therefore its distances are
+    larger, but their spread is about the same. Raises ValueError for fewer than 2 resamples.
     """
     if len(resampled) < 2:
         raise ValueError(f"an interval needs at least 2 resamples, got {len(resampled)}")
@@ -53,9 +53,10 @@ def interval(value: float, resampled: Sequence[float], is_biased: bool = False) 
 
 
 def resample(measured: MeasuredImages, rows: Sequence[int], copies: Sequence[int]) -> MeasuredImages:
-    """Return the measurements of the images with the numbers `rows`, which may repeat.
+    """Return a resample of `measured`: the measurements of the images at the positions `rows`, which may repeat.
 
-    `copies` are the numbers of the prompts whose several images (`MeasuredImages.copies`) are taken.
+    `MeasuredImages.copies` has the features of several images per prompt. It is resampled separately: `copies` holds
+    positions of its prompts, which may repeat.
     """
     chosen, prompts = torch.tensor(rows), torch.tensor(copies)
     return replace(
@@ -70,14 +71,21 @@ def resample(measured: MeasuredImages, rows: Sequence[int], copies: Sequence[int
 
 
 def named(name: str, found: float | Mapping[str, float] | None) -> Row:
-    """Return the figures of the metric `name` under the keys of a row: "NAME", or "NAME_FIGURE" if there are several."""
+    """Return the figures of the metric `name` as a row, a dict {key: figure}.
+
+    `found` is the metric's result. If it is one figure, the key is `name`. If it maps names to figures, each key is
+    "NAME_FIGURE". Figures that are None are left out.
+    """
     if isinstance(found, Mapping):
         return {f"{name}_{figure}": float(value) for figure, value in found.items() if value is not None}
     return {} if found is None else {name: float(found)}
 
 
 def is_quick(metric: Metric, measured: Mapping[str, MeasuredImages]) -> bool:
-    """Return whether the figures of `metric` can be computed for each resample: no features are wider than `WIDEST`."""
+    """Return whether `metric` is fast enough to be computed for each resample.
+
+    It is if none of its features in `measured` have more than `WIDEST` dimensions.
+    """
     wide = [
         name
         for images in measured.values()
@@ -90,9 +98,10 @@ def is_quick(metric: Metric, measured: Mapping[str, MeasuredImages]) -> bool:
 def resampled_figures(
     name: str, metric: Metric, measured: Mapping[str, MeasuredImages], resamples: int, seed: int
 ) -> list[dict[str, Row]]:
-    """Return the figures of the metric `name` in each resample, as {sampler: {figure: value}}.
+    """Return a list with one dict {sampler: {figure: value}} for each resample: the figures of the metric `name`.
 
-    All samplers in `measured` have images of the same prompts. A resample takes the same prompts from all of them.
+    `measured` maps names of samplers to their measurements. All samplers have images of the same prompts, and a
+    resample takes the same prompts from all of them. `seed` determines the resamples.
     """
     rng = stream(seed, f"resamples of {name}")
     size = min(len(images) for images in measured.values())
@@ -107,7 +116,7 @@ def resampled_figures(
 
 
 def values_of(drawn: Sequence[Mapping[str, Row]], sampler: str, figure: str) -> list[float] | None:
-    """Return a sampler's figure in each resample, or None if a resample does not have it."""
+    """Return a sampler's figure in each of the resamples `drawn`, or None if it is missing in one of them."""
     found = [one[sampler][figure] for one in drawn if figure in one[sampler]]
     return found if len(found) == len(drawn) else None
 
@@ -116,9 +125,9 @@ def values_of(drawn: Sequence[Mapping[str, Row]], sampler: str, figure: str) -> 
 class Comparison:
     """The intervals of an evaluation.
 
-    - `figures`: {sampler: {figure: interval}}.
-    - `differences`: {sampler: {figure: interval of its difference to the baseline's figure}}, without the baseline.
-    - `left_out`: the names of the metrics without intervals, because their features are too wide.
+    `figures` maps the name of each sampler to a dict {figure: interval}. `differences` does the same for the difference
+    between the sampler's figure and the baseline's, and has no entry for the baseline. `left_out` has the names of the
+    metrics for which no intervals were computed, because their features are too wide.
     """
 
     figures: dict[str, dict[str, Interval]]
@@ -134,10 +143,10 @@ def compare(
     seed: int = 0,
     progress: Callable[[str], None] = lambda metric: None,
 ) -> Comparison:
-    """Return the intervals of all figures of `samplers`, and of their differences to the sampler `baseline`.
+    """Return the intervals of all samplers' figures, and of their differences from the figures of sampler `baseline`.
 
-    All samplers must have measured images of the same prompts. `progress` is called with the name of each metric before its
-    resamples. Raises KeyError if `baseline` is not one of the samplers.
+    `samplers` maps names to measurements, which must be of images of the same prompts. `progress` is called with the
+    name of each metric before the metric's resamples are drawn. Raises KeyError if `baseline` is not in `samplers`.
     """
     figures: dict[str, dict[str, Interval]] = {sampler: {} for sampler in samplers}
     differences: dict[str, dict[str, Interval]] = {sampler: {} for sampler in samplers if sampler != baseline}

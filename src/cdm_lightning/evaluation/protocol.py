@@ -55,10 +55,12 @@ class Opened(Protocol):
 class ModelGrid:
     """A model and the combinations of steps, guidance scales and shifts at which it is measured.
 
-    - `model`: how the user names it: a path or a hub id. `opened`: the same model, opened.
-    - `name`: how the results call it; "" is the last part of `model`.
-    - `steps`: () is the number of steps that the model is made for. `guidance`: a scale of 1 is no guidance.
-    - `shift`: the factors of the timestep shift; None is the model family's own shift.
+    - `model`: the path or hub id that the user gave.
+    - `opened`: the opened model.
+    - `name`: the model's name in the results. With "" this is the last part of `model`.
+    - `steps`: numbers of steps. With () this is the number that the model is made for.
+    - `guidance`: guidance scales. A scale of 1 means no guidance.
+    - `shift`: factors of the timestep shift. None means the model family's own shift.
     """
 
     model: str
@@ -92,9 +94,9 @@ class Evaluated:
 
     @property
     def differences(self) -> list[Row]:
-        """A row for each sampler other than the baseline: the differences of its figures, as texts with their intervals.
+        """A row for each sampler except the baseline, with the differences between its figures and the baseline's.
 
-        A star marks an interval that does not contain 0.
+        Each difference is a text with the 95 % interval. A star marks an interval that does not contain 0.
         """
         return [
             {"sampler": sampler, **{figure: _starred(found) for figure, found in row.items()}}
@@ -113,10 +115,11 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is measured (`ladder`, `metrics`), where the results go (`output`), and on which device and in which dtype.
+    """An evaluation of several models, which are loaded one after another.
 
-    `settings` is everything else that determines the measurements, such as the configuration of the metrics. With `save_images`,
-    all images are written as PNG files.
+    `ladder` has the samplers, prompts and noise. `output` is the folder for the results. The networks compute on
+    `device` in `dtype`. `settings` is everything else that determines the measurements, such as the configuration of
+    `metrics`. With `save_images`, all images are written as PNG files.
     """
 
     ladder: LadderEvaluation

@@ -31,9 +31,9 @@ class SamplerSpec:
     """A way to make images: the network, the number of steps `nfe`, the guidance scale and the size in pixels.
 
     A guidance scale of 1 means no guidance. If `height` or `width` is None, the backbone's default is used. `shift` is
-    the factor of the timestep shift (`core.schedules.constant_shift`), and 1 gives uniform sigmas; None is the shift of
-    the model family, with which students are trained. Raises
-    `UserError` if `network` is neither "student" nor "teacher", or if `nfe` is below 1.
+    the factor of the timestep shift (see `core.schedules.constant_shift`). A factor of 1 gives uniform sigmas, and None
+    means the model family's own shift, with which students are trained. Raises `UserError` if `network` is neither
+    "student" nor "teacher", or if `nfe` is below 1.
     """
 
     name: Name

@@ -1,7 +1,8 @@
-"""The measurements of an evaluation on disk, so that an evaluation that was stopped goes on where it ended, and the images.
+"""Write the images of an evaluation, and its measurements, from which a stopped evaluation continues.
 
-Each sampler (a way to make images) has a safetensors file with its features and scores. Its header has a key, which depends on
-everything that determines the measurements. A file with another key is ignored and replaced.
+The measurements of each sampler (a way to make images) are a safetensors file with features and scores. The file's
+header contains a key, a hash of everything that determines the measurements. A file with another key is ignored and
+replaced.
 """
 
 import hashlib
@@ -27,18 +28,24 @@ MANIFEST = "manifest.jsonl"
 
 
 def key_of(settings: Mapping[str, Any]) -> str:
-    """Return a hash of everything that determines a sampler's measurements."""
+    """Return a hash of `settings`, which must hold everything that determines a sampler's measurements."""
     return hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 
 def file_name(text: str) -> str:
-    """Return a name for the files of the sampler `text`: its letters and digits, and a hash, because names may be similar."""
+    """Return a file name for the sampler with the name `text`: the name's letters and digits, and a hash of the name.
+
+    Without the hash, two samplers with similar names could have the same file.
+    """
     plain = "".join(letter if letter.isalnum() and letter.isascii() else "_" for letter in text)[:80]
     return f"{plain}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
 
 
 def save_measured(path: Path, result: SamplerResult, key: str) -> None:
-    """Write the measurements of a sampler, completely or not at all. Raises OSError if the disk fails."""
+    """Write the measurements of a sampler with their `key` (see `key_of`), completely or not at all.
+
+    Raises OSError if the disk fails.
+    """
     collected = result.collected
     tensors = {"shown": result.shown.contiguous(), "indices": torch.tensor(collected.indices)}
     for kind in LISTS:
@@ -54,7 +61,10 @@ def save_measured(path: Path, result: SamplerResult, key: str) -> None:
 
 
 def load_measured(path: Path, key: str, prompts: Sequence[str]) -> SamplerResult | None:
-    """Return the measurements in `path`, or None if there are none with this key. `prompts` are all prompts of the evaluation."""
+    """Return the measurements in the file `path`, or None if they cannot be read or have another key.
+
+    `prompts` are all prompts of the evaluation.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -80,10 +90,11 @@ def _order(name: str) -> tuple[str, int]:
 
 
 class ImageFiles:
-    """The images of an evaluation as PNG files in `folder`, with a line for each in manifest.jsonl.
+    """Writes the images of each sampler as PNG files into a subfolder of `folder`, with a manifest.jsonl.
 
-    The line has the model's name for this sampler, the prompt, its index, the seed of the noise, and the file. With it, programs
-    of another environment can score the images. Files that cannot be written give a warning.
+    The manifest has one line for each image: the sampler's name ("model"), the prompt, the prompt's index, the seed of
+    the noise, and the image's path inside `folder`. Other programs can read it to score the images. If a file cannot be
+    written, a warning is printed.
     """
 
     def __init__(self, folder: Path, prompts: Sequence[str], seed: int) -> None:
@@ -91,7 +102,7 @@ class ImageFiles:
         self._lines: dict[str, list[str]] = {}
 
     def add(self, sampler: str, images: Tensor, indices: Sequence[int]) -> None:
-        """Write a batch of images (B, 3, H, W) in [0, 1] of the sampler. `indices` are the indices of their prompts."""
+        """Write images (B, 3, H, W) in [0, 1] of the sampler `sampler`. `indices` are the indices of their prompts."""
         place = self.folder / file_name(sampler)
         for image, index in zip(images, indices, strict=True):
             path = place / f"{index:06d}.png"
@@ -104,7 +115,7 @@ class ImageFiles:
             self._lines.setdefault(sampler, []).append(line)
 
     def finish(self, sampler: str) -> None:
-        """Write the manifest of a sampler whose images are complete."""
+        """Write the manifest of the sampler named `sampler`. Call this after the last `add` for this sampler."""
         path = self.folder / file_name(sampler) / MANIFEST
         with may_fail(path), replacing(path) as temporary:
             temporary.write_text("\n".join(self._lines.pop(sampler, [])) + "\n", encoding="utf-8")

@@ -66,9 +66,10 @@ def export_pipeline(
 
 
 def rehearse_export(backbone: "Backbone", output: str | Path, nfe: int, run: Run) -> None:
-    """Find errors of a later `export_pipeline` before training: write everything except weights and copies, and delete it.
+    """Find errors of a later `export_pipeline` before training, by a trial export that is deleted again.
 
-    A full disk is no error here, because there may be space again after training. Raises UserError for an `output` or `nfe` that
+    The trial writes neither weights nor the parts that an export copies from the pretrained pipeline. A full disk is no
+    error here, because there may be space again after training. Raises UserError for an `output` or `nfe` that
     `export_pipeline` would refuse, and if a file cannot be written or the model card cannot be made.
     """
     output = Path(output)

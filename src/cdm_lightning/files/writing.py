@@ -16,8 +16,9 @@ from cdm_lightning.files.leftovers import OLD, hold, sweep, temporary_path
 def replacing(path: str | Path) -> Generator[Path]:
     """Yield a temporary path, to which the `with` block writes one file. After the block, this file replaces `path`.
 
-    A crash leaves either the old file or the complete new one. The mode of the old file is kept, and a link stays a
-    link. After an error inside the block, `path` is unchanged and the temporary file is deleted.
+    A crash leaves either the old file or the complete new one. The new file gets the mode of the old one. If
+    `path` is a link, the file to which it points is replaced. After an error inside the block, `path` is unchanged and
+    the temporary file is deleted.
 
     Raises OSError if the file cannot be written. If `path` exists and is not a regular file, OSError is raised before
     the block.
@@ -45,9 +46,9 @@ def replacing(path: str | Path) -> Generator[Path]:
 def replacing_folder(path: str | Path) -> Generator[Path]:
     """Yield a new empty folder, to be filled in the `with` block. After the block, it becomes the folder `path`.
 
-    An earlier folder at `path` is deleted then. Its mode is kept, and a link stays a link. After an error inside the
-    block, `path` is unchanged and the new folder is deleted. Before the block, `sweep(path)` deletes or moves back the
-    folders that killed writers left.
+    If there is an earlier folder at `path`, the new one gets its mode, and the earlier one is deleted. If `path` is a
+    link, the folder to which it points is replaced. After an error inside the block, `path` is unchanged and the new
+    folder is deleted. Before the block, `sweep(path)` deletes or moves back the folders that killed writers left.
 
     Raises OSError if the folder cannot be written, or if `path` exists and is not a folder.
     """
@@ -67,9 +68,10 @@ def replacing_folder(path: str | Path) -> Generator[Path]:
 
 @contextmanager
 def scratch_folder(path: str | Path) -> Generator[Path]:
-    """Yield a new empty folder next to `path`. It is deleted after the block, or by the next writer of `path` after a kill.
+    """Yield a new empty folder next to `path`. It is deleted after the `with` block.
 
-    Raises OSError if it cannot be made or written.
+    If the process is killed inside the block, the next `sweep(path)` deletes the folder. Raises OSError if the folder
+    cannot be made or written.
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
