@@ -1,8 +1,8 @@
 """Distributions of the sigmas at which losses call networks.
 
-A loss draws one sigma for each sample, noises the sample to this sigma and calls a network at it. All classes clamp the
-drawn sigmas to [low, high], as the code of CDM's authors does. With uniform draws and the bounds 0.02 and 0.98, for
-example, 2 % of the sigmas are `low` and 2 % are `high`.
+A loss draws one sigma for each sample, noises the sample to this sigma and calls a network on the noised sample. All
+classes clamp the drawn sigmas to [low, high], as the code of CDM's authors does. With uniform draws and the bounds 0.02
+and 0.98, for example, 2 % of the sigmas are `low` and 2 % are `high`.
 
 The option `space` of some classes says whether a draw still needs the model family's timestep shift ("before_shift") or
 counts as shifted already ("after_shift"). For SD3, the shift turns sigma s into 3 s / (1 + 2 s). With "before_shift",

@@ -86,9 +86,10 @@ class StepRandom:
 
     `slots` (B,) are the indices of the samples in the global batch. The numbers of a sample depend only on `seed`,
     `iteration`, `repeat`, the sample's slot, and the `purpose` that is passed to a method. Two draws with the same
-    `purpose` therefore give the same numbers, so every use of random numbers needs its own `purpose`. `repeat` is the
-    number of a network's update within the iteration (see `again`). The method `normal` returns numbers on `device`.
-    The other methods draw on the CPU, and `place` moves their numbers to `device`.
+    `purpose` therefore give the same numbers, so every use of random numbers needs its own `purpose`. If a network is
+    updated several times in the iteration, `repeat` is the index of the update, counted from 0 (see `again`). The
+    method `normal` returns numbers on `device`. The other methods draw on the CPU, and `place` moves their numbers to
+    `device`.
     """
 
     def __init__(

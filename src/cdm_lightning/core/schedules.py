@@ -40,9 +40,10 @@ class SigmaSchedule(Protocol):
 class RandomSchedule:
     """CDM's dynamic continuous schedule (arXiv:2605.06376): a random number of steps K at random sigmas.
 
-    K is drawn from `length`. The first sigma of a sample is 1 and the last is 0. The K - 1 sigmas between them are
-    drawn from U(sigma_min, sigma_max) and sorted. With `stratified`, the interval from `sigma_min` to `sigma_max` is
-    cut into K - 1 equal parts and one sigma is drawn from each part, as in LightX2V's code of CDM.
+    `length` is the distribution from which K is drawn. The first sigma of a sample is 1 and the last is 0. The K - 1
+    sigmas between them are drawn from U(sigma_min, sigma_max) and sorted. With `stratified`, the interval from
+    `sigma_min` to `sigma_max` is cut into K - 1 equal parts and one sigma is drawn from each part, as in LightX2V's
+    code of CDM.
 
     The defaults are the published values for SD3-Medium. CDM's authors draw one set of sigmas for all samples of a
     process; here each sample has a set of its own.
@@ -80,7 +81,7 @@ class RandomSchedule:
 class FixedSchedule:
     """The same sigmas in every rollout, as in DMD. The default is CDM's 4-step inference schedule (arXiv:2605.06376).
 
-    `sigmas` are the sigmas at which the steps begin. The end of the last step, 0, is added to them.
+    `sigmas` are the sigmas at which the K steps begin. `sample` appends a 0 to them, at which the last step ends.
     """
 
     sigmas: Annotated[Sequence[Sigma], NotEmpty] = (1.0, 0.75, 0.5, 0.25)

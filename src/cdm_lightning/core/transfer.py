@@ -42,9 +42,10 @@ class Fetched:
 
 
 def to_host(values: Tensor) -> Tensor:
-    """Return a copy in host memory of values on a GPU, in pinned memory, from which `send` copies without a wait.
+    """Return a copy of the GPU tensor `values` in pinned host memory.
 
-    The host waits until the copy is complete. Values on the CPU are returned unchanged.
+    The host waits until the copy is complete. Because the copy is pinned, `send` can later copy it to a GPU without
+    making the host wait. A tensor on the CPU is returned unchanged.
     """
     if values.device.type == "cpu":
         return values
@@ -52,10 +53,11 @@ def to_host(values: Tensor) -> Tensor:
 
 
 class Resting:
-    """Frozen modules whose weights and buffers rest in host memory, and are on their device only inside `on_device`.
+    """Keeps the weights and buffers of frozen modules in host memory, except inside the context manager `on_device`.
 
-    They must be on their device at first. The host's copies are made once, in pinned memory, and kept: the weights do
-    not change, so that nothing is copied back. The memory of the host that is taken is that of the modules.
+    When this object is made, the modules must be on the device on which they compute. They are copied to pinned host
+    memory when the first `on_device` block ends. Each later block copies them to the device when it begins, and copies
+    nothing back when it ends, because the weights have not changed.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
@@ -65,7 +67,7 @@ class Resting:
 
     @contextmanager
     def on_device(self) -> Generator[None]:
-        """Put the modules onto their device inside the block."""
+        """Return a context manager. Inside its `with` block, the modules are on their device."""
         if self._copies and self._device is not None:
             self._replace(lambda value: value.to(self._device, non_blocking=True))
         try:

@@ -1,6 +1,6 @@
-"""The prompts of each training batch.
+"""Choose the prompts of each training and validation batch.
 
-They are a function of (seed, iteration), so a resumed run needs no saved position.
+The prompts of a training batch are a function of (seed, iteration), so a resumed run needs no saved position.
 """
 
 from collections.abc import Callable, Iterator
@@ -64,7 +64,7 @@ def spans(size: int, count: int) -> list[slice]:
 
 
 class Draw(NamedTuple):
-    """A request for prompt number `prompt` in batch number `batch`. `key` seeds the prompt's random numbers."""
+    """A request to load prompt number `prompt` for batch number `batch`. `key` seeds the prompt's random numbers."""
 
     prompt: int
     key: int

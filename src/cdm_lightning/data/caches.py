@@ -22,12 +22,12 @@ def use_text_cache(
 ) -> None:
     """Let the backbone of `module` take the text conditioning of prompts from the cache in `settings.folder`.
 
-    If `settings.folder` is None, the backbone encodes the prompts: those of several iterations at once with
-    `settings.encode_ahead`. Without that, the encodings of the run's prompts are kept in memory if they are within the
-    limits that `TextCacheSettings` explains. The run's prompts are those of `data` and
-    those for which `callbacks` make images.
+    If `settings.folder` is None, the backbone encodes the prompts itself. With `settings.encode_ahead`, it encodes the
+    prompts of several iterations together. Without `settings.encode_ahead`, it keeps the encodings of the run's prompts
+    in memory, within the limits that `TextCacheSettings` explains. The run's prompts are those of `data` and those for
+    which `callbacks` make images.
 
-    Raises `UserError` if the cache in the folder was made by other text encoders. If the run has at most
+    Raises `UserError` if the cache in `settings.folder` was made by other text encoders. If the run has at most
     `settings.check_up_to` prompts, `UserError` is also raised if the cache lacks one of them.
     """
     backbone = module.backbone

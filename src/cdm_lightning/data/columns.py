@@ -100,7 +100,7 @@ def open_columns(
 
 
 def check_column(path: Path, field: str, pyarrow: ModuleType) -> None:
-    """Raise `UserError` unless `path` is a readable parquet file with exactly one column `field`.
+    """Raise `UserError` unless `path` is a readable parquet file that has the column `field` exactly once.
 
     The column must contain strings. `pyarrow` is the imported library.
     """

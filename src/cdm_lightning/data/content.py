@@ -1,4 +1,8 @@
-"""Recognise files in other formats, such as JSON or CSV, before they are read as one prompt on each line."""
+"""Check the content of prompt files before the prompts are read.
+
+A file that is to be read as one prompt on each line must not have the content of another format, such as JSON or CSV.
+In a table, each quoted cell must end with a quotation mark.
+"""
 
 import csv
 import json

@@ -95,10 +95,11 @@ class PromptDataModule(L.LightningDataModule):
         return self._loader(DrawnPrompts(self.train, self.images), batches, self.num_workers)
 
     def coming(self, iteration: int, count: int, parts: int = 1) -> list[list[str]]:
-        """Return the prompts of this process's batches of `count` iterations, from `iteration` on.
+        """Return the prompts of this process's training batches in `count` iterations, starting with `iteration`.
 
-        Iterations whose rollouts are computed together are never separated, so these can be more iterations. Each batch
-        is split into at most `parts` parts, as `PromptBatch.split` splits it.
+        If the rollouts of one of these iterations are computed together with those of other iterations, the batches of
+        the other iterations are included. Each batch is split into at most `parts` parts, as `PromptBatch.split` splits
+        it. The result has one list of prompts for each part, in the order of the iterations.
         """
         groups = self.groups or (lambda number: range(number, number + 1))
         last = iteration + count - 1

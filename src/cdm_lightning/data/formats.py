@@ -116,7 +116,7 @@ def delimited_texts(delimiter: str) -> Callable[[Sequence[Path], str, ModuleType
 
     The function takes (paths, field, pyarrow) and yields lists of the texts in the column `field`. The first line of
     each file must contain the names of the columns. The function raises `UserError` for a file that is not a table,
-    that has an unclosed quotation mark, or that does not have exactly one column `field`.
+    that has an unclosed quotation mark, or that does not have the column `field` exactly once.
     """
 
     def texts(paths: Sequence[Path], field: str, pyarrow: ModuleType) -> Iterator[list[str | None]]:

@@ -60,7 +60,10 @@ class StoredLatents:
         self._told = False
 
     def encode(self, images: Tensor) -> Tensor:
-        """Return the clean latents (B, C, h, w) in float32 of images (B, 3, H, W) in [0, 1], on the images' device."""
+        """Return the clean latents of `images`: (B, C, h, w), float32, on the device of `images`.
+
+        `images` are (B, 3, H, W) in [0, 1].
+        """
         pixels = (images.detach().float() * 255).round().to(torch.uint8).cpu()
         rows = [self._row(image, eight_bit) for image, eight_bit in zip(images, pixels)]
         return torch.stack(rows).to(images.device, torch.float32)

@@ -122,7 +122,7 @@ def as_rgb(image: "Image") -> "Image":
 
 
 class DrawnCaptions(PromptFile):
-    """A file of captions of the bundled shapes set (`data/shapes.py`). The real image of a caption is rendered.
+    """Captions of the bundled shapes set (`data/shapes.py`) in a file, with an image that is rendered for each caption.
 
     The image is a function of the caption, of the caption's number in the file, and of `seed`.
     """

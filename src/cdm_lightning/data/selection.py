@@ -20,7 +20,10 @@ KEY_BYTES = 16  # of a prompt's hash; the chance that two of 10 million prompts 
 
 
 class TextSource(Protocol):
-    """A source of texts, such as a file. Each text has a position, an int64 by which it is read without the others."""
+    """A source of texts, such as a file.
+
+    Each text has a position, an int64. `read` returns the text at a position without reading the other texts.
+    """
 
     def scan(self) -> Iterator[tuple[int, str]]:
         """Yield (position, text) for all texts in order. Raises `UserError` for a text that cannot be read."""

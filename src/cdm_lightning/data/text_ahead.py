@@ -1,6 +1,6 @@
 """Encode the prompts of several iterations at once, so that the text encoders can rest in host memory in between.
 
-This is for runs whose text encoders would take memory of the GPU that training needs, and which have no text cache.
+This is for runs without a text cache, if the training needs the GPU memory that the text encoders would take.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -23,16 +23,17 @@ class _Kept(NamedTuple):
 
 
 class TextAhead:
-    """A wrapper of the function `encode` that encodes the batches of the next iterations together and keeps the results.
+    """Calls the function `encode` for the batches of the next iterations in advance, and keeps the results.
 
-    - `coming()` returns the batches of prompts of the next iterations, each as `encode` will be asked for it.
+    - `coming()` returns the batches of the next iterations. Each batch contains the prompts that the training will pass
+      to one call of the method `encode`.
     - `encoders()` returns the text encoders. They are on their device only while prompts are encoded, and otherwise
       rest in host memory (`core.transfer.Resting`).
-    - `most_bytes` limits the results that are kept of batches that are not in `coming`, such as those of validation.
-      The result for the empty prompt is always kept.
+    - `most_bytes` limits the memory for the encodings of batches that `coming()` does not return, such as those of
+      validation. The encoding of the empty prompt is always kept.
 
-    Each batch is encoded on its own, as without this wrapper, so that the results are the same bit for bit. They are
-    kept in pinned host memory, and copied to the device when they are asked for, without a wait.
+    Each batch is encoded separately, as without this wrapper, so that the encodings are the same bit for bit. They are
+    kept in pinned host memory. The method `encode` copies them to the device without making the host wait.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class TextAhead:
         return {name: send(kept.values, self._device).to(kept.dtype) for name, kept in found.items()}
 
     def forget(self) -> None:
-        """Drop all encodings that are kept, after the text encoders have moved to another device."""
+        """Drop all encodings that are kept. Call this after the text encoders have moved to another device."""
         self._ahead, self._others, self._resting = {}, {}, None
 
     @torch.inference_mode(False)  # the first call may come from validation, in inference mode

@@ -42,12 +42,13 @@ class TextCacheSettings:
     `shard_megabytes` MB. If the run has at most `check_up_to` prompts, all of them are looked up in the cache
     before the training begins. Otherwise, the run ends with an error when it uses a prompt that the cache lacks.
 
-    If `folder` is None, the encodings are kept in memory, provided that the run has at most `remember_up_to` prompts
-    and that their encodings take at most `remember_megabytes` MB. `check_up_to` and `remember_up_to` are compared
-    with the number of prompts, in which a repeated prompt counts each time.
+    If `folder` and `encode_ahead` are None, the encodings are kept in memory, provided that the run has at most
+    `remember_up_to` prompts and that their encodings take at most `remember_megabytes` MB. `check_up_to` and
+    `remember_up_to` are compared with the number of prompts, in which a repeated prompt counts each time.
 
-    If `folder` is None and `encode_ahead` is a number, the prompts of this number of iterations are encoded together.
-    The text encoders then rest in host memory until the next of these times (`data.text_ahead.TextAhead`).
+    If `folder` is None and `encode_ahead` is a number n, the prompts of n iterations are encoded in advance. The
+    text encoders then rest in host memory until the prompts of the next n iterations are needed. The encodings of other
+    prompts, such as those of validation, are kept up to `remember_megabytes` MB (see `data.text_ahead.TextAhead`).
 
     Raises `UserError` for a value out of its range.
     """

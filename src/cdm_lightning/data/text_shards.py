@@ -220,9 +220,10 @@ def read_row(path: Path, manifest: Manifest, row: int) -> dict[str, Tensor]:
 
 @contextmanager
 def reading(path: Path) -> Generator[None]:
-    """Turn each error in the `with` block, except a `UserError`, into the `UserError` that `broken(path)` returns.
+    """Return a context manager for code that reads the shard `path`.
 
-    The block reads the shard `path`.
+    An error in its `with` block is raised as the `UserError` that `broken(path)` returns, unless the error is a
+    `UserError` already.
     """
     try:
         yield

@@ -35,7 +35,10 @@ IN_PAIRS = 0.84  # the scale of things side by side
 
 @dataclass(frozen=True)
 class Spot:
-    """Where `thing` stands on the canvas. Its foot is at the pixel (x, y); a unit of its `Sketch` is `scale` pixels."""
+    """The place of `thing` on the canvas. The thing's foot is at the pixel (x, y).
+
+    `scale` is the number of pixels for one unit of length of the thing's `Sketch`.
+    """
 
     thing: Thing
     x: float

@@ -160,7 +160,7 @@ def flower(s: Sketch, c: Colour) -> None:
 
 
 def mushroom(s: Sketch, c: Colour) -> None:
-    """Add to `s` the shapes of a mushroom: a cap of the colour `c` with pale dots on a pale stalk."""
+    """Add to `s` the shapes of a mushroom: a pale stalk, and a cap of the colour `c` with pale dots."""
     s.polygon([(-0.26, -0.9), (0.26, -0.9), (0.36, 0), (-0.36, 0)], CREAM)
     cap = [(0.95 * math.cos(a), -0.85 - 1.0 * math.sin(a)) for a in (k * math.pi / 16 for k in range(17))]
     s.polygon(cap, c)
@@ -216,7 +216,7 @@ def cup(s: Sketch, c: Colour) -> None:
 
 
 def butterfly(s: Sketch, c: Colour) -> None:
-    """Add to `s` the shapes of a flying butterfly: four wings of the colour `c` with dots, a body and two feelers."""
+    """Add to `s` the shapes of a flying butterfly: a body, two feelers, and four wings of the colour `c`."""
     for sign in (-1, 1):
         s.line([(0, -1.5), (sign * 0.3, -1.95)], DARK, 0.08)
         s.ellipse(sign * 0.46, -0.72, 0.36, 0.42, darker(c, 0.25))
