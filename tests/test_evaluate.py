@@ -260,6 +260,19 @@ def test_mistakes_are_one_line(arguments, expected, line, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_too_few_prompts_name_the_options_of_the_command(line, tmp_path: Path):
+    (tmp_path / "one.txt").write_text("a cat\n")
+    said = line(["--model", TINY, "--prompts", str(tmp_path / "one.txt")])
+    assert "--count=1 (prompts given: 1)" in said
+    said = line(["--model", TINY, "--prompts", "shapes_heldout", "--count", "6", "--metric", "shapes_diversity"])
+    assert "metric.diversity.prompts=32 is more than the 6 prompts" in said
+    assert "or raise --count" in said
+
+
+def test_results_do_not_go_into_a_model(line):
+    assert "pass another folder" in line(["--model", TINY, "--prompts", "shapes_heldout", "--output", TINY])
+
+
 def test_an_output_that_is_a_file_stays(line, tmp_path: Path):
     file = tmp_path / "notes.txt"
     file.write_text("mine")

@@ -26,6 +26,7 @@ from cdm_lightning.config import asset_path, command
 from cdm_lightning.errors import UserError
 from cdm_lightning.kinds import BatchSize, FileOrFolder, Guidance, Model, Name, Positive, Seed, Several, Steps
 from cdm_lightning.kinds.command_line import Parser, argument
+from cdm_lightning.run.folder import is_run
 from cdm_lightning.terminal.quiet import quiet_libraries
 
 if TYPE_CHECKING:  # these take seconds to import: --help and error messages should not wait for them
@@ -73,8 +74,7 @@ def evaluate(
     """
     from cdm_lightning.config import build_named, compose
     from cdm_lightning.distributed.devices import choose_device
-    from cdm_lightning.evaluation.ladder import LadderEvaluation
-    from cdm_lightning.evaluation.protocol import Evaluation, require_distinct
+    from cdm_lightning.evaluation.protocol import Evaluation, GridEvaluation, require_distinct
     from cdm_lightning.metrics.suite import MetricSuite
     from cdm_lightning.module import COMPUTE_DTYPES
 
@@ -87,7 +87,7 @@ def evaluate(
     names = [spec.name for spec in specs]
     if baseline is not None and baseline not in names:
         raise UserError(f"--baseline {baseline!r} must be one of the samplers: {', '.join(map(repr, names))}")
-    ladder = LadderEvaluation(prompts, specs, count=count, batch_size=batch_size, seed=seed)
+    ladder = GridEvaluation(prompts, specs, count=count, batch_size=batch_size, seed=seed)
     ladder.check(suite)
     settings = {name: config[name] for name in ("metric", "feature")}
     evaluation = Evaluation(ladder, suite, output, choose_device(device), COMPUTE_DTYPES[dtype], settings, save_images)
@@ -176,13 +176,20 @@ def read_prompts(file: str, count: int) -> list[str]:
     return [found[i] for i in range(min(count, len(found)))]
 
 
+def check_output(output: Path) -> None:
+    """Raise `UserError` if `output` is a file, or a run or pipeline, whose own files the results would replace."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output} is a file; pass a folder")
+    if is_run(output) or (output / "model_index.json").exists():
+        raise UserError(f"--output {output} holds a run or a model; pass another folder, such as {output}/evaluation")
+
+
 def run(options: argparse.Namespace) -> "Evaluated":
     """Run the evaluation that the parsed command-line arguments `options` describe.
 
     Raises `UserError` for a mistake, before any image is made.
     """
-    if Path(options.output).exists() and not Path(options.output).is_dir():
-        raise UserError(f"--output {options.output} is a file; pass a folder")
+    check_output(Path(options.output))
     models = [read_model(words) for words in options.model]
     return evaluate(
         models,

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +91,8 @@ class LadderEvaluation:
     `UserError` for samplers of the same name and for numbers out of range.
     """
 
+    OPTIONS: ClassVar[str] = "callbacks.ladder.evaluation."  # what messages put before the name of an option
+
     prompts: Sequence[str]
     samplers: Annotated[Sequence[SamplerSpec], NotEmpty] = STEPS
     real_images: MakeImages | None = None
@@ -103,13 +105,13 @@ class LadderEvaluation:
         names = [spec.name for spec in self.samplers]
         if len(set(names)) < len(names):
             raise UserError(
-                f"callbacks.ladder.evaluation.samplers: two of the samplers {', '.join(names)} have the same name; rename one"
+                f"{self.OPTIONS}samplers: two of the samplers {', '.join(names)} have the same name; rename one"
             )
         count = len(self.prompts) if self.count is None else min(self.count, len(self.prompts))
         object.__setattr__(self, "count", count)
         if self.size < 2 or self.batch_size < 1 or self.shown < 1 or not names:
             raise UserError(
-                f"callbacks.ladder.evaluation has count={self.count} (prompts given: {len(self.prompts)}), "
+                f"{self.OPTIONS}count={self.count} (prompts given: {len(self.prompts)}), "
                 f"batch_size={self.batch_size}, shown={self.shown} and {len(names)} samplers; set count to at least 2, "
                 "batch_size and shown to at least 1, and give at least 1 sampler"
             )
@@ -136,7 +138,7 @@ class LadderEvaluation:
             if metric.copies is not None and metric.copies.prompts > self.size:
                 raise UserError(
                     f"metric.{name}.prompts={metric.copies.prompts} is more than the {self.count} prompts of the evaluation; reduce "
-                    "it, or raise callbacks.ladder.evaluation.count"
+                    f"it, or raise {self.OPTIONS}count"
                 )
 
     def run(

@@ -82,6 +82,12 @@ class ModelGrid:
         return made
 
 
+class GridEvaluation(LadderEvaluation):
+    """The evaluation of the command `evaluate`, whose messages name the options of its command line."""
+
+    OPTIONS = "--"
+
+
 @dataclass(frozen=True)
 class Evaluated:
     """The results of an evaluation: the figures (`ladder`), their intervals, and the folder with the files."""
