@@ -1,8 +1,8 @@
 """`python -m cdm_lightning.pretrain experiment=NAME`: train small pipelines from scratch.
 
 NAME is `tiny_sd3_teacher` for the bundled 32-pixel pipeline, or `storybook_teacher` for the 64-pixel pipeline of the
-storybook scenes. The command runs in stages. A stage writes the prompts, or trains a network of the pipeline or a
-network that judges its images.
+storybook scenes. The command runs in stages. One stage writes the prompts. Each other stage trains a part of the
+pipeline, or a network that judges the pipeline's images.
 """
 
 import difflib
@@ -39,13 +39,13 @@ TOP: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Bundle:
-    """The options of the configuration for one pipeline, which is selected by `bundle=NAME`.
+    """The options that the configuration has for one pipeline. The option `bundle` selects the pipeline.
 
-    The attribute `stages` is the type of the configuration's option `stages`. `learned` names the stages that train a
-    network; each of them has the option group `recipe.STAGE`. Some options at the top of the configuration exist for
-    this pipeline only; `top` maps the name of such an option to the type of its value. `arguments` maps the name of an
-    option group to the name of a function in the package `pretraining`. The options of the group are arguments of this
-    function, and the function's annotations say which values are allowed.
+    The attribute `stages` is the type of the option `stages`. `learned` names the stages that train a network; for each
+    of these stages there is an option group `recipe.STAGE`. `top` maps the options at the top of the configuration that
+    only this pipeline has to the types of their values. `arguments` maps an option group to the name of a function in
+    the package `pretraining`. The options of the group are arguments of this function, and the function's annotations
+    say which values are allowed.
     """
 
     stages: Any
@@ -110,8 +110,8 @@ def pretrain(cfg: DictConfig) -> Path:
 def make_tiny_sd3(cfg: DictConfig, recipe: Callable[[str], Any], output: Path, work: Path) -> None:
     """Run the stages in `cfg.stages` for the 32-pixel pipeline, and write the results into `output`.
 
-    The stages are prompts, vae, teacher, classifier and clip. `recipe` returns the training settings of a stage. The
-    states of unfinished stages are in `work`.
+    The stages are prompts, vae, teacher, classifier and clip. `recipe(stage)` returns the training settings of a stage.
+    Each training saves its state in the folder `work`, from which an interrupted training resumes.
     """
     from cdm_lightning.pretraining import prompts, scorers, teacher, tiny_sd3, vae
 
@@ -135,9 +135,9 @@ def make_tiny_sd3(cfg: DictConfig, recipe: Callable[[str], Any], output: Path, w
 def make_storybook(cfg: DictConfig, recipe: Callable[[str], Any], output: Path, work: Path) -> None:
     """Run the stages in `cfg.stages` for the 64-pixel pipeline, and write the results into `output`.
 
-    The stages are prompts, judge, vae and teacher. `recipe` returns the training settings of a stage. The states of
-    unfinished stages are in `work`. The results of `measure_judge` and `measure_vae` are written to
-    `storybook_judge.json` and `storybook_vae.json`.
+    The stages are prompts, judge, vae and teacher. `recipe(stage)` returns the training settings of a stage. Each
+    training saves its state in the folder `work`, from which an interrupted training resumes. The results of
+    `measure_judge` and `measure_vae` are written to `storybook_judge.json` and `storybook_vae.json`.
     """
     from cdm_lightning.pretraining import judge, storybook
 
@@ -194,7 +194,7 @@ def save_pipeline(pipeline: Any, folder: Path, halved: Sequence[Any]) -> None:
     """Write the pipeline into `folder` as diffusers does, completely or not at all.
 
     The networks in `halved` are converted to half precision, in place, to save space. diffusers converts them back to
-    float32 when it loads them. Text encoders must not be among them, because transformers would leave them in half
+    float32 when it loads them. `halved` must not contain text encoders, because transformers would leave them in half
     precision.
     """
     import torch

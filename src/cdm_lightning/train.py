@@ -143,7 +143,7 @@ def check_figures(
 
 
 def fit(trainer: L.Trainer, module: CDMModule, data: PromptDataModule, config: DictConfig, callbacks: Mapping) -> None:
-    """Train, and turn an exception whose cause is known into a `UserError`. The keys of `callbacks` are options."""
+    """Train, and turn an exception whose cause is known into a `UserError`. `callbacks` are all callbacks by option."""
     try:
         trainer.fit(module, data)
     except UserError:
@@ -159,7 +159,7 @@ def fit(trainer: L.Trainer, module: CDMModule, data: PromptDataModule, config: D
 
 
 def hidden_end(error: BaseException) -> Preempted | UserError | None:
-    """Return the `Preempted` or `UserError` that ended the training before its clean-up raised `error`, or None."""
+    """Return the `Preempted` or `UserError` during whose handling `error` was raised, or None if there was none."""
     earlier = error.__context__
     while earlier is not None and not isinstance(earlier, (Preempted, UserError)):
         earlier = earlier.__context__

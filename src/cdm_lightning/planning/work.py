@@ -24,7 +24,7 @@ class Work:
 
     @property
     def total(self) -> float:
-        """The floating-point operations for one sample in an iteration."""
+        """The floating-point operations for one sample in an average iteration, in its rollout and all updates."""
         return self.rollout + sum(self.updates.values())
 
 

@@ -67,9 +67,10 @@ def optimise(
 ) -> nn.Module:
     """Train `network` in place to minimise `loss`, replace the trained weights by their EMA, and return `network`.
 
-    `loss(iteration, generator)` returns a 0-d loss. `recipe.seed`, `name` and the iteration seed the generator. `train`
-    are the trained parameters (default: all). Every `save_every` iterations, `folder/NAME.pt` is saved, from which the
-    next call resumes. `folder/NAME_loss.csv` has the mean loss of each `log_every` iterations. (NAME is `name`.)
+    `loss(iteration, generator)` returns a 0-d loss. The generator's seed depends on `recipe.seed`, `name` and the
+    iteration. `train` are the trained parameters (default: all). Every `save_every` iterations, the state of the
+    training is saved in `folder/NAME.pt`, where NAME is `name`. The next call resumes from this file. The mean losses
+    of every `log_every` iterations are written to `folder/NAME_loss.csv`.
     """
     parameters = list(network.parameters() if train is None else train)
     optimizer = _adamw(parameters, recipe)

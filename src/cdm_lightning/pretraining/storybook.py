@@ -43,7 +43,7 @@ CHUNK = 256
 def build_storybook(seed: Seed = 0, heads: Count = 5, layers: Count = 6) -> StableDiffusion3Pipeline:
     """Build the storybook pipeline with random weights that depend on `seed` only. It is frozen and in eval mode.
 
-    `heads` and `layers` are the numbers of attention heads (of width 32) and of layers of the transformer.
+    The transformer has `layers` layers and `heads` attention heads of width 32.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)

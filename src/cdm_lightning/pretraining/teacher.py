@@ -107,7 +107,7 @@ def tokenise(pipeline: StableDiffusion3Pipeline, captions: list[str], keep: int)
 
 @torch.no_grad()
 def captioned_latents(pipeline: StableDiffusion3Pipeline, count: int, seed: int, keep: int, pairs: float) -> Captioned:
-    """Draw and render `count` training captions, and return the renderings' latents with the captions' token ids.
+    """Choose `count` training captions at random, render each once, and return the latents and the captions' token ids.
 
     The token ids of the empty caption follow those of the captions. A rendering shows two shapes with probability
     `pairs`, and otherwise one. A caption may have at most `keep` T5 tokens. All random draws depend on `seed` only.

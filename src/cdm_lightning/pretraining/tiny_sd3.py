@@ -40,8 +40,8 @@ def build_pipeline(
 ) -> StableDiffusion3Pipeline:
     """Build the tiny pipeline with random weights that depend on `seed` only. It is frozen and in eval mode.
 
-    `heads` and `layers` are the numbers of attention heads (of width 32) and of layers of the transformer.
-    `latent_channels` is C of the latents (B, C, 16, 16).
+    The transformer has `layers` layers and `heads` attention heads of width 32. The latents have the shape
+    (B, latent_channels, 16, 16).
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -61,7 +61,7 @@ def build_pipeline(
 
 
 def frozen(pipeline: StableDiffusion3Pipeline) -> StableDiffusion3Pipeline:
-    """Return the pipeline with all networks frozen and in eval mode."""
+    """Freeze all networks of the pipeline in place, set them to eval mode, and return the pipeline."""
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             component.eval().requires_grad_(False)
@@ -191,9 +191,9 @@ def build_clip_tokenizer(words: Sequence[str], tokens: int = CLIP_TOKENS) -> CLI
 
     It pads texts to `tokens` tokens, the start token and the end token included.
 
-    The last letter of each word, joined with the end-of-word mark, is given to the trainer of the BPE as a special
-    token, in sorted order. Without this, the trainer would number these letters in the order of a hash table, and two
-    processes would build tokenizers with different ids.
+    On its own, the trainer of the BPE would number the last letters of the words in the order of a hash table, and two
+    processes would build tokenizers with different ids. Therefore these letters, each with the end-of-word mark, are
+    sorted and given to the trainer as special tokens.
     """
     final_letters = sorted({f"{word[-1]}</w>" for word in words})
     trained = Tokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix="</w>"))

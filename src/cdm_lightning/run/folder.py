@@ -198,7 +198,7 @@ def is_checkpoint(path: Path) -> bool:
     """Return whether `path` looks like a checkpoint.
 
     A folder looks like a checkpoint if it contains COMPLETE.json, or if its name is that of a checkpoint, such as
-    "iteration_0001000". A path that is no folder always looks like a checkpoint.
+    "iteration_0001000". A path that is no folder counts as a checkpoint, because it cannot be a run's folder.
     """
     return not path.is_dir() or (path / MARKER).is_file() or PATTERN.fullmatch(path.name) is not None
 

@@ -44,9 +44,11 @@ def inputs_of(config: Mapping[str, Any], folders: Mapping[str, Path] | None = No
     """Return the size and hash of each file that affects a run's weights, grouped by option.
 
     The result has an entry for each option of `config` that affects the weights and has the path of an existing file or
-    folder as its value. The entry describes this file, or the files in this folder. A value without "/" counts as a
-    path only if the option is a parameter that takes a path. `folders` maps options to further folders whose files are
-    described. For example, the value of such an option is the hub id of a pipeline that was downloaded into the folder.
+    folder as its value. The entry is {"path": this path, "files": {name: [size in bytes, hash]}}. A value without "/"
+    counts as a path only if the option is a parameter that takes a path.
+
+    `folders` maps an option to the folder whose files its entry lists, whatever the option's value is. This is needed
+    if the value is the hub id of a pipeline: the folder is then the one that contains the downloaded pipeline.
     """
     named = dict(paths_in(config))
     named |= {key: (named[key][0] if key in named else str(path), path) for key, path in (folders or {}).items()}

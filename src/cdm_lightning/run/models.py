@@ -1,4 +1,7 @@
-"""A model that a user names on a command line: a run, a checkpoint, an exported student, or a pipeline folder or hub id."""
+"""Open a model that a user names on a command line.
+
+The name is the path of a run, a checkpoint, an exported student or a pipeline folder, or the hub id of a pipeline.
+"""
 
 import hashlib
 import json
@@ -22,8 +25,8 @@ RUN_STEPS = 4  # for a run's student: the steps that CDM (arXiv:2605.06376) trai
 class OpenedModel:
     """A model whose settings have been read, but whose weights are not in memory yet.
 
-    `build_network` returns the network with its weights, in eval mode. `steps` is the number of steps that the model is made for.
-    `weights` is the file or folder that holds the weights, or None if there is none.
+    `build_network()` returns the network with its weights, in eval mode. `steps` is the number of steps in which the
+    model makes an image by default. `weights` is the file or folder that holds the weights, or None if there is none.
     """
 
     backbone: "Backbone"
@@ -32,9 +35,9 @@ class OpenedModel:
     weights: Path | None
 
     def digest(self) -> str:
-        """Return a hash of the files of the weights, and of the names of these files.
+        """Return a hash of the names and contents of the files in `weights`.
 
-        Large files are hashed in part (`run.inputs.content_hash`).
+        Only parts of large files are hashed (see `run.inputs.content_hash`).
         """
         from cdm_lightning.run.inputs import describe, files_of
 
@@ -43,19 +46,21 @@ class OpenedModel:
 
 
 def open_sized(model: str, lora: str | None, height: int | None, width: int | None, steps: int | None) -> OpenedModel:
-    """Return the model named `model`, a run, checkpoint, pipeline folder or hub id.
+    """Open `model`, which is the path of a run, a checkpoint or a pipeline folder, or the hub id of a pipeline.
 
-    For `height`, `width` and `steps`, None means the model's own value. Raises `UserError` for a model that cannot be opened,
-    and for a size that it cannot make.
+    `lora` is a LoRA file or an exported LoRA to fuse into the pipeline. `height` and `width` are the size of the images
+    in pixels, and `steps` is the default number of steps; None stands for the model's own value. Raises `UserError` for
+    a model that cannot be opened, and for an image size that the model cannot make.
     """
     opened = open_run(model, lora) if is_run(Path(model)) else open_model(model, lora)
     return replace(opened, backbone=opened.backbone.at(height, width), steps=steps or opened.steps)
 
 
 def open_run(model: str, lora: str | None) -> OpenedModel:
-    """Return the student of a run or checkpoint. Its number of steps is 4, for which CDM trains.
+    """Open the student of a run or a checkpoint; `model` is the path of either.
 
-    Raises `UserError` if `lora` is given, because only a pipeline takes one, or if the run has no readable checkpoint.
+    The attribute `steps` of the result is 4, because CDM trains students for 4 steps. Raises `UserError` if `lora` is
+    given, because a LoRA can be fused only into a pipeline, and if the run has no readable checkpoint.
     """
     from cdm_lightning.run.student import open_student, plain_network
 
@@ -68,10 +73,11 @@ def open_run(model: str, lora: str | None) -> OpenedModel:
 
 
 def open_model(model: str, lora: str | None = None) -> OpenedModel:
-    """Return a pipeline, such as a teacher or an exported student. `model` is a pipeline folder or a hub id.
+    """Open a pipeline, such as a teacher or an exported student. `model` is a pipeline folder or a hub id.
 
-    If it is an exported student, or if `lora` is an exported LoRA, the image size and the number of steps are those of the
-    export. Raises `UserError` for a pipeline of an unknown family.
+    `lora` is a LoRA file or an exported LoRA to fuse into the pipeline. An exported LoRA sets the image size and the
+    number of steps. If `lora` is None, an exported student sets them. Otherwise they are the pipeline's own. Raises
+    `UserError` for a pipeline of an unknown family.
     """
     from cdm_lightning.backbones.families import open_pipeline
 

@@ -96,12 +96,12 @@ def differing_options(saved: dict[str, Any], config: dict[str, Any]) -> list[str
 
 
 def may_follow(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Return False if the option `key` is the end of a learning rate's decay and was set by the user.
+    """Return whether the option `key` may change with `trainer.max_steps` when a run is resumed.
 
-    The end of a decay is an option `...learning_rate.total`: the iteration at which the rate reaches 0. It was set by
-    the user if it differs from `trainer.max_steps` in one of the two configurations. `before` and `now` are the stored
-    and the present configuration as flat dicts (see `flatten`). The result is True for all other options, and if the
-    rate decays in neither configuration.
+    This is checked only for options `...learning_rate.total`: the iteration at which a decaying rate reaches 0. Such an
+    option may change if it equals `trainer.max_steps` in both configurations, or if the rate decays in neither. For all
+    other options the result is True. `before` and `now` are the stored and the present configuration as flat dicts
+    (see `flatten`).
     """
     if not key.endswith(TOTAL):
         return True

@@ -1,4 +1,4 @@
-"""Secret keys: names, for example of options or environment variables, which say that their value is secret."""
+"""Recognize secret keys: the names of options, environment variables and other settings whose values are secret."""
 
 import re
 from functools import lru_cache

@@ -1,4 +1,7 @@
-"""Secrets that are recognized without a key: access tokens by their shape, and passwords by their place in a URL."""
+"""Mask the secrets in a text that can be recognized without a secret key in front of them.
+
+Access tokens are recognized by their shape, and passwords by their place in a URL or an HTTP header.
+"""
 
 import os
 import re
@@ -58,9 +61,10 @@ PARTS = re.compile(  # the parts of a header that consists of NAME=VALUE
 
 
 def mask_shapes(text: str) -> str:
-    """Return a text in which access tokens, logins in addresses and the values of HTTP headers are replaced by ***.
+    """Return `text` with *** in place of access tokens, logins in addresses, and credentials in HTTP headers.
 
-    The path of a file or folder that exists is no secret, whatever its shape.
+    Credentials in headers follow a word such as "Bearer", "Digest" or "Cookie:". The path of a file or folder that
+    exists is not masked, even if it has the shape of an access token.
     """
     text = SHAPES.sub(lambda found: found[0] if _is_path(found) else MASK, text)
     if "@" in text:

@@ -67,7 +67,7 @@ def _is_installed(module: str) -> bool:
 def attention_by(name: str | None) -> Generator[None]:
     """Compute attention by the kernel `name` inside the `with` block; None leaves the choice to torch.
 
-    If `name` does not support the inputs of an attention, another kernel computes it: "flash", for example, supports
+    Attention whose inputs this kernel does not support is computed by another kernel: "flash", for example, supports
     neither masks nor float32. "math" supports all inputs, but stores the whole attention matrix, with one number for
     each pair of tokens. The `with` block must contain the backward pass too, because gradient checkpointing computes
     attention again there.

@@ -49,9 +49,10 @@ class _Explained(logging.Filter):
         self.blocks: dict[str, set[str]] = {}  # a function as dynamo writes it -> names of the classes that run it
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Rewrite `record` if it is dynamo's warning about the limit of variants, to name the blocks and the option.
+        """Rewrite the message of `record` if `record` is dynamo's warning about the limit of variants.
 
-        Always returns True, so that no record is lost.
+        The new message names the classes of the blocks and the option compute.compile_backend. Always returns True, so
+        that no record is lost.
         """
         if isinstance(record.msg, str) and record.msg.startswith(HIT) and isinstance(record.args, tuple):
             _, limit, function, reason, *_ = record.args

@@ -65,9 +65,9 @@ class _Switch:
 
 @contextmanager
 def float8_products(on: bool) -> Generator[None]:
-    """Let the layers that `use_float8` has changed compute in fp8 inside the `with` block if `on`, and else as usual.
+    """Inside the `with` block, switch fp8 on or off, as `on` says, for all layers that `use_float8` has changed.
 
-    If gradients are enabled, a layer always computes as usual.
+    While fp8 is on, these layers compute in fp8 if gradients are disabled. In all other cases they compute as usual.
     """
     before, _Switch.on = _Switch.on, on
     try:
@@ -140,9 +140,9 @@ def _product(x: Tensor, weight: Tensor, config: Any, settings: Any) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Float8Field(BoundField):
-    """A network as a velocity field whose calls without a gradient compute in fp8.
+    """A velocity field that computes its network in fp8 if it is called with gradients disabled.
 
-    With `is_precise`, no call computes in fp8.
+    If `is_precise` is true, the field never computes in fp8.
     """
 
     is_precise: bool = False

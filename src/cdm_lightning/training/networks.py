@@ -140,9 +140,10 @@ class Networks(nn.Module):
     # ---- views
 
     def view_base(self) -> None:
-        """Set `teacher` to the teacher's own network or, if it has none, to the shared base with all adapters off.
+        """Set the attribute `teacher` to the teacher's own network, or to the shared base with all adapters off.
 
-        Call this again after the base has been sharded, because sharding replaces the parameters of the base.
+        The shared base is used if the teacher has no network of its own. Call this method again after the base has been
+        sharded, because sharding replaces the parameters of the base.
         """
         base_view = self._shared.base_view() if self._shared else None
         teacher = cast(nn.Module, self._own_teacher or base_view)  # at least one of the two is not None

@@ -22,7 +22,7 @@ class PhaseTimer:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """The seconds by phase; the host waits until the device has finished the last phase."""
+        """The seconds that each phase has taken so far. The host waits until the device has finished the last phase."""
         for phase, begin, end in self._marks:
             end.synchronize()
             self._add(phase, begin.elapsed_time(end) / 1000)

@@ -56,7 +56,8 @@ class Rollouts(ABC):
     """Makes the samples of an iteration, which are the inputs of the losses, from a batch of prompts.
 
     - `bind(prompts, backbone)` returns the networks as velocity fields that are conditioned on these prompts.
-    - `resolution` chooses the image size of each iteration, which `backbone` then has; `schedule` draws the sigmas.
+    - `resolution` chooses the image size of each iteration, and returns `backbone` with this size.
+    - `schedule` draws the sigmas of the rollouts.
     - `seed`: the random numbers of a prompt depend on this seed, the iteration and the prompt's index in the global
       batch only.
     - `groups`: the iterations whose rollouts are computed as one batch; by default each iteration is computed
@@ -95,9 +96,9 @@ class Rollouts(ABC):
     def bound(self, batch: PromptBatch, iteration: int) -> list[Sample]:
         """Return a `Sample` without a rollout for each part of the batch.
 
-        A sample holds the networks as velocity fields that are conditioned on its prompts, random numbers, and an image
-        size. With `needs_latents`, it also holds latents of real images, and UserError is raised if the batch has no
-        images.
+        A sample holds random numbers, the shape of its latents, and the networks as velocity fields, which are
+        conditioned on its prompts. With `needs_latents`, a sample also holds latents of real images, and UserError is
+        raised if the batch has no images.
         """
         samples = []
         for part in batch.split(self.accumulate):
@@ -175,7 +176,10 @@ class _AtAnchor:
     x: Tensor
 
     def rolled_out(self) -> RolledOutSample:
-        """Call the student once at the anchor, and return the sample with the resulting point."""
+        """Return the sample with its point: the state at the anchor and the student's velocity there.
+
+        The velocity takes one call of the student.
+        """
         return with_point(self.sample, self.rollout.point(self.x), self.rollout.steps)
 
 

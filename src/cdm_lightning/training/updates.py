@@ -41,11 +41,12 @@ class Updates:
     ) -> dict[str, Tensor]:
         """Make one optimizer step of `role` and return its figures (0-d) by name.
 
-        The figures are "loss", the terms and logs of the loss (see `TermLosses`), and "grad_norm". `losses` yields
-        pairs: the share that a part has of the batch, and the loss of this part. Each figure except "grad_norm" is the
-        sum of its values in the parts times their shares. `backward` runs the backward pass of one part, before the
-        next part is computed. Gradients that reach other `networks` are dropped. "grad_norm" is the norm of the
-        gradient before clipping; if it is not finite, the step is skipped (see `step_if`).
+        The figures are "loss", the terms and logs of the loss (see `TermLosses`), and "grad_norm". The batch is
+        computed in parts. For each part, `losses` yields (share, loss): the share of the batch's samples that are in
+        this part, and the loss of this part. Each figure except "grad_norm" is the mean over the parts, weighted by
+        these shares. `backward(loss)` runs the backward pass of a part before the next part is computed. Gradients of
+        all `networks` except that of `role` are dropped. "grad_norm" is the norm of the gradient before clipping; if it
+        is not finite, the step is skipped (see `step_if`).
         """
         recipe = self.recipes[role]
         self.settle(before=iteration)
