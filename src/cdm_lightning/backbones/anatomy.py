@@ -1,4 +1,4 @@
-"""Access to the time embedding of a model family's networks, and to the hidden states (features) after their blocks.
+"""Find the blocks and the time embedding of a network, and read the hidden states (features) after its blocks.
 
 Shapes: B batch, N tokens, D width of a hidden state.
 """
@@ -15,7 +15,7 @@ from cdm_lightning.lora.views import RoleView
 
 
 class Anatomy:
-    """The part of `Backbone` that finds the blocks, hidden states (features) and time embedding inside a network."""
+    """The methods of `Backbone` that find the blocks, hidden states (features) and time embedding inside a network."""
 
     block_types: tuple[type[nn.Module], ...] = ()  # the repeated blocks: units of checkpointing and sharding
     time_embedding: str | None = None  # name of the submodule whose output (B, D) carries the time to the blocks
@@ -77,11 +77,12 @@ def unwrapped(network: nn.Module) -> nn.Module:
 
 
 def gather_for_backward(network: nn.Module, features: Tensor) -> None:
-    """Make the backward pass of a loss on `features` work if FSDP2 shards `network`.
+    """Let FSDP2 gather the weights of `network` that the backward pass of a loss on `features` needs.
 
-    FSDP2 gathers the weights outside the blocks when a backward pass reaches the network's output. The backward pass
-    of a loss on `features` alone never reaches this output, so a hook on `features` gathers these weights. If the
-    network is not sharded, this function does nothing.
+    `features` are hidden states after a block. FSDP2 gathers the weights that lie outside all blocks when a backward
+    pass reaches the network's output. The backward pass of a loss on `features` alone never reaches this output.
+    Therefore this function adds a hook to `features` that gathers these weights. If FSDP2 does not shard the network,
+    nothing is done.
     """
     root = unwrapped(network)
     if isinstance(root, FSDPModule) and features.requires_grad:

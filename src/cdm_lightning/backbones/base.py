@@ -23,7 +23,10 @@ CheckpointFunction = Callable[..., Any]  # (block, *arguments) -> its result, re
 
 
 def select_rows(cond: Conditioning, rows: Rows) -> Conditioning:
-    """Return the conditioning of some samples. `rows` is a tensor of their indices, or a slice, which needs no copy."""
+    """Return the conditioning of some samples, given the conditioning `cond` of the whole batch.
+
+    `rows` is a tensor of the samples' indices, or a slice. With a slice, the tensors are views and not copies.
+    """
     if isinstance(rows, slice):
         return {name: value[rows] for name, value in cond.items()}
     return {name: value.index_select(0, send(rows, value.device)) for name, value in cond.items()}
@@ -92,8 +95,8 @@ class Backbone(Anatomy, ABC):
     def build_empty(self, teacher: bool) -> nn.Module | None:
         """Return the teacher, or a trainable network if `teacher` is False, on the meta device without weights.
 
-        Once the network is sharded, each process reads only its own rows of the weights, by `read_rows`. If no files
-        hold these weights, None is returned, and each process builds the whole network.
+        After the network has been sharded, each process reads only its own rows of the weights, by `read_rows`. Returns
+        None if the weights cannot be read like this. Each process then builds the whole network instead.
         """
         return None
 
@@ -110,7 +113,7 @@ class Backbone(Anatomy, ABC):
 
     @property
     def text_fingerprint(self) -> dict[str, str]:
-        """The settings that affect the text conditioning, and hashes of text encoders and tokenizers, by name.
+        """A dictionary with the settings that affect text conditioning and a hash of each text encoder and tokenizer.
 
         A run refuses a text cache with another fingerprint. Raises `UserError` for a family without text encoders.
         """
@@ -124,15 +127,18 @@ class Backbone(Anatomy, ABC):
         self.encode_prompts = cache.encode  # the instance attribute hides the method of the class
 
     def use_text_memory(self, memory: TextMemory) -> None:
-        """From now on take text conditioning from `memory`, which must encode with this backbone's `encode_prompts`."""
+        """Take all text conditioning from `memory` from now on.
+
+        `memory` must compute the conditioning of a prompt by this backbone's `encode_prompts`.
+        """
         self.text_memory, self.encode_prompts = memory, memory.encode
 
     def text_encoders(self) -> list[nn.Module]:
-        """Return the text encoders. They are on the device of `setup`."""
+        """Return the text encoders. They are on the device that was passed to `setup`."""
         return []
 
     def drop_text_encoders(self) -> None:
-        """Free the text encoders. Until the next `setup`, encode only prompts of the text cache or the text memory."""
+        """Free the text encoders. Until the next `setup`, only prompts in the text cache or memory can be encoded."""
         return
 
     @abstractmethod
@@ -200,11 +206,17 @@ class Backbone(Anatomy, ABC):
 
     @abstractmethod
     def enable_gradient_checkpointing(self, network: nn.Module, function: CheckpointFunction | None = None) -> None:
-        """Use gradient checkpointing: run a block as `function(block, *arguments)` (default: torch's `checkpoint`)."""
+        """Switch on gradient checkpointing in `network`.
+
+        From now on, `function(block, *arguments)` runs each block. By default, `function` is torch's `checkpoint`.
+        """
 
     @abstractmethod
     def save_pipeline(self, network: nn.Module, folder: Path, nfe: int, model_card: str) -> None:
-        """Write into `folder` a pipeline with `network` for sampling in `nfe` steps, and the text `model_card`."""
+        """Write into `folder` a pipeline whose network is `network`, and the text `model_card`.
+
+        The pipeline is for sampling in `nfe` steps.
+        """
 
     def rehearse_export(self, folder: Path, nfe: int, model_card: str) -> None:
         """Write the files of `save_pipeline` except weights, to find errors before training. By default, write nothing."""
@@ -214,7 +226,7 @@ class Backbone(Anatomy, ABC):
         """Write into `folder` a LoRA file, a scheduler for sampling in `nfe` steps, and the text `model_card`.
 
         `tensors` are the LoRA's tensors by name, as `AdapterWeights.portable` returns them. They already include the
-        LoRA's scale, so the file is used at scale 1. Raises `UserError` if the family has no LoRA files.
+        LoRA's scale, so the file must be loaded with scale 1. Raises `UserError` if the family has no LoRA files.
         """
         raise UserError(f"{type(self).__name__} cannot be exported as a LoRA file; export with --form pipeline")
 
@@ -242,7 +254,10 @@ class BoundField(VelocityField):
             return self.backbone.velocity(self.network, x, sigma, self.cond).float()
 
     def given(self, **inputs: Tensor) -> VelocityField:
-        """Return this field with fixed values (B,) for the network's additional inputs, by name."""
+        """Return a copy of this field in which the network's additional inputs have fixed values.
+
+        `inputs` maps the name of each additional input to its values (B,).
+        """
         return replace(self, inputs=inputs)
 
     def with_features(self, x: Tensor, sigma: Tensor, blocks: Sequence[int]) -> tuple[Tensor, list[Tensor]]:

@@ -1,9 +1,10 @@
 """Attention of SD3 that keeps one T5 padding token instead of about two hundred identical ones. The result is the same.
 
-SD3 pads T5 tokens to 256 and attends to all of them. In the bundled tiny pipeline, T5 has no relative positions, so all padding
-tokens have the same embedding. They stay identical in every block, because the network's text tokens have no positions either.
-In attention, n tokens with equal keys and equal values count as much as one of them whose logit is larger by log n. One
-padding token with this bias therefore gives the same result as all padding tokens, with much less computation.
+SD3 pads T5 tokens to 256 and attends to all of them. In the bundled tiny pipeline, T5 has no relative positions, so all
+padding tokens have the same embedding. They stay identical in every block, because the network's text tokens have no
+positions either. In attention, n tokens with equal keys and equal values count as much as one of them whose logit is
+larger by log n. Therefore one padding token whose logit is raised by log n gives the same result as n padding tokens,
+with much less computation.
 """
 
 import math

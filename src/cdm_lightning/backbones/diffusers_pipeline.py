@@ -1,6 +1,6 @@
-"""The base class of all backbones for diffusers pipelines.
+"""The base class of all backbones for diffusers pipelines. Shapes: B batch, (C, h, w) latent, (H, W) pixels.
 
-Shapes: B batch, (C, h, w) latent, (H, W) pixels. The pipeline's own parts convert prompts, sigmas and pixels, as in `pipe(prompt)`.
+Prompts, sigmas and pixels are converted by the pipeline's own text encoders, scheduler and codec, as in `pipe(prompt)`.
 """
 
 import gc
@@ -33,7 +33,7 @@ TRIED = 8  # latents along one side of the image that is decoded to try the code
 
 
 class PipelineBackbone(PipelineSettings):
-    """A text-to-image pipeline of diffusers. `PipelineSettings` describes the arguments. Files are read when needed."""
+    """The backbone of a diffusers pipeline. `PipelineSettings` describes the arguments. Files are read when needed."""
 
     has_language_head: ClassVar[bool] = False  # whether the text encoder is a whole language model
     unguided: ClassVar[Mapping[str, Any]] = {"guidance_scale": 1.0}  # call arguments for one network call per step
@@ -56,9 +56,9 @@ class PipelineBackbone(PipelineSettings):
     def build_empty(self, teacher: bool) -> nn.Module | None:
         """Return the teacher, or a trainable transformer if `teacher` is False, with its weights on the meta device.
 
-        The buffers have their values. Returns None if the weights cannot be read from the files as they are: with a
-        `teacher_lora`, for a class that keeps some weights in float32 whatever the dtype, and after
-        `leave_weights_out`. Raises `UserError` if the files lack a weight or have a weight that the transformer lacks.
+        The buffers have their values. Returns None after `leave_weights_out`, and if the stored weights would have to
+        be changed (`teacher_lora` is set, or the class keeps some weights in float32). Raises `UserError` if the files
+        lack a weight or have a weight that the transformer lacks.
         """
         if not self.has_weights or self.teacher_lora is not None or self.transformer_class._keep_in_fp32_modules:
             return None
@@ -99,7 +99,7 @@ class PipelineBackbone(PipelineSettings):
         return load_model(self.transformer_class, self.folder / "transformer", dtype)
 
     def enable_gradient_checkpointing(self, network: nn.Module, function: CheckpointFunction | None = None) -> None:
-        """Use gradient checkpointing: run a block as `function(block, *arguments)` (default: torch's `checkpoint`)."""
+        """Switch on gradient checkpointing: `function(block, *arguments)`, or torch's `checkpoint`, runs each block."""
         cast(ModelMixin, network).enable_gradient_checkpointing(function)
 
     # ---- sigmas
@@ -201,7 +201,7 @@ class PipelineBackbone(PipelineSettings):
             _ = self._unconditional
 
     def text_encoders(self) -> list[nn.Module]:
-        """Return the text encoders, which are loaded if they are not yet. After `setup` they are on its device."""
+        """Return the text encoders, and load them first if necessary. `setup` moves them to its `device`."""
         return modules_of(self._text_parts)
 
     def drop_text_encoders(self) -> None:
@@ -256,9 +256,9 @@ class PipelineBackbone(PipelineSettings):
     # ---- export
 
     def save_pipeline(self, network: nn.Module, folder: Path, nfe: int, model_card: str) -> None:
-        """Write into `folder` a pipeline with `network`, and `model_card` plus a section "Usage".
+        """Write into `folder` a pipeline whose transformer is `network`, and its model card.
 
-        A call of this pipeline with `nfe` steps uses the sigmas of training.
+        The card is `model_card` and a section "Usage". In `nfe` steps, the pipeline uses the sigmas of training.
         """
         write_pipeline(self.folder, network, Path(folder), model_card, self._student_call(nfe))
 
@@ -292,9 +292,9 @@ class PipelineBackbone(PipelineSettings):
         ]
 
     def exported_scheduler(self, nfe: int) -> FlowMatchEulerDiscreteScheduler | FlowMapEulerDiscreteScheduler:
-        """Return the scheduler with which an exported pipeline, called with `nfe` steps, uses the sigmas of training.
+        """Return the scheduler with which an exported pipeline uses the sigmas of training when it takes `nfe` steps.
 
-        By default it is the original scheduler. A family whose pipeline does not pass the unshifted sigmas 1, 1 - 1/nfe, ...,
-        1/nfe to its scheduler must override this method.
+        By default it is the original scheduler. A family whose pipeline does not pass the unshifted sigmas 1, 1 -
+        1/nfe, ..., 1/nfe to its scheduler must override this method.
         """
         return self.scheduler

@@ -28,13 +28,15 @@ BACKBONES = frozenset(f"cdm_lightning.backbones.{module}.{name}" for module, nam
 def open_pipeline(
     pretrained: str, revision: str | None = None, lora: str | None = None
 ) -> "tuple[PipelineBackbone, dict[str, Any]]":
-    """Return the backbone for a pipeline folder or hub id, and arguments for calling the pipeline besides the prompt.
+    """Return the backbone for a pipeline, and the arguments with which to call the pipeline in addition to the prompt.
 
-    For an exported student, these are the arguments that the export stored, such as "num_inference_steps". The backbone
-    takes its image size and text length from them. For other pipelines the arguments are {}.
+    `pretrained` is a pipeline folder, or a hub id at `revision`. For an exported student, the arguments are those that
+    the export stored, such as "num_inference_steps". For another pipeline, they are {}.
 
-    `lora` is a LoRA file, or the folder of an exported LoRA. If it is given, it is fused into the network, and the
-    arguments are those stored in the LoRA's folder, or {} for a LoRA file. Raises `UserError` for a pipeline of an
+    `lora` is a LoRA file, or the folder of an exported LoRA. If it is given, the LoRA is fused into the network, and
+    the arguments are those stored in the LoRA's folder, or {} for a LoRA file.
+
+    The backbone takes its image size and text length from the arguments. Raises `UserError` for a pipeline of an
     unknown family.
     """
     found = pipeline_class_name(pretrained, revision)

@@ -1,4 +1,4 @@
-"""Ways to save memory in the frozen parts of a pipeline, which are the image codec and the text encoders."""
+"""Save memory in the frozen parts of a pipeline, which are the image codec and the text encoders."""
 
 import inspect
 from collections.abc import Mapping

@@ -53,12 +53,12 @@ def _without_report() -> Generator[None]:
 
 
 def require_names(model: nn.Module, missing: Iterable[str], unexpected: Iterable[str], folder: Path) -> None:
-    """Raise `UserError` if the files of `model` lack a weight, or have a weight that one of its submodules has no place for.
+    """Raise `UserError` if the files of `model` lack a weight, or contain a weight that `model` has no place for.
 
     `missing` are the names of the weights that the files lack, and `unexpected` those of the stored weights that
-    `model` lacks. Unexpected weights of whole parts that `model` does not have, such as a language head, are allowed.
-    Stored values of buffers, which older versions of the libraries wrote, are also allowed. The message names `folder`,
-    which contains the files.
+    `model` lacks. An unexpected weight is allowed if it is part of a top-level module that `model` does not have, such
+    as a language head. A stored value of a buffer, which older versions of the libraries wrote, is also allowed. The
+    message names `folder`, which contains the files.
     """
     if absent := sorted(missing):
         raise UserError(f"{folder}: the weight {absent[0]} is missing; {AGAIN}")

@@ -1,4 +1,4 @@
-"""LoRA files of diffusers: writing and reading them, and fusing them into a network."""
+"""Write and read LoRA files of diffusers, and fuse them into a network."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -40,8 +40,9 @@ def write_lora_file(
     """Write the LoRA of a transformer into `folder` as the file `name`, and return the path of the file.
 
     `tensors` are the LoRA's tensors by name, such as "LAYER.lora_A.weight". They already include the LoRA's scale, so
-    the file is used at scale 1. `family` is the pipeline's class. Load the file with the method `load_lora_weights` of
-    this class or, if the class has no such method, with the transformer's `load_lora_adapter(..., prefix=None)`.
+    the file must be loaded with scale 1. `family` is the pipeline's class. Load the file with the method
+    `load_lora_weights` of this class or, if the class has no such method, with the transformer's
+    `load_lora_adapter(..., prefix=None)`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(family, "save_lora_weights"):
@@ -162,9 +163,9 @@ def _settings_of(own: OwnWeights) -> dict[str, Any] | None:
 
 
 def flaw_of_factors(factors: Mapping[str, Tensor]) -> str | None:
-    """Return the part of a message that says what is wrong with the LoRA factors of one layer, or None.
+    """Return what is wrong with the LoRA factors of one layer, as a part of a message, or None if nothing is wrong.
 
-    `factors` maps names such as "lora_A.weight" to tensors. None means that nothing is wrong.
+    `factors` maps names such as "lora_A.weight" to tensors.
     """
     a, b = factors.get("lora_A.weight"), factors.get("lora_B.weight")
     if a is None or b is None:

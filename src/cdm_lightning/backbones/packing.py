@@ -35,8 +35,8 @@ def grid_ids(height: int, width: int, first: tuple[int, int, int], device: torch
     """Return the position of each token of a latent of `height` x `width`: (h/2 * w/2, 3) in float32.
 
     A position is `first` + (0, row, column). Pipelines may compute positions in bfloat16, in which whole numbers are
-    exact only up to 256; in float32 all positions are exact. On a GPU, later calls return the same tensor, because
-    making a new one would delay the GPU.
+    exact only up to 256; in float32 all positions are exact. On a GPU, later calls with the same arguments return the
+    same tensor, which saves the time of making it again.
     """
     if device.type == "cuda":  # on other devices, making the tensor again costs nothing
         return _kept_ids(height, width, first, device)
@@ -78,9 +78,10 @@ def rounded_timestep(sigma: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def renormalised(cond: Tensor, guided: Tensor, low: float | None = None, high: float | None = None) -> Tensor:
-    """Rescale each token (2 x 2 positions) of velocities `guided` (B, C, h, w) to the norm of the same token in `cond`.
+    """Return the velocities `guided`, with each token (2 x 2 positions) rescaled to the norm that it has in `cond`.
 
-    `low` and `high`, if given, bound the scale factor of a token.
+    `cond` are the conditional velocities. They, `guided` and the result are (B, C, h, w). `low` and `high`, if given,
+    bound the factor by which a token is scaled.
     """
     height, width = cond.shape[2:]
     cond, guided = pack(cond), pack(guided)

@@ -1,7 +1,7 @@
 """Find a diffusers pipeline on disk or on the Hugging Face hub, and check it.
 
-The file model_index.json of a pipeline folder is called its index. It names the class of the pipeline and of each part. A part,
-such as "vae", lies in a subfolder of the same name. The functions raise `UserError` for a pipeline that cannot be used.
+The file model_index.json of a pipeline folder names the class of the pipeline and of each part. A part, such as "vae",
+lies in a subfolder of the same name. The functions raise `UserError` for a pipeline that cannot be used.
 """
 
 import hashlib
@@ -58,9 +58,10 @@ def pipeline_class_name(pretrained: str, revision: str | None) -> str | None:
 
 
 def locate_index(pretrained: str, revision: str | None) -> Path:
-    """Return the folder that contains a pipeline's index. For a hub id, only the index is downloaded, to the hub's cache.
+    """Return the folder that contains the file model_index.json of a pipeline.
 
-    Raises `UserError` if `pretrained` is neither a folder nor a hub id that can be downloaded.
+    `pretrained` is this folder, or a hub id at `revision`. For a hub id, only model_index.json is downloaded, to the
+    hub's cache. Raises `UserError` if `pretrained` is neither a folder nor a hub id that can be downloaded.
     """
     folder = Path(pretrained).expanduser()
     if folder.is_dir():
@@ -87,9 +88,9 @@ def downloading(hub_id: str) -> Generator[None]:
 
 
 def read_index(folder: Path, name: str) -> dict[str, Any]:
-    """Return the contents of the index in `folder`. `name` is the folder's name in messages.
+    """Return the contents of model_index.json in `folder`. `name` is the folder's name in messages.
 
-    Raises `UserError` if the index is missing or broken.
+    Raises `UserError` if the file is missing or broken.
     """
     if not (folder / INDEX).exists():
         raise UserError(
@@ -104,7 +105,7 @@ def read_index(folder: Path, name: str) -> dict[str, Any]:
 
 
 def check_entry(part: str, entry: Any, where: str) -> None:
-    """Raise `UserError` if an entry of a pipeline's index is not safe to load. The message begins with `where`.
+    """Raise `UserError` if an entry of model_index.json is not safe to load. The message begins with `where`.
 
     `part` is the entry's name and `entry` its value. The value is a setting or, for a part of the pipeline, a list
     [library, class] that names the part's class in diffusers or transformers. [null, null] means that the pipeline has
@@ -169,7 +170,7 @@ def require_own_files(part: Path, folder: Path, name: str) -> None:
 
 
 def check_index(folder: Path, name: str, family: type[DiffusionPipeline], parts: Sequence[str]) -> None:
-    """Raise `UserError` unless the index in `folder` names the pipeline class `family` and has all `parts`.
+    """Raise `UserError` unless model_index.json in `folder` names the pipeline class `family` and all `parts`.
 
     `name` is the folder's name in the message.
     """
@@ -206,7 +207,7 @@ def hash_part(folder: Path) -> str:
 
 
 def copy_parts(source: Path, target: Path, without: Sequence[str]) -> None:
-    """Copy the index and the parts of the pipeline folder `source`, except the parts in `without`, into `target`.
+    """Copy model_index.json and all parts except those in `without` from the pipeline folder `source` to `target`.
 
     Half-precision copies of weights (.fp16, .bf16) are left out. Raises `UserError` for a link that leaves `source`.
     """
@@ -261,9 +262,9 @@ def blaming(message: Callable[[str], str]) -> Generator[None]:
 
 
 def codec_class(folder: Path, part: str = "vae") -> type[Any]:
-    """Return the diffusers class that the index names for `part`.
+    """Return the diffusers class that model_index.json in the pipeline folder `folder` names for `part`.
 
-    `folder` is the pipeline's folder. Raises `UserError` if the class is not an image codec.
+    Raises `UserError` if the class is not an image codec.
     """
     name = parts_of(read_index(folder, str(folder))).get(part)
     found = getattr(diffusers, str(name), None)
@@ -275,7 +276,8 @@ def codec_class(folder: Path, part: str = "vae") -> type[Any]:
 def require_buildable(network: type[Any], config: Mapping[str, Any], file: Path) -> None:
     """Raise `UserError` if a model of the diffusers class `network` cannot be built from `config`.
 
-    The model is built on the meta device, without memory for its weights. `file` holds `config`; the message names it.
+    The model is built on the meta device, without memory for its weights. `config` was read from `file`, which the
+    message names.
     """
     with loading(file), torch.device("meta"):
         network.from_config(dict(config))

@@ -35,7 +35,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class shared_property:
-    """A property that is computed once and shared by a backbone and all its copies for other image sizes (see `at`)."""
+    """A property that is computed once for a backbone and all its copies made by `PipelineSettings.at`."""
 
     def __init__(self, make: Callable[[Any], Any]) -> None:
         self.make, self.__doc__ = make, make.__doc__
@@ -58,12 +58,12 @@ class shared_property:
 class PipelineSettings(Backbone):
     """The options of a pipeline's backbone, and the contents of the pipeline's configuration files.
 
-    `pretrained` is a pipeline folder or a hub id (at `revision`). `height` and `width` are in pixels (default: the pipeline's
-    own size). `max_sequence_length` is the number of text tokens (default: the default of the pipeline's call). `teacher_dtype`
-    is the dtype of the frozen teacher, and `text_dtype` that of the text encoders. Trained networks and the VAE are float32.
-    `teacher_lora`, a safetensors file or its folder, is fused into the pretrained network with the scale `teacher_lora_scale`.
-    Teacher, student and fake score start from the fused network. Raises `UserError` for an argument out of its range, and for a
-    LoRA file that is missing or not a .safetensors file.
+    `pretrained` is a pipeline folder or a hub id (at `revision`). `height` and `width` are in pixels (default: the
+    pipeline's own). `max_sequence_length` is the number of text tokens (default: the pipeline's own). `teacher_dtype`
+    is the dtype of the frozen teacher, and `text_dtype` that of the text encoders. Trained networks and the VAE are
+    float32. `teacher_lora` is a LoRA's safetensors file, or its folder. The LoRA is fused into the pretrained network
+    with the scale `teacher_lora_scale`. Teacher, student and fake score start from the fused network. Raises
+    `UserError` for an argument out of its range, and for a LoRA file that is missing or not a .safetensors file.
     """
 
     title: ClassVar[str]  # the family's name in messages and, in lower case, at the start of fingerprints
@@ -156,11 +156,11 @@ class PipelineSettings(Backbone):
     def leave_weights_out(self, architecture: Mapping[str, Any] | None = None) -> None:
         """Build networks without weights, on the meta device, from now on. The planner needs only shapes and dtypes.
 
-        Without `architecture`, the pipeline's configuration files are read now, and `UserError` is raised if they
-        cannot be used. `architecture` replaces these files, and then sigmas are not shifted.
-        `architecture["transformer"]` holds the arguments of the transformer's constructor that differ from their
-        defaults, and `architecture["vae"]` all arguments of the codec's constructor that the backbone uses. A
-        `teacher_lora` is ignored, since it changes no shape.
+        Without `architecture`, this method reads the pipeline's configuration files and raises `UserError` if they
+        cannot be used. If `architecture` is given, it replaces the files, and sigmas are not shifted. Its entry
+        "transformer" holds the arguments of the transformer's constructor that differ from their defaults, and "vae"
+        all arguments of the codec's constructor that the backbone uses. `teacher_lora` is always ignored, since it
+        changes no shape.
         """
         self.has_weights = False
         if architecture is not None:
@@ -175,10 +175,10 @@ class PipelineSettings(Backbone):
 
     @shared_property
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
-        """The scheduler whose timestep shift training uses. Raises `UserError` if it has options that are not supported.
+        """The original pipeline's scheduler. Raises `UserError` if it has options that are not supported.
 
-        This is the original scheduler, even if the pipeline is an exported student with another one. The original is
-        then read from one of the subfolders in `OF_TRAINING` or, if none exists, rebuilt from the student's scheduler.
+        Training uses its timestep shift. For an exported student, this scheduler is read from a subfolder listed in
+        `OF_TRAINING` or, if there is none, made from the student's scheduler.
         """
         subfolder = next((name for name in OF_TRAINING if (self.folder / name).is_dir()), "scheduler")
         file = self.folder / subfolder / "scheduler_config.json"
@@ -281,7 +281,7 @@ class PipelineSettings(Backbone):
 
     @classmethod
     def default_text_length(cls) -> int:
-        """Return the pipeline's default of `max_sequence_length`, in tokens, or without a default the most tokens that it accepts."""
+        """Return the pipeline's default number of text tokens. Without a default, return the largest allowed number."""
         length = cls.call_default("max_sequence_length")
         return cls.text_tokens.stop - 1 if length is None else length
 

@@ -56,7 +56,8 @@ def plain_scheduler(scheduler: FlowMatchEulerDiscreteScheduler, nfe: int) -> Flo
     """Return a scheduler that takes n steps at the sigmas 1, 1 - 1/n, ..., 1/n, shifted by the shift of `scheduler`.
 
     Its method `set_timesteps(n)` needs no explicit sigmas, for any n. As a check, its sigmas for n = `nfe` are compared
-    with those of `scheduler`. Raises `UserError` if they differ (in another version of diffusers), and for `nfe` < 1.
+    with those of `scheduler`. Raises `UserError` if they differ, as they may in another version of diffusers. Also
+    raises `UserError` if `nfe` is below 1.
     """
     if nfe < 1:
         raise UserError(f"nfe={nfe} must be at least 1, because it is the number of steps")

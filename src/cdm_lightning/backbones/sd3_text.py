@@ -1,4 +1,4 @@
-"""The text encoding of SD3, by the stock pipeline's own `encode_prompt`.
+"""Encode prompts for SD3 by the stock pipeline's own `encode_prompt`.
 
 Shapes: B prompts, N text tokens (CLIP, then T5), D their width, P the width of the pooled text embedding.
 """

@@ -1,4 +1,4 @@
-"""Export of a distilled network (the student) as a pipeline folder or a LoRA that diffusers can load."""
+"""Export a distilled network (the student) as a pipeline folder or as a LoRA that diffusers can load."""
 
 import json
 import os
@@ -124,7 +124,7 @@ class StudentCall:
         return LORA_USAGE.format(scheduler=type(self.exported).__name__, load=load, own=note, **self.facts())
 
     def facts(self) -> dict[str, str]:
-        """Return the texts to put in place of "pipeline", "arguments" and "notes" in the templates of "Usage"."""
+        """Return the texts for "pipeline", "arguments" and "notes" in the templates of the section "Usage"."""
         nfe = len(self.sigmas) - 1
         config: Any = self.exported.config  # a FrozenDict, whose keys are attributes
         is_own = isinstance(self.exported, FlowMapEulerDiscreteScheduler)

@@ -1,4 +1,4 @@
-"""Where a backbone can take the text conditioning of prompts from, other than from its text encoders."""
+"""Interfaces of the two stores from which a backbone can take text conditioning: a text cache and a text memory."""
 
 from collections.abc import Sequence
 from typing import Protocol

@@ -209,7 +209,7 @@ class Toy2DBackbone(Backbone):
         return torch.stack([x, y], dim=1)[..., None, None]
 
     def enable_gradient_checkpointing(self, network: nn.Module, function: CheckpointFunction | None = None) -> None:
-        """Use gradient checkpointing: run a block as `function(block, *arguments)` (default: torch's `checkpoint`)."""
+        """Switch on gradient checkpointing: `function(block, *arguments)`, or torch's `checkpoint`, runs each block."""
         velocity = cast(VelocityMLP, network)
         velocity.gradient_checkpointing = True
         if function is not None:
