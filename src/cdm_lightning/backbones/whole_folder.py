@@ -37,7 +37,10 @@ WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 
 
 def kind_of(class_name: str) -> str:
-    """Return "scheduler", "tokenizer", "processor" or "model": the kind of a pipeline part with the class `class_name`."""
+    """Return the kind of a pipeline part: "scheduler", "tokenizer", "processor" or "model".
+
+    `class_name` is the name of the part's class, which shows the kind.
+    """
     if "Scheduler" in class_name or class_name.endswith("Solver"):
         return "scheduler"
     if "Tokenizer" in class_name:
@@ -237,7 +240,7 @@ def sizes_in(config: Mapping[str, Any], network: type[Any]) -> dict[str, Any]:
 
 
 def pairs_of(parts: Sequence[str]) -> list[tuple[str, str]]:
-    """Return (tokenizer, text encoder) for each tokenizer in `parts` whose text encoder is in `parts` too.
+    """Return each pair of part names (tokenizer, text encoder) that `parts` contains.
 
     Examples of such pairs are ("tokenizer", "text_encoder") and ("tokenizer_2", "text_encoder_2").
     """

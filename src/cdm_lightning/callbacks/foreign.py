@@ -84,10 +84,10 @@ def open_loggers(loggers: Mapping[str, Logger]) -> None:
 def failure_of(error: Exception, callbacks: Mapping[str, L.Callback]) -> UserError | None:
     """Return a `UserError` if the user's configuration has caused `error`, or None if `error` may be a bug.
 
-    The configuration is taken as the cause of each `MisconfigurationException` of Lightning. It is also taken as the
-    cause if `error` was raised while one of Lightning's own callbacks in `callbacks` ran, unless code of this package
-    raised it. The keys of `callbacks` are options such as "callbacks.early_stopping". The `UserError` names the option
-    of the callback that ran when `error` was raised. If no callback ran, it names the trainer.
+    The configuration is taken as the cause if `error` is a `MisconfigurationException` of Lightning. It is also taken
+    as the cause if `error` was raised while one of Lightning's own callbacks in `callbacks` ran, unless code of this
+    package raised it. The keys of `callbacks` are options such as "callbacks.early_stopping". The `UserError` names the
+    option of the callback that ran when `error` was raised. If no callback ran, it names the trainer.
     """
     misconfigured = isinstance(error, MisconfigurationException)
     inside = [frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__)]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class GuardedLogger(library.Logger):
-    """A wrapper around any logger that turns errors of this logger into one warning, so that they do not end the run.
+    """Wrap a logger, and turn its errors into one warning, so that they do not end the run.
 
     Logging resumes when the wrapped logger works again.
 
@@ -41,7 +41,7 @@ class GuardedLogger(library.Logger):
 
     @property
     def version(self) -> int | str | None:
-        """The number or name by which the wrapped logger tells this run's log from the logs of other runs, or None."""
+        """The number or name by which the wrapped logger distinguishes this run's log from other logs, or None."""
         return self.inner.version
 
     @property

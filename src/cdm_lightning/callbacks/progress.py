@@ -1,4 +1,4 @@
-"""The progress of a run on the terminal: its phase, losses, samples per second and remaining time."""
+"""The callback that shows the progress of a run: its phase, losses, samples per second and remaining time."""
 
 import sys
 import time

@@ -1,4 +1,4 @@
-"""Pictures of validation images during training, always with the same prompts and noise."""
+"""The callback that draws validation images during training, always with the same prompts and noise."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

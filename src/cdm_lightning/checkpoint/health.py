@@ -18,8 +18,8 @@ WEIGHTS = "networks."  # the beginning of the names of weights in a checkpoint
 def not_finite(tensors: Mapping[str, Tensor], networks: nn.Module) -> str | None:
     """Return the name of the first weight that is not finite on at least one process, or None.
 
-    `tensors` are the tensors of a checkpoint by name, whole or as this process's shards. Those that are optimizer
-    states or buffers of `networks` are not checked. All processes must call this together, and all get the same name.
+    `tensors` are the tensors of a checkpoint by name, whole or as this process's shards. Optimizer states, and buffers
+    of `networks`, are not checked. All processes must call this together, and all get the same name.
     """
     buffers = {f"{WEIGHTS}{name}" for name, _ in networks.named_buffers()}
     flags: dict[str, Tensor] = {}

@@ -24,8 +24,8 @@ def choose_start(
     """Return the checkpoint from which a run resumes, or None for a fresh start.
 
     The result is the newest undamaged checkpoint in `folder`. If `folder` has no checkpoint, the result is
-    `begin_with`, a checkpoint of another run, or None. Checkpoints in `folder` that are newer than the result, which
-    are all damaged, are renamed to unused_NAME. Folders whose names do not fit the iteration in their state.json are
+    `begin_with`, a checkpoint of another run, or None. All checkpoints in `folder` that are newer than the result are
+    damaged, and they are renamed to unused_NAME. Folders whose names do not fit the iteration in their state.json are
     renamed to fit. `say` is called with each message for the user. Raises `UserError` if all checkpoints in `folder`
     are damaged, if `begin_with` is damaged, or if the `Backbone.fingerprint` that the result stores is not
     `fingerprint`.

@@ -58,10 +58,11 @@ def plain_tensors(name: str, value: Tensor) -> dict[str, Tensor]:
 
 
 def plain_values_of(networks: nn.Module, optimizers: Mapping[str, Optimizer]) -> dict[str, Any]:
-    """Return those values of the optimizers that are numbers or booleans, to be stored in state.json.
+    """Return the states and options of the optimizers that are numbers or booleans, to be stored in state.json.
 
-    The result is {network: {"states": {parameter: {key: value}}, "options": [...]}}. "options" has a dict for each
-    parameter group. It holds the group's options that differ from the optimizer's defaults, except the learning rate.
+    The result is {network: {"states": {parameter: {key: value}}, "options": [...]}}. "options" is a list with a dict
+    for each parameter group. The dict holds the group's options that differ from the optimizer's defaults, except the
+    learning rate.
     """
     found: dict[str, Any] = {}
     for role, optimizer in optimizers.items():

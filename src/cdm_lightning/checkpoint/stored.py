@@ -58,8 +58,8 @@ UNREADABLE = (
 class StoredCheckpoint:
     """An opened checkpoint: a folder, or a single .safetensors file with the same content.
 
-    `record` is the content of state.json: counters such as "iteration", the backbone's "fingerprint", the number of
-    processes ("world_size"), and the result of `plain_values_of` ("optimizers"). `files` hold the tensors.
+    `record` is the content of state.json. It holds "iteration" and other counters, the backbone's "fingerprint", the
+    number of processes as "world_size", and the result of `plain_values_of` as "optimizers". `files` hold the tensors.
     """
 
     path: Path

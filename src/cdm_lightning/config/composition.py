@@ -33,9 +33,11 @@ def composition_error(error: BaseException) -> str | None:
 
 
 def readable(text: str) -> list[str]:
-    """Return the lines of an error's text, in which those of OmegaConf and Python about missing options say what to do.
+    """Return the lines of an error's text, for a message to the user.
 
-    OmegaConf's notes on the type of its node are left out. Its note on the key is kept if the other lines do not name the key.
+    Lines in which OmegaConf or Python reports a missing option are replaced by lines that say what to do. OmegaConf's
+    line "object_type=..." is left out. Its line "full_key: KEY" becomes "at KEY", or is left out if another line
+    contains KEY.
     """
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("object_type=")]
     keys = [line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")]

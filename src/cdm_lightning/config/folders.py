@@ -41,8 +41,8 @@ def require_writable_folders(config: DictConfig) -> None:
 def folders_to_write(node: Any, key: str, run: Path) -> Iterator[tuple[str, Path]]:
     """Yield (option, folder) for each option that names a folder to which a run writes.
 
-    The annotation of the option's parameter, `FolderToWrite` or `FolderOfRun`, marks these options. Only options in `node` are
-    searched; `key` is the dotted name of `node`. A `FolderOfRun` is relative to `run`, the run's folder.
+    These are the options whose parameters have the annotation `FolderToWrite` or `FolderOfRun`. Only options in `node`
+    are searched; `key` is the dotted name of `node`. A `FolderOfRun` is relative to `run`, the run's folder.
     """
     if not isinstance(node, DictConfig):
         return

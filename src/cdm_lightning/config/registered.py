@@ -26,8 +26,8 @@ MOST_VALUES = 200_000  # in a configuration, which may contain a list of prompts
 def registered(group: str, own: Collection[str]) -> frozenset[str]:
     """Return the dotted names of the classes that may be built: those in `own`, and those that the user has registered.
 
-    The user registers a class as an entry point in `group` of an installed package, or in the environment variable
-    CDM_LIGHTNING_TRUST. The classes are not imported.
+    The user registers a class as an entry point of an installed package, in the entry-point group `group`, or in the
+    environment variable CDM_LIGHTNING_TRUST. The classes are not imported.
     """
     outside = {entry.value.partition(" ")[0].replace(":", ".") for entry in entry_points(group=group)}
     named = {name.strip() for name in os.environ.get(TRUSTED, "").split(",")} - {""}

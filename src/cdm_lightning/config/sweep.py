@@ -1,4 +1,4 @@
-"""The folders of the jobs of a Hydra sweep (`--multirun`)."""
+"""Name the folders of the jobs of a Hydra sweep (`--multirun`)."""
 
 import hashlib
 import re
