@@ -63,8 +63,8 @@ def evaluate(
 ) -> "Evaluated":
     """Measure the models at all their combinations of steps, guidance scale and shift, and write the results.
 
-    Each combination is called a sampler. The results go to the folder `output`. The first `count` of `prompts` are used,
-    or all if there are fewer. `metrics` are names of files in conf/metric, and `options` are overrides such as
+    Each combination is called a sampler. The results go to the folder `output`. The first `count` of `prompts` are
+    used, or all if there are fewer. `metrics` are names of files in conf/metric, and `options` are overrides such as
     "metric.fid.weights=FILE". The noise of an image depends only on `seed` and the index of its prompt. The networks
     compute on `device` in `dtype`. The confidence intervals are computed from `resamples` resamples of the prompts.
     `baseline` is the name of the sampler to which the others are compared; None means the first one. With

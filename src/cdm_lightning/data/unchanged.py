@@ -9,7 +9,7 @@ from cdm_lightning.errors import UserError
 
 @dataclass(frozen=True)
 class FileState:
-    """The size of a file in bytes and the time of its last change in nanoseconds, for a later comparison."""
+    """The state of a file: its size in bytes and the time of its last change in nanoseconds. See `require`."""
 
     size: int
     changed: int
@@ -21,9 +21,9 @@ class FileState:
         return cls(found.st_size, found.st_mtime_ns)
 
     def require(self, file: Path | int, path: Path) -> None:
-        """Raise `UserError` if a file no longer has the size and time that are stored here.
+        """Raise `UserError` if the current state of `file` differs from this state.
 
-        `file` is the file's path or an open descriptor. `path` is the name of the file in the message.
+        `file` is a path or an open descriptor. The error message calls the file `path`.
         """
         try:
             same = FileState.of(file) == self

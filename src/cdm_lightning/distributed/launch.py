@@ -2,8 +2,8 @@
 
 Hydra composes the configuration once, in the launching process. The started processes read it from a private temporary
 folder, so all have the same configuration. The launcher forwards signals to the started processes and exits with their
-status. Each started process has a session of its own. Therefore a signal to the launcher's process group (Ctrl-C,
-`timeout`) reaches the started processes only once, through the launcher.
+status. Each started process is in a POSIX session of its own. Therefore a signal to the launcher's process group
+(Ctrl-C, `timeout`) reaches the started processes only once, through the launcher.
 """
 
 import importlib
@@ -41,8 +41,8 @@ def is_launched(variables: Mapping[str, str] = os.environ) -> bool:
 def launch(config_text: str, processes: int, task: str, command: Sequence[str] = tuple(sys.argv)) -> int:
     """Run `task` in `processes` processes on this machine.
 
-    Returns 0, or the exit status of the process that failed first. If a signal ended that process, stderr names the
-    process, and the status is 128 + signal as in a shell.
+    Returns 0, or the exit status of the process that failed first. If a signal ended that process, the
+    status is 128 + the number of the signal, as in a shell, and a message on stderr names the process.
 
     `config_text` is the resolved configuration as YAML. `task` is the dotted name of a function, in the form
     "module:function". Each process calls this function with the configuration. `command` is the command line of this
@@ -127,8 +127,8 @@ def run_processes(
 def forwarded_signals(folder: Path) -> Generator[None]:
     """Forward signals that this process gets in the `with` block to the processes that have called `sign_on(folder)`.
 
-    After a second signal, this process kills those processes at once, because a suspended process could not react to
-    any other signal. If no process has called `sign_on` yet, the second signal ends this process.
+    After a second signal, this process sends SIGKILL to those processes: they may be suspended, and a suspended process
+    reacts to no other signal. If no process has called `sign_on` yet, the second signal ends this process.
     """
     first: list[float] = []
 

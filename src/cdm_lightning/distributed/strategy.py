@@ -146,8 +146,8 @@ def data_parallel(
 ) -> MeshStrategy:
     """Return the strategy in which each process holds whole copies of all networks (strategy=ddp).
 
-    `world_size` explains `devices` and `num_nodes`, and `MeshStrategy` explains `on_cpu` and `timeout`. Raises `UserError` for
-    a value that one of them refuses.
+    `world_size` explains `devices` and `num_nodes`, and `MeshStrategy` explains `on_cpu` and `timeout`. Raises
+    `UserError` in the cases of `world_size` and `MeshStrategy`.
     """
     return MeshStrategy(world_size(devices, num_nodes), 1, on_cpu, timeout)
 
@@ -160,8 +160,8 @@ def fully_sharded(
 ) -> MeshStrategy:
     """Return the strategy in which each process holds one shard of each weight, gradient and optimizer state (strategy=fsdp2).
 
-    `world_size` explains `devices` and `num_nodes`, and `MeshStrategy` explains `on_cpu` and `timeout`. Raises `UserError` for
-    a value that one of them refuses.
+    `world_size` explains `devices` and `num_nodes`, and `MeshStrategy` explains `on_cpu` and `timeout`. Raises
+    `UserError` in the cases of `world_size` and `MeshStrategy`.
     """
     return MeshStrategy(1, world_size(devices, num_nodes), on_cpu, timeout)
 
@@ -175,9 +175,9 @@ def hybrid_sharded(
 ) -> MeshStrategy:
     """Return the strategy with `replicas` copies of the networks. Each copy is sharded over a group of processes (strategy=hsdp).
 
-    All groups have the same size. `world_size` explains `devices` and `num_nodes`, and `MeshStrategy` explains `on_cpu` and
-    `timeout`. Raises `UserError` for a value that one of them refuses, and if `replicas` does not divide the number of
-    processes.
+    All groups have the same size. `world_size` explains `devices` and `num_nodes`, and `MeshStrategy` explains `on_cpu`
+    and `timeout`. Raises `UserError` in the cases of `world_size` and `MeshStrategy`, and if `replicas` does not divide
+    the number of processes.
     """
     processes = world_size(devices, num_nodes)
     if replicas < 1 or processes % replicas:

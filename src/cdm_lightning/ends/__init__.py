@@ -1,1 +1,1 @@
-"""How a process ends when a signal asks it to, and how it survives a closed terminal or a full disk."""
+"""End a process in order after a signal, and keep it running after its terminal is closed or a disk is full."""

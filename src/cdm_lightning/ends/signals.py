@@ -65,9 +65,9 @@ def watch(silent: bool = False) -> bool:
     If this process has the handlers already, or if this is not the main thread, nothing is done and the result is
     False. SIGHUP stays ignored if it was ignored before, for example by `nohup`.
 
-    With `silent`, this process does not print that it was stopped. Use it for processes that a launcher started: the
-    launcher prints a line for all of them. When one of them fails, the launcher sends SIGTERM to the others, which must
-    print nothing then.
+    With `silent`, this process does not print that it was stopped. Use it for processes that a launcher started. The
+    launcher itself reports a signal that it forwards. If one process fails, the launcher stops the others by SIGTERM,
+    and they must not report this SIGTERM as if the user had stopped the run.
     """
     if _state.process == os.getpid() or threading.current_thread() is not threading.main_thread():
         return False

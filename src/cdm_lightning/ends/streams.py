@@ -56,8 +56,8 @@ def _to_null(descriptor: int) -> None:
 def make_tolerant() -> None:
     """Replace `sys.stdout` and `sys.stderr` by `TolerantStream`s, and open /dev/null where descriptor 0, 1 or 2 is closed.
 
-    Otherwise the next file that is opened would get the closed descriptor, and messages of C libraries would be written into that
-    file.
+    If a descriptor stayed closed, the next file that is opened would get its number, and the messages that C libraries
+    write to stdout or stderr would go into that file.
     """
     for descriptor in (0, 1, 2):
         try:

@@ -1,8 +1,8 @@
 """Confidence intervals of figures, and of the difference of two samplers, by resampling the prompts (bootstrap).
 
 A *sampler* is a way to make images. Two samplers are compared on the same prompts and the same noise. A resample draws the
-prompts with replacement, and takes the same prompts from both samplers. Therefore the difference varies less than the two
-figures, because some prompts are harder than others for both (Efron and Tibshirani, 1993, chapters 8 and 13).
+prompts with replacement, and takes the same prompts from both samplers. Some prompts are harder than others for both
+samplers, so the difference varies less than the two figures (Efron and Tibshirani, 1993, chapters 8 and 13).
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -153,9 +153,8 @@ class LadderEvaluation:
         """Generate and measure the images of all samplers, and return the figures and measurements.
 
         `networks` holds the networks "student" and "teacher", which compute on their device in `compute_dtype`. With
-        `silent`, no progress is shown. `known` holds measurements of an earlier run of the same evaluation, by the
-        sampler's name, for example those of the teacher's samplers. These samplers are not run again. Raises the errors
-        of `check`.
+        `silent`, no progress is shown. `known` maps names of samplers, such as the teacher's, to their measurements
+        from an earlier run of the same evaluation. These samplers are not run again. Raises the errors of `check`.
         """
         self.check(metrics)
         measured = self.measure(metrics, backbone, networks, compute_dtype, silent, known)
@@ -174,9 +173,9 @@ class LadderEvaluation:
     ) -> dict[str, SamplerResult]:
         """Return the measurements of all samplers by name. The first six arguments are those of `run`.
 
-        `on_images` is called with the sampler's name, each batch of images, and the indices of their prompts. It does not get the
-        further images of a prompt that some metrics need. `on_measured` is called with each sampler's measurements as soon as
-        they are complete.
+        `on_images` is called with the sampler's name, each batch of images, and the indices of their prompts. Some
+        metrics need several images of each prompt; `on_images` gets only the first. `on_measured` is called with the
+        sampler's name and its measurements as soon as they are complete.
         """
         progress = Progress("reading reference images", self._total_calls(metrics), silent=silent)
         metrics.prepare(device_of(next(iter(networks.values()))))
@@ -208,7 +207,7 @@ class LadderEvaluation:
     def result(
         self, metrics: MetricSuite, measured: Mapping[str, SamplerResult], settings: Mapping[str, Any]
     ) -> LadderResult:
-        """Return the figures of `measured`, the measurements of samplers by name. `settings` are those of `LadderResult`."""
+        """Compute the figures of `measured`, the measurements by sampler name. `settings` are stored in the result."""
         collected = {name: result.collected for name, result in measured.items()}
         return LadderResult(
             rows=self._rows(metrics, measured),

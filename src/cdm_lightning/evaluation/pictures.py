@@ -1,4 +1,4 @@
-"""Overview pictures of generated images (P, 3, H, W) in [0, 1], with labels."""
+"""Draw overview pictures of generated images (P, 3, H, W) in [0, 1], with labels."""
 
 import textwrap
 from collections.abc import Mapping, Sequence

@@ -69,9 +69,8 @@ def is_left(entry: Path) -> bool:
 
     - If another process holds a lock on it, the answer is no.
     - If it was made on this machine, the answer is yes if the process that made it no longer runs.
-    - If it was made on another machine or in another container, the answer is yes if it has not changed for an hour.
-      This holds only on a file system with locks. Without locks, a running writer cannot be recognised, and the answer
-      is no.
+    - If it was made on another machine or in another container, the answer is yes if it has not changed for an hour
+      and the file system has locks. Without locks, a running writer could not be recognised.
     - In doubt, the answer is no.
     """
     parts = entry.stem.removeprefix(OWN).split("-")
