@@ -132,9 +132,9 @@ class CDMModule(L.LightningModule):
         self._figures |= {f"{role}/{name}": value for name, value in figures.items()}
 
     def bind(self, prompts: Sequence[str], backbone: Backbone | None = None) -> VelocityFields:
-        """Return the networks as velocity fields for `prompts`.
+        """Return the networks as velocity fields that are conditioned on the text of `prompts`.
 
-        The fields are for the image size of `backbone` (default: `self.backbone`).
+        The fields take latents of the image size of `backbone` (default: `self.backbone`).
         """
         backbone, networks = backbone or self.backbone, self.networks
         text, no_text = backbone.encode_prompts(prompts), repeat_rows(backbone.encode_prompts([""]), len(prompts))
@@ -205,9 +205,10 @@ class CDMModule(L.LightningModule):
         self.rollouts = self.make_rollouts(strategy.root_device, is_sharded)
 
     def make_rollouts(self, device: torch.device, is_sharded: bool = False) -> Rollouts:
-        """Return the object that rolls out the student on `device` to make the losses' inputs from a batch of prompts.
+        """Return the object that makes the losses' inputs from batches of prompts, by rollouts on `device`.
 
-        If `is_sharded` is True, every network call needs all processes, so the processes agree on the number of calls.
+        `is_sharded` is True if the processes hold shards of the networks. Each process then makes as many calls of the
+        student as the process that needs the most, because every call needs all processes.
         """
         return KINDS[self.objective.rollout](
             self.bind,
@@ -259,16 +260,17 @@ class CDMModule(L.LightningModule):
 
     @property
     def evaluated_network(self) -> nn.Module:
-        """The network that is evaluated and exported: the student's EMA, or the student while the EMA has no update yet."""
+        """The network that is evaluated and exported: the student's EMA if it was updated, otherwise the student."""
         average = self.networks.student_ema
         return average if average is not None and self.ema_updates else self.networks.student
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict:
-        """Generate images of the batch's B prompts with each sampler in `samplers`, and return them for all callbacks.
+        """Generate images of the batch's B prompts with each sampler in `samplers`, and return them.
 
-        The result has three keys: "prompts" holds the B prompts, "indices" (B,) holds their numbers, and "images" maps
-        each sampler's name to its images (B, 3, H, W) in [0, 1]. A process without prompts gets a padding batch,
-        because all processes must make the same network calls. The result for such a batch is empty under each key.
+        Lightning passes the result to the callbacks. It has three keys: "prompts" holds the B prompts, "indices" (B,)
+        holds their numbers, and "images" maps each sampler's name to its images (B, 3, H, W) in [0, 1]. A process that
+        has no prompts left gets padding as a batch, because all processes must make equally many network calls. The
+        result for padding is empty under each key.
         """
         networks = {"student": self.evaluated_network, "teacher": self.networks.teacher}
         with attention_by(self.compute.attention):

@@ -1,4 +1,6 @@
-"""`python -m cdm_lightning.plan experiment=sd3_cdm gpus=8x80`: memory, work and hours of a run, before it is started.
+"""Estimate the memory, the work and the hours of a run before the run is started.
+
+The command is `python -m cdm_lightning.plan experiment=sd3_cdm gpus=8x80`.
 
 The arguments are those of the training command and the following:
   gpus=COUNTxGB        required; several values, separated by commas, give one plan each
@@ -194,7 +196,7 @@ def write_json(path: Path, plans: "Sequence[Plan]") -> None:
 def main() -> None:
     """Print the plans that the command line describes.
 
-    A user's mistake is printed in one line on stderr, and the exit status is 2.
+    After a user's mistake, one line on stderr describes it, and the exit status is 2.
     """
     quiet_libraries()
     with command("before the plan was made"):

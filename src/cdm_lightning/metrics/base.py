@@ -1,9 +1,10 @@
 """The interface of a metric. A metric computes numbers (figures) from the images of one sampler.
 
-A *sampler* is a way to make images: a network, a number of steps and a guidance scale. A *feature extractor* is a network that
-maps images to vectors, such as Inception or CLIP. A metric names the extractors that it needs. Each extractor runs once on a
-batch, even if several metrics need it. Shapes: images (B, 3, H, W) in [0, 1], features (N, D), scores (N,). See
-docs/new-metric.md.
+A *sampler* is a way to make images: a network, a number of steps and a guidance scale. A *feature extractor* is a
+network that maps images to vectors (features), such as Inception or CLIP. A metric names the extractors that it needs.
+Each extractor runs once on each batch of images, even if several metrics need it. A metric that measures single images
+gives each image a *score*. Shapes: images are (B, 3, H, W) in [0, 1]. For N images, the features are (N, D) and the
+scores are (N,). See docs/new-metric.md.
 """
 
 import itertools
@@ -37,9 +38,9 @@ def extract(extractor: nn.Module, images: Tensor) -> Tensor:
 class ImageBatch:
     """A batch of images (B, 3, H, W) in [0, 1] of one sampler, with their prompts and the indices of these prompts.
 
-    `extractors` are the feature extractors by name. Features are computed when they are first requested and then kept,
-    so that metrics share them. `known_texts` holds the features (B, D) of the prompts by extractor. `text_features`
-    computes missing ones and adds them to this dictionary. Pass the same dictionary for images of the same prompts by
+    `extractors` are the feature extractors by name. Features are computed only when they are first requested, and
+    metrics share them. `known_texts` maps an extractor's name to its features (B, D) of the prompts. The method
+    `text_features` adds missing features to this dictionary. Pass the same dictionary for images of the same prompts by
     other samplers, so that prompts are encoded only once.
     """
 
@@ -67,14 +68,15 @@ class ImageBatch:
 class MeasuredImages:
     """The measurements of the N images of one sampler, sorted by prompt index.
 
-    The method `figures` of a metric computes the metric's figures from these measurements.
+    The method `figures` of a metric computes the metric's figures from these measurements. The keys of all dictionaries
+    are names of extractors.
 
-    - `features`: (N, D) on the CPU, by extractor.
-    - `scores`: (N,) the results of the metric's `score`, or None if the metric has no scores.
-    - `copies`: (P, M, D) features of M images for each of the first P prompts, by extractor. It is empty if no metric
-      asks for several images per prompt.
-    - `other_noise`: (N, D) features of N more images of the same prompts, from different noise, by extractor. It is
-      empty if no metric asks for them.
+    - `features`: a dictionary of the features (N, D) of the images, on the CPU.
+    - `scores`: the results (N,) of the metric's `score`, or None if the metric has no scores.
+    - `copies`: a dictionary of the features (P, M, D) of M images for each of the first P prompts. It is empty if no
+      metric needs several images per prompt.
+    - `other_noise`: a dictionary of the features (N, D) of N more images of the same prompts, from different noise. It
+      is empty if no metric needs them.
     - `has_noise`: True for generated images, which start from noise, and False for real images.
     """
 
@@ -122,18 +124,23 @@ class Metric:
     other_noise: bool = False
 
     def prepare(self, extractors: Mapping[str, nn.Module]) -> None:
-        """Do slow work, such as measuring reference images. This is called once, before the first image is measured.
+        """Do the metric's slow work, such as measuring reference images.
 
-        `extractors` holds all feature extractors by name.
+        This method is called once, before the first image is measured. `extractors` holds all feature extractors by
+        name.
         """
 
     def check_prompt(self, prompt: str) -> None:
-        """Raise `UserError` or ValueError if images of this prompt cannot be measured. All prompts are checked before training."""
+        """Raise `UserError` or ValueError if images of `prompt` cannot be measured.
+
+        This method is called for all prompts before training.
+        """
 
     def check_features(self, features: Mapping[str, Tensor]) -> None:
-        """Raise `UserError` before training if the metric's options do not fit the features of its extractors.
+        """Raise `UserError` if the metric cannot use the features of its extractors, such as features of a wrong width.
 
-        `features` maps an extractor's name to the features (B, D) of B made-up images.
+        This method is called before training. `features` maps an extractor's name to the features (B, D) of B made-up
+        images.
         """
 
     def score(self, batch: ImageBatch) -> Tensor | None:
@@ -150,7 +157,10 @@ class Metric:
         return None if scores is None or not len(scores) else float(scores.double().mean())
 
     def caution(self, measured: MeasuredImages) -> str | None:
-        """Return what a reader of these images' figures must know, such as that the images are too few, or None (the default)."""
+        """Return a warning about the metric's figures for `measured`, such as that the images are too few.
+
+        The default is None, which means no warning.
+        """
         return None
 
     def facts(self) -> Mapping[str, float | str]:

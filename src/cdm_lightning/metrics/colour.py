@@ -1,8 +1,8 @@
 """Colour statistics of images: brightness, saturation, contrast and the visibility of the patch grid.
 
-Students of distribution matching tend to get darker, more saturated or higher in contrast than their teacher, or to
-show the grid of the transformer's patches, while Fréchet distances and losses hardly change. Shapes: images (B, 3, H,
-W) in [0, 1].
+Students that are trained by distribution matching tend to get darker, more saturated or higher in contrast than their
+teacher, or to show the grid of the transformer's patches, while Fréchet distances and losses hardly change. Shapes:
+images (B, 3, H, W) in [0, 1].
 """
 
 import math
@@ -78,9 +78,10 @@ class Colour(Metric):
         """Return {"brightness": ..., "saturation": ..., "contrast": ..., "patch_grid": ...}.
 
         `others` holds the measurements of all samplers by name. A figure that cannot be computed is left out, such as
-        patch_grid for images that are not larger than a patch, or a figure that would be divided by 0. Returns None if
-        `measured` has no images. If `sampler` is given, also returns None if that sampler is not in `others` or has no
-        images there.
+        patch_grid for images that are not larger than a patch. Returns None if `measured` has no images.
+
+        If the metric divides its figures by those of a `sampler`, a figure that would be divided by 0 is left out too.
+        Then the result is also None if that sampler is not in `others` or has no images there.
         """
         reference = measured if self.sampler is None else others.get(self.sampler)
         if reference is None or not len(measured) or not len(reference):

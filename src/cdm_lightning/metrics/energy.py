@@ -33,12 +33,12 @@ class EnergyDistance(Metric):
 
 
 def energy_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Return the energy distance 2 E|a - b| - E|a - a'| - E|b - b'| of points a (N, D) and b (M, D).
+    """Return an unbiased estimate of the energy distance between the distributions of points `a` (N, D) and `b` (M, D).
 
-    In this formula, a' is another point of the set of a, and b' is another point of the set of b. The result is a 0-d
-    float64 in the units of the points. The energy distance of equal distributions is 0 (Székely and Rizzo, 2013). The
-    estimate from points is unbiased, because no point is paired with itself, so it can be slightly negative. Raises
-    ValueError for fewer than 2 points in a set.
+    The distance is 2 E|x - y| - E|x - x'| - E|y - y'|, where x and x' are different points of `a`, and y and y' are
+    different points of `b`. It is 0 for equal distributions (Székely and Rizzo, 2013). The estimate can be slightly
+    negative, because no point is paired with itself. It is a 0-d float64 in the units of the points. Raises ValueError
+    for fewer than 2 points in a set.
     """
     if min(len(a), len(b)) < 2:
         raise ValueError(f"energy distance needs at least 2 points in each set, got {len(a)} and {len(b)}")

@@ -24,7 +24,7 @@ from cdm_lightning.metrics.base import Figures, MeasuredImages, Metric, extract
 
 @dataclass(frozen=True)
 class FeatureStatistics:
-    """What a Fréchet distance needs to know of a set of features.
+    """The mean and the covariance of a set of features, from which Fréchet distances are computed.
 
     `mean` (D,) and `covariance` (D, D) are float64. `count` is the number of features.
     """
@@ -113,7 +113,10 @@ def frechet_distance(reference: FeatureStatistics, features: Tensor) -> float | 
 
 
 def too_few(features: Tensor) -> str | None:
-    """Return a warning if features (N, D) have N of at most D, so that their covariance is singular, or None."""
+    """Return a warning if `features` (N, D) are those of too few images for a Fréchet distance, otherwise None.
+
+    If N is at most D, the covariance of the features is singular, and the distance depends mostly on N.
+    """
     count, width = features.shape
     if count > width:
         return None
@@ -149,9 +152,10 @@ class Frechet(Metric):
                 ) from error
 
     def check_features(self, features: Mapping[str, Tensor]) -> None:
-        """Raise `UserError` if the width of the features in `reference` is not the width of the extractor's features.
+        """Raise `UserError` if the statistics in `reference` have another width than the extractor's features.
 
-        `features` maps an extractor's name to the features (B, D) of B made-up images. D is the width.
+        `features` maps an extractor's name to the features (B, D) of B made-up images. D is the width. Nothing is
+        checked while `reference` is an iterable of images.
         """
         if isinstance(self.reference, FeatureStatistics):
             width, own = len(self.reference.mean), features[self.feature].shape[1]
@@ -169,7 +173,7 @@ class Frechet(Metric):
         return frechet_distance(cast(FeatureStatistics, self.reference), measured.features[self.feature])
 
     def caution(self, measured: MeasuredImages) -> str | None:
-        """Return a warning if there are fewer images than features (`too_few`)."""
+        """Return a warning if `measured` has too few images for a Fréchet distance, otherwise None (see `too_few`)."""
         return too_few(measured.features[self.feature])
 
     def facts(self) -> dict[str, float]:
@@ -213,5 +217,5 @@ class FrechetToSampler(Metric):
         return {name: value for name, value in found.items() if value is not None}
 
     def caution(self, measured: MeasuredImages) -> str | None:
-        """Return a warning if there are fewer images than features (`too_few`)."""
+        """Return a warning if `measured` has too few images for a Fréchet distance, otherwise None (see `too_few`)."""
         return too_few(measured.features[self.feature])

@@ -1,6 +1,7 @@
 """Real images with which metrics compare generated images, as iterables of batches (B, 3, H, W) in [0, 1].
 
-The shapes set is this package's procedural data set of captioned shapes (`data.shapes`).
+`ImageFolder` reads the images from a folder, and `ShapesRenderings` renders images of the shapes set. The shapes set is
+this package's procedural data set of captioned shapes (see `data.shapes`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,12 +28,13 @@ MOST_IMAGE = 1 << 30  # bytes
 class ShapesRenderings:
     """Real images for a metric: `count` images of the shapes set, in batches (B, 3, 32, 32) in [0, 1].
 
-    The images show the first `captions` prompts (None: all prompts) in their order, and start again with the first
-    prompt until there are `count` images. They depend only on these prompts and on `seed`. Pass the prompts of the
-    generated images as `prompts`, as is usual for FID on COCO. If the real images showed other prompts, even a perfect
-    generator would have a distance above 0 to them.
+    Each image shows one of the first `captions` entries of `prompts` (None: of all entries). The images follow the
+    order of the prompts, and start again with the first prompt after the last one. They depend only on these prompts
+    and on `seed`. Pass the prompts of the generated images as `prompts`, as is usual for FID on COCO. If the real
+    images showed other prompts, even a perfect generator would have a distance above 0 to them.
 
-    Raises `UserError` if there are fewer prompts than `captions`, or if a prompt is not a caption of the shapes set.
+    Raises `UserError` if there are fewer prompts than `captions`, or if one of these prompts is not a caption of the
+    shapes set.
     """
 
     prompts: Sequence[str]

@@ -16,12 +16,15 @@ from cdm_lightning.metrics.suite import MetricSuite
 def rehearse(
     suite: MetricSuite, sizes: Iterable[tuple[int, int]], prompts: Sequence[str], device: torch.device
 ) -> None:
-    """Let all extractors and metrics measure made-up images of each size (height, width), one image for each of the prompts.
+    """Let all extractors and metrics measure made-up images: for each size (height, width), one image per prompt.
 
     Extractors and metrics run on `device` and then return to the CPU. If a metric overrides `prepare`, as metrics with
     reference images do, its `check_features` is called but its `score` is not, because `score` needs `prepare`, which
-    may take minutes. Nothing happens if the suite is already prepared. Raises `UserError` for the first extractor or
-    metric of this package that fails. Errors of other classes pass unchanged, because they may be bugs.
+    may take minutes. If the suite is already prepared, the function does nothing.
+
+    Raises `UserError`, with the name of the extractor or metric, for the first one that fails. Two kinds of error are
+    raised unchanged: `torch.OutOfMemoryError`, and errors other than `UserError` of an extractor or metric whose class
+    is not part of this package, because they may be bugs of that class.
     """
     if suite.is_prepared or not suite.metrics:
         return

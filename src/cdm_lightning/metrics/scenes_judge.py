@@ -75,7 +75,7 @@ class ScenesJudge(nn.Module):
 
     @torch.no_grad()
     def adherence(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return (N,) bool: whether each picture (N, 3, 64, 64) in [0, 1] shows everything that its prompt says.
+        """Return for each picture (N, 3, 64, 64) in [0, 1] whether it shows everything that its prompt says: (N,) bool.
 
         Raises ValueError for a prompt that is not a caption of the storybook scenes.
         """
@@ -83,7 +83,7 @@ class ScenesJudge(nn.Module):
 
     @torch.no_grad()
     def agreement(self, images: Tensor, wanted: Sequence[dict[str, int]]) -> Tensor:
-        """Return (N,) bool: whether the judge predicts the wanted classes for each picture (N, 3, 64, 64) in [0, 1].
+        """Return for each picture (N, 3, 64, 64) in [0, 1] whether the judge predicts the wanted classes: (N,) bool.
 
         `wanted` has one dictionary for each picture. It maps a head's name to the number of the wanted class. A head
         that is not in the dictionary may predict any class.

@@ -72,7 +72,7 @@ class ShapesClassifier(nn.Module):
 
     @torch.no_grad()
     def adherence(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return (N,) bool: whether each image (N, 3, 32, 32) in [0, 1] shows everything that its prompt says.
+        """Return for each image (N, 3, 32, 32) in [0, 1] whether it shows everything that its prompt says: (N,) bool.
 
         Raises ValueError for a prompt that is not a caption of the shapes set.
         """

@@ -99,10 +99,10 @@ class Sample:
         return len(self.prompts)
 
     def again(self, repeat: int) -> Self:
-        """Return the same sample with the random numbers of repetition number `repeat` of an update.
+        """Return this sample with the random numbers of one optimizer step of an update.
 
-        An update repeats its optimizer step `Update.repeat` times, and each repetition has its own random numbers.
-        Repetitions count from 0.
+        An update makes `Update.repeat` optimizer steps, each with random numbers of its own. `repeat` is the number of
+        the step, counted from 0.
         """
         return replace(self, rng=self.rng.again(repeat))
 
@@ -231,8 +231,9 @@ class Objective(ABC):
         """Return the updates of each iteration in a typical stretch of training.
 
         `cdm_lightning.plan` computes the costs of a run from these updates. By default the stretch has `student_period`
-        iterations, or one iteration if the period is None. The stretch lies late in a run, when weights that grow
-        during training have reached their final values. Override this method if `updates` depends on measured values.
+        iterations, or one iteration if the period is None. The stretch lies late in a run, when the weights of loss
+        terms that grow during training have reached their final values. Override this method if `updates` depends on
+        measured values.
         """
         period = self.student_period or 1
         late = period * 1_000_000  # weights that ramp up have reached their final values

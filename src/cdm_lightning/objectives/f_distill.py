@@ -122,7 +122,7 @@ class FDistillObjective(DMD2Objective):
         return weight / self.means.weight, {**figures, "divergence_weight": weight.mean()}
 
     def observe(self, role: str, figures: Mapping[str, Tensor], made: bool) -> None:
-        """Update the running means of r and h(r) from `figures` if `role` is the student and the step was made."""
+        """Update the running means of r and h(r) from `figures` if `role` is "student" and `made` is True."""
         if role != "student" or not made or "divergence_weight" not in figures:
             return
         rate = min(

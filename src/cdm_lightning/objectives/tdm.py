@@ -47,7 +47,7 @@ class TDMObjective(LevelAwareObjective):
                   of steps an input of the fake score (see `fake_score_conditioning`).
 
     `fake_score_target` says what the fake score learns from the noised state:
-      "prediction"  the student's x0 prediction, as in the authors' code. Each sample has the weight
+      "prediction"  the student's x0 prediction, as in the code of TDM's authors. Each sample has the weight
                     exp((|n|^2 - |e|^2) / 2), where n is the noise that was added, e is the noise in the noised state
                     according to the x0 prediction, and |.|^2 is the mean square over elements;
       "state"       the score of the noised states, by denoising score matching. The score grows without bound as less

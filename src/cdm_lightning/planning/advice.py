@@ -1,4 +1,4 @@
-"""Options that make a run fit into a GPU's memory, and the bytes that each of them saves."""
+"""Suggest options that make a run take less memory, or make it faster with the memory that is free."""
 
 from dataclasses import dataclass, replace
 

@@ -37,7 +37,8 @@ class GPUs:
 def read_gpus(text: str, reserve: float = 0.08) -> GPUs:
     """Parse a string such as "8x80", which means eight GPUs with 80 GB of memory each.
 
-    Raises UserError for a string of another form, and for a `reserve` outside [0, 1).
+    `reserve` is the share of the memory that is kept free (see `GPUs`). Raises UserError for a string of another form,
+    and for a `reserve` outside [0, 1).
     """
     match = re.fullmatch(rf"([0-9]{{1,{DIGITS}}})x([0-9]{{1,{DIGITS}}}(?:\.[0-9]{{1,{DIGITS}}})?)", str(text).strip())
     if not match or not 1 <= int(match[1]) <= MOST_GPUS or not LEAST_MEMORY <= float(match[2]) <= MOST_MEMORY:
@@ -70,7 +71,7 @@ class Layout:
     def gathers(self) -> bool:
         """Whether FSDP gathers and casts a network's weights block by block for each call.
 
-        This is so for every strategy but "single", with which autocast casts the weights.
+        This is True for "ddp", "fsdp2" and "hsdp", which all use FSDP. With "single", autocast casts the weights.
         """
         return self.strategy != "single"
 

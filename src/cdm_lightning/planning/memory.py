@@ -1,6 +1,7 @@
-"""The bytes that each part of a run takes on one GPU, computed from its sizes and its layout over the GPUs.
+"""Compute the bytes that each part of a run takes on one GPU.
 
-All figures are bytes. A role is the name of a network: "student", "student_ema", "teacher", or one that the objective adds.
+The inputs are the sizes of the parts (`Sizes`) and the distribution of the networks over the GPUs (`Layout`). All
+figures are bytes. A role is the name of a network: "student", "student_ema", "teacher", or one that the objective adds.
 """
 
 import math
@@ -18,9 +19,9 @@ MOST = 1_000_000  # the search for the largest batch stops here
 class Validation:
     """The bytes that validation takes in its three stages: sampling, decoding, and scaling of the pixels to [0, 1].
 
-    Sampling B images takes as much memory as a training rollout of `share` * B samples. Decoding takes `first` for the
-    first image of a batch and `more` for each further image. Scaling the pixels takes `copies` for each image. `batch`
-    is the number of images in a batch; None means as many as there are samples in a training batch.
+    Sampling B images takes as much memory as a training rollout of `share` * B samples. Decoding takes `first` bytes
+    for the first image of a batch and `more` bytes for each further image. Scaling the pixels takes `copies` bytes for
+    each image. `batch` is the number of images in a batch; None means as many as there are samples in a training batch.
     """
 
     first: float
@@ -57,7 +58,8 @@ class Sizes:
     of weights in a network's largest block, `outside_blocks` is the number of weights outside all blocks, and `compute`
     is the bytes of one weight in the compute dtype. The roles in `held_whole` are never sharded: LoRA adapters, and
     heads, which the objective builds itself. `validation` is None if the memory of validation is not counted.
-    `text_rests` says that the text encoders rest in host memory while they encode nothing (`text_cache.encode_ahead`).
+    `text_rests` is True if the text encoders stay in host memory while no prompts are encoded, as with the option
+    `text_cache.encode_ahead`.
     """
 
     networks: Mapping[str, float]
@@ -112,9 +114,9 @@ def gathered(sizes: Sizes, layout: Layout) -> float:
 def phase_peaks(sizes: Sizes, layout: Layout, batch: int, accumulate: int = 1) -> dict[str, float]:
     """Return the peak bytes on a GPU in each phase of an iteration, in addition to the bytes that `resting` returns.
 
-    The phases are the rollout, each role's updates, the optimizer step, the encoding of prompts if the text encoders
-    rest in host memory, and validation if it is counted. Gradients are
-    included. `batch` is the number of samples on the GPU, which computes them in `accumulate` parts, one after another.
+    The phases are the rollout, each role's updates and the optimizer step. The encoding of prompts is a phase too if
+    `sizes.text_rests` is True, and so is validation if `sizes.validation` is given. Gradients are included in the
+    bytes. `batch` is the number of samples on the GPU, which computes them in `accumulate` parts, one after another.
     """
     part, repeated = at_once(batch, accumulate), accumulate > 1
     fixed = 0.0 if layout.gathers else 1.0  # autocast copies all weights; FSDP gathers single blocks instead
@@ -147,7 +149,7 @@ def at_once(batch: int, accumulate: int) -> int:
 
 
 def largest_batch(sizes: Sizes, layout: Layout, usable: float, accumulate: int = 1) -> int:
-    """Return the largest number of samples on a GPU whose `total` is at most `usable` bytes; 0 if none fits.
+    """Return the largest number of samples for which a GPU needs at most `usable` bytes (see `total`); 0 if none fits.
 
     The result is a multiple of `accumulate`, the number of parts in which a batch is computed.
     """

@@ -150,7 +150,7 @@ def _states_kept(module: CDMModule, sample: Sample) -> list[Tensor]:
 
 
 def blank_sample(module: CDMModule, networks: Networks, iteration: int) -> Sample:
-    """Return a sample of `PROBE` prompts as training makes it, but with tensors that have shapes and no contents."""
+    """Return an input of the losses for `PROBE` prompts, like that of training, but of tensors without contents."""
     backbone, rng = module.backbone, BlankRandom(PROBE)
     text, no_text = backbone.blank_conditioning(PROBE), repeat_rows(backbone.blank_conditioning(1), PROBE)
     return Sample(

@@ -1,4 +1,4 @@
-"""A plan, and its output as text and as JSON."""
+"""The plan of a run, which can be turned into text and into JSON."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""The memory of validation, found by sampling and decoding images with networks that have shapes but no contents."""
+"""Measure the memory of validation by decoding images with an image codec that has shapes but no contents."""
 
 from typing import cast
 
