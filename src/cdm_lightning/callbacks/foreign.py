@@ -55,10 +55,11 @@ def check_monitors(callbacks: Mapping[str, L.Callback], logged: Collection[str],
 
 
 def open_loggers(loggers: Mapping[str, Logger]) -> None:
-    """Open the files or connections of all loggers before training. The keys of `loggers` are options such as "logger.csv".
+    """Open the files or connections of all loggers before training.
 
-    Raises `UserError` for a logger that cannot be opened, and for one whose folder lies outside its `save_dir`. If the disk
-    fails, a `GuardedLogger` only warns, as in training.
+    The keys of `loggers` are options such as "logger.csv". Raises `UserError` for a logger that cannot be opened, and
+    for one whose folder lies outside its `save_dir`. If the disk fails, a `GuardedLogger` warns and raises no error, as
+    it does in training.
     """
     for option, logger in loggers.items():
         inner: Logger = getattr(logger, "inner", logger)  # of a `GuardedLogger`

@@ -90,9 +90,9 @@ def states_of(network: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, A
 def restore(networks: nn.Module, optimizers: Mapping[str, Optimizer], stored: StoredCheckpoint) -> None:
     """Load a checkpoint into networks and optimizers, in place.
 
-    Raises `UserError` if the checkpoint's tensors have other names or shapes than those of the run. Only the tensors of
-    the EMA may be missing: if only the run has an EMA, the EMA starts as a copy of the student, and if only the
-    checkpoint has one, it is ignored.
+    Raises `UserError` if the checkpoint's tensors have other names or shapes than those of the run. The EMA is an
+    exception: if only the run has an EMA, it starts as a copy of the student, and if only the checkpoint has an EMA,
+    the checkpoint's EMA is ignored.
     """
     for role, optimizer in optimizers.items():
         prefix = f"optimizers.{role}."

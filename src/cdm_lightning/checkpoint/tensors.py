@@ -111,8 +111,8 @@ def reader(files: Sequence[Path]) -> dcp.HuggingFaceStorageReader:
 def files_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """Divide the tensors among numbered files, and return {name of a tensor: number of its file}. Numbers start at 1.
 
-    For each number, each process writes a file of its own, with its shards of the tensors. A file has about
-    `FILE_BYTES` bytes.
+    Each process writes one file for each number, with its own shards of the tensors that have this number. A file has
+    about `FILE_BYTES` bytes.
     """
     numbers, number, filled = {}, 1, 0
     for name, tensor in tensors.items():
