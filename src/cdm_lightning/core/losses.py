@@ -1,4 +1,7 @@
-"""Loss functions on tensors. A loss is a 0-d float32 tensor. Shapes: B samples of shape * = (C, H, W)."""
+"""Loss functions on tensors. A loss is a 0-d float32 tensor.
+
+In the shapes, B is the number of samples, and * stands for the shape (C, H, W) of a sample.
+"""
 
 import torch
 import torch.nn.functional as F

@@ -114,7 +114,7 @@ class StepRandom:
         return type(self)(self.seed, self.iteration, self.slots, self.device, repeat)
 
     def select(self, rows: Rows) -> "StepRandom":
-        """Return a copy for the samples `rows` of the batch. The random numbers of these samples stay the same."""
+        """Return a copy for the samples that `rows` selects from the batch. Their random numbers stay the same."""
         return type(self)(self.seed, self.iteration, self.slots[rows], self.device, self.repeat)
 
     def shared(self, purpose: str) -> torch.Generator:

@@ -2,8 +2,10 @@
 
 The losses use one step of the path, the *anchor*. For each sample, the anchor is drawn at random from the steps 0 to
 K - 1. The *point* at the anchor is the state x at the start of this step, with the state's sigma and the student's
-velocity. Shapes: B samples of shape * = (C, H, W), sigmas (B, K + 1) that decrease from 1 to 0. Rollouts are computed
-without gradients.
+velocity at this state. Rollouts are computed without gradients.
+
+In the shapes, B is the number of samples, and * stands for the shape (C, H, W) of a sample. The sigmas (B, K + 1)
+decrease from 1 to 0.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +24,7 @@ from cdm_lightning.core.transfer import send
 class TrajectoryPoint:
     """For each of B samples, one state on its rollout and the student's velocity at this state.
 
-    The states of different samples may belong to different steps of the rollout.
+    The states of different samples may be at different steps of the rollout.
     """
 
     x: Tensor  # (B, *)
@@ -36,9 +38,9 @@ class TrajectoryPoint:
         return denoise(self.x, self.v, self.sigma)
 
     def move_to(self, sigma: Tensor) -> Tensor:
-        """Return the states (B, *) that one Euler step from this point to `sigma` (B,) reaches with the velocity `v`.
+        """Take one Euler step from this point to `sigma` (B,), and return the states (B, *) that the step reaches.
 
-        CDM's off-trajectory point is made in this way.
+        The step uses the student's velocity at this point. CDM's off-trajectory point is made in this way.
         """
         return move(self.x, self.v, self.sigma, sigma)
 
@@ -67,7 +69,7 @@ class Trajectory:
         return len(self.x)
 
     def at(self, anchor: Tensor) -> FullTrajectoryPoint:
-        """Return the point at the start of each sample's step `anchor` (B,). Steps count from 0 to K - 1."""
+        """Return each sample's point at the start of the step that `anchor` (B,) names. Steps count from 0 to K - 1."""
         anchor = send(anchor, self.final.device)
         point = self._states(anchor)
         return FullTrajectoryPoint(point.x, point.v, point.sigma, point.next_sigma, x0_final=self.final)
@@ -95,7 +97,10 @@ def simulate(student: VelocityField, noise: Tensor, sigmas: Tensor) -> Trajector
 
 @dataclass(frozen=True)
 class Rollout:
-    """A rollout (the student's path from noise to an image) before it is computed: the student and the random draws."""
+    """The inputs from which a rollout (the student's path from noise to an image) is computed.
+
+    The inputs are the student, the initial noise, the sigmas, and each sample's anchor (a randomly drawn step).
+    """
 
     student: VelocityField
     noise: Tensor  # (B, *)

@@ -127,8 +127,8 @@ def inference_sigmas(nfe: int, shift: Shift) -> Tensor:
 def constant_shift(factor: float) -> Shift:
     """Return the timestep shift of SD3: it maps sigma s to f s / (1 + (f - 1) s), where f is `factor`.
 
-    With a factor of 1, sigmas do not change. Source: Esser et al., arXiv:2403.03206, equation 23. Raises ValueError for a factor
-    that is not positive.
+    With a factor of 1, sigmas do not change. Source: Esser et al., arXiv:2403.03206, equation 23. Raises ValueError for
+    a factor that is not positive.
     """
     if not factor > 0:
         raise ValueError(f"the factor of a shift must be positive, got {factor}")

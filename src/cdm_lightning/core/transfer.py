@@ -1,4 +1,4 @@
-"""Asynchronous copies between the host and a GPU: the host does not wait until they have ended."""
+"""Copy tensors between the host and a GPU. `send` and `Fetched` start a copy without waiting until it has ended."""
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager

@@ -56,8 +56,8 @@ def require_plain_text(file: Path) -> None:
     """Raise `UserError` if the start of a text file shows another format, such as JSON, RTF, HTML, XML, YAML or CSV.
 
     A plain text may still begin with a bracket, a brace or a tag. JSON is recognised by the beginning of a JSON list or
-    object, HTML and XML by a declaration or a closed tag, a table by its column names or tabs, and other formats by
-    their first characters. A file that cannot be read raises no error here, but later when its lines are read.
+    object, HTML and XML by a declaration or a tag with its end tag, a table by its column names or tabs, and other
+    formats by their first characters. A file that cannot be read raises no error here, but when its lines are read.
     """
     try:
         with opened(file) as text:

@@ -90,7 +90,7 @@ class PromptDataModule(L.LightningDataModule):
                 print(f"{name} prompts: {prompts.summary}", file=sys.stderr, flush=True)
 
     def train_dataloader(self) -> DataLoader:
-        """Return the endless loader of training batches. It begins with the batch of iteration `trainer.global_step`."""
+        """Return the endless loader of training batches, from the batch of iteration `trainer.global_step` on."""
         batches = self._batches(cast(L.Trainer, self.trainer).global_step)
         return self._loader(DrawnPrompts(self.train, self.images), batches, self.num_workers)
 

@@ -1,4 +1,4 @@
-"""The formats of prompt files. The ending of a file's name decides its format."""
+"""Read the prompts of files. The ending of a file's name decides in which format the file is read."""
 
 import json
 import mimetypes

@@ -47,7 +47,7 @@ class StoredLatents:
     """An encoder of images that keeps the latents in `folder`, so that each image is encoded only once.
 
     The parameter `encode` is the function that computes latents: `Backbone.encode_images`. `fingerprint` identifies the
-    VAE of this function; `caches.codec_of` returns it. Images are encoded one at a time, so that a latent does not
+    VAE that this function uses (see `caches.codec_of`). Images are encoded one at a time, so that a latent does not
     depend on the other images of a batch. If the file of a latent is damaged, the image is encoded again. If the folder
     cannot be written, for example because the disk is full, one warning is issued, and images whose latents are not
     stored are encoded each time that they are used.

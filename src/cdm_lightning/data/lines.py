@@ -121,6 +121,6 @@ class LineFiles:
 def opened(path: Path) -> TextIO:
     r"""Open a UTF-8 file for reading. The returned file can `seek` to the byte offset of any character.
 
-    Lines keep their ends: `\n`, `\r\n` or `\r`. Bytes that are not UTF-8 become lone surrogates and raise no error.
+    Line ends (`\n`, `\r\n`, `\r`) are not translated. Bytes that are not UTF-8 become lone surrogates without an error.
     """
     return TextIOWrapper(open_regular(path), "utf-8", errors="surrogateescape", newline="")

@@ -43,9 +43,10 @@ class MixedPrompts(Prompts):
 
     @property
     def summary(self) -> str:
-        """One line with an entry for each source: its share in percent, followed by its `summary`.
+        """One line with an entry for each source.
 
-        A source whose `summary` is None is listed by its name.
+        An entry is the source's share of the training prompts in percent, followed by the source's `summary`. If the
+        `summary` is None, the source's name is there instead.
         """
         total = sum(self.shares)
         lines = [

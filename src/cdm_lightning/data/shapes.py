@@ -157,7 +157,7 @@ class Layout:
     is empty.
 
     - `colour`, `shape`, `size`: (N, 2) indices into COLOURS, SHAPES and SIZES; -1 for an empty slot.
-    - `place`: (N,) index into PLACES; -1 for a pair.
+    - `place`: (N,) index into PLACES; -1 for an image with two shapes.
     - `arrangement`: (N,) 0 for a single shape, 1 for shapes above each other, 2 for shapes side by side.
     - `centre`: (N, 2, 2) centre (x, y) of each slot as fractions of the image's side, from the upper left corner.
     """

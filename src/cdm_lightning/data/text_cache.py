@@ -87,7 +87,7 @@ class Texts(Protocol):
 class StoredText:
     """An opened text cache. It returns the encodings of prompts (conditioning), as `Backbone.encode_prompts` does.
 
-    `fingerprint` is the `text_fingerprint` of the run's backbone. Raises `UserError` if the folder has no cache,
+    `fingerprint` is the `text_fingerprint` of the run's backbone. Raises `UserError` if `folder` has no cache,
     if other text encoders made the cache, or if a shard of the cache is incomplete, damaged or from another cache.
     """
 

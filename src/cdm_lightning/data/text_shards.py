@@ -5,8 +5,8 @@
     DIR/shards/HASH.safetensors    a shard of a few hundred megabytes, for n prompts: "keys" (n, 16) uint8, "crc32" (n,) int64,
                                    and the encodings "cond.NAME" (n, ...); HASH is a hash of the keys
 
-The key of a prompt is a hash of its text. Each file is written under a temporary name and renamed when it is complete. Each
-prompt has a checksum, so that damage is noticed when the prompt is used.
+The key of a prompt is a hash of its text. Each file is written under a temporary name and renamed when it is complete.
+Each prompt has a checksum, so that damage is noticed when the prompt is used.
 """
 
 import hashlib
@@ -206,9 +206,10 @@ def shard_keys(path: Path, manifest: Manifest) -> np.ndarray:
 
 
 def read_row(path: Path, manifest: Manifest, row: int) -> dict[str, Tensor]:
-    """Return the encoding of the prompt in row `row` of a shard: tensors without a batch dimension, in their stored dtypes.
+    """Return the encoding of the prompt in row `row` of a shard: tensors by name, without a batch dimension.
 
-    Raises `UserError` if the file cannot be read or the row is damaged.
+    The tensors have the dtypes in which they are stored. Raises `UserError` if the shard cannot be read or the row is
+    damaged.
     """
     with reading(path), safe_open(require_regular(path), framework="pt") as file:
         cond = {name: file.get_slice(PREFIX + name)[row : row + 1][0] for name in manifest.tensors}

@@ -1,6 +1,6 @@
 """The settings of the storybook scenes: painted backgrounds such as a beach.
 
-All lengths are pixels of the canvas (256 x 256). In the painting functions, `horizon` is the row of pixels where the
+All lengths are in pixels of the canvas (256 x 256). In the painting functions, `horizon` is the row of pixels where the
 ground begins, and `rng` varies the colours and the details.
 """
 
@@ -40,7 +40,7 @@ def _cloud(draw: Any, rng: random.Random, lowest: int) -> None:
 
 
 def meadow(draw: Any, rng: random.Random, horizon: int) -> None:
-    """Paint a meadow with tufts of grass from the row `horizon` down, and a hill and blue sky with clouds above."""
+    """Paint a meadow with tufts of grass from the row `horizon` down. Above this row, paint a hill and a cloudy sky."""
     _shade(draw, jitter(rng, (112, 184, 242)), jitter(rng, (204, 232, 250)), 0, horizon)
     _hill(draw, rng, horizon, jitter(rng, (116, 178, 92)))
     for _ in range(rng.randint(1, 2)):
@@ -52,7 +52,7 @@ def meadow(draw: Any, rng: random.Random, horizon: int) -> None:
 
 
 def beach(draw: Any, rng: random.Random, horizon: int) -> None:
-    """Paint sand with shells from the row `horizon` down, and a strip of sea and a sky with a sun above."""
+    """Paint sand with shells from the row `horizon` down. Above this row, paint a strip of sea and a sunny sky."""
     shore = horizon - 46
     _shade(draw, jitter(rng, (138, 202, 248)), jitter(rng, (224, 242, 252)), 0, shore)
     x, y = rng.randint(24, CANVAS - 24), rng.randint(30, 52)
@@ -66,7 +66,7 @@ def beach(draw: Any, rng: random.Random, horizon: int) -> None:
 
 
 def night(draw: Any, rng: random.Random, horizon: int) -> None:
-    """Paint blue-green land from the row `horizon` down, and a night sky with stars and a crescent moon above."""
+    """Paint blue-green land from the row `horizon` down. Above this row, paint a sky with stars and a crescent moon."""
     top, bottom = jitter(rng, (22, 26, 74)), jitter(rng, (62, 66, 128))
     _shade(draw, top, bottom, 0, horizon)
     _hill(draw, rng, horizon, jitter(rng, (46, 72, 98)))
@@ -80,7 +80,7 @@ def night(draw: Any, rng: random.Random, horizon: int) -> None:
 
 
 def snow(draw: Any, rng: random.Random, horizon: int) -> None:
-    """Paint white ground from the row `horizon` down, far firs and a grey sky above, and falling flakes."""
+    """Paint white ground from the row `horizon` down. Above this row, paint firs and a grey sky. Add falling flakes."""
     _shade(draw, jitter(rng, (150, 174, 204)), jitter(rng, (206, 218, 234)), 0, horizon)
     for _ in range(rng.randint(2, 4)):
         x, height = rng.randint(0, CANVAS), rng.randint(34, 54)
@@ -93,7 +93,7 @@ def snow(draw: Any, rng: random.Random, horizon: int) -> None:
 
 
 def desert(draw: Any, rng: random.Random, horizon: int) -> None:
-    """Paint sand from the row `horizon` down, a dune and a hot orange sky above, and a far cactus."""
+    """Paint sand from the row `horizon` down. Above this row, paint a dune, a cactus and a hot orange sky."""
     _shade(draw, jitter(rng, (248, 176, 96)), jitter(rng, (254, 226, 170)), 0, horizon)
     x, height = rng.randint(0, CANVAS), rng.randint(30, 62)
     draw.polygon(

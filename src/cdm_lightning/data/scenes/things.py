@@ -126,7 +126,7 @@ def fish(s: Sketch, c: Colour) -> None:
 
 
 def boat(s: Sketch, c: Colour) -> None:
-    """Add to `s` the shapes of a sailing boat: hull and small sail of the colour `c`, and a cream sail."""
+    """Add to `s` the shapes of a sailing boat: a hull and a small sail of the colour `c`, and a large sail in cream."""
     s.box(-0.05, -1.95, 0.05, -0.5, WOOD)
     s.polygon([(0.12, -1.9), (0.12, -0.66), (0.85, -0.66)], CREAM)
     s.polygon([(-0.12, -1.65), (-0.12, -0.66), (-0.7, -0.66)], c)
@@ -148,7 +148,7 @@ def car(s: Sketch, c: Colour) -> None:
 
 
 def flower(s: Sketch, c: Colour) -> None:
-    """Add to `s` the shapes of a flower: six petals of the colour `c` around a centre, a stem and two leaves."""
+    """Add to `s` the shapes of a flower: a stem, two leaves, and six petals of the colour `c` around a centre."""
     stem, near_yellow = (54, 124, 52), c[0] > 200 and c[1] > 120 and c[2] < 100
     s.line([(0, -1.2), (0, 0)], stem, 0.13)
     s.polygon([(0, -0.2), (0.5, -0.62), (0.56, -0.3)], stem)
