@@ -115,7 +115,7 @@ class IterationCheckpoint(Checkpoint):
             make_up_validation(trainer, pl_module, start, say)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """From now on, if a signal comes, finish the current iteration or validation batch, then save and stop the run."""
+        """From now on, after a signal, finish the current iteration or validation batch, then save and stop the run."""
         signals.training()
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: "CDMModule", *_: object) -> None:
