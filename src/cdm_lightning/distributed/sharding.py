@@ -47,9 +47,9 @@ def shard(
 ) -> None:
     """Shard a network over the processes of `mesh` with FSDP2, in place.
 
-    Each module of `block_types` is sharded separately. The parameters in `whole` stay unsharded. All others are
-    gathered for a forward or backward pass and freed after it, so that between passes a process holds only its shards.
-    `offload` can keep the shards in host memory (see `host_memory`).
+    Each submodule of a class in `block_types` is sharded separately. The parameters in `whole` stay unsharded. All
+    others are gathered for a forward or backward pass and freed after it, so that between passes a process holds only
+    its shards. `offload` can keep the shards in host memory (see `host_memory`).
     """
     if all(parameter in whole for parameter in network.parameters()):
         return

@@ -14,7 +14,7 @@ _failing: set[str] = set()
 def may_fail(what: str | Path, *also: type[Exception], proves: bool = True) -> Generator[None]:
     """Turn a disk error inside the `with` block into a warning on stderr, after which the run continues.
 
-    The warning says that `what`, the path or name of a file, could not be written. Errors of the classes in `also`
+    The warning says that `what`, a path or a description, could not be written. Errors of the classes in `also`
     are treated like disk errors; other errors are raised. After a warning, further failures for the same `what` print
     nothing. The next block that succeeds for this `what` prints that it can be written again. Pass `proves=False` if
     the block only fills a buffer: its success then prints nothing, because it does not show that the disk works.

@@ -38,11 +38,11 @@ class Interval:
 
 
 def interval(value: float, resampled: Sequence[float], is_biased: bool = False) -> Interval:
-    """Return the 95 % interval of a figure `value`, between percentiles of `resampled`, the figure in each resample.
+    """Return the 95 % interval of the figure `value`. Its ends are percentiles of `resampled`, the resamples' figures.
 
-    With `is_biased`, both ends are moved by the difference between `value` and the mean of `resampled`. Use this for
-    distances between distributions: a resample contains some prompts several times, and therefore its distances are
-    larger, but their spread is about the same. Raises ValueError for fewer than 2 resamples.
+    With `is_biased`, both ends are moved by `value` minus the mean of `resampled`. Use this for distances between
+    distributions. A resample contains some prompts several times, which makes its distances larger, but hardly changes
+    their spread. Raises ValueError for fewer than 2 resamples.
     """
     if len(resampled) < 2:
         raise ValueError(f"an interval needs at least 2 resamples, got {len(resampled)}")
@@ -55,8 +55,8 @@ def interval(value: float, resampled: Sequence[float], is_biased: bool = False) 
 def resample(measured: MeasuredImages, rows: Sequence[int], copies: Sequence[int]) -> MeasuredImages:
     """Return a resample of `measured`: the measurements of the images at the positions `rows`, which may repeat.
 
-    `MeasuredImages.copies` has the features of several images per prompt. It is resampled separately: `copies` holds
-    positions of its prompts, which may repeat.
+    `MeasuredImages.copies` holds features of several images per prompt. Of these, the features of the prompts at the
+    positions `copies` are taken, which may repeat too.
     """
     chosen, prompts = torch.tensor(rows), torch.tensor(copies)
     return replace(
@@ -84,7 +84,7 @@ def named(name: str, found: float | Mapping[str, float] | None) -> Row:
 def is_quick(metric: Metric, measured: Mapping[str, MeasuredImages]) -> bool:
     """Return whether `metric` is fast enough to be computed for each resample.
 
-    It is if none of its features in `measured` have more than `WIDEST` dimensions.
+    A metric is too slow if one of its features in `measured` has more than `WIDEST` dimensions.
     """
     wide = [
         name
@@ -125,9 +125,10 @@ def values_of(drawn: Sequence[Mapping[str, Row]], sampler: str, figure: str) -> 
 class Comparison:
     """The intervals of an evaluation.
 
-    `figures` maps the name of each sampler to a dict {figure: interval}. `differences` does the same for the difference
-    between the sampler's figure and the baseline's, and has no entry for the baseline. `left_out` has the names of the
-    metrics for which no intervals were computed, because their features are too wide.
+    - `figures`: maps the name of each sampler to a dict with the interval of each figure.
+    - `differences`: maps the name of each sampler except the baseline to a dict with an interval for each figure: the
+      interval of the sampler's figure minus the baseline's.
+    - `left_out`: the names of the metrics for which no intervals were computed, because their features are too wide.
     """
 
     figures: dict[str, dict[str, Interval]]
