@@ -263,7 +263,7 @@ class PipelineBackbone(PipelineSettings):
         write_pipeline(self.folder, network, Path(folder), model_card, self._student_call(nfe))
 
     def rehearse_export(self, folder: Path, nfe: int, model_card: str) -> None:
-        """Write the small files of `save_pipeline` into `folder`, and check that the parts to be copied can be read."""
+        """Write the files of `save_pipeline` except weights and copied parts, and check that the parts can be read."""
         rehearse_pipeline(self.folder, Path(folder), model_card, self._student_call(nfe))
 
     def save_lora(self, tensors: Mapping[str, Tensor], folder: Path, nfe: int, model_card: str) -> None:
@@ -294,7 +294,7 @@ class PipelineBackbone(PipelineSettings):
     def exported_scheduler(self, nfe: int) -> FlowMatchEulerDiscreteScheduler | FlowMapEulerDiscreteScheduler:
         """Return the scheduler with which an exported pipeline uses the sigmas of training when it takes `nfe` steps.
 
-        By default it is the original scheduler. A family whose pipeline does not pass the unshifted sigmas 1, 1 -
-        1/nfe, ..., 1/nfe to its scheduler must override this method.
+        By default it is the original scheduler. A family must override this method if its pipeline does not pass the
+        unshifted sigmas 1, 1 - 1/nfe, ..., 1/nfe to its scheduler.
         """
         return self.scheduler

@@ -1,7 +1,7 @@
-"""Load one model of a pipeline, and check that its weights are complete and finite and that no other weights are stored.
+"""Load one model of a pipeline, and check that none of its weights is missing, unexpected or not finite.
 
-diffusers and transformers fill missing weights with random numbers, and they drop weights that the configuration has no place
-for. The libraries only warn about either; here both are errors.
+diffusers and transformers fill missing weights with random numbers, and they drop weights that the configuration has no
+place for. The libraries only warn about either; here both are errors.
 """
 
 from collections.abc import Generator, Iterable

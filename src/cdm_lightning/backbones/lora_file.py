@@ -100,8 +100,8 @@ class OwnWeights:
 def read_lora_file(family: type[DiffusionPipeline], file: Path) -> OwnWeights:
     """Read the LoRA of a transformer from `file`, in any format that the pipeline class `family` can load.
 
-    Raises `UserError` if the file is broken or contains anything but the LoRA of a transformer, if the factors A and B
-    of a layer cannot be used (see `flaw_of_factors`), or if an alpha or the configuration of peft is wrong.
+    Raises `UserError` if the file is broken or has other contents than the LoRA of a transformer, if the factors A and
+    B of a layer cannot be used (see `flaw_of_factors`), or if an alpha or the configuration of peft is wrong.
     """
     prefix = getattr(family, "transformer_name", "transformer") if hasattr(family, "lora_state_dict") else None
     alphas = settings = None
@@ -187,7 +187,7 @@ def flaw_of_factors(factors: Mapping[str, Tensor]) -> str | None:
 
 
 def check_fit(own: OwnWeights, network: nn.Module) -> None:
-    """Raise `UserError` unless each layer of the LoRA is a layer of `network` with the same sizes.
+    """Raise `UserError` unless each layer of the LoRA `own` is a layer of `network` with the same sizes.
 
     `network` may be on the meta device, since only shapes are used.
     """
@@ -215,7 +215,7 @@ def check_fit(own: OwnWeights, network: nn.Module) -> None:
 
 
 def fuse_lora(network: nn.Module, own: OwnWeights, scale: float) -> None:
-    """Add `scale` times the LoRA to the weights of a diffusers transformer, in place, with diffusers' own loader.
+    """Add `scale` times the LoRA `own` to the weights of a diffusers transformer, in place, with diffusers' own loader.
 
     Raises `UserError` if the loader refuses the LoRA, or if a resulting weight is not finite.
     """

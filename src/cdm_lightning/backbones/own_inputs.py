@@ -84,7 +84,7 @@ def giving(network: nn.Module, values: Mapping[str, Tensor]) -> Generator[None]:
 
 
 def join_values(values: list[Mapping[str, Tensor]]) -> dict[str, Tensor] | None:
-    """Concatenate the values (B,) of several batches, by name. Returns None if the batches have different names."""
+    """Concatenate the values (B,) of each input over several batches. Return None if the inputs' names differ."""
     names = values[0].keys()
     if any(other.keys() != names for other in values):
         return None

@@ -35,7 +35,7 @@ FIRST_CUT = FirstCut()
 
 
 class PromptEncoder:
-    """An encoder of prompts that uses the three text encoders of `pipeline`, with `t5_tokens` tokens of T5.
+    """An encoder of prompts that uses the three text encoders of `pipeline`. T5 gives `t5_tokens` tokens.
 
     With `compact=k`, one token replaces all T5 padding after the first k T5 tokens (see `compact_text.py`). A batch
     with a longer prompt keeps more than k tokens. With `compact=None`, all padding is kept. `name` is the pipeline's
