@@ -42,10 +42,10 @@ class Bundle:
     """The options that the configuration has for one pipeline. The option `bundle` selects the pipeline.
 
     The attribute `stages` is the type of the option `stages`. `learned` names the stages that train a network; for each
-    of these stages there is an option group `recipe.STAGE`. `top` maps the options at the top of the configuration that
-    only this pipeline has to the types of their values. `arguments` maps an option group to the name of a function in
-    the package `pretraining`. The options of the group are arguments of this function, and the function's annotations
-    say which values are allowed.
+    of these stages there is an option group `recipe.STAGE`. Some options at the top of the configuration exist for this
+    pipeline only; `top` maps their names to the types of their values. `arguments` maps an option group to the name of
+    a function in the package `pretraining`. The options of the group are arguments of this function, and the function's
+    annotations say which values are allowed.
     """
 
     stages: Any

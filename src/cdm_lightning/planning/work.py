@@ -14,8 +14,8 @@ class Work:
     """The work for one sample in an average iteration.
 
     `rollout_calls` is the expected number of student calls in the rollout, and `rollout` is the number of
-    floating-point operations of these calls. `updates` are the floating-point operations of each network's updates
-    (forward and backward passes), by role.
+    floating-point operations of these calls. `updates` maps each role to the number of floating-point operations of
+    this network's updates (forward and backward passes).
     """
 
     rollout_calls: float
@@ -31,9 +31,9 @@ class Work:
 def expected_calls(mean_length: float, rollout: RolloutKind) -> float:
     """Return the expected number of student calls in a rollout, for a mean number of steps `mean_length`.
 
-    For K steps there are K calls if the rollout goes to its end ("full") and none if there is no rollout ("none"). With
-    "to_anchor", the rollout stops at the anchor, a step that is drawn uniformly from 1 to K. There is then one call for
-    each step up to and including the anchor, which is (K + 1) / 2 calls on average.
+    `rollout` is "full", "to_anchor" or "none". A full rollout of K steps makes K calls. With "to_anchor", the rollout
+    stops at the anchor, a step that is drawn uniformly from 1 to K. It then makes one call for each step up to and
+    including the anchor, which is (K + 1) / 2 calls on average. With "none", there is no rollout and no call.
     """
     return {"full": mean_length, "to_anchor": (mean_length + 1) / 2, "none": 0.0}[rollout]
 

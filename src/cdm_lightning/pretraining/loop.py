@@ -69,8 +69,8 @@ def optimise(
 
     `loss(iteration, generator)` returns a 0-d loss. The generator's seed depends on `recipe.seed`, `name` and the
     iteration. `train` are the trained parameters (default: all). Every `save_every` iterations, the state of the
-    training is saved in `folder/NAME.pt`, where NAME is `name`. The next call resumes from this file. The mean losses
-    of every `log_every` iterations are written to `folder/NAME_loss.csv`.
+    training is saved in `folder/NAME.pt`, where NAME is `name`. The next call resumes from this file. The mean loss
+    over every `log_every` iterations is written to `folder/NAME_loss.csv`.
     """
     parameters = list(network.parameters() if train is None else train)
     optimizer = _adamw(parameters, recipe)

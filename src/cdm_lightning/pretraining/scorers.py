@@ -22,7 +22,7 @@ from cdm_lightning.pretraining.tiny_sd3 import CLIP_TOKENS, build_clip_tokenizer
 
 
 def perturb(images: Tensor, rng: torch.Generator) -> Tensor:
-    """Return the images (B, 3, H, W) in [0, 1] with noise, and about half of them slightly blurred as well.
+    """Add noise to the images (B, 3, H, W) in [0, 1], blur about half of them slightly, and return the result.
 
     A network that is trained on the result cannot rely on exact edges.
     """

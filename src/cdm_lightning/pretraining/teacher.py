@@ -41,7 +41,10 @@ class Captioned:
 
 
 class TextConditioned(nn.Module):
-    """One module that holds all trained networks of `pipeline`: the transformer, the two CLIP encoders and T5."""
+    """All trained networks of `pipeline` in one module, so that they can be trained as one network.
+
+    The networks are the transformer, the two CLIP encoders and T5.
+    """
 
     def __init__(self, pipeline: StableDiffusion3Pipeline) -> None:
         super().__init__()
@@ -176,8 +179,8 @@ def fit_teacher(
 
     The transformer and the text encoders are trained. `levels` says how captions are dropped and sigmas are drawn. With
     `compile_network`, torch.compile compiles the transformer. The state of the training is saved in `folder` after
-    every `save_every` iterations, and an interrupted training resumes from it. If an earlier call has made all
-    iterations, `data` is not called.
+    every `save_every` iterations, and an interrupted training resumes from it. If an earlier call has finished the
+    training, `data` is not called.
     """
     model = TextConditioned(pipeline).train().requires_grad_(True)
     if compile_network:

@@ -95,8 +95,8 @@ class Run:
     def config(self) -> dict[str, Any]:
         """Return the resolved configuration of the run's last start.
 
-        Raises `UserError` if the configuration cannot be read, if it has no option `backbone`, or if one of its groups,
-        such as `trainer`, is no mapping.
+        Raises `UserError` if the configuration cannot be read, if it has no option `backbone`, or if a group of
+        options, such as `trainer`, is no mapping.
         """
         from cdm_lightning.config.registered import load_tree
 

@@ -1,7 +1,7 @@
 """The input files of a run: prompt files, model folders and LoRA files that its configuration names.
 
-Each start and each checkpoint records the sizes and hashes of the input files. When the run is resumed, the sizes and
-hashes of the present files are compared with those in the last checkpoint, because a run with other prompts or another
+The sizes and hashes of the input files are recorded at each start and in each checkpoint. When the run is resumed, the
+present sizes and hashes are compared with those in the last checkpoint, because a run with other prompts or another
 teacher under the same path would be another run. Modification times are not compared, so a copy of a file counts as the
 same file. Large files of weights are hashed only in part (see `content_hash`), so that a start does not read a hundred
 gigabytes.

@@ -232,10 +232,10 @@ def without_copies(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def modernised(flat: dict[str, Any]) -> dict[str, Any]:
-    """Return a flat configuration of an older version, with the option and class names of this version instead.
+    """Return a flat configuration of an older version of this package, with this version's names.
 
-    Options that were removed and were off are left out. Groups that the older version did not have are added, with
-    values that give the older version's behaviour.
+    The names are those of options and classes. Options that this version no longer has are left out if they were off.
+    Groups that the older version did not have are added, with values that give the older version's behaviour.
     """
     found: dict[str, Any] = {}
     for key, value in flat.items():

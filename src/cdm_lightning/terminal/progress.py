@@ -39,8 +39,9 @@ class Progress:
     def advance(self, count: int = 1, figures: Figures = dict) -> None:
         """Count `count` more steps as done. The display is updated from time to time, and after the last step.
 
-        `figures()` returns what is shown next to the count, such as a loss, as {name: value as text}. It is called only
-        when the display is updated, because reading a loss from a GPU interrupts the GPU's work.
+        `figures()` returns a dict {name: value as text} that is shown next to the count. A loss is an example of such a
+        value. `figures` is called only when the display is updated, because reading a loss from a GPU interrupts the
+        GPU's work.
         """
         self.done += count
         now = time.perf_counter()

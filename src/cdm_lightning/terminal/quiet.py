@@ -1,4 +1,4 @@
-"""The silencing of library messages that do not apply to this package."""
+"""Silence messages of Lightning, torch and diffusers that are irrelevant to the users of this package."""
 
 import logging
 import os

@@ -5,7 +5,7 @@ A text is treated as a secret for one of four reasons:
 - its key, as in `hub_token`, `--password` or `?api_key=` (see `secret_keys` and `secret_values`)
 - its place, as in `https://USER:PASSWORD@host` or `Authorization: Bearer ...` (see `secret_shapes`)
 - its shape, such as `hf_...` or `AKIA...` (see `secret_shapes`)
-- its being the value of an environment variable with a secret name, such as `HF_TOKEN`
+- its origin, if it is the value of an environment variable with a secret name, such as `HF_TOKEN`
 """
 
 import json

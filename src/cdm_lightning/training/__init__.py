@@ -1,1 +1,1 @@
-"""Run an objective: the networks, the student's rollouts (its own paths from noise) and the optimizer steps."""
+"""Train as an objective says: build the networks, make the student's rollouts, and make the optimizer steps."""

@@ -1,7 +1,8 @@
 """Products of matrices in 8-bit floats (fp8), for network calls without a gradient, such as rollouts.
 
 Each row of the inputs and each row of a weight is scaled by its largest number and rounded to float8 (e4m3), as in the
-recipe "rowwise" of torchao, which computes the products. The stored weights do not change: every call rounds them anew.
+recipe "rowwise" of torchao. torchao also computes the products. The stored weights do not change: every call rounds
+them anew.
 """
 
 import importlib.util
@@ -41,7 +42,7 @@ def check_float8(kind: str | None) -> None:
 
 
 def check_device(kind: str | None, device: torch.device, compute_dtype: torch.dtype) -> None:
-    """Raise UserError if `device` cannot compute products in fp8 of this `kind` with `compute_dtype`.
+    """Raise UserError unless fp8 of this `kind` works on `device` for a network that computes in `compute_dtype`.
 
     "rowwise" needs bfloat16 and a GPU with fp8. "emulated" and None need nothing.
     """

@@ -11,7 +11,7 @@ from cdm_lightning.training.networks import Networks
 
 
 def place(networks: Networks, backbone: Backbone, strategy: Strategy, compute_dtype: torch.dtype) -> bool:
-    """Put all networks on the devices of `strategy`, in place. Return True if processes hold shards of one network.
+    """Put all networks on the devices of `strategy`, in place, and return whether the networks are sharded.
 
     The strategy names the roles whose networks stay in host memory. Raises UserError for a role that the run does not
     have, and for a network that cannot stay in host memory.
