@@ -53,7 +53,7 @@ def to_host(values: Tensor) -> Tensor:
 
 
 class Resting:
-    """Keeps the weights and buffers of frozen modules in host memory, except inside the context manager `on_device`.
+    """Keeps the weights and buffers of frozen modules in host memory, except inside a `with` block of `on_device`.
 
     When this object is made, the modules must be on the device on which they compute. They are copied to pinned host
     memory when the first `on_device` block ends. Each later block copies them to the device when it begins, and copies

@@ -45,8 +45,8 @@ class MixedPrompts(Prompts):
     def summary(self) -> str:
         """One line with an entry for each source.
 
-        An entry is the source's share of the training prompts in percent, followed by the source's `summary`. If the
-        `summary` is None, the source's name is there instead.
+        An entry is the source's share of the training prompts in percent, followed by the source's `summary`, or by the
+        source's name if the `summary` is None.
         """
         total = sum(self.shares)
         lines = [

@@ -1,4 +1,4 @@
-"""Encode the prompts of several iterations at once, so that the text encoders can rest in host memory in between.
+"""Encode the prompts of several iterations in advance. During these iterations, the text encoders rest in host memory.
 
 This is for runs without a text cache, if the training needs the GPU memory that the text encoders would take.
 """
@@ -23,7 +23,7 @@ class _Kept(NamedTuple):
 
 
 class TextAhead:
-    """Calls the function `encode` for the batches of the next iterations in advance, and keeps the results.
+    """A wrapper of the function `encode`. It encodes the batches of the next iterations in advance and keeps the results.
 
     - `coming()` returns the batches of the next iterations. Each batch contains the prompts that the training will pass
       to one call of the method `encode`.
@@ -32,8 +32,8 @@ class TextAhead:
     - `most_bytes` limits the memory for the encodings of batches that `coming()` does not return, such as those of
       validation. The encoding of the empty prompt is always kept.
 
-    Each batch is encoded separately, as without this wrapper, so that the encodings are the same bit for bit. They are
-    kept in pinned host memory. The method `encode` copies them to the device without making the host wait.
+    Each batch is encoded separately, so its encodings are bit-identical to those without this wrapper. All encodings
+    are kept in pinned host memory. The method `encode` copies them to the device without making the host wait.
     """
 
     def __init__(

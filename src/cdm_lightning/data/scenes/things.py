@@ -67,7 +67,7 @@ class Sketch:
     def paint(
         self, draw: ImageDraw.ImageDraw, x: float, y: float, scale: float, rim: float, rim_colour: Colour
     ) -> None:
-        """Paint the thing with `draw` so that it stands on the pixel (x, y), with `scale` pixels per unit.
+        """Paint the thing with `draw` so that it stands on the pixel (x, y), with `scale` pixels per unit of length.
 
         The thing gets an outline that is `rim` pixels wide and has the colour `rim_colour`.
         """
