@@ -27,7 +27,7 @@ JOINT_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_
 
 
 def presets(attention: tuple[str, ...], feed_forward: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """Return two presets, "attention" and "attention_feed_forward", as a dictionary. A preset chooses layers for a LoRA.
+    """Return two presets, "attention" and "attention_feed_forward", by name. A preset chooses layers for a LoRA.
 
     A preset is a tuple of endings. A layer gets a LoRA if its name ends in one of them. "attention" holds the endings
     in `attention`, and "attention_feed_forward" holds those in `attention` and `feed_forward`.
