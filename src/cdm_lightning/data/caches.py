@@ -23,9 +23,9 @@ def use_text_cache(
     """Let the backbone of `module` take the text conditioning of prompts from the cache in `settings.folder`.
 
     If `settings.folder` is None, the backbone encodes the prompts itself. With `settings.encode_ahead`, it encodes the
-    prompts of several iterations in advance. Without `settings.encode_ahead`, it keeps the encodings of the run's prompts
-    in memory, within the limits that `TextCacheSettings` explains. The run's prompts are those of `data` and those for
-    which `callbacks` make images.
+    prompts of several iterations in advance. Without `settings.encode_ahead`, it keeps the encodings of the run's
+    prompts in memory, within the limits that `TextCacheSettings` explains. The run's prompts are those of `data` and
+    those for which `callbacks` make images.
 
     Raises `UserError` if the cache in `settings.folder` was made by other text encoders. If the run has at most
     `settings.check_up_to` prompts, `UserError` is also raised if the cache lacks one of them.

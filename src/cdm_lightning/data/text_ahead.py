@@ -23,7 +23,7 @@ class _Kept(NamedTuple):
 
 
 class TextAhead:
-    """A wrapper of the function `encode`. It encodes the batches of the next iterations in advance and keeps the results.
+    """A wrapper of the function `encode`. It encodes the next iterations' batches in advance and keeps the results.
 
     - `coming()` returns the batches of the next iterations. Each batch contains the prompts that the training will pass
       to one call of the method `encode`.
