@@ -178,7 +178,7 @@ class CDMModule(L.LightningModule):
         """Build the networks on their devices and load the backbone's frozen parts (text encoders, image codec).
 
         Lightning calls this method before it restores the weights of a checkpoint. Raises UserError if the trainer's
-        precision is not "32-true", and if `strategy.on_cpu` names a network that the run does not have.
+        precision is not "32-true", and if `strategy.on_cpu` names a network that cannot be in host memory.
         """
         if hasattr(self, "networks"):
             return

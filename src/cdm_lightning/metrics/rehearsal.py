@@ -22,9 +22,9 @@ def rehearse(
     reference images do, its `check_features` is called but its `score` is not, because `score` needs `prepare`, which
     may take minutes. If the suite is already prepared, the function does nothing.
 
-    Raises `UserError`, with the name of the extractor or metric, for the first one that fails. Two kinds of error are
-    raised unchanged: `torch.OutOfMemoryError`, and errors other than `UserError` of an extractor or metric whose class
-    is not part of this package, because they may be bugs of that class.
+    Raises `UserError`, with the name of the extractor or metric, for the first one that fails.
+    `torch.OutOfMemoryError` passes unchanged. If the extractor or metric is not part of this package, all errors except
+    `UserError` pass unchanged, because they may be bugs in it.
     """
     if suite.is_prepared or not suite.metrics:
         return

@@ -58,7 +58,7 @@ class ScenesJudge(nn.Module):
     def load(cls, path: FileToRead) -> "ScenesJudge":
         """Return the judge whose weights are in the safetensors file `path`, in eval mode and frozen.
 
-        Raises `UserError` if the file is missing or holds other weights.
+        Raises `UserError` if the file is missing or does not hold the weights of a `ScenesJudge`.
         """
         model = cls()
         try:

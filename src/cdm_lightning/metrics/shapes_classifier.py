@@ -54,7 +54,7 @@ class ShapesClassifier(nn.Module):
     def load(cls, path: FileToRead) -> "ShapesClassifier":
         """Return the classifier whose weights are in the safetensors file `path`, in eval mode and frozen.
 
-        Raises `UserError` if the file is missing or holds other weights.
+        Raises `UserError` if the file is missing or does not hold the weights of a `ShapesClassifier`.
         """
         model = cls()
         try:

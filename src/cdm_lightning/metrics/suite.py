@@ -71,7 +71,7 @@ class MetricSuite:
     Entries that are None are left out.
 
     Raises `UserError` for an object that is not a `Metric`, for an extractor that is not a torch module, and for a
-    metric that has the name of another column in the table of results (see `COLUMNS`). Also raises `UserError` for a
+    metric whose name is in `COLUMNS`, the columns of the results that are not metrics. Also raises `UserError` for a
     metric whose extractor is missing, and for a metric that needs features of prompts from an extractor that cannot
     encode prompts.
     """

@@ -140,7 +140,7 @@ class CDMObjective(Objective):
         yield TermLosses(self._fit(sample, sample.point.x0, sample.point.sigma, "fake_score"))
 
     def student_losses(self, sample: RolledOutSample) -> Iterator[TermLosses]:
-        """Yield the student's loss in up to three parts, each of which calls the student once.
+        """Yield the student's loss in up to three parts. The computation of each part calls the student once.
 
         The first part holds the CA and DM terms and the reward, at the rollout's anchor (a randomly drawn step). The
         second part is the CDM term off the trajectory; with `cdm_input="trajectory"` the first part holds this term

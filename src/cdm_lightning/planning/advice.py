@@ -26,8 +26,9 @@ class Remedy:
 def remedies(sizes: Sizes, layout: Layout, gpus: GPUs, batch: int, accumulate: int = 1) -> list[Remedy]:
     """Return ways to save memory, sorted by the saved bytes, with the largest first.
 
-    Ways that the run uses already are left out. If there are several ways, the last entry combines all of them. `batch`
-    is the number of prompts on each GPU in an iteration. A GPU computes them in `accumulate` parts, one after another.
+    Ways that the run uses already are left out. If there are several ways, one more entry at the end combines all of
+    them. `batch` is the number of prompts on each GPU in an iteration. A GPU computes them in `accumulate` parts, one
+    after another.
     """
     now = total(sizes, layout, batch, accumulate)
     found = []

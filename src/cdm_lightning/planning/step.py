@@ -26,7 +26,7 @@ LATE = 1_000_000  # cycles of updates; weights that grow during training have th
 
 @dataclass(frozen=True)
 class Phase:
-    """One part of an iteration: its memory at each moment, and its floating-point operations for one sample."""
+    """One part of an iteration. `memory` is its memory at each moment, and `flops` its operations for one sample."""
 
     memory: Timeline = field(default_factory=lambda: Timeline((), (), ()))
     flops: float = 0.0
@@ -34,11 +34,12 @@ class Phase:
 
 @dataclass(frozen=True)
 class Step:
-    """An average iteration: one call of the student in the rollout, and the updates of each trained network.
+    """The work and the memory of an average iteration.
 
-    `updates` maps the role of each trained network to the phase of its updates in the iterations of
-    `Objective.typical_cycle`. The operations of this phase are the sum over all these updates, divided by the number of
-    iterations. The memory of this phase is recorded over all these updates, one after another.
+    `rollout` is the phase of a single call of the student in the rollout. `updates` maps the role of each trained
+    network to the phase of its updates in the iterations of `Objective.typical_cycle`. The operations of such a phase
+    are the sum over all updates of the network, divided by the number of iterations. The memory of such a phase is
+    recorded over all these updates, one after another.
     """
 
     rollout: Phase
@@ -56,19 +57,19 @@ class BlankRandom(StepRandom):
         return self
 
     def uniform(self, purpose: str, n: int | None = None) -> Tensor:
-        """Stand in for uniform numbers: return an uninitialized tensor (B,), or (B, n) if `n` is given."""
+        """Return an uninitialized tensor in place of uniform numbers: (B,), or (B, n) if `n` is given."""
         return torch.empty(len(self) if n is None else (len(self), n))
 
     def gaussian(self, purpose: str) -> Tensor:
-        """Stand in for one normal number per sample: return an uninitialized tensor (B,)."""
+        """Return an uninitialized tensor (B,) in place of one normal number per sample."""
         return torch.empty(len(self))
 
     def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
-        """Stand in for Gaussian noise: return an uninitialized tensor (B, *shape)."""
+        """Return an uninitialized tensor (B, *shape) in place of Gaussian noise."""
         return torch.empty(len(self), *shape)
 
     def index(self, purpose: str, high: int) -> Tensor:
-        """Stand in for random integers below `high`: return an uninitialized int64 tensor (B,)."""
+        """Return an uninitialized int64 tensor (B,) in place of random integers below `high`."""
         return torch.empty(len(self), dtype=torch.int64)
 
 

@@ -16,10 +16,10 @@ from cdm_lightning.planning.skeleton import to_mode
 def trace_validation(module: CDMModule, codec_parameters: int, batch: int | None) -> Validation | None:
     """Return the memory of validation with batches of `batch` prompts (None: as many as in training).
 
-    `skeleton.hollow` must have been called on the backbone of `module` before. Returns None if validation has no
-    sampler. `codec_parameters` is the number of parameters that the pipeline's image codec really has. If the codec
-    that is built from the known configuration has another number, this configuration is incomplete, and the function
-    returns None.
+    `skeleton.hollow` must have been called on the backbone of `module` before. `codec_parameters` is the number of
+    parameters of the pipeline's image codec. Returns None if validation has no sampler. Also returns None if the codec
+    that the function builds from `backbone.vae_config` has another number of parameters, because its memory would be
+    wrong.
     """
     backbone = cast(PipelineBackbone, module.backbone)
     if not module.samplers:
