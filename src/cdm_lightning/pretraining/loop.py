@@ -68,9 +68,8 @@ def optimise(
     """Train `network` in place to minimise `loss`, replace the trained weights by their EMA, and return `network`.
 
     `loss(iteration, generator)` returns a 0-d loss. The generator's seed depends on `recipe.seed`, `name` and the
-    iteration. `train` are the trained parameters (default: all). Every `save_every` iterations, the state of the
-    training is saved in `folder/NAME.pt`, where NAME is `name`. The next call resumes from this file. The mean loss
-    over every `log_every` iterations is written to `folder/NAME_loss.csv`.
+    iteration. `train` are the trained parameters (default: all). Every `save_every` iterations, the state is saved in
+    `folder/{name}.pt`, from which the next call resumes. `folder/{name}_loss.csv` has means over `log_every` losses.
     """
     parameters = list(network.parameters() if train is None else train)
     optimizer = _adamw(parameters, recipe)
