@@ -16,8 +16,8 @@ class MaskedStream:
     """A text stream that replaces secrets by *** before it writes to `stream`.
 
     A line is masked as a whole, even if it is written in pieces; `print("token:", token)`, for example, writes several
-    pieces. Therefore this stream holds a line back until it is complete, or until `flush` is called. All attributes that
-    are not defined here are those of `stream`.
+    pieces. Therefore this stream holds a line back until it is complete, or until `flush` is called. All attributes
+    that are not defined here are those of `stream`.
     """
 
     def __init__(self, stream: TextIO) -> None:
