@@ -61,7 +61,7 @@ class LadderReport(L.Callback):
             )
 
     def setup(self, trainer: L.Trainer, pl_module: "CDMModule", stage: str) -> None:
-        """Check the metrics and the image sizes, and check that the small files of the export can be written.
+        """Check the metrics and the image sizes, and check that all files of the export except weights can be written.
 
         Raises `UserError` for the first mistake.
         """

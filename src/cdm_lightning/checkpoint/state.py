@@ -1,4 +1,4 @@
-"""Name the tensors and plain values of networks and optimizers for a checkpoint, and load them from it in place.
+"""Collect the tensors and plain values of networks and optimizers for a checkpoint, and load them from a checkpoint.
 
 The tensors are the run's own tensors, whole or sharded. They are written without a copy, and reading a checkpoint
 overwrites them in place.

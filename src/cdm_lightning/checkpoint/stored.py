@@ -117,7 +117,7 @@ class StoredCheckpoint:
         return sizes
 
     def fill(self, tensors: dict[str, Tensor]) -> None:
-        """Overwrite this process's shards of `tensors` with their values in the checkpoint. All processes call this."""
+        """Overwrite this process's shards of `tensors` with the checkpoint's values. All processes must call this."""
         load_tensors(tensors, self.files)
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
