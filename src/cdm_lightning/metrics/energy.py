@@ -1,6 +1,6 @@
 """The energy distance between the distributions of two sets of points.
 
-This distance needs no kernel and no bandwidth.
+Unlike the maximum mean discrepancy, this distance needs no kernel and no bandwidth.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,6 +1,6 @@
 """A small classifier that decides whether a picture of the storybook scenes shows what its caption says.
 
-The storybook scenes are this package's procedural data set of captioned drawings (`data.scenes`). The classifier is
+The storybook scenes are this package's procedural data set of captioned drawings (see `data.scenes`). The classifier is
 trained on these drawings and not on generated pictures. Its features also serve to compute the Fréchet distance.
 """
 

@@ -1,7 +1,7 @@
 """A small classifier that decides whether an image of the shapes set shows what its caption says.
 
-The shapes set is this package's procedural data set of captioned shapes (`data.shapes`). The classifier is trained on
-renderings of this set and not on generated images.
+The shapes set is this package's procedural data set of captioned shapes (see `data.shapes`). The classifier is trained
+on renderings of this set and not on generated images.
 """
 
 from collections.abc import Sequence

@@ -163,7 +163,7 @@ class MetricSuite:
                     ) from error
 
     def facts(self) -> dict[str, float | str]:
-        """Return the facts of all metrics (`Metric.facts`) under keys METRIC_FACT, such as "fid_reference_images".
+        """Return the facts of all metrics (see `Metric.facts`) under keys METRIC_FACT, such as "fid_reference_images".
 
         A value that JSON cannot store is turned into text, so that it never prevents the results from being written.
         """

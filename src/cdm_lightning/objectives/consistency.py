@@ -87,7 +87,7 @@ class ConsistencyObjective(_AlongTheODE):
     One Euler step of the teacher leads from a state at sigma s to a state at sigma t = max(s - `step`, 0). The
     student's x0 prediction at s is trained to equal the x0 prediction at t, which carries no gradient. `target` says
     which network predicts at t: "student" (arXiv:2310.14189), or "student_ema", the student's EMA (arXiv:2303.01469).
-    The loss is the distance between the two predictions (`pseudo_huber`).
+    The loss is the distance between the two predictions (see `pseudo_huber`).
 
     `start` says what the states at s are. With "student" they are states of the student's rollouts, and no images are
     needed. With "data", as in the published methods, they are latents of real images, noised to a sigma that `levels`

@@ -1,6 +1,6 @@
-"""Record how many bytes a piece of code holds in memory at each moment, from the tensors that it makes.
+"""Record how many bytes a piece of code holds in memory at each moment, in the tensors that the code makes.
 
-The tensors can be real or fake; fake tensors have shapes but no contents (`torch._subclasses.FakeTensorMode`). A
+The tensors can be real or fake; fake tensors have shapes but no contents (see `torch._subclasses.FakeTensorMode`). A
 tensor's storage counts from the operation that makes it until it is freed, and views of it add nothing. Scratch space
 of kernels and unused gaps between tensors are not counted.
 """
@@ -165,7 +165,7 @@ def storages(module: nn.Module) -> Iterable[Tensor]:
 
 
 class GPUAutocast(torch.overrides.TorchFunctionMode):
-    """Make autocast on the CPU use float32 for the same operations as on a GPU.
+    """A mode (context manager) in which autocast on the CPU uses float32 for the same operations as on a GPU.
 
     On a GPU, normalizations and reductions compute in float32 and return float32 (see torch's table "Ops that autocast
     to float32"). On the CPU they use the dtype of their inputs. Without this mode, the tensors that these operations

@@ -101,7 +101,7 @@ def resting(sizes: Sizes, layout: Layout) -> dict[str, float]:
 
 
 def gathered(sizes: Sizes, layout: Layout) -> float:
-    """Return the bytes that FSDP gathers at one moment; 0 for a layout that does not gather weights.
+    """Return the bytes of the weights and gradients that FSDP gathers at the same time; 0 if `layout` gathers none.
 
     FSDP gathers, in the compute dtype, the weights outside all blocks and the weights of two blocks, the current one
     and the next one. It also gathers the float32 gradients of two blocks.

@@ -1,4 +1,4 @@
-"""Compute what a plan needs to know of a configured module: the bytes of its parts and the work of an iteration."""
+"""Compute what a plan needs to know of a `CDMModule`: the bytes of its parts and the work of an iteration."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -124,7 +124,7 @@ def optimizer_bytes(recipe: OptimizerRecipe) -> tuple[float, float]:
     """Return an optimizer's bytes for each trained weight: the bytes of its state, and further bytes during a step.
 
     The bytes of the state are measured by a step on a small weight. During a step, torch's optimizers by default update
-    all weights on a GPU together (`foreach`), for which they hold one more float32 copy of the weights.
+    all weights on a GPU together (the option `foreach`). For this they hold one more float32 copy of the weights.
     """
     weight = nn.Parameter(torch.zeros(PROBE_WEIGHTS))
     optimizer = recipe.build([weight])
