@@ -143,7 +143,7 @@ def check_figures(
 
 
 def fit(trainer: L.Trainer, module: CDMModule, data: PromptDataModule, config: DictConfig, callbacks: Mapping) -> None:
-    """Train, and turn an exception whose cause is known into a `UserError`. `callbacks` are all callbacks by option."""
+    """Train, and turn an exception whose cause is known into a `UserError`. `callbacks` maps options to callbacks."""
     try:
         trainer.fit(module, data)
     except UserError:

@@ -55,7 +55,7 @@ def train_judge(recipe: Recipe, folder: Path, output: Path, *, pairs: Share = 0.
 
 @torch.no_grad()
 def measure_judge(judge: ScenesJudge, count: int) -> dict[str, float]:
-    """Return the judge's accuracies on `count` held-out drawings of one thing each, and on `count` of two things each.
+    """Return the judge's accuracies on `count` held-out drawings with one thing, and on `count` others with two things.
 
     The judge has several heads, and each of them classifies one attribute. "single/HEAD" and "pair/HEAD" are the
     accuracies of the head with the name HEAD; a key is absent if no drawing shows the head's attribute. "single/all"

@@ -44,8 +44,8 @@ def inputs_of(config: Mapping[str, Any], folders: Mapping[str, Path] | None = No
     """Return the size and hash of each file that affects a run's weights, grouped by option.
 
     The result has an entry for each option of `config` that affects the weights and has the path of an existing file or
-    folder as its value. The entry is {"path": this path, "files": {name: [size in bytes, hash]}}. A value without "/"
-    counts as a path only if the option is a parameter that takes a path.
+    folder as its value. The entry is {"path": this path, "files": {name: [size in bytes, hash]}}, with the names of
+    `files_of`. A value without "/" counts as a path only if the option is a parameter that takes a path.
 
     `folders` maps an option to the folder whose files its entry lists, whatever the option's value is. This is needed
     if the value is the hub id of a pipeline: the folder is then the one that contains the downloaded pipeline.

@@ -98,10 +98,9 @@ def differing_options(saved: dict[str, Any], config: dict[str, Any]) -> list[str
 def may_follow(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Return whether the option `key` may change with `trainer.max_steps` when a run is resumed.
 
-    This is checked only for options `...learning_rate.total`: the iteration at which a decaying rate reaches 0. Such an
-    option may change if it equals `trainer.max_steps` in both configurations, or if the rate decays in neither. For all
-    other options the result is True. `before` and `now` are the stored and the present configuration as flat dicts
-    (see `flatten`).
+    An option `...learning_rate.total` is the iteration at which a decaying rate reaches 0. It may change if it equals
+    `trainer.max_steps` in both configurations, or if the rate decays in neither. For all other options the result is
+    True. `before` and `now` are the stored and the present configuration as flat dicts (see `flatten`).
     """
     if not key.endswith(TOTAL):
         return True
@@ -232,9 +231,9 @@ def without_copies(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def modernised(flat: dict[str, Any]) -> dict[str, Any]:
-    """Return a flat configuration of an older version of this package, with this version's names.
+    """Return a flat configuration of an older version, with the names that options and classes have in this version.
 
-    The names are those of options and classes. Options that this version no longer has are left out if they were off.
+    Options that this version no longer has are left out if they were off.
     Groups that the older version did not have are added, with values that give the older version's behaviour.
     """
     found: dict[str, Any] = {}
