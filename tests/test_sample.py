@@ -13,6 +13,8 @@ from PIL import Image
 
 from cdm_lightning import export, sample
 from cdm_lightning.backbones.sd3 import SD3Backbone
+from cdm_lightning.backbones.vocabulary import known_words, unknown_words
+from cdm_lightning.config import asset_path
 from cdm_lightning.core.rng import evaluation_noise
 from cdm_lightning.distributed.devices import choose_device
 from cdm_lightning.errors import UserError
@@ -141,3 +143,15 @@ def test_a_device_that_is_not_there_is_refused(device):
     with pytest.raises(UserError, match=f"--device {device} cannot be used here"):
         choose_device(device)
     assert choose_device("cpu").type == "cpu"
+
+
+def test_words_that_a_toy_model_does_not_know_are_named(tmp_path, capsys):
+    tiny = asset_path("tiny_sd3")
+    prompts = ["--prompt", "a large red Zebra at the top", "--prompt", "a pink circle"]
+    sample.main(["--model", str(tiny), *prompts, "--steps", "1", "--output", str(tmp_path / "a.png")])
+    warning = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("WARNING"))
+    assert warning.startswith("WARNING: pink, zebra are not words that this model knows; it knows ")
+    assert {"circle", "large", "red", "top"} <= set(warning.rpartition("knows ")[2].split(", "))
+    sample.main(["--model", str(tiny), "--prompt", "a red circle", "--steps", "1", "--output", str(tmp_path / "a.png")])
+    assert "WARNING" not in capsys.readouterr().err
+    assert unknown_words(["any word"], known_words(tmp_path)) == []  # no tokenizer, or one of usual size

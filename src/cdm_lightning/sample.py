@@ -5,6 +5,7 @@ as the teacher. The noise of image i depends only on the seed and on i, so diffe
 """
 
 import argparse
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -212,6 +213,17 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def print_unknown_words(opened: OpenedModel, prompts: Sequence[str]) -> None:
+    """Print a warning on stderr if the model knows a few dozen words only, and the prompts contain others."""
+    from cdm_lightning.backbones.vocabulary import known_words, unknown_words
+
+    folder = getattr(opened.backbone, "folder", None)
+    known = known_words(folder) if isinstance(folder, Path) else set()
+    if unknown := unknown_words(prompts, known):
+        words, are = ", ".join(unknown), "is not a word" if len(unknown) == 1 else "are not words"
+        print(f"WARNING: {words} {are} that this model knows; it knows {', '.join(sorted(known))}", file=sys.stderr)
+
+
 def run(options: argparse.Namespace) -> Path:
     """Generate images as `options` say, write them, and return the path of the file or folder that was written.
 
@@ -224,6 +236,7 @@ def run(options: argparse.Namespace) -> Path:
         raise UserError(f"--output={output} is a folder; pass the name of a picture, or FOLDER/ for one file per image")
     check_output(output / "00000.png" if is_folder else output)
     opened = open_sized(options.model, options.lora, options.height, options.width, options.steps)
+    print_unknown_words(opened, prompts)
     numbers = options.seed, options.batch_size, options.device, options.dtype, options.attention
     images = sampled(opened, prompts, options.guidance_scale, *numbers)
     from cdm_lightning.evaluation.pictures import draw_grid, require_one_picture, to_picture
