@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cdm_lightning.checkpoint.folder import checkpoints_in, iteration_of
+from cdm_lightning.checkpoint.folder import checkpoints_in, iteration_of, remove
+from cdm_lightning.checkpoint.messages import say
 from cdm_lightning.errors import UserError
 from cdm_lightning.files import read_record, require_entries, write_text
 
@@ -104,3 +105,18 @@ def last_validation(folder: Path) -> int:
         return -1
     require_entries(found, path, cure, iteration=int)
     return found["iteration"]
+
+
+def drop_old(folder: Path, keep: int | None, best: Best) -> None:
+    """Delete all checkpoints in `folder` but the newest `keep` ones and the best one; None keeps all."""
+    try:
+        kept = best.read()
+    except UserError as error:  # deletes nothing, because the best checkpoint is unknown
+        say(f"WARNING: {error}")
+        return
+    plain = [path for path in checkpoints_in(folder) if kept is None or iteration_of(path) != kept["iteration"]]
+    for old in plain[:-keep] if keep is not None else []:
+        try:
+            remove(old)
+        except OSError as error:
+            say(f"WARNING: {old} could not be deleted ({error.strerror or error})")

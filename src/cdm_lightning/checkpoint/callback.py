@@ -1,8 +1,7 @@
 """The callback that saves a run, resumes it from a checkpoint and stops it early."""
 
-import shutil
-import sys
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -10,9 +9,11 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
-from cdm_lightning.checkpoint.best import Best, note_validation
-from cdm_lightning.checkpoint.folder import checkpoints_in, iteration_of, remove, sweep
+from cdm_lightning.checkpoint.background import BackgroundSave
+from cdm_lightning.checkpoint.best import Best, drop_old, note_validation
+from cdm_lightning.checkpoint.folder import checkpoints_in, iteration_of, sweep
 from cdm_lightning.checkpoint.health import not_finite
+from cdm_lightning.checkpoint.messages import report_failure, say, say_stopped
 from cdm_lightning.checkpoint.objective_state import require_readable, restore_objective, trainer_state
 from cdm_lightning.checkpoint.save import save_checkpoint
 from cdm_lightning.checkpoint.start import choose_start
@@ -39,6 +40,8 @@ class IterationCheckpoint(Checkpoint):
       iteration whose validation was due but not finished, this validation runs before training continues.
     - The run ends with `UserError` if a weight is not finite (such weights are not saved), or if it has skipped
       `max_skipped` updates of a network in a row because of non-finite gradients (None: no limit).
+    - With `in_background`, a save every `every` iterations copies the state into host memory, and a thread writes the
+      copy while training goes on. All other saves, and the end of the run, wait until it is written.
     - If the disk fails, the run continues. Only a failure at the last iteration ends the run, with `UserError`.
     - If an error occurs between two iterations of a run with one process, the run is saved before it ends.
     """
@@ -51,6 +54,7 @@ class IterationCheckpoint(Checkpoint):
         best: MetricName | None = None,
         best_is: Literal["min", "max"] = "min",
         max_skipped: Count | None = 50,
+        in_background: bool = False,
     ) -> None:
         for name, value in (("every", every), ("keep", keep), ("max_skipped", max_skipped)):
             if value is not None and value < 1:
@@ -60,6 +64,7 @@ class IterationCheckpoint(Checkpoint):
             raise UserError(f"checkpoint.best_is={best_is} must be min or max")
         self.folder, self.every, self.keep = Path(folder), every, keep
         self.best, self.max_skipped = Best(self.folder, best, best_is), max_skipped
+        self._background = BackgroundSave() if in_background else None
         self.begin_with: Path | None = None  # the checkpoint of another run from which this run starts
         self.about: Mapping[str, Any] | None = None  # stored in each checkpoint: `StoredCheckpoint.about`
         self._start: StoredCheckpoint | None = None
@@ -71,6 +76,8 @@ class IterationCheckpoint(Checkpoint):
     def setup(self, trainer: L.Trainer, pl_module: "CDMModule", stage: str) -> None:
         """Delete what interrupted saves have left in `folder`, and choose the checkpoint from which the run resumes."""
         if stage == "fit":
+            if self._background is not None and trainer.world_size > 1:
+                raise UserError("checkpoint.in_background=true is for runs with one process; set it to false")
             if ranks.rank() == 0 and (left := sweep(self.folder)):
                 say(f"deleted the remains of an interrupted save: {', '.join(left)}")
             ranks.gather(None)  # no process looks for checkpoints before this is done
@@ -131,8 +138,9 @@ class IterationCheckpoint(Checkpoint):
         last = iteration == trainer.max_steps
         self._trainer_state = trainer_state(trainer, pl_module)  # a later save must equal a save at this point
         self._is_between = True
-        if stop or last or trainer.should_stop or iteration % self.every == 0:
-            path = self._save(trainer, pl_module, self._trainer_state, needed=last)
+        now = stop or last or trainer.should_stop
+        if now or iteration % self.every == 0:
+            path = self._save(trainer, pl_module, self._trainer_state, needed=last, now=now)
             if stop:
                 self._stop(iteration, path)
 
@@ -143,6 +151,7 @@ class IterationCheckpoint(Checkpoint):
 
     def _save_late(self, trainer: L.Trainer, module: "CDMModule") -> Path | None:
         """Return the path of the checkpoint of the last iteration. If it does not exist yet, it is written now."""
+        self._settle()
         iteration = trainer.global_step
         found = {iteration_of(path): path for path in checkpoints_in(self.folder)}.get(iteration)
         if ranks.from_first(found is not None):
@@ -160,6 +169,7 @@ class IterationCheckpoint(Checkpoint):
         """
         if trainer.sanity_checking:
             return
+        self._settle()
         if self.best.metric is not None and self._trainer_state:
             self._keep_if_best(trainer, pl_module)
         self._write(lambda: note_validation(self.folder, trainer.global_step))
@@ -195,6 +205,7 @@ class IterationCheckpoint(Checkpoint):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
         """If a signal has come, save and stop the run. From now on, a signal stops the run at once, without a save."""
+        self._settle()
         if ranks.any_of(signals.is_asked()):
             self._stop(trainer.global_step, self._save_late(trainer, pl_module))
         signals.loading("after training, before the evaluation was complete")
@@ -207,15 +218,20 @@ class IterationCheckpoint(Checkpoint):
                 say_stopped(trainer.global_step, path)
             elif path:
                 say(f"saved {path}")
+        self._settle()
         if not isinstance(exception, Preempted):
             signals.failing()
 
     # ---- saving
 
     def _save(
-        self, trainer: L.Trainer, module: "CDMModule", state: dict[str, Any], needed: bool = False
+        self, trainer: L.Trainer, module: "CDMModule", state: dict[str, Any], needed: bool = False, now: bool = True
     ) -> Path | None:
-        """Save, and return the checkpoint's path. If the disk fails, raise `UserError` if `needed`, otherwise return None."""
+        """Save, and return the checkpoint's path. If the disk fails, raise `UserError` if `needed`, otherwise return None.
+
+        Unless `now`, a save in the background only begins here, if the run has such saves. The result is None then.
+        """
+        self._settle()
         record: dict[str, Any] = {}
         module.on_save_checkpoint(record)
         optimizers = module.optimizers_by_role
@@ -227,14 +243,32 @@ class IterationCheckpoint(Checkpoint):
             "optimizers": plain_values_of(module.networks, optimizers),
             FINITE: True,
         }
-        try:
-            path = save_checkpoint(self.folder, tensors, record, state, self.about)
-        except OSError as error:
-            self._report_failure(error, record["iteration"], needed)
+        if self._background is not None and not now:
+            kept, about = deepcopy((record, state)), self.about
+            self._background.start(
+                record["iteration"], tensors, lambda copies: self._store(copies, *kept, about, alone=True)
+            )
             return None
+        try:
+            return self._store(tensors, record, state, self.about)
+        except OSError as error:
+            report_failure(self.folder, error, record["iteration"], needed)
+            return None
+
+    def _store(self, *content: Any, alone: bool = False) -> Path:
+        """Write a checkpoint and delete old ones. The arguments are those of `save_checkpoint`; in the background, `alone`."""
+        path = save_checkpoint(self.folder, *content, alone=alone)
         if ranks.rank() == 0:
             self._drop_old()
         return path
+
+    def _drop_old(self) -> None:
+        drop_old(self.folder, self.keep, self.best)
+
+    def _settle(self) -> None:
+        """Wait until a save in the background is complete, and print a warning if the disk failed."""
+        if self._background is not None and (failed := self._background.settle()) is not None:
+            report_failure(self.folder, failed[1], failed[0], needed=False)
 
     def _require_finite(self, tensors: Mapping[str, Tensor], module: "CDMModule") -> None:
         """Raise `UserError` on all processes if any of them has a non-finite weight in a trained network."""
@@ -250,33 +284,6 @@ class IterationCheckpoint(Checkpoint):
                 return f"resume from {path} with other settings, such as a lower learning rate"
         return "there is no earlier good checkpoint; start again with other settings, such as a lower learning rate"
 
-    def _report_failure(self, error: OSError, iteration: int, needed: bool) -> None:
-        older = checkpoints_in(self.folder)
-        free = shutil.disk_usage(self.folder if self.folder.exists() else Path.cwd()).free / 1e9
-        text = (
-            f"the checkpoint of iteration {iteration} could not be written to {self.folder} "
-            f"({error.strerror or error}; {free:.1f} GB are free); "
-            f"{f'{older[-1].name} is intact' if older else 'there is no earlier checkpoint'}"
-        )
-        if needed:
-            raise UserError(f"{text}; free disk space and run the same command again to continue") from error
-        say(f"WARNING: {text}; the run continues and tries again at the next save")
-
-    def _drop_old(self) -> None:
-        try:
-            best = self.best.read()
-        except UserError as error:  # deletes nothing, because the best checkpoint is unknown
-            say(f"WARNING: {error}")
-            return
-        plain = [
-            path for path in checkpoints_in(self.folder) if best is None or iteration_of(path) != best["iteration"]
-        ]
-        for old in plain[: -self.keep] if self.keep is not None else []:
-            try:
-                remove(old)
-            except OSError as error:
-                say(f"WARNING: {old} could not be deleted ({error.strerror or error})")
-
     def _check_health(self, module: "CDMModule") -> None:
         """Raise `UserError` if `max_skipped` updates of a network in a row were skipped. The counts are the same on all processes."""
         for name, count in module.updates.skipped_in_a_row.items():
@@ -285,16 +292,3 @@ class IterationCheckpoint(Checkpoint):
                     f"checkpoint.max_skipped={self.max_skipped}: the gradient of {name} was not finite {count} times in a row, "
                     f"up to iteration {module.iteration}; {self._advice()}"
                 )
-
-
-def say_stopped(iteration: int, path: Path | None) -> None:
-    """Print that a signal has stopped the run, and where it is saved. `path` is None if the save failed."""
-    signals.saved()
-    saved = f"saved {path}" if path else "the last save failed, so the run will resume from an older checkpoint"
-    say(f"stopped at iteration {iteration}: {saved}; {signals.AGAIN}")
-
-
-def say(text: str) -> None:
-    """Print a line on stderr, from the first process only."""
-    if ranks.rank() == 0:
-        print(text, file=sys.stderr, flush=True)

@@ -22,19 +22,20 @@ def save_checkpoint(
     record: Mapping[str, Any],
     trainer_state: Mapping[str, Any],
     about: Mapping[str, Any] | None = None,
+    alone: bool = False,
 ) -> Path:
     """Write the checkpoint of iteration `record["iteration"]` into `folder` and return its path.
 
     All processes must call this. `tensors` are the tensors of the networks and of the optimizer states by name, as
     `state.tensors_of` returns them. `record` is the content of state.json, and `trainer_state` is the content of
     trainer.pt. `about` is the run's configuration and inputs (see `StoredCheckpoint.about`). If the checkpoint cannot
-    be written, all processes raise OSError, and earlier checkpoints stay unchanged.
+    be written, all processes raise OSError, and earlier checkpoints stay unchanged. `alone` is that of `save_tensors`.
     """
     temporary = temporary_path(folder, record["iteration"])
     try:
         _on_first(lambda: begin(folder, record["iteration"]))
         sums: FileSums = {}
-        for of_rank in ranks.gather(save_tensors(tensors, temporary)):
+        for of_rank in ranks.gather(save_tensors(tensors, temporary, alone)):
             sums |= of_rank
         return Path(_on_first(lambda: _finish(temporary, sums, record, trainer_state, about)))
     except OSError:

@@ -9,7 +9,7 @@ import os
 import warnings
 import zlib
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from cdm_lightning.checkpoint.folder import FileSums
 from cdm_lightning.distributed.ranks import is_spread, world_size
 
+WRITES_ALONE = ".*torch.distributed is (disabled|unavailable).*"  # a warning of torch
 FILE_BYTES = 1 << 29  # approximate size of a file; it is limited, because a whole file is built in memory
 
 
@@ -65,17 +66,18 @@ class _GivenFiles(FileSystem):
         return self.files
 
 
-def save_tensors(tensors: Mapping[str, Tensor], folder: Path) -> FileSums:
+def save_tensors(tensors: Mapping[str, Tensor], folder: Path, alone: bool = False) -> FileSums:
     """Write this process's shards of the tensors (plain or DTensor, by name) to .safetensors files in `folder`.
 
     Returns {file name: {"bytes": size, "crc32": checksum}} of the files that this process wrote. All processes must call this
-    with the same names. If one process cannot write, all raise OSError.
+    with the same names. If one process cannot write, all raise OSError. With `alone`, this is the only process, and it may call
+    this in a thread, if torch's warning `WRITES_ALONE` is filtered out.
     """
     writer = dcp.HuggingFaceStorageWriter(str(folder), files_of(tensors), save_distributed=True)
     writer.fs = files = _SummedFiles()
-    with quietly():
+    with nullcontext() if alone else quietly():
         try:
-            dcp.save(dict(tensors), storage_writer=writer, no_dist=not is_spread())
+            dcp.save(dict(tensors), storage_writer=writer, no_dist=alone or not is_spread())
         except CheckpointException as error:
             raise_cause(error)
     return files.sums
@@ -139,5 +141,5 @@ def raise_cause(error: CheckpointException) -> None:
 def quietly() -> Generator[None]:
     """Inside the `with` block, hide torch's warning that a single process saves or loads alone."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*torch.distributed is (disabled|unavailable).*")
+        warnings.filterwarnings("ignore", message=WRITES_ALONE)
         yield
