@@ -16,6 +16,7 @@ if __name__ == "__main__":  # before the imports below, because they take second
     signals.watch()
 
 from cdm_lightning.config import command
+from cdm_lightning.errors import UserError
 from cdm_lightning.exporting.pipeline import DTYPES, check_output, export_pipeline, how_to_call, require_adapter
 from cdm_lightning.kinds import FileOrFolder, Model, Pixels, Steps
 from cdm_lightning.kinds.command_line import Parser, argument
@@ -24,6 +25,10 @@ from cdm_lightning.terminal.quiet import quiet_libraries
 
 WEIGHTS = ("student_ema", "student")
 FORMS = ("pipeline", "lora", "weights", "checkpoint")
+UNUSED = {  # form: options that have no effect with it
+    "weights": ("nfe", "height", "width", "pretrained"),
+    "checkpoint": ("nfe", "height", "width", "pretrained", "weights", "dtype"),
+}
 FILES = ("weights", "checkpoint")  # forms that are a single file
 
 
@@ -137,11 +142,21 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def check_used(options: argparse.Namespace, made: argparse.ArgumentParser) -> None:
+    """Raise `UserError` if an option is set that has no effect with this form."""
+    for name in UNUSED.get(options.form, ()):
+        value = getattr(options, name)
+        if value != made.get_default(name):
+            raise UserError(f"--{name} {value} has no effect with --form {options.form}; leave it out")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command. If the user made a mistake, print one line about it on stderr and exit with status 2."""
     quiet_libraries()
     with command("before the student was written"):
-        options = parser().parse_args(arguments)
+        made = parser()
+        options = made.parse_args(arguments)
+        check_used(options, made)
         written = export_checkpoint(**vars(options))
         print(f"exported {'pipeline' if options.form not in FILES else options.form}: {written}")
         if options.form not in FILES and (line := how_to_call(written)):

@@ -41,6 +41,7 @@ KINDS = {
     "batch": BatchSize,
     "name": Name,
 }
+OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jxl", ".svg", ".pdf")
 
 
 @dataclass(frozen=True)
@@ -141,10 +142,10 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
 
 def check_prompts(prompts: Sequence[str]) -> None:
     """Raise UserError for a prompt that no tokenizer can read."""
-    from cdm_lightning.data.selection import flaw_of
+    from cdm_lightning.data.selection import flaw_of_given
 
     for number, prompt in enumerate(prompts, start=1):
-        if flaw := flaw_of(prompt):
+        if flaw := flaw_of_given(prompt):
             raise UserError(f"prompt {number}: {flaw}")
 
 
@@ -234,6 +235,8 @@ def run(options: argparse.Namespace) -> Path:
     is_folder = options.output.endswith("/")
     if not output.name or (output.is_dir() and not is_folder):
         raise UserError(f"--output={output} is a folder; pass the name of a picture, or FOLDER/ for one file per image")
+    if output.suffix.lower() in OTHER_FORMATS and not is_folder:
+        raise UserError(f"--output={output}: the picture is a PNG file; pass a name that ends in .png")
     check_output(output / "00000.png" if is_folder else output)
     opened = open_sized(options.model, options.lora, options.height, options.width, options.steps)
     print_unknown_words(opened, prompts)

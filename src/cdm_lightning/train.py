@@ -115,7 +115,7 @@ def train_in(run: Run, config: DictConfig) -> TrainResult:
     if module.objective.needs_latents:
         use_image_cache(build(config, "image_cache", of=ImageCacheSettings), module.backbone)
     named = dict(zip(named_parts(config, "callbacks"), callbacks))
-    check_figures(module, named, checkpoint, bool(config.trainer.limit_val_batches))
+    check_figures(module, named, checkpoint, data.val_prompts if config.trainer.limit_val_batches else 0)
     loggers = [GuardedLogger(logger) for logger in build(config, "logger", of=Logger)]
     trainer = make_trainer(config, strategy=strategy, callbacks=[*callbacks, checkpoint], logger=loggers)
     if trainer.is_global_zero:
@@ -129,14 +129,14 @@ def train_in(run: Run, config: DictConfig) -> TrainResult:
 
 
 def check_figures(
-    module: CDMModule, callbacks: Mapping[str, L.Callback], checkpoint: IterationCheckpoint, validates: bool
+    module: CDMModule, callbacks: Mapping[str, L.Callback], checkpoint: IterationCheckpoint, images: int
 ) -> None:
     """Raise `UserError` if `checkpoint` or a callback monitors a figure that is not logged.
 
-    The keys of `callbacks` are options such as "callbacks.early_stopping". `validates` says whether the run validates.
+    The keys of `callbacks` are options such as "callbacks.early_stopping". `images`: validation prompts (0: no validation).
     """
-    measuring = [one for one in callbacks.values() if isinstance(one, ValidationMetrics)] if validates else []
-    logged = [name for callback in measuring for name in callback.names(module)]
+    measuring = [one for one in callbacks.values() if isinstance(one, ValidationMetrics)] if images else []
+    logged = [name for callback in measuring for name in callback.names(module, images)]
     if all_known(callbacks.values()) and type(module) is CDMModule:  # a subclass may log more
         checkpoint.best.check(logged)
         check_monitors(callbacks, logged, tuple(module.updates.recipes))

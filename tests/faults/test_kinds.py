@@ -278,6 +278,9 @@ def test_what_comes_at_the_end_is_checked_before_the_first_step(refused, tmp_pat
     )
     line = refused("callbacks=metrics", "metric=[shapes_adherence]", "trainer.limit_val_batches=1")
     assert "metric.adherence cannot measure images of prompt 1" in line
+    one = ("callbacks=metrics", "metric=[energy_distance]", "trainer.limit_val_batches=1", "data.val_prompts=1")
+    line = refused(*one, "checkpoint.best=val/energy_distance/student_4")
+    assert "checkpoint.best=val/energy_distance/student_4 must be a figure that validation logs" in line  # of 1 image
     line = refused("metric=[shapes_frechet]", "metric.frechet_real.reference.count=1")
     assert "metric.frechet_real.reference.count=1 must be a whole number of at least 2" in line
 
@@ -357,6 +360,13 @@ def test_any_schedule_and_any_callbacks_go_with_the_demo(tmp_path):
         (export, ["--output", "a\0b"], "it has a NUL character"),
         (export, ["--output", "x" * 300], "a name in it is longer than 255 bytes"),
         (export, ["--dtype", "int8"], "invalid choice: 'int8'"),
+        (export, ["--form", "weights", "--nfe", "2"], "--nfe 2 has no effect with --form weights; leave it out"),
+        (
+            export,
+            ["--form", "checkpoint", "--dtype", "float16"],
+            "--dtype float16 has no effect with --form checkpoint",
+        ),
+        (sample, ["--output", "a.jpg"], "--output=a.jpg: the picture is a PNG file; pass a name that ends in .png"),
         (extract_lora, ["--rank", "0"], "--rank: '0' must be a whole number of at least 1"),
         (extract_lora, ["--rank", "1.5"], "must be a whole number"),
     ],

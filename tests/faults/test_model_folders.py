@@ -85,6 +85,34 @@ def test_a_tokenizer_without_words_is_refused(folder, part):
     assert str(folder / part) in refusal(folder)
 
 
+@pytest.mark.parametrize("part", ["tokenizer", "tokenizer_2"])
+def test_a_tokenizer_that_does_not_say_how_long_texts_are_is_refused(folder, part):
+    """transformers takes 10**30 tokens then, and the text encoder fails in words about something else."""
+    for change in (lambda file: file.write_text("{}"), lambda file: file.unlink()):
+        change(folder / part / "tokenizer_config.json")
+        assert f"{folder / part}: model_max_length is missing in tokenizer_config.json" in refusal(folder)
+
+
+def test_an_empty_scheduler_is_refused(folder):
+    """diffusers would take a shift of 1, and all images would be others."""
+    (folder / "scheduler/scheduler_config.json").write_text("{}")
+    assert "scheduler_config.json: the entry _class_name is missing" in refusal(folder)
+
+
+def test_a_table_of_weights_is_not_printed(folder, capfd):
+    (folder / "text_encoder/config.json").write_text("{}")
+    refusal(folder)
+    assert "LOAD REPORT" not in "".join(capfd.readouterr())
+
+
+def test_a_class_that_is_no_name_is_refused(folder):
+    for value in (["StableDiffusion3Pipeline"], {"a": 1}, 3, None):
+        index = json.loads((folder / "model_index.json").read_text()) | {"_class_name": value}
+        (folder / "model_index.json").write_text(json.dumps(index))
+        with pytest.raises(UserError, match="_class_name must be a string"):
+            open_pipeline(str(folder))
+
+
 JSON_FILES = [
     "model_index.json",
     "transformer/config.json",

@@ -12,6 +12,7 @@ from cdm_lightning.data.images import CaptionedFolder
 from cdm_lightning.data.lines import LineFiles
 from cdm_lightning.data.prompts import PromptFile, PromptList
 from cdm_lightning.errors import UserError
+from cdm_lightning.sample import check_prompts
 
 
 def write(folder, name, content):
@@ -96,6 +97,17 @@ def test_prompts_of_nothing_visible_do_not_count(tmp_path):
     file = PromptFile(write(tmp_path, "a.txt", "\n".join(["one", *BLANKS, "a\u200bb", "\u0301e", "👩\u200d🚀"])))
     assert [file[i] for i in range(len(file))] == ["one", "a\u200bb", "\u0301e", "👩\u200d🚀"]
     assert file.counts.blank == len(BLANKS)
+
+
+@pytest.mark.parametrize("blank", BLANKS)
+def test_a_given_prompt_of_nothing_visible_is_refused(blank):
+    """In a list or on the command line it is no line that can be left out; the empty prompt has a meaning."""
+    with pytest.raises(UserError, match=r"prompt 2 .*: the prompt has no visible character"):
+        PromptList(["a cat", blank])
+    with pytest.raises(UserError, match="prompt 1: the prompt has no visible character"):
+        check_prompts([blank])
+    check_prompts(["", "a"])
+    assert len(PromptList(["", "a"])) == 2
 
 
 def test_known_formats_are_read_as_what_they_are(tmp_path):

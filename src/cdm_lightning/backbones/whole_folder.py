@@ -33,6 +33,7 @@ VOCABULARIES = (
 )
 WHOLE = re.compile(r"(ids|index|indices|idx|mask|tracked|step|count)$")  # ends of the names of buffers of whole numbers
 MOST = {"layers": 1000, "blocks": 1000, "train_timesteps": 10**6}  # part of a setting's name: the largest value
+LONGEST_TEXT = 10**6  # tokens; transformers takes 10**30 if tokenizer_config.json does not say it
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 
 
@@ -72,6 +73,10 @@ def require_settings(folder: Path, parts: Mapping[str, str]) -> None:
             raise UserError(f"{place}: the file {' or '.join(needed)} is missing; {AGAIN}")
         for file in sorted(place.glob("*.json")):
             require_few_layers(read_settings(file), file)
+        if kind_of(class_name) == "scheduler" and "_class_name" not in read_settings(place / needed[0]):
+            raise UserError(
+                f"{place / needed[0]}: the entry _class_name is missing, so other entries may be, too; {AGAIN}"
+            )
 
 
 def require_few_layers(config: Mapping[str, Any], file: Path) -> None:
@@ -194,6 +199,10 @@ def require_known_tokens(tokenizer: Any, encoder: Any, folder: Path) -> None:
     if len(vocabulary.keys() - set(tokenizer.all_special_tokens)) < 2:
         raise UserError(f"{folder}: the tokenizer has no words in its vocabulary; {AGAIN}")
     rows, largest = encoder.get_input_embeddings().num_embeddings, max(vocabulary.values())
+    if not 1 < tokenizer.model_max_length < LONGEST_TEXT and "CLIP" in type(encoder).__name__:
+        raise UserError(
+            f"{folder}: model_max_length is missing in tokenizer_config.json, or is no length of a text; {AGAIN}"
+        )
     if largest >= rows:
         raise UserError(
             f"{folder}: the tokenizer has token ids up to {largest}, but its text encoder has only {rows} embeddings; {AGAIN}"

@@ -33,13 +33,16 @@ class ValidationMetrics(L.Callback):
         self.metrics, self.folder = metrics, require_name(folder, "callbacks.metrics.folder")
         self._collected: dict[str, Collected] = {}
 
-    def names(self, pl_module: "CDMModule") -> list[str]:
-        """Return a list with "val/METRIC/SAMPLER" for each metric and sampler of the validation.
+    def names(self, pl_module: "CDMModule", images: int) -> list[str]:
+        """Return a list with "val/METRIC/SAMPLER" for each metric and sampler of a validation with `images` prompts.
 
         A metric with one figure logs it under this name. A metric with several figures logs each of them as
-        "val/METRIC_FIGURE/SAMPLER" instead. These longer names are not in the list.
+        "val/METRIC_FIGURE/SAMPLER" instead. These longer names are not in the list. Metrics that will have no figure in
+        this validation are left out (see `Metric.has_figure`).
         """
-        return [f"val/{name}/{spec.name}" for name in self.metrics.metrics for spec in pl_module.samplers]
+        samplers = [spec.name for spec in pl_module.samplers]
+        measured = [name for name, metric in self.metrics.metrics.items() if metric.has_figure(samplers, images)]
+        return [f"val/{name}/{sampler}" for name in measured for sampler in samplers]
 
     def setup(self, trainer: L.Trainer, pl_module: "CDMModule", stage: str) -> None:
         """Raise `UserError` before training if a metric cannot measure images of one of the validation prompts."""

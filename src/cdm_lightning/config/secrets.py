@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from cdm_lightning.files import read_text, write_text
 from cdm_lightning.terminal.secrets import masked, masked_command, masked_text
@@ -42,7 +43,11 @@ class MaskSweep(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Print an error and exit with status 2 if `hydra.output_subdir` is not null, or `hydra.run.dir` is empty."""
-        if not str(config.hydra.run.dir).strip():  # otherwise the run would be written into the working folder
+        try:
+            folder = str(config.hydra.run.dir)
+        except OmegaConfBaseException:  # a reference without a target, which Hydra reports itself
+            return
+        if not folder.strip():  # otherwise the run would be written into the working folder
             print(
                 "error: hydra.run.dir is empty; set a folder, or leave it out for outputs/RUN_NAME",
                 file=sys.stderr,

@@ -37,6 +37,7 @@ READ_DIRECTLY = (  # options that commands read before they build an object
     "trainer.devices",
     "trainer.limit_val_batches",
     "trainer.max_steps",
+    "trainer.use_distributed_sampler",
 )
 NEEDED = ("optim",)  # those of which at least one object is required
 

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from cdm_lightning.data.batches import Order, ShuffledEpochs
 from cdm_lightning.data.formats import open_files
-from cdm_lightning.data.selection import Selection, TextSource, flaw_of, is_visible
+from cdm_lightning.data.selection import Selection, TextSource, flaw_of_given, is_visible
 from cdm_lightning.errors import UserError
 from cdm_lightning.kinds import Count, Field, FileOrFolder, FolderToRead, NotEmpty, Overlong, Prompt
 
@@ -135,7 +135,7 @@ class PromptList(Prompts):
             empty = "the option `prompts` is an empty list; give at least one prompt"
             raise UserError(f"data: {f'repeat={repeat} must be at least 1' if self.prompts else empty}")
         for number, prompt in enumerate(self.prompts, start=1):
-            flaw = flaw_of(prompt) if isinstance(prompt, str) else f"{prompt!r} is not a string; put it in quotes"
+            flaw = flaw_of_given(prompt) if isinstance(prompt, str) else f"{prompt!r} is not a string; put it in quotes"
             if flaw:
                 raise UserError(f"data: prompt {number} in the list of prompts: {flaw}")
 

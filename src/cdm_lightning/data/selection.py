@@ -120,6 +120,16 @@ def is_visible(text: str) -> bool:
     return any(unicodedata.category(c) not in INVISIBLE and c not in FILLERS for c in text)
 
 
+def flaw_of_given(text: str) -> str | None:
+    """Return why a prompt of the command line or of a list cannot be used, and how to repair it, or None.
+
+    In addition to `flaw_of`, it must have a visible character, unless it is the empty prompt "".
+    """
+    if text and not is_visible(text):
+        return "the prompt has no visible character; write it anew, or write '' for the empty prompt"
+    return flaw_of(text)
+
+
 def flaw_of(text: str) -> str | None:
     """Return a message that says why no tokenizer can read a text and how to repair it, or None if nothing is wrong.
 

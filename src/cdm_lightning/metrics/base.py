@@ -8,7 +8,7 @@ scores are (N,). See docs/new-metric.md.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, cast, runtime_checkable
 
@@ -115,6 +115,7 @@ class Metric:
       sampler (see `LadderEvaluation.check`). If validation does not run it, the metric has no figure in validation.
     - `other_noise`: True if the metric also needs a second image of each prompt, from different noise. Only samplers of
       the student make such images.
+    - `least_images`: the number of images of a sampler below which the metric has no figure.
     """
 
     features: tuple[str, ...] = ()
@@ -122,6 +123,7 @@ class Metric:
     copies: Copies | None = None
     sampler: str | None = None
     other_noise: bool = False
+    least_images: int = 1
 
     def prepare(self, extractors: Mapping[str, nn.Module]) -> None:
         """Do the metric's slow work, such as measuring reference images.
@@ -129,6 +131,10 @@ class Metric:
         This method is called once, before the first image is measured. `extractors` holds all feature extractors by
         name.
         """
+
+    def has_figure(self, samplers: Collection[str], images: int) -> bool:
+        """Return whether validation with these samplers and this number of prompts will have a figure of this metric."""
+        return self.copies is None and images >= self.least_images and (not self.sampler or self.sampler in samplers)
 
     def check_prompt(self, prompt: str) -> None:
         """Raise `UserError` or ValueError if images of `prompt` cannot be measured.

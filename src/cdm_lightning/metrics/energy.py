@@ -19,6 +19,8 @@ class EnergyDistance(Metric):
     these prompts. `feature` is the name of the feature extractor for the sampler's images.
     """
 
+    least_images = 2  # for a distance within the set
+
     def __init__(self, exact: Callable[[Sequence[str]], Tensor], feature: FeatureName = "points") -> None:
         self.exact, self.feature, self.features = exact, feature, (feature,)
 

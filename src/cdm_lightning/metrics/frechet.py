@@ -134,6 +134,8 @@ class Frechet(Metric):
     extractor, so name the metric `fid` only with `InceptionFeatures`.
     """
 
+    least_images = 2  # for a covariance
+
     def __init__(self, reference: Iterable[Tensor] | FeatureStatistics, feature: FeatureName = "clip") -> None:
         self.reference, self.feature, self.features = reference, feature, (feature,)
 
@@ -187,6 +189,8 @@ class FrechetToSampler(Metric):
     A sampler is a way to make images. `sampler` is the name of the reference sampler, and `feature` is the name of the
     feature extractor.
     """
+
+    least_images = 2  # for a covariance
 
     def __init__(self, sampler: Name, feature: FeatureName = "clip") -> None:
         self.sampler, self.feature, self.features = sampler, feature, (feature,)
