@@ -263,7 +263,7 @@ def test_mistakes_are_one_line(arguments, expected, line, tmp_path):
 def test_too_few_prompts_name_the_options_of_the_command(line, tmp_path: Path):
     (tmp_path / "one.txt").write_text("a cat\n")
     said = line(["--model", TINY, "--prompts", str(tmp_path / "one.txt")])
-    assert "--count=1 (prompts given: 1)" in said
+    assert "--prompts: there are 1 prompts; give at least 2" in said
     said = line(["--model", TINY, "--prompts", "shapes_heldout", "--count", "6", "--metric", "shapes_diversity"])
     assert "metric.diversity.prompts=32 is more than the 6 prompts" in said
     assert "or raise --count" in said

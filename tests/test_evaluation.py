@@ -258,10 +258,10 @@ def test_ladder_does_not_depend_on_the_batch(toy: Toy2DBackbone) -> None:
     ("changes", "text"),
     [
         ({"samplers": [SamplerSpec("a"), SamplerSpec("a")]}, "same name"),
-        ({"count": 9, "prompts": ["a"]}, r"count=1 \(prompts given: 1\), .* set count to at least 2"),
-        ({"count": 1}, "count=1 .* set count to at least 2"),
-        ({"samplers": []}, " 0 samplers; .* at least 1 sampler"),
-        ({"shown": 0}, "shown=0 .* shown to at least 1"),
+        ({"count": 9, "prompts": ["a"]}, "callbacks.ladder.evaluation.prompts: .* 1 prompts; give at least 2"),
+        ({"count": 1}, "callbacks.ladder.evaluation.count=1 is too small; set it to at least 2"),
+        ({"samplers": []}, "samplers is empty; give at least one sampler"),
+        ({"shown": 0}, "shown=0 is too small; set it to at least 1"),
     ],
 )
 def test_contradictory_settings_are_refused(changes: dict, text: str) -> None:

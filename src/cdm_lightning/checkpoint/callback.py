@@ -114,7 +114,7 @@ class IterationCheckpoint(Checkpoint):
                     callback.load_state_dict(state["callbacks"][callback.state_key])
         if trainer.global_step != start.iteration:
             raise UserError(
-                f"{of_state} is of iteration {trainer.global_step}, but the weights of iteration {start.iteration}; {OTHER}"
+                f"{of_state} was saved at iteration {trainer.global_step}, but the weights at iteration {start.iteration}; {OTHER}"
             )
         if start.path.parent == self.folder:
             if self.best.metric is not None:

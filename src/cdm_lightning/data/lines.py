@@ -36,8 +36,8 @@ class LineFiles:
     def scan(self) -> Iterator[tuple[int, str]]:
         """Yield (position, text) for each line. `read(position)` returns the same text later.
 
-        Raises `UserError` for a file that cannot be read or is not UTF-8, and for a line without a string under
-        `field`.
+        Raises `UserError` for a file that cannot be read or is not UTF-8, and for a line of a JSON Lines file that has no
+        string under the key `field`.
         """
         for number, path in enumerate(self.paths):
             try:

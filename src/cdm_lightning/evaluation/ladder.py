@@ -16,25 +16,13 @@ from torch import Tensor, nn
 
 from cdm_lightning.backbones.base import Backbone
 from cdm_lightning.errors import UserError
-from cdm_lightning.evaluation.samplers import SamplerSpec, device_of, generate
+from cdm_lightning.evaluation.samplers import STEPS, SamplerSpec, device_of, generate
 from cdm_lightning.kinds import BatchSize, NotEmpty, Pictures, Seed, Several
 from cdm_lightning.metrics.suite import Collected, MetricSuite
 from cdm_lightning.terminal.progress import Progress
 
 REAL = "real images"
 OTHER_NOISE = 1 << 20  # added to the seed: images from other noise than those that all samplers share
-STEPS = (
-    SamplerSpec("teacher 50 steps", "teacher", 50),
-    SamplerSpec("teacher 50 steps, guidance 1.5", "teacher", 50, 1.5),
-    SamplerSpec("teacher 50 steps, guidance 2", "teacher", 50, 2.0),
-    SamplerSpec("teacher 4 steps", "teacher", 4),
-    SamplerSpec("teacher 4 steps, guidance 1.5", "teacher", 4, 1.5),
-    SamplerSpec("teacher 4 steps, guidance 2", "teacher", 4, 2.0),
-    SamplerSpec("student 1 step", "student", 1),
-    SamplerSpec("student 2 steps", "student", 2),
-    SamplerSpec("student 4 steps", "student", 4),
-    SamplerSpec("student 8 steps", "student", 8),
-)
 MakeImages = Callable[[Sequence[str], Sequence[int], int], Tensor]  # (prompts, indices, seed) -> (B, 3, H, W)
 OnImages = Callable[
     [str, Tensor, Sequence[int]], None
@@ -109,12 +97,21 @@ class LadderEvaluation:
             )
         count = len(self.prompts) if self.count is None else min(self.count, len(self.prompts))
         object.__setattr__(self, "count", count)
-        if self.size < 2 or self.batch_size < 1 or self.shown < 1 or not names:
-            raise UserError(
-                f"{self.OPTIONS}count={self.count} (prompts given: {len(self.prompts)}), "
-                f"batch_size={self.batch_size}, shown={self.shown} and {len(names)} samplers; set count to at least 2, "
-                "batch_size and shown to at least 1, and give at least 1 sampler"
-            )
+        self._require_enough()
+
+    def _require_enough(self) -> None:
+        """Raise `UserError` for the first number that is too small."""
+        if len(self.prompts) < 2:
+            raise UserError(f"{self.OPTIONS}prompts: there are {len(self.prompts)} prompts; give at least 2")
+        for name, value, least in (
+            ("count", self.size, 2),
+            ("batch_size", self.batch_size, 1),
+            ("shown", self.shown, 1),
+        ):
+            if value < least:
+                raise UserError(f"{self.OPTIONS}{name}={value} is too small; set it to at least {least}")
+        if not self.samplers:
+            raise UserError(f"{self.OPTIONS}samplers is empty; give at least one sampler")
 
     @property
     def size(self) -> int:

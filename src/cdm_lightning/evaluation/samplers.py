@@ -68,6 +68,20 @@ class SamplerSpec:
         return self.nfe * (1 if self.guidance_scale == 1 else 2)
 
 
+STEPS = (
+    SamplerSpec("teacher 50 steps", "teacher", 50),
+    SamplerSpec("teacher 50 steps, guidance 1.5", "teacher", 50, 1.5),
+    SamplerSpec("teacher 50 steps, guidance 2", "teacher", 50, 2.0),
+    SamplerSpec("teacher 4 steps", "teacher", 4),
+    SamplerSpec("teacher 4 steps, guidance 1.5", "teacher", 4, 1.5),
+    SamplerSpec("teacher 4 steps, guidance 2", "teacher", 4, 2.0),
+    SamplerSpec("student 1 step", "student", 1),
+    SamplerSpec("student 2 steps", "student", 2),
+    SamplerSpec("student 4 steps", "student", 4),
+    SamplerSpec("student 8 steps", "student", 8),
+)
+
+
 def check_samplers(samplers: Sequence[SamplerSpec], backbone: Backbone) -> None:
     """Raise `UserError` if two samplers have the same name, or if the model family cannot make images of a sampler's size."""
     names = [spec.name for spec in samplers]

@@ -1,8 +1,8 @@
 """A loss that makes the student's first step follow the teacher, to keep the teacher's diversity (DP-DMD, arXiv:2602.03139).
 
 With distribution matching, different noises may lead to the same image. A student's first step decides what an image will show.
-This loss gives the student's first step the direction in which several steps of the teacher lead from the same noise. Shapes: B
-samples of shape * = (C, H, W).
+This loss trains that step to move from the noise straight towards the point that the teacher reaches from it in several steps.
+Shapes: B samples of shape * = (C, H, W).
 """
 
 from dataclasses import dataclass
