@@ -41,15 +41,21 @@ def last(place: Path) -> Path:
 # ---- SIGKILL
 
 
-def test_a_run_killed_at_every_point_of_a_save_ends_as_if_nothing_had_happened(started, toy_run, tmp_path):
+@pytest.mark.parametrize(
+    "behind",
+    [False, pytest.param(True, marks=pytest.mark.slow)],  # test_background_save.py has a short form of the latter
+    ids=["at once", "in the background"],
+)
+def test_a_run_killed_at_every_point_of_a_save_ends_as_if_nothing_had_happened(behind, started, toy_run, tmp_path):
+    every = ("checkpoint.every=4", f"checkpoint.in_background={str(behind).lower()}")
     straight = toy_run(f"trainer.max_steps={LENGTH}", folder="straight")
     losses, newest = Losses(), 0
     for point in POINTS:
-        run = started("checkpoint.every=4", prepare=die_at, arguments=(point, 3))
+        run = started(*every, prepare=die_at, arguments=(point, 3))
         assert run.wait() == [-signal.SIGKILL], run.output
         newest = look(tmp_path / "run/checkpoints", newest, losses)
     assert losses.bytes_lost == 0
-    assert started("checkpoint.every=4").wait() == [0]
+    assert started(*every).wait() == [0]
     assert_equal_states(straight.checkpoint, last(tmp_path / "run"))
     assert len([path for path in (tmp_path / "run/checkpoints").iterdir() if path.name != ".lock"]) == 2
 

@@ -10,6 +10,7 @@ from tiny_pipelines import FAMILIES
 from torch._dynamo.utils import counters
 
 from cdm_lightning.checkpoint.stored import newest_checkpoint
+from cdm_lightning.evaluation import samplers
 from cdm_lightning.module import CDMModule
 from cdm_lightning.train import TrainResult
 
@@ -93,6 +94,23 @@ def test_shards_on_one_device_compute_what_a_single_process_does(options, short_
     if device == "cuda":
         assert "nccl" in torch.distributed.get_backend_config()
     assert figures(shards) == pytest.approx(single, rel=CLOSE)
+
+
+def test_images_of_an_average_on_the_host_are_made_on_the_device(short_run, device, no_process_group, monkeypatch):
+    seen: list[torch.device] = []
+    noise = samplers.evaluation_noise
+
+    def noted(seed, indices, shape, where):
+        seen.append(torch.device(where))
+        return noise(seed, indices, shape, where)
+
+    monkeypatch.setattr(samplers, "evaluation_noise", noted)
+    place = ("strategy=fsdp2", "trainer.devices=1", "strategy.on_cpu=[student_ema]")
+    validation = ("trainer.limit_val_batches=1", "trainer.val_check_interval=2", "data.val_prompts=2")
+    more = ("checkpoint.in_background=true", "checkpoint.every=1", "text_cache.encode_ahead=2")
+    result = short_run("sd3", device, BFLOAT16, *place, *validation, *more)
+    assert result.iteration == 2
+    assert {where.type for where in seen} == {device}
 
 
 def test_a_run_goes_on_where_it_was_saved(short_run, device):
