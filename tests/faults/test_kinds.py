@@ -315,6 +315,11 @@ def test_objects_of_another_class(refused):
     assert "module._target_=builtins.dict gives a dict, but module must be a CDMModule" in refused(
         "module._target_=builtins.dict"
     )
+    for key in ("resolution", "schedule.length", "objective.ca_levels"):
+        said = f"{key}._target_=builtins.object is the class object, but {key} must be "
+        assert said in refused(f"{key}._target_=builtins.object")
+    lightnings = "lightning.pytorch.strategies.DDPStrategy"
+    assert "cannot be used here; choose a group: strategy=ddp" in refused(f"strategy._target_={lightnings}")
     assert "callbacks.mine must be a Callback" in refused("+callbacks.mine._target_=builtins.dict")
     assert "compute.compile_backend=fast is no backend of torch.compile" in refused("compute.compile_backend=fast")
     assert "backbone._target_=no.such cannot be found" in refused("backbone._target_=no.such")

@@ -136,6 +136,14 @@ def test_resume_with_a_path_that_is_gone_goes_on_from_own_checkpoints(finished, 
 # ---- B12: the lock and the place of checkpoints
 
 
+def test_resume_with_the_folder_of_a_run_says_which_folder_to_pass(finished, toy_run):
+    with pytest.raises(
+        UserError,
+        match=r"run is the folder of a run, not a checkpoint; pass one of the checkpoints in .*run/checkpoints",
+    ):
+        toy_run(f"resume={finished}", folder="other")
+
+
 def test_two_runs_with_one_checkpoint_folder_are_refused(toy_run, tmp_path):
     place = tmp_path / "shared"
     (tmp_path / "link").symlink_to(place)

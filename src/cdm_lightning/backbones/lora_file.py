@@ -63,9 +63,8 @@ def locate_lora(path: str | Path) -> Path:
     if file.is_dir():
         file = file / WEIGHTS
     if not file.is_file():
-        raise UserError(
-            f"the LoRA file {file} does not exist; pass a .safetensors file or a folder that contains {WEIGHTS}"
-        )
+        what = "is not a regular file" if file.exists() else "does not exist"
+        raise UserError(f"the LoRA file {file} {what}; pass a .safetensors file or a folder that contains {WEIGHTS}")
     if file.suffix != ".safetensors":
         raise UserError(f"{file} is not a .safetensors file; convert it to this format")
     return file

@@ -147,6 +147,10 @@ def read_marker(path: Path) -> Mapping[str, dict[str, int]]:
         files = json.loads(read_text(path / MARKER, follow=False))["files"]
         return {str(name): {"bytes": int(of["bytes"]), "crc32": int(of["crc32"])} for name, of in files.items()}
     except FileNotFoundError as error:
+        if (path / "checkpoints").is_dir():
+            raise UserError(
+                f"{path} is the folder of a run, not a checkpoint; pass one of the checkpoints in {path / 'checkpoints'}"
+            ) from error
         raise UserError(
             f"{path}: this is an unfinished checkpoint, without {MARKER}; use another checkpoint"
         ) from error

@@ -64,7 +64,8 @@ def check_value(value: Any, hint: Any, where: str) -> None:
     kinds = alternatives(hint)
     scalars = all(_asked(kind) in SCALARS or _asked(kind) is Literal for kind in kinds)
     if isinstance(value, DictConfig) and "_target_" in value and not scalars:
-        return  # its type is known only after the call
+        _check_class(value, kinds, where)  # the type of what a function returns is known only after the call
+        return
     if isinstance(value, ListConfig | DictConfig):
         wanted = [kind for kind in kinds if _holds(kind, value)]
         problem = None if wanted else ""
@@ -75,19 +76,29 @@ def check_value(value: Any, hint: Any, where: str) -> None:
         problem = _problem_of_value(value, kinds)
     if problem is not None:
         shown = "null" if value is None else str(value)[:200]
-        if isinstance(value, str) and is_number(value):
+        if isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", value):
             shown = repr(value)  # otherwise '3' would look like the number 3, which is allowed
         because = f", but {problem}" if problem else ""
         raise UserError(f"{where}={shown} must be {told(kinds)}{because}{where_set(where)}")
 
 
-def is_number(text: str) -> bool:
-    """Return whether a string is the text of a number."""
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+def _check_class(node: DictConfig, kinds: Sequence[Any], where: str) -> None:
+    """Raise `UserError` if `node` names a class that is none of `kinds`. Interfaces of Python, such as Sequence, are not checked."""
+    found, asked = _found(str(node.get("_target_"))), [_asked(kind) for kind in kinds if _asked(kind) is not NoneType]
+    if not isinstance(found, type) or node.get("_partial_") or not all(isinstance(kind, type) for kind in asked):
+        return
+    known = [kind for kind in asked if kind.__module__ not in ("builtins", "collections.abc", "typing")]
+    if asked and len(known) == len(asked) and not any(_is_of(found, kind) for kind in known):
+        key = f"{where}._target_"
+        raise UserError(
+            f"{key}={node._target_} is the class {found.__name__}, but {where} must be {told(kinds)}{where_set(key)}"
+        )
+
+
+def _is_of(found: type, kind: type) -> bool:
+    if not getattr(kind, "_is_protocol", False):
+        return issubclass(found, kind)
+    return all(hasattr(found, name) for name, member in vars(kind).items() if name[0] != "_" and callable(member))
 
 
 def with_texts(node: DictConfig) -> DictConfig:

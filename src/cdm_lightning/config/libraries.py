@@ -150,18 +150,13 @@ def instead_of(target: str | None, name: str) -> str | None:
 
 
 def replacement_of(target: str) -> str | None:
-    """Return what to use instead of the class `target` of Lightning, for an error message.
-
-    Returns None if the class may be used, or is not a class of Lightning.
-    """
-    return next(
-        (
-            REPLACED[name]
-            for root, name in _ancestry(target)[:1]
-            if root in ("lightning", "pytorch_lightning") and name in REPLACED
-        ),
-        None,
-    )
+    """Return what to use instead of a callback or strategy of Lightning that cannot be used here, or None if it can be."""
+    ancestry = _ancestry(target)
+    if not ancestry or ancestry[0][0] not in ("lightning", "pytorch_lightning"):
+        return None
+    if any(name == "Strategy" for _, name in ancestry):
+        return INSTEAD["strategy"]
+    return REPLACED.get(ancestry[0][1])
 
 
 @cache
