@@ -2,25 +2,29 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchvision.transforms.functional import to_tensor
 
 from cdm_lightning.config import asset_path
 from cdm_lightning.core.schedules import constant_shift, inference_sigmas
 from cdm_lightning.errors import UserError
-from cdm_lightning.evaluate import evaluate, main, read_model, read_prompts
+from cdm_lightning.evaluate import build_metrics, evaluate, main, read_model, read_prompts
 from cdm_lightning.evaluation import ladder, protocol
 from cdm_lightning.evaluation.intervals import compare, interval
 from cdm_lightning.evaluation.samplers import SamplerSpec
 from cdm_lightning.metrics.base import ImageBatch, Metric
 from cdm_lightning.metrics.frechet import FeatureStatistics, Frechet
 from cdm_lightning.metrics.suite import Collected, MetricSuite
+from cdm_lightning.run.models import OpenedModel
 
 TINY = str(asset_path("tiny_sd3"))
 SHAPES = read_prompts("shapes_heldout", 6)
@@ -162,6 +166,11 @@ def test_grid_files_and_restart(tmp_path, monkeypatch):
         run(seed=1)  # other noise: the stored measurements do not count
     with pytest.raises(pytest.fail.Exception, match="run again"):
         run(metrics=["colour"])
+    monkeypatch.undo()
+    picture = tmp_path / "out/images" / one["file"]
+    picture.unlink()
+    run()
+    assert picture.is_file()  # the sampler was run again, since one of its images was gone
 
 
 def test_a_stopped_evaluation_repeats_only_the_sampler_that_was_running(tmp_path, monkeypatch):
@@ -211,6 +220,97 @@ def test_few_images_are_said(tmp_path):
     assert math.isfinite(found.ladder.rows[0]["frechet_real"])
 
 
+@pytest.fixture
+def own_model(tmp_path: Path) -> Path:
+    """A copy of the bundled pipeline that a test may change."""
+    return Path(shutil.copytree(TINY, tmp_path / "own"))
+
+
+def double(file: Path) -> None:
+    """Multiply all tensors of a safetensors file by 2."""
+    save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file)
+
+
+def test_other_weights_under_the_same_path_are_measured_anew(own_model, tmp_path):
+    first, same = (evaluate([read_model([str(own_model), "steps=1"])], SHAPES, tmp_path / "out") for _ in range(2))
+    double(next((own_model / "vae").glob("*.safetensors")))
+    other = evaluate([read_model([str(own_model), "steps=1"])], SHAPES, tmp_path / "out")
+    brightness = [found.ladder.rows[0]["colour_brightness"] for found in (first, same, other)]
+    assert brightness[0] == brightness[1] != brightness[2]
+    assert first.ladder.settings["models"] != other.ladder.settings["models"]
+
+
+def test_the_pretrained_pipeline_of_a_run_belongs_to_its_weights(monkeypatch, tmp_path):
+    folder = Path(shutil.copytree(TINY, tmp_path / "base"))
+    (tmp_path / "weights.safetensors").write_bytes(b"x")
+    opened = OpenedModel(None, None, 4, (tmp_path / "weights.safetensors", folder))
+    before = opened.digest()
+    (folder / "README.md").write_text("a card changes no image")
+    assert opened.digest() == before
+    double(next((folder / "transformer").glob("*.safetensors")))
+    assert opened.digest() != before
+
+
+def test_other_weights_of_a_metric_are_other_settings(tmp_path):
+    folder = Path(shutil.copytree(asset_path("tiny_clip"), tmp_path / "clip"))
+    options = [f"feature.clip.model=local-dir:{folder}"]
+    before = build_metrics(["shapes_clip_score"], options)[1]
+    assert build_metrics(["shapes_clip_score"], options)[1] == before
+    double(next(folder.glob("*.safetensors")))
+    assert build_metrics(["shapes_clip_score"], options)[1] != before
+
+
+DAMAGES = {
+    "no tensors": lambda tensors, header: (tensors.clear(), tensors.update(x=torch.zeros(1))),
+    "no features": lambda tensors, header: tensors.pop("features/colour"),
+    "fewer rows": lambda tensors, header: tensors.update({"features/colour": tensors["features/colour"][:2].clone()}),
+    "other indices": lambda tensors, header: tensors.update(indices=tensors["indices"] + 100),
+    "seconds of text": lambda tensors, header: header.update(seconds="x"),
+    "no flag": lambda tensors, header: header.pop("has_noise"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_measurements_are_made_again(damage, tmp_path):
+    first = evaluate(tiny("steps=1"), SHAPES, tmp_path / "out")
+    path = next((tmp_path / "out/measured").iterdir())
+    with safe_open(path, "pt") as file:
+        tensors, header = {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata())  # noqa: SIM118
+    DAMAGES[damage](tensors, header)
+    save_file(tensors, path, metadata=header)
+    again = evaluate(tiny("steps=1"), SHAPES, tmp_path / "out")
+    assert {**again.ladder.rows[0], "seconds_per_image": 0} == {**first.ladder.rows[0], "seconds_per_image": 0}
+
+
+def test_a_link_in_place_of_measurements_is_not_followed(tmp_path):
+    evaluate(tiny("steps=1"), SHAPES, tmp_path / "out")
+    path = next((tmp_path / "out/measured").iterdir())
+    path.unlink()
+    (tmp_path / "precious").write_text("mine")
+    path.symlink_to(tmp_path / "precious")
+    evaluate(tiny("steps=1"), SHAPES, tmp_path / "out")
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert not path.is_symlink()
+
+
+def test_images_of_fewer_prompts_leave_none_behind(tmp_path):
+    for count in (6, 4):
+        evaluate(tiny("steps=1"), SHAPES, tmp_path, count=count, save_images=True)
+    assert len(list((tmp_path / "images").rglob("*.png"))) == 4
+
+
+def test_a_figure_that_is_not_finite_has_no_star_and_is_said(tmp_path):
+    class Odd(Metric):
+        def score(self, batch: ImageBatch) -> Tensor:
+            return batch.images.mean((1, 2, 3)).log()  # of 0: minus infinity
+
+    suite = MetricSuite({"m": Odd()})
+    samplers = {"a": measured(suite, torch.ones(8, 3, 2, 2)), "b": measured(suite, torch.zeros(8, 3, 2, 2))}
+    found = compare(suite, samplers, "a", 10)
+    assert found.differences["b"] == {}
+    assert found.missing == ["m of b has no interval: it is missing or not finite in some resamples"]
+
+
 # ---- mistakes
 
 
@@ -239,13 +339,17 @@ def line(capsys, monkeypatch) -> Callable[[Sequence[str]], str]:
         (["--model", TINY, "guidance=nan"], "guidance=nan"),
         (["--model", TINY, "nfe=4"], "'nfe=4' must be one of steps=VALUE, guidance=VALUE, shift=VALUE, name=VALUE"),
         (["--model", TINY, TINY], "pass another --model for another folder"),
-        (["--model", TINY, "--model", TINY], "give one of the models another name with name=NAME"),
-        (["--model", TINY, "steps=1,1"], "two samplers have the name 'tiny_sd3 1 step'"),
+        (["--model", TINY, "--model", TINY], "give one of them another name with name=NAME"),
+        (["--model", TINY, "steps=1,1"], "has 'tiny_sd3 1 step' twice"),
         (["--model", "nowhere/at/all"], "nowhere/at/all"),
         (["--model", TINY, "--baseline", "teacher"], "--baseline 'teacher' must be one of the samplers"),
-        (["--model", TINY, "--metric", "fidd"], "fidd"),
+        (["--model", TINY, "--metric", "fidd"], "--metric fidd must be one of clip_score, colour, "),
         (["--model", TINY, "--set", "metric.colour.sampler=absent"], "metric.colour.sampler"),
         (["--model", TINY, "--set", "metric.colour.scale=2"], "metric.colour.scale"),
+        (["--model", TINY, "steps=1", "steps=2"], "a setting is given twice"),
+        (["--model", TINY, "name=a|b"], "no |"),
+        (["--model", TINY, "--set", "trainer.max_steps=3"], "must be an option of a metric"),
+        (["--model", TINY, "--set", "~metric.colour"], "no metric is left"),
         (["--model", TINY, "--dtype", "float8"], "--dtype float8"),
         (["--model", TINY, "--count", "1"], "--count"),
         (["--model", TINY, "--resamples", "1"], "--resamples"),
@@ -269,8 +373,21 @@ def test_too_few_prompts_name_the_options_of_the_command(line, tmp_path: Path):
     assert "or raise --count" in said
 
 
+def test_results_do_not_go_inside_a_model(line, own_model):
+    inside = str(own_model / "evaluation")
+    assert "lies inside the model" in line(
+        ["--model", str(own_model), "--prompts", "shapes_heldout", "--output", inside]
+    )
+
+
+def test_a_folder_that_cannot_be_written_is_found_first(line, tmp_path):
+    (tmp_path / "measured").write_text("a file")
+    said = line(["--model", TINY, "--prompts", "shapes_heldout", "--output", str(tmp_path)])
+    assert "cannot be written" in said
+
+
 def test_results_do_not_go_into_a_model(line):
-    assert "pass another folder" in line(["--model", TINY, "--prompts", "shapes_heldout", "--output", TINY])
+    assert "pass a folder outside" in line(["--model", TINY, "--prompts", "shapes_heldout", "--output", TINY])
 
 
 def test_an_output_that_is_a_file_stays(line, tmp_path: Path):

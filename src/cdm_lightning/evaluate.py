@@ -4,7 +4,7 @@ Each `--model` is a run, a checkpoint, an exported student, a pipeline folder or
 numbers of steps, guidance scales and shifts. The model is measured at each combination of them, called a sampler:
 
   python -m cdm_lightning.evaluate --prompts prompts.txt --metric colour \\
-      --model outputs/demo/student steps=1,2,4,8 --model TEACHER name=teacher steps=4,50 guidance=1,1.5
+      --model my_student steps=1,2,4,8 --model TEACHER name=teacher steps=4,50 guidance=1,1.5
 
 One sampler is the baseline. The figures, and their differences from the baseline's figures, get 95 % confidence
 intervals, which are computed by resampling the prompts. If the command was stopped, run the same command again: it
@@ -12,17 +12,20 @@ measures only the samplers that are missing.
 """
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from annotated_types import Ge, Le
 
 from cdm_lightning.ends import signals
 
 if __name__ == "__main__":  # before the imports below, because they take seconds
     signals.watch()
 
-from cdm_lightning.config import asset_path, command
+from cdm_lightning.config import asset_path, command, conf_dir
 from cdm_lightning.errors import UserError
 from cdm_lightning.kinds import BatchSize, FileOrFolder, Guidance, Model, Name, Positive, Seed, Several, Steps
 from cdm_lightning.kinds.command_line import Parser, argument
@@ -30,7 +33,9 @@ from cdm_lightning.run.folder import is_run
 from cdm_lightning.terminal.quiet import quiet_libraries
 
 if TYPE_CHECKING:  # these take seconds to import: --help and error messages should not wait for them
-    from cdm_lightning.evaluation.protocol import Evaluated, ModelGrid
+    from cdm_lightning.evaluation.grid import ModelGrid
+    from cdm_lightning.evaluation.protocol import Evaluated
+    from cdm_lightning.metrics.suite import MetricSuite
 
 KINDS = {
     "file": FileOrFolder,
@@ -38,8 +43,9 @@ KINDS = {
     "count": Several,
     "seed": Seed,
     "batch": BatchSize,
-    "resamples": Several,
+    "resamples": Annotated[int, Ge(20), Le(10**6)],
 }
+LONGEST_NAME = 100
 GRID = {"steps": Steps, "guidance": Guidance, "shift": Positive, "name": Name}  # what may follow the folder of --model
 MODEL_HELP = (
     "a run, checkpoint, export, pipeline folder or hub id, and after it steps=1,2,4 guidance=1,1.5 shift=3 name=NAME"
@@ -65,33 +71,61 @@ def evaluate(
 
     Each combination is called a sampler. The results go to the folder `output`. The first `count` of `prompts` are
     used, or all if there are fewer. `metrics` are names of files in conf/metric, and `options` are overrides such as
-    "metric.fid.weights=FILE". The noise of an image depends only on `seed` and the index of its prompt. The networks
+    "metric.colour.sampler=NAME". The noise of an image depends only on `seed` and the index of its prompt. The networks
     compute on `device` in `dtype`. The confidence intervals are computed from `resamples` resamples of the prompts.
     `baseline` is the name of the sampler to which the others are compared; None means the first one. With
     `save_images`, all images are written as PNG files, with a manifest.
 
     Raises `UserError` for a model, prompt, metric or option that cannot be used, before any image is made.
     """
-    from cdm_lightning.config import build_named, compose
     from cdm_lightning.distributed.devices import choose_device
-    from cdm_lightning.evaluation.protocol import Evaluation, GridEvaluation, require_distinct
-    from cdm_lightning.metrics.suite import MetricSuite
+    from cdm_lightning.evaluation.grid import require_distinct
+    from cdm_lightning.evaluation.protocol import Evaluation, GridEvaluation
     from cdm_lightning.module import COMPUTE_DTYPES
 
     if dtype not in COMPUTE_DTYPES:
         raise UserError(f"--dtype {dtype} must be one of {', '.join(COMPUTE_DTYPES)}")
-    config = compose([f"metric=[{','.join(metrics)}]", *options, "output_dir=outputs/unused"])
-    suite = MetricSuite(build_named(config, "metric"), build_named(config, "feature"))
+    place, (suite, settings) = choose_device(device), build_metrics(metrics, options)
+    require_distinct(models)
     specs = [spec for model in models for spec in model.samplers]
-    require_distinct(specs)
     names = [spec.name for spec in specs]
     if baseline is not None and baseline not in names:
         raise UserError(f"--baseline {baseline!r} must be one of the samplers: {', '.join(map(repr, names))}")
     ladder = GridEvaluation(prompts, specs, count=count, batch_size=batch_size, seed=seed)
     ladder.check(suite)
-    settings = {name: config[name] for name in ("metric", "feature")}
-    evaluation = Evaluation(ladder, suite, output, choose_device(device), COMPUTE_DTYPES[dtype], settings, save_images)
+    require_writable(output, models)
+    evaluation = Evaluation(ladder, suite, output, place, COMPUTE_DTYPES[dtype], settings, save_images)
     return evaluation.run(models, baseline or names[0], resamples)
+
+
+def build_metrics(metrics: Sequence[str], options: Sequence[str]) -> "tuple[MetricSuite, dict[str, Any]]":
+    """Return the metrics, and everything that determines them: their configuration, and hashes of the files it names.
+
+    The arguments are those of `evaluate`. Raises `UserError` for a metric or option that cannot be used.
+    """
+    from cdm_lightning.config import build_named, compose
+    from cdm_lightning.config.secrets import plain
+    from cdm_lightning.metrics.suite import MetricSuite
+
+    check_options(metrics, options)
+    config = compose([f"metric=[{','.join(metrics)}]", *options, "output_dir=outputs/unused"])
+    suite = MetricSuite(build_named(config, "metric"), build_named(config, "feature"))
+    if not suite.metrics:
+        raise UserError("no metric is left; leave out the --set that removes it")
+    chosen = {name: plain(config)[name] for name in ("metric", "feature")}
+    return suite, {**chosen, "files": dict(files_named(chosen))}
+
+
+def files_named(node: Any) -> Iterator[tuple[str, list]]:
+    """Yield (path, sizes and hashes of its files) for each existing path in a configuration, in any depth."""
+    from cdm_lightning.run.inputs import describe, files_of
+
+    if isinstance(node, dict | list):
+        for child in node.values() if isinstance(node, dict) else node:
+            yield from files_named(child)
+    elif isinstance(node, str) and os.sep in node:
+        path = Path(node.removeprefix("local-dir:"))  # so open_clip writes the folder of a model
+        yield from [(str(path), [(name, *describe(file)) for name, file in files_of(path)])] if path.exists() else []
 
 
 def parser() -> argparse.ArgumentParser:
@@ -108,7 +142,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--count", type=kinds["count"], default=512, metavar="N", help="prompts (default: 512)")
     what = "metrics: names of files in conf/metric (default: colour)"
     made.add_argument("--metric", nargs="+", type=kinds["name"], default=["colour"], metavar="NAME", help=what)
-    what = "an option of a metric, such as metric.fid.weights=FILE; may be given several times"
+    what = "an option of a metric, such as metric.colour.sampler=NAME; may be given several times"
     made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=what)
     what = "the sampler to which the others are compared (default: the first)"
     made.add_argument("--baseline", type=kinds["name"], metavar="NAME", help=what)
@@ -132,16 +166,18 @@ def read_model(words: Sequence[str]) -> "ModelGrid":
     `words` are the words after the option --model: a folder, file or hub id, and settings such as "steps=1,2,4".
     Raises `UserError` for a setting that cannot be used, and for a model that cannot be opened.
     """
-    from cdm_lightning.evaluation.protocol import ModelGrid
+    from cdm_lightning.evaluation.grid import ModelGrid
     from cdm_lightning.run.models import open_sized
 
     folder, *settings = words
     grid = dict(read_setting(folder, word) for word in settings)
+    if len(grid) < len(settings):
+        raise UserError(f"--model {folder}: a setting is given twice; separate its values by commas, as in steps=1,2,4")
     try:
         argument(Model)(folder)
     except argparse.ArgumentTypeError as error:
         raise UserError(f"--model {error}") from error
-    return ModelGrid(folder, open_sized(folder, None, None, None, None), **grid)
+    return ModelGrid(folder, lambda: open_sized(folder, None, None, None, None), **grid)
 
 
 def read_setting(folder: str, word: str) -> tuple[str, Any]:
@@ -160,6 +196,10 @@ def read_setting(folder: str, word: str) -> tuple[str, Any]:
         found = tuple(argument(GRID[key])(value) for value in ([values] if key == "name" else values.split(",")))
     except argparse.ArgumentTypeError as error:
         raise UserError(f"--model {folder}: {key}={values}: {error}") from error
+    if key == "name" and (len(values) > LONGEST_NAME or "|" in values or not values.isprintable()):
+        raise UserError(
+            f"--model {folder}: name={values[:80]!r} must have at most {LONGEST_NAME} printable characters, and no |"
+        )
     return key, found[0] if key == "name" else found
 
 
@@ -181,7 +221,36 @@ def check_output(output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file; pass a folder")
     if is_run(output) or (output / "model_index.json").exists():
-        raise UserError(f"--output {output} holds a run or a model; pass another folder, such as {output}/evaluation")
+        raise UserError(f"--output {output} holds a run or a model; pass a folder outside, such as outputs/evaluation")
+
+
+def check_options(metrics: Sequence[str], options: Sequence[str]) -> None:
+    """Raise `UserError` for the name of a metric without a file, and for options of other things than metrics."""
+    known = sorted(path.stem for path in (conf_dir() / "metric").glob("*.yaml"))
+    for name in metrics:
+        if name not in known:
+            raise UserError(f"--metric {name} must be one of {', '.join(known)}")
+    for option in options:
+        key = option.lstrip("+~").partition("=")[0]
+        if not key.startswith(("metric.", "feature.")):
+            raise UserError(
+                f"--set {option} must be an option of a metric, such as metric.NAME.OPTION=VALUE, or of a feature"
+            )
+
+
+def require_writable(output: Path, models: "Sequence[ModelGrid]") -> None:
+    """Create the folder `output`. Raises `UserError` if it cannot be written, or lies inside one of the models."""
+    import tempfile
+
+    for model in models:
+        if output.resolve().is_relative_to(Path(model.model).resolve()) and Path(model.model).exists():
+            raise UserError(f"--output {output} lies inside the model {model.model}; pass a folder outside")
+    try:
+        (output / "measured").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output / "measured"):
+            pass
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written ({error.strerror}); pass another folder") from error
 
 
 def run(options: argparse.Namespace) -> "Evaluated":

@@ -492,6 +492,7 @@ ALLOWED = {  # what else opens files by itself: files that this package has just
     "checkpoint/tensors.py": {"open"},  # writes
     "checkpoint/stored.py": {"safe_open"},  # `require_regular`
     "data/text_shards.py": {"safe_open"},  # `require_regular`
+    "evaluation/store.py": {"safe_open"},  # `require_regular`
     "data/image_cache.py": {"safe_open"},  # `require_regular`
     "data/formats.py": {
         "read_text"

@@ -5,8 +5,9 @@ prompts with replacement, and takes the same prompts from both samplers. Some pr
 samplers, so the difference varies less than the two figures (Efron and Tibshirani, 1993, chapters 8 and 13).
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -117,7 +118,7 @@ def resampled_figures(
 
 def values_of(drawn: Sequence[Mapping[str, Row]], sampler: str, figure: str) -> list[float] | None:
     """Return a sampler's figure in each of the resamples `drawn`, or None if it is missing in one of them."""
-    found = [one[sampler][figure] for one in drawn if figure in one[sampler]]
+    found = [one[sampler][figure] for one in drawn if figure in one[sampler] and math.isfinite(one[sampler][figure])]
     return found if len(found) == len(drawn) else None
 
 
@@ -128,12 +129,14 @@ class Comparison:
     - `figures`: maps the name of each sampler to a dict with the interval of each figure.
     - `differences`: maps the name of each sampler except the baseline to a dict with an interval for each figure: the
       interval of the sampler's figure minus the baseline's.
+    - `missing`: sentences that say which intervals cannot be computed, and why.
     - `left_out`: the names of the metrics for which no intervals were computed, because their features are too wide.
     """
 
     figures: dict[str, dict[str, Interval]]
     differences: dict[str, dict[str, Interval]]
     left_out: list[str]
+    missing: list[str] = field(default_factory=list)
 
 
 def compare(
@@ -151,22 +154,28 @@ def compare(
     """
     figures: dict[str, dict[str, Interval]] = {sampler: {} for sampler in samplers}
     differences: dict[str, dict[str, Interval]] = {sampler: {} for sampler in samplers if sampler != baseline}
-    left_out = []
+    left_out, missing = [], []
     for name, metric in metrics.metrics.items():
         measured = {sampler: collected.of(name) for sampler, collected in samplers.items()}
         if not is_quick(metric, measured):
             left_out.append(name)
             continue
-        progress(name)
         is_biased = any(images.scores is None for images in measured.values())
         whole = {sampler: named(name, metric.figures(images, measured)) for sampler, images in measured.items()}
         drawn = resampled_figures(name, metric, measured, resamples, seed)
         for sampler, row in whole.items():
             for figure, value in row.items():
                 values, others = values_of(drawn, sampler, figure), values_of(drawn, baseline, figure)
-                if values is not None:
+                if values is None:
+                    missing.append(
+                        f"{figure} of {sampler} has no interval: it is missing or not finite in some resamples"
+                    )
+                else:
                     figures[sampler][figure] = interval(value, values, is_biased)
+                if others is None and sampler != baseline:
+                    missing.append(f"{figure}: {baseline} has no such figure to compare with; set another --baseline")
                 if sampler != baseline and values is not None and others is not None and figure in whole[baseline]:
                     gaps = [one - other for one, other in zip(values, others, strict=True)]
                     differences[sampler][figure] = interval(value - whole[baseline][figure], gaps, is_biased)
-    return Comparison(figures, differences, left_out)
+        progress(name)
+    return Comparison(figures, differences, left_out, list(dict.fromkeys(missing)))

@@ -5,81 +5,27 @@ A *sampler* is one combination: a model, a number of steps, a guidance scale and
 
 import gc
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import nn
 
-from cdm_lightning.backbones.base import Backbone
 from cdm_lightning.errors import UserError
+from cdm_lightning.evaluation.grid import ModelGrid
 from cdm_lightning.evaluation.intervals import Comparison, Interval, compare
 from cdm_lightning.evaluation.ladder import LadderEvaluation, LadderResult, Row, SamplerResult
-from cdm_lightning.evaluation.report import markdown_table, save_report, table
+from cdm_lightning.evaluation.report import METRICS, PICTURE, SCORES, TABLE, markdown_table, save_report, table
 from cdm_lightning.evaluation.samplers import SamplerSpec
 from cdm_lightning.evaluation.store import ImageFiles, file_name, key_of, load_measured, save_measured
 from cdm_lightning.files import write_text
 from cdm_lightning.metrics.suite import MetricSuite
 from cdm_lightning.terminal.progress import Progress
 
+FEW_PROMPTS = 30
 MEASURED, IMAGES, INTERVALS, DIFFERENCES = "measured", "images", "intervals.json", "differences.md"
-
-
-class Opened(Protocol):
-    """A model whose weights are not in memory yet, such as `run.models.OpenedModel`."""
-
-    @property
-    def backbone(self) -> Backbone:
-        """The model family's adapter."""
-        ...
-
-    @property
-    def steps(self) -> int:
-        """The number of steps that the model is made for."""
-        ...
-
-    @property
-    def build_network(self) -> Callable[[], nn.Module]:
-        """The function that returns the network with its weights."""
-        ...
-
-    def digest(self) -> str:
-        """Return a hash of the weights."""
-        ...
-
-
-@dataclass(frozen=True)
-class ModelGrid:
-    """A model and the combinations of steps, guidance scales and shifts at which it is measured.
-
-    - `model`: the path or hub id that the user gave.
-    - `opened`: the opened model.
-    - `name`: the model's name in the results. With "" this is the last part of `model`.
-    - `steps`: numbers of steps. With () this is the number that the model is made for.
-    - `guidance`: guidance scales. A scale of 1 means no guidance.
-    - `shift`: factors of the timestep shift. None means the model family's own shift.
-    """
-
-    model: str
-    opened: Opened
-    name: str = ""
-    steps: tuple[int, ...] = ()
-    guidance: tuple[float, ...] = (1.0,)
-    shift: tuple[float | None, ...] = (None,)
-
-    @property
-    def samplers(self) -> list[SamplerSpec]:
-        """The combinations, each with a name such as "teacher 4 steps, guidance 1.5, shift 3"."""
-        made = []
-        for nfe, guidance, shift in product(self.steps or (self.opened.steps,), self.guidance, self.shift):
-            name = f"{self.name or Path(self.model).name} {nfe} {'step' if nfe == 1 else 'steps'}"
-            name += "" if guidance == 1 else f", guidance {guidance:g}"
-            name += "" if shift is None else f", shift {shift:g}"
-            made.append(SamplerSpec(name, "student", nfe, guidance, shift=shift))
-        return made
 
 
 class GridEvaluation(LadderEvaluation):
@@ -145,12 +91,13 @@ class Evaluation:
         for model in models:
             for spec in model.samplers:
                 spec.check(model.opened.backbone)
-        weights = {model.name or model.model: model.opened.digest() for model in models}
+        weights = {model.title: model.opened.digest() for model in models}
         measured: dict[str, SamplerResult] = {}
         for model in models:
-            measured |= self._measure(model)
+            measured |= self._measure(model, weights[model.title])
         self.metrics.prepare(self.device)
-        settings = {**self._settings(), "models": weights, "baseline": baseline, "resamples": resamples}
+        paths = {model.title: model.model for model in models}
+        settings = {**self._settings(), "paths": paths, "models": weights, "baseline": baseline, "resamples": resamples}
         result = self.ladder.result(self.metrics, measured, settings)
         collected = {name: found.collected for name, found in measured.items()}
         progress = Progress("resampling the prompts", len(self.metrics.metrics))
@@ -162,28 +109,36 @@ class Evaluation:
         self._write(found)
         return found
 
-    def _measure(self, model: ModelGrid) -> dict[str, SamplerResult]:
-        """Return the measurements of one model's samplers; its network is in memory only meanwhile."""
-        prompts = [self.ladder.prompts[i] for i in range(self.ladder.size)]
-        keys = {spec.name: self._key(model, spec, prompts) for spec in model.samplers}
+    def _measure(self, model: ModelGrid, weights: str) -> dict[str, SamplerResult]:
+        """Return the measurements of one model's samplers; the model is in memory only meanwhile.
+
+        `weights` is the hash of its weights.
+        """
+        prompts = self._prompts
+        files = ImageFiles(self.output / IMAGES, prompts, self.ladder.seed)
+        keys = {spec.name: self._key(weights, spec) for spec in model.samplers}
         paths = {name: self.output / MEASURED / f"{file_name(name)}.safetensors" for name in keys}
-        known = {name: load_measured(path, keys[name], prompts) for name, path in paths.items()}
-        known = {name: found for name, found in known.items() if found is not None}
+        known = {name: load_measured(path, keys[name], prompts, self.metrics.needed) for name, path in paths.items()}
+        known = {
+            name: found
+            for name, found in known.items()
+            if found is not None and (not self.save_images or files.is_complete(name))
+        }
         if len(known) == len(keys):
             return known
-        files = ImageFiles(self.output / IMAGES, prompts, self.ladder.seed)
 
         def keep(name: str, result: SamplerResult) -> None:
-            save_measured(paths[name], result, keys[name])
             if self.save_images:
                 files.finish(name)
+            save_measured(paths[name], result, keys[name])
 
-        model.opened.backbone.setup(self.device)
-        network = model.opened.build_network().to(self.device, self.dtype).eval().requires_grad_(False)
+        opened = model.open_model()
+        opened.backbone.setup(self.device)
+        network = opened.build_network().to(self.device, self.dtype).eval().requires_grad_(False)
         try:
             return _only(self.ladder, model).measure(
                 self.metrics,
-                model.opened.backbone,
+                opened.backbone,
                 {"student": network},
                 self.dtype,
                 known=known,
@@ -191,13 +146,19 @@ class Evaluation:
                 on_images=files.add if self.save_images else _ignore,
             )
         finally:
-            del network
+            del network, opened
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
+    @property
+    def _prompts(self) -> list[str]:
+        return [self.ladder.prompts[i] for i in range(self.ladder.size)]
+
     def _settings(self) -> dict[str, Any]:
         return {
+            **self.settings,
+            "prompts": key_of({"prompts": self._prompts}),
             "count": self.ladder.count,
             "seed": self.ladder.seed,
             "batch_size": self.ladder.batch_size,
@@ -206,9 +167,9 @@ class Evaluation:
             "dtype": str(self.dtype).removeprefix("torch."),
         }
 
-    def _key(self, model: ModelGrid, spec: SamplerSpec, prompts: Sequence[str]) -> str:
-        own = {"seed": self.ladder.seed, "dtype": str(self.dtype), "images": self.save_images, "prompts": prompts}
-        return key_of({**self.settings, **own, "weights": model.opened.digest(), "sampler": str(spec)})
+    def _key(self, weights: str, spec: SamplerSpec) -> str:
+        own = {"seed": self.ladder.seed, "dtype": str(self.dtype), "prompts": self._prompts}
+        return key_of({**self.settings, **own, "weights": weights, "sampler": str(spec)})
 
     def _cautions(self, comparison: Comparison, measured: Mapping[str, SamplerResult]) -> list[str]:
         """Return what a reader of the figures must know, such as metrics that have too few images."""
@@ -216,6 +177,9 @@ class Evaluation:
             f"metric.{name} has no intervals, because its features are wide and each resample would take seconds"
             for name in comparison.left_out
         ]
+        if self.ladder.size < FEW_PROMPTS:
+            cautions += [f"{self.ladder.size} prompts are few: the intervals are too narrow; use {FEW_PROMPTS} or more"]
+        cautions += comparison.missing
         first = next(iter(measured.values())).collected
         for name, metric in self.metrics.metrics.items():
             caution = metric.caution(first.of(name))
@@ -235,6 +199,11 @@ class Evaluation:
         write_text(self.output / INTERVALS, json.dumps(content, indent=2) + "\n")
         heading = f"Differences to {found.baseline}, with 95 % intervals. A star marks an interval without 0.\n\n"
         write_text(self.output / DIFFERENCES, heading + markdown_table(found.differences))
+        if lost := [name for name in (METRICS, TABLE, SCORES, PICTURE) if not (self.output / name).is_file()]:
+            raise UserError(
+                f"{self.output / lost[0]} could not be written; make room for it, and run the same command again, which "
+                "measures nothing again"
+            )
 
 
 def _only(ladder: LadderEvaluation, model: ModelGrid) -> LadderEvaluation:
@@ -247,19 +216,14 @@ def _ignore(sampler: str, images: torch.Tensor, indices: Sequence[int]) -> None:
 
 
 def _starred(found: Interval) -> str:
-    return f"{found}{'' if found.contains(0) else ' *'}"
+    return f"{found}{' *' if found.low > 0 or found.high < 0 else ''}"
 
 
 def _as_numbers(rows: Mapping[str, Mapping[str, Interval]]) -> dict[str, Any]:
     return {
-        sampler: {figure: [found.value, found.low, found.high] for figure, found in row.items()}
+        sampler: {
+            figure: [number if math.isfinite(number) else None for number in (found.value, found.low, found.high)]
+            for figure, found in row.items()
+        }
         for sampler, row in rows.items()
     }
-
-
-def require_distinct(samplers: Sequence[SamplerSpec]) -> None:
-    """Raise `UserError` if two samplers have the same name."""
-    names = [spec.name for spec in samplers]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"two samplers have the name {name!r}; give one of the models another name with name=NAME")

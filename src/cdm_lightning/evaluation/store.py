@@ -16,10 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cdm_lightning.ends.optional import may_fail
 from cdm_lightning.evaluation.ladder import SamplerResult
 from cdm_lightning.evaluation.pictures import to_picture
-from cdm_lightning.files import replacing
+from cdm_lightning.files import replacing, require_regular, write_text
 from cdm_lightning.metrics.suite import Collected
 
 SEPARATOR = "/"  # between the parts of a tensor's name
@@ -56,30 +55,42 @@ def save_measured(path: Path, result: SamplerResult, key: str) -> None:
                 tensors[f"{kind}{SEPARATOR}{name}"] = torch.cat(parts).contiguous()
     header = {"key": key, "seconds": repr(result.seconds), "has_noise": json.dumps(collected.has_noise)}
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_symlink():
+        path.unlink()  # it would be followed, and the file of somebody else replaced
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata=header)
 
 
-def load_measured(path: Path, key: str, prompts: Sequence[str]) -> SamplerResult | None:
+def load_measured(path: Path, key: str, prompts: Sequence[str], features: Sequence[str] = ()) -> SamplerResult | None:
     """Return the measurements in the file `path`, or None if they cannot be read or have another key.
 
-    `prompts` are all prompts of the evaluation.
+    `prompts` are all prompts of the evaluation, and `features` the names of the extractors whose features must be there.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(require_regular(path), framework="pt") as file:
             header = file.metadata() or {}
             if header.get("key") != key:
                 return None
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dictionary
-    except (OSError, SafetensorError):
-        return None  # there are none, or the disk failed while they were written: they are made again
+        found = _result_of(tensors, header, prompts)
+        return found if set(features) <= set(found.collected.features) else None
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError):
+        return None  # there are none, or they are damaged: they are made again
+
+
+def _result_of(tensors: Mapping[str, Tensor], header: Mapping[str, str], prompts: Sequence[str]) -> SamplerResult:
+    """Return the measurements that a file holds. Raises LookupError, TypeError or ValueError if it is not complete."""
     indices = tensors["indices"].tolist()
+    if indices != list(range(len(prompts))):
+        raise ValueError("there must be one image for each prompt")
     collected = Collected([prompts[i] for i in indices], indices, has_noise=json.loads(header["has_noise"]))
     for full in sorted(tensors, key=_order):
         kind, _, name = full.partition(SEPARATOR)
         if kind in LISTS:
             name = name.rpartition(SEPARATOR)[0] if kind == "copies" else name
             getattr(collected, kind).setdefault(name, []).append(tensors[full])
+            if kind != "copies" and len(tensors[full]) != len(indices):
+                raise ValueError(f"{full} must have a row for each prompt")
     return SamplerResult(tensors["shown"], collected, float(header["seconds"]))
 
 
@@ -93,8 +104,8 @@ class ImageFiles:
     """Writes the images of each sampler as PNG files into a subfolder of `folder`, with a manifest.jsonl.
 
     The manifest has one line for each image: the sampler's name ("model"), the prompt, the prompt's index, the seed of
-    the noise, and the image's path inside `folder`. Other programs can read it to score the images. If a file cannot be
-    written, a warning is printed.
+    the noise, and the image's path inside `folder`. Other programs can read it to score the images. The methods raise
+    OSError if a file cannot be written.
     """
 
     def __init__(self, folder: Path, prompts: Sequence[str], seed: int) -> None:
@@ -106,16 +117,27 @@ class ImageFiles:
         place = self.folder / file_name(sampler)
         for image, index in zip(images, indices, strict=True):
             path = place / f"{index:06d}.png"
-            with may_fail(path):
-                place.mkdir(parents=True, exist_ok=True)
-                with replacing(path) as temporary:
-                    to_picture(image).save(temporary, format="PNG")
+            place.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as temporary:
+                to_picture(image).save(temporary, format="PNG")
             entry = {"model": sampler, "prompt": self.prompts[index], "prompt_index": index, "seed": self.seed}
             line = json.dumps(entry | {"file": path.relative_to(self.folder).as_posix()}, ensure_ascii=False)
             self._lines.setdefault(sampler, []).append(line)
 
     def finish(self, sampler: str) -> None:
-        """Write the manifest of the sampler named `sampler`. Call this after the last `add` for this sampler."""
-        path = self.folder / file_name(sampler) / MANIFEST
-        with may_fail(path), replacing(path) as temporary:
-            temporary.write_text("\n".join(self._lines.pop(sampler, [])) + "\n", encoding="utf-8")
+        """Write the manifest of the sampler named `sampler`. Call this after the last `add` for this sampler.
+
+        Images of an earlier evaluation of more prompts are deleted.
+        """
+        place, lines = self.folder / file_name(sampler), self._lines.pop(sampler, [])
+        for path in place.glob("[0-9]*.png"):
+            if path.stem.isdigit() and int(path.stem) >= len(self.prompts):
+                path.unlink()
+        write_text(place / MANIFEST, "\n".join(lines) + "\n")
+
+    def is_complete(self, sampler: str) -> bool:
+        """Return whether the folder has the manifest of the sampler named `sampler` and an image for each prompt."""
+        place = self.folder / file_name(sampler)
+        return (place / MANIFEST).is_file() and all(
+            (place / f"{index:06d}.png").is_file() for index in range(len(self.prompts))
+        )

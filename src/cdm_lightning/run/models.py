@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # these take seconds to import: --help and error messages sho
 
     from cdm_lightning.backbones.base import Backbone
 
+HASHED = (".safetensors", ".json", ".model", ".txt", ".ckpt", ".bin", ".pt")  # others, such as a card, change no image
 RUN_STEPS = 4  # for a run's student: the steps that CDM (arXiv:2605.06376) trains for
 
 
@@ -26,22 +27,24 @@ class OpenedModel:
     """A model whose settings have been read, but whose weights are not in memory yet.
 
     `build_network()` returns the network with its weights, in eval mode. `steps` is the number of steps in which the
-    model makes an image by default. `weights` is the file or folder that holds the weights, or None if there is none.
+    model makes an image by default. `sources` are the files and folders that hold its weights: for a run, the
+    checkpoint and the pretrained pipeline.
     """
 
     backbone: "Backbone"
     build_network: "Callable[[], nn.Module]"
     steps: int
-    weights: Path | None
+    sources: tuple[Path, ...]
 
     def digest(self) -> str:
-        """Return a hash of the names and contents of the files in `weights`.
+        """Return a hash of the names and contents of the files of weights, configurations and vocabularies in `sources`.
 
         Only parts of large files are hashed (see `run.inputs.content_hash`).
         """
         from cdm_lightning.run.inputs import describe, files_of
 
-        files = [] if self.weights is None else [(name, describe(path)) for name, path in files_of(self.weights)]
+        found = [(name, path) for source in self.sources for name, path in files_of(source)]
+        files = [(name, describe(path)) for name, path in found if path.suffix in HASHED]
         return hashlib.blake2b(json.dumps(files).encode(), digest_size=16).hexdigest()
 
 
@@ -67,9 +70,9 @@ def open_run(model: str, lora: str | None) -> OpenedModel:
     if lora is not None:
         raise UserError(f"--lora needs a pipeline, but {model} is a run; export the run and pass the export as --model")
     found = open_student(model)
-    return OpenedModel(
-        found.backbone, lambda: plain_network(found.backbone, found.network()), RUN_STEPS, found.stored.path
-    )
+    folder = getattr(found.backbone, "folder", None)
+    sources = (found.stored.path, *([folder] if isinstance(folder, Path) else []))
+    return OpenedModel(found.backbone, lambda: plain_network(found.backbone, found.network()), RUN_STEPS, sources)
 
 
 def open_model(model: str, lora: str | None = None) -> OpenedModel:
@@ -83,4 +86,4 @@ def open_model(model: str, lora: str | None = None) -> OpenedModel:
 
     backbone, call = open_pipeline(model, lora=lora)
     steps = call.get("num_inference_steps") or backbone.call_default("num_inference_steps")
-    return OpenedModel(backbone, backbone.build_teacher, steps, backbone.folder)
+    return OpenedModel(backbone, backbone.build_teacher, steps, (backbone.folder, *([Path(lora)] if lora else [])))
