@@ -120,6 +120,10 @@ def plot(study: "Study", budgets: Mapping[str, int]) -> bytes:
     rows = math.ceil(len(arms) / columns)
     figure = Figure(figsize=(4 * columns, 2.8 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
+    found = [result for arm in arms for budget in budgets for result in study.results(arm, budget)]
+    largest = [max(figures[study.task["metric"]] for figures in result["figures"].values()) for result in found]
+    smallest = min(figures[study.task["metric"]] for result in found for figures in result["figures"].values())
+    smallest, typical = max(smallest, 0.1), 4 * float(np.percentile(largest, 90))
     for panel, arm in zip(panels, arms):
         for colour, (budget, factor) in zip(("tab:blue", "tab:red"), budgets.items()):
             label = f"{factor * study.task['iterations']} iterations"
@@ -127,7 +131,11 @@ def plot(study: "Study", budgets: Mapping[str, int]) -> bytes:
                 values = [max(figures[study.task["metric"]], 0.1) for figures in result["figures"].values()]
                 panel.plot(study.plan["steps"], values, color=colour, linewidth=0.8, marker=".", label=label)
                 label = None
-        panel.set(title=arm, xscale="log", yscale="log", xticks=study.plan["steps"], xticklabels=study.plan["steps"])
+        seen = [line.get_ydata() for line in panel.get_lines()]
+        above = sum(max(values) > typical for values in seen)  # of a diverged run, which would flatten all panels
+        title = arm + (f" ({above} of {len(seen)} runs leave the panel)" if above else "")
+        panel.set(title=title, xscale="log", yscale="log", xticks=study.plan["steps"], xticklabels=study.plan["steps"])
+        panel.set_ylim(smallest / 1.5, typical)
         panel.minorticks_off()
         panel.grid(alpha=0.3)
         panel.legend(fontsize="small")
