@@ -12,11 +12,13 @@ from multiprocessing import active_children
 import pytest
 import torch
 from killable import start
+from omegaconf.errors import OmegaConfBaseException
 from processes import FORKS, ROOT
 from test_resume import assert_equal_states
 from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 
+from cdm_lightning import train
 from cdm_lightning.backbones.toy2d import Toy2DBackbone
 from cdm_lightning.checkpoint.folder import checkpoints_in, iteration_of
 from cdm_lightning.data import loader
@@ -382,3 +384,26 @@ def test_timeouts_are_positive_and_finite(toy_run, seconds):
 def test_the_files_of_the_launcher_and_its_ranks_have_one_meaning():
     assert SIGNALLED != LAUNCHER
     assert set(signals.SIGNALS) == set(ASKING)
+
+
+@pytest.mark.parametrize(
+    "hides", [OmegaConfBaseException(""), OSError(5, "Input/output error"), RuntimeError("clean-up")]
+)
+def test_an_error_of_a_library_that_a_signal_passes_through_is_no_mistake(hides, monkeypatch, tmp_path, capsys):
+    """OmegaConf, interrupted by a signal, cleans up and fails at that; the run has stopped, and all is said already."""
+
+    def interrupted(config):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        except SystemExit:
+            raise hides from None
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setattr(train, "check_config", interrupted)
+    monkeypatch.setattr(sys, "argv", ["train", "experiment=toy2d_cdm", "run_name=mine"])
+    with pytest.raises(SystemExit) as ended:
+        train.main()
+    assert ended.value.code == 75
+    assert "error:" not in capsys.readouterr().err

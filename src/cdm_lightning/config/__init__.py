@@ -30,7 +30,7 @@ from cdm_lightning.config.secrets import masked_command, masked_message
 from cdm_lightning.config.sweep import job_folder
 from cdm_lightning.ends import signals
 from cdm_lightning.ends.streams import tolerant_streams
-from cdm_lightning.errors import UserError
+from cdm_lightning.errors import Preempted, UserError
 from cdm_lightning.files import require_name
 from cdm_lightning.terminal.output import mask_output
 
@@ -240,7 +240,7 @@ def run_cli(task: Callable[[DictConfig], object], config_name: str, until: str =
         except (HydraException, OmegaConfBaseException, OSError) as error:
             fail(error)
         except Exception as error:  # Hydra raises a ValueError for a `group=null`, a TypeError for `hydra.verbose=[1]`
-            if composed:  # an error from inside the task is a bug and keeps its traceback
+            if composed and not signals.is_saved():  # an error from inside the task is a bug and keeps its traceback
                 raise
             own = [argument for argument in sys.argv[1:] if argument.lstrip("+~").startswith("hydra")]
             is_told = not own or isinstance(error, (yaml.YAMLError, ValueError))
@@ -269,6 +269,8 @@ def fail(error: BaseException) -> NoReturn:
     If several processes meet the same error, only the first process should print it. The others therefore wait for
     `OTHERS_WAIT` seconds, in which the launcher ends them. A process that still runs after this prints its own error.
     """
+    if signals.is_saved():  # a library raised this error while the signal's `Preempted` passed through it
+        sys.exit(Preempted.exit_code)
     process = process_number()
     if process:
         signals.failing()
