@@ -112,7 +112,7 @@ def broken(style: Path, folder: Path, kind: str) -> Path:
         ("other model", r"LoRA of another model: \d+ of its \d+ layers, such as layers.0"),
         ("other size", r"LoRA of another model: its layer .* is \d+ x \d+, but this network needs \d+ x \d+"),
         ("text", "also changes the text encoder"),
-        ("weights", "is not a LoRA: it contains transformer.proj_out.weight"),
+        ("weights", "is not a LoRA: it contains the tensor transformer.proj_out.weight"),
     ],
 )
 def test_bad_files_are_one_line_before_weights_are_read(
