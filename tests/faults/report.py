@@ -59,7 +59,10 @@ def write(results: Sequence[Result], about: dict[str, str], publish: bool) -> Pa
     for result in bad:
         lines += ["", f"- {result.key}: **{', '.join(result.faults)}**", f"  - `{result.line}`", f"  - {result.said}"]
     content = {"facts": about, "results": [result.as_json() for result in results]}
-    return evidence.write("faults", json.dumps(content, indent=1) + "\n", "\n".join(lines) + "\n", publish, "faults")
+    root = str(Path(__file__).parents[2])  # what is published names no folder of the machine
+    return evidence.write(
+        "faults", json.dumps(content, indent=1).replace(root, ".") + "\n", "\n".join(lines) + "\n", publish, "faults"
+    )
 
 
 def _git(*arguments: str) -> str:
