@@ -5,6 +5,7 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from cdm_lightning.evaluation.samplers import SamplerSpec
 from cdm_lightning.metrics.base import ImageBatch, Metric
 from cdm_lightning.metrics.frechet import FeatureStatistics, Frechet
 from cdm_lightning.metrics.suite import Collected, MetricSuite
-from cdm_lightning.run.models import OpenedModel
+from cdm_lightning.run.models import open_run
 
 TINY = str(asset_path("tiny_sd3"))
 SHAPES = read_prompts("shapes_heldout", 6)
@@ -243,12 +244,19 @@ def test_other_weights_under_the_same_path_are_measured_anew(own_model, tmp_path
 def test_the_pretrained_pipeline_of_a_run_belongs_to_its_weights(monkeypatch, tmp_path):
     folder = Path(shutil.copytree(TINY, tmp_path / "base"))
     (tmp_path / "weights.safetensors").write_bytes(b"x")
-    opened = OpenedModel(None, None, 4, (tmp_path / "weights.safetensors", folder))
+    student = SimpleNamespace(
+        backbone=SimpleNamespace(folder=folder), stored=SimpleNamespace(path=tmp_path / "weights.safetensors")
+    )
+    monkeypatch.setattr("cdm_lightning.run.student.open_student", lambda model: student)
+    opened = open_run("a run", None)
     before = opened.digest()
     (folder / "README.md").write_text("a card changes no image")
     assert opened.digest() == before
     double(next((folder / "transformer").glob("*.safetensors")))
-    assert opened.digest() != before
+    changed = opened.digest()
+    assert changed != before
+    (tmp_path / "weights.safetensors").write_bytes(b"y")
+    assert opened.digest() not in (before, changed)
 
 
 def test_other_weights_of_a_metric_are_other_settings(tmp_path):
@@ -291,6 +299,19 @@ def test_a_link_in_place_of_measurements_is_not_followed(tmp_path):
     evaluate(tiny("steps=1"), SHAPES, tmp_path / "out")
     assert (tmp_path / "precious").read_text() == "mine"
     assert not path.is_symlink()
+
+
+def test_no_file_in_a_folder_of_the_evaluation_is_written_through_a_link(tmp_path):
+    evaluate(tiny("steps=1"), SHAPES, tmp_path / "out", save_images=True)
+    files = [path for name in ("measured", "images") for path in (tmp_path / "out" / name).rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".safetensors", ".png", ".jsonl"}
+    for number, path in enumerate(files):
+        path.unlink()
+        (tmp_path / f"precious{number}").write_text("mine")
+        path.symlink_to(tmp_path / f"precious{number}")
+    evaluate(tiny("steps=1"), SHAPES, tmp_path / "out", save_images=True)
+    assert {path.read_text() for path in tmp_path.glob("precious*")} == {"mine"}
+    assert not any(path.is_symlink() for path in files)
 
 
 def test_images_of_fewer_prompts_leave_none_behind(tmp_path):

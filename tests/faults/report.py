@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -59,10 +60,16 @@ def write(results: Sequence[Result], about: dict[str, str], publish: bool) -> Pa
     for result in bad:
         lines += ["", f"- {result.key}: **{', '.join(result.faults)}**", f"  - `{result.line}`", f"  - {result.said}"]
     content = {"facts": about, "results": [result.as_json() for result in results]}
-    root = str(Path(__file__).parents[2])  # what is published names no folder of the machine
     return evidence.write(
-        "faults", json.dumps(content, indent=1).replace(root, ".") + "\n", "\n".join(lines) + "\n", publish, "faults"
+        "faults", plain(json.dumps(content, indent=1)) + "\n", plain("\n".join(lines)) + "\n", publish, "faults"
     )
+
+
+def plain(text: str) -> str:
+    """A text without the folders of this machine: those of the cases, and that of the project."""
+    root = re.escape(str(Path(__file__).parents[2]))
+    text = re.sub(rf"{root}/outputs/faults/work_\w+/(box_\w+/(work/)?|disk/|stock/?)?", "", text)
+    return re.sub(rf"{root}/", "", text)
 
 
 def _git(*arguments: str) -> str:

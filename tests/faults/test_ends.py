@@ -21,6 +21,7 @@ from torch.utils.data._utils import signal_handling
 from cdm_lightning import train
 from cdm_lightning.backbones.toy2d import Toy2DBackbone
 from cdm_lightning.checkpoint.folder import checkpoints_in, iteration_of
+from cdm_lightning.config import command
 from cdm_lightning.data import loader
 from cdm_lightning.data.batches import DrawnPrompts
 from cdm_lightning.data.loader import SteadyLoader
@@ -405,5 +406,10 @@ def test_an_error_of_a_library_that_a_signal_passes_through_is_no_mistake(hides,
     monkeypatch.setattr(sys, "argv", ["train", "experiment=toy2d_cdm", "run_name=mine"])
     with pytest.raises(SystemExit) as ended:
         train.main()
+    assert ended.value.code == 75
+    assert "error:" not in capsys.readouterr().err
+
+    with pytest.raises(SystemExit) as ended, command("before it was done"):  # the other commands
+        interrupted(None)
     assert ended.value.code == 75
     assert "error:" not in capsys.readouterr().err

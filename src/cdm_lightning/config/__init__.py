@@ -259,7 +259,9 @@ def command(until: str) -> Generator[None]:
         try:
             signals.loading(until)
             yield
-        except (UserError, OSError) as error:
+        except Exception as error:
+            if not (isinstance(error, (UserError, OSError)) or signals.is_saved()):
+                raise
             fail(error)
 
 

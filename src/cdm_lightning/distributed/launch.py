@@ -211,7 +211,9 @@ def main(arguments: Sequence[str]) -> None:
     try:
         module, _, function = order["task"].partition(":")
         getattr(importlib.import_module(module), function)(cast(DictConfig, OmegaConf.load(order["config"])))
-    except UserError as error:
+    except Exception as error:
+        if not (isinstance(error, UserError) or signals.is_saved()):
+            raise
         fail(error)
 
 

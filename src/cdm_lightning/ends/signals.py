@@ -145,7 +145,7 @@ def is_saved() -> bool:
 
     It needs none if `saved` was called, or if everything was saved already when the signal came.
     """
-    return _state.saved
+    return _state.saved and _state.process == os.getpid()
 
 
 def is_asked() -> bool:

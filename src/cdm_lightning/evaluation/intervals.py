@@ -13,13 +13,12 @@ import torch
 
 from cdm_lightning.core.rng import stream
 from cdm_lightning.metrics.base import MeasuredImages, Metric
-from cdm_lightning.metrics.suite import Collected, MetricSuite
+from cdm_lightning.metrics.suite import Collected, MetricSuite, Row, as_row
 
 WIDEST = (
     1024  # dimensions of features; a distance between wider ones takes many seconds, and an interval hundreds of them
 )
 LEVEL = 0.95
-Row = dict[str, float]  # figure -> value
 
 
 @dataclass(frozen=True)
@@ -71,17 +70,6 @@ def resample(measured: MeasuredImages, rows: Sequence[int], copies: Sequence[int
     )
 
 
-def named(name: str, found: float | Mapping[str, float] | None) -> Row:
-    """Return the figures of the metric `name` as a row, a dict {key: figure}.
-
-    `found` is the metric's result. If it is one figure, the key is `name`. If it maps names to figures, each key is
-    "NAME_FIGURE". Figures that are None are left out.
-    """
-    if isinstance(found, Mapping):
-        return {f"{name}_{figure}": float(value) for figure, value in found.items() if value is not None}
-    return {} if found is None else {name: float(found)}
-
-
 def is_quick(metric: Metric, measured: Mapping[str, MeasuredImages]) -> bool:
     """Return whether `metric` is fast enough to be computed for each resample.
 
@@ -112,7 +100,7 @@ def resampled_figures(
         rows = torch.randint(size, (size,), generator=rng).tolist()
         copies = torch.randint(several, (several,), generator=rng).tolist()
         drawn = {sampler: resample(images, rows, copies) for sampler, images in measured.items()}
-        found.append({sampler: named(name, metric.figures(images, drawn)) for sampler, images in drawn.items()})
+        found.append({sampler: as_row(name, metric.figures(images, drawn)) for sampler, images in drawn.items()})
     return found
 
 
@@ -150,7 +138,7 @@ def compare(
     """Return the intervals of all samplers' figures, and of their differences from the figures of sampler `baseline`.
 
     `samplers` maps names to measurements, which must be of images of the same prompts. `progress` is called with the
-    name of each metric before the metric's resamples are drawn. Raises KeyError if `baseline` is not in `samplers`.
+    name of each metric when its intervals are complete. Raises KeyError if `baseline` is not in `samplers`.
     """
     figures: dict[str, dict[str, Interval]] = {sampler: {} for sampler in samplers}
     differences: dict[str, dict[str, Interval]] = {sampler: {} for sampler in samplers if sampler != baseline}
@@ -161,7 +149,7 @@ def compare(
             left_out.append(name)
             continue
         is_biased = any(images.scores is None for images in measured.values())
-        whole = {sampler: named(name, metric.figures(images, measured)) for sampler, images in measured.items()}
+        whole = {sampler: as_row(name, metric.figures(images, measured)) for sampler, images in measured.items()}
         drawn = resampled_figures(name, metric, measured, resamples, seed)
         for sampler, row in whole.items():
             for figure, value in row.items():

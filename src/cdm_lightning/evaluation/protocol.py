@@ -20,7 +20,7 @@ from cdm_lightning.evaluation.ladder import LadderEvaluation, LadderResult, Row,
 from cdm_lightning.evaluation.report import METRICS, PICTURE, SCORES, TABLE, markdown_table, save_report, table
 from cdm_lightning.evaluation.samplers import SamplerSpec
 from cdm_lightning.evaluation.store import ImageFiles, file_name, key_of, load_measured, save_measured
-from cdm_lightning.files import write_text
+from cdm_lightning.files import require_replaceable, write_text
 from cdm_lightning.metrics.suite import MetricSuite
 from cdm_lightning.terminal.progress import Progress
 
@@ -188,6 +188,8 @@ class Evaluation:
 
     def _write(self, found: Evaluated) -> None:
         """Write table, figures, scores and picture (`report.save_report`), and the intervals."""
+        for name in (INTERVALS, DIFFERENCES):  # of an earlier evaluation, so that files of two are never mixed
+            require_replaceable(self.output / name).unlink(missing_ok=True)
         save_report(found.ladder, self.output)
         content = {
             "figures": _as_numbers(found.comparison.figures),

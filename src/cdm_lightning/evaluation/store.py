@@ -40,6 +40,18 @@ def file_name(text: str) -> str:
     return f"{plain}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
 
 
+def own_file(path: Path) -> Path:
+    """Return `path`, a file in a folder that the evaluation itself has made, ready to be written: it is no link.
+
+    A link would be followed, and the file of somebody else replaced. The file's folder is created if it does not exist.
+    Raises OSError if the disk fails.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_symlink():
+        path.unlink()
+    return path
+
+
 def save_measured(path: Path, result: SamplerResult, key: str) -> None:
     """Write the measurements of a sampler with their `key` (see `key_of`), completely or not at all.
 
@@ -54,10 +66,7 @@ def save_measured(path: Path, result: SamplerResult, key: str) -> None:
             else:
                 tensors[f"{kind}{SEPARATOR}{name}"] = torch.cat(parts).contiguous()
     header = {"key": key, "seconds": repr(result.seconds), "has_noise": json.dumps(collected.has_noise)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_symlink():
-        path.unlink()  # it would be followed, and the file of somebody else replaced
-    with replacing(path) as temporary:
+    with replacing(own_file(path)) as temporary:
         save_file(tensors, temporary, metadata=header)
 
 
@@ -117,8 +126,7 @@ class ImageFiles:
         place = self.folder / file_name(sampler)
         for image, index in zip(images, indices, strict=True):
             path = place / f"{index:06d}.png"
-            place.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as temporary:
+            with replacing(own_file(path)) as temporary:
                 to_picture(image).save(temporary, format="PNG")
             entry = {"model": sampler, "prompt": self.prompts[index], "prompt_index": index, "seed": self.seed}
             line = json.dumps(entry | {"file": path.relative_to(self.folder).as_posix()}, ensure_ascii=False)
@@ -130,10 +138,10 @@ class ImageFiles:
         Images of an earlier evaluation of more prompts are deleted.
         """
         place, lines = self.folder / file_name(sampler), self._lines.pop(sampler, [])
-        for path in place.glob("[0-9]*.png"):
-            if path.stem.isdigit() and int(path.stem) >= len(self.prompts):
+        for path in place.glob(f"{'[0-9]' * 6}.png"):
+            if int(path.stem) >= len(self.prompts):
                 path.unlink()
-        write_text(place / MANIFEST, "\n".join(lines) + "\n")
+        write_text(own_file(place / MANIFEST), "\n".join(lines) + "\n")
 
     def is_complete(self, sampler: str) -> bool:
         """Return whether the folder has the manifest of the sampler named `sampler` and an image for each prompt."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cdm_lightning.data.text_cache import Texts
 from cdm_lightning.errors import UserError
-from cdm_lightning.metrics.base import Copies, ImageBatch, MeasuredImages, Metric, extract
+from cdm_lightning.metrics.base import Copies, Figures, ImageBatch, MeasuredImages, Metric, extract
 
 COLUMNS = ("sampler", "prompt", "prompt_index", "network_calls", "seconds_per_image")  # of the results beside figures
 Row = dict[str, float]  # figure -> value
@@ -62,6 +62,17 @@ class Collected:
             other_noise={name: torch.cat(batches) for name, batches in self.other_noise.items()},
             has_noise=self.has_noise,
         )
+
+
+def as_row(name: str, found: Figures) -> Row:
+    """Return the figures of the metric `name` as a row, a dict {key: figure}.
+
+    `found` is the metric's result. If it is one figure, the key is `name`. If it maps names to figures, each key is
+    "NAME_FIGURE". Figures that are None are left out.
+    """
+    if isinstance(found, Mapping):
+        return {f"{name}_{figure}": float(value) for figure, value in found.items() if value is not None}
+    return {} if found is None else {name: float(found)}
 
 
 class MetricSuite:
@@ -184,12 +195,7 @@ class MetricSuite:
         for name, metric in self.metrics.items():
             measured = {sampler: collected.of(name) for sampler, collected in samplers.items()}
             for sampler, images in measured.items():
-                found = metric.figures(images, measured)
-                if isinstance(found, Mapping):
-                    given = {figure: value for figure, value in found.items() if value is not None}
-                    rows[sampler] |= {f"{name}_{figure}": float(value) for figure, value in given.items()}
-                elif found is not None:
-                    rows[sampler][name] = float(found)
+                rows[sampler] |= as_row(name, metric.figures(images, measured))
         return rows
 
     def measure(
