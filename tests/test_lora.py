@@ -19,6 +19,7 @@ from cdm_lightning.core.schedules import RandomSchedule
 from cdm_lightning.data.batches import PromptBatch
 from cdm_lightning.errors import UserError
 from cdm_lightning.evaluation.samplers import device_of
+from cdm_lightning.exporting.pipeline import rehearse_fusion
 from cdm_lightning.lora.fuse import fuse
 from cdm_lightning.lora.plan import Adapter, LoRAPlan
 from cdm_lightning.lora.weights import AdapterWeights
@@ -325,6 +326,22 @@ def test_a_fused_network_computes_what_the_view_computes(backbone, adapter):
     assert fused.state_dict().keys() == backbone.build_network().state_dict().keys()
     assert not hasattr(fused, "peft_config")
     torch.testing.assert_close(velocity(backbone, fused), velocity(backbone, networks.student), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("adapter", KINDS, ids=lambda adapter: adapter.tag)
+def test_a_fusion_is_rehearsed_without_weights(backbone, adapter):
+    networks = built(backbone, LoRAPlan(student=adapter, fake_score=None))
+    before = {name: value.clone() for name, value in networks.student.state_dict().items()}
+    rehearse_fusion(backbone, networks.student)
+    rehearse_fusion(backbone, networks.fake_score)  # no LoRA: nothing to do
+    assert all(torch.equal(value, before[name]) for name, value in networks.student.state_dict().items())
+    layer, _, last = next(name for name in before if name.endswith("lora_B.weight")).rpartition(".")
+    delattr(networks.student.get_submodule(layer), last)
+    with pytest.raises(
+        UserError, match=r"^the student's LoRA cannot be fused .*; set callbacks.ladder=null, and"
+    ) as told:
+        rehearse_fusion(backbone, networks.student)
+    assert "\n" not in str(told.value)
 
 
 # ---- what is refused

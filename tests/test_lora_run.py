@@ -31,6 +31,7 @@ from cdm_lightning.training.networks import Networks
 CDM_ROLES = CDMObjective().roles
 
 PROMPTS = ["a large red circle", "a small blue square above a green ring", "a ring"]
+UNMERGED = ("objective.fake_score_merge=0", "callbacks.ladder.evaluation.count=2", "~metric.adherence", "~metric.frechet_teacher", "~metric.diversity")
 KINDS = [Adapter(rank=3, alpha=6), Adapter(rank=2, alpha=1, use_rslora=True), Adapter(rank=2, alpha=2, use_dora=True)]
 TOKENS = 16  # of T5: most of the time of a tiny network goes into 256
 SMALL = (
@@ -242,3 +243,14 @@ def test_the_recipe_of_24_gb_runs_on_a_tiny_folder(tiny_pipeline_folder, prompt_
     )
     exported = export.export_checkpoint(tmp_path, tmp_path / "student", form="lora", dtype="bfloat16")
     assert with_lora(tiny_pipeline_folder, exported).get_active_adapters()
+
+
+def test_a_lora_that_cannot_be_fused_ends_the_run_before_its_first_step(overrides, tmp_path, monkeypatch):
+    def no_fusion(*_: object) -> None:
+        raise NotImplementedError("this adapter cannot be merged")
+
+    monkeypatch.setattr("cdm_lightning.lora.fuse.fuse", no_fusion)
+    config = compose([f"output_dir={tmp_path}", *overrides, "lora=lora_student", "callbacks=ladder", *UNMERGED])
+    with pytest.raises(UserError, match=r"cannot be fused .*NotImplementedError: this adapter cannot be merged"):
+        train(config)
+    assert not list(tmp_path.glob("checkpoints/iteration*")) and not (tmp_path / "logs").exists()

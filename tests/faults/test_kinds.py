@@ -190,6 +190,30 @@ def composed() -> DictConfig:
 
 
 @pytest.mark.parametrize(
+    ("added", "told"),
+    [
+        ("+a.b.c=1", "the option a has no effect, because nothing uses it; remove it, or refer to it by ${a}"),
+        ("+sheduler.length=3", "the option sheduler has no effect, because nothing uses it; did you mean schedule"),
+        ("+max_steps=3", "the option max_steps has no effect"),
+        ("+validation.every=3", "the option validation.every has no effect"),
+        ("+modul=3", "did you mean module?"),
+    ],
+)
+def test_an_added_option_that_nothing_uses_is_refused(added, told):
+    config = compose(["experiment=toy2d_cdm", "output_dir=outputs/nowhere", added])
+    with pytest.raises(UserError) as refused:
+        check_config(config)
+    assert told in str(refused.value)
+
+
+def test_an_added_option_may_be_used_by_others():
+    overrides = ["+my.width=32", "+most=7", "trainer.max_steps=${most}", "checkpoint.every=${my.width}"]
+    config = compose(["experiment=toy2d_cdm", "output_dir=outputs/nowhere", *overrides])
+    check_config(config)
+    assert (config.trainer.max_steps, config.checkpoint.every) == (7, 32)
+
+
+@pytest.mark.parametrize(
     "group", ["module", "optim", "data", "backbone", "trainer", "schedule", "objective", "strategy", "checkpoint"]
 )
 def test_whole_groups_of_the_wrong_kind(group, composed):

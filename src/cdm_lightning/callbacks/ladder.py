@@ -14,7 +14,13 @@ from cdm_lightning.errors import UserError
 from cdm_lightning.evaluation.ladder import LadderEvaluation
 from cdm_lightning.evaluation.report import METRICS, PICTURE, SCORES, TABLE, save_report, table
 from cdm_lightning.evaluation.samplers import check_samplers, sizes_of
-from cdm_lightning.exporting.pipeline import export_pipeline, exported_iteration, how_to_call, rehearse_export
+from cdm_lightning.exporting.pipeline import (
+    export_pipeline,
+    exported_iteration,
+    how_to_call,
+    rehearse_export,
+    rehearse_fusion,
+)
 from cdm_lightning.files import require_name
 from cdm_lightning.kinds import FolderOfRun, Steps
 from cdm_lightning.metrics.rehearsal import rehearse
@@ -72,7 +78,12 @@ class LadderReport(L.Callback):
             rehearse_export(pl_module.backbone, run.folder / self.export_folder, self.export_nfe, run)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: "CDMModule") -> None:
-        """Let the metrics measure two made-up images before the first step. Raises `UserError` if a metric fails."""
+        """Let the metrics measure two made-up images, and fuse a LoRA without weights, before the first step.
+
+        Raises `UserError` if a metric fails, or if the student's LoRA cannot be fused.
+        """
+        if trainer.is_global_zero:
+            rehearse_fusion(pl_module.backbone, pl_module.networks.student)
         sizes = sizes_of(self.evaluation.samplers, pl_module.backbone)
         rehearse(self.metrics, sizes, [self.prompts[number] for number in (0, 1)], trainer.strategy.root_device)
 

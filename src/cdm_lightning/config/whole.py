@@ -1,8 +1,10 @@
 """Check a whole training configuration before anything is built: all required options are there, and all values are allowed."""
 
+import difflib
+import re
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from cdm_lightning.config.arguments import check_arguments, check_value, value_of
 from cdm_lightning.config.origin import where_set
@@ -40,6 +42,7 @@ READ_DIRECTLY = (  # options that commands read before they build an object
     "trainer.use_distributed_sampler",
 )
 NEEDED = ("optim",)  # those of which at least one object is required
+PLAIN = "validation"  # a group that describes no object: other options refer to its values
 
 
 def check_config(config: DictConfig) -> None:
@@ -63,6 +66,7 @@ def check_config(config: DictConfig) -> None:
     for key in READ_DIRECTLY:
         group, _, option = key.partition(".")
         _require(option, config[group], key)
+    _check_unknown(config)
 
 
 def _require(option: str, node: DictConfig, key: str | None = None) -> None:
@@ -85,6 +89,25 @@ def _check_packages(config: DictConfig) -> None:
                 f"the file that {group}=NAME selects must begin with the line `# @package _global_`, because it sets "
                 "options of other groups too; add this line at the top of the file"
             )
+
+
+def _check_unknown(config: DictConfig) -> None:
+    """Raise `UserError` for an option that has no effect, such as a misspelled one that was added with a plus sign.
+
+    Options at the top level, and in the group validation, may have any name if another option refers to them.
+    """
+    known = (*TOP, *SWITCHES, *OBJECTS, *FAMILIES, PLAIN)
+    added = {str(key) for key in config if key not in known}
+    plain = config.get(PLAIN)
+    added |= {f"{PLAIN}.{key}" for key in plain} if isinstance(plain, DictConfig) else set()
+    references = re.findall(r"\$\{[^}]*", OmegaConf.to_yaml(config)) if added else []
+    for key in sorted(added):
+        if not any(re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", reference) for reference in references):
+            near = difflib.get_close_matches(key, known, 1)
+            hint = (
+                f"did you mean {near[0]}?" if near else "remove it, or refer to it by ${" + key + "} in another option"
+            )
+            raise UserError(f"the option {key} has no effect, because nothing uses it; {hint}{where_set(key)}")
 
 
 def _check_family(node: Any, key: str) -> None:

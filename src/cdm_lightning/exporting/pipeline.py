@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from cdm_lightning.errors import UserError
-from cdm_lightning.files import PASSING, read_text, replacing_folder, restoring, scratch_folder
+from cdm_lightning.files import PASSING, first_line, read_text, replacing_folder, restoring, scratch_folder
 from cdm_lightning.run.folder import CONFIG, Run
 from cdm_lightning.terminal.secrets import masked
 
@@ -81,6 +81,31 @@ def rehearse_export(backbone: "Backbone", output: str | Path, nfe: int, run: Run
     except OSError as error:
         if error.errno not in PASSING:
             raise UserError(f"{output}: cannot be written ({error.strerror or error}); set another folder") from error
+
+
+def rehearse_fusion(backbone: "Backbone", network: "nn.Module") -> None:
+    """Fuse the LoRA of a student's `network` on the meta device, without weights, to find errors of a later export.
+
+    Does nothing if the network is no LoRA, or if the backbone cannot build a network without weights. Raises UserError
+    if the LoRA cannot be fused.
+    """
+    from cdm_lightning.lora.views import AdapterView
+    from cdm_lightning.lora.weights import AdapterWeights
+
+    empty = backbone.build_empty(teacher=False) if isinstance(network, AdapterView) else None
+    if not isinstance(network, AdapterView) or empty is None:
+        return
+    from cdm_lightning.lora.fuse import fuse  # imports peft
+
+    tensors = {name: tensor.detach().to("meta") for name, tensor in network.weights.tensors.items()}
+    try:
+        fuse(AdapterWeights(network.adapter, tensors), empty)
+    except Exception as error:  # of peft or torch, for a kind of layer or adapter that they cannot fuse
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(
+            f"the student's LoRA cannot be fused into the pretrained network, as the export after training would do ({why}); "
+            "set callbacks.ladder=null, and export the run with --form lora"
+        ) from error
 
 
 def prepare(
