@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cdm_lightning.core.flow import denoise, per_sample
+from cdm_lightning.core.transfer import Fetched, send
 from cdm_lightning.kinds import Count, Positive, ShareBelowOne
 from cdm_lightning.objectives.base import RolledOutSample
 from cdm_lightning.objectives.dmd2 import DMD2Objective
@@ -46,12 +47,39 @@ def divergence_weight(divergence: Divergence, ratio: Tensor) -> Tensor:
             return 1 / ratio
 
 
-@dataclass
 class _Means:
-    """Running means of the density ratio r in each band of sigma, and of the weight h(r)."""
+    """Running means of the density ratio r in each band of sigma, and of the weight h(r).
 
-    ratios: list[float]
-    weight: float
+    An update counts when the means are next read, so that the host need not wait for the GPU when it is made.
+    """
+
+    def __init__(self, ratios: list[float], weight: float) -> None:
+        self._ratios, self._weight = ratios, weight
+        self._update: tuple[Fetched, float, float] | None = None
+
+    def update(self, values: Tensor, rate: float, decay: float) -> None:
+        """Move each mean of r by `rate` x its value in `values`; the last value is h(r), whose mean decays by `decay`."""
+        self._settle()
+        self._update = (Fetched(values), rate, decay)
+
+    def _settle(self) -> None:
+        if self._update is not None:
+            (fetched, rate, decay), self._update = self._update, None
+            *off, new = fetched.values.tolist()
+            self._ratios = [mean + rate * each for mean, each in zip(self._ratios, off, strict=True)]
+            self._weight = decay * self._weight + (1 - decay) * new
+
+    @property
+    def ratios(self) -> list[float]:
+        """The running means of r, one for each band of sigma."""
+        self._settle()
+        return self._ratios
+
+    @property
+    def weight(self) -> float:
+        """The running mean of h(r)."""
+        self._settle()
+        return self._weight
 
 
 @dataclass(frozen=True)
@@ -114,7 +142,7 @@ class FDistillObjective(DMD2Objective):
         running mean; samples outside band N of sigma count as 0.
         """
         bands = (sigma * self.ratio_bands).long().clamp(0, self.ratio_bands - 1)
-        means = torch.tensor(self.means.ratios, dtype=torch.float32, device=sigma.device)[bands]
+        means = send(torch.tensor(self.means.ratios, dtype=torch.float32, device="cpu"), sigma.device)[bands]
         ratio = logits.float().exp().clamp(self.ratio_low, self.ratio_high)
         weight = divergence_weight(self.divergence, ratio / means)
         off = ratio - means
@@ -128,10 +156,8 @@ class FDistillObjective(DMD2Objective):
         rate = min(
             1.0, (1 - self.ratio_decay) * self.ratio_bands
         )  # a band holds one of `ratio_bands` samples on average
-        off = torch.stack([figures[f"ratio_{band}"] for band in range(self.ratio_bands)]).tolist()
-        self.means.ratios = [mean + rate * each for mean, each in zip(self.means.ratios, off)]
-        new = float(figures["divergence_weight"])
-        self.means.weight = self.ratio_decay * self.means.weight + (1 - self.ratio_decay) * new
+        names = [*(f"ratio_{band}" for band in range(self.ratio_bands)), "divergence_weight"]
+        self.means.update(torch.stack([figures[name] for name in names]).detach(), rate, self.ratio_decay)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the running means of the density ratio r (one for each band of sigma) and of the weight h(r)."""
@@ -143,4 +169,4 @@ class FDistillObjective(DMD2Objective):
         They are ignored if they are for another number of bands of sigma.
         """
         if len(state["ratios"]) == self.ratio_bands:
-            self.means.ratios, self.means.weight = list(state["ratios"]), float(state["weight"])
+            object.__setattr__(self, "means", _Means(list(state["ratios"]), float(state["weight"])))
