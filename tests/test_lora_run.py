@@ -38,12 +38,6 @@ UNMERGED = (
     "~metric.frechet_teacher",
     "~metric.diversity",
 )
-    "objective.fake_score_merge=0",
-    "callbacks.ladder.evaluation.count=2",
-    "~metric.adherence",
-    "~metric.frechet_teacher",
-    "~metric.diversity",
-)
 KINDS = [Adapter(rank=3, alpha=6), Adapter(rank=2, alpha=1, use_rslora=True), Adapter(rank=2, alpha=2, use_dora=True)]
 TOKENS = 16  # of T5: most of the time of a tiny network goes into 256
 SMALL = (
