@@ -326,6 +326,23 @@ def test_a_sharded_run_frees_its_optimizer_states_at_its_end(monkeypatch):
     assert network.weight.grad is None
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_process_with_a_gpu_destroys_its_group_when_it_exits(monkeypatch, tmp_path, device):
+    registered = []
+    monkeypatch.setattr(ModelParallelStrategy, "setup_environment", lambda self: None)
+    monkeypatch.setattr(MeshStrategy, "root_device", property(lambda self: torch.device(device)))
+    monkeypatch.setattr("atexit.register", registered.append)
+    MeshStrategy(replicas=1, shards=1).setup_environment()
+    assert len(registered) == (device == "cuda")
+    if registered and not torch.distributed.is_initialized():
+        registered[0]()  # without a group there is nothing to do
+        torch.distributed.init_process_group(
+            "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+        )
+        registered[0]()
+        assert not torch.distributed.is_initialized()
+
+
 def test_a_network_that_there_is_not_cannot_rest_in_host_memory(toy_overrides, tmp_path):
     place = ["strategy=ddp", "trainer.devices=1", "strategy.on_cpu=[pupil]", f"output_dir={tmp_path}"]
     message = "strategy.on_cpu names pupil, which is not a network of this run; it may list student, fake_score, student_ema, teacher"

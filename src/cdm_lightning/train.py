@@ -20,6 +20,8 @@ from cdm_lightning.ends.streams import make_tolerant
 if __name__ == "__main__":  # before the imports below, because they take seconds
     signals.watch()
     make_tolerant()
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # otherwise the GPU's memory fragments, because lengths vary
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 from cdm_lightning.config import answer_questions
 
@@ -228,10 +230,8 @@ def find_beginning(
         about = {} if stored is None else stored.about
         is_elsewhere = not checkpoint.folder.resolve().is_relative_to(run.folder.resolve())
         saved = run.config() if run.is_started else about.get("config", {})
-        for earlier in (
-            saved,
-            about.get("config", {}) if is_elsewhere else {},
-        ):  # the path in `resume` may belong to another run
+        # the path in `resume` may belong to another run
+        for earlier in (saved, about.get("config", {}) if is_elsewhere else {}):
             require_same_configuration(earlier, plain(config), run.folder)
         accepted = require_same_inputs(about.get("inputs"), inputs, run.folder, bool(config.get(ACCEPT)))
         for line in (accepted, moved_ends(saved, plain(config))):

@@ -9,6 +9,7 @@ With several processes the strategy is FSDP2 on a mesh (replicas, shards). W pro
 Lightning calls the two dimensions of the mesh "data_parallel" and "tensor_parallel".
 """
 
+import atexit
 import os
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
@@ -55,6 +56,15 @@ class MeshStrategy(ModelParallelStrategy):
         """
         check_on_cpu(self.on_cpu, networks, whole)
 
+    def setup_environment(self) -> None:
+        """Create the process group and the mesh. If it has a GPU, the process destroys the group when it exits.
+
+        Lightning does so only for the backend "nccl" alone. Without it, NCCL prints a warning at the end of each run.
+        """
+        super().setup_environment()
+        if self.root_device.type == "cuda":
+            atexit.register(end_process_group)
+
     def model_to_device(self) -> None:
         """Do nothing: `training.placement.distribute` has already placed all networks, and some must stay in host memory."""
 
@@ -79,6 +89,12 @@ class MeshStrategy(ModelParallelStrategy):
     def _get_process_group_backend(self) -> str:
         """Use Gloo for tensors on the CPU (counters and offloaded shards) and NCCL for tensors on the GPU."""
         return "cpu:gloo,cuda:nccl" if self.root_device.type == "cuda" else "gloo"
+
+
+def end_process_group() -> None:
+    """Destroy torch's process group, if there is one."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def leave_in_place(strategy: Strategy) -> None:
