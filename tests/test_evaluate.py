@@ -19,7 +19,7 @@ from cdm_lightning.config import asset_path
 from cdm_lightning.core.schedules import constant_shift, inference_sigmas
 from cdm_lightning.errors import UserError
 from cdm_lightning.evaluate import build_metrics, evaluate, main, read_model, read_prompts
-from cdm_lightning.evaluation import ladder, protocol
+from cdm_lightning.evaluation import measuring, protocol
 from cdm_lightning.evaluation.intervals import compare, interval
 from cdm_lightning.evaluation.samplers import SamplerSpec
 from cdm_lightning.metrics.base import ImageBatch, Metric
@@ -157,7 +157,7 @@ def test_grid_files_and_restart(tmp_path, monkeypatch):
     with Image.open(tmp_path / "out/images" / one["file"]) as image:
         assert (to_tensor(image) - found.ladder.images["t 2 steps"][3]).abs().max() <= 0.5 / 255 + 1e-6
 
-    monkeypatch.setattr(ladder, "generate", lambda *_: pytest.fail("a finished sampler was run again"))
+    monkeypatch.setattr(measuring, "generate", lambda *_: pytest.fail("a finished sampler was run again"))
     again = run()
     assert again.ladder.rows == found.ladder.rows
     assert again.comparison == found.comparison
@@ -175,7 +175,7 @@ def test_grid_files_and_restart(tmp_path, monkeypatch):
 
 
 def test_a_stopped_evaluation_repeats_only_the_sampler_that_was_running(tmp_path, monkeypatch):
-    made, generate = [], ladder.generate
+    made, generate = [], measuring.generate
 
     def stopping(backbone, network, spec, *rest):
         made.append(spec.name)
@@ -184,7 +184,7 @@ def test_a_stopped_evaluation_repeats_only_the_sampler_that_was_running(tmp_path
         return generate(backbone, network, spec, *rest)
 
     stopping.stop = True
-    monkeypatch.setattr(ladder, "generate", stopping)
+    monkeypatch.setattr(measuring, "generate", stopping)
     with pytest.raises(KeyboardInterrupt):
         evaluate(tiny("name=t", "steps=1,2"), SHAPES, tmp_path)
     stopping.stop = False
@@ -339,7 +339,7 @@ def test_a_figure_that_is_not_finite_has_no_star_and_is_said(tmp_path):
 def line(capsys, monkeypatch) -> Callable[[Sequence[str]], str]:
     """`line(arguments)` is the one line that the command ends with; no image is made before it."""
     monkeypatch.setattr(protocol, "compare", lambda *_: pytest.fail("it was evaluated"))
-    monkeypatch.setattr(ladder, "generate", lambda *_: pytest.fail("an image was made"))
+    monkeypatch.setattr(measuring, "generate", lambda *_: pytest.fail("an image was made"))
 
     def run(arguments: Sequence[str]) -> str:
         with pytest.raises(SystemExit) as ended:

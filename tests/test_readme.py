@@ -10,6 +10,7 @@ from benchmarks import gpu_tables, step_time, study
 from benchmarks.gpu import __main__ as gpu
 from cdm_lightning import evaluate, export, extract_lora, plan, sample
 from cdm_lightning.config import asset_path, compose
+from cdm_lightning.run.model_words import read_setting
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -50,7 +51,7 @@ def test_commands_are_understood(command: str, tmp_path: Path) -> None:
             sample.parser().parse_args(arguments)
         case "cdm_lightning.evaluate":
             for model in evaluate.parser().parse_args(arguments).model:
-                assert all(evaluate.read_setting(model[0], word) for word in model[1:])
+                assert all(read_setting(model[0], word) for word in model[1:])
         case "benchmarks.tiny_sd3":
             assert arguments[0] in ("teacher", "student")
         case "benchmarks.study":

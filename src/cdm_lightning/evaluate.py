@@ -12,9 +12,11 @@ measures only the samplers that are missing.
 """
 
 import argparse
+import json
 import os
+import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,11 +27,13 @@ from cdm_lightning.ends import signals
 if __name__ == "__main__":  # before the imports below, because they take seconds
     signals.watch()
 
-from cdm_lightning.config import asset_path, command, conf_dir
+from cdm_lightning.config import command, conf_dir, process_number
+from cdm_lightning.distributed.launch import is_launched, launch
 from cdm_lightning.errors import UserError
-from cdm_lightning.kinds import BatchSize, FileOrFolder, Guidance, Model, Name, Positive, Seed, Several, Steps
+from cdm_lightning.kinds import BatchSize, FileOrFolder, Name, Seed, Several
 from cdm_lightning.kinds.command_line import Parser, argument
 from cdm_lightning.run.folder import is_run
+from cdm_lightning.run.model_words import read_model, read_prompts
 from cdm_lightning.terminal.quiet import quiet_libraries
 
 if TYPE_CHECKING:  # these take seconds to import: --help and error messages should not wait for them
@@ -44,18 +48,19 @@ KINDS = {
     "seed": Seed,
     "batch": BatchSize,
     "resamples": Annotated[int, Ge(20), Le(10**6)],
+    "processes": Annotated[int, Ge(1), Le(1024)],
 }
-LONGEST_NAME = 100
-GRID = {"steps": Steps, "guidance": Guidance, "shift": Positive, "name": Name}  # what may follow the folder of --model
+UNTIL = "before the evaluation was complete"
 MODEL_HELP = (
-    "a run, checkpoint, export, pipeline folder or hub id, and after it steps=1,2,4 guidance=1,1.5 shift=3 name=NAME"
+    "a run, checkpoint, export, pipeline folder, hub id or folder of images, and after it steps=1,2,4 guidance=1,1.5 "
+    "shift=trained,uniform,3 name=NAME"
 )
 
 
 def evaluate(
-    models: "Sequence[ModelGrid]",
-    prompts: Sequence[str],
-    output: Path,
+    models: "Sequence[ModelGrid | str | Sequence[str]]",
+    prompts: str | Sequence[str],
+    output: str | Path,
     metrics: Sequence[str] = ("colour",),
     options: Sequence[str] = (),
     count: int = 512,
@@ -69,12 +74,15 @@ def evaluate(
 ) -> "Evaluated":
     """Measure the models at all their combinations of steps, guidance scale and shift, and write the results.
 
-    Each combination is called a sampler. The results go to the folder `output`. The first `count` of `prompts` are
-    used, or all if there are fewer. `metrics` are names of files in conf/metric, and `options` are overrides such as
-    "metric.colour.sampler=NAME". The noise of an image depends only on `seed` and the index of its prompt. The networks
-    compute on `device` in `dtype`. The confidence intervals are computed from `resamples` resamples of the prompts.
-    `baseline` is the name of the sampler to which the others are compared; None means the first one. With
-    `save_images`, all images are written as PNG files, with a manifest.
+    Each combination is called a sampler. A model is a path or hub id, or a list of the words that the command line
+    takes, such as ["my_student", "steps=1,2"]. The results go to the folder `output`. `prompts` are a list, a prompt
+    file or the name of a bundled one. The first `count` are used, or all if there are fewer. `metrics` are names of
+    files in conf/metric, and `options` are overrides such as "metric.colour.sampler=NAME". The noise of an image
+    depends only on `seed` and the index of its prompt. The networks compute on `device` in `dtype`. The confidence
+    intervals are computed from `resamples` resamples of the prompts. `baseline` is the name of the sampler to which the
+    others are compared; None means the first one. With `save_images`, all images are written as PNG files, with a
+    manifest. If torchrun has started several processes, all must call this inside `distributed.ranks.connected`; only
+    the first process writes, and only its result has scores and measurements.
 
     Raises `UserError` for a model, prompt, metric or option that cannot be used, before any image is made.
     """
@@ -86,16 +94,23 @@ def evaluate(
     if dtype not in COMPUTE_DTYPES:
         raise UserError(f"--dtype {dtype} must be one of {', '.join(COMPUTE_DTYPES)}")
     place, (suite, settings) = choose_device(device), build_metrics(metrics, options)
-    require_distinct(models)
-    specs = [spec for model in models for spec in model.samplers]
+    output, grids = check_output(Path(output)), [_as_grid(model) for model in models]
+    require_distinct(grids)
+    specs = [spec for model in grids for spec in model.samplers]
     names = [spec.name for spec in specs]
     if baseline is not None and baseline not in names:
         raise UserError(f"--baseline {baseline!r} must be one of the samplers: {', '.join(map(repr, names))}")
-    ladder = GridEvaluation(prompts, specs, count=count, batch_size=batch_size, seed=seed)
+    texts = read_prompts(prompts, count) if isinstance(prompts, str) else prompts
+    ladder = GridEvaluation(texts, specs, count=count, batch_size=batch_size, seed=seed)
     ladder.check(suite)
-    require_writable(output, models)
+    require_writable(output, grids)
     evaluation = Evaluation(ladder, suite, output, place, COMPUTE_DTYPES[dtype], settings, save_images)
-    return evaluation.run(models, baseline or names[0], resamples)
+    return evaluation.run(grids, baseline or names[0], resamples)
+
+
+def _as_grid(model: "ModelGrid | str | Sequence[str]") -> "ModelGrid":
+    words = [model] if isinstance(model, str) else model
+    return read_model(words) if isinstance(words, Sequence) else words
 
 
 def build_metrics(metrics: Sequence[str], options: Sequence[str]) -> "tuple[MetricSuite, dict[str, Any]]":
@@ -154,74 +169,21 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--device", type=kinds["name"], default="auto", help="default: CUDA if there is one")
     made.add_argument("--dtype", default="float32", metavar="D", help="of the networks: float32 or bfloat16")
+    what = "processes on this machine that share the images, one for each GPU (default: 1)"
+    made.add_argument("--processes", type=kinds["processes"], default=1, metavar="N", help=what)
     made.add_argument("--save-images", action="store_true", help="write all images as PNG files, with a manifest")
     what = "the folder for the results (default: outputs/evaluation)"
     made.add_argument("--output", type=kinds["file"], default="outputs/evaluation", metavar="FOLDER", help=what)
     return made
 
 
-def read_model(words: Sequence[str]) -> "ModelGrid":
-    """Open a model, and return it with the steps, guidance scales and shifts at which it is measured.
-
-    `words` are the words after the option --model: a folder, file or hub id, and settings such as "steps=1,2,4".
-    Raises `UserError` for a setting that cannot be used, and for a model that cannot be opened.
-    """
-    from cdm_lightning.evaluation.grid import ModelGrid
-    from cdm_lightning.run.models import open_sized
-
-    folder, *settings = words
-    grid = dict(read_setting(folder, word) for word in settings)
-    if len(grid) < len(settings):
-        raise UserError(f"--model {folder}: a setting is given twice; separate its values by commas, as in steps=1,2,4")
-    try:
-        argument(Model)(folder)
-    except argparse.ArgumentTypeError as error:
-        raise UserError(f"--model {error}") from error
-    return ModelGrid(folder, lambda: open_sized(folder, None, None, None, None), **grid)
-
-
-def read_setting(folder: str, word: str) -> tuple[str, Any]:
-    """Return the key and the values of a setting `word`: for "steps=1,2,4" they are "steps" and (1, 2, 4).
-
-    The value of the key "name" is one string. `folder` is the model's name for messages. Raises `UserError` if `word`
-    has an unknown key or a value that is not allowed.
-    """
-    key, equals, values = word.partition("=")
-    if key not in GRID or not equals:
-        raise UserError(
-            f"--model {folder}: {word!r} must be one of {', '.join(f'{known}=VALUE' for known in GRID)}; "
-            "pass another --model for another folder"
-        )
-    try:
-        found = tuple(argument(GRID[key])(value) for value in ([values] if key == "name" else values.split(",")))
-    except argparse.ArgumentTypeError as error:
-        raise UserError(f"--model {folder}: {key}={values}: {error}") from error
-    if key == "name" and (len(values) > LONGEST_NAME or "|" in values or not values.isprintable()):
-        raise UserError(
-            f"--model {folder}: name={values[:80]!r} must have at most {LONGEST_NAME} printable characters, and no |"
-        )
-    return key, found[0] if key == "name" else found
-
-
-def read_prompts(file: str, count: int) -> list[str]:
-    """Return the first `count` prompts of `file`, which is the path of a prompt file or the name of a bundled one.
-
-    Raises `UserError` if the file cannot be read or has no prompts.
-    """
-    from cdm_lightning.data.prompts import PromptFile
-
-    bundled = Path(asset_path("prompts")) / f"{file}.txt"
-    is_name = "/" not in file and not Path(file).exists() and bundled.is_file()
-    found = PromptFile(bundled if is_name else file)
-    return [found[i] for i in range(min(count, len(found)))]
-
-
-def check_output(output: Path) -> None:
-    """Raise `UserError` if `output` is a file, or a run or pipeline, whose own files the results would replace."""
+def check_output(output: Path) -> Path:
+    """Return `output`. Raises `UserError` if `output` is a file, or a run or pipeline, whose own files the results would replace."""
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file; pass a folder")
     if is_run(output) or (output / "model_index.json").exists():
         raise UserError(f"--output {output} holds a run or a model; pass a folder outside, such as outputs/evaluation")
+    return output
 
 
 def check_options(metrics: Sequence[str], options: Sequence[str]) -> None:
@@ -258,31 +220,55 @@ def run(options: argparse.Namespace) -> "Evaluated":
 
     Raises `UserError` for a mistake, before any image is made.
     """
+    from cdm_lightning.distributed.ranks import connected
+
     check_output(Path(options.output))
-    models = [read_model(words) for words in options.model]
-    return evaluate(
-        models,
-        read_prompts(options.prompts, options.count),
-        Path(options.output),
-        options.metric,
-        options.set,
-        options.count,
-        options.seed,
-        options.batch_size,
-        options.device,
-        options.dtype,
-        options.resamples,
-        options.baseline,
-        options.save_images,
-    )
+    with connected("evaluation"):
+        return evaluate(
+            options.model,
+            options.prompts,
+            options.output,
+            options.metric,
+            options.set,
+            options.count,
+            options.seed,
+            options.batch_size,
+            options.device,
+            options.dtype,
+            options.resamples,
+            options.baseline,
+            options.save_images,
+        )
+
+
+def run_started(config: Mapping[str, str]) -> None:
+    """Run the evaluation in one of the processes that `--processes` has started.
+
+    `config` has the arguments of the command line as hexadecimal JSON, in which nothing can be an interpolation.
+    """
+    with command(UNTIL):
+        show(run(parser().parse_args(json.loads(bytes.fromhex(config["arguments"])))))
+
+
+def show(found: "Evaluated") -> None:
+    """Print the results, in the first process only."""
+    if not process_number():
+        print(found.text(shutil.get_terminal_size().columns if sys.stdout.isatty() else None), flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command. If the user made a mistake, print one line about it on stderr and exit with status 2."""
     quiet_libraries()
-    with command("before the evaluation was complete"):
-        found = run(parser().parse_args(arguments))
-        print(found.text(), flush=True)
+    with command(UNTIL):
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        options = parser().parse_args(given)
+        if options.processes == 1 or is_launched():
+            show(run(options))
+            return
+        check_output(Path(options.output))
+        text = json.dumps({"arguments": json.dumps(given).encode().hex()})  # JSON is YAML
+        if status := launch(text, options.processes, "cdm_lightning.evaluate:run_started"):
+            sys.exit(status)
 
 
 if __name__ == "__main__":

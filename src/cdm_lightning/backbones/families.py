@@ -25,6 +25,14 @@ BACKBONES = frozenset(f"cdm_lightning.backbones.{module}.{name}" for module, nam
 }
 
 
+def is_known(pretrained: str, revision: str | None = None) -> bool:
+    """Return whether a pipeline folder, or a hub id at `revision`, is of a class that has a backbone.
+
+    Raises `UserError` if there is no pipeline.
+    """
+    return pipeline_class_name(pretrained, revision) in FAMILIES
+
+
 def open_pipeline(
     pretrained: str, revision: str | None = None, lora: str | None = None
 ) -> "tuple[PipelineBackbone, dict[str, Any]]":

@@ -28,6 +28,10 @@ from cdm_lightning.files import first_line, irregular, open_regular, require_nam
 
 LIBRARIES = ("diffusers", "transformers")  # the libraries whose classes can be parts of a pipeline
 TWIN = re.compile(r"\.fp16[.-]|\.bf16\.")  # in the names of half-precision copies of weights
+SAFETY_CHECKER = [
+    "stable_diffusion",
+    "StableDiffusionSafetyChecker",
+]  # a class of diffusers with a library name of its own
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -115,7 +119,7 @@ def check_entry(part: str, entry: Any, where: str) -> None:
     if part.startswith("_") or not isinstance(entry, list):
         return
     require_name(part, f"{where}: the name of a part")
-    if entry == [None, None]:
+    if entry in ([None, None], SAFETY_CHECKER):
         return
     if len(entry) != 2 or not all(isinstance(name, str) and name.isidentifier() for name in entry):
         raise UserError(

@@ -1,7 +1,8 @@
 """Sets of prompts with real images, for objectives that learn from images. Images are (B, 3, H, W) in [0, 1]."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -85,20 +86,37 @@ class CaptionedFolder(Prompts):
 
         Raises `UserError` if the image cannot be read.
         """
-        from PIL import Image, ImageOps
-        from torchvision.transforms.functional import pil_to_tensor
+        from PIL import ImageOps
 
         path = self._entries[index][0]
-        try:
-            with Image.open(require_regular(path, MOST_IMAGE)) as file:
-                upright = ImageOps.exif_transpose(file)  # cameras do not turn the pixels; they store how to turn them
-                pixels = pil_to_tensor(as_rgb(upright)).float() / 255
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # a damaged file raises these
-            why = str(error).partition(str(path))[0].removesuffix(" '") or type(error).__name__
-            raise UserError(
-                f"{path}: cannot be read as an image ({why}); replace it or remove its line from {METADATA}"
-            ) from error
+        with opened(path, f"replace it or remove its line from {METADATA}") as file:
+            upright = ImageOps.exif_transpose(file)  # cameras do not turn the pixels; they store how to turn them
+            pixels = as_tensor(upright)
         return fit_to(pixels[None], self.image_size)[0]
+
+
+@contextmanager
+def opened(path: Path, cure: str) -> "Generator[Image]":
+    """Yield the image in the file `path`, whose pixels are read later.
+
+    Raises `UserError` if the file is no image, damaged or too large, also while the `with` block reads the pixels. The
+    message says that it cannot be read, and how to fix it (`cure`).
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(require_regular(path, MOST_IMAGE)) as file:
+            yield file
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # a damaged file raises these
+        why = str(error).partition(str(path))[0].removesuffix(" '") or type(error).__name__
+        raise UserError(f"{path}: cannot be read as an image ({why}); {cure}") from error
+
+
+def as_tensor(image: "Image") -> Tensor:
+    """Return an image as (3, H, W) in [0, 1] (see `as_rgb`). Raises ValueError for 32-bit values."""
+    from torchvision.transforms.functional import pil_to_tensor
+
+    return pil_to_tensor(as_rgb(image)).float() / 255
 
 
 def as_rgb(image: "Image") -> "Image":

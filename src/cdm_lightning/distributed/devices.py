@@ -1,5 +1,6 @@
 """Choose the device that a command uses."""
 
+import os
 import re
 
 import torch
@@ -18,6 +19,8 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:  # torchrun's processes share the GPUs
+        name = f"cuda:{int(os.environ['LOCAL_RANK']) % max(1, torch.cuda.device_count())}"
     try:
         if not KNOWN.fullmatch(name):
             raise RuntimeError(name)

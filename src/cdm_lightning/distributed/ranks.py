@@ -1,9 +1,46 @@
 """Communication between the processes of a run. In a run with one process, the functions work without torch's process group."""
 
+import os
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from cdm_lightning.errors import UserError
+
+PATIENCE = timedelta(
+    days=7
+)  # until a process that does not answer counts as lost; one that has ended is noticed at once
+BLAMED_WAIT = 5.0  # seconds in which a process that has failed says why, and the launcher ends the others
+
+
+@contextmanager
+def connected(what: str) -> "Generator[None]":
+    """Connect the processes that torchrun has started, inside the `with` block, by gloo. Without torchrun, do nothing.
+
+    Raises `UserError` if SLURM has started several processes without torchrun, and if another process ends inside the
+    block. `what` is a word for messages, such as "evaluation".
+    """
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        raise UserError(f"SLURM has started several processes of this {what}; start it with torchrun, or as one task")
+    if is_spread() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    dist.init_process_group("gloo", timeout=PATIENCE)
+    try:
+        yield
+        dist.barrier()
+    except Exception as error:
+        if not lost_process(error):
+            raise
+        time.sleep(BLAMED_WAIT)
+        raise UserError(f"another process of this {what} has ended; run the same command again to continue") from error
+    finally:
+        dist.destroy_process_group()
 
 
 def is_spread() -> bool:
@@ -27,6 +64,18 @@ def gather(value: Any) -> list[Any]:
         return [value]
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
+    return values
+
+
+def to_first(value: Any) -> list[Any] | None:
+    """Return to the first process a list of the values that all processes pass, ordered by rank, and None to the others.
+
+    All processes must call this. Unlike `gather`, it needs memory for all values in one process only.
+    """
+    if world_size() == 1:
+        return [value]
+    values: list[Any] | None = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, values)
     return values
 
 

@@ -7,33 +7,47 @@ from itertools import product
 from pathlib import Path
 from typing import Protocol
 
-from torch import nn
+import torch
 
-from cdm_lightning.backbones.base import Backbone
 from cdm_lightning.errors import UserError
+from cdm_lightning.evaluation.given_images import GivenImages
+from cdm_lightning.evaluation.measuring import Maker
 from cdm_lightning.evaluation.samplers import SamplerSpec
+from cdm_lightning.metrics.suite import MetricSuite
 
 
 class Opened(Protocol):
     """A model whose weights are not in memory yet, such as `run.models.OpenedModel`."""
 
     @property
-    def backbone(self) -> Backbone:
-        """The model family's adapter."""
+    def steps(self) -> int | None:
+        """The number of steps that the model is made for, or None for images that are there already."""
         ...
 
     @property
-    def steps(self) -> int:
-        """The number of steps that the model is made for."""
+    def shares_noise(self) -> bool:
+        """Whether the images start from `core.rng.evaluation_noise`, as those of the known model families."""
         ...
 
     @property
-    def build_network(self) -> Callable[[], nn.Module]:
-        """The function that returns the network with its weights."""
+    def notes(self) -> Sequence[str]:
+        """What a reader of the figures must know, such as that the noise is not that of the other models."""
+        ...
+
+    def check(self, samplers: Sequence[SamplerSpec], prompts: Sequence[str], metrics: MetricSuite) -> None:
+        """Raise `UserError` if the model cannot make images of `prompts` by `samplers`, or not those `metrics` need."""
+        ...
+
+    def sizes(self, samplers: Sequence[SamplerSpec]) -> Sequence[tuple[int, int]]:
+        """Return the sizes (height, width) in pixels of the images, as far as they are known. Call `check` first."""
         ...
 
     def digest(self) -> str:
-        """Return a hash of the weights."""
+        """Return a hash of the weights, or of the images."""
+        ...
+
+    def maker(self, device: torch.device, dtype: torch.dtype, batch_size: int) -> Maker:
+        """Load the weights onto `device` in `dtype`, and return an object that makes images."""
         ...
 
 
@@ -65,11 +79,14 @@ class ModelGrid:
     @property
     def title(self) -> str:
         """The model's name in the results."""
-        return self.name or Path(self.model).name or Path(self.model).resolve().name
+        found = self.name or Path(self.model).name or Path(self.model).resolve().name
+        return "".join(letter if letter.isprintable() else "?" for letter in found)  # a path may have any characters
 
     @property
     def samplers(self) -> list[SamplerSpec]:
         """The combinations, each with a name such as "teacher 4 steps, guidance 1.5, shift 3"."""
+        if self.opened.steps is None:
+            return [GivenImages(self.title)]
         made = []
         for nfe, guidance, shift in product(self.steps or (self.opened.steps,), self.guidance, self.shift):
             name = f"{self.title} {nfe} {'step' if nfe == 1 else 'steps'}"

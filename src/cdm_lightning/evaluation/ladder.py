@@ -5,9 +5,8 @@ generated in batches, and all metrics measure a batch before the next one is gen
 few images of the overview picture are kept. Shapes: images (N, 3, H, W) in [0, 1].
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Annotated, Any, ClassVar
 
@@ -16,30 +15,17 @@ from torch import Tensor, nn
 
 from cdm_lightning.backbones.base import Backbone
 from cdm_lightning.errors import UserError
-from cdm_lightning.evaluation.samplers import STEPS, SamplerSpec, device_of, generate
+from cdm_lightning.evaluation.measuring import MakeImages, Maker, Measuring, NetworkMaker, SamplerResult
+from cdm_lightning.evaluation.samplers import STEPS, SamplerSpec, device_of
 from cdm_lightning.kinds import BatchSize, NotEmpty, Pictures, Seed, Several
-from cdm_lightning.metrics.suite import Collected, MetricSuite
+from cdm_lightning.metrics.suite import MetricSuite
 from cdm_lightning.terminal.progress import Progress
 
 REAL = "real images"
-OTHER_NOISE = 1 << 20  # added to the seed: images from other noise than those that all samplers share
-MakeImages = Callable[[Sequence[str], Sequence[int], int], Tensor]  # (prompts, indices, seed) -> (B, 3, H, W)
 OnImages = Callable[
     [str, Tensor, Sequence[int]], None
 ]  # (sampler's name, images (B, 3, H, W), indices of their prompts)
 Row = dict[str, Any]
-
-
-@dataclass
-class SamplerResult:
-    """The measurements of one sampler: features and scores of its images, the generation time in seconds, and some images.
-
-    `shown` are the images (P, 3, H, W) of the first P prompts, for the overview picture.
-    """
-
-    shown: Tensor
-    collected: Collected = field(default_factory=Collected)
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -174,13 +160,33 @@ class LadderEvaluation:
         metrics need several images of each prompt; `on_images` gets only the first. `on_measured` is called with the
         sampler's name and its measurements as soon as they are complete.
         """
+        maker = NetworkMaker(backbone, networks, self.batch_size, compute_dtype)
+        device = device_of(next(iter(networks.values())))
+        return self.measure_by(metrics, maker, device, silent, known, on_images, on_measured)
+
+    def measure_by(
+        self,
+        metrics: MetricSuite,
+        maker: Maker,
+        device: torch.device,
+        silent: bool = False,
+        known: Mapping[str, SamplerResult] | None = None,
+        on_images: OnImages = lambda name, images, indices: None,
+        on_measured: Callable[[str, SamplerResult], None] = lambda name, result: None,
+        is_shared: bool = False,
+    ) -> dict[str, SamplerResult]:
+        """Return the measurements of all samplers by name, whose images `maker` makes. Metrics compute on `device`.
+
+        With `is_shared`, the processes share the work, and only the first gets the measurements. The other arguments are
+        those of `measure`.
+        """
         progress = Progress("reading reference images", self._total_calls(metrics), silent=silent)
-        metrics.prepare(device_of(next(iter(networks.values()))))
-        texts: dict[int, dict[str, Tensor]] = {}
+        metrics.prepare(device)
+        measuring = Measuring(metrics, self._prompts, self.batch_size, self.seed, self.shown, progress, is_shared)
         measured: dict[str, SamplerResult] = {}
         if self.real_images is not None:
             progress.describe("measuring real images")
-            measured[REAL] = self._measure(metrics, self.real_images, 0, progress, texts)
+            measured[REAL] = measuring.measure(self.real_images, 0)
             measured[REAL].collected.has_noise = False
         for spec in self.samplers:
             if known and spec.name in known:
@@ -188,15 +194,9 @@ class LadderEvaluation:
                 progress.advance(spec.network_calls * self._images(metrics))
                 continue
             progress.describe(f"evaluating {spec.name}")
-
-            def make(prompts: Sequence[str], indices: Sequence[int], seed: int, spec: SamplerSpec = spec) -> Tensor:
-                network = networks[spec.network]
-                return generate(backbone, network, spec, prompts, indices, seed, self.batch_size, compute_dtype)
-
-            see = partial(on_images, spec.name)
-            measured[spec.name] = self._measure(metrics, make, spec.network_calls, progress, texts, see)
-            if metrics.other_noise and spec.network == "student":  # the teacher's many steps would double the time
-                self._measure_other_noise(metrics, measured[spec.name].collected, make, spec.network_calls, progress)
+            other = metrics.other_noise and spec.network == "student"  # the teacher's many steps would double the time
+            see, make = partial(on_images, spec.name), partial(maker.images, spec)
+            measured[spec.name] = measuring.measure(make, spec.network_calls, see, other, maker.take_counts)
             on_measured(spec.name, measured[spec.name])
         progress.close()
         return measured
@@ -227,60 +227,24 @@ class LadderEvaluation:
         other = self.size * students if metrics.other_noise else 0
         return self._images(metrics) * sum(spec.network_calls for spec in self.samplers) + other
 
-    def _measure(
-        self,
-        metrics: MetricSuite,
-        make: MakeImages,
-        calls: int,
-        progress: Progress,
-        texts: dict[int, dict[str, Tensor]],
-        see: Callable[[Tensor, Sequence[int]], None] = lambda images, indices: None,
-    ) -> SamplerResult:
-        """Generate and measure one sampler's images, batch by batch. `texts` keeps the prompts' features for other samplers.
-
-        `see` is called with each batch of images and the indices of their prompts.
-        """
-        shown = [
-            make(self._prompts[:1], [0], self.seed)[:0].clone()
-        ]  # the first call is not timed: it includes one-time setup
-        result = SamplerResult(shown[0])
-        for start in range(0, self.size, self.batch_size):
-            prompts = self._prompts[start : start + self.batch_size]
-            indices = range(start, start + len(prompts))
-            began = time.perf_counter()
-            images = make(prompts, indices, self.seed)
-            result.seconds += time.perf_counter() - began
-            see(images, indices)
-            metrics.measure(result.collected, images, prompts, indices, texts.setdefault(start, {}))
-            if start < self.shown:  # a copy: a view would keep the whole batch in memory
-                shown.append(images[: self.shown - start].clone())
-            progress.advance(len(prompts) * calls)
-        result.shown = torch.cat(shown)
-        prompts = self._prompts[: metrics.copies.prompts]
-        for copy in range(1, metrics.copies.images if prompts else 1):
-            metrics.measure_copy(result.collected, make(prompts, range(len(prompts)), self.seed + copy))
-            progress.advance(len(prompts) * calls)
-        return result
-
-    def _measure_other_noise(
-        self, metrics: MetricSuite, collected: Collected, make: MakeImages, calls: int, progress: Progress
-    ) -> None:
-        """Generate one image for each prompt, from noise that no other image uses, and keep its features."""
-        for start in range(0, self.size, self.batch_size):
-            prompts = self._prompts[start : start + self.batch_size]
-            images = make(prompts, range(start, start + len(prompts)), self.seed + OTHER_NOISE)
-            metrics.measure_other_noise(collected, images)
-            progress.advance(len(prompts) * calls)
-
     def _rows(self, metrics: MetricSuite, measured: Mapping[str, SamplerResult]) -> list[Row]:
         figures = metrics.figures({name: result.collected for name, result in measured.items()})
         rows: list[Row] = []
         for name, result in measured.items():
             spec = next((spec for spec in self.samplers if spec.name == name), None)
-            calls = {"network_calls": 0} if spec is None else {"network_calls": spec.network_calls}
-            seconds = {} if spec is None else {"seconds_per_image": result.seconds / self.size}
-            rows.append({"sampler": name, **figures[name], **calls, **seconds})
+            costs = {"network_calls": 0} if spec is None else self._costs(spec, result)
+            rows.append({"sampler": name, **figures[name], **costs})
         return rows
+
+    def _costs(self, spec: SamplerSpec, result: SamplerResult) -> Row:
+        """Return the network calls and the seconds per image, or {} for images that were made elsewhere."""
+        if not spec.is_made_here:
+            return {}
+        calls = result.counts.get("network_calls", spec.network_calls * self.size) / self.size
+        return {
+            "network_calls": int(calls) if calls.is_integer() else calls,
+            "seconds_per_image": result.seconds / self.size,
+        }
 
     def settings(self, metrics: MetricSuite, backbone: Backbone) -> dict[str, Any]:
         """Return everything that determines the figures and is known before measuring. Equal settings give comparable figures."""

@@ -13,18 +13,21 @@ from typing import Any
 
 import torch
 
+from cdm_lightning.distributed.ranks import from_first, rank
 from cdm_lightning.errors import UserError
 from cdm_lightning.evaluation.grid import ModelGrid
 from cdm_lightning.evaluation.intervals import Comparison, Interval, compare
 from cdm_lightning.evaluation.ladder import LadderEvaluation, LadderResult, Row, SamplerResult
+from cdm_lightning.evaluation.measuring import EightBits
 from cdm_lightning.evaluation.report import METRICS, PICTURE, SCORES, TABLE, markdown_table, save_report, table
 from cdm_lightning.evaluation.samplers import SamplerSpec
 from cdm_lightning.evaluation.store import ImageFiles, file_name, key_of, load_measured, save_measured
 from cdm_lightning.files import require_replaceable, write_text
+from cdm_lightning.metrics.rehearsal import rehearse
 from cdm_lightning.metrics.suite import MetricSuite
 from cdm_lightning.terminal.progress import Progress
 
-FEW_PROMPTS = 30
+FEW_PROMPTS, FEW_RESAMPLES = 30, 100
 MEASURED, IMAGES, INTERVALS, DIFFERENCES = "measured", "images", "intervals.json", "differences.md"
 
 
@@ -55,12 +58,12 @@ class Evaluated:
             for sampler, row in self.comparison.differences.items()
         ]
 
-    def text(self) -> str:
-        """Return the results as text for a terminal."""
-        lines = [table(self.ladder.rows), ""]
+    def text(self, width: int | None = None) -> str:
+        """Return the results as text for a terminal of `width` characters, or of any width."""
+        lines = [table(self.ladder.rows, width), ""]
         if any(len(row) > 1 for row in self.differences):
             lines += [f"differences to {self.baseline}, with 95 % intervals (* does not contain 0)"]
-            lines += [table(self.differences), ""]
+            lines += [table(self.differences, width), ""]
         lines += [f"note: {caution}" for caution in self.cautions]
         return "\n".join([*lines, f"results: {self.folder}"])
 
@@ -89,15 +92,32 @@ class Evaluation:
         the prompts. Samplers that an earlier call has measured into the same folder are not measured again.
         """
         for model in models:
-            for spec in model.samplers:
-                spec.check(model.opened.backbone)
+            model.opened.check(model.samplers, self._prompts, self.metrics)
+        sizes = dict.fromkeys(size for model in models for size in model.opened.sizes(model.samplers))
+        rehearse(self.metrics, sizes, self._prompts[:2], self.device)
         weights = {model.title: model.opened.digest() for model in models}
         measured: dict[str, SamplerResult] = {}
         for model in models:
             measured |= self._measure(model, weights[model.title])
+        if not rank():
+            found = self._results(models, measured, weights, baseline, resamples)
+            _ = from_first(replace(found, ladder=replace(found.ladder, measured={}, scores=[])))
+            return found
+        return from_first(None)  # the first process needs seconds or minutes for the results
+
+    def _results(
+        self,
+        models: Sequence[ModelGrid],
+        measured: Mapping[str, SamplerResult],
+        weights: Mapping[str, str],
+        baseline: str,
+        resamples: int,
+    ) -> Evaluated:
+        """Compute the figures and intervals, and write them. `weights` are the hashes of the models' weights."""
         self.metrics.prepare(self.device)
         paths = {model.title: model.model for model in models}
         settings = {**self._settings(), "paths": paths, "models": weights, "baseline": baseline, "resamples": resamples}
+        settings["notes"] = {model.title: list(model.opened.notes) for model in models if model.opened.notes}
         result = self.ladder.result(self.metrics, measured, settings)
         collected = {name: found.collected for name, found in measured.items()}
         progress = Progress("resampling the prompts", len(self.metrics.metrics))
@@ -105,7 +125,9 @@ class Evaluation:
             self.metrics, collected, baseline, resamples, self.ladder.seed, lambda name: progress.advance()
         )
         progress.close()
-        found = Evaluated(result, comparison, baseline, self.output, self._cautions(comparison, measured))
+        found = Evaluated(
+            result, comparison, baseline, self.output, self._cautions(comparison, measured, models, resamples)
+        )
         self._write(found)
         return found
 
@@ -118,38 +140,45 @@ class Evaluation:
         files = ImageFiles(self.output / IMAGES, prompts, self.ladder.seed)
         keys = {spec.name: self._key(weights, spec) for spec in model.samplers}
         paths = {name: self.output / MEASURED / f"{file_name(name)}.safetensors" for name in keys}
-        known = {name: load_measured(path, keys[name], prompts, self.metrics.needed) for name, path in paths.items()}
-        known = {
-            name: found
-            for name, found in known.items()
-            if found is not None and (not self.save_images or files.is_complete(name))
-        }
+        known = self._known(files, keys, paths)
         if len(known) == len(keys):
             return known
 
         def keep(name: str, result: SamplerResult) -> None:
+            result.collected.has_noise = model.opened.shares_noise
+            if rank():
+                return
             if self.save_images:
                 files.finish(name)
             save_measured(paths[name], result, keys[name])
 
-        opened = model.open_model()
-        opened.backbone.setup(self.device)
-        network = opened.build_network().to(self.device, self.dtype).eval().requires_grad_(False)
+        opened = model.opened if model.opened.steps is None else model.open_model()
+        maker = opened.maker(self.device, self.dtype, self.ladder.batch_size)
         try:
-            return _only(self.ladder, model).measure(
+            return _only(self.ladder, model).measure_by(
                 self.metrics,
-                opened.backbone,
-                {"student": network},
-                self.dtype,
+                EightBits(maker) if self.save_images else maker,
+                self.device,
                 known=known,
                 on_measured=keep,
                 on_images=files.add if self.save_images else _ignore,
+                silent=rank() > 0,
+                is_shared=True,
             )
         finally:
-            del network, opened
+            del maker, opened
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    def _known(self, files: ImageFiles, keys: Mapping[str, str], paths: Mapping[str, Path]) -> dict[str, SamplerResult]:
+        """Return the complete measurements of an earlier call. All processes agree, but only the first has the contents."""
+        known = {}
+        for name, key in keys.items() if not rank() else ():
+            found = load_measured(paths[name], key, self._prompts, self.metrics.needed)
+            if found is not None and (not self.save_images or files.is_complete(name)):
+                known[name] = found
+        return {name: known.get(name) or SamplerResult(torch.empty(0)) for name in from_first(list(known))}
 
     @property
     def _prompts(self) -> list[str]:
@@ -168,12 +197,29 @@ class Evaluation:
         }
 
     def _key(self, weights: str, spec: SamplerSpec) -> str:
-        own = {"seed": self.ladder.seed, "dtype": str(self.dtype), "prompts": self._prompts}
+        own: dict[str, Any] = {"seed": self.ladder.seed, "dtype": str(self.dtype), "prompts": self._prompts}
+        own |= {"images": "of 8 bits"} if self.save_images else {}
         return key_of({**self.settings, **own, "weights": weights, "sampler": str(spec)})
 
-    def _cautions(self, comparison: Comparison, measured: Mapping[str, SamplerResult]) -> list[str]:
+    def _cautions(
+        self,
+        comparison: Comparison,
+        measured: Mapping[str, SamplerResult],
+        models: Sequence[ModelGrid],
+        resamples: int,
+    ) -> list[str]:
         """Return what a reader of the figures must know, such as metrics that have too few images."""
-        cautions = [
+        cautions = [f"{model.title}: {note}" for model in models for note in model.opened.notes]
+        cautions += [
+            f"{name}: the safety checker replaced {found.counts['flagged']:.0f} of {self.ladder.size} images by black ones"
+            for name, found in measured.items()
+            if found.counts.get("flagged")
+        ]
+        if resamples < FEW_RESAMPLES:
+            cautions += [
+                f"{resamples} resamples are few: the ends of the intervals are rough; use {FEW_RESAMPLES} or more"
+            ]
+        cautions += [
             f"metric.{name} has no intervals, because its features are wide and each resample would take seconds"
             for name in comparison.left_out
         ]

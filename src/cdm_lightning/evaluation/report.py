@@ -13,17 +13,37 @@ from cdm_lightning.evaluation.pictures import picture
 from cdm_lightning.files import replacing, require_replaceable
 
 METRICS, TABLE, SCORES, PICTURE = "metrics.json", "table.md", "scores.csv", "samples.png"
+LONGEST_FIRST = 20  # characters of a sampler's name that stays in a table that is too wide
 FORMATS = {"seconds_per_image": "{:.4f}"}  # other figures: see `_cell`
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Return `rows` as an aligned table for a terminal.
+def table(rows: Sequence[Row], width: int | None = None) -> str:
+    """Return `rows` as an aligned table for a terminal of `width` characters, or of any width.
 
-    A row maps names of columns to values. A missing value is shown as -.
+    A row maps names of columns to values. A missing value is shown as -. If the table is too wide, long names of
+    samplers are replaced by numbers, with a legend below, and columns that do not fit follow in further tables.
     """
     columns = _columns(rows)
     cells = [[column.replace("_", " ") for column in columns], *_cells(rows, columns)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    if width is None or sum(widths) + 2 * (len(widths) - 1) <= width:
+        return _aligned(cells, widths)
+    legend = ""
+    if widths[0] > LONGEST_FIRST:
+        legend = "\n" + "\n".join(f"[{number}] {row[0]}" for number, row in enumerate(cells[1:], start=1))
+        cells = [cells[0], *([f"[{number}]", *row[1:]] for number, row in enumerate(cells[1:], start=1))]
+        widths[0] = max(len(row[0]) for row in cells)
+    parts, room = [[0]], width - widths[0]
+    for column, needed in list(enumerate(widths))[1:]:
+        if needed + 2 > room and len(parts[-1]) > 1:
+            parts, room = [*parts, [0]], width - widths[0]
+        parts[-1].append(column)
+        room -= needed + 2
+    shown = [_aligned([[row[i] for i in part] for row in cells], [widths[i] for i in part]) for part in parts]
+    return "\n\n".join(shown) + legend
+
+
+def _aligned(cells: Sequence[Sequence[str]], widths: Sequence[int]) -> str:
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
@@ -35,7 +55,13 @@ def markdown_table(rows: Sequence[Row]) -> str:
     """
     columns = _columns(rows)
     heads, rules = [column.replace("_", " ") for column in columns], ["---", *["---:"] * (len(columns) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [heads, rules, *_cells(rows, columns)]) + "\n"
+    cells = [[_escaped(cell) for cell in row] for row in [heads, *_cells(rows, columns)]]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [cells[0], rules, *cells[1:]]) + "\n"
+
+
+def _escaped(cell: str) -> str:
+    """Return the text of a cell so that Markdown does not end the cell at a | in it."""
+    return cell.replace("\\", "\\\\").replace("|", "\\|") if "|" in cell else cell
 
 
 def _columns(rows: Sequence[Row]) -> list[str]:

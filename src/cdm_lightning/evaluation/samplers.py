@@ -63,6 +63,11 @@ class SamplerSpec:
             raise UserError(f"sampler {self.name!r}: {error}") from error
 
     @property
+    def is_made_here(self) -> bool:
+        """Whether the images are made by a network of this evaluation, and not read from files."""
+        return True
+
+    @property
     def network_calls(self) -> int:
         """The number of network calls for one image. It is one per step, or two with guidance."""
         return self.nfe * (1 if self.guidance_scale == 1 else 2)

@@ -66,6 +66,7 @@ def save_measured(path: Path, result: SamplerResult, key: str) -> None:
             else:
                 tensors[f"{kind}{SEPARATOR}{name}"] = torch.cat(parts).contiguous()
     header = {"key": key, "seconds": repr(result.seconds), "has_noise": json.dumps(collected.has_noise)}
+    header["counts"] = json.dumps(result.counts)
     with replacing(own_file(path)) as temporary:
         save_file(tensors, temporary, metadata=header)
 
@@ -83,7 +84,7 @@ def load_measured(path: Path, key: str, prompts: Sequence[str], features: Sequen
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dictionary
         found = _result_of(tensors, header, prompts)
         return found if set(features) <= set(found.collected.features) else None
-    except (OSError, SafetensorError, LookupError, TypeError, ValueError):
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError, RecursionError):
         return None  # there are none, or they are damaged: they are made again
 
 
@@ -100,7 +101,8 @@ def _result_of(tensors: Mapping[str, Tensor], header: Mapping[str, str], prompts
             getattr(collected, kind).setdefault(name, []).append(tensors[full])
             if kind != "copies" and len(tensors[full]) != len(indices):
                 raise ValueError(f"{full} must have a row for each prompt")
-    return SamplerResult(tensors["shown"], collected, float(header["seconds"]))
+    counts = {str(name): float(count) for name, count in json.loads(header.get("counts", "{}")).items()}
+    return SamplerResult(tensors["shown"], collected, float(header["seconds"]), counts)
 
 
 def _order(name: str) -> tuple[str, int]:
@@ -119,29 +121,30 @@ class ImageFiles:
 
     def __init__(self, folder: Path, prompts: Sequence[str], seed: int) -> None:
         self.folder, self.prompts, self.seed = folder, prompts, seed
-        self._lines: dict[str, list[str]] = {}
 
     def add(self, sampler: str, images: Tensor, indices: Sequence[int]) -> None:
         """Write images (B, 3, H, W) in [0, 1] of the sampler `sampler`. `indices` are the indices of their prompts."""
-        place = self.folder / file_name(sampler)
         for image, index in zip(images, indices, strict=True):
-            path = place / f"{index:06d}.png"
-            with replacing(own_file(path)) as temporary:
+            with replacing(own_file(self.folder / self._file(sampler, index))) as temporary:
                 to_picture(image).save(temporary, format="PNG")
-            entry = {"model": sampler, "prompt": self.prompts[index], "prompt_index": index, "seed": self.seed}
-            line = json.dumps(entry | {"file": path.relative_to(self.folder).as_posix()}, ensure_ascii=False)
-            self._lines.setdefault(sampler, []).append(line)
 
     def finish(self, sampler: str) -> None:
-        """Write the manifest of the sampler named `sampler`. Call this after the last `add` for this sampler.
+        """Write the manifest of the sampler named `sampler`. Call this after the last `add` of all processes.
 
         Images of an earlier evaluation of more prompts are deleted.
         """
-        place, lines = self.folder / file_name(sampler), self._lines.pop(sampler, [])
+        place = self.folder / file_name(sampler)
         for path in place.glob(f"{'[0-9]' * 6}.png"):
             if int(path.stem) >= len(self.prompts):
                 path.unlink()
-        write_text(own_file(place / MANIFEST), "\n".join(lines) + "\n")
+        lines = []
+        for index, prompt in enumerate(self.prompts):
+            entry = {"model": sampler, "prompt": prompt, "prompt_index": index, "seed": self.seed}
+            lines.append(json.dumps(entry | {"file": self._file(sampler, index)}, ensure_ascii=False) + "\n")
+        write_text(own_file(place / MANIFEST), "".join(lines))
+
+    def _file(self, sampler: str, index: int) -> str:
+        return f"{file_name(sampler)}/{index:06d}.png"
 
     def is_complete(self, sampler: str) -> bool:
         """Return whether the folder has the manifest of the sampler named `sampler` and an image for each prompt."""
