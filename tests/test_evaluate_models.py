@@ -12,6 +12,7 @@ from PIL import Image
 from processes import together
 from safetensors.torch import load_file
 from tiny_pipelines.foreign import stable_diffusion
+from torch import Tensor
 
 from cdm_lightning.backbones.foreign_pipeline import open_foreign
 from cdm_lightning.config import asset_path
@@ -19,8 +20,10 @@ from cdm_lightning.distributed.ranks import connected
 from cdm_lightning.errors import UserError
 from cdm_lightning.evaluate import evaluate, read_model, read_prompts
 from cdm_lightning.evaluation.given_images import ImagesOfPrompts
+from cdm_lightning.evaluation.intervals import affordable, compare
 from cdm_lightning.evaluation.measuring import _interleaved, _Share, joined
 from cdm_lightning.evaluation.report import markdown_table, table
+from cdm_lightning.metrics.base import MeasuredImages, Metric
 from cdm_lightning.metrics.suite import Collected, MetricSuite
 from cdm_lightning.run.model_words import read_setting
 
@@ -28,6 +31,11 @@ TINY = str(asset_path("tiny_sd3"))
 SHAPES = read_prompts("shapes_heldout", 6)
 BOTH = ("colour", "shapes_adherence")
 DOCS = Path(__file__).parents[1] / "docs"
+
+
+class Means(torch.nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images.mean((2, 3))
 
 
 def figures(row: dict) -> dict:
@@ -66,6 +74,7 @@ def test_saved_images_have_exactly_the_figures_of_the_model(tmp_path):
     assert {(gap.value, gap.low, gap.high) for gap in gaps.values()} == {(0.0, 0.0, 0.0)}
     assert [text for text in found.cautions if text.startswith("files: its images were made elsewhere")]
     assert found.ladder.settings["notes"].keys() == {"files", "above"}
+    ImagesOfPrompts(folder.rename(tmp_path / "renamed")).check([], SHAPES, MetricSuite())
 
 
 def test_each_image_belongs_to_its_prompt(tmp_path):
@@ -262,36 +271,33 @@ def test_settings_that_a_foreign_pipeline_does_not_have(foreign, tmp_path):
 # ---- several processes
 
 
-def share(output: str, foreign: str, images: str, save: bool) -> None:
+def share(output: str, foreign: str) -> None:
     """One of the processes of an evaluation."""
     torch.set_num_threads(1)
+    more = ["metric.diversity.prompts=4", "metric.diversity.images_per_prompt=3"]
     with connected("evaluation"):
-        models = [[TINY, "name=t", "steps=1,2"], [foreign, "steps=2"], images]
-        more = ["metric.diversity.prompts=4", "metric.diversity.images_per_prompt=3"] if save else []
-        metrics = (*BOTH, "shapes_diversity") if save else BOTH
-        found = evaluate(models[: 2 if save else 3], SHAPES, output, metrics, more, batch_size=2, save_images=save)
-        assert len(found.ladder.rows) == (3 if save else 4)
+        models, metrics = [[TINY, "name=t", "steps=1"], [foreign, "steps=2"]], (*BOTH, "shapes_diversity")
+        found = evaluate(models, SHAPES, output, metrics, more, batch_size=2, save_images=True)
+        assert [row["sampler"] for row in found.ladder.rows] == ["t 1 step", "toy_sd 2 steps"]
 
 
 def test_two_processes_give_the_results_of_one_bit_for_bit(foreign, tmp_path):
-    images = write_images(tmp_path / "given", [f"{n}.png" for n in range(6)], 32)
-    for save in (True, False):
-        arguments = str(foreign), str(images), save
-        together(2, share, (str(tmp_path / f"two{save}"), *arguments))
-        share(str(tmp_path / f"one{save}"), *arguments)
-        one, two = (tmp_path / f"{name}{save}" for name in ("one", "two"))
-        files = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
-        assert files == sorted(path.relative_to(two) for path in two.rglob("*") if path.is_file())
-        assert len([path for path in files if path.suffix == ".png"]) == (19 if save else 1)
-        for file in files:
-            if file.suffix in (".png", ".jsonl", ".csv") or file.name in ("intervals.json", "differences.md"):
-                assert (one / file).read_bytes() == (two / file).read_bytes(), file
-            if file.suffix == ".safetensors":
-                tensors = load_file(one / file), load_file(two / file)
-                assert tensors[0].keys() == tensors[1].keys()
-                assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
-        rows = [json.loads((folder / "metrics.json").read_text())["rows"] for folder in (one, two)]
-        assert [figures(row) for row in rows[0]] == [figures(row) for row in rows[1]]
+    one, two = tmp_path / "one", tmp_path / "two"
+    together(2, share, (str(two), str(foreign)))
+    share(str(one), str(foreign))
+    files = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(two) for path in two.rglob("*") if path.is_file())
+    assert len([path for path in files if path.suffix == ".png"]) == 13
+    for file in files:
+        if file.suffix in (".png", ".jsonl", ".csv") or file.name in ("intervals.json", "differences.md"):
+            assert (one / file).read_bytes() == (two / file).read_bytes(), file
+        if file.suffix == ".safetensors":
+            tensors = load_file(one / file), load_file(two / file)
+            assert tensors[0].keys() == tensors[1].keys()
+            assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
+    rows = [json.loads((folder / "metrics.json").read_text())["rows"] for folder in (one, two)]
+    assert [figures(row) for row in rows[0]] == [figures(row) for row in rows[1]]
+    assert "diversity" in rows[0][0]
 
 
 def test_shares_are_joined_in_the_order_of_the_batches():
@@ -312,6 +318,40 @@ def test_shares_are_joined_in_the_order_of_the_batches():
     assert torch.cat(found.collected.copies["f"]).flatten().tolist() == order
     assert found.shown.flatten().tolist() == order
     assert (found.seconds, found.counts) == (3.0, {"network_calls": 8})
+
+
+# ---- many images
+
+
+class Wide(Metric):
+    features = ("means",)
+
+    def figures(self, measured, others):
+        assert set(measured.features) == {"means"}
+        return float(measured.features["means"].mean())
+
+
+def test_resamples_that_would_take_hours_are_fewer_or_none(monkeypatch):
+    suite = MetricSuite({"m": Wide()}, {"means": Means(), "other": Means()})
+    collected = Collected()
+    suite.measure(collected, torch.rand(40, 3, 2, 2, generator=torch.Generator().manual_seed(0)), ["p"] * 40, range(40))
+    collected.features["other"] = collected.features["means"]
+    work = Wide().work(40, 3)
+    assert work == 2 * 40 * 9 + 60 * 27
+    for room, expected in ((60, 50), (30, 30), (19, 0)):
+        monkeypatch.setattr("cdm_lightning.evaluation.intervals.MOST_WORK", work * room)
+        found = compare(suite, {"a": collected}, "a", 50)
+        assert found.reduced == ({"m": 30} if expected == 30 else {})
+        assert found.left_out == ([] if expected else ["m"])
+    assert affordable(Wide(), {"a": MeasuredImages(["p"], [0], {"means": torch.rand(1, 3)})}, 5) == 5
+
+
+def test_measurements_in_order_are_not_copied():
+    collected = Collected(["a", "b"], [0, 1], {"f": [torch.rand(2, 3)]}, {"m": [torch.rand(2)]})
+    measured = collected.of("m")
+    assert measured.features["f"].data_ptr() == collected.features["f"][0].data_ptr()
+    collected.indices = [1, 0]
+    assert torch.equal(collected.of("m").features["f"], collected.features["f"][0].flip(0))
 
 
 # ---- loose ends

@@ -16,9 +16,10 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from diffusers.utils import logging as diffusers_log
 from torch import Tensor, nn
 
-from cdm_lightning.backbones.loaded_weights import load_model, model_class
+from cdm_lightning.backbones.loaded_weights import load_model, model_class, without_report
 from cdm_lightning.backbones.pipeline_folder import blaming, downloading, loading, locate_index, read_index
 from cdm_lightning.backbones.settings_file import read_settings
 from cdm_lightning.backbones.whole_folder import INDEX, parts_of, require_contents, require_settings
@@ -96,7 +97,7 @@ class ForeignPipeline:
             for part in parts_of(self.index)
             if (kind := _model_class(*self.index[part]))
         }
-        with loading(self.folder):
+        with loading(self.folder), without_report(diffusers_log):  # that a folder has no safety checker
             pipeline: Any = self.pipeline_class.from_pretrained(
                 self.folder,
                 **models,

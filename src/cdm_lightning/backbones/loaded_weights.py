@@ -7,6 +7,7 @@ place for. The libraries only warn about either; here both are errors.
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import diffusers
@@ -33,7 +34,7 @@ def load_model(kind: type[Any], folder: Path, dtype: torch.dtype) -> Any:
     Raises `UserError` if the files in `folder` lack a weight, have a weight that config.json has no place for, or have
     a value that is not finite.
     """
-    with loading(folder), _without_report():
+    with loading(folder), without_report():
         model, report = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
     require_names(model, report["missing_keys"], report["unexpected_keys"], folder)
     for name, tensor in model.state_dict().items():
@@ -42,14 +43,17 @@ def load_model(kind: type[Any], folder: Path, dtype: torch.dtype) -> Any:
 
 
 @contextmanager
-def _without_report() -> Generator[None]:
-    """Keep transformers from printing its table of missing and unexpected weights: `require_names` says it in one line."""
-    shown = transformers_log.get_verbosity()
-    transformers_log.set_verbosity_error()
+def without_report(log: ModuleType = transformers_log) -> Generator[None]:
+    """Print only errors of a library in the `with` block, whose logging module is `log`.
+
+    transformers would print a table of missing and unexpected weights: `require_names` says it in one line.
+    """
+    shown = log.get_verbosity()
+    log.set_verbosity_error()
     try:
         yield
     finally:
-        transformers_log.set_verbosity(shown)
+        log.set_verbosity(shown)
 
 
 def require_names(model: nn.Module, missing: Iterable[str], unexpected: Iterable[str], folder: Path) -> None:

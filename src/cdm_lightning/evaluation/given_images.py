@@ -210,8 +210,10 @@ class ImagesOfPrompts:
             raise UserError(f"{where}: prompt_index must be a number from 0, and file and prompt texts; {EXPECTED}")
         parts = Path(name).parts
         path = self._place / name
-        if not path.is_file() and parts[:1] == (self._place.resolve().name,):  # so --save-images writes it
-            path = self._place.joinpath(*parts[1:])
+        if (
+            len(parts) == 2 and not path.is_file()
+        ):  # --save-images writes the name of the folder, which may be another now
+            path = self._place / parts[1]
         if Path(name).is_absolute() or ".." in parts or not path.is_file():
             raise UserError(f"{where}: the image {name[:200]!r} is not in the folder; {EXPECTED}")
         return index, path, prompt

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from cdm_lightning.core.rng import stream
 from cdm_lightning.metrics.base import MeasuredImages, Metric
@@ -18,6 +19,8 @@ from cdm_lightning.metrics.suite import Collected, MetricSuite, Row, as_row
 WIDEST = (
     1024  # dimensions of features; a distance between wider ones takes many seconds, and an interval hundreds of them
 )
+MOST_WORK = 1e14  # multiplications and additions for all resamples of a metric: half an hour on one core
+FEWEST = 20  # resamples; with fewer, the ends of an interval say little
 LEVEL = 0.95
 
 
@@ -84,6 +87,32 @@ def is_quick(metric: Metric, measured: Mapping[str, MeasuredImages]) -> bool:
     return not wide
 
 
+def affordable(metric: Metric, measured: Mapping[str, MeasuredImages], resamples: int) -> int:
+    """Return how many of the `resamples` are computed, so that the figures of all samplers take at most `MOST_WORK`.
+
+    The result depends on the numbers of images and features (see `Metric.work`), but not on the machine. It is 0 if
+    fewer than `FEWEST` resamples would be left.
+    """
+    work = sum(
+        metric.work(len(images), max((found.shape[1] for found in images.features.values()), default=0))
+        if images.scores is None
+        else len(images)
+        for images in measured.values()
+    )
+    found = int(min(resamples, MOST_WORK / max(work, 1)))
+    return found if found >= min(FEWEST, resamples) else 0
+
+
+def needed_by(metric: Metric, measured: MeasuredImages) -> MeasuredImages:
+    """Return `measured` with the features of those extractors alone that the metric needs, because resampling copies them."""
+
+    def own(features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value for name, value in features.items() if name in metric.features}
+
+    kinds = own(measured.features), own(measured.copies), own(measured.other_noise)
+    return replace(measured, features=kinds[0], copies=kinds[1], other_noise=kinds[2])
+
+
 def resampled_figures(
     name: str, metric: Metric, measured: Mapping[str, MeasuredImages], resamples: int, seed: int
 ) -> list[dict[str, Row]]:
@@ -118,13 +147,16 @@ class Comparison:
     - `differences`: maps the name of each sampler except the baseline to a dict with an interval for each figure: the
       interval of the sampler's figure minus the baseline's.
     - `missing`: sentences that say which intervals cannot be computed, and why.
-    - `left_out`: the names of the metrics for which no intervals were computed, because their features are too wide.
+    - `left_out`: the names of the metrics for which no intervals were computed, because they would take too long.
+    - `reduced`: maps the name of a metric to its number of resamples, if there were fewer because they would take too
+      long.
     """
 
     figures: dict[str, dict[str, Interval]]
     differences: dict[str, dict[str, Interval]]
     left_out: list[str]
     missing: list[str] = field(default_factory=list)
+    reduced: dict[str, int] = field(default_factory=dict)
 
 
 def compare(
@@ -142,15 +174,18 @@ def compare(
     """
     figures: dict[str, dict[str, Interval]] = {sampler: {} for sampler in samplers}
     differences: dict[str, dict[str, Interval]] = {sampler: {} for sampler in samplers if sampler != baseline}
-    left_out, missing = [], []
+    left_out, missing, reduced = [], [], dict[str, int]()
     for name, metric in metrics.metrics.items():
-        measured = {sampler: collected.of(name) for sampler, collected in samplers.items()}
-        if not is_quick(metric, measured):
+        measured = {sampler: needed_by(metric, collected.of(name)) for sampler, collected in samplers.items()}
+        count = affordable(metric, measured, resamples) if is_quick(metric, measured) else 0
+        if not count:
             left_out.append(name)
             continue
+        if count < resamples:
+            reduced[name] = count
         is_biased = any(images.scores is None for images in measured.values())
         whole = {sampler: as_row(name, metric.figures(images, measured)) for sampler, images in measured.items()}
-        drawn = resampled_figures(name, metric, measured, resamples, seed)
+        drawn = resampled_figures(name, metric, measured, count, seed)
         for sampler, row in whole.items():
             for figure, value in row.items():
                 values, others = values_of(drawn, sampler, figure), values_of(drawn, baseline, figure)
@@ -166,4 +201,4 @@ def compare(
                     gaps = [one - other for one, other in zip(values, others, strict=True)]
                     differences[sampler][figure] = interval(value - whole[baseline][figure], gaps, is_biased)
         progress(name)
-    return Comparison(figures, differences, left_out, list(dict.fromkeys(missing)))
+    return Comparison(figures, differences, left_out, list(dict.fromkeys(missing)), reduced)

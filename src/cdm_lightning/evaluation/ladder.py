@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cdm_lightning.backbones.base import Backbone
 from cdm_lightning.errors import UserError
-from cdm_lightning.evaluation.measuring import MakeImages, Maker, Measuring, NetworkMaker, SamplerResult
+from cdm_lightning.evaluation.measuring import MakeImages, Maker, Measuring, NetworkMaker, SamplerResult, own_share
 from cdm_lightning.evaluation.samplers import STEPS, SamplerSpec, device_of
 from cdm_lightning.kinds import BatchSize, NotEmpty, Pictures, Seed, Several
 from cdm_lightning.metrics.suite import MetricSuite
@@ -180,7 +180,8 @@ class LadderEvaluation:
         With `is_shared`, the processes share the work, and only the first gets the measurements. The other arguments are
         those of `measure`.
         """
-        progress = Progress("reading reference images", self._total_calls(metrics), silent=silent)
+        share = own_share(self.size, self.batch_size) if is_shared else 1.0
+        progress = Progress("reading reference images", round(share * self._total_calls(metrics)), silent=silent)
         metrics.prepare(device)
         measuring = Measuring(metrics, self._prompts, self.batch_size, self.seed, self.shown, progress, is_shared)
         measured: dict[str, SamplerResult] = {}
@@ -191,7 +192,7 @@ class LadderEvaluation:
         for spec in self.samplers:
             if known and spec.name in known:
                 measured[spec.name] = known[spec.name]
-                progress.advance(spec.network_calls * self._images(metrics))
+                progress.advance(round(share * spec.network_calls * self._images(metrics)))
                 continue
             progress.describe(f"evaluating {spec.name}")
             other = metrics.other_noise and spec.network == "student"  # the teacher's many steps would double the time

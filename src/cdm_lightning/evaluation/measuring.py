@@ -165,6 +165,12 @@ class Measuring:
         return not self.is_shared or number % world_size() == rank()
 
 
+def own_share(size: int, batch_size: int) -> float:
+    """Return which part of the images of `size` prompts this process makes, if the processes share the batches."""
+    starts = range(rank() * batch_size, size, world_size() * batch_size)
+    return sum(min(batch_size, size - start) for start in starts) / size
+
+
 def joined(shares: Sequence[_Share], nothing: Tensor, batch_size: int) -> SamplerResult:
     """Join what the processes have measured, in the order of the batches. Batch k is in share k modulo their number.
 

@@ -220,8 +220,12 @@ class Evaluation:
                 f"{resamples} resamples are few: the ends of the intervals are rough; use {FEW_RESAMPLES} or more"
             ]
         cautions += [
-            f"metric.{name} has no intervals, because its features are wide and each resample would take seconds"
+            f"metric.{name} has no intervals, because its features are wide or its images many, and each resample would take seconds"
             for name in comparison.left_out
+        ]
+        cautions += [
+            f"metric.{name} has {count} resamples instead of {resamples}, because more would take more than half an hour"
+            for name, count in comparison.reduced.items()
         ]
         if self.ladder.size < FEW_PROMPTS:
             cautions += [f"{self.ladder.size} prompts are few: the intervals are too narrow; use {FEW_PROMPTS} or more"]

@@ -162,6 +162,15 @@ class Metric:
         scores = measured.scores
         return None if scores is None or not len(scores) else float(scores.double().mean())
 
+    def work(self, images: int, width: int) -> float:
+        """Return about how many multiplications and additions `figures` takes for a sampler's images.
+
+        `width` is the number of dimensions of the features (0 if there are none). Confidence intervals compute the
+        figures for hundreds of resamples, and fewer if these would take too long. By default, the result is the work
+        of a Fréchet distance: covariances and eigenvalues of features, or a mean of scores.
+        """
+        return 2.0 * images * width**2 + 60.0 * width**3 if self.features else float(images)
+
     def caution(self, measured: MeasuredImages) -> str | None:
         """Return a warning about the metric's figures for `measured`, such as that the images are too few.
 

@@ -49,19 +49,25 @@ class Collected:
     def of(self, metric: str) -> MeasuredImages:
         """Return the measurements from which the metric named `metric` computes its figures, sorted by prompt index."""
         order = sorted(range(len(self.indices)), key=self.indices.__getitem__)
-        features = {name: torch.cat(batches)[order] for name, batches in self.features.items()}
+        features = {name: _ordered(batches, order) for name, batches in self.features.items()}
         scores = self.scores.get(metric)
         return MeasuredImages(
             prompts=[self.prompts[i] for i in order],
             indices=[self.indices[i] for i in order],
             features=features,
-            scores=torch.cat(scores)[order] if scores else None,
+            scores=_ordered(scores, order) if scores else None,
             copies={
                 name: torch.stack([features[name][: len(more[0])], *more], 1) for name, more in self.copies.items()
             },
-            other_noise={name: torch.cat(batches) for name, batches in self.other_noise.items()},
+            other_noise={name: _ordered(batches) for name, batches in self.other_noise.items()},
             has_noise=self.has_noise,
         )
+
+
+def _ordered(batches: Sequence[Tensor], order: Sequence[int] = ()) -> Tensor:
+    """Return the rows of all batches in this order, without a copy if it is one batch in this order already."""
+    whole = batches[0] if len(batches) == 1 else torch.cat(list(batches))
+    return whole[list(order)] if any(place != row for place, row in enumerate(order)) else whole
 
 
 def as_row(name: str, found: Figures) -> Row:
