@@ -33,7 +33,7 @@ from cdm_lightning.errors import UserError
 from cdm_lightning.kinds import BatchSize, FileOrFolder, Name, Seed, Several
 from cdm_lightning.kinds.command_line import Parser, argument
 from cdm_lightning.run.folder import is_run
-from cdm_lightning.run.model_words import read_model, read_prompts
+from cdm_lightning.run.model_words import command_words, read_model, read_prompts
 from cdm_lightning.terminal.quiet import quiet_libraries
 
 if TYPE_CHECKING:  # these take seconds to import: --help and error messages should not wait for them
@@ -78,18 +78,20 @@ def evaluate(
     takes, such as ["my_student", "steps=1,2"]. The results go to the folder `output`. `prompts` are a list, a prompt
     file or the name of a bundled one. The first `count` are used, or all if there are fewer. `metrics` are names of
     files in conf/metric, and `options` are overrides such as "metric.colour.sampler=NAME". The noise of an image
-    depends only on `seed` and the index of its prompt. The networks compute on `device` in `dtype`. The confidence
-    intervals are computed from `resamples` resamples of the prompts. `baseline` is the name of the sampler to which the
-    others are compared; None means the first one. With `save_images`, all images are written as PNG files, with a
-    manifest. If torchrun has started several processes, all must call this inside `distributed.ranks.connected`; only
-    the first process writes, and only its result has scores and measurements.
+    depends only on `seed` and the index of its prompt. The networks compute on `device` in `dtype`. The intervals are
+    computed from `resamples` resamples of the prompts. `baseline` is the name of the sampler to which the others are
+    compared; None means the first one. With `save_images`, all images are written as PNG files, with a manifest. If
+    torchrun has started several processes, all must call this inside `distributed.ranks.connected`; only the first
+    process writes, and only its result has scores and measurements.
 
     Raises `UserError` for a model, prompt, metric or option that cannot be used, before any image is made.
     """
+    words = command_words(locals())
     from cdm_lightning.distributed.devices import choose_device
     from cdm_lightning.evaluation.grid import require_distinct
     from cdm_lightning.evaluation.protocol import Evaluation, GridEvaluation
     from cdm_lightning.module import COMPUTE_DTYPES
+    from cdm_lightning.run.page import save_evaluation_page
 
     if dtype not in COMPUTE_DTYPES:
         raise UserError(f"--dtype {dtype} must be one of {', '.join(COMPUTE_DTYPES)}")
@@ -98,14 +100,18 @@ def evaluate(
     require_distinct(grids)
     specs = [spec for model in grids for spec in model.samplers]
     names = [spec.name for spec in specs]
-    if baseline is not None and baseline not in names:
-        raise UserError(f"--baseline {baseline!r} must be one of the samplers: {', '.join(map(repr, names))}")
+    _require_one_of(names, baseline)
     texts = read_prompts(prompts, count) if isinstance(prompts, str) else prompts
     ladder = GridEvaluation(texts, specs, count=count, batch_size=batch_size, seed=seed)
     ladder.check(suite)
     require_writable(output, grids)
     evaluation = Evaluation(ladder, suite, output, place, COMPUTE_DTYPES[dtype], settings, save_images)
-    return evaluation.run(grids, baseline or names[0], resamples)
+    return save_evaluation_page(evaluation.run(grids, baseline or names[0], resamples), grids, words)
+
+
+def _require_one_of(names: Sequence[str], baseline: str | None) -> None:
+    if baseline is not None and baseline not in names:
+        raise UserError(f"--baseline {baseline!r} must be one of the samplers: {', '.join(map(repr, names))}")
 
 
 def _as_grid(model: "ModelGrid | str | Sequence[str]") -> "ModelGrid":

@@ -493,6 +493,7 @@ ALLOWED = {  # what else opens files by itself: files that this package has just
     "checkpoint/stored.py": {"safe_open"},  # `require_regular`
     "data/text_shards.py": {"safe_open"},  # `require_regular`
     "evaluation/store.py": {"safe_open"},  # `require_regular`
+    "evaluation/thumbnails.py": {"open"},  # PIL, of bytes in memory
     "data/image_cache.py": {"safe_open"},  # `require_regular`
     "data/formats.py": {
         "read_text"

@@ -87,8 +87,10 @@ def is_quick(metric: Metric, measured: Mapping[str, MeasuredImages]) -> bool:
     return not wide
 
 
-def affordable(metric: Metric, measured: Mapping[str, MeasuredImages], resamples: int) -> int:
-    """Return how many of the `resamples` are computed, so that the figures of all samplers take at most `MOST_WORK`.
+def affordable(
+    metric: Metric, measured: Mapping[str, MeasuredImages], resamples: int, most_work: float = MOST_WORK
+) -> int:
+    """Return how many of the `resamples` are computed, so that the figures of all samplers take at most `most_work`.
 
     The result depends on the numbers of images and features (see `Metric.work`), but not on the machine. It is 0 if
     fewer than `FEWEST` resamples would be left.
@@ -99,7 +101,7 @@ def affordable(metric: Metric, measured: Mapping[str, MeasuredImages], resamples
         else len(images)
         for images in measured.values()
     )
-    found = int(min(resamples, MOST_WORK / max(work, 1)))
+    found = int(min(resamples, most_work / max(work, 1)))
     return found if found >= min(FEWEST, resamples) else 0
 
 
@@ -166,18 +168,20 @@ def compare(
     resamples: int,
     seed: int = 0,
     progress: Callable[[str], None] = lambda metric: None,
+    most_work: float = MOST_WORK,
 ) -> Comparison:
     """Return the intervals of all samplers' figures, and of their differences from the figures of sampler `baseline`.
 
     `samplers` maps names to measurements, which must be of images of the same prompts. `progress` is called with the
-    name of each metric when its intervals are complete. Raises KeyError if `baseline` is not in `samplers`.
+    name of each metric when its intervals are complete. A metric for which the resamples would take more than `most_work`
+    has fewer resamples, or no intervals. Raises KeyError if `baseline` is not in `samplers`.
     """
     figures: dict[str, dict[str, Interval]] = {sampler: {} for sampler in samplers}
     differences: dict[str, dict[str, Interval]] = {sampler: {} for sampler in samplers if sampler != baseline}
     left_out, missing, reduced = [], [], dict[str, int]()
     for name, metric in metrics.metrics.items():
         measured = {sampler: needed_by(metric, collected.of(name)) for sampler, collected in samplers.items()}
-        count = affordable(metric, measured, resamples) if is_quick(metric, measured) else 0
+        count = affordable(metric, measured, resamples, most_work) if is_quick(metric, measured) else 0
         if not count:
             left_out.append(name)
             continue

@@ -2,7 +2,7 @@
 
 A *sampler* is a way to make images. A batch holds the same prompts for any number of processes, and each batch is made by
 one process. Therefore the images and figures do not depend on the number of processes, bit for bit. Only features,
-scores and the few images of the overview picture are kept. Shapes: images (B, 3, H, W) in [0, 1].
+scores, the few images of the overview picture, and small copies of the first images are kept. Shapes: images (B, 3, H, W) in [0, 1].
 """
 
 import time
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cdm_lightning.backbones.base import Backbone
 from cdm_lightning.distributed.ranks import rank, to_first, world_size
 from cdm_lightning.evaluation.samplers import SamplerSpec, generate
+from cdm_lightning.evaluation.thumbnails import MOST, thumbnail
 from cdm_lightning.metrics.suite import Collected, MetricSuite
 from cdm_lightning.terminal.progress import Progress
 
@@ -77,23 +78,26 @@ class SamplerResult:
     """The measurements of one sampler: features and scores of its images, the generation time in seconds, and some images.
 
     `shown` are the images (P, 3, H, W) of the first P prompts, for the overview picture. `counts` is what its `Maker`
-    counted, summed over the images.
+    counted, summed over the images. `thumbnails` are small copies of the images of the first prompts (`thumbnails.MOST`),
+    as files; there are none in measurements that an older version has stored.
     """
 
     shown: Tensor
     collected: Collected = field(default_factory=Collected)
     seconds: float = 0.0
     counts: dict[str, float] = field(default_factory=dict)
+    thumbnails: list[bytes] = field(default_factory=list)
 
 
 @dataclass
 class _Share:
-    """What one process has measured of a sampler. `shown` has an entry for each of its batches."""
+    """What one process has measured of a sampler. `shown` and `thumbnails` have an entry for each of its batches."""
 
     shown: list[Tensor] = field(default_factory=list)
     collected: Collected = field(default_factory=Collected)
     seconds: float = 0.0
     counts: dict[str, float] = field(default_factory=dict)
+    thumbnails: list[list[bytes]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,8 @@ class Measuring:
             self.metrics.measure(share.collected, images, prompts, indices, self.texts.setdefault(start, {}))
             if start < self.shown:  # a copy: a view would keep the whole batch in memory
                 share.shown.append(images[: self.shown - start].clone())
+            if start < MOST:
+                share.thumbnails.append([thumbnail(image) for image in images[: MOST - start]])
             self.progress.advance(len(prompts) * calls)
         share.counts = take_counts()
         prompts = self.prompts[: self.metrics.copies.prompts]
@@ -187,7 +193,8 @@ def joined(shares: Sequence[_Share], nothing: Tensor, batch_size: int) -> Sample
             getattr(collected, kind)[name] = batches if kind == "copies" else [torch.cat(batches)]
     shown = torch.cat([nothing, *_interleaved([share.shown for share in shares])])
     counts = {name: sum(share.counts.get(name, 0) for share in shares) for share in shares for name in share.counts}
-    return SamplerResult(shown, collected, sum(share.seconds for share in shares), counts)
+    small = [content for batch in _interleaved([share.thumbnails for share in shares]) for content in batch]
+    return SamplerResult(shown, collected, sum(share.seconds for share in shares), counts, small)
 
 
 def _chunks(values: Sequence[Any], size: int) -> list[Sequence[Any]]:

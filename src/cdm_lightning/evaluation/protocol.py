@@ -19,6 +19,7 @@ from cdm_lightning.evaluation.grid import ModelGrid
 from cdm_lightning.evaluation.intervals import Comparison, Interval, compare
 from cdm_lightning.evaluation.ladder import LadderEvaluation, LadderResult, Row, SamplerResult
 from cdm_lightning.evaluation.measuring import EightBits
+from cdm_lightning.evaluation.page import PAGE
 from cdm_lightning.evaluation.report import METRICS, PICTURE, SCORES, TABLE, markdown_table, save_report, table
 from cdm_lightning.evaluation.samplers import SamplerSpec
 from cdm_lightning.evaluation.store import ImageFiles, file_name, key_of, load_measured, save_measured
@@ -65,7 +66,7 @@ class Evaluated:
             lines += [f"differences to {self.baseline}, with 95 % intervals (* does not contain 0)"]
             lines += [table(self.differences, width), ""]
         lines += [f"note: {caution}" for caution in self.cautions]
-        return "\n".join([*lines, f"results: {self.folder}"])
+        return "\n".join([*lines, f"results: {self.folder}", f"report:  {self.folder / PAGE}"])
 
 
 @dataclass(frozen=True)

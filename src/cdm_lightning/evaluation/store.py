@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cdm_lightning.evaluation.ladder import SamplerResult
 from cdm_lightning.evaluation.pictures import to_picture
+from cdm_lightning.evaluation.thumbnails import require_readable
 from cdm_lightning.files import replacing, require_regular, write_text
 from cdm_lightning.metrics.suite import Collected
 
@@ -67,6 +68,9 @@ def save_measured(path: Path, result: SamplerResult, key: str) -> None:
                 tensors[f"{kind}{SEPARATOR}{name}"] = torch.cat(parts).contiguous()
     header = {"key": key, "seconds": repr(result.seconds), "has_noise": json.dumps(collected.has_noise)}
     header["counts"] = json.dumps(result.counts)
+    if result.thumbnails:
+        tensors["thumbnails"] = torch.frombuffer(bytearray(b"".join(result.thumbnails)), dtype=torch.uint8)
+        tensors["thumbnail_sizes"] = torch.tensor([len(content) for content in result.thumbnails])
     with replacing(own_file(path)) as temporary:
         save_file(tensors, temporary, metadata=header)
 
@@ -102,7 +106,24 @@ def _result_of(tensors: Mapping[str, Tensor], header: Mapping[str, str], prompts
             if kind != "copies" and len(tensors[full]) != len(indices):
                 raise ValueError(f"{full} must have a row for each prompt")
     counts = {str(name): float(count) for name, count in json.loads(header.get("counts", "{}")).items()}
-    return SamplerResult(tensors["shown"], collected, float(header["seconds"]), counts)
+    return SamplerResult(
+        tensors["shown"], collected, float(header["seconds"]), counts, _thumbnails(tensors, len(indices))
+    )
+
+
+def _thumbnails(tensors: Mapping[str, Tensor], prompts: int) -> list[bytes]:
+    """Return the small images in a file, or [] if an older version has written it. Raises ValueError or OSError if damaged."""
+    if "thumbnails" not in tensors:
+        return []
+    whole, sizes = tensors["thumbnails"].numpy().tobytes(), tensors["thumbnail_sizes"].tolist()
+    if len(sizes) > prompts or min(sizes, default=1) < 1 or sum(sizes) != len(whole):
+        raise ValueError("the sizes of the small images do not fit")
+    found, start = [], 0
+    for size in sizes:
+        found.append(whole[start : start + size])
+        start += size
+        require_readable(found[-1])
+    return found
 
 
 def _order(name: str) -> tuple[str, int]:

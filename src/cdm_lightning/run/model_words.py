@@ -1,7 +1,7 @@
 """Read the words that name a model and its settings, such as "my_student steps=1,2 guidance=1.5 shift=uniform name=a"."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # it takes seconds to import: --help and error messages shoul
 
 LONGEST_NAME = 100
 GRID = {"steps": Steps, "guidance": Guidance, "shift": Positive, "name": Name}  # what may follow the folder of --model
+RENAMED = {"metrics": "metric", "options": "set"}  # parameters of `evaluate` that the command line calls otherwise
 SCHEDULES = {"trained": None, "uniform": 1.0}  # words for values of shift: None is the model's own
 
 
@@ -85,3 +86,25 @@ def read_prompts(file: str, count: int) -> list[str]:
         raise UserError(f"--prompts {file} is neither a file nor one of the bundled sets {', '.join(sorted(bundled))}")
     found = PromptFile(file if is_path else bundled[file])
     return [found[i] for i in range(min(count, len(found)))]
+
+
+def command_words(given: Mapping[str, Any]) -> list[str]:
+    """Return the words of the command that repeats an evaluation, or [] if it was started with objects of Python.
+
+    `given` maps the parameters of `cdm_lightning.evaluate.evaluate` to their values.
+    """
+    models, prompts = given["models"], given["prompts"]
+    if not isinstance(prompts, str) or any(not isinstance(model, str | Sequence) for model in models):
+        return []
+    words = ["python", "-m", "cdm_lightning.evaluate", "--prompts", prompts]
+    for name, value in given.items():
+        option = f"--{RENAMED.get(name, name).replace('_', '-')}"
+        if name in ("models", "prompts") or value is None or value is False or value == ():
+            continue
+        if name == "options":
+            words += [word for one in value for word in (option, one)]
+        else:
+            words += [option, *map(str, value if isinstance(value, list | tuple) else [] if value is True else [value])]
+    for model in models:
+        words += ["--model", *([model] if isinstance(model, str) else model)]
+    return words
