@@ -103,3 +103,36 @@ def test_the_python_example_runs_on_the_bundled_pipeline(tmp_path: Path, monkeyp
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
     assert blocks
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    lines = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE).splitlines()
+    titles = [line.lstrip("#").strip().lower() for line in lines if line.startswith("#")]
+    return {re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "SECURITY.md", ROOT / "benchmarks/README.md"], ids=lambda page: page.name
+)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        place = page.parent / name if name else page
+        assert place.exists(), target
+        assert not anchor or anchor in headings(place), target
+
+
+def test_the_index_has_all_pages_and_readme_links_it() -> None:
+    index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
+    missing = [page.name for page in (ROOT / "docs").glob("*.md") if f"({page.name})" not in index]
+    assert missing == ["README.md"]
+    assert "(docs/README.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_method_is_linked_before_its_first_word() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    words = [text.index(word) for word in ("student", "teacher", "fake score", "rollout", "anchor", "guidance")]
+    assert text.index("docs/method.md") < min(words)
