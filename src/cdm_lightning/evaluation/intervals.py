@@ -181,6 +181,13 @@ def compare(
     left_out, missing, reduced = [], [], dict[str, int]()
     for name, metric in metrics.metrics.items():
         measured = {sampler: needed_by(metric, collected.of(name)) for sampler, collected in samplers.items()}
+        whole = {sampler: as_row(name, metric.figures(images, measured)) for sampler, images in measured.items()}
+        skipped = as_row(name, dict.fromkeys(metric.figures_without_interval, 0.0)).keys()
+        skipped = {key.removesuffix("_") for key in skipped} & {figure for row in whole.values() for figure in row}
+        missing += [f"{figure} has no interval: {metric.no_interval}" for figure in sorted(skipped)]
+        if all(figure in skipped for row in whole.values() for figure in row):
+            progress(name)
+            continue
         count = affordable(metric, measured, resamples, most_work) if is_quick(metric, measured) else 0
         if not count:
             left_out.append(name)
@@ -188,10 +195,9 @@ def compare(
         if count < resamples:
             reduced[name] = count
         is_biased = any(images.scores is None for images in measured.values())
-        whole = {sampler: as_row(name, metric.figures(images, measured)) for sampler, images in measured.items()}
         drawn = resampled_figures(name, metric, measured, count, seed)
         for sampler, row in whole.items():
-            for figure, value in row.items():
+            for figure, value in ((figure, value) for figure, value in row.items() if figure not in skipped):
                 values, others = values_of(drawn, sampler, figure), values_of(drawn, baseline, figure)
                 if values is None:
                     missing.append(

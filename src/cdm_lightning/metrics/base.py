@@ -116,6 +116,8 @@ class Metric:
     - `other_noise`: True if the metric also needs a second image of each prompt, from different noise. Only samplers of
       the student make such images.
     - `least_images`: the number of images of a sampler below which the metric has no figure.
+    - `figures_without_interval`: the names of those figures that have no confidence interval, because resampling would
+      change them, and `no_interval`: the reason, as part of a sentence. The name of a single figure is "".
     """
 
     features: tuple[str, ...] = ()
@@ -124,6 +126,8 @@ class Metric:
     sampler: str | None = None
     other_noise: bool = False
     least_images: int = 1
+    figures_without_interval: Sequence[str] = ()
+    no_interval: str = ""
 
     def prepare(self, extractors: Mapping[str, nn.Module]) -> None:
         """Do the metric's slow work, such as measuring reference images.

@@ -214,8 +214,9 @@ class FrechetToSampler(Metric):
             return None
         if self._reference is None or self._reference[0] is not reference:
             self._reference = reference, FeatureStatistics.of_features([reference.features[self.feature]])
-        sets = {"same_noise" if measured.has_noise else "other_noise": measured.features[self.feature]}
-        if self.feature in measured.other_noise:
+        is_paired = measured.has_noise and reference.has_noise
+        sets = {"same_noise" if is_paired else "other_noise": measured.features[self.feature]}
+        if self.feature in measured.other_noise and measured.has_noise:
             sets["other_noise"] = measured.other_noise[self.feature]
         found = {name: frechet_distance(self._reference[1], features) for name, features in sets.items()}
         return {name: value for name, value in found.items() if value is not None}
