@@ -278,8 +278,12 @@ def test_intervals_of_distances_cover_the_distance_and_others_say_why_they_have_
         middle = found.figures["a"][figure]
         assert middle.low <= middle.value <= middle.high
     assert found.differences["b"]["kid_mean"].high < 0  # b is nearer
-    assert "vendi has no interval: repeated images are less diverse" in found.missing
-    assert [line for line in found.missing if line.startswith("test_accuracy has no interval")]
+    assert "no interval of vendi: repeated images are less diverse" in found.missing
+    assert [
+        line
+        for line in found.missing
+        if line.startswith("no interval of test_accuracy, test_high, test_low, test_p_value: ")
+    ]
     assert found.left_out == []
 
 

@@ -184,7 +184,8 @@ def compare(
         whole = {sampler: as_row(name, metric.figures(images, measured)) for sampler, images in measured.items()}
         skipped = as_row(name, dict.fromkeys(metric.figures_without_interval, 0.0)).keys()
         skipped = {key.removesuffix("_") for key in skipped} & {figure for row in whole.values() for figure in row}
-        missing += [f"{figure} has no interval: {metric.no_interval}" for figure in sorted(skipped)]
+        if skipped:
+            missing.append(f"no interval of {', '.join(sorted(skipped))}: {metric.no_interval}")
         if all(figure in skipped for row in whole.values() for figure in row):
             progress(name)
             continue

@@ -61,7 +61,7 @@ class Evaluated:
 
     def text(self, width: int | None = None) -> str:
         """Return the results as text for a terminal of `width` characters, or of any width."""
-        lines = [table(self.ladder.rows, width), ""]
+        lines = [f"{self.ladder.settings['count']} images of each sampler", table(self.ladder.rows, width), ""]
         if any(len(row) > 1 for row in self.differences):
             lines += [f"differences to {self.baseline}, with 95 % intervals (* does not contain 0)"]
             lines += [table(self.differences, width), ""]

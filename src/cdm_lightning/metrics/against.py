@@ -4,8 +4,8 @@ The reference is a set of images, or another sampler (a way to make images), suc
 images (B, 3, H, W) in [0, 1], features (N, D).
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cdm_lightning.errors import UserError
 from cdm_lightning.metrics.base import MeasuredImages, Metric, extract
 
+Found = TypeVar("Found")
 LARGEST_BLOCK = 1 << 24  # numbers in one block of a matrix of distances or kernels
 
 
@@ -34,6 +35,7 @@ class AgainstReference(Metric):
             )
         self.reference, self.sampler, self.feature, self.features = reference, sampler, feature, (feature,)
         self._known: Tensor | None = None
+        self._kept: Any = None  # of the reference images, see `of_reference`
 
     def prepare(self, extractors: Mapping[str, nn.Module]) -> None:
         """Compute the features of the reference images, if there are any.
@@ -68,6 +70,23 @@ class AgainstReference(Metric):
             return None
         return own.double(), reference.double()
 
+    @property
+    def references(self) -> int:
+        """The number of reference images, or 0 if the reference is another sampler or has not been read."""
+        return 0 if self._known is None else len(self._known)
+
+    def of_reference(self, reference: Tensor, compute: Callable[[Tensor], Found]) -> Found:
+        """Return `compute(reference)`. For reference images, it is computed once and kept for other samplers and resamples."""
+        if self._known is None:
+            return compute(reference)
+        if self._kept is None:
+            self._kept = compute(reference)
+        return self._kept
+
+    def pairs(self, images: int) -> float:
+        """Return twice the number of pairs of images, of which one is a sampler's, that a figure of `images` images needs."""
+        return 2.0 * (images * (images + self.references) if self._known is not None else 3 * images**2)
+
     def caution(self, measured: MeasuredImages) -> str | None:
         """Return a warning if `measured` has fewer than `least_images` images, otherwise None."""
         return self.too_few(len(measured))
@@ -80,7 +99,7 @@ class AgainstReference(Metric):
 
     def facts(self) -> dict[str, float]:
         """Return the number of reference images as "reference_images", if the reference is a set of images."""
-        return {} if self._known is None else {"reference_images": len(self._known)}
+        return {"reference_images": self.references} if self.references else {}
 
 
 def are_finite(*features: Tensor) -> bool:

@@ -6,9 +6,11 @@ Shapes: features (N, D).
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from cdm_lightning.core.rng import stream
 from cdm_lightning.kinds import Count, FeatureName, Name, Positive, Seed, Several
@@ -29,26 +31,32 @@ def gaussian(a: Tensor, b: Tensor, sigma: float) -> Tensor:
     return torch.exp(squares.clamp(min=0) / (-2 * sigma**2))
 
 
-def mmd(kernel: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor, is_biased: bool = False) -> float:
+Kernel = Callable[[Tensor, Tensor], Tensor]
+
+
+def mmd(kernel: Kernel, a: Tensor, b: Tensor, is_biased: bool = False, within_b: float | None = None) -> float:
     """Return the estimate of MMD^2 between `a` (N, D) and `b` (M, D).
 
     The estimate has no bias, because no point is paired with itself. With `is_biased`, points are paired with
-    themselves too, so that the estimate is never negative. Needs N and M of at least 2 without `is_biased`.
+    themselves too, so that the estimate is never negative. Without it, N and M must be at least 2. `within_b` is
+    `mean_within` of `b`, if it is known.
     """
+    within_b = mean_within(kernel, b, is_biased) if within_b is None else within_b
+    return mean_within(kernel, a, is_biased) + within_b - 2 * _total(kernel, a, b) / (len(a) * len(b))
 
-    def total(one: Tensor, other: Tensor, with_itself: bool = True) -> float:
-        found, start = 0.0, 0
-        for rows in one.split(max(1, LARGEST_BLOCK // len(other))):  # N x M numbers may be too many for the memory
-            block = kernel(rows, other)
-            found += float(block.sum() if with_itself else block.sum() - block.diagonal(start).sum())
-            start += len(rows)
-        return found
 
-    def within(one: Tensor) -> float:
-        count = len(one)
-        return total(one, one, is_biased) / (count * (count if is_biased else count - 1))
+def mean_within(kernel: Kernel, a: Tensor, is_biased: bool) -> float:
+    """Return the mean kernel of two points of `a` (N, D), which may be the same point only with `is_biased`."""
+    return _total(kernel, a, a, is_biased) / (len(a) * (len(a) if is_biased else len(a) - 1))
 
-    return within(a) + within(b) - 2 * total(a, b) / (len(a) * len(b))
+
+def _total(kernel: Kernel, one: Tensor, other: Tensor, with_itself: bool = True) -> float:
+    found, start = 0.0, 0
+    for rows in one.split(max(1, LARGEST_BLOCK // len(other))):  # N x M numbers may be too many for the memory
+        block = kernel(rows, other)
+        found += float(block.sum() if with_itself else block.sum() - block.diagonal(start).sum())
+        start += len(rows)
+    return found
 
 
 class KID(AgainstReference):
@@ -85,7 +93,8 @@ class KID(AgainstReference):
             return None if found is None else {"mean": float("nan")}
         own, reference = found
         if min(len(own), len(reference)) <= self.subset_size:
-            return {"mean": mmd(polynomial, own, reference)}
+            within = self.of_reference(reference, lambda known: mean_within(polynomial, known, is_biased=False))
+            return {"mean": mmd(polynomial, own, reference, within_b=within)}
         rng, values = stream(self.seed, "subsets of KID"), []
         for _ in range(self.subsets):
             drawn = [one[torch.randperm(len(one), generator=rng)[: self.subset_size]] for one in (reference, own)]
@@ -95,8 +104,9 @@ class KID(AgainstReference):
 
     def work(self, images: int, width: int) -> float:
         """Return about how many multiplications and additions `figures` takes (see `Metric.work`)."""
-        size = images if images <= self.subset_size else self.subset_size
-        return 6.0 * (1 if images <= self.subset_size else self.subsets) * size**2 * width
+        if min(images, self.references or images) <= self.subset_size:
+            return self.pairs(images) * width
+        return 6.0 * self.subsets * self.subset_size**2 * width
 
     def caution(self, measured: MeasuredImages) -> str | None:
         """Return a warning if `measured` has no more images than a subset, otherwise None."""
@@ -129,8 +139,10 @@ class CMMD(AgainstReference):
         found = self.pair(measured, others)
         if found is None or not are_finite(*found):
             return None if found is None else float("nan")
-        own, reference = (torch.nn.functional.normalize(one) for one in found)
-        return 1000 * mmd(lambda a, b: gaussian(a, b, self.sigma), own, reference, is_biased=True)
+        own, reference = (normalize(one) for one in found)
+        kernel = partial(gaussian, sigma=self.sigma)
+        within = self.of_reference(reference, lambda known: mean_within(kernel, known, is_biased=True))
+        return 1000 * mmd(kernel, own, reference, is_biased=True, within_b=within)
 
     def caution(self, measured: MeasuredImages) -> str | None:
         """Return a warning if `measured` has few images, otherwise None."""
@@ -141,4 +153,4 @@ class CMMD(AgainstReference):
 
     def work(self, images: int, width: int) -> float:
         """Return about how many multiplications and additions `figures` takes (see `Metric.work`)."""
-        return 6.0 * images**2 * (width + 20)  # an exponential is like 20 multiplications
+        return self.pairs(images) * (width + 20)  # an exponential is like 20 multiplications

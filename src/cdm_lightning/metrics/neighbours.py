@@ -22,15 +22,18 @@ def radii(features: Tensor, k: int) -> Tensor:
     return torch.cat([block.kthvalue(k + 1, dim=1).values for block in distances(features, features)])  # 1: itself
 
 
-def overlap(own: Tensor, reference: Tensor, k: int) -> dict[str, float]:
+def overlap(own: Tensor, reference: Tensor, k: int, reference_radii: Tensor | None = None) -> dict[str, float]:
     """Return the figures of a sampler's features `own` (N, D) against those of the `reference` (M, D), for N and M > k.
 
     - "precision" is the share of `own` inside a ball of the reference, and "recall" the share of the reference inside a
       ball of `own` (Kynkäänniemi et al., arXiv:1904.06991).
     - "density" is the mean number of balls of the reference around a feature of `own`, divided by k. "coverage" is the
       share of the balls of the reference that hold a feature of `own` (Naeem et al., arXiv:2002.09797).
+
+    `reference_radii` are the `radii` of the reference, if they are known.
     """
-    own_radii, reference_radii = radii(own, k), radii(reference, k)
+    own_radii = radii(own, k)
+    reference_radii = radii(reference, k) if reference_radii is None else reference_radii
     inside, recalled, covered = [], torch.zeros(len(reference)).bool(), torch.zeros(len(reference)).bool()
     start = 0
     for block in distances(own, reference):  # (R, M)
@@ -71,12 +74,11 @@ class PrecisionRecall(AgainstReference):
         found = self.pair(measured, others)
         if found is None or not are_finite(*found):
             return None if found is None else dict.fromkeys(FIGURES, float("nan"))
-        return overlap(*found, self.k)
+        return overlap(*found, self.k, self.of_reference(found[1], lambda known: radii(known, self.k)))
 
     def work(self, images: int, width: int) -> float:
         """Return about how many multiplications and additions `figures` takes (see `Metric.work`)."""
-        own = images if self._known is None else len(self._known)
-        return 2.0 * (images**2 + own**2 + images * own) * (width + 30)  # the search of a radius is like 30
+        return self.pairs(images) * (width + 30)  # the search of a radius is like 30
 
     def caution(self, measured: MeasuredImages) -> str | None:
         """Return a warning if `measured` has few images, otherwise None."""
