@@ -141,6 +141,12 @@ def values_of(drawn: Sequence[Mapping[str, Row]], sampler: str, figure: str) -> 
     return found if len(found) == len(drawn) else None
 
 
+def without_interval(name: str, metric: Metric, rows: Mapping[str, Row]) -> set[str]:
+    """Return the figures in `rows`, by sampler, for which the metric `name` says that resampling would change them."""
+    keys = as_row(name, dict.fromkeys(metric.figures_without_interval, 0.0))
+    return {key.removesuffix("_") for key in keys} & {figure for row in rows.values() for figure in row}
+
+
 @dataclass(frozen=True)
 class Comparison:
     """The intervals of an evaluation.
@@ -181,20 +187,18 @@ def compare(
     left_out, missing, reduced = [], [], dict[str, int]()
     for name, metric in metrics.metrics.items():
         measured = {sampler: needed_by(metric, collected.of(name)) for sampler, collected in samplers.items()}
-        whole = {sampler: as_row(name, metric.figures(images, measured)) for sampler, images in measured.items()}
-        skipped = as_row(name, dict.fromkeys(metric.figures_without_interval, 0.0)).keys()
-        skipped = {key.removesuffix("_") for key in skipped} & {figure for row in whole.values() for figure in row}
-        if skipped:
-            missing.append(f"no interval of {', '.join(sorted(skipped))}: {metric.no_interval}")
-        if all(figure in skipped for row in whole.values() for figure in row):
-            progress(name)
-            continue
         count = affordable(metric, measured, resamples, most_work) if is_quick(metric, measured) else 0
         if not count:
             left_out.append(name)
             continue
         if count < resamples:
             reduced[name] = count
+        whole = {sampler: as_row(name, metric.figures(images, measured)) for sampler, images in measured.items()}
+        skipped = without_interval(name, metric, whole)
+        missing += [f"no interval of {', '.join(sorted(skipped))}: {metric.no_interval}"] if skipped else []
+        if all(figure in skipped for row in whole.values() for figure in row):
+            progress(name)
+            continue
         is_biased = any(images.scores is None for images in measured.values())
         drawn = resampled_figures(name, metric, measured, count, seed)
         for sampler, row in whole.items():
