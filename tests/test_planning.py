@@ -446,9 +446,35 @@ PAGE = Path(__file__).parents[1] / "docs" / "planning.md"
 
 @pytest.mark.slow
 def test_the_page_shows_what_the_planner_prints() -> None:
-    blocks = re.findall(
-        r"^```sh\n(python -m cdm_lightning\.plan [^\n]*)\n```\n\n```text\n(.*?)\n```", PAGE.read_text(), re.M | re.S
+    page = PAGE.read_text(encoding="utf-8")
+    ((command, shown),) = re.findall(
+        r"^```sh\n(python -m cdm_lightning\.plan [^\n]*)\n```\n\n```text\n(.*?)\n```", page, re.M | re.S
     )
-    assert len(blocks) == 4
-    for command, shown in blocks:
-        assert "\n\n".join(map(str, planner.plan(command.split()[3:]))) == shown
+    assert "\n\n".join(map(str, planner.plan(command.split()[3:]))) == shown
+    commands = page.split("The commands are:")[1].split("```")[1].splitlines()[1:]
+    plans = [str(plan) for line in commands for plan in planner.plan(line.split()[3:])]
+    rows = [line for line in page.splitlines() if re.match(r"\| `(sd3|longcat)_cdm", line)]
+    assert rows == [row_of(plan) for plan in plans]
+
+
+def row_of(plan: str) -> str:
+    """The row of the page's table for a printed plan."""
+
+    def find(pattern: str) -> str:
+        found = re.search(pattern, plan)
+        return found[1] if found else "-"
+
+    name, gpus, strategy, batch = re.match(r"(\w+) on (.* GB), strategy=(\w+), (\d+) prompts", plan).groups()
+    hours, iterations = find(r"iterations: ([\d.]+) hours"), find(r"(\d+) iterations:")
+    cells = [
+        f"`{name}`" + (" with a text cache" if "text encoders  " not in plan else ""),
+        f"{gpus}, `{strategy}`",
+        batch,
+        find(r"sum +([\d.]+ GB of [\d.]+) usable").replace(" GB", ""),
+        "no" if "does NOT fit" in plan else "yes",
+        find(r"largest batch of a GPU (\d+)"),
+        find(r"all of these: saves [\d.]+ GB, then the largest batch is (\d+)"),
+        find(r"a checkpoint ([\d.]+) GB"),
+        f"{hours} ({iterations} iterations)",
+    ]
+    return "| " + " | ".join(cells) + " |"
