@@ -423,7 +423,7 @@ def test_ladder_report_leaves_table_picture_and_student(
     backbone = SD3Backbone(str(tiny_pipeline_folder))
     trainer, module = fit(tmp_path, [report], backbone, max_steps=2, ema=EMA(), limit_val_batches=0)
     printed = capsys.readouterr().out
-    for name in ("table.md", "metrics.json", "samples.png", "student"):
+    for name in ("table.md", "metrics.json", "samples.png", "report.html", "student"):
         assert str(tmp_path / name) in printed
         assert (tmp_path / name).exists()
     rows = {row["sampler"]: row for row in json.loads((tmp_path / "metrics.json").read_text())["rows"]}

@@ -150,6 +150,10 @@ def test_grid_files_and_restart(tmp_path, monkeypatch):
     assert content["figures"]["t 2 steps"]["adherence"][0] == found.ladder.rows[2]["adherence"]
     assert content["prompts"] == 6
 
+    page = (tmp_path / "out/report.html").read_text()
+    assert page.count('src="data:image/') == 4 * 6
+    assert page.count(f">{found.comparison.figures['t 2 steps']['adherence'].value:.3f}<") >= 1
+
     lines = [json.loads(line) for path in (tmp_path / "out/images").rglob("manifest.jsonl") for line in path.open()]
     assert len(lines) == 4 * 6
     one = next(line for line in lines if line["model"] == "t 2 steps" and line["prompt_index"] == 3)
@@ -161,6 +165,7 @@ def test_grid_files_and_restart(tmp_path, monkeypatch):
     again = run()
     assert again.ladder.rows == found.ladder.rows
     assert again.comparison == found.comparison
+    assert (tmp_path / "out/report.html").read_text().count('src="data:image/') == 4 * 6
     for name, images in found.ladder.images.items():
         assert torch.equal(images, again.ladder.images[name])
     with pytest.raises(pytest.fail.Exception, match="run again"):

@@ -10,8 +10,10 @@ import lightning as L
 from cdm_lightning.distributed.ranks import from_first
 from cdm_lightning.distributed.sharding import put_together
 from cdm_lightning.distributed.strategy import MeshStrategy
+from cdm_lightning.ends.optional import may_fail
 from cdm_lightning.errors import UserError
 from cdm_lightning.evaluation.ladder import LadderEvaluation
+from cdm_lightning.evaluation.page import PAGE
 from cdm_lightning.evaluation.report import METRICS, PICTURE, SCORES, TABLE, save_report, table
 from cdm_lightning.evaluation.samplers import check_samplers, sizes_of
 from cdm_lightning.exporting.pipeline import (
@@ -26,6 +28,7 @@ from cdm_lightning.kinds import FolderOfRun, Steps
 from cdm_lightning.metrics.rehearsal import rehearse
 from cdm_lightning.metrics.suite import MetricSuite
 from cdm_lightning.run.folder import Run
+from cdm_lightning.run.page import save_run_page
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -39,8 +42,8 @@ OTHERS = ("checkpoints", "logs", "samples", "scores")  # folders of a run that a
 class LadderReport(L.Callback):
     """After training, measure teacher and student at several numbers of steps (the "ladder") and export the student.
 
-    This callback prints a table of the metrics and writes metrics.json, table.md, scores.csv and samples.png into the
-    run's folder. It exports the student to the pipeline folder `export_folder` in the run's folder, with a scheduler
+    This callback prints a table of the metrics and writes metrics.json, table.md, scores.csv, samples.png and report.html into
+    the run's folder. It exports the student to the pipeline folder `export_folder` in the run's folder, with a scheduler
     for `export_nfe` steps. If an earlier process has already evaluated and exported the student of the last iteration
     with the same options, only the table of these results is printed. Raises `UserError` before training if the export
     could not be written or a metric cannot measure the images.
@@ -118,6 +121,8 @@ class LadderReport(L.Callback):
             return
         result.settings.update(self._identity(run, pl_module))
         save_report(result, run.folder)
+        with may_fail(run.folder / PAGE, Exception):  # whatever a page cannot show, the student must be exported
+            save_run_page(run, result, self.evaluation, self.metrics, backbone)
         export_pipeline(
             backbone,
             cast("Module", network),  # the first process has the whole network
@@ -155,6 +160,8 @@ class LadderReport(L.Callback):
         print(f"\n{table(rows)}\n", flush=True)
         print(f"table    {_shown(run.folder / TABLE)} (figures: {_shown(run.folder / METRICS)})")
         print(f"picture  {_shown(run.folder / PICTURE)}")
+        if (run.folder / PAGE).is_file():
+            print(f"report   {_shown(run.folder / PAGE)}")
         print(f"student  {_shown(run.folder / self.export_folder)}", flush=True)
         if line := how_to_call(run.folder / self.export_folder):
             print(f"         {line}", flush=True)

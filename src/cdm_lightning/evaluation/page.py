@@ -89,11 +89,15 @@ def save_page(page: Page, folder: Path) -> Path:
 
     Raises OSError if it cannot be written.
     """
-    path = require_replaceable(folder / PAGE)
-    path.unlink(missing_ok=True)  # an earlier evaluation's page would not fit the other files
-    with replacing(path) as temporary:
+    remove_page(folder)
+    with replacing(folder / PAGE) as temporary:
         temporary.write_bytes(render(page).encode())
     return folder / PAGE
+
+
+def remove_page(folder: Path) -> None:
+    """Delete the page of an earlier evaluation, which would not fit the other files. Raises OSError if it is no file."""
+    require_replaceable(folder / PAGE).unlink(missing_ok=True)
 
 
 def render(page: Page) -> str:
@@ -285,4 +289,4 @@ def _curves(page: Page) -> list[Plot]:
     return found
 
 
-__all__ = ("PAGE", "Card", "Label", "Page", "Setting", "Shot", "number", "plain", "render", "save_page")
+__all__ = ("PAGE", "Card", "Label", "Page", "Setting", "Shot", "number", "plain", "remove_page", "render", "save_page")

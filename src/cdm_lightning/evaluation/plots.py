@@ -11,6 +11,7 @@ WIDTH, HEIGHT = 460, 280  # of a plot, in units of its viewBox
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 14, 40  # margins
 MOST_LABELS = 9  # on the axis below
 APART = 4  # between points of several lines at the same place, so that their intervals can be told apart
+SMALLEST, LARGEST = 1e-100, 1e100  # of numbers that are drawn, so that no power of 10 overflows
 STEP_FACTORS = (1, 2, 2.5, 5, 10)
 
 
@@ -75,7 +76,7 @@ def plot(
         y
         for point in [*points, *heights]
         for y in (point.y, point.low, point.high)
-        if y is not None and math.isfinite(y)
+        if y is not None and abs(y) < LARGEST
     ]
     xs = sorted({point.x for point in points})
     beside = round_numbers(min(ends), max(ends))
@@ -116,7 +117,9 @@ def number(value: float) -> str:
 
 def round_numbers(low: float, high: float, count: int = 5) -> list[float]:
     """Return about `count` round numbers in equal distances, from at most `low` to at least `high`."""
-    span = high - low or abs(high) * 0.1 or 1.0
+    span, size = high - low, max(abs(low), abs(high))
+    if span <= 1e-9 * size or size < SMALLEST:
+        span = size * 0.1 if size >= SMALLEST else 1.0
     rough = span / (count - 1)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in STEP_FACTORS if factor * power >= rough * 0.999)
@@ -127,11 +130,11 @@ def round_numbers(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def _is_number(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
+    return value is not None and abs(value) < LARGEST
 
 
 def _is_finite(point: Point) -> bool:
-    return math.isfinite(point.x) and math.isfinite(point.y)
+    return abs(point.x) < LARGEST and abs(point.y) < LARGEST
 
 
 def _between(low: float, high: float, start: float, end: float) -> Callable[[float | None], float]:

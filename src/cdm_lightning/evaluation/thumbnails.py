@@ -75,13 +75,14 @@ def fit(contents: Sequence[bytes], most: int) -> Fitted | None:
     whole = [_address(content) for content in contents]
     if sum(map(len, whole)) <= most:
         return Fitted(whole, None)
-    step = max(1, len(contents) // SAMPLE)
-    some = contents[::step]
+    different = list(dict.fromkeys(contents))
+    some = different[:: max(1, len(different) // SAMPLE)]
     for side, quality in QUALITIES:
-        estimate = sum(len(_address(_smaller(content, side, quality))) for content in some) / len(some)
-        if estimate * len(contents) > most:
+        estimate = sum(len(_address(_smaller(content, side, quality))) for content in some)
+        if estimate / len(some) * len(contents) > most:
             continue
-        found = [_address(_smaller(content, side, quality)) for content in contents]
+        smaller = {content: _address(_smaller(content, side, quality)) for content in different}
+        found = [smaller[content] for content in contents]
         if sum(map(len, found)) <= most:
             return Fitted(found, side)
     return None

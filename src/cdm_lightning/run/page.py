@@ -14,13 +14,13 @@ from typing import Any
 import yaml
 
 from cdm_lightning.backbones.base import Backbone
-from cdm_lightning.config.secrets import masked, masked_command
+from cdm_lightning.config.secrets import masked, masked_command, masked_text
 from cdm_lightning.distributed.ranks import rank
 from cdm_lightning.errors import UserError
 from cdm_lightning.evaluation.grid import ModelGrid
 from cdm_lightning.evaluation.intervals import compare
 from cdm_lightning.evaluation.ladder import LadderEvaluation, LadderResult
-from cdm_lightning.evaluation.page import PAGE, Page, Setting, save_page
+from cdm_lightning.evaluation.page import PAGE, Page, Setting, remove_page, save_page
 from cdm_lightning.evaluation.protocol import FEW_PROMPTS, Evaluated
 from cdm_lightning.files import first_line, read_text
 from cdm_lightning.metrics.suite import MetricSuite
@@ -79,6 +79,7 @@ def save_run_page(
     `ladder` and `metrics` are those of the evaluation, whose measurements give the intervals, and `backbone` is the run's.
     Raises OSError if the page cannot be written.
     """
+    remove_page(run.folder)
     baseline = next(spec.name for spec in sorted(ladder.samplers, key=lambda spec: spec.network != "teacher"))
     collected = {name: found.collected for name, found in result.measured.items()}
     comparison = compare(metrics, collected, baseline, RESAMPLES, ladder.seed, most_work=MOST_WORK)
@@ -121,10 +122,11 @@ def curves_of(folder: Path) -> dict[str, list[tuple[float, float]]]:
         return {}
     try:
         text = read_text(max(logs, key=lambda path: path.stat().st_mtime), MOST_LOG, follow=False)
-    except (OSError, UnicodeDecodeError):
+        rows = list(csv.DictReader(io.StringIO(text)))
+    except (OSError, UnicodeDecodeError, csv.Error):
         return {}
     curves: dict[str, list[tuple[float, float]]] = {}
-    for row in csv.DictReader(io.StringIO(text)):
+    for row in rows:
         step = _number(row.get("step"))
         for name, value in row.items():
             if (
@@ -204,5 +206,6 @@ def _facts(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _weights(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     paths = settings.get("paths", {})
     return [
-        (f"weights of {name}", f"{paths.get(name, '')} (hash {found})") for name, found in settings["models"].items()
+        (f"weights of {name}", masked_text(f"{paths.get(name, '')} (hash {found})"))
+        for name, found in settings["models"].items()
     ]
