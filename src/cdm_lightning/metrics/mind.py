@@ -10,7 +10,7 @@ from cdm_lightning.kinds import Count, FeatureName, Name, Seed
 from cdm_lightning.metrics.against import AgainstReference, are_finite
 from cdm_lightning.metrics.base import MeasuredImages
 
-FEW = 1000  # images; the paper finds figures of 1000 informative
+FEW = 1000  # images, the fewest that the paper calls informative
 
 
 def mind(a: Tensor, b: Tensor, directions: Tensor) -> float:
@@ -67,5 +67,5 @@ class MIND(AgainstReference):
         if count >= FEW or self.too_few(count):
             return self.too_few(count)
         return (
-            f"{count} images are fewer than the {FEW} that its paper recommends; compare only figures for this number"
+            f"{count} images are fewer than the {FEW} that its paper calls enough; compare only figures for this number"
         )
