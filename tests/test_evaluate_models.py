@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from processes import together
 from safetensors.torch import load_file
-from tiny_pipelines.foreign import stable_diffusion
+from tiny_pipelines.foreign import pixart, stable_diffusion
 from torch import Tensor
 
 from cdm_lightning.backbones.foreign_pipeline import open_foreign
@@ -166,6 +166,15 @@ def test_a_metric_of_another_size_is_refused_first(tmp_path):
     assert not list((tmp_path / "out/measured").iterdir())
 
 
+def test_images_have_no_second_noise(tmp_path):
+    folder = write_images(tmp_path / "a", [f"{n}.png" for n in range(6)], 32)
+    options = ["metric.frechet_teacher.sampler=t 1 step"]
+    models = [[TINY, "name=t", "steps=1"], [str(folder), "name=files"]]
+    found = evaluate(models, SHAPES, tmp_path / "out", ["shapes_frechet_teacher"], options, resamples=20).ladder
+    assert set(figures(found.rows[1])) == {"frechet_teacher_other_noise"}  # their noise is not that of the teacher
+    assert found.measured["files"].collected.other_noise == {}
+
+
 def test_other_pixels_under_the_same_names_are_measured_anew(tmp_path):
     folder = write_images(tmp_path / "a", ["0.png", "1.png"])
     before = evaluate([str(folder)], SHAPES[:2], tmp_path / "out").ladder.rows[0]
@@ -200,6 +209,14 @@ def test_a_foreign_pipeline_is_called_as_it_is_and_the_batch_size_does_not_matte
     assert torch.allclose(alone, stock.images, atol=1e-6)
     assert "starts from noise of its own" in found[0].cautions[0]
     assert found[0].ladder.measured["toy_sd 1 step"].collected.has_noise is False
+
+
+def test_a_pixart_is_measured(tmp_path):
+    folder = pixart(tmp_path / "pixart")
+    found = evaluate([[str(folder), "steps=2", "guidance=1,3"]], SHAPES[:2], tmp_path / "out", resamples=20)
+    assert [row["network_calls"] for row in found.ladder.rows] == [2, 4]
+    assert found.ladder.images["pixart 2 steps"].shape == (2, 3, 128, 128)
+    assert open_foreign(str(folder)).size == (128, 128)
 
 
 def test_a_safety_checker_is_reported(tmp_path):
@@ -355,6 +372,12 @@ def test_measurements_in_order_are_not_copied():
 
 
 # ---- loose ends
+
+
+def test_slurm_without_torchrun_is_refused(monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    with pytest.raises(UserError, match="start it with torchrun, or as one task"), connected("evaluation"):
+        pytest.fail("the block ran")
 
 
 def test_words_for_the_schedule():

@@ -1,13 +1,33 @@
 """Text-to-image pipelines of families without a backbone, at toy size and with made-up weights."""
 
+from functools import partial
 from pathlib import Path
 
-from diffusers import AutoencoderKL, DDIMScheduler, LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    LCMScheduler,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    T5EncoderModel,
+)
 
 from cdm_lightning.config import asset_path
 from tiny_pipelines.parts import seeded
+
+TINY = Path(asset_path("tiny_sd3"))
 
 
 def unet() -> UNet2DConditionModel:
@@ -34,7 +54,7 @@ def vae() -> AutoencoderKL:
 
 
 def tokenizer() -> CLIPTokenizer:
-    return CLIPTokenizer.from_pretrained(Path(asset_path("tiny_sd3")) / "tokenizer")
+    return CLIPTokenizer.from_pretrained(TINY / "tokenizer")
 
 
 def text_encoder() -> CLIPTextModel:
@@ -56,6 +76,29 @@ def safety_checker() -> StableDiffusionSafetyChecker:
     for weights in (made.concept_embeds_weights, made.special_care_embeds_weights):
         weights.data.fill_(-2.0)  # below every cosine: all images are flagged
     return made
+
+
+def pixart(folder: Path) -> Path:
+    """Write a `PixArtAlphaPipeline` of 128 x 128 pixels into `folder`."""
+    transformer = partial(
+        PixArtTransformer2DModel,
+        sample_size=32,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=4,
+        cross_attention_dim=8,
+        caption_channels=T5EncoderModel.from_pretrained(TINY / "text_encoder_3").config.d_model,
+        norm_num_groups=4,
+    )
+    seeded(
+        PixArtAlphaPipeline,
+        transformer=transformer,
+        vae=vae,
+        scheduler=DPMSolverMultistepScheduler,
+        text_encoder=lambda: T5EncoderModel.from_pretrained(TINY / "text_encoder_3"),
+        tokenizer=lambda: AutoTokenizer.from_pretrained(TINY / "tokenizer_3"),
+    ).save_pretrained(folder)
+    return folder
 
 
 def stable_diffusion(folder: Path, scheduler: str = "ddim", is_safe: bool = True) -> Path:

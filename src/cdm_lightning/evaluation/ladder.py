@@ -196,6 +196,7 @@ class LadderEvaluation:
                 continue
             progress.describe(f"evaluating {spec.name}")
             other = metrics.other_noise and spec.network == "student"  # the teacher's many steps would double the time
+            other = other and spec.is_made_here
             see, make = partial(on_images, spec.name), partial(maker.images, spec)
             measured[spec.name] = measuring.measure(make, spec.network_calls, see, other, maker.take_counts)
             on_measured(spec.name, measured[spec.name])

@@ -66,7 +66,7 @@ class EightBits:
     def images(self, spec: SamplerSpec, prompts: Sequence[str], indices: Sequence[int], seed: int) -> Tensor:
         """Return the images (B, 3, H, W) of the other maker; each value is a multiple of 1/255."""
         images = self.maker.images(spec, prompts, indices, seed)
-        return (images * 255).round().byte().float() / 255
+        return (images * 255).round().clamp(0, 255) / 255  # NaN stays NaN
 
     def take_counts(self) -> dict[str, float]:
         """Return what the other maker has counted."""
@@ -180,7 +180,7 @@ def own_share(size: int, batch_size: int) -> float:
 def joined(shares: Sequence[_Share], nothing: Tensor, batch_size: int) -> SamplerResult:
     """Join what the processes have measured, in the order of the batches. Batch k is in share k modulo their number.
 
-    `nothing` are 0 images, for a share without images of the first prompts.
+    The shares lose their features and scores. `nothing` are 0 images, for a share without images of the first prompts.
     """
     found = [share.collected for share in shares]
     collected = Collected(has_noise=found[0].has_noise)
@@ -189,7 +189,9 @@ def joined(shares: Sequence[_Share], nothing: Tensor, batch_size: int) -> Sample
         setattr(collected, kind, [value for chunk in _interleaved(flat) for value in chunk])
     for kind in ("features", "scores", "copies", "other_noise"):
         for name in dict.fromkeys(name for one in found for name in getattr(one, kind)):
-            batches = _interleaved([getattr(one, kind).get(name, []) for one in found])
+            batches = _interleaved(
+                [getattr(one, kind).pop(name, []) for one in found]
+            )  # not kept: they fill the memory
             getattr(collected, kind)[name] = batches if kind == "copies" else [torch.cat(batches)]
     shown = torch.cat([nothing, *_interleaved([share.shown for share in shares])])
     counts = {name: sum(share.counts.get(name, 0) for share in shares) for share in shares for name in share.counts}
