@@ -348,7 +348,7 @@ class Wide(Metric):
         return float(measured.features["means"].mean())
 
 
-def test_resamples_that_would_take_hours_are_fewer_or_none(monkeypatch):
+def test_resamples_that_would_take_hours_are_fewer_or_none():
     suite = MetricSuite({"m": Wide()}, {"means": Means(), "other": Means()})
     collected = Collected()
     suite.measure(collected, torch.rand(40, 3, 2, 2, generator=torch.Generator().manual_seed(0)), ["p"] * 40, range(40))
@@ -356,8 +356,7 @@ def test_resamples_that_would_take_hours_are_fewer_or_none(monkeypatch):
     work = Wide().work(40, 3)
     assert work == 2 * 40 * 9 + 60 * 27
     for room, expected in ((60, 50), (30, 30), (19, 0)):
-        monkeypatch.setattr("cdm_lightning.evaluation.intervals.MOST_WORK", work * room)
-        found = compare(suite, {"a": collected}, "a", 50)
+        found = compare(suite, {"a": collected}, "a", 50, most_work=work * room)
         assert found.reduced == ({"m": 30} if expected == 30 else {})
         assert found.left_out == ([] if expected else ["m"])
     assert affordable(Wide(), {"a": MeasuredImages(["p"], [0], {"means": torch.rand(1, 3)})}, 5) == 5
