@@ -327,7 +327,8 @@ def test_round_numbers_span_the_values(low, high):
     assert found[0] <= low
     assert found[-1] >= high
     assert 2 <= len(found) <= 8
-    assert len({number(value) for value in found}) >= 2 or high - low < 1e-5 * abs(high)
+    assert len({number(value) for value in found}) == len(found) or high - low < 1e-5 * abs(high)
+    assert [float(number(value)) for value in found] == pytest.approx(found, rel=1e-5)
 
 
 def test_long_curves_are_thinned_and_keep_their_ends():

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 WIDTH, HEIGHT = 460, 280  # of a plot, in units of its viewBox
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 14, 40  # margins
+LEFT, RIGHT, TOP, BOTTOM = 64, 14, 14, 40  # margins
 MOST_LABELS = 9  # on the axis below
 APART = 4  # between points of several lines at the same place, so that their intervals can be told apart
 SMALLEST, LARGEST = 1e-100, 1e100  # of numbers that are drawn, so that no power of 10 overflows
@@ -111,8 +111,8 @@ def plot(
 
 
 def number(value: float) -> str:
-    """Return a number for a label: 4 digits at most, and no zeros at the end."""
-    return f"{value:.4g}" if abs(value) >= 1e-4 or not value else f"{value:.0e}"
+    """Return a number for a label: 6 digits at most, and no zeros at the end."""
+    return f"{value:.6g}"
 
 
 def round_numbers(low: float, high: float, count: int = 5) -> list[float]:
@@ -126,7 +126,7 @@ def round_numbers(low: float, high: float, count: int = 5) -> list[float]:
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     if first == last:
         first, last = first - 1, last + 1
-    return [round(n * step, 12) for n in range(first, last + 1)]
+    return [float(f"{n * step:.10g}") for n in range(first, last + 1)]
 
 
 def _is_number(value: float | None) -> bool:

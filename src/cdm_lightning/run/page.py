@@ -108,7 +108,10 @@ def _weights_of_run(run: Run, settings: Mapping[str, Any], backbone: Backbone) -
     if run.checkpoints:
         student += f", {run.checkpoints[-1].name} (hash {digest_of([run.checkpoints[-1]])})"
     folder = getattr(backbone, "folder", None)
-    teacher = [("weights of teacher", f"{folder} (hash {digest_of([folder])})")] if isinstance(folder, Path) else []
+    if not isinstance(folder, Path):
+        return [("weights of student", student)]
+    shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder.name  # no home folder
+    teacher = [("weights of teacher", f"{shown} (hash {digest_of([folder])})")]
     return [("weights of student", student), *teacher]
 
 
