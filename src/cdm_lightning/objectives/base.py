@@ -206,6 +206,14 @@ class Objective(ABC):
         return "to_anchor"
 
     @property
+    def score_role(self) -> str | None:
+        """The network that learns the distribution of the student's images and can be compared with the teacher, or None.
+
+        By default it is the fake score, if there is one that gets the same inputs as the teacher. `callbacks.health` uses it.
+        """
+        return next((role.name for role in self.roles if role.name == "fake_score" and not role.inputs), None)
+
+    @property
     def needs_latents(self) -> bool:
         """Whether the losses use latents of real images. If so, the training data must have images."""
         return False
