@@ -28,7 +28,7 @@ def pipeline() -> StableDiffusion3Pipeline:
 def test_the_assets_are_small_and_safe() -> None:
     files = [file for file in Path(asset_path("")).rglob("*") if file.is_file()]
     assert 0 < sum(file.stat().st_size for file in files) <= LARGEST
-    assert {file.suffix for file in files} <= {".safetensors", ".json", ".txt", ".md", ".jinja"}
+    assert {file.suffix for file in files} <= {".safetensors", ".json", ".txt", ".md", ".jinja", ".css", ".js"}
 
 
 def test_diffusers_itself_draws_what_the_caption_says(pipeline: StableDiffusion3Pipeline) -> None:

@@ -24,6 +24,7 @@ from cdm_lightning.evaluation.intervals import compare, interval
 from cdm_lightning.evaluation.samplers import SamplerSpec
 from cdm_lightning.metrics.base import ImageBatch, Metric
 from cdm_lightning.metrics.frechet import FeatureStatistics, Frechet
+from cdm_lightning.metrics.mind import MIND
 from cdm_lightning.metrics.suite import Collected, MetricSuite
 from cdm_lightning.run.models import open_run
 
@@ -111,6 +112,19 @@ def test_metrics_with_wide_features_have_no_intervals(monkeypatch):
     found = compare(suite, {"a": measured(suite, torch.rand(5, 3, 2, 2))}, "a", 10)
     assert found.left_out == ["m"]
     assert found.figures == {"a": {}}
+    suite = MetricSuite({"m": MIND(sampler="a", feature="means", projections=3)}, {"means": Means()})
+    samplers = {name: measured(suite, torch.rand(5, 3, 2, 2)) for name in "ab"}
+    quick = compare(suite, samplers, "a", 10)
+    assert not quick.left_out
+    assert quick.figures["b"].keys() == {"m"}
+
+
+def test_an_interval_without_width_is_told():
+    suite = MetricSuite({"m": Brightness()})
+    samplers = {"a": measured(suite, torch.ones(20, 3, 1, 1)), "b": measured(suite, torch.rand(20, 3, 1, 1))}
+    (told,) = compare(suite, samplers, "b", 100).missing
+    assert told.startswith("m of a: all images have the same score")
+    assert "up to about 0.15 of the images" in told
 
 
 # ---- shifts
@@ -331,7 +345,7 @@ def test_a_figure_that_is_not_finite_has_no_star_and_is_said(tmp_path):
             return batch.images.mean((1, 2, 3)).log()  # of 0: minus infinity
 
     suite = MetricSuite({"m": Odd()})
-    samplers = {"a": measured(suite, torch.ones(8, 3, 2, 2)), "b": measured(suite, torch.zeros(8, 3, 2, 2))}
+    samplers = {"a": measured(suite, torch.rand(8, 3, 2, 2)), "b": measured(suite, torch.zeros(8, 3, 2, 2))}
     found = compare(suite, samplers, "a", 10)
     assert found.differences["b"] == {}
     assert found.missing == ["m of b has no interval: it is missing or not finite in some resamples"]

@@ -16,9 +16,7 @@ from cdm_lightning.core.rng import stream
 from cdm_lightning.metrics.base import MeasuredImages, Metric
 from cdm_lightning.metrics.suite import Collected, MetricSuite, Row, as_row
 
-WIDEST = (
-    1024  # dimensions of features; a distance between wider ones takes many seconds, and an interval hundreds of them
-)
+WIDEST = 1024  # dimensions of features; one Fréchet distance of wider ones takes many seconds
 MOST_WORK = 1e14  # multiplications and additions for all resamples of a metric: half an hour on one core
 FEWEST = 20  # resamples; with fewer, the ends of an interval say little
 LEVEL = 0.95
@@ -76,8 +74,11 @@ def resample(measured: MeasuredImages, rows: Sequence[int], copies: Sequence[int
 def is_quick(metric: Metric, measured: Mapping[str, MeasuredImages]) -> bool:
     """Return whether `metric` is fast enough to be computed for each resample.
 
-    A metric is too slow if one of its features in `measured` has more than `WIDEST` dimensions.
+    A metric as slow as a Fréchet distance (see `Metric.work`) is too slow if one of its features in `measured` has more
+    than `WIDEST` dimensions.
     """
+    if type(metric).work is not Metric.work:
+        return True
     wide = [
         name
         for images in measured.values()
@@ -147,6 +148,28 @@ def without_interval(name: str, metric: Metric, rows: Mapping[str, Row]) -> set[
     return {key.removesuffix("_") for key in keys} & {figure for row in rows.values() for figure in row}
 
 
+def _is_one_number(scores: Tensor) -> bool:
+    return len(scores.unique()) == 1 and bool(scores.isfinite().all())
+
+
+def same_scores(metrics: MetricSuite, samplers: Mapping[str, Collected]) -> list[str]:
+    """Return a sentence for each metric that gives all images of a sampler the same score: its interval has no width.
+
+    If none of N images differs, up to about 3 / N of all images may differ at a confidence of 95 % (Hanley and
+    Lippman-Hand, 1983).
+    """
+    found = []
+    for name in metrics.metrics:
+        scores = {sampler: collected.of(name).scores for sampler, collected in samplers.items()}
+        equal = {sampler: len(one) for sampler, one in scores.items() if one is not None and _is_one_number(one)}
+        if equal:
+            found.append(
+                f"{name} of {', '.join(equal)}: all images have the same score, so the interval has no width; up to about "
+                f"{3 / min(equal.values()):.2g} of the images of other prompts may still differ"
+            )
+    return found
+
+
 @dataclass(frozen=True)
 class Comparison:
     """The intervals of an evaluation.
@@ -184,7 +207,7 @@ def compare(
     """
     figures: dict[str, dict[str, Interval]] = {sampler: {} for sampler in samplers}
     differences: dict[str, dict[str, Interval]] = {sampler: {} for sampler in samplers if sampler != baseline}
-    left_out, missing, reduced = [], [], dict[str, int]()
+    left_out, missing, reduced = [], same_scores(metrics, samplers), dict[str, int]()
     for name, metric in metrics.metrics.items():
         measured = {sampler: needed_by(metric, collected.of(name)) for sampler, collected in samplers.items()}
         count = affordable(metric, measured, resamples, most_work) if is_quick(metric, measured) else 0
