@@ -211,6 +211,7 @@ def test_an_added_option_may_be_used_by_others():
     config = compose(["experiment=toy2d_cdm", "output_dir=outputs/nowhere", *overrides])
     check_config(config)
     assert (config.trainer.max_steps, config.checkpoint.every) == (7, 32)
+    check_config(OmegaConf.create(OmegaConf.to_yaml(config, resolve=True)))  # as the started processes read it
 
 
 @pytest.mark.parametrize(

@@ -94,14 +94,15 @@ def _check_packages(config: DictConfig) -> None:
 def _check_unknown(config: DictConfig) -> None:
     """Raise `UserError` for an option that has no effect, such as a misspelled one that was added with a plus sign.
 
-    Options at the top level, and in the group validation, may have any name if another option refers to them.
+    Options at the top level, and in the group validation, may have any name if another option refers to them. A
+    configuration without references is not checked: they were resolved, for a process that a checked one has started.
     """
     known = (*TOP, *SWITCHES, *OBJECTS, *FAMILIES, PLAIN)
     added = {str(key) for key in config if key not in known}
     plain = config.get(PLAIN)
     added |= {f"{PLAIN}.{key}" for key in plain} if isinstance(plain, DictConfig) else set()
     references = re.findall(r"\$\{[^}]*", OmegaConf.to_yaml(config)) if added else []
-    for key in sorted(added):
+    for key in sorted(added) if references else ():
         if not any(re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", reference) for reference in references):
             near = difflib.get_close_matches(key, known, 1)
             hint = (
