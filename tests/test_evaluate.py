@@ -383,7 +383,7 @@ def line(capsys, monkeypatch) -> Callable[[Sequence[str]], str]:
         (["--model", TINY, "steps=1,1"], "has 'tiny_sd3 1 step' twice"),
         (["--model", "nowhere/at/all"], "nowhere/at/all"),
         (["--model", TINY, "--baseline", "teacher"], "--baseline 'teacher' must be one of the samplers"),
-        (["--model", TINY, "--metric", "fidd"], "--metric fidd must be one of clip_score, cmmd, colour, "),
+        (["--model", TINY, "--metric", "fidd"], "--metric fidd must be one of aesthetic, clip_score, cmmd, colour, "),
         (["--model", TINY, "--set", "metric.colour.sampler=absent"], "metric.colour.sampler"),
         (["--model", TINY, "--set", "metric.colour.scale=2"], "metric.colour.scale"),
         (["--model", TINY, "steps=1", "steps=2"], "a setting is given twice"),

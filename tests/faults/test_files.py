@@ -500,6 +500,7 @@ ALLOWED = {  # what else opens files by itself: files that this package has just
     },  # with another encoding, after `holds_lines` has opened it and its size was compared
     "data/images.py": {"open"},  # PIL, `require_regular`
     "metrics/references.py": {"open"},  # PIL, `require_regular`
+    "metrics/weights_file.py": {"load_file"},  # `require_regular`
     "metrics/frechet.py": {"load_file"},  # statistics that the user names
     "metrics/scenes_judge.py": {"load_file"},  # `require_regular`
     "metrics/shapes_classifier.py": {"load_file"},  # bundled

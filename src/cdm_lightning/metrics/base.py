@@ -108,7 +108,8 @@ class Metric:
 
     A subclass overrides `score` if it measures single images, and `figures` if it measures all images together.
 
-    - `features`: names of the feature extractors that the metric needs.
+    - `features`: names of the feature extractors that the metric needs. The features of all images are kept.
+    - `score_features`: names of the extractors that only `score` needs. Their features are not kept.
     - `text_features`: names of the extractors that must also encode prompts.
     - `copies`: a request for several images per prompt, or None for one image per prompt.
     - `sampler`: name of a sampler with which the metric compares all samplers, or None. An evaluation must run this
@@ -121,6 +122,7 @@ class Metric:
     """
 
     features: tuple[str, ...] = ()
+    score_features: tuple[str, ...] = ()
     text_features: tuple[str, ...] = ()
     copies: Copies | None = None
     sampler: str | None = None

@@ -108,7 +108,8 @@ class MetricSuite:
                 raise UserError(
                     f"metric.{name}: {name} is the name of a column of the results; give the metric another name"
                 )
-            for missing in sorted({*metric.features, *metric.text_features} - self.extractors.keys()):
+            named = {*metric.features, *metric.score_features, *metric.text_features}
+            for missing in sorted(named - self.extractors.keys()):
                 known = ", ".join(self.extractors) or "none"
                 raise UserError(
                     f"metric.{name} needs the feature extractor feature.{missing}, which is missing; add it, or let metric.{name} "
