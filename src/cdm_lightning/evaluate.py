@@ -39,6 +39,7 @@ from cdm_lightning.terminal.quiet import quiet_libraries
 if TYPE_CHECKING:  # these take seconds to import: --help and error messages should not wait for them
     from cdm_lightning.evaluation.grid import ModelGrid
     from cdm_lightning.evaluation.protocol import Evaluated
+    from cdm_lightning.evaluation.samplers import SamplerSpec
     from cdm_lightning.metrics.suite import MetricSuite
 
 KINDS = {
@@ -71,6 +72,7 @@ def evaluate(
     resamples: int = 200,
     baseline: str | None = None,
     save_images: bool = False,
+    scores: Sequence[str | Path] = (),
 ) -> "Evaluated":
     """Measure the models at all their combinations of steps, guidance scale and shift, and write the results.
 
@@ -80,15 +82,16 @@ def evaluate(
     files in conf/metric, and `options` are overrides such as "metric.colour.sampler=NAME". The noise of an image
     depends only on `seed` and the index of its prompt. The networks compute on `device` in `dtype`. The intervals are
     computed from `resamples` resamples of the prompts. `baseline` is the name of the sampler to which the others are
-    compared; None means the first one. With `save_images`, all images are written as PNG files, with a manifest. If
-    torchrun has started several processes, all must call this inside `distributed.ranks.connected`; only the first
-    process writes, and only its result has scores and measurements.
+    compared; None means the first one. With `save_images`, all images are written as PNG files, with a manifest.
+    `scores` are files of scores that another program has computed of these images. If torchrun has started several
+    processes, all must call this inside `distributed.ranks.connected`; only the first process writes, and only its result
+    has scores and measurements.
 
     Raises `UserError` for a model, prompt, metric or option that cannot be used, before any image is made.
     """
     words = command_words(locals())
     from cdm_lightning.distributed.devices import choose_device
-    from cdm_lightning.evaluation.grid import require_distinct
+    from cdm_lightning.evaluation.given_scores import Images, read_scores
     from cdm_lightning.evaluation.protocol import Evaluation, GridEvaluation
     from cdm_lightning.module import COMPUTE_DTYPES
     from cdm_lightning.run.page import save_evaluation_page
@@ -97,21 +100,26 @@ def evaluate(
         raise UserError(f"--dtype {dtype} must be one of {', '.join(COMPUTE_DTYPES)}")
     place, (suite, settings) = choose_device(device), build_metrics(metrics, options)
     output, grids = check_output(Path(output)), [_as_grid(model) for model in models]
-    require_distinct(grids)
-    specs = [spec for model in grids for spec in model.samplers]
-    names = [spec.name for spec in specs]
-    _require_one_of(names, baseline)
+    specs = _samplers(grids, baseline)
     texts = read_prompts(prompts, count) if isinstance(prompts, str) else prompts
     ladder = GridEvaluation(texts, specs, count=count, batch_size=batch_size, seed=seed)
     ladder.check(suite)
+    given = read_scores(scores, Images.of(ladder), list(suite.metrics))
     require_writable(output, grids)
-    evaluation = Evaluation(ladder, suite, output, place, COMPUTE_DTYPES[dtype], settings, save_images)
-    return save_evaluation_page(evaluation.run(grids, baseline or names[0], resamples), grids, words)
+    evaluation = Evaluation(ladder, suite, output, place, COMPUTE_DTYPES[dtype], settings, save_images, given)
+    return save_evaluation_page(evaluation.run(grids, baseline or specs[0].name, resamples), grids, words)
 
 
-def _require_one_of(names: Sequence[str], baseline: str | None) -> None:
+def _samplers(models: "Sequence[ModelGrid]", baseline: str | None) -> "list[SamplerSpec]":
+    """Return the samplers of all models. Raises `UserError` if two have the same name, or none that of `baseline`."""
+    from cdm_lightning.evaluation.grid import require_distinct
+
+    require_distinct(models)
+    specs = [spec for model in models for spec in model.samplers]
+    names = [spec.name for spec in specs]
     if baseline is not None and baseline not in names:
         raise UserError(f"--baseline {baseline!r} must be one of the samplers: {', '.join(map(repr, names))}")
+    return specs
 
 
 def _as_grid(model: "ModelGrid | str | Sequence[str]") -> "ModelGrid":
@@ -178,6 +186,8 @@ def parser() -> argparse.ArgumentParser:
     what = "processes on this machine that share the images, one for each GPU (default: 1)"
     made.add_argument("--processes", type=kinds["processes"], default=1, metavar="N", help=what)
     made.add_argument("--save-images", action="store_true", help="write all images as PNG files, with a manifest")
+    what = "tables of scores that another program computed of these images (CSV or JSONL); may be given several times"
+    made.add_argument("--scores", nargs="+", action="extend", type=kinds["file"], default=[], metavar="FILE", help=what)
     what = "the folder for the results (default: outputs/evaluation)"
     made.add_argument("--output", type=kinds["file"], default="outputs/evaluation", metavar="FOLDER", help=what)
     return made
@@ -244,6 +254,7 @@ def run(options: argparse.Namespace) -> "Evaluated":
             options.resamples,
             options.baseline,
             options.save_images,
+            options.scores,
         )
 
 

@@ -15,6 +15,7 @@ import torch
 
 from cdm_lightning.distributed.ranks import from_first, rank
 from cdm_lightning.errors import UserError
+from cdm_lightning.evaluation.given_scores import GivenScores
 from cdm_lightning.evaluation.grid import ModelGrid
 from cdm_lightning.evaluation.intervals import Comparison, Interval, compare
 from cdm_lightning.evaluation.ladder import LadderEvaluation, LadderResult, Row, SamplerResult
@@ -75,7 +76,8 @@ class Evaluation:
 
     `ladder` has the samplers, prompts and noise. `output` is the folder for the results. The networks compute on
     `device` in `dtype`. `settings` is everything else that determines the measurements, such as the configuration of
-    `metrics`. With `save_images`, all images are written as PNG files.
+    `metrics`. With `save_images`, all images are written as PNG files. `scores` are scores of the images that another
+    program has computed.
     """
 
     ladder: LadderEvaluation
@@ -85,6 +87,7 @@ class Evaluation:
     dtype: torch.dtype
     settings: Mapping[str, Any]
     save_images: bool = False
+    scores: GivenScores = field(default_factory=GivenScores)
 
     def run(self, models: Sequence[ModelGrid], baseline: str, resamples: int) -> Evaluated:
         """Measure all samplers of `models`, write the results, and return them.
@@ -97,6 +100,9 @@ class Evaluation:
         sizes = dict.fromkeys(size for model in models for size in model.opened.sizes(model.samplers))
         rehearse(self.metrics, sizes, self._prompts[:2], self.device)
         weights = {model.title: model.opened.digest() for model in models}
+        self.scores.require_images(
+            {spec.name: self._mark(weights[model.title], spec) for model in models for spec in model.samplers}
+        )
         measured: dict[str, SamplerResult] = {}
         for model in models:
             measured |= self._measure(model, weights[model.title])
@@ -119,12 +125,13 @@ class Evaluation:
         paths = {model.title: model.model for model in models}
         settings = {**self._settings(), "paths": paths, "models": weights, "baseline": baseline, "resamples": resamples}
         settings["notes"] = {model.title: list(model.opened.notes) for model in models if model.opened.notes}
-        result = self.ladder.result(self.metrics, measured, settings)
         collected = {name: found.collected for name, found in measured.items()}
-        progress = Progress("resampling the prompts", len(self.metrics.metrics))
-        comparison = compare(
-            self.metrics, collected, baseline, resamples, self.ladder.seed, lambda name: progress.advance()
-        )
+        metrics = self.scores.join(self.metrics, collected)
+        if self.scores.facts:
+            settings |= {"metrics": list(metrics.metrics), "scores": self.scores.facts}
+        result = self.ladder.result(metrics, measured, settings)
+        progress = Progress("resampling the prompts", len(metrics.metrics))
+        comparison = compare(metrics, collected, baseline, resamples, self.ladder.seed, lambda name: progress.advance())
         progress.close()
         found = Evaluated(
             result, comparison, baseline, self.output, self._cautions(comparison, measured, models, resamples)
@@ -140,6 +147,7 @@ class Evaluation:
         prompts = self._prompts
         files = ImageFiles(self.output / IMAGES, prompts, self.ladder.seed)
         keys = {spec.name: self._key(weights, spec) for spec in model.samplers}
+        marks = {spec.name: self._mark(weights, spec) for spec in model.samplers}
         paths = {name: self.output / MEASURED / f"{file_name(name)}.safetensors" for name in keys}
         known = self._known(files, keys, paths)
         if len(known) == len(keys):
@@ -150,7 +158,7 @@ class Evaluation:
             if rank():
                 return
             if self.save_images:
-                files.finish(name)
+                files.finish(name, marks[name])
             save_measured(paths[name], result, keys[name])
 
         opened = model.opened if model.opened.steps is None else model.open_model()
@@ -196,6 +204,11 @@ class Evaluation:
             "metrics": list(self.metrics.metrics),
             "dtype": str(self.dtype).removeprefix("torch."),
         }
+
+    def _mark(self, weights: str, spec: SamplerSpec) -> str:
+        """Return a hash of everything that determines the images of a sampler, but not of what is measured of them."""
+        own = {"seed": self.ladder.seed, "dtype": str(self.dtype), "prompts": self._prompts}
+        return key_of({**own, "weights": weights, "sampler": str(spec)})
 
     def _key(self, weights: str, spec: SamplerSpec) -> str:
         own: dict[str, Any] = {"seed": self.ladder.seed, "dtype": str(self.dtype), "prompts": self._prompts}

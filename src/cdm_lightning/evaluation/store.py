@@ -136,7 +136,8 @@ class ImageFiles:
     """Writes the images of each sampler as PNG files into a subfolder of `folder`, with a manifest.jsonl.
 
     The manifest has one line for each image: the sampler's name ("model"), the prompt, the prompt's index, the seed of
-    the noise, and the image's path inside `folder`. Other programs can read it to score the images. The methods raise
+    the noise, a mark of the sampler's images ("images"), and the image's path inside `folder`. Other programs can read it
+    to score the images. The methods raise
     OSError if a file cannot be written.
     """
 
@@ -149,9 +150,10 @@ class ImageFiles:
             with replacing(own_file(self.folder / self._file(sampler, index))) as temporary:
                 to_picture(image).save(temporary, format="PNG")
 
-    def finish(self, sampler: str) -> None:
+    def finish(self, sampler: str, mark: str) -> None:
         """Write the manifest of the sampler named `sampler`. Call this after the last `add` of all processes.
 
+        `mark` is a hash of everything that determines its images, from which later scores of them are recognized.
         Images of an earlier evaluation of more prompts are deleted.
         """
         place = self.folder / file_name(sampler)
@@ -160,7 +162,7 @@ class ImageFiles:
                 path.unlink()
         lines = []
         for index, prompt in enumerate(self.prompts):
-            entry = {"model": sampler, "prompt": prompt, "prompt_index": index, "seed": self.seed}
+            entry = {"model": sampler, "prompt": prompt, "prompt_index": index, "seed": self.seed, "images": mark}
             lines.append(json.dumps(entry | {"file": self._file(sampler, index)}, ensure_ascii=False) + "\n")
         write_text(own_file(place / MANIFEST), "".join(lines))
 

@@ -99,7 +99,7 @@ def command_words(given: Mapping[str, Any]) -> list[str]:
     words = ["python", "-m", "cdm_lightning.evaluate", "--prompts", prompts]
     for name, value in given.items():
         option = f"--{RENAMED.get(name, name).replace('_', '-')}"
-        if name in ("models", "prompts") or value is None or value is False or value == ():
+        if name in ("models", "prompts") or value is None or value is False or value in ((), []):
             continue
         if name == "options":
             words += [word for one in value for word in (option, one)]
