@@ -31,6 +31,7 @@ from cdm_lightning.metrics.extractors import OpenClipFeatures
 from cdm_lightning.metrics.hps import HPSFeatures, WholeImage
 from cdm_lightning.metrics.ocr import GotOcrReader, TextAccuracy, similarity, wanted_text
 from cdm_lightning.metrics.pickscore import PickScore, PickScoreFeatures
+from cdm_lightning.metrics.rewards import CLIPReward
 from cdm_lightning.metrics.suite import Collected, MetricSuite
 from cdm_lightning.pretraining.tiny_sd3 import build_clip_tokenizer
 
@@ -148,6 +149,7 @@ def test_hps_is_100_times_the_similarity_of_the_authors_code(hps):
     found = scores(suite, images, "hps")
     torch.testing.assert_close(found / 100, (own @ texts.T).diagonal(), atol=2e-3, rtol=0)  # PIL rounds when it resizes
     assert (own @ texts.T).diagonal().std() > 5e-3
+    torch.testing.assert_close(100 * CLIPReward(name, str(file))(images, PROMPTS), found)  # as a reward of training
 
 
 def test_hps_sees_the_whole_of_an_image_that_is_not_square():
