@@ -6,6 +6,7 @@ import math
 import open_clip
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from transformers import (
 from cdm_lightning.config import asset_path
 from cdm_lightning.data.shapes import all_words
 from cdm_lightning.errors import UserError
-from cdm_lightning.evaluate import build_metrics
+from cdm_lightning.evaluate import build_metrics, evaluate
 from cdm_lightning.metrics.aesthetic import Aesthetic
 from cdm_lightning.metrics.extractors import OpenClipFeatures
 from cdm_lightning.metrics.hps import HPSFeatures, WholeImage
@@ -33,6 +34,7 @@ from cdm_lightning.metrics.ocr import GotOcrReader, TextAccuracy, similarity, wa
 from cdm_lightning.metrics.pickscore import PickScore, PickScoreFeatures
 from cdm_lightning.metrics.rewards import CLIPReward
 from cdm_lightning.metrics.suite import Collected, MetricSuite
+from cdm_lightning.metrics.weights_file import locate_weights
 from cdm_lightning.pretraining.tiny_sd3 import build_clip_tokenizer
 
 PROMPTS = ["a large red circle", "a small blue square at the top", "two green triangles"]
@@ -91,6 +93,18 @@ def test_pickscore_is_the_logit_of_transformers(clip):
     assert expected.std() > 0.01
     one_by_one = [scores(suite, images[i : i + 1], "pickscore", [PROMPTS[i]]) for i in range(3)]
     torch.testing.assert_close(torch.cat(one_by_one), expected, atol=1e-4, rtol=1e-4)  # padding plays no part
+
+
+def test_evaluate_gives_it_intervals_and_keeps_no_features(clip, tmp_path):
+    options = [f"feature.pickscore.pretrained={clip[0]}", f"feature.pickscore.processor={clip[1]}"]
+    models = [[str(asset_path("tiny_sd3")), "steps=1,2"]]
+    found = evaluate(models, "shapes_heldout", tmp_path, ["pickscore"], options, count=4, resamples=20)
+    assert set(found.ladder.rows[0]) == {"sampler", "pickscore", "network_calls", "seconds_per_image"}
+    gap = found.comparison.differences["tiny_sd3 2 steps"]["pickscore"]
+    assert gap.value == pytest.approx(found.ladder.rows[1]["pickscore"] - found.ladder.rows[0]["pickscore"], abs=1e-6)
+    with safe_open(next((tmp_path / "measured").iterdir()), "pt") as file:
+        assert {name for name in file.keys() if "pickscore" in name} == {"scores/pickscore"}  # noqa: SIM118
+    assert found.ladder.settings["files"]  # hashes of the weights: other weights are measured anew
 
 
 def test_a_long_prompt_is_cut_and_not_refused(clip):
@@ -342,3 +356,30 @@ def test_a_folder_without_the_reader_is_said(got_ocr, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"has no preprocessor_config\.json"):
         GotOcrReader(str(tmp_path))
+
+
+# ---- files of weights on the hub
+
+
+def test_a_file_on_the_hub_is_downloaded_alone_and_what_is_missing_there_is_said(tmp_path, monkeypatch):
+    asked = []
+
+    def download(repository, allow_patterns):
+        asked.append((repository, allow_patterns))
+        if repository == "owner/offline":
+            raise OSError("no network")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    (tmp_path / "a.pt").write_bytes(b"")
+    assert locate_weights("owner/name/a.pt", "o") == tmp_path / "a.pt"
+    assert asked == [("owner/name", ["a.pt"])]
+    with pytest.raises(UserError, match=r"owner/name on the Hugging Face hub has no file b\.pt; correct o"):
+        locate_weights("owner/name/b.pt", "o")
+    with pytest.raises(
+        UserError, match=r"cannot be downloaded from the Hugging Face hub \(no network\); without a network"
+    ):
+        locate_weights("owner/offline/a.pt", "o")
+    for wrong in ("owner/name/../a.pt", "owner/name/*.pt", "owner/name/a.pkl", str(tmp_path)):
+        with pytest.raises(UserError, match="are not a file; set o to a file, or to OWNER/NAME/FILE"):
+            locate_weights(wrong, "o")

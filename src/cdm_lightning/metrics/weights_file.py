@@ -28,15 +28,19 @@ def locate_weights(weights: str | Path, option: str) -> Path:
         raise UserError(
             f"the weights {weights} are not a file; set {option} to a file, or to OWNER/NAME/FILE on the Hugging Face hub"
         )
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import snapshot_download
 
-    try:
-        return Path(hf_hub_download(*found.groups()))
+    repository, name = found.groups()
+    try:  # unlike hf_hub_download, this does not try for half a minute without a network
+        path = Path(snapshot_download(repository, allow_patterns=[name])) / name
     except (OSError, ValueError) as error:
         raise UserError(
             f"{weights} is not a local file and cannot be downloaded from the Hugging Face hub ({first_line(error)}); without a "
             f"network, copy the file to this machine: {option}=FILE"
         ) from error
+    if not path.is_file():
+        raise UserError(f"{repository} on the Hugging Face hub has no file {name}; correct {option}")
+    return path
 
 
 def load_tensors(path: Path, option: str) -> dict[str, Tensor]:
