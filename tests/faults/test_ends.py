@@ -29,7 +29,7 @@ from cdm_lightning.distributed import strategy
 from cdm_lightning.distributed.launch import LAUNCHER, SIGNALLED
 from cdm_lightning.ends import signals
 from cdm_lightning.errors import Preempted, UserError
-from cdm_lightning.evaluation.ladder import LadderEvaluation
+from cdm_lightning.evaluation.measuring import Measuring
 from cdm_lightning.module import CDMModule
 
 ASKING = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGQUIT]
@@ -207,7 +207,7 @@ def test_a_signal_in_the_evaluation_at_the_end_is_75_and_the_next_start_evaluate
 ):
     ladder = ("callbacks=ladder", "callbacks.ladder.evaluation.count=4", "metric=energy_distance")
     with monkeypatch.context() as patched:
-        ask_in(patched, LadderEvaluation, "_measure", 2)
+        ask_in(patched, Measuring, "measure", 2)
         with pytest.raises(Preempted):
             validated(*ladder)
     assert "SIGTERM: stopped after training" in capfd.readouterr().err

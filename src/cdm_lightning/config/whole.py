@@ -42,7 +42,7 @@ READ_DIRECTLY = (  # options that commands read before they build an object
     "trainer.use_distributed_sampler",
 )
 NEEDED = ("optim",)  # those of which at least one object is required
-PLAIN = "validation"  # a group that describes no object: other options refer to its values
+PLAIN, SET_IN_PLAIN = "validation", ("samplers",)  # a group that describes no object: other options refer to its values
 
 
 def check_config(config: DictConfig) -> None:
@@ -92,22 +92,25 @@ def _check_packages(config: DictConfig) -> None:
 
 
 def _check_unknown(config: DictConfig) -> None:
-    """Raise `UserError` for an option that has no effect, such as a misspelled one that was added with a plus sign.
+    """Raise `UserError` for an option that was added with a plus sign and looks like a mistake for a known one.
 
-    Options at the top level, and in the group validation, may have any name if another option refers to them. A
-    configuration without references is not checked: they were resolved, for a process that a checked one has started.
+    Other names may be added, as notes on the run or for references in other options. A configuration without references
+    is not checked: they were resolved, for a process that a checked one has started.
     """
     known = (*TOP, *SWITCHES, *OBJECTS, *FAMILIES, PLAIN)
-    added = {str(key) for key in config if key not in known}
     plain = config.get(PLAIN)
-    added |= {f"{PLAIN}.{key}" for key in plain} if isinstance(plain, DictConfig) else set()
+    added = [str(key) for key in config if key not in known]
+    added += [f"{PLAIN}.{key}" for key in plain if key not in SET_IN_PLAIN] if isinstance(plain, DictConfig) else []
     references = re.findall(r"\$\{[^}]*", OmegaConf.to_yaml(config)) if added else []
-    for key in sorted(added) if references else ():
-        if not any(re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", reference) for reference in references):
-            near = difflib.get_close_matches(key, known, 1)
-            hint = (
-                f"did you mean {near[0]}?" if near else "remove it, or refer to it by ${" + key + "} in another option"
-            )
+    for key in added if references else ():
+        if any(re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", reference) for reference in references):
+            continue
+        near = difflib.get_close_matches(key, known, 1)
+        near += [
+            f"{group}.{key}" for group in OBJECTS if isinstance(config[group], DictConfig) and key in config[group]
+        ]
+        if near or "." in key:
+            hint = f"did you mean {near[0]}?" if near else "remove it"
             raise UserError(f"the option {key} has no effect, because nothing uses it; {hint}{where_set(key)}")
 
 
